@@ -1,3 +1,56 @@
-"""switchcli: Switch Transformers (Fedus, Zoph, Shazeer 2021) in PyTorch, from the command line."""
+"""switchcli: Switch Transformers (Fedus, Zoph, Shazeer 2021) in PyTorch, from the command line and from Python.
 
-__version__ = "0.1.0"
+The names of the Python API are imported from `switchcli.api` when they are first used: `import switchcli` is fast.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from switchcli import errors, startup
+
+if TYPE_CHECKING:
+    from switchcli.api import (
+        Best,
+        Evaluation,
+        LayerRouting,
+        Model,
+        Recipe,
+        Score,
+        Scores,
+        TextRouting,
+        TrainResult,
+        load,
+        train,
+    )
+
+__version__ = "0.2.0"
+__all__ = [
+    "Best",
+    "Evaluation",
+    "LayerRouting",
+    "Model",
+    "Recipe",
+    "Score",
+    "Scores",
+    "TextRouting",
+    "TrainResult",
+    "errors",
+    "load",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the API. Python calls this for names that the module does not have yet."""
+    if name not in __all__:
+        raise AttributeError(f"module 'switchcli' has no attribute {name!r}")
+    startup.limit_spinning(os.environ)  # before torch is imported, as in the command line
+    from switchcli import api
+
+    globals()[name] = value = getattr(api, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names of the module, with those that have not been imported yet."""
+    return sorted({*globals(), *__all__})

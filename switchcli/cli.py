@@ -1,4 +1,8 @@
-"""The command line: finds and runs the verbs, and turns errors into exit codes. Heavy imports wait for a verb."""
+"""The command line: finds and runs the verbs, and turns errors into exit codes. Heavy imports wait for a verb.
+
+A verb's module is imported when the verb is used. Completion after a verb imports that verb alone; completion of the
+verb itself imports all, for their help.
+"""
 
 import errno
 import importlib
@@ -6,15 +10,19 @@ import os
 import pkgutil
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_group
 
 from switchcli import __version__, commands, startup
 from switchcli.commands import _exit
-from switchcli.commands._options import CheckedGroup
+from switchcli.commands._help import epilog
+from switchcli.commands._options import USAGE_ERROR, CheckedGroup, extend_command
 from switchcli.errors import CheckpointError, RecipeError, RenamedWarning, SwitchError, path_error
+from switchcli.report.console import main_console
 
 ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
@@ -22,9 +30,50 @@ ORDER = (
 )
 """The verbs in the order of `--help`. A verb that is not listed comes after these."""
 
+
+class Verbs(Mapping[str, Any]):
+    """The commands by verb. Each module of commands/ without a leading underscore defines the `app` of one."""
+
+    def __init__(self) -> None:
+        names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
+        self._names = (*ORDER, *(name for name in names if name not in ORDER))
+        self._commands: dict[str, Any] = {}
+
+    def __getitem__(self, verb: str) -> Any:
+        if verb not in self._names:
+            raise KeyError(verb)
+        if verb not in self._commands:
+            group = get_group(importlib.import_module(f"switchcli.commands.{verb}").app)
+            if group.name:
+                self._commands[verb] = group
+            else:  # it holds only the verb itself
+                (self._commands[verb],) = group.commands.values()
+            extend_command(self._commands[verb])
+        return self._commands[verb]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Root(CheckedGroup):
+    """The root of the command line, with the verbs as its commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Verbs()  # type: ignore[assignment]  # nothing is added to it
+
+
 app = typer.Typer(
-    cls=CheckedGroup,
+    cls=Root,
     help="Train Switch Transformers (Fedus, Zoph, Shazeer 2021) in PyTorch.",
+    epilog=epilog(
+        "index",
+        "switchcli pretrain quickstart/switch",
+        'switchcli generate runs/quickstart/switch "A list <extra_id_0> by commas."',
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,18 +94,6 @@ def _root(
 ) -> None: ...
 
 
-def _add_verbs() -> None:
-    """Add the `app` of each module of commands/ that has one. Modules with a leading underscore are not imported."""
-    names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-    for name in (*ORDER, *(name for name in names if name not in ORDER)):
-        verb = getattr(importlib.import_module(f"switchcli.commands.{name}"), "app", None)
-        if verb is not None:
-            app.add_typer(verb)
-
-
-_add_verbs()
-
-
 def _require_working_directory() -> None:
     """Raise RecipeError if the working directory was removed or may not be read."""
     try:
@@ -73,7 +110,7 @@ _python_showwarning = warnings.showwarning
 def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
     """Print a warning about the user's recipe as one line; leave warnings of libraries to Python."""
     if issubclass(category, RenamedWarning):
-        _exit.console().warning(str(message))
+        main_console().warning(str(message))
     else:
         _python_showwarning(message, category, *args, **kwargs)
 
@@ -93,6 +130,10 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, USAGE_ERROR):  # which typer has just printed
+            _exit.print_json_error(ended.__context__.format_message(), RecipeError.exit_code)
+        raise
     except SwitchError as error:
         _exit.exit_with_error(error)
     except Exception as error:

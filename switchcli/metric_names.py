@@ -1,8 +1,12 @@
 """Names of metrics, in records, checkpoints, result.json and reports: a contract with scripts that read them."""
 
 NEG_LOG_PERPLEXITY = "neg_log_perplexity"
+LOSS = "loss"
+"""The cross-entropy in nats per target token: minus `NEG_LOG_PERPLEXITY`."""
 DROPPED_FRACTION = "dropped_fraction"
 TOKENS_PER_SECOND = "tokens_per_second"
+INPUT_TOKENS = "input_tokens"
+"""Encoder input tokens of all steps so far, padding included; in a branch with those before it."""
 FLOPS_PER_SECOND = "flops_per_second"
 LEARNING_RATE = "learning_rate"
 GRADIENT_NORM = "gradient_norm"
@@ -19,12 +23,16 @@ HELD_OUT_PREFIX = "held_out/"
 HELD_OUT = f"{HELD_OUT_PREFIX}{NEG_LOG_PERPLEXITY}"
 FIRST_HELD_OUT = "held_out/first_neg_log_perplexity"
 """The value of `HELD_OUT` before the first step."""
+HELD_OUT_LOSS = f"{HELD_OUT_PREFIX}{LOSS}"
+FIRST_HELD_OUT_LOSS = "held_out/first_loss"
 HELD_OUT_BITS = f"{HELD_OUT_PREFIX}{BITS_PER_BYTE}"
 
 TASK_PREFIX = "tasks/"
 """The prefix of a task's score."""
 TASKS_AVERAGE = f"{TASK_PREFIX}average"
 """The average of the scores of all tasks."""
+MALFORMED = "malformed"
+"""Percentages of answers that are not one of the labels, by task."""
 
 
 def task_score(task: str) -> str:

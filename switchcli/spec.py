@@ -8,7 +8,7 @@ the object that is used.
 from types import MappingProxyType
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
 from switchcli import credentials
 
@@ -17,6 +17,10 @@ PAD: Final = 0
 EOS: Final = 1
 """The ID of T5's token that ends inputs and targets."""
 
+VOCAB_SIZE: Final = 32128
+"""T5's rows of the embedding matrix: its 32,100 pieces, padded to a multiple of 128."""
+AUTO: Final = "auto"
+"""The value of `model.vocab_size` in a recipe that leaves it to the tokenizer."""
 LIMITS: Final = MappingProxyType(
     {
         "vocab_size": 1 << 24,
@@ -57,7 +61,9 @@ def check_path_or_url(text: str) -> str:
     return text
 
 
-PathOrUrl = Annotated[str, AfterValidator(check_path_or_url)]
+PathOrUrl = Annotated[
+    str, AfterValidator(check_path_or_url), WithJsonSchema({"type": "string", "format": "path-or-url"})
+]
 """A path, a URL, a glob of either, or the name of a repository. Credentials in it are refused: recipes are saved."""
 
 

@@ -1,4 +1,4 @@
-"""Process setup before any large import: processors, OpenMP's spinning, the launcher's death, an unwritable stderr.
+"""Process setup before any large import: processors, rank, OpenMP's spinning, the launcher's death, a broken stderr.
 
 This module imports the standard library only, so that it takes effect within the first milliseconds.
 """
@@ -8,7 +8,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 SPIN_COUNT = "10000"
@@ -26,6 +26,11 @@ def available_processors() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def is_main_rank(environment: Mapping[str, str]) -> bool:
+    """Return whether this process prints: it is rank 0, or no rank."""
+    return environment.get("RANK", "0") == "0"
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:

@@ -26,6 +26,14 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "half a step": (["train.steps=1.5"], RECIPE, "train.steps integer 1.5"),
     "no for false": (["model.tie_embeddings=no"], RECIPE, "model.tie_embeddings 'no' YAML true false"),
     "no list": (["data.corpora=3"], RECIPE, "data.corpora list 3"),
+    "name without brackets": (["log.trackers=wandb"], RECIPE, "log.trackers list 'wandb' log.trackers=[wandb]"),
+    "mapping without brackets": (["data.corpora={kind: files}"], RECIPE, "list data.corpora=[{...}]"),
+    "braces without quotes": (["data.tokenizer={kind:", "file}"], RECIPE, "YAML quotes shell"),
+    "misspelt required key": (
+        ["data.corpora=[{kind: files, path: [text.txt]}]"],
+        RECIPE,
+        "data.corpora.0.path paths",
+    ),
     "digits in groups": (["train.steps=1_000"], RECIPE, "train.steps integer '1_000' 1000"),
     "out of range": (["model.dropout=1.0"], RECIPE, "model.dropout 1 1.0 0.0"),
     "negative rate": (["schedule.learning_rate=-1"], RECIPE, "schedule.learning_rate 0 -1 0.01"),
@@ -62,10 +70,11 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         DATA,
         "text.txt tokenizer.json SentencePiece spiece.model kind train",
     ),
+    "out that is a file": (["--out", "text.txt"], RECIPE, "--out text.txt folder file"),
     "out below a file": (["--out", "text.txt/run"], CHECKPOINT, "text.txt/run/run.lock --out"),
     "out where nothing can be made": (["--out", "/proc/run"], CHECKPOINT, "/proc/run/run.lock --out"),
 }
-"""By name: what is given to `pretrain` beside a sound recipe, the exit code, words of the one line that is said."""
+"""By the name of a case: arguments of `pretrain` beside a sound recipe, the exit code, and words of its one line."""
 
 _LAUGHS = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in pairwise("abcdefghi"))
 
@@ -75,6 +84,7 @@ FILES: dict[str, tuple[str, str]] = {
     "alias.yaml": ("a: *b\n", "alias.yaml:1 aliases *b"),
     "tag.yaml": ("a: 1\nb: !!python/object/apply:os.system [id]\n", "tag.yaml:2 tags os.system"),
     "merge.yaml": ("<<: {train: {steps: 1}}\n", "merge.yaml:1 merge << extends"),
+    "colon.yaml": ("a: 1\nb: source: {text}\n", "colon.yaml:2 YAML ': ' quotes"),
     "two.yaml": ("a: 1\n---\nb: 2\n", "two.yaml:2 document '---'"),
     "deep.yaml": ("[" * 3000, "deep.yaml:1 32 deep"),
     "long.yaml": ("a: [" + "1," * 20_000 + "]", "long.yaml:1 10000 keys"),

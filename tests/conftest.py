@@ -12,6 +12,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 LONGEST_FIRST = (
+    "journeys/test_journeys.py",
     "distributed/test_ranks.py",
     "planner/test_memory_use.py",
     "commands/test_prepare_verb.py",
@@ -85,6 +86,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slow)
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).as_posix(), len(order)))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how long each journey (tests/journeys) took. This stands here since xdist's controller reads no other."""
+    rows = [dict(report.user_properties) for report in terminalreporter.getreports("passed")]
+    if rows := [row for row in rows if "journey" in row]:
+        terminalreporter.section(f"journeys, beside a load of {os.getloadavg()[0]:.1f}")
+        for row in rows:
+            terminalreporter.line(
+                "{journey:28} {wall_seconds:5} s, of a processor {processor_seconds:5} s".format(**row)
+            )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,10 +9,10 @@ import pytest
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.signals import StopTraining
 from switchcli.report.console import Console
-from switchcli.train.callbacks import Callback, MetricsLog
-from switchcli.train.loop import fit
-from switchcli.train.loss import LossSchedule, Objective
-from switchcli.train.state import TrainState
+from switchcli.training.callbacks import Callback, MetricsLog
+from switchcli.training.loop import fit
+from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.state import TrainState
 
 
 class KeepingConsole(Console):

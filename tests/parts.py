@@ -12,15 +12,17 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
-from switchcli.model.trainable import TrainableSet, freeze, trainable
-from switchcli.train.callbacks import Callback
-from switchcli.train.checkpointer import DATA, Checkpointer
-from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Optimizer, OptimizerSpec
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.model.trainable import freeze, trainable
+from switchcli.model.trainable_sets import TrainableSet
+from switchcli.training.callbacks import Callback
+from switchcli.training.checkpointer import DATA, Checkpointer
+from switchcli.training.config import CheckpointSpec, TrainSpec
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import OptimizerSpec
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}', "recipe.yaml": b"verb: pretrain\n", "tokenizer.json": b"{}\n"}
 

@@ -16,7 +16,7 @@ import torch
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
-from switchcli.distributed.mesh import ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer

@@ -183,7 +183,7 @@ class Pair(TokenChoiceRouter):
         return gate_GNK
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
-        return torch.ones_like(assigned_GN)
+        return assigned_GN.new_ones(assigned_GN.shape)
 
 
 '''
@@ -301,7 +301,7 @@ def use_metric(run: Fork) -> None:
 
 
 def add_optimizer(tree: Tree) -> None:
-    optimizer = '''
+    spec = '''
 class Momentum(Spec):
     """Gradient descent with momentum."""
 
@@ -309,10 +309,16 @@ class Momentum(Spec):
     decay: float = Field(default=0.9, ge=0.0, lt=1.0)
 
     def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
-        return _Momentum(self, parameters, layouts)
+        """Return the optimizer of these parameters."""
+        from switchcli.training.optimizers import MomentumOptimizer
+
+        return MomentumOptimizer(self, parameters, layouts)
 
 
-class _Momentum(Optimizer):
+'''
+    optimizer = """
+
+class MomentumOptimizer(Optimizer):
     def __init__(self, spec: Momentum, parameters: NamedParameters, layouts: Layouts) -> None:
         super().__init__(parameters, layouts)
         self.spec = spec
@@ -327,11 +333,12 @@ class _Momentum(Optimizer):
             if parameter.grad is not None:
                 mean = self._mean[name].lerp_(local_values(parameter.grad), 1.0 - self.spec.decay)
                 local_values(parameter).sub_(mean, alpha=learning_rate)
-
-
-'''
-    tree.insert("switchcli/train/optimizers.py", optimizer, before="^OptimizerSpec = ")
-    tree.insert("switchcli/train/optimizers.py", "Momentum | ", after=r"^OptimizerSpec = Annotated\[\s*")
+"""
+    specs, optimizers = "switchcli/training/optimizer_specs.py", "switchcli/training/optimizers.py"
+    tree.insert(specs, spec, before="^OptimizerSpec = ")
+    tree.insert(specs, "Momentum | ", after=r"^OptimizerSpec = Annotated\[\s*")
+    tree.insert(optimizers, optimizer, after=r"\Z")
+    tree.insert(optimizers, ", Momentum", after="^from switchcli.training.optimizer_specs import .*AdamW")
 
 
 def use_optimizer(run: Fork) -> None:
@@ -355,8 +362,8 @@ class Halving(Schedule):
 
 
 '''
-    tree.insert("switchcli/train/schedules.py", schedule, before="^def _progress")
-    tree.insert("switchcli/train/schedules.py", "Halving | ", after=r"^ScheduleSpec = Annotated\[\s*")
+    tree.insert("switchcli/training/schedules.py", schedule, before="^def _progress")
+    tree.insert("switchcli/training/schedules.py", "Halving | ", after=r"^ScheduleSpec = Annotated\[\s*")
 
 
 def use_schedule(run: Fork) -> None:
@@ -367,7 +374,7 @@ def use_schedule(run: Fork) -> None:
 
 def add_training_metric(tree: Tree) -> None:
     metric = '        "routed_tokens": Mean(tokens_L.sum(), one),\n'
-    tree.insert("switchcli/train/router_health.py", metric, after=r"^        BALANCE: .*\n")
+    tree.insert("switchcli/training/router_health.py", metric, after=r"^        BALANCE: .*\n")
 
 
 def use_training_metric(run: Fork) -> None:
@@ -383,9 +390,9 @@ def tripled(model: nn.Module, batch: AnyBatch) -> StepLoss:
     loss = cross_entropy(model, batch)
     return loss._replace(target_sum=3 * loss.target_sum, metrics={**loss.metrics, "tripled": Mean(*(torch.ones(2)))})
 '''
-    tree.insert("switchcli/train/loss.py", loss, after=r"\Z")
+    tree.insert("switchcli/training/loss.py", loss, after=r"\Z")
     pretraining = "switchcli/runs/pretraining.py"
-    tree.insert(pretraining, "tripled, ", after=r"^from switchcli.train.loss import ")
+    tree.insert(pretraining, "tripled, ", after=r"^from switchcli.training.loss import ")
     tree.insert(pretraining, "    return tripled\n", after=r'^def text_loss\(.*\n    """.*\n')
 
 
@@ -535,8 +542,8 @@ def add_recipe_key(tree: Tree) -> None:
     key = """    multiplier: float = Field(default=1.0, gt=0.0, le=1e6)
     \"\"\"Factor of the whole schedule.\"\"\"
 """
-    tree.insert("switchcli/train/schedules.py", key, after=r'^    """Learning rate of the constant part; .*\n')
-    tree.insert("switchcli/train/schedules.py", "self.multiplier * ", after=r"^        rate = ")
+    tree.insert("switchcli/training/schedules.py", key, after=r'^    """Learning rate of the constant part; .*\n')
+    tree.insert("switchcli/training/schedules.py", "self.multiplier * ", after=r"^        rate = ")
 
 
 def use_recipe_key(run: Fork) -> None:
@@ -589,7 +596,7 @@ def use_table(run: Fork) -> None:
 
 
 def add_column(tree: Tree) -> None:
-    column = '    Column("targets_seen", "targets", 7, si),\n'
+    column = '    Column("targets_seen", "targets", 7, si, 12),\n'
     tree.insert("switchcli/report/console.py", column, after=r"^COLUMNS = \(\n")
 
 
@@ -682,17 +689,10 @@ def add_training_verb(tree: Tree) -> None:
         "switchcli/commands/rehearse.py",
         '''"""`switchcli rehearse`: pre-training whose result says so."""
 
-from switchcli.commands._training import TaskTypes, training_app
+from switchcli.commands._help import epilog
+from switchcli.commands._training import training_app
 
-
-def _load_types() -> TaskTypes:
-    from switchcli.recipe.schema import RehearseRecipe
-    from switchcli.runs.rehearsing import Rehearsing
-
-    return RehearseRecipe, Rehearsing
-
-
-app = training_app("rehearse", "Train as `pretrain` does, and say so.", _load_types)
+app = training_app("rehearse", "Train as `pretrain` does, and say so.", epilog("tutorial", "switchcli rehearse a.yaml"))
 ''',
     )
     tree.create(
@@ -708,7 +708,7 @@ from switchcli.report.console import Console
 from switchcli.runs.train_data import TrainData
 from switchcli.runs.pretraining import Pretraining
 from switchcli.runs.training_task import TrainingTask
-from switchcli.train.optimizers import Optimizer
+from switchcli.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from switchcli.runs.trainer import Trainer
@@ -745,6 +745,10 @@ class RehearseRecipe(TextRecipe):
     tree.insert("switchcli/recipe/schema.py", recipe, before="^StartedRecipe = ")
     tree.insert("switchcli/recipe/schema.py", '"rehearse": RehearseRecipe, ', before='"pretrain": PretrainRecipe')
     tree.insert("switchcli/recipe/schema.py", "RehearseRecipe | ", after="^StartedRecipe = ")
+    line = "from switchcli.runs.rehearsing import Rehearsing\n"
+    tree.insert("switchcli/api.py", line, before="^from switchcli.runs.text_generation import")
+    tree.insert("switchcli/api.py", "RehearseRecipe, ", after="^from switchcli.recipe.schema import ")
+    tree.insert("switchcli/api.py", '    "rehearse": (RehearseRecipe, Rehearsing),\n', after="^STARTED_VERBS.* = {\n")
 
 
 def use_training_verb(run: Fork) -> None:

@@ -26,6 +26,7 @@ def test_the_list_names_every_row_of_the_table_with_minutes(tmp_path: Path) -> N
     lines = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[1:-1]}
     models = ("t5-v1_1-base", *(f"switch-base-{experts}" for experts in (8, 32, 64, 128)))
     rows = {f"step-{model}-{who}" for model in models for who in ("eager", "compiled", "transformers")}
+    rows |= {f"step-{model}-compiled-sdpa" for model in models[::3]}
     rows |= {f"layer-{experts}" for experts in (8, 32, 64, 128)}
     assert rows <= lines.keys()
     assert {name for name in lines if name.startswith("tests-")} >= {"tests-layer", "tests-model", "tests-verbs"}
@@ -73,12 +74,28 @@ def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None
     assert step["batch"] % 16 == 0
     assert step["tokens_per_second"]["least"] <= step["tokens_per_second"]["median"]
     assert step["share_of_ceiling"] > 0
+    assert step["planned"]["tokens_per_second"] > 0
+    assert step["planned"]["gib"] > 0
     ways = found["layer-8"]["ways"]
     assert all("seconds" in ways[name] for name in ("this layer", "grouped_mm alone", "batched products"))
     assert "not installed" in ways["ScatterMoE"]["absent"]
     again = script(tmp_path, *TINY, *chosen, "--dry-run")
     assert again.stdout.count("[done]") == 3
     assert "| t5-v1_1-base | eager |" in script(tmp_path, "--out", "results", "--report").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kind_of_row_runs(tmp_path: Path) -> None:
+    """So that a GPU is not needed to find what is trivially wrong. The rows left out differ in sizes only."""
+    rows = ("switch-base-8-compiled", "t5-v1_1-base-compiled-sdpa", "t5-v1_1-base-transformers", "switch-base-8-transf")
+    done = script(tmp_path, *TINY, *(argument for row in rows for argument in ("--only", f"step-{row}")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results/all.json").read_text())
+    assert [one["status"] for one in found.values()] == ["done"] * 4
+    assert found["step-switch-base-8-compiled"]["flex_attention"] is False  # it needs CUDA
+    table = script(tmp_path, "--out", "results", "--report").stdout
+    assert sum(line.startswith(("| t5", "| switch")) for line in table.splitlines()) == 4
 
 
 @pytest.mark.slow

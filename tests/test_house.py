@@ -26,10 +26,11 @@ PACKAGES = {
     "__main__": "",
     "cli": "typer",
     "commands": "pydantic typer",
+    "api": "torch pydantic",
     "runs": "torch pydantic",
     "recipe": "yaml pydantic pydantic_core",
     "doctor": "torch safetensors",
-    "train": "torch safetensors pydantic",
+    "training": "torch safetensors pydantic",
     "convert": "torch safetensors pydantic",
     "checkpoint": "torch safetensors pydantic",
     "planner": "torch pydantic",
@@ -49,7 +50,7 @@ PACKAGES = {
 """The packages of others that each package of ours may import, besides the standard library."""
 PACKAGES_OF_ONE_FILE = {
     "switchcli/data/batch.py": "torch",
-    "switchcli/data/task_mixture.py": "torch",
+    "switchcli/data/task_batches.py": "torch",
     "switchcli/data/text_batches.py": "torch",
     "switchcli/data/prepare/store.py": "pyarrow",
     "switchcli/data/sources/corpus.py": "datasets huggingface_hub",
@@ -58,6 +59,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/sources/io_errors.py": "huggingface_hub",
     "switchcli/data/tokenizer/sentencepiece.py": "google sentencepiece",
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
+    "switchcli/convert/ctranslate2_spec.py": "ctranslate2",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
     "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
@@ -300,7 +302,7 @@ def routers_describe_themselves(module: Module) -> Iterator[Fault]:
 
 # Each rule with snippets that break it, and with one that nearly does
 
-MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "train/a", "cli"))
+MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "training/a", "cli"))
 A_TASK = "import_module(f'switchcli.tasks.{name}')"
 A_VERB = "import_module(f'switchcli.commands.{name}')"
 SAFELY = "torch.load(path, map_location='cpu', weights_only=True)"
@@ -468,16 +470,16 @@ def test_ruff_finds(text: str) -> None:
 
 UPWARD_IMPORTS = [
     ("model/layers.py", "from switchcli.data.batch import Batch"),  # a package of the same layer
-    ("model/layers.py", "def late() -> None:\n    import switchcli.train.loop"),
+    ("model/layers.py", "def late() -> None:\n    import switchcli.training.loop"),
     ("data/batch.py", "from switchcli import report"),
-    ("train/loop.py", "from switchcli.recipe import schema"),
+    ("training/loop.py", "from switchcli.recipe import schema"),
     ("checkpoint/lock.py", "from switchcli.recipe import schema"),
-    ("convert/weight_names.py", "from switchcli.train import loop"),
+    ("convert/weight_names.py", "from switchcli.training import loop"),
     ("errors.py", "from switchcli.spec import Spec"),
     ("tasks/task.py", "from switchcli.model import config"),
     ("distributed/mesh.py", "from switchcli.data import batch"),
     ("doctor/probes.py", "from switchcli.checkpoint import lock"),
-    ("cli.py", "from switchcli.train import loop"),
+    ("cli.py", "from switchcli.training import loop"),
 ]
 
 

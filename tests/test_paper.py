@@ -21,7 +21,7 @@ from switchcli.model.moe.losses import auxiliary_loss
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.moe.stats import RouterStats
 from switchcli.recipe.sizes import SIZES
-from switchcli.train.schedules import InverseSquareRoot
+from switchcli.training.schedules import InverseSquareRoot
 
 
 def sized(name: str, **changes: object) -> ModelSpec:
@@ -213,7 +213,7 @@ DONE, PROVED = "`switchcli/model/moe/router.py::SwitchRouter`", "`tests/test_pap
     [
         (f"| gate | {DONE} | {PROVED} | |", None),
         (f"| gate | `switchcli/model/moe/router.py::TokenChoiceRouter.assign` | {PROVED} | as here |", None),
-        (f"| gate | `switchcli/train/loss.py::CHUNK` | {PROVED} | |", None),
+        (f"| gate | `switchcli/training/loss.py::CHUNK` | {PROVED} | |", None),
         (f"| gate | `switchcli/model/moe/router.py::Swich` | {PROVED} | |", "no switchcli/model/moe/router.py::Swich"),
         (f"| gate | `switchcli/model/moe/router.py::SwitchRouter.jitters` | {PROVED} | |", "::SwitchRouter.jitters"),
         (f"| gate | `switchcli/model/router.py::SwitchRouter` | {PROVED} | |", "no switchcli/model/router.py"),

@@ -8,7 +8,7 @@ from switchcli.model.init import initialize
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
-from switchcli.train.loss import StepLoss
+from switchcli.training.loss import StepLoss
 
 SOURCE, TARGET = 12, 9
 SHAPE = {"vocab_size": 37, "d_model": 16, "d_ff": 24, "d_kv": 5, "num_heads": 2, "num_layers": 2}

@@ -36,11 +36,11 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatch, Microbatches, RealTokens
-from switchcli.train.optimizers import Adafactor
-from switchcli.train.prefetch import Loader
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.prefetch import Loader
 
 DOCUMENT_CHARACTERS = 2000
 TEXTS = 8

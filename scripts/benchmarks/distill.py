@@ -14,11 +14,12 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import Objective, cross_entropy, summed_cross_entropy
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import Objective, cross_entropy, summed_cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
 
 
 def distill(job: Job) -> Result:

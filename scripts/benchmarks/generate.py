@@ -8,8 +8,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import torch
-from machine import HEADS, PRECISIONS, SOURCE, VOCABULARY, Clock, Job, Result, plain, shape
+from contestants import Contestant, prepare, sizes_of
+from machine import HEADS, PRECISIONS, SIZES, SOURCE, VOCABULARY, Clock, Job, Result, Sizes, plain, shape
 from torch import nn
 
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, transformers_names
@@ -19,7 +21,7 @@ from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import CrossAttention, FeedForwardSublayer, SelfAttention, SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.train.checkpointer import logical_tensors
+from switchcli.training.checkpointer import logical_tensors
 
 LAYERS, EXPERTS, TOKENS = 4, 64, 64
 
@@ -30,8 +32,13 @@ def generate(job: Job) -> Result:
     No answer ends early, and no token is dropped on either side, so that the work is equal.
     """
     device = plain(job)
-    clock, model = Clock(device), our_model(job, device)
-    theirs = their_model(model)
+    width = job["d_model"]
+    sizes = SIZES["base"]._replace(
+        d_model=width, heads=HEADS * width // 768, d_ff=2048 if width == 768 else 4 * width, batch=job["batch"]
+    )
+    job = {"experts": EXPERTS, **job}
+    clock, model = Clock(device), our_model(job, sizes, device)
+    theirs = their_model(job, sizes, model)
     inputs_BS = torch.randint(2, VOCABULARY, (job["batch"], SOURCE), device=device)
     decoding = Decoding(max_tokens=TOKENS, beams=job["beams"], length_penalty=0.0)
     search: dict[str, Any] = {"num_beams": job["beams"], "do_sample": False}
@@ -56,44 +63,26 @@ def generate(job: Job) -> Result:
     return {"seconds": seconds, "parts": parts, "same": float(same), "tokens": TOKENS}
 
 
-def our_model(job: Job, device: torch.device) -> SwitchTransformer:
+def our_model(job: Job, sizes: Sizes, device: torch.device) -> SwitchTransformer:
     """Weights by which tokens differ and go to different experts, and by which EOS never comes."""
-    width = job["d_model"]
-    head = {"num_heads": HEADS * width // 768, "d_model": width, "d_ff": 2048 if width == 768 else 4 * width}
-    spec = shape(EXPERTS, **head, num_layers=LAYERS, dropout=0.0, router=SwitchRouter(eval_capacity_factor="dropless"))
+    router = SwitchRouter(eval_capacity_factor="dropless")
+    spec = shape(job["experts"], sizes, num_layers=LAYERS, dropout=0.0, router=router)
     with torch.device("meta"):
         model = SwitchTransformer(spec).to(PRECISIONS[job["precision"]])
     model = model.to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.05)
     model.embedding[EOS] = 0.0
     return model
 
 
-def their_model(model: SwitchTransformer) -> Any:
+def their_model(job: Job, sizes: Sizes, model: SwitchTransformer) -> Any:
     """transformers' of that shape, in the same memory."""
-    import transformers
-
-    spec = model.spec
-    config = transformers.SwitchTransformersConfig(
-        vocab_size=spec.vocab_size,
-        d_model=spec.d_model,
-        d_kv=spec.head_width,
-        d_ff=spec.d_ff,
-        num_heads=spec.num_heads,
-        num_layers=LAYERS,
-        num_decoder_layers=LAYERS,
-        num_sparse_encoder_layers=len(spec.sparse_layers("encoder")),
-        num_sparse_decoder_layers=len(spec.sparse_layers("decoder")),
-        num_experts=EXPERTS,
-        expert_capacity=10**9,
-        decoder_start_token_id=PAD,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-    )
+    tokens = {"decoder_start_token_id": PAD, "pad_token_id": PAD, "eos_token_id": EOS}
     with torch.device("meta"):
-        theirs = transformers.SwitchTransformersForConditionalGeneration(config)
-    their_name = transformers_names("switch_transformers", gated=False)
+        theirs = peers.their_model(job, sizes, LAYERS, **tokens)
+    their_name = transformers_names("t5" if job["experts"] == 1 else "switch_transformers", gated=False)
     tensors = {their_name(name): tensor for name, tensor in logical_tensors(model).items()}
     tensors |= dict.fromkeys((*EMBEDDINGS, HEAD), model.embedding)
     theirs.load_state_dict(tensors, strict=True, assign=True)
@@ -125,3 +114,36 @@ def parts_of_a_step(model: SwitchTransformer, ours: Callable[[], None], clock: C
         hook.remove()
     rest = whole - seconds.pop("encoder") - seconds.pop("decoder")
     return {name: second / TOKENS for name, second in {**seconds, "vocabulary and choice": rest}.items()}
+
+
+def generate_against_others(job: Job) -> Contestant:
+    """Greedy answers of one contestant, of as many tokens as the shape's targets, all by the same weights."""
+    device, _, _ = prepare(job)
+    sizes = sizes_of(job)
+    ours = our_model(job, sizes, device)
+    generator = torch.Generator().manual_seed(1)
+    inputs_BS = torch.randint(2, sizes.vocabulary, (sizes.batch, sizes.source), generator=generator).to(device)
+    notes: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in ours.parameters())}
+    if job["who"] == "switchcli":
+        decoding = Decoding(max_tokens=sizes.target, beams=1, length_penalty=0.0)
+
+        def answers() -> torch.Tensor:
+            with evaluating(ours, "dropless"):
+                return decode(ours, inputs_BS, decoding)
+
+    else:
+        theirs = their_model(job, sizes, ours)
+        search = {"max_new_tokens": sizes.target, "do_sample": False, "num_beams": 1}
+        if "cache" in job:
+            search["cache_implementation"] = job["cache"]
+        if job.get("compile"):
+            theirs.forward = torch.compile(theirs.forward)
+
+        def answers() -> torch.Tensor:
+            return theirs.generate(input_ids=inputs_BS, **search)[:, 1:]
+
+    @torch.no_grad()
+    def turn() -> None:
+        notes["answers"] = answers().tolist()
+
+    return Contestant(turn, notes)

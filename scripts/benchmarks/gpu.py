@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_calls import DENSE, EXPERTS, LIMIT_SECONDS, MODELS, Call, calls
+from gpu_calls import DENSE, EXPERTS, LIMIT_SECONDS, MODELS, WHO, Call, calls
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
@@ -233,9 +233,10 @@ def report(out: Path) -> None:
                 str(result.get("skipped", "")),
             ]
             print(f"| {call.name} ({result['status']}) | {' | '.join(counted)} |")
-    print("\n| model | who | batch | input tokens/s | of the ceiling | peak GiB |\n|---|---|---|---|---|---|")
+    print("\n| model | who | batch | input tokens/s | of the ceiling | peak GiB | planned tokens/s | planned GiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for model in MODELS:
-        for who in ("eager", "compiled", "transformers"):
+        for who in WHO:
             if result := read(out, f"step-{model}-{who}"):
                 print(f"| {model} | {who} | {' | '.join(step_cells(result))} |")
     print()
@@ -251,13 +252,15 @@ def report(out: Path) -> None:
 
 def step_cells(result: dict[str, Any]) -> list[str]:
     if result["status"] != "done":
-        return [result["status"], (result.get("reason") or "").strip().splitlines()[-1][:100], "", ""]
-    tokens, peak = result["tokens_per_second"], result["peak"]
+        return [result["status"], (result.get("reason") or "").strip().splitlines()[-1][:100], "", "", "", ""]
+    tokens, peak, planned = result["tokens_per_second"], result["peak"], result.get("planned")
     return [
         str(result["batch"]),
         f"{tokens['median']:,.0f} ({tokens['least']:,.0f} to {tokens['most']:,.0f})",
         f"{result['share_of_ceiling']:.1%}",
         f"{max(peak.values()):.1f}",
+        f"{planned['tokens_per_second']:,.0f} ({planned['gpu']})" if planned else "",
+        f"{planned['gib']:.1f}" if planned else "",
     ]
 
 
@@ -276,7 +279,7 @@ def targets(out: Path) -> list[tuple[str, bool, str]]:
     """Return the three targets: name, whether it is met, and the figures; none where a GPU has not done the calls."""
     speed = {}
     for model in MODELS:
-        found = [read(out, f"step-{model}-{who}") for who in ("eager", "compiled")]
+        found = [read(out, f"step-{model}-{who}") for who in WHO if who != "transformers"]
         done = [one for one in found if one and one["status"] == "done" and one["machine"]["device"] == "cuda"]
         speeds = [one["tokens_per_second"]["median"] for one in done]
         if speeds:

@@ -5,9 +5,11 @@ jitter. Tokens a second are those of the inputs: batch x 512.
 """
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import gpu_device
 import torch
@@ -15,15 +17,19 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
+from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.planner.devices import GPUS
+from switchcli.planner.plan import Machine, plan
+from switchcli.planner.step import Step, rank_weights
 from switchcli.recipe.sizes import SIZES
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
 
 GROUP = 16
 """Sequences that share a capacity, as in recipes/pretrain."""
@@ -73,7 +79,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
         return gpu_device.attempt(twice, stepper.clean, device)
 
     searched = None
-    if job["who"] == "compiled" and (found := eager_batch(job)):
+    if job["who"].startswith("compiled") and (found := eager_batch(job)):
         batch = found
     else:
         searched = gpu_device.largest(fits, GROUP, lengths.most)
@@ -99,6 +105,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
         "ceiling_flops_per_second": ceiling,
         "share_of_ceiling": per_second["median"] / ceiling["median"],
         "peak": gpu_device.peak(device),
+        "planned": None if job["who"] == "transformers" else planned(spec, batch, lengths, device),
         "parameters": count(spec).parameters,
         "machine": gpu_device.machine(device),
         **stepper.notes,
@@ -116,6 +123,30 @@ def spec_of(name: str, tiny: bool) -> ModelSpec:
 def step_flops(spec: ModelSpec, batch: int, lengths: Lengths) -> int:
     """FLOPs of one step by the formulas of the paper (model/flops.py)."""
     return FORWARD_AND_BACKWARD * batch * count(spec, lengths.source, lengths.target).flops
+
+
+def planned(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device) -> dict[str, Any] | None:
+    """Return what `switchcli plan` says of this step on such a GPU, for a CPU on an H100; None if it is unknown."""
+    gpu: str | None = "h100"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.name.lower().replace(" ", "-")
+        # Among those whose name it has, such as both sizes of an A100, the one whose memory is closest.
+        known = [one for one in GPUS if re.sub(r"-\d+gb$", "", one) in name]
+        gpu = min(known, key=lambda one: abs(GPUS[one].memory_mib * 2**20 - properties.total_memory), default=None)
+    if gpu is None:
+        return None
+    with torch.device("meta"):
+        weights = dict(SwitchTransformer(spec).named_parameters())
+    own = rank_weights(weights, Adafactor().build(weights).state(), 1)
+    # A step that fits is estimated, whatever the planner says of its memory.
+    machine = Machine.of_gpu(1, gpu)._replace(memory_bytes=2**60)
+    (fit,) = plan(spec, Step(batch, lengths.source, lengths.target), machine, batch, {1: own}).fits
+    return {
+        "gpu": gpu,
+        "tokens_per_second": batch * lengths.source / fit.step_seconds,
+        "gib": fit.bytes.total / gpu_device.GIB,
+    }
 
 
 def eager_batch(job: dict[str, Any]) -> int | None:
@@ -156,7 +187,7 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
     fill(model)
     optimizer = Adafactor().build(dict(model.named_parameters()))
     held = one_batch_held(spec, lengths, device)
-    before: list[torch.Tensor] = []
+    before: list[SupportsFloat] = []
 
     def one(batch: int) -> None:
         real = RealTokens(batch * lengths.source, batch * lengths.target)  # no token is padding
@@ -164,16 +195,26 @@ def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.d
         norm = context.gradient_norm(optimizer.parameters, optimizer.layouts).total
         optimizer.step(1e-4)
         optimizer.zero_grad()
-        before.append(norm)
-        if len(before) > 1 and not torch.isfinite(before.pop(0)):  # one step late, as in training
+        before.append(context.to_host(norm))
+        if len(before) > 1 and not math.isfinite(float(before.pop(0))):  # one step late, as in training
             raise AssertionError("the gradient is not finite")
 
     def clean() -> None:
         before.clear()
         optimizer.zero_grad()
 
-    compile_it = (lambda: context.compile(model)) if job["who"] == "compiled" else nothing
-    return Stepper(one, clean, compile_it, {"optimizer": "adafactor"})
+    notes: dict[str, Any] = {"optimizer": "adafactor", "flex_attention": False}
+
+    def compile_it() -> None:
+        if device.type == "cpu" and job["tiny"]:
+            compile_blocks(model, "aot_eager", fullgraph=True)  # C++ compilers take minutes
+        else:
+            context.compile(model)
+        if job["who"] == "compiled-sdpa":
+            model.encoder.uses_flex = model.decoder.uses_flex = False
+        notes["flex_attention"] = model.encoder.uses_flex
+
+    return Stepper(one, clean, nothing if job["who"] == "eager" else compile_it, notes)
 
 
 def theirs(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.device) -> Stepper | None:

@@ -2,10 +2,14 @@
 
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
-from machine import BATCH, D_FF, D_MODEL, PRECISIONS, SOURCE, TOKENS, Job, Result, bandwidth, begin, shape
+from contestants import Contestant, prepare, sizes_of
+from machine import BATCH, D_FF, D_MODEL, PRECISIONS, SOURCE, TOKENS, Job, Result, Sizes, bandwidth, begin, shape
+from peers import st_moe_layer, switch_transformers_layer
+from torch import nn
 
 from switchcli.model.layers import FeedForward
 from switchcli.model.moe.experts import Experts
@@ -121,3 +125,81 @@ def layer(job: Job) -> Result:
         "kept": 1 - float(report.dropped / report.tokens),
         "floor": statistics.median(seconds["dense"]) + moved / bandwidth(device, clock),
     }
+
+
+def layer_against_others(job: Job) -> Contestant:
+    """Forward and backward of one contestant's layer, whose tokens are the same and go to the same experts.
+
+    A sequence is a group, and capacities, router weights and jitter (none) are equal, so every contestant with a
+    capacity keeps the same tokens.
+    """
+    device, _, context = prepare(job)
+    sizes, low = sizes_of(job), job["precision"] == "bfloat16"
+    module, forward, kept = layer_of(job, sizes)
+    module = module.to(device).train()
+    generator = torch.Generator().manual_seed(1)
+    x_BSD = torch.randn(sizes.batch, sizes.source, sizes.d_model, generator=generator).to(device).requires_grad_()
+    gradient_BSD = torch.randn_like(x_BSD)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in module.named_parameters():
+            if parameter.shape == (job["experts"], sizes.d_model):  # the router's
+                parameter.copy_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            elif name.endswith("gate.bias"):
+                parameter.zero_()
+        share = kept(x_BSD)
+    if job.get("compile"):
+        module.compile()
+
+    def autocast() -> AbstractContextManager[object]:
+        ours = context is not None and job["who"] in ("switchcli", "dense")
+        return context.autocast() if ours else torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+    def turn() -> None:
+        for tensor in (x_BSD, *module.parameters()):
+            tensor.grad = None
+        with autocast():
+            y = forward(x_BSD)
+        y.backward(gradient_BSD.to(y.dtype).reshape(y.shape))
+
+    return Contestant(turn, {"parameters": sum(weight.numel() for weight in module.parameters()), "kept": share})
+
+
+def layer_of(
+    job: Job, sizes: Sizes
+) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], float]]:
+    """The layer of a contestant, its output for x_BSD, and the share of the tokens that an expert takes."""
+    tokens = sizes.batch * sizes.source
+    if job["who"] == "transformers":
+        from transformers import SwitchTransformersConfig
+        from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
+
+        config = SwitchTransformersConfig(
+            d_model=sizes.d_model,
+            d_ff=sizes.d_ff,
+            num_experts=job["experts"],
+            dropout_rate=0.0,
+            router_jitter_noise=0.0,
+            expert_capacity=max(4, int(sizes.source * 1.25 / job["experts"])),
+        )
+        loop = SwitchTransformersSparseMLP(config)
+        return loop, lambda x_BSD: loop(x_BSD.clone()), lambda x_BSD: float(loop.router(x_BSD)[0].sum()) / tokens
+    if job["who"] == "switch-transformers":
+        package = switch_transformers_layer(job)
+        return package, lambda x_BSD: package(x_BSD.flatten(0, 1))[0], lambda x_BSD: 1.0
+    if job["who"] == "st-moe-pytorch":
+        moe = st_moe_layer(job)
+        return moe, lambda x_BSD: moe(x_BSD).outputs, lambda x_BSD: float(moe.gate(x_BSD)[0].sum()) / tokens
+    router = SwitchRouter(capacity_factor=job.get("capacity_factor", 1.25), group_sequences=1, jitter=0.0)
+    spec = shape(job["experts"], sizes, dropout=0.0, router=router)
+    if job["who"] == "dense":
+        dense = FeedForward(spec)
+        return dense, dense, lambda x_BSD: 1.0
+    ours, real_BS = SwitchLayer(spec, "encoder", sizes.d_model), torch.ones(sizes.batch, sizes.source, dtype=torch.bool)
+
+    def kept(x_BSD: torch.Tensor) -> float:
+        stats = ours(x_BSD, real_BS.to(x_BSD.device)).stats
+        return 1 - float(stats.dropped / stats.tokens)
+
+    return ours, lambda x_BSD: ours(x_BSD, real_BS.to(x_BSD.device)).y_BSO, kept

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,21 +10,41 @@ from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 
-D_MODEL, D_FF, HEADS, VOCABULARY = 768, 2048, 12, 32128
-BATCH, SOURCE, TARGET = 8, 512, 114
+
+class Sizes(NamedTuple):
+    """Sizes of a model and of its batch."""
+
+    d_model: int
+    d_ff: int
+    heads: int
+    vocabulary: int
+    batch: int
+    """Sequences in a batch."""
+    source: int
+    """Tokens of an input."""
+    target: int
+    """Tokens of a target."""
+
+
+SIZES = {
+    "base": Sizes(768, 2048, 12, 32128, 8, 512, 114),
+    "small": Sizes(512, 2048, 8, 32128, 4, 256, 64),
+    "tiny": Sizes(32, 64, 4, 128, 2, 16, 8),
+}
+D_MODEL, D_FF, HEADS, VOCABULARY, BATCH, SOURCE, TARGET = SIZES["base"]
 TOKENS = BATCH * SOURCE
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Job = dict[str, Any]
 Result = dict[str, Any]
 
 
-def shape(num_experts: int, **changes: Any) -> ModelSpec:
+def shape(num_experts: int, sizes: Sizes = SIZES["base"], **changes: Any) -> ModelSpec:
     keys = {
-        "d_model": D_MODEL,
-        "d_ff": D_FF,
-        "num_heads": HEADS,
+        "d_model": sizes.d_model,
+        "d_ff": sizes.d_ff,
+        "num_heads": sizes.heads,
         "num_layers": 4,
-        "vocab_size": VOCABULARY,
+        "vocab_size": sizes.vocabulary,
         "num_experts": num_experts,
         "dropout": 0.1,
     }
@@ -94,7 +114,10 @@ def ceilings(job: Job) -> Result:
     return {"flops_per_second": speed, "bytes_per_second": bandwidth(device, clock)}
 
 
-def batch(device: torch.device | None = None) -> Batch:
+def batch(device: torch.device | None = None, sizes: Sizes = SIZES["base"]) -> Batch:
     generator = torch.Generator().manual_seed(1)
-    ids = [torch.randint(2, VOCABULARY, (BATCH, length), generator=generator) for length in (SOURCE, TARGET)]
+    ids = [
+        torch.randint(2, sizes.vocabulary, (sizes.batch, length), generator=generator)
+        for length in (sizes.source, sizes.target)
+    ]
     return Batch(*(each.to(device) for each in ids))

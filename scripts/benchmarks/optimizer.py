@@ -3,7 +3,7 @@
 import torch
 from machine import D_FF, D_MODEL, Job, Result, begin
 
-from switchcli.train.optimizers import Adafactor, AdamW
+from switchcli.training.optimizer_specs import Adafactor, AdamW
 
 EXPERTS = 64
 

@@ -11,10 +11,10 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
 
 EXPERTS = 32
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import EncoderOutput, ModelOutput, SwitchTransformer
-from switchcli.train.loss import cross_entropy
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.loss import cross_entropy
+from switchcli.training.optimizer_specs import Adafactor
 
 
 class Part(NamedTuple):

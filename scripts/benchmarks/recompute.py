@@ -9,10 +9,10 @@ from step import our_model
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.block_execution import recompute_blocks
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
 
 
 def recompute(job: Job) -> Result:

@@ -12,14 +12,14 @@ from switchcli.distributed.layout import unsharded_weights
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initialize
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.checkpointer import DATA, Checkpointer
-from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loop import fit
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor, AdamW
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.training.checkpointer import DATA, Checkpointer
+from switchcli.training.config import CheckpointSpec, TrainSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor, AdamW
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 WIDTH, VOCABULARY, ROWS, SOURCE, TARGET = 512, 8192, 8, 128, 32
 STEPS = 2

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from machine import BATCH, SOURCE, TARGET, Clock, Job, Result, batch, plain, shape
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.plan import Machine, flops_of, model_axes, plan
 from switchcli.planner.step import Mesh, Step, rank_weights
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
 
 EXPERTS_A_RANK = 4
 MESSAGE = 2**22

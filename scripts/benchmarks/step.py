@@ -1,30 +1,16 @@
 """A whole training step against transformers' SwitchTransformers and T5 of the same shape, and its peak memory.
 
-Dropout 0.1, jitter, the balance loss, the gradient's norm and the optimizer included. No token is dropped on either
-side, so that the work is equal.
+Dropout, jitter, the balance loss, the gradient's norm and the optimizer included. No token is dropped on either side,
+so that the work is equal.
 """
 
-import resource
-import time
-from itertools import pairwise
+from collections.abc import Callable
 
 import torch
-from machine import (
-    BATCH,
-    D_FF,
-    D_MODEL,
-    HEADS,
-    SOURCE,
-    TOKENS,
-    VOCABULARY,
-    Clock,
-    Job,
-    Result,
-    batch,
-    begin,
-    plain,
-    shape,
-)
+from contestants import Contestant, prepare, sizes_of
+from machine import Job, batch, shape
+from peers import their_model
+from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
@@ -32,104 +18,77 @@ from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.callbacks import Callback
-from switchcli.train.config import TrainSpec
-from switchcli.train.loop import fit
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor, AdamW
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.training.config import TrainSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor, AdamW
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 
-def step(job: Job) -> Result:
-    """Seconds of each of `rounds` steps after one uncounted, and the most memory that the process has had.
-
-    Ours keeps freed memory on a CPU, as any run of it does; theirs has torch as it comes.
-    """
-    if job["who"] == "switchcli":
-        context, clock = begin(job)
-        seconds, device = our_steps(job, context, clock), context.device
+def step_against_others(job: Job) -> Contestant:
+    """One training step a turn."""
+    device, _, context = prepare(job)
+    if job["who"] == "transformers":
+        model = their_model(job, sizes_of(job), job["layers"]).to(device).train()
+        turn = their_step(job, model, device)
     else:
-        device = plain(job)
-        seconds = their_steps(job, device, Clock(device))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds[1:], "peak": peak}
+        assert context is not None, "ours has our allocator"
+        model = our_model(job, device)
+        turn = our_step(job, model, context)
+    return Contestant(turn, {"parameters": sum(parameter.numel() for parameter in model.parameters())})
 
 
 class OneBatch(BatchSource):
     """Source that returns an equal batch in every step."""
 
+    def __init__(self, job: Job) -> None:
+        self.sizes = sizes_of(job)
+
     def batch(self, step: int, first: int, count: int) -> Batch:
-        return batch()
+        return batch(sizes=self.sizes)
 
 
-class Note(Callback):
-    """Notes the time after every step, when the device is done."""
-
-    def __init__(self, times: list[float], clock: Clock) -> None:
-        super().__init__(1)
-        self._times, self._clock = times, clock
-
-    def __call__(self, state: TrainState) -> None:
-        self._times.append(time.perf_counter() if self._clock(lambda: None) >= 0 else 0.0)
-
-
-def our_steps(job: Job, context: DistributedContext, clock: Clock) -> list[float]:
-    model = our_model(job, context.device)
+def our_step(job: Job, model: SwitchTransformer, context: DistributedContext) -> Callable[[], None]:
+    """The training loop, asked for one more step each time."""
+    sizes, state = sizes_of(job), TrainState()
+    if job.get("compile"):
+        context.compile(model)
     optimizer = {"adafactor": Adafactor(), "adamw": AdamW()}[job["optimizer"]].build(dict(model.named_parameters()))
-    times = [time.perf_counter()]
+    wrapped, stop = context.wrap(model), StopRequest()
 
-    fit(
-        TrainState(),
-        context.wrap(model),
-        FixedLoss(cross_entropy),
-        Microbatches(OneBatch(), BATCH, None, 1, 0, 1),
-        optimizer,
-        InverseSquareRoot(learning_rate=1e-3),
-        context,
-        [Note(times, clock)],
-        TrainSpec(steps=1 + job["rounds"], batch_tokens=TOKENS),
-        StopRequest(),
-    )
-    return [after - before for before, after in pairwise(times)]
+    def one() -> None:
+        fit(
+            state,
+            wrapped,
+            FixedLoss(cross_entropy),
+            Microbatches(OneBatch(job), sizes.batch, None, 1, 0, 1),
+            optimizer,
+            InverseSquareRoot(learning_rate=1e-3),
+            context,
+            [],
+            TrainSpec(steps=state.step + 1, batch_tokens=sizes.batch * sizes.source),
+            stop,
+        )
+
+    return one
 
 
 def our_model(job: Job, device: torch.device) -> SwitchTransformer:
-    router = SwitchRouter(capacity_factor="dropless", group_sequences=1)
+    router, dropout = SwitchRouter(capacity_factor="dropless", group_sequences=1), job.get("dropout", 0.1)
+    spec = shape(job["experts"], sizes_of(job), num_layers=job["layers"], router=router, dropout=dropout)
     with torch.device("meta"):
-        model = SwitchTransformer(shape(job["experts"], num_layers=job["layers"], router=router))
+        model = SwitchTransformer(spec)
     model = model.to_empty(device=device).train()
     initialize(model, 0)
     return model
 
 
-def their_steps(job: Job, device: torch.device, clock: Clock) -> list[float]:
+def their_step(job: Job, model: nn.Module, device: torch.device) -> Callable[[], None]:
     """transformers' model and Adafactor (or torch's fused AdamW) in the plainest loop, the gradient's norm included."""
     import transformers
 
-    keys = {
-        "vocab_size": VOCABULARY,
-        "d_model": D_MODEL,
-        "d_ff": D_FF,
-        "d_kv": D_MODEL // HEADS,
-        "num_heads": HEADS,
-        "num_layers": job["layers"],
-        "num_decoder_layers": job["layers"],  # or SwitchTransformers take 12
-        "dropout_rate": 0.1,
-        "decoder_start_token_id": 0,
-    }
-    sparse = {"num_experts": job["experts"], "expert_capacity": SOURCE, "router_jitter_noise": 0.01}
-    sparse |= {f"num_sparse_{stack}_layers": job["layers"] // 2 for stack in ("encoder", "decoder")}
-    if job["experts"] == 1:
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**keys))
-    else:
-        config = transformers.SwitchTransformersConfig(**keys, **sparse)
-        model = transformers.SwitchTransformersForConditionalGeneration(config)
-    model = model.to(device).train()
     parameters = list(model.parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,8 +97,10 @@ def their_steps(job: Job, device: torch.device, clock: Clock) -> list[float]:
     if job["optimizer"] == "adafactor":
         optimizer = transformers.Adafactor(parameters, lr=1e-3, scale_parameter=True, relative_step=False)
     else:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-    inputs_BS, targets_BT = batch(device)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+    if job.get("compile"):
+        model.compile()
+    inputs_BS, targets_BT = batch(device, sizes_of(job))
     routed = {"output_router_logits": True} if job["experts"] > 1 else {}
 
     def one() -> None:
@@ -150,4 +111,4 @@ def their_steps(job: Job, device: torch.device, clock: Clock) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return [clock(one) for _ in range(1 + job["rounds"])]
+    return one

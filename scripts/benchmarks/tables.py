@@ -1,15 +1,20 @@
 """The tables of the benchmark, one a section: which jobs take turns, and what is compared."""
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 
+from contestants import Refused, Row
 from data import MODELS
-from machine import Job, Result
+from machine import SIZES, Job, Result
 from paper import EXPERTS as EXPERTS_OF_THE_PAPER
+from peers import DENSE_GENERATE, DENSE_STEP, LAYER, SPARSE_GENERATE, SPARSE_STEP, chosen
 from report import LINES, RUNS
 from scaling import EXPERTS_A_RANK, estimate
-from turns import ratio, run, table
+from startup import COMMANDS, Cost
+from turns import Live, in_turns, ratio, run, table
 
 EXPERTS = (8, 32, 64, 128)
 
@@ -25,6 +30,14 @@ def of_ceilings(common: Job, precisions: Sequence[str], sizes: Sequence[int]) ->
 
 
 def of_layers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    if common["shape"] == "base" and not common["rows"]:
+        of_ways(common, precisions, sizes)
+    for precision in precisions:
+        for experts in (size for size in EXPERTS if size in sizes):
+            against({"section": "layer", **common, "precision": precision, "experts": experts}, LAYER)
+
+
+def of_ways(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     for precision in precisions:
         rows = []
         for experts in (size for size in EXPERTS if size in sizes):
@@ -46,32 +59,57 @@ def of_layers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> N
 
 
 def of_steps(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
-    rows = []
-    rounds = {**common, "rounds": 3}
-    cases = [(1, 4, "adafactor"), (8, 4, "adafactor"), (8, 4, "adamw"), (128, 2, "adafactor")]
+    cases = [(1, 4, "adafactor"), (1, 4, "adamw"), (8, 4, "adafactor"), (8, 4, "adamw"), (128, 2, "adafactor")]
     for precision in precisions:
-        for experts, layers, rule in (case for case in cases if case[0] in sizes):
-            job = {"section": "step", **rounds, "precision": precision, "experts": experts, "layers": layers}
-            found: dict[str, list[Result]] = {"transformers": [], "switchcli": []}
-            for _ in range(max(1, common["rounds"] // 2)):
-                for who, results in found.items():
-                    results.append(run({**job, "optimizer": rule, "who": who}))
-            seconds = {who: [second for one in results for second in one["seconds"]] for who, results in found.items()}
-            peaks = {who: max(one["peak"] for one in results) / 2**30 for who, results in found.items()}
-            rows.append(
-                [
-                    precision,
-                    "dense" if experts == 1 else str(experts),
-                    f"{layers} + {layers}",
-                    rule,
-                    ratio(seconds["transformers"], seconds["switchcli"]),
-                    *(f"{statistics.median(each):.2f}" for each in seconds.values()),
-                    *(f"{peak:.1f}" for peak in peaks.values()),
-                ]
-            )
-    who = ("transformers", "switchcli")
-    heads = ["precision", "experts", "layers", "optimizer", "transformers' time over ours"]
-    table([*heads, *(f"{name}, s" for name in who), *(f"{name}, peak GiB" for name in who)], rows)
+        for experts, layers, rule in (case for case in cases if case[0] in sizes and case[2] in common["optimizers"]):
+            job = {"section": "step", **common, "precision": precision, "experts": experts, "layers": layers}
+            against({**job, "optimizer": rule}, DENSE_STEP if experts == 1 else SPARSE_STEP)
+
+
+def against(case: Job, rows: Sequence[Row]) -> None:
+    """One table: each row in turn with this project's code, in processes of their own; a refused one says why."""
+    job = {key: value for key, value in case.items() if key not in ("rows", "optimizers", "megabytes", "checkpoint")}
+    section, printed = job["section"], []
+    heads = ["theirs and ours", "time over ours", "CPU time over ours", "seconds", "compiles in, s", "peak GiB"]
+    heads += ["M parameters", *{"layer": ["kept"], "generate": ["same tokens"]}.get(section, [])]
+    with ExitStack() as stack:
+        live: dict[str, Live] = {}  # ours for each row's conditions: one process takes turns with many rows
+        for row in chosen(rows, case["rows"]):
+            try:
+                with Live({**job, **row.job}) as theirs:
+                    ours = live.get(str(row.against))
+                    if ours is None:
+                        ours = stack.enter_context(Live({**job, "who": "switchcli", **row.against}))
+                        live[str(row.against)] = ours
+                    found = in_turns(theirs, ours, job["rounds"])
+            except Refused as error:
+                printed.append([row.name, f"not run: {error}", *[""] * (len(heads) - 2)])
+                continue
+            notes = [theirs.notes, ours.notes]
+            compiling = sum(theirs.notes["warm_up"]) - 2 * statistics.median(found.seconds[0])
+            line = [row.name, ratio(*found.seconds), ratio(*found.cpu)]
+            line += [" / ".join(f"{statistics.median(each):.3f}" for each in found.seconds)]
+            line += [f"{max(0.0, compiling):.0f}" if row.job.get("compile") else ""]
+            line += [" / ".join(f"{peak / 2**30:.2f}" for peak in found.peaks)]
+            line += [" / ".join(f"{each['parameters'] / 1e6:.2f}" for each in notes)]
+            if section == "layer":
+                line += [" / ".join(f"{each['kept']:.1%}" for each in notes)]
+            if section == "generate":
+                line += [f"{agreement(*(each['answers'] for each in notes)):.0%}"]
+            printed.append(line)
+            print(*line, sep=" | ", file=sys.stderr, flush=True)
+    if printed:
+        keys = ("precision", "experts", "layers", "optimizer", "dropout")
+        conditions = [f"{key} {job[key]}" for key in keys if key in job]
+        conditions += [f"{key} {value}" for key, value in SIZES[job["shape"]]._asdict().items()]
+        print(f"{section}: {', '.join(conditions)}; {job['rounds']} rounds\n")
+        table(heads, printed)
+
+
+def agreement(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> float:
+    """The share of places in which answers have the same token."""
+    pairs = [one == other for each in zip(theirs, ours, strict=True) for one, other in zip(*each, strict=True)]
+    return sum(pairs) / len(pairs)
 
 
 def of_parts(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
@@ -108,6 +146,28 @@ def of_recomputing(common: Job, precisions: Sequence[str], sizes: Sequence[int])
     table([*heads, "peak GiB without", "with"], rows)
 
 
+def of_attention(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for widths in ("base", "quickstart"):
+        for precision in precisions:
+            found = run({"section": "attention", **common, "precision": precision, "widths": widths})["seconds"]
+            rows += [
+                [widths, precision, name, f"{1e3 * statistics.median(each):.1f}", ratio(each, found["plain products"])]
+                for name, each in found.items()
+            ]
+    table(["shape", "precision", "forward and backward", "ms", "over plain products"], rows)
+
+
+def of_small_steps(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    found = run({"section": "small", **common, "precision": "float32"})
+    seconds = found["seconds"]
+    rows = [
+        [name, f"{1e3 * statistics.median(each):.1f}", ratio(each, seconds["step"])] for name, each in seconds.items()
+    ]
+    rate = found["tokens"] / statistics.median(seconds["step"])
+    table([f"{rate:,.0f} tokens/s, {found['operations']:,} operations", "ms", "over the step's"], rows)
+
+
 def of_optimizer(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     found = run({"section": "optimizer", **common, "precision": "float32"})
     seconds = found["seconds"]
@@ -118,7 +178,30 @@ def of_optimizer(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -
     table(["an update of [64, 2048, 768], float32", "ns a parameter", "over Adafactor's"], rows)
 
 
+def of_expert_products(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for precision in precisions:
+        for experts, microbatches in ((n, m) for n in sizes if n > 1 for m in (1, 3)):
+            job = {"section": "expert_products", **common, "precision": precision, "experts": experts}
+            found = run({**job, "microbatches": microbatches})
+            alone = found["seconds"].pop("the six products alone")
+            scale = 1e9 / found["weights"] / microbatches
+            case = [precision, str(experts), str(microbatches), f"{scale * statistics.median(alone):.2f}"]
+            rows.append([*case, *(ratio(each, alone) for each in found["seconds"].values())])
+    heads = ["precision", "experts", "microbatches", "six products alone, ns a weight and microbatch"]
+    table([*heads, *(f"{name}, over them" for name in found["seconds"])], rows)
+
+
 def of_answers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    if common["shape"] == "base" and not common["rows"]:
+        of_generation(common, precisions)
+    for precision in precisions:
+        for experts, rows in ((1, DENSE_GENERATE), (8, SPARSE_GENERATE)):
+            if experts in sizes:
+                against({"section": "generate", **common, "precision": precision, "experts": experts}, rows)
+
+
+def of_generation(common: Job, precisions: Sequence[str]) -> None:
     rows, parts = [], []
     for precision in precisions:
         for width, batch, beams in ((768, 8, 1), (768, 8, 4), (256, 32, 1), (256, 32, 4)):
@@ -146,6 +229,22 @@ def of_answers(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> 
     ratios = ["transformers' time over ours", "of the encoder", "of the steps"]
     table([*heads, *ratios, "transformers, ms a step", "switchcli, ms a step", "same tokens"], rows)
     table([*heads, "one of our steps, ms", *found["parts"]], parts)
+
+
+def of_serving(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for batch in (1, 16):
+        found = run({"section": "serving", **common, "batch": batch, "max_tokens": 32})
+        ours = found["seconds"]["ours"]
+        for name in ("float32", "int8"):
+            theirs, count = found["seconds"][name], found["tokens"]
+            speeds = [count["ours"] / statistics.median(ours), count[name] / statistics.median(theirs)]
+            # Speeds in tokens: int8 may answer with more or fewer of them.
+            faster = ratio([second / count["ours"] for second in ours], [second / count[name] for second in theirs])
+            rows.append([str(batch), name, *(f"{speed:,.0f}" for speed in speeds), faster, str(found["same"][name])])
+    print(f"{found['parameters']:,} parameters, {found['inputs']} inputs, answers of up to 32 tokens\n")
+    heads = ["batch", "CTranslate2 in", "switchcli, tokens/s", "CTranslate2, tokens/s", "CTranslate2 over switchcli"]
+    table([*heads, "same answers"], rows)
 
 
 def of_distilling(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
@@ -216,6 +315,24 @@ def of_saving(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> N
         )
     heads = ["optimizer", "GB", "training stands still for, s", "in the background, s", "over the foreground"]
     table([*heads, "save and 2 steps over 2 steps", "in the background"], rows)
+
+
+def of_startup(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    heads = ["processor seconds", "seconds"]
+    if common["against"]:
+        heads = [f"{head}, {when}" for head in heads for when in ("before", "now")] + ["processor seconds, ratio"]
+    table(["command", *heads], (_startup_row(common, row) for row in COMMANDS))
+
+
+def _startup_row(common: Job, row: str) -> list[str]:
+    sides = [[Cost(*cost) for cost in side] for side in run({"section": "startup", **common, "row": row})["costs"]]
+    cells = [row]
+    for key in Cost._fields:
+        cells += [f"{statistics.median(getattr(cost, key) for cost in side):.2f}" for side in sides]
+    if len(sides) == 2:
+        before, now = ([cost.cpu for cost in side] for side in sides)
+        cells.append(ratio(now, before))
+    return cells
 
 
 def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
@@ -299,11 +416,16 @@ TABLES = {
     "step": of_steps,
     "parts": of_parts,
     "recompute": of_recomputing,
+    "attention": of_attention,
+    "small": of_small_steps,
     "optimizer": of_optimizer,
+    "expert_products": of_expert_products,
     "generate": of_answers,
+    "serving": of_serving,
     "distill": of_distilling,
     "scaling": of_scaling,
     "saving": of_saving,
+    "startup": of_startup,
     "data": of_data,
     "paper": of_the_paper,
     "report": of_reports,

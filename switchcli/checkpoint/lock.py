@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from switchcli import publish
-from switchcli.errors import CheckpointError, disk_errors
+from switchcli.errors import CheckpointError, RecipeError, disk_errors
 
 _HOLDER_TIMEOUT = 0.2
 """Seconds that a second run waits for the first to write its name into the file."""
@@ -28,18 +28,18 @@ _HOLDER_TIMEOUT = 0.2
 def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
     """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
 
-    Raises CheckpointError, without waiting, when another run holds the lock, or the folder cannot be written or locked.
+    Raises CheckpointError, without waiting, when another run holds the lock, or the folder cannot be written or locked;
+    RecipeError when it is a file.
     `alternative` is the last fix that the message offers.
     """
     path = run_folder / "run.lock"
-    with disk_errors(path, alternative):
-        run_folder.resolve().mkdir(parents=True, exist_ok=True)
-        publish.check_file(path)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    descriptor = _open(path, alternative)
     try:
         with disk_errors(path, alternative):
             _check_not_hard_link(descriptor)
             _acquire(descriptor, path, alternative)
+            if not _is_there(path, descriptor):
+                raise CheckpointError(f"{run_folder}: removed by a start that failed just now: run the command again")
         try:
             yield
         finally:
@@ -47,6 +47,23 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
                 os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path, alternative: str) -> int:
+    """Return a descriptor of the lock file, which is made with its folder if it does not exist."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise RecipeError(f"{path.parent}: is a file, and a folder is needed: {alternative}")
+    with disk_errors(path, alternative):
+        path.parent.resolve().mkdir(parents=True, exist_ok=True)
+        publish.check_file(path)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is still the open file. Another process may have removed it before it was locked."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    return False
 
 
 def _check_not_hard_link(descriptor: int) -> None:

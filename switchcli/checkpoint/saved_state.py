@@ -14,9 +14,25 @@ class Best(NamedTuple):
     """The highest value of a metric, and the last step that had it."""
 
     value: float
+    """The value. Higher is better for every metric."""
     step: int
+    """The optimizer step of the evaluation."""
 
 
+class BranchPoint(NamedTuple):
+    """Where a run that was branched from another began. The defaults are those of a run from its own beginning."""
+
+    step: int = 0
+    """The step of the checkpoint that it began from."""
+    input_tokens: int = 0
+    """Input tokens that the model was trained on up to that step."""
+    row_offset: int = 0
+    """Added to a row's number: step * rows per step + offset is the first row of a step in the order of the data."""
+    is_data_continued: bool = True
+    """Whether the data goes on from where the other run was. If not, it begins anew at the branch."""
+
+
+FROM_BEGINNING = BranchPoint()
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Sums = float | list[float] | list[list[float]]
 
@@ -47,6 +63,8 @@ class SavedState(Spec):
     """The position in a stream of text; empty if the step alone determines the batch."""
     skipped_steps: list[tuple[Count, Count]] = Field(default_factory=list)
     """First and last step of each range whose batches were skipped because of values that are not finite."""
+    branch: BranchPoint = FROM_BEGINNING
+    """Where the run began, if it was branched from another."""
     metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)
     """Total and weight of each training metric since the last log record, summed over ranks."""
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from switchcli.distributed.launch import is_rank, join_srun, write_error_file
-from switchcli.distributed.rendezvous import check_environment
+from switchcli.distributed.launch import is_rank, write_error_file
 from switchcli.distributed.signals import stop_signals
 from switchcli.errors import (
     Interrupted,
@@ -25,8 +24,10 @@ from switchcli.errors import (
     cause_chain,
     training_location,
 )
-from switchcli.report.console import Console, print_json, silent
+from switchcli.report.console import Console, print_json
+from switchcli.report.program import command_line
 from switchcli.report.safe_text import one_line
+from switchcli.startup import is_main_rank
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
 RESEND_SECONDS = 1.0
@@ -34,18 +35,15 @@ RESEND_SECONDS = 1.0
 
 
 @contextmanager
-def interruptible(saves_nothing: bool = False, ranks: bool = False) -> Iterator[None]:
+def interruptible(saves_nothing: bool = False) -> Iterator[None]:
     """End the command at once when a stop signal comes. The training loop replaces these handlers by its own.
 
     `saves_nothing` says that the command keeps no intermediate results, so that it starts over when it is run again.
-    `ranks` says that the command can run on several ranks; the environment of this rank is then checked first.
 
     Raises:
         Interrupted: a signal came. All finished work is on disk, or is repeated identically.
         InterruptedByForce: Ctrl-C followed another stop signal during training, evaluation or scoring, or a signal came
             and the command `saves_nothing`.
-        RecipeError: the environment variables of this rank are incomplete or wrong.
-        DistributedError: srun started this task without an address where the ranks meet.
     """
     interruption: SwitchError | None = None
     resend = threading.Timer(0, lambda: None)
@@ -78,9 +76,6 @@ def interruptible(saves_nothing: bool = False, ranks: bool = False) -> Iterator[
     previous_handlers = {number: signal.signal(number, handle_signal) for number in stop_signals()}
     unraisable_hook, sys.unraisablehook = sys.unraisablehook, ignore_interruption
     try:
-        if ranks:
-            join_srun(os.environ)
-            check_environment(os.environ)
         yield
     except BaseException as error:
         # A signal during cleanup, or within a library, may surface as another error.
@@ -94,11 +89,6 @@ def interruptible(saves_nothing: bool = False, ranks: bool = False) -> Iterator[
         sys.unraisablehook = unraisable_hook
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-
-
-def console() -> Console:
-    """Return the console for messages before the ranks meet. Only rank 0 prints."""
-    return Console() if os.environ.get("RANK", "0") == "0" else silent()
 
 
 def exit_rank() -> None:
@@ -135,10 +125,19 @@ def exit_with_error(error: SwitchError) -> NoReturn:
             Console().message(text)
         else:
             Console().error(*lines)
-    if "--json" in sys.argv and rank == "0" and not launched:
-        with suppress(OSError):  # a closed stdout must not change the exit code
-            print_json({"error": text, "exit_code": error.exit_code})
+        # A launcher of the user's own started such a rank, by another command.
+        if isinstance(error, (Interrupted, InterruptedByForce)) and not is_rank():
+            Console().message(f"  {command_line()}")
+    if not launched:
+        print_json_error(text, error.exit_code)
     exit_with(error.exit_code)
+
+
+def print_json_error(text: str, exit_code: int) -> None:
+    """Print an error as a JSON object if the command has `--json` and this is the main rank."""
+    if "--json" in sys.argv and is_main_rank(os.environ):
+        with suppress(OSError):  # a closed stdout must not change the exit code
+            print_json({"error": text, "exit_code": exit_code})
 
 
 def exit_with_traceback(error: Exception) -> None:

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from switchcli import credentials
+from switchcli.commands import _completion, _flag_hints
+from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
 from switchcli.recipe import library
 from switchcli.report.safe_text import one_line
@@ -17,29 +19,64 @@ from switchcli.report.safe_text import one_line
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
 Destination = Annotated[Path, typer.Argument(help="The new folder, which must not exist or be empty.")]
-Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", show_default=False)]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe file, or the name of a shipped recipe.",
+        show_default=False,
+        autocompletion=_completion.recipes,
+    ),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Recipe keys to set, by dotted path.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE ...]",
+        help="Recipe keys to set, by dotted path.",
+        autocompletion=_completion.overrides,
+    ),
 ]
 EvalArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE ...]",
-        help=r"What to measure on, such as tasks=\[rte]. Default: what the checkpoint was trained on.",
+        help=r"What to measure on, such as tasks=\[rte] or text.corpora=\[...]; a recipe of `verb: eval`. "
+        "Default: what the checkpoint was trained on.",
+        autocompletion=_completion.recipe_and_overrides,
     ),
 ]
+
+
+def check_folder(path: Path | None) -> Path | None:
+    """Return the value of an option that takes a folder. Raises RecipeError if it is a file."""
+    if path is not None and path.exists() and not path.is_dir():
+        raise RecipeError(f"--out {path}: takes a folder, and this is a file: give another path")
+    return path
+
+
 Model = Annotated[str | None, typer.Option(metavar="CHECKPOINT", help=f"Where to start from. {A_CHECKPOINT}")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/RECIPE.")]
+BranchFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--branch-from",
+        metavar="RUN[@STEP]",
+        help="Continue a checkpoint of another run (default: the newest) as a new run with other settings.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="The run's folder. Default: runs/RECIPE.", callback=check_folder)
+]
 Resume = Annotated[bool, typer.Option(help="Resume the run in the folder, or archive it and start a new one.")]
-Processes = Annotated[int, typer.Option(min=1, help="Number of ranks to start on this machine.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe with its model size, and stop.")]
+Processes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of ranks to start on this machine.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Open what the recipe names, print the recipe with its model size, and stop.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
-_OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
-_USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
+USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 """click's UsageError, the base class of errors in the syntax of a command line, which typer does not export."""
 
 
@@ -47,12 +84,12 @@ class CheckedGroup(TyperGroup):
     """The root of the command line, which checks each value that is typed for any option or argument of any verb.
 
     Empty values and values with credentials are refused. Messages about wrong usage repeat what was typed, so they are
-    reduced to one safe line.
+    reduced to one safe line. An option or a verb of another tool is answered by what to type instead.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        _check_values_of(self)
+        extend_command(self)
 
 
 @contextmanager
@@ -60,25 +97,66 @@ def _usage_errors_in_one_line() -> Iterator[None]:
     """Reduce the message of a usage error in this block, or in the decorated function, to one safe line."""
     try:
         yield
-    except _USAGE_ERROR as error:
+    except USAGE_ERROR as error:
         error.message = one_line(error.message)
         raise
 
 
-def _check_values_of(command: Any) -> None:
-    """Install the checks of `CheckedGroup` in a command and its subcommands.
+def extend_command(command: Any) -> None:
+    """Add checks of values, hints about other tools and short help to a command and its subcommands.
 
     Only the parsing functions are wrapped. The function of the command then runs without additional stack frames.
     """
-    command.parse_args = _usage_errors_in_one_line()(command.parse_args)
+    command.parse_args = _with_flag_hints(command.parse_args)
+    command.get_params = _simplified(command.get_params)
     is_group = isinstance(command, TyperGroup)  # a bool, because mypy refuses to assign to methods of a narrowed type
     if is_group:
-        command.resolve_command = _usage_errors_in_one_line()(command.resolve_command)
+        command.resolve_command = _with_verb_hints(command.resolve_command)
         for subcommand in command.commands.values():
-            _check_values_of(subcommand)
+            extend_command(subcommand)
     for parameter in command.params:
         if parameter.name != _TEXTS:
             parameter.process_value = _with_check(parameter, parameter.process_value)
+
+
+def _simplified(get_params: Any) -> Any:
+    """Return a `get_params` whose parameters are short in `--help`. Typer adds `--help` itself when it needs it."""
+    return lambda context: [simplify(parameter) for parameter in get_params(context)]
+
+
+def _with_flag_hints(parse_args: Any) -> Any:
+    """Return a `parse_args` that says what to type for an option that only other tools have."""
+
+    def parse(context: Any, arguments: list[str]) -> Any:
+        typed = list(arguments)  # parsing removes items
+        try:
+            with _usage_errors_in_one_line():
+                return parse_args(context, arguments)
+        except USAGE_ERROR as error:
+            if type(error).__name__ == "NoSuchOption":  # a class that typer does not export
+                flag = str(getattr(error, "option_name", ""))
+                if hint := _flag_hints.flag_hint(context, flag, typed):
+                    verb = _flag_hints.verb_of(context)
+                    raise RecipeError(f"{flag}: no such option of {verb}: use {hint}") from None
+            raise
+
+    return parse
+
+
+def _with_verb_hints(resolve_command: Any) -> Any:
+    """Return a `resolve_command` that says which verb to use for one that only other tools have."""
+
+    def resolve(context: Any, arguments: list[str]) -> Any:
+        try:
+            with _usage_errors_in_one_line():
+                return resolve_command(context, arguments)
+        except USAGE_ERROR as error:
+            verb = _flag_hints.VERBS.get(arguments[0]) if context.parent is None else None
+            if verb:
+                error.message = f"No such command '{arguments[0]}'. Use {verb}."
+            raise
+
+    return resolve
 
 
 def _with_check(parameter: Any, process_value: Any) -> Any:
@@ -96,7 +174,7 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
 
 def _check_value(name: str, value: str) -> None:
     """Raise RecipeError if the value is empty or holds credentials."""
-    if override := _OVERRIDE.match(value):
+    if override := OVERRIDE.match(value):
         name, value = override[0].removesuffix("="), value.removeprefix(override[0])
         if value[:1] in ("", "[", "{"):  # the schema of the recipe checks these
             return

@@ -1,12 +1,14 @@
 """Functions that the verbs share which train or evaluate: a common command, the dry run, the ranks, the result."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from switchcli.commands import _exit
 from switchcli.commands._options import (
+    BranchFrom,
     DryRun,
     Json,
     Model,
@@ -18,79 +20,84 @@ from switchcli.commands._options import (
     Resume,
     default_out,
 )
-from switchcli.report.console import print_json
+from switchcli.distributed.launch import is_rank, join_srun
+from switchcli.report.console import main_console, print_json
 from switchcli.report.safe_text import safe_text
+from switchcli.startup import is_main_rank
 
 if TYPE_CHECKING:
-    from switchcli.recipe.schema import EvalRecipe, StartedRecipe
+    from switchcli.recipe.schema import EvalRecipe
     from switchcli.recipe.training_rules import TrainingRecipe
-    from switchcli.runs.training_task import TrainingTask
-
-TaskTypes = tuple[type["StartedRecipe"], type["TrainingTask"]]
-"""The schema of a verb's recipes, and the task that it trains."""
 
 
-def training_app(verb: str, help: str, load_types: Callable[[], TaskTypes]) -> typer.Typer:
+def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
     """Return the command of a verb that trains a model by a recipe, from scratch or from a checkpoint.
 
-    `load_types` imports torch, so it is called only when the command runs.
+    `help` and `epilog` are texts of `--help`.
     """
     app = typer.Typer()
 
-    @app.command(verb, help=help)
+    @app.command(verb, help=help, epilog=epilog)
     def train(
         recipe: Recipe,
         overrides: Overrides = None,
         model: Model = None,
         out: Out = None,
+        branch_from: BranchFrom = None,
         resume: Resume = True,
         processes: Processes = 1,
         dry_run: DryRun = False,
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        with _exit.interruptible(ranks=True):
-            from switchcli.runs import trainer, warm_start
+        with _exit.interruptible():
+            from switchcli import api
 
-            schema, task_type = load_types()
+            run = api.Recipe(recipe, tuple(overrides or ()), verb)
             out = out or default_out(recipe)
-            job = warm_start.resolve_job(recipe, overrides or [], model, out, resume, _exit.console(), schema)
-            task_type.check_recipe(job.recipe)
-            if dry_run:
-                print_dry_run(job.recipe, as_json)
-                return
-            start_ranks(processes, job.recipe, as_json)
-            with trainer.open_trainer(job, task_type, out, resume, quiet) as run:
-                result = run.run()
-            finish(result, as_json)
+            if dry_run or starts_ranks(processes):
+                job, _ = api.resolve_job(run, out, model=model, branch_from=branch_from, resume=resume)
+                if dry_run:
+                    print_dry_run(job, as_json)
+                    return
+                start_ranks(processes, job.recipe, as_json)
+            result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
+            finish(result.record, as_json)
 
     return app
 
 
-def print_dry_run(recipe: "TrainingRecipe", as_json: bool) -> None:
-    """Print the resolved recipe with its model size, FLOPs and tokens, as YAML or as a JSON object."""
-    from switchcli.runs import planning
+def print_dry_run(job: Any, as_json: bool) -> None:
+    """Open what the recipe names, and print the recipe with its model size, FLOPs and tokens, as YAML or as JSON."""
+    from switchcli.runs import dry_run, planning
 
+    dry_run.open_inputs(job)
+    recipe: TrainingRecipe = job.recipe
     if as_json:
         print_json({**planning.describe(recipe), "recipe": recipe.model_dump(mode="json")})
     else:
         typer.echo(safe_text(planning.describe_as_yaml(recipe)), nl=False)
 
 
-def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> None:
-    """Run this command as several ranks and exit with their exit code. Return if this process does the work."""
+def starts_ranks(processes: int) -> bool:
+    """Return whether this process starts ranks that do the work."""
+    if processes > 1:
+        join_srun(os.environ)  # a task of srun is a rank
+    return processes > 1 and not is_rank()
+
+
+def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> NoReturn:
+    """Run this command as several ranks and exit with their exit code."""
     from switchcli.runs import run_dir
 
-    ended = run_dir.launch_ranks(processes, recipe, _exit.console())
-    if ended is None:
-        return
+    ended = run_dir.launch_ranks(processes, recipe, main_console())
     if as_json and ended.error is not None:
         print_json({"error": ended.error, "exit_code": ended.exit_code})
     _exit.exit_with(ended.exit_code)
 
 
 def finish(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print the result with `as_json`, and end this process if it is a rank. Off the main rank the result is empty."""
-    if as_json and result:
+    """Print the result with `as_json`, once for all ranks, and end this process if it is a rank."""
+    if as_json and is_main_rank(os.environ):
         print_json(result)
     _exit.exit_rank()

@@ -1,31 +1,58 @@
-"""`switchcli convert`: a checkpoint to or from the Hugging Face layout. Imports torch only when it runs."""
+"""`switchcli convert`: a checkpoint to or from another layout. Imports torch only when it runs."""
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
 from switchcli.commands import _exit
+from switchcli.commands._help import epilog
 from switchcli.commands._options import Destination, Json, Quiet
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console, print_json
 
 app = typer.Typer()
 
+_LAYOUTS: Final[Mapping[str, Sequence[str]]] = {
+    "--tokenizer": ["switchcli"],
+    "--revision": ["switchcli"],
+    "--unpickle": ["switchcli"],
+    "--quantization": ["ctranslate2"],
+    "--license": ["huggingface", "ctranslate2"],
+}
+"""The layouts for which each option has a meaning."""
+_LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
-@app.command()
+
+@app.command(
+    epilog=epilog(
+        "how-to/transformers",
+        "switchcli convert runs/quickstart/switch served --to huggingface",
+        "switchcli convert google/switch-base-8 base-8 --to switchcli --unpickle",
+    )
+)
 def convert(
     source: Annotated[
         str,
         typer.Argument(help="A run's folder, a checkpoint's folder, a Hugging Face folder, or a name on the hub."),
     ],
     destination: Destination,
-    to: Annotated[Literal["switchcli", "huggingface"], typer.Option(help="The layout to write.")],
+    to: Annotated[
+        Literal["switchcli", "huggingface", "hf", "ctranslate2"],
+        typer.Option(
+            metavar="LAYOUT", help="The layout to write: switchcli, huggingface (hf for short), or ctranslate2."
+        ),
+    ],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="The model's tokenizer.json or spiece.model, if SOURCE neither holds nor names one."),
+        typer.Option(
+            metavar="FILE",
+            help="The model's tokenizer.json or spiece.model, if SOURCE neither holds nor names one.",
+        ),
     ] = None,
-    revision: Annotated[str, typer.Option(help="Commit, tag or branch of a name on the hub.")] = "main",
+    revision: Annotated[str, typer.Option(metavar="NAME", help="Commit, tag or branch of a name on the hub.")] = "main",
     unpickle: Annotated[
         bool,
         typer.Option(
@@ -33,25 +60,60 @@ def convert(
             help="Also read pytorch_model.bin, a pickle, which can run code (it is read with weights_only=True).",
         ),
     ] = False,
+    quantization: Annotated[
+        Literal["float32", "int8"] | None,
+        typer.Option(
+            metavar="float32|int8",
+            help="How --to ctranslate2 stores the weights. Default: float32.",
+            show_default=False,
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            metavar="NAME",
+            help="License for the model card, by its identifier on the hub, such as apache-2.0.",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a checkpoint to or from the T5 or SwitchTransformers layout of transformers, completely or not at all."""
+    """Convert a checkpoint to or from the layout of transformers, or for CTranslate2, completely or not at all."""
     with _exit.interruptible():
         from switchcli.runs import conversion
 
+        layout = "huggingface" if to == "hf" else to
+        _check_options(
+            layout,
+            {
+                "--tokenizer": tokenizer is not None,
+                "--revision": revision != "main",
+                "--unpickle": unpickle,
+                "--quantization": quantization is not None,
+                "--license": license_ is not None,
+            },
+        )
+        if license_ is not None and not _LICENSE.fullmatch(license_):
+            raise RecipeError(f"--license ({license_}): give an identifier of the hub, such as apache-2.0 or cc-by-4.0")
         console = Console(quiet=quiet)
-        if to == "switchcli":
+        if layout == "switchcli":
             result = conversion.to_switchcli(
                 source, destination, tokenizer=tokenizer, revision=revision, unpickle=unpickle
             )
+        elif layout == "huggingface":
+            result = conversion.to_huggingface(Path(source), destination, console, license_)
         else:
-            is_set = {"--tokenizer": tokenizer is not None, "--revision": revision != "main", "--unpickle": unpickle}
-            if unused := [option for option in is_set if is_set[option]]:
-                raise RecipeError(
-                    f"{', '.join(unused)}: only for --to switchcli, and this is --to huggingface: leave it out"
-                )
-            result = conversion.to_huggingface(Path(source), destination, console)
+            result = conversion.to_ctranslate2(Path(source), destination, console, quantization or "float32", license_)
         console.message(f"{result['parameters']:,} parameters in {destination}")
         if as_json:
             print_json(result)
+
+
+def _check_options(layout: str, is_given: Mapping[str, bool]) -> None:
+    """Raise a RecipeError for options that are given and have no meaning for this layout."""
+    unused = [option for option, layouts in _LAYOUTS.items() if is_given[option] and layout not in layouts]
+    if unused:
+        layouts = _LAYOUTS[unused[0]]
+        options = ", ".join(option for option in unused if _LAYOUTS[option] == layouts)
+        raise RecipeError(f"{options}: only for --to {' or '.join(layouts)}, and this is --to {layout}: leave it out")

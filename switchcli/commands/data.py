@@ -6,16 +6,32 @@ from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands import _exit, tokenizers
+from switchcli.commands import _exit, _tokenizers
+from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.report.console import Console, print_json
 from switchcli.report.units import binary
 
-app = typer.Typer(name="data", help="Prepare the text of a recipe, and work with tokenizers.", no_args_is_help=True)
-app.add_typer(tokenizers.group)
+app = typer.Typer(
+    name="data",
+    help="Prepare the text of a recipe, and work with tokenizers.",
+    epilog=epilog(
+        "how-to/own-text",
+        "switchcli data prepare quickstart/switch",
+        "switchcli data tokenizer show runs/quickstart/switch",
+    ),
+    no_args_is_help=True,
+)
+app.add_typer(_tokenizers.group)
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/own-text",
+        "switchcli data prepare quickstart/switch",
+        "switchcli data prepare pretrain/wikipedia --share 2/4",
+    )
+)
 def prepare(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -27,7 +43,8 @@ def prepare(
         ),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes on this machine. Default: one per processor.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of processes on this machine. Default: one per processor."),
     ] = None,
     share: Annotated[
         str | None,
@@ -40,7 +57,7 @@ def prepare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tokenize a recipe's text once, with all processors; the same command goes on after a stop."""
+    """Tokenize a recipe's text once, with all processors; the same command resumes after a stop."""
     with _exit.interruptible():
         from switchcli.runs import text_preparation
 

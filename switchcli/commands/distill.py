@@ -5,14 +5,17 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands import _exit, _training
+from switchcli.commands import _completion, _exit, _training
+from switchcli.commands._help import epilog
 from switchcli.commands._options import (
     A_CHECKPOINT,
+    BranchFrom,
     DryRun,
     Json,
     Processes,
     Quiet,
     Resume,
+    check_folder,
     default_out,
     split_arguments,
 )
@@ -20,13 +23,20 @@ from switchcli.commands._options import (
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/distill-and-serve",
+        "switchcli distill quickstart/distill --baseline runs/quickstart/dense",
+        "switchcli distill --teacher runs/quickstart/switch --out runs/student",
+    )
+)
 def distill(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE ...]",
             help="What to train on and for how long. Default: what the teacher was trained on.",
+            autocompletion=_completion.recipe_and_overrides,
         ),
     ] = None,
     teacher: Annotated[
@@ -37,12 +47,13 @@ def distill(
         typer.Option(
             metavar="SIZE|CHECKPOINT",
             help="The model that learns. Default: the dense model with the teacher's FLOPs per token.",
+            autocompletion=_completion.model_sizes,
         ),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
-            metavar="CHECKPOINT|FIGURE",
+            metavar="CHECKPOINT|NUMBER",
             help="A dense model, or its metric, to report how much of the teacher's gain over it the student keeps.",
         ),
     ] = None,
@@ -53,33 +64,40 @@ def distill(
         ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder. Default: runs/RECIPE, or runs/distill/TEACHER without one.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The run's folder. Default: runs/RECIPE, or runs/distill/TEACHER without one.",
+            callback=check_folder,
+        ),
     ] = None,
+    branch_from: BranchFrom = None,
     resume: Resume = True,
     processes: Processes = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a dense or smaller student on a teacher's probabilities; the same command goes on after a stop."""
-    with _exit.interruptible(ranks=True):
-        from switchcli.runs import distill_job, run_dir, trainer
-        from switchcli.runs.distilling import Distillation, fill_teacher_cache
+    """Train a dense or smaller student on a teacher's probabilities; the same command resumes after a stop."""
+    with _exit.interruptible():
+        from switchcli import api
+        from switchcli.runs import distilling, run_dir
 
-        recipe, overrides = split_arguments(arguments or [])
-        if out is None and recipe is not None:
-            out = default_out(recipe)
+        source, overrides = split_arguments(arguments or [])
+        if out is None and source is not None:
+            out = default_out(source)
         elif out is None:
             out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
-        models = distill_job.Models(teacher, student, baseline)
-        job = distill_job.resolve_job(recipe, overrides, models, out, resume, _exit.console())
-        if dry_run:
-            _training.print_dry_run(job.recipe, as_json)
+        recipe = api.Recipe(source, tuple(overrides), "distill")
+        models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
+        if dry_run or cache_only or _training.starts_ranks(processes):
+            job, _ = api.resolve_job(recipe, out, **models, resume=resume)
+            if dry_run:
+                _training.print_dry_run(job, as_json)
+                return
+            if _training.starts_ranks(processes):
+                _training.start_ranks(processes, job.recipe, as_json)
+            _training.finish(distilling.fill_teacher_cache(job, quiet), as_json)
             return
-        _training.start_ranks(processes, job.recipe, as_json)
-        if cache_only:
-            _training.finish(fill_teacher_cache(job, quiet), as_json)
-            return
-        with trainer.open_trainer(job, Distillation, out, resume, quiet) as run:
-            result = run.run()
-        _training.finish(result, as_json)
+        result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
+        _training.finish(result.record, as_json)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from switchcli.commands import _completion
+from switchcli.commands._help import epilog
 from switchcli.commands._options import A_CHECKPOINT, Json, Overrides
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console, print_json
@@ -19,12 +21,20 @@ app = typer.Typer()
 _STYLES = MappingProxyType({"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"})
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/check-a-model",
+        "switchcli doctor runs/quickstart/switch",
+        "switchcli doctor runs/quickstart/switch --checkpoint-files",
+    )
+)
 def doctor(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="CHECKPOINT|RECIPE", help=f"{A_CHECKPOINT} Or a recipe, whose initial weights are checked."
+            metavar="CHECKPOINT|RECIPE",
+            help=f"{A_CHECKPOINT} Or a recipe, whose initial weights are checked.",
+            autocompletion=_completion.recipes,
         ),
     ],
     overrides: Overrides = None,
@@ -37,7 +47,10 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Is this Switch model sound? Router gradient, precision, padding, balance, dead experts; exit code 1 if not."""
+    """Check the computation of a model: router gradient, precision, padding, balance, dead experts.
+
+    The exit code is 1 if a probe fails.
+    """
     from switchcli.runs import diagnosis
 
     if checkpoint_files:

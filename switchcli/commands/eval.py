@@ -1,5 +1,6 @@
 """`switchcli eval`: task scores, held-out neg. log perplexity, routing health. Imports torch only when it runs."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,42 +9,68 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchcli.commands import _exit, _training
-from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, split_arguments
-from switchcli.metric_names import BALANCE, DEAD_EXPERTS, DROPPED_FRACTION, NEG_LOG_PERPLEXITY
+from switchcli.commands._help import epilog
+from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
+from switchcli.metric_names import BALANCE, BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, NEG_LOG_PERPLEXITY
 from switchcli.report.console import Console
+from switchcli.startup import is_main_rank
 
 if TYPE_CHECKING:
     from switchcli.runs.evaluator import EvalPass
 
 app = typer.Typer()
 
-_SHOWN_METRICS = (NEG_LOG_PERPLEXITY, "sequences", DROPPED_FRACTION, BALANCE, DEAD_EXPERTS)
+_SHOWN_METRICS = {
+    LOSS: "loss",
+    NEG_LOG_PERPLEXITY: "neg. log perplexity",
+    BITS_PER_BYTE: "bits per byte",
+    "sequences": "sequences",
+    DROPPED_FRACTION: "dropped tokens",
+    BALANCE: "balance",
+    DEAD_EXPERTS: "dead experts",
+}
+"""The metrics in a table, and their names there."""
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=epilog(
+        "how-to/own-task",
+        "switchcli eval runs/quickstart/finetune",
+        "switchcli eval runs/quickstart/finetune scoring.decoding.beams=4 --json",
+    ),
+)
 def evaluate(
     checkpoint: Checkpoint,
     arguments: EvalArguments = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for result.json and predictions. Default: runs/eval/NAME.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder for result.json and predictions. Default: runs/eval/NAME.",
+            callback=check_folder,
+        ),
     ] = None,
     processes: Processes = 1,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure task scores with intervals, held-out neg. log perplexity, and routing health, by capacity."""
-    with _exit.interruptible(saves_nothing=True, ranks=True):
+    """Measure a checkpoint: task scores with intervals, held-out neg. log perplexity, and routing health."""
+    with _exit.interruptible(saves_nothing=True):
+        from switchcli import api
         from switchcli.runs import eval_job
 
         recipe, overrides = split_arguments(arguments or [])
-        job = eval_job.resolve_job(checkpoint, recipe, overrides, _exit.console())
-        _training.start_ranks(processes, job.recipe, as_json)
-        evaluation = eval_job.measure(job, out or eval_job.default_out(checkpoint), quiet)
-        if evaluation is not None and not as_json:
+        model = api.open_checkpoint(checkpoint)
+        if _training.starts_ranks(processes):
+            _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides).recipe, as_json)
+        out = out or eval_job.default_out(checkpoint)
+        evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
+        if is_main_rank(os.environ) and not as_json:
             console = Console(stream=sys.stdout)
             for eval_pass in evaluation.passes:
                 _show_pass(eval_pass, console)
-        _training.finish(evaluation.result if evaluation else {}, as_json)
+        _training.finish(evaluation.result, as_json)
 
 
 def _show_pass(eval_pass: "EvalPass", console: Console) -> None:
@@ -58,7 +85,9 @@ def _show_pass(eval_pass: "EvalPass", console: Console) -> None:
     held_out = eval_pass.held_out
     for name, metrics in {"text": held_out.text, **held_out.tasks}.items():
         if metrics is not None:
-            console.table(f"held-out {name}", {key: metrics[key] for key in _SHOWN_METRICS if key in metrics})
+            console.table(
+                f"held-out {name}", {label: metrics[key] for key, label in _SHOWN_METRICS.items() if key in metrics}
+            )
     if held_out.texts:
         show_texts(console, held_out.texts)
         _show_most_used_experts(held_out.texts, console)

@@ -7,30 +7,50 @@ from typing import Annotated
 
 import typer
 
+from switchcli.commands import _completion
+from switchcli.commands._flag_hints import flag_hint
+from switchcli.commands._help import epilog
 from switchcli.errors import DistributedError, RecipeError
+from switchcli.recipe.key_index import VERBS
 from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster
-from switchcli.runs.sweep_list import VERBS
 
 app = typer.Typer()
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=epilog(
+        "how-to/many-gpus",
+        "switchcli launch --torchrun --ranks 8 -- pretrain quickstart/switch",
+        "switchcli launch --slurm --nodes 4 -- pretrain quickstart/switch",
+    ),
+)
 def launch(
     context: typer.Context,
-    arguments: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="The command to run on the ranks.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="-- VERB ...",
+            help="The command to run on the ranks.",
+            autocompletion=_completion.command_words,
+        ),
+    ],
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit a SLURM job that saves and requeues in time.")] = False,
     torchrun: Annotated[
         bool, typer.Option("--torchrun", help="Start this machine's ranks; run the same command on each machine.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of machines.")] = 1,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks per machine. Default: 8 with --slurm, one per GPU with --torchrun.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Ranks per machine. Default: 8 with --slurm, one per GPU with --torchrun."
+        ),
     ] = None,
     time: Annotated[
-        str, typer.Option(help="With --slurm: time limit of the job, as hours:minutes:seconds.")
+        str, typer.Option(metavar="TIME", help="With --slurm: time limit of the job, as hours:minutes:seconds.")
     ] = "24:00:00",
-    cpus: Annotated[int, typer.Option(min=1, help="With --slurm: processors per rank.")] = 8,
+    cpus: Annotated[int, typer.Option(metavar="N", min=1, help="With --slurm: processors per rank.")] = 8,
     gpus: Annotated[bool, typer.Option(help="With --slurm: ask for one GPU per rank.")] = True,
     sbatch: Annotated[
         list[str] | None,
@@ -38,11 +58,17 @@ def launch(
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="With --torchrun: host name or address where the machines meet. Default: localhost."),
+        typer.Option(
+            metavar="HOST",
+            help="With --torchrun: host name or address where the machines meet. Default: localhost.",
+        ),
     ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="With --torchrun: the port on that host.")] = 29500,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=1, max=65535, help="With --torchrun: the port on that host.")
+    ] = 29500,
     restarts: Annotated[
-        int, typer.Option(min=0, help="With --torchrun: restarts from the last checkpoint when a rank dies.")
+        int,
+        typer.Option(metavar="N", min=0, help="With --torchrun: restarts from the last checkpoint when a rank dies."),
     ] = 3,
     print_only: Annotated[bool, typer.Option("--print", help="Print the job script or the command, and stop.")] = False,
 ) -> None:
@@ -50,7 +76,9 @@ def launch(
     if slurm == torchrun:
         raise RecipeError("launch: give one of --slurm and --torchrun")
     if arguments[0].startswith("-"):
-        hint = "; give options of sbatch as --sbatch=OPTION" if slurm else ""
+        known = flag_hint(context, arguments[0].partition("=")[0], arguments)
+        hint = f": use {known}" if known else ""
+        hint += "; give options of sbatch as --sbatch=OPTION" if slurm and not known else ""
         raise RecipeError(f"{arguments[0]}: no such option of launch{hint}; the command begins after --")
     if arguments[0] not in (*VERBS, "data"):
         raise RecipeError(f"{arguments[0]}: must be one of {', '.join(VERBS)}, data prepare")

@@ -1,17 +1,20 @@
 """`switchcli plan`: the cost of a training step on given devices, and the meshes that fit. Imports torch late."""
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchcli import publish
-from switchcli.commands import _exit
-from switchcli.commands._options import Json, Overrides
-from switchcli.errors import RecipeError, disk_errors
-from switchcli.report.console import Console, print_json
+from switchcli.commands import _completion, _exit
+from switchcli.commands._help import epilog
+from switchcli.commands._options import Json, split_arguments
+from switchcli.errors import RecipeError
+from switchcli.report.console import Console, main_console, print_json
+from switchcli.report.safe_text import shell_words
 from switchcli.report.units import binary, gib, number, parse_bytes, si
 
 if TYPE_CHECKING:
@@ -19,9 +22,14 @@ if TYPE_CHECKING:
     from switchcli.planner.traffic import Collective
     from switchcli.report.html_page import HtmlTable
     from switchcli.runs.planning import StepPlan
+    from switchcli.runs.size_plans import SizePlans
 
 app = typer.Typer()
 
+_DEFAULT_MEMORY = 80 * 2**30
+"""Bytes of one device without --gpu and --memory."""
+_LEAST_MEMORY = 10**6
+"""Bytes of --memory from which on it is believed. `80` alone would be 80 bytes."""
 _CONSOLE_ROWS = 12
 """The number of meshes that the console shows. --json and --html have all."""
 
@@ -31,107 +39,240 @@ _FIT_HEADINGS = (
     *("seconds", "bound by"),
 )
 _COLLECTIVE_HEADINGS = ("what", "kind", "axis", "ranks", "calls a step", "each", "sent a step")
+_SIZE_HEADINGS = ("size", "parameters", "fits", "needs", "mesh", "expert", "shard", "GiB", "tokens/s", "days")
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/plan",
+        "switchcli plan --gpu h100 --devices 8",
+        "switchcli plan quickstart/switch model.num_experts=64 --html plan.html",
+    )
+)
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE|SIZE", help="A recipe, or a model size such as switch-c.")],
-    devices: Annotated[int, typer.Option(help="Number of devices.")] = 8,
-    overrides: Overrides = None,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one device, such as 80GiB.")] = "80GiB",
-    flops: Annotated[float, typer.Option(help="FLOP/s that one device reaches.")] = 312e12,
-    memory_bandwidth: Annotated[float, typer.Option(help="Bytes/s between a device and its own memory.")] = 2e12,
-    bandwidth: Annotated[float, typer.Option(help="Bytes/s that a device sends within its node.")] = 300e9,
-    network: Annotated[float, typer.Option(help="Bytes/s that a device sends to other nodes.")] = 25e9,
-    node_devices: Annotated[int, typer.Option(help="Number of devices in a node.")] = 8,
-    html: Annotated[Path | None, typer.Option(help="Write an HTML page with every mesh to this file.")] = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE|SIZE] [KEY=VALUE ...]",
+            help="A recipe, or a model size such as switch-c, and recipe keys to set. Default: every size.",
+            autocompletion=_completion.size_or_recipe_and_overrides,
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A known device, such as h100 or rtx-4090. An unknown name lists them.",
+            autocompletion=_completion.gpus,
+        ),
+    ] = None,
+    devices: Annotated[int, typer.Option(metavar="N", help="Number of devices.")] = 8,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of one device. Default: that of --gpu, or 80GiB.")
+    ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="FLOP/s that one device reaches. Default: 40 % of --gpu's, or 312e12."),
+    ] = None,
+    memory_bandwidth: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Bytes/s of a device's own memory. Default: --gpu's, or 2e12."),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Bytes/s that a device sends within its node. Default: --gpu's, or 300e9."),
+    ] = None,
+    network: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Bytes/s that a device sends to other nodes. Default: 25e9."),
+    ] = None,
+    node_devices: Annotated[int, typer.Option(metavar="N", help="Number of devices in a node.")] = 8,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an HTML page with every mesh, or every size, to this file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Parameters, FLOPs, bytes per device and collective, seconds per step: which mesh fits. No GPU is needed."""
+    """Compute which models and meshes fit on given devices, with bytes per device and times; no GPU is needed.
+
+    The exit code is 1 if nothing fits.
+    """
     with _exit.interruptible(saves_nothing=True):
-        from switchcli.runs import planning
+        from switchcli.recipe.sizes import SIZES
+        from switchcli.report.html_page import write_page
+        from switchcli.runs import planning, size_plans
 
         rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
-        machine = _machine(devices, memory, rates, node_devices)
-        step_plan = planning.plan_step(recipe, overrides or [], machine)
-        if html is not None:
-            _write_html(step_plan, html)
-        if as_json:
-            print_json(step_plan.to_json())
+        machine = _machine(gpu, devices, memory, rates, node_devices)
+        name, overrides = split_arguments(arguments or [])
+        tables: Callable[[int | None], Iterator[HtmlTable]]  # with at most so many rows of meshes
+        if name is None:
+            with main_console().counting("planning", len(SIZES)) as show:
+                sizes = size_plans.plan_sizes(overrides, machine, show)
+            title, result, tables = "every size", sizes.to_json(), lambda max_rows: _size_tables(sizes)
+            fits = any(row.best for row in sizes.rows)
         else:
-            _show(step_plan)
+            step_plan = planning.plan_step(name, overrides, machine)
+            title, result, tables = name, step_plan.to_json(), partial(_step_tables, step_plan)
+            fits = bool(step_plan.plan.fits)
+        if html is not None:
+            write_page(html, f"switchcli plan: {title}", tables(None))
+        if as_json:
+            print_json(result)
+        else:
+            _show(tables(_CONSOLE_ROWS))
+        if not fits:
+            raise typer.Exit(1)
 
 
-def _machine(devices: int, memory: str, rates: dict[str, float], node_devices: int) -> "Machine":
-    """Return the devices that the options describe. Raises RecipeError for a value that is not possible."""
+def _machine(
+    gpu: str | None, devices: int, memory: str | None, rates: dict[str, float | None], node_devices: int
+) -> "Machine":
+    """Return the devices that the options describe; the memory and the rates that are not None replace the GPU's.
+
+    Raises:
+        RecipeError: a value is not possible, or there is no such GPU.
+    """
     from switchcli.planner.plan import Machine
 
     if devices < 1:
         raise RecipeError(f"--devices ({devices}) must be at least 1")
     if node_devices < 1:
         raise RecipeError(f"--node-devices ({node_devices}) must be at least 1")
-    memory_bytes = parse_bytes(memory)
-    if memory_bytes is None:
-        raise RecipeError(f"--memory ({memory!r}) is no size: write it as 80GiB, 24GB or 512MiB")
-    for name, rate in rates.items():
+    machine = Machine(devices, _DEFAULT_MEMORY) if gpu is None else Machine.of_gpu(devices, gpu)
+    if memory is not None:
+        memory_bytes = parse_bytes(memory)
+        if memory_bytes is None:
+            raise RecipeError(f"--memory ({memory!r}) is no size: write it as 80GiB, 24GB or 512MiB")
+        if memory_bytes < _LEAST_MEMORY:
+            raise RecipeError(
+                f"--memory ({memory!r}) is {memory_bytes:,} bytes, which no device has: add a unit, as 80GiB"
+            )
+        machine = machine._replace(memory_bytes=memory_bytes)
+    given: dict[str, Any] = {name: rate for name, rate in rates.items() if rate is not None}
+    for name, rate in given.items():
         if not 0 < rate < float("inf"):
             raise RecipeError(f"--{name.replace('_', '-')} ({rate:g}) must be more than 0, and a number: try 3e11")
-    return Machine(devices, memory_bytes, **rates, node_devices=node_devices)
+    if "flops" in given:
+        machine = machine._replace(float32_flops=None)
+    return machine._replace(**given, node_devices=node_devices)
 
 
-def _show(step_plan: "StepPlan") -> None:
-    """Print the plan on stdout."""
+def _show(tables: Iterable["HtmlTable"]) -> None:
+    """Print tables on stdout. Those of one column have lines to paste, which no width of a terminal breaks."""
     console = Console(stream=sys.stdout)
-    console.table(step_plan.name, _summary(step_plan))
-    for table in _tables(step_plan, _CONSOLE_ROWS):
-        console.rows(*table)
+    for table in tables:
+        if len(table.headings) > 1:
+            console.rows(*table)
+            continue
+        console.message()
+        console.message(table.title, "bold")
+        for (line,) in table.rows:
+            console.message(line, wrap=False)
 
 
-def _write_html(step_plan: "StepPlan", file: Path) -> None:
-    """Write the plan with every mesh as an HTML page."""
-    from switchcli.report.html_page import HtmlTable, page
-
-    summary = [(key, value if isinstance(value, str) else number(value)) for key, value in _summary(step_plan).items()]
-    tables = [HtmlTable("Model and batch", ("", ""), summary), *_tables(step_plan, None)]
-    text = page(f"switchcli plan {step_plan.name}", tables)
-    with disk_errors(file, "give another file by --html"):
-        publish.write_file(file, text)
+# Every size
 
 
-def _summary(step_plan: "StepPlan") -> dict[str, str | float]:
-    """Return the rows of the table about the model, the batch and the devices."""
-    from switchcli.runs.planning import describe
+def _size_tables(plans: "SizePlans") -> Iterator["HtmlTable"]:
+    """Yield the tables of all sizes: the devices, what fits, and the keys to paste."""
+    from switchcli.report.html_page import HtmlTable
+    from switchcli.runs.planning import SIZES_RECIPE, describe
 
-    sizes, machine, meshes = describe(step_plan.recipe), step_plan.machine, step_plan.plan
-    return {
-        "parameters": sizes["parameters"],
-        "of the experts": sizes["expert_parameters"],
-        "outside the experts": sizes["dense_parameters"],
-        "that a token meets": sizes["active_parameters"],
-        "FLOPs a sequence, forward": si(sizes["flops_per_sequence"]),
-        "FLOPs a step, forward and backward": si(step_plan.flops_per_step),
-        "activation checkpointing": step_plan.recipe.train.activation_checkpointing,
-        "sequences a step": sizes["sequences_per_step"],
-        "tokens of a sequence": f"{sizes['inputs_length']:,} + {sizes['targets_length']:,}",
-        "sequences of a routing group": step_plan.recipe.model.group_sequences,
-        "devices": f"{machine.devices:,} of {gib(machine.memory_bytes)} GiB",
-        "meshes that fit": f"{len(meshes.fits)} of {len(meshes.fits) + len(meshes.rejected)}",
-    }
+    about, machine, product_bytes = describe(plans.recipe), plans.machine, plans.rows[0].product_bytes
+    rows = [
+        *_device_rows(machine, product_bytes),
+        ("recipe", SIZES_RECIPE),
+        ("steps", number(about["steps"])),
+        ("input tokens", si(about["input_tokens"])),
+    ]
+    if not any(row.best for row in plans.rows):
+        rows.append(("none fits: the smallest because", plans.rows[0].plan.reasons()[0][0]))
+    yield HtmlTable("Every size", ("", ""), rows, _assumptions(machine, product_bytes))
+    caption = (
+        "needs: the smallest power of two of such devices, - where the batch cannot be shared by enough of them. "
+        "Input tokens a second of all devices, and days for the tokens of the recipe."
+    )
+    title = "Sizes on their fastest mesh, GiB a device"
+    yield HtmlTable(title, _SIZE_HEADINGS, map(_size_row, plans.rows), caption)
+    yield from _keys_to_paste(SIZES_RECIPE, plans.recipe.verb, machine, plans.rows)
 
 
-def _tables(step_plan: "StepPlan", max_rows: int | None) -> Iterator["HtmlTable"]:
-    """Yield the tables of meshes and reasons, each with at most `max_rows` rows if that is not None."""
+def _keys_to_paste(recipe: str, verb: str, machine: "Machine", plans: Iterable["StepPlan"]) -> Iterator["HtmlTable"]:
+    """Yield a table of the keys of each plan that fits, under the command that starts a rank for each device."""
     from switchcli.report.html_page import HtmlTable
 
-    fits, rejected = step_plan.plan
+    if keys := [(shell_words(*plan.overrides),) for plan in plans if plan.best]:
+        yield HtmlTable(f"Keys to paste after: switchcli {_start(recipe, verb, machine)}", ("",), keys)
+
+
+def _start(recipe: str, verb: str, machine: "Machine") -> str:
+    """Return the command that starts a rank for each device: within a node, or on several through SLURM."""
+    checkpoint = {"finetune": " --model CHECKPOINT", "distill": " --teacher CHECKPOINT"}.get(verb, "")
+    devices, command = machine.devices, f"{shell_words(verb, recipe)}{checkpoint}"
+    if devices <= machine.node_devices:
+        return command + (f" --processes {devices}" if devices > 1 else "")
+    # The nodes have equally many ranks.
+    nodes = next(n for n in range(math.ceil(devices / machine.node_devices), devices + 1) if devices % n == 0)
+    return f"launch --slurm --nodes {nodes} --ranks {devices // nodes} -- {command}"
+
+
+def _size_row(row: "StepPlan") -> tuple[str, ...]:
+    from switchcli.runs.planning import describe
+
+    parameters, needed, fit = si(describe(row.recipe)["parameters"]), _devices_needed(row), row.best
+    if fit is None:
+        return (row.name, parameters, "no", needed, *["-"] * (len(_SIZE_HEADINGS) - 4))
+    times = (si(row.tokens_per_second(fit)), _days(row.days(fit)))
+    return (row.name, parameters, "yes", needed, *_mesh_cells(fit), gib(fit.bytes.total), *times)
+
+
+def _devices_needed(plan: "StepPlan") -> str:
+    return "-" if plan.devices_needed is None else f"{plan.devices_needed:,}"
+
+
+# One recipe or size
+
+
+def _step_tables(step_plan: "StepPlan", max_rows: int | None) -> Iterator["HtmlTable"]:
+    """Yield the tables of one plan, those of meshes and reasons with at most `max_rows` rows if that is not None."""
+    from switchcli.report.html_page import HtmlTable
+
+    machine, fits, rejected = step_plan.machine, *step_plan.plan
+    caption = _assumptions(machine, step_plan.product_bytes)
+    yield HtmlTable(step_plan.name, ("", ""), [*_summary(step_plan)], caption)
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_truncation(fits, max_rows)}"
         yield HtmlTable(title, _FIT_HEADINGS, map(_fit_row, fits[:max_rows]))
         if collectives := [*map(_collective_row, fits[0].collectives)]:
             yield HtmlTable(f"Collectives of {fits[0].mesh}, on each device", _COLLECTIVE_HEADINGS, collectives)
+        yield from _keys_to_paste(step_plan.base, step_plan.recipe.verb, machine, [step_plan])
     if rejected:
         reasons = [(reason, str(meshes)) for reason, meshes in step_plan.plan.reasons()]
         yield HtmlTable(f"Refused{_truncation(reasons, max_rows)}", ("why", "meshes"), reasons[:max_rows])
+
+
+def _summary(step_plan: "StepPlan") -> Iterator[tuple[str, str]]:
+    """Yield the rows of the table about the model, the batch, the devices and the fastest mesh."""
+    from switchcli.runs.planning import describe
+
+    sizes, (fits, rejected) = describe(step_plan.recipe), step_plan.plan
+    yield "parameters", number(sizes["parameters"])
+    yield "of the experts", number(sizes["expert_parameters"])
+    yield "outside the experts", number(sizes["dense_parameters"])
+    yield "that a token meets", number(sizes["active_parameters"])
+    yield "FLOPs a sequence, forward", si(sizes["flops_per_sequence"])
+    yield "FLOPs a step, forward and backward", si(step_plan.flops_per_step)
+    yield "activation checkpointing", step_plan.recipe.train.activation_checkpointing
+    yield "sequences a step", number(sizes["sequences_per_step"])
+    yield "tokens of a sequence", f"{sizes['inputs_length']:,} + {sizes['targets_length']:,}"
+    yield "sequences of a routing group", number(step_plan.recipe.model.group_sequences)
+    yield from _device_rows(step_plan.machine, step_plan.product_bytes)
+    yield "fewest devices, a power of two", _devices_needed(step_plan)
+    yield "meshes that fit", f"{len(fits)} of {len(fits) + len(rejected)}"
+    if fits:
+        yield "input tokens/s on the fastest", si(step_plan.tokens_per_second(fits[0]))
+        yield f"days for {sizes['steps']:,} steps on it", _days(step_plan.days(fits[0]))
 
 
 def _truncation(rows: Sequence[Any], max_rows: int | None) -> str:
@@ -140,13 +281,55 @@ def _truncation(rows: Sequence[Any], max_rows: int | None) -> str:
 
 
 def _fit_row(fit: "Fit") -> tuple[str, ...]:
-    mesh, size = fit.mesh, fit.bytes
+    size = fit.bytes
     buffers = size.copies + size.dispatch + size.vocabulary
     sizes = (size.weights, size.gradients, size.optimizer, size.activations, buffers, size.total)
-    mesh_cells = (f"{mesh.data} x {mesh.model}", str(mesh.expert), mesh.shard, str(fit.microbatch))
-    return (*mesh_cells, *map(gib, sizes), f"{fit.step_seconds:.3g}", fit.bound_by)
+    return (*_mesh_cells(fit), str(fit.microbatch), *map(gib, sizes), f"{fit.step_seconds:.3g}", fit.bound_by)
+
+
+def _mesh_cells(fit: "Fit") -> tuple[str, ...]:
+    mesh = fit.mesh
+    return (f"{mesh.data} x {mesh.model}", str(mesh.expert), mesh.shard)
 
 
 def _collective_row(call: "Collective") -> tuple[str, ...]:
     numbers = (f"{call.ranks:,}", f"{call.calls:,}", binary(call.payload_bytes), binary(call.network_bytes))
     return (call.what, call.kind, call.axis, *numbers)
+
+
+# The devices
+
+
+def _device_rows(machine: "Machine", product_bytes: int) -> list[tuple[str, str]]:
+    """Return what the plan is told of the devices."""
+    return [
+        ("devices", f"{machine.devices:,}" + (f" x {machine.gpu}" if machine.gpu else "")),
+        ("memory of each", f"{gib(machine.memory_bytes)} GiB"),
+        ("that a plan may fill", f"{gib(machine.usable_bytes)} GiB"),
+        ("FLOP/s that each reaches", si(machine.product_flops(product_bytes))),
+    ]
+
+
+def _assumptions(machine: "Machine", product_bytes: int) -> str:
+    """Return what the plan assumes of the devices, and how far its times are from measurements."""
+    from switchcli.planner.devices import RESERVED_FRACTION
+    from switchcli.runs.planning import TIMES, utilization
+
+    reserve = f"{RESERVED_FRACTION:.0%} of the memory is left to CUDA's context, buffers and fragmentation."
+    reached = utilization(machine, product_bytes)
+    if reached is not None:
+        products = "float32" if product_bytes == 4 else "bfloat16"
+        source = "as given" if machine.float32_flops is None else "an assumption, not a measurement"
+        rate = f"The FLOP/s are {reached:.0%} of the data sheet's in {products}: {source}."
+    elif machine.flops == machine._field_defaults["flops"]:
+        rate = "The FLOP/s are those of an A100's data sheet, which no program reaches: name a --gpu, or give --flops."
+    else:
+        rate = "The FLOP/s are as given."
+    return f"{reserve} {rate} {TIMES}"
+
+
+def _days(days: float) -> str:
+    """Return days in three significant digits: `0.0188`, `1.69`, `12,345`; what is too short for them is `< 0.01`."""
+    if days < 0.01:
+        return "< 0.01"
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"

@@ -1,17 +1,14 @@
 """`switchcli pretrain`: train a model on plain text. Imports torch only when it runs."""
 
-from switchcli.commands._training import TaskTypes, training_app
-
-
-def _load_types() -> TaskTypes:
-    from switchcli.recipe.schema import PretrainRecipe
-    from switchcli.runs.pretraining import Pretraining
-
-    return PretrainRecipe, Pretraining
-
+from switchcli.commands._help import epilog
+from switchcli.commands._training import training_app
 
 app = training_app(
     "pretrain",
-    "Train by span corruption, from scratch or from a --model; the same command goes on after a stop.",
-    _load_types,
+    "Train a model on plain text, from scratch or from a checkpoint; the same command resumes after a stop.",
+    epilog(
+        "tutorial",
+        "switchcli pretrain quickstart/switch",
+        "switchcli pretrain quickstart/switch model.num_experts=16 --out runs/e16",
+    ),
 )

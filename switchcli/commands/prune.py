@@ -7,29 +7,43 @@ from typing import Annotated, Any, Literal
 import typer
 
 from switchcli.commands import _exit
+from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, Destination, EvalArguments, Json, Quiet, split_arguments
 from switchcli.report.console import Console, print_json
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/upcycle-and-prune",
+        "switchcli prune runs/quickstart/switch runs/small --experts 4",
+        "switchcli prune runs/quickstart/switch runs/small --experts 4 --by merge",
+    )
+)
 def prune(
     checkpoint: Checkpoint,
     destination: Destination,
-    experts: Annotated[int, typer.Option(help="Number of experts that each sparse layer keeps.")],
+    experts: Annotated[int, typer.Option(metavar="N", help="Number of experts that each sparse layer keeps.")],
     arguments: EvalArguments = None,
     by: Annotated[
         Literal["drop", "merge"],
-        typer.Option(help="Drop the other experts, or average each into the one with the most similar router row."),
+        typer.Option(
+            metavar="drop|merge",
+            help="Drop the other experts, or average each into the one with the most similar router row.",
+        ),
     ] = "drop",
     gate: Annotated[
         Literal["scaled", "raw"],
-        typer.Option(help="Scale wo to correct for gates that rise among fewer experts, or leave it."),
+        typer.Option(
+            metavar="scaled|raw",
+            help="Scale wo to correct for gates that rise among fewer experts, or leave it.",
+        ),
     ] = "scaled",
     sequences: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
             help="Number of held-out rows of text, and of examples per task, to measure on. Default: the recipe's.",
         ),
@@ -61,7 +75,7 @@ def prune(
 
 def _show(result: Mapping[str, Any]) -> None:
     """Print the metrics before and after, and the tokens that each layer lost, on stdout."""
-    from switchcli.runs.run_dir import program_name
+    from switchcli.report.program import program_name
 
     console = Console(stream=sys.stdout)
     headings = ("", "before", "after")
@@ -75,4 +89,5 @@ def _show(result: Mapping[str, Any]) -> None:
     ]
     console.rows("tokens whose expert was removed", ("layer", "share", "wo times", "kept"), layer_rows)
     console.message()
-    console.message(f"Next: {program_name()} {result['next']}")
+    console.message("Next:")
+    console.message(f"  {program_name()} {result['next']}")

@@ -1,22 +1,48 @@
-"""`switchcli recipes`: list, print, copy and check recipes. Results go to stdout; errors are raised."""
+"""`switchcli recipes`: list, print, copy, check and explain recipes. Results go to stdout; errors are raised."""
 
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from switchcli.commands._options import Json
+from switchcli.commands import _completion
+from switchcli.commands._help import epilog
+from switchcli.commands._options import OVERRIDE, Json
 from switchcli.errors import RecipeError
-from switchcli.recipe import library, yaml_nodes
+from switchcli.recipe import key_index, library, yaml_nodes
+from switchcli.recipe.key_index import KeyInfo
 from switchcli.report.console import print_json
 from switchcli.report.safe_text import one_line
 
-app = typer.Typer(name="recipes", help="List, print, copy and check recipes.", no_args_is_help=True)
+app = typer.Typer(
+    name="recipes",
+    help="List, print, copy, check and explain recipes.",
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes copy quickstart/switch mine.yaml",
+        "switchcli recipes explain model.router",
+    ),
+    no_args_is_help=True,
+)
 
-Name = Annotated[str, typer.Argument(help="The name of a shipped recipe, such as quickstart/switch.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="The name of a shipped recipe, such as quickstart/switch.", autocompletion=_completion.recipes),
+]
 
 
-@app.command("list")
+@app.command(
+    "list",
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes list",
+        "switchcli recipes list --json",
+    ),
+)
 def list_recipes(as_json: Json = False) -> None:
     """List the name and description of each shipped recipe."""
     rows = [(name, library.description(name)) for name in library.recipe_names()]
@@ -28,7 +54,13 @@ def list_recipes(as_json: Json = False) -> None:
         typer.echo(f"{name:{width}}  {description}".rstrip())
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes show quickstart/switch",
+        "switchcli recipes show pretrain/switch-c --json",
+    )
+)
 def show(name: Name, as_json: Json = False) -> None:
     """Print the file of a shipped recipe."""
     path = library.recipe_file(name)
@@ -39,13 +71,19 @@ def show(name: Name, as_json: Json = False) -> None:
         typer.echo(content, nl=False)
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes copy quickstart/switch mine.yaml",
+        "switchcli recipes copy finetune/glue glue.yaml",
+    )
+)
 def copy(
     name: Name,
     file: Annotated[Path, typer.Argument(help="The new file, which must not exist.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a shipped recipe to change it. Its `extends` then names the shipped recipe that it extends."""
+    """Copy a shipped recipe to a file, to change it; its `extends` names the shipped recipe that it extends."""
     target = library.copy_recipe(name, file)
     if as_json:
         print_json({"name": name, "file": str(target)})
@@ -53,13 +91,30 @@ def copy(
         typer.echo(one_line(str(target)))
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes validate mine.yaml train.steps=20",
+        "switchcli recipes validate quickstart/switch finetune/glue --json",
+    )
+)
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Recipe files, or names of shipped recipes.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE ... [KEY=VALUE ...]",
+            help="Recipe files or names of shipped recipes, and keys to set in each of them.",
+            autocompletion=_completion.recipe_and_overrides,
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Check recipes and report every error in each of them."""
-    errors = {file: _errors_in(file) for file in files}
+    """Check recipes, with KEY=VALUE set in each, and report every error, without opening what they name."""
+    overrides = [argument for argument in files if OVERRIDE.match(argument) and not Path(argument).exists()]
+    names = [argument for argument in files if argument not in overrides]
+    if not names:
+        raise RecipeError("FILE: missing: name the recipe that the keys are to be set in")
+    errors = {file: _errors_in(file, overrides) for file in names}
     if as_json:
         results = [{"file": file, "ok": not file_errors, "errors": file_errors} for file, file_errors in errors.items()]
         print_json({"files": results})
@@ -72,8 +127,21 @@ def validate(
         raise RecipeError(*lines)
 
 
-@app.command()
-def schema(verb: Annotated[str, typer.Argument(help="The verb whose recipes an editor is to complete.")]) -> None:
+@app.command(
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes schema pretrain > pretrain.schema.json",
+        "switchcli recipes schema eval",
+    )
+)
+def schema(
+    verb: Annotated[
+        str,
+        typer.Argument(
+            help="The verb whose recipes an editor is to complete.", autocompletion=_completion.recipe_verbs
+        ),
+    ],
+) -> None:
     """Print the JSON Schema of a verb's recipes."""
     from switchcli.recipe.schema import RECIPES, editor_schema
 
@@ -84,12 +152,104 @@ def schema(verb: Annotated[str, typer.Argument(help="The verb whose recipes an e
     print_json(editor_schema(verb))
 
 
-def _errors_in(file: str) -> list[str]:
-    """Return a line for each error in `file`, by the schema of the verb that it names."""
+@app.command(
+    epilog=epilog(
+        "reference/recipes",
+        "switchcli recipes explain train.batch_tokens",
+        "switchcli recipes explain model.router",
+    )
+)
+def explain(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            help="A key such as train.steps. Default: all top-level keys.",
+            show_default=False,
+            autocompletion=_completion.any_key,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a recipe key means, its type and default, and the keys below it."""
+    name = key_index.normalize(key) if key else ""
+    meanings = key_index.meanings(name)
+    below = key_index.below(name) if key else [info for info in key_index.all_keys() if "." not in info.key]
+    if key and not meanings:
+        raise RecipeError(_unknown_key(key))
+    if as_json:
+        rows = [{**info._asdict(), "example": key_index.example(info)} for info in meanings]
+        print_json({"key": name, "meanings": rows, "below": [info._asdict() for info in below]})
+        return
+    width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
+    blocks = [*(_explanation(alike, width) for alike in _alike(meanings)), *([_table(below, width)] if below else [])]
+    typer.echo("\n\n".join("\n".join(block) for block in blocks))
+
+
+def _unknown_key(key: str) -> str:
+    nearest = key_index.nearest(key)
+    hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`switchcli recipes explain` lists top-level keys."
+    return f"{yaml_nodes.display_key(key)}: no such recipe key. {hint}"
+
+
+def _alike(meanings: Sequence[KeyInfo]) -> list[list[KeyInfo]]:
+    """Return meanings of a key in groups that differ only in default and description between verbs."""
+    groups: dict[object, list[KeyInfo]] = {}
+    for info in meanings:
+        groups.setdefault((info.type, info.choices, info.when), []).append(info)
+    return list(groups.values())
+
+
+def _explanation(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
+    """Yield the lines that explain one meaning of a key, or several that `_alike` has put together."""
+
+    def by_verbs(texts: Sequence[str]) -> list[str]:
+        if len(set(texts)) == 1:
+            return [texts[0]]
+        return [f"{', '.join(info.verbs)}: {text}" for info, text in zip(infos, texts, strict=True)]
+
+    first = infos[0]
+    rows = {
+        "verbs": [", ".join(verb for info in infos for verb in info.verbs)],
+        "with": [" or ".join(first.when)],
+        "type": [first.type],
+        "choices": [", ".join(first.choices)],
+        "default": by_verbs(["none: the key is required" if info.default is None else info.default for info in infos]),
+        "meaning": by_verbs([info.description for info in infos]),
+        "example": [key_index.example(first)],
+    }
+    yield first.key
+    for heading, texts in rows.items():
+        for number, text in enumerate(texts):
+            if text:
+                yield from _wrapped(f"  {'' if number else heading:8}  ", text, width)
+
+
+def _table(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
+    """Yield the lines of a table of keys: name, default, and a short form of the meaning."""
+    names = [info.key for info in infos]
+    defaults = [textwrap.shorten(info.default or "required", 28, placeholder=" ...") for info in infos]
+    key_width, default_width = max(map(len, names)), max(map(len, defaults))
+    for info, default in zip(infos, defaults, strict=True):
+        condition = key_index.kinds(info)
+        if not condition and names.count(info.key) > 1:
+            condition = info.verbs
+        meaning = f"one of {', '.join(info.choices)}" if info.key.endswith(".kind") else key_index.short_meaning(info)
+        text = f"{', '.join(condition)}: {meaning}" if condition else meaning
+        yield from _wrapped(f"{info.key:{key_width}}  {default:{default_width}}  ", text, width)
+
+
+def _wrapped(start: str, text: str, width: int) -> list[str]:
+    indent = " " * len(start)
+    width = max(width, len(start) + 30)
+    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _errors_in(file: str, overrides: Sequence[str]) -> list[str]:
+    """Return a line for each error in `file` with the overrides, by the schema of the verb that it names."""
     from switchcli.recipe.schema import resolve_standalone
 
     try:
-        resolve_standalone(file)
+        resolve_standalone(file, overrides)
     except RecipeError as error:
         return [one_line(line) for line in error.lines]
     return []

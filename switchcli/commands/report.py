@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchcli.commands import _exit
+from switchcli.commands import _completion, _exit
+from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Quiet
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console, print_json
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/read-a-report",
+        "switchcli report runs/quickstart/dense runs/quickstart/switch",
+        "switchcli report --routing runs/quickstart/switch --html routing.html",
+    )
+)
 def report(
     runs: Annotated[
         list[str],
         typer.Argument(
             metavar="RUN ...",
             help="Folders of runs. With --routing: one or two checkpoints, and KEY=VALUE as for `switchcli eval`.",
+            autocompletion=_completion.checkpoints_and_overrides,
         ),
     ],
     routing: Annotated[
@@ -35,9 +43,12 @@ def report(
             help="Report which held-out tokens each expert of a checkpoint gets, and how two checkpoints differ.",
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write an HTML page with all charts to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with all charts to this file.")
+    ] = None,
     figures: Annotated[
-        Path | None, typer.Option(help="Write the charts as SVG, PNG and CSV files to this folder.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Write the charts as SVG, PNG and CSV files to this folder."),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(metavar="RUN", help="The run to compare with. Default: the first.")
@@ -45,11 +56,11 @@ def report(
     quality: Annotated[
         float | None,
         typer.Option(
-            metavar="FIGURE",
+            metavar="NUMBER",
             help="Value of the held-out metric that each run is timed to reach. Default: the baseline's last.",
         ),
     ] = None,
-    smooth: Annotated[int, typer.Option(min=1, help="Number of evaluations in a running mean.")] = 1,
+    smooth: Annotated[int, typer.Option(metavar="N", min=1, help="Number of evaluations in a running mean.")] = 1,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,10 +80,12 @@ def report(
 
             folders = [*map(Path, runs)]
             comparison = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
-            _report_runs(comparison, html, figures, as_json)
+            _report_runs(comparison, html, figures, as_json, console)
 
 
-def _report_runs(comparison: "Report", html: Path | None, figures: Path | None, as_json: bool) -> None:
+def _report_runs(
+    comparison: "Report", html: Path | None, figures: Path | None, as_json: bool, console: Console
+) -> None:
     """Write the page and the charts if their paths are not None. Print the tables or the JSON object on stdout."""
     from switchcli.report import run_report
     from switchcli.report.charts import write_files
@@ -86,6 +99,7 @@ def _report_runs(comparison: "Report", html: Path | None, figures: Path | None, 
         print_json(run_report.to_json(comparison))
     else:
         _show(run_report.tables(comparison))
+    _say_written(html, figures, console)
 
 
 def _report_routing(
@@ -108,6 +122,13 @@ def _report_routing(
         print_json(survey)
     else:
         _show(routing_tables.tables(survey))
+    _say_written(html, figures, console)
+
+
+def _say_written(html: Path | None, figures: Path | None, console: Console) -> None:
+    for path in (html, figures):
+        if path is not None:
+            console.message(f"wrote {path}")
 
 
 def _show(tables: Iterable["HtmlTable"]) -> None:

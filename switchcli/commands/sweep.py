@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands._options import Json, Quiet
+from switchcli.commands import _completion
+from switchcli.commands._help import epilog
+from switchcli.commands._options import Json, Quiet, check_folder
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import shell_words
@@ -14,18 +16,29 @@ from switchcli.runs import cluster, sweep_list
 app = typer.Typer()
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog=epilog(
+        "how-to/sweeps",
+        "switchcli sweep pretrain quickstart/switch train.seed=0,1,2",
+        "switchcli sweep pretrain quickstart/switch model.num_experts=2,4,8 --print",
+    ),
+)
 def sweep(
     arguments: Annotated[
         list[str],
         typer.Argument(
             metavar="LIST [KEY=VALUE ...] | VERB RECIPE [KEY=VALUE,VALUE ...]",
             help="A file that lists runs, or a command whose keys may have several values, separated by commas.",
+            autocompletion=_completion.command_words,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")] = Path("runs/sweep"),
+    out: Annotated[
+        Path, typer.Option(metavar="PATH", help="Folder of the runs' folders.", callback=check_folder)
+    ] = Path("runs/sweep"),
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Number of runs at once. Default: one per GPU, else one per processor.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Number of runs at once. Default: one per GPU, else one per processor."),
     ] = None,
     print_only: Annotated[
         bool, typer.Option("--print", "--dry-run", help="Print the commands of the runs, and stop.")
@@ -36,7 +49,7 @@ def sweep(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a grid or a list of runs. Complete runs are skipped, interrupted ones resume.
+    """Run a grid or a list of runs; complete runs are skipped, and interrupted ones resume.
 
     A failed run stops no others, except those that need it. The exit code is then 1.
     """

@@ -7,31 +7,44 @@ from typing import Annotated, Any, Literal
 import typer
 
 from switchcli.commands import _exit
+from switchcli.commands._help import epilog
 from switchcli.commands._options import A_CHECKPOINT, Destination, Json, Overrides, Quiet
 from switchcli.report.console import Console, print_json
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=epilog(
+        "how-to/upcycle-and-prune",
+        "switchcli upcycle runs/quickstart/dense runs/sparse --experts 8",
+        "switchcli upcycle runs/dense runs/top2 --experts 8 model.router.kind=top_k",
+    )
+)
 def upcycle(
     dense: Annotated[Path, typer.Argument(help=f"A dense model. {A_CHECKPOINT}")],
     destination: Destination,
-    experts: Annotated[int, typer.Option(help="Number of experts in each sparse layer.")],
+    experts: Annotated[int, typer.Option(metavar="N", help="Number of experts in each sparse layer.")],
     overrides: Overrides = None,
     gate: Annotated[
         Literal["scaled", "raw"],
-        typer.Option(help="Scale weights to correct for gates below 1, so that outputs stay equal, or copy them."),
+        typer.Option(
+            metavar="scaled|raw",
+            help="Scale weights to correct for gates below 1, so that outputs stay equal, or copy them.",
+        ),
     ] = "scaled",
     noise: Annotated[
         float,
-        typer.Option(help="Standard deviation of noise on experts, as a multiple of the weights' root mean square."),
+        typer.Option(
+            metavar="NUMBER",
+            help="Standard deviation of noise on experts, as a multiple of the weights' root mean square.",
+        ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the new routers and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the new routers and the noise.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a Switch model that starts where a dense model ended: its experts are copies of the dense feed-forwards."""
+    """Make a sparse model from a dense one: its experts are copies of the dense feed-forwards."""
     with _exit.interruptible(saves_nothing=True):
         from switchcli.runs import upcycling
 
@@ -47,7 +60,7 @@ def upcycle(
 
 def _summary(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line about the model, one about each stack, and one with the next command."""
-    from switchcli.runs.run_dir import program_name
+    from switchcli.report.program import program_name
 
     yield f"{result['parameters']:,} parameters in {result['destination']}"
     for stack, correction in result["corrections"].items():
@@ -58,4 +71,5 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
         else:
             start = "otherwise than the dense model"
         yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {start}"
-    yield f"Next: {program_name()} {result['next']}"
+    yield "Next:"
+    yield f"  {program_name()} {result['next']}"

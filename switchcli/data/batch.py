@@ -30,7 +30,7 @@ class TeacherTopK(NamedTuple):
 
 
 class DistillBatch(NamedTuple):
-    """A batch with stored answers of a teacher, so that the teacher itself does not run (train/teacher_cache.py)."""
+    """A batch with stored answers of a teacher, so that the teacher itself does not run (training/teacher_cache.py)."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
@@ -51,9 +51,16 @@ class BatchSource(ABC):
         """Return this rank's contribution to the state after `step` steps. The state is the sum over all ranks."""
         return []
 
-    def restore_state(self, step: int, state: Sequence[int]) -> None:
-        """Go on after `step` steps from `state`, the sum over ranks of the values that `state(step)` returned."""
+    row_offset: int = 0
+    """Added to the number of every row in the order of the data. Only a run that was branched has another than 0."""
+
+    def restore_state(self, step: int, state: Sequence[int], row_offset: int = 0) -> None:
+        """Go on after `step` steps from `state`, the sum over ranks of the values that `state(step)` returned.
+
+        An empty `state` is that before the first row.
+        """
         assert not state, "these batches depend on their step only"
+        self.row_offset = row_offset
 
     def record(self, step: int) -> Mapping[str, Any]:
         """Return facts about the rows up to `step`, to be added to the record of that step."""

@@ -110,10 +110,10 @@ class StreamedTextSource(BatchSource):
                 min(max(row - index * self._rows_per_shard, 0), self._rows_per_shard) for row in (first, first + count)
             )
             if end > begin:
-                assert stream_shard.next_row == step * self._rows_per_shard + begin, "rows are asked for in order"
+                assert stream_shard.next_row == self._next_row(step) + begin, "rows are asked for in order"
                 raw.append(stream_shard.raw_rows(end - begin))
         # The state after a step exists once all rows of this rank have been read.
-        if all(shard.next_row == (step + 1) * self._rows_per_shard for shard in self._stream_shards.values()):
+        if all(shard.next_row == self._next_row(step + 1) for shard in self._stream_shards.values()):
             self._states[step + 1] = self._positions()
             self._states.pop(step - self._kept_steps, None)
         return self._corruption.batch(np.concatenate(raw), step, first)
@@ -126,15 +126,27 @@ class StreamedTextSource(BatchSource):
         """
         return [int(number) for number in self._states[step].ravel()]
 
-    def restore_state(self, step: int, state: Sequence[int]) -> None:
+    def restore_state(self, step: int, state: Sequence[int], row_offset: int = 0) -> None:
         """Continue after `step` steps from `state`, the positions of all stream shards at that step."""
-        positions = np.array(state).reshape(self._state_shape)
+        self.row_offset = row_offset
+        positions = np.array(state).reshape(self._state_shape) if state else np.zeros(self._state_shape, np.int64)
         for index, stream_shard in self._stream_shards.items():
-            stream_shard.seek(step * self._rows_per_shard, positions[index])
+            stream_shard.seek(self._next_row(step), positions[index])
         self._states = {step: self._positions()}
 
     def record(self, step: int) -> Mapping[str, Any]:
-        return {"mixture": self._mixture.compare_with_intended(step * self._batch_rows)} if self._mixture else {}
+        return (
+            {"mixture": self._mixture.compare_with_intended(step * self._batch_rows + self.row_offset)}
+            if self._mixture
+            else {}
+        )
+
+    def _next_row(self, step: int) -> int:
+        """Return the number of rows that each stream shard has made after `step` steps, in the order of the data.
+
+        Rows of a step are a multiple of the number of stream shards, and so is the offset.
+        """
+        return step * self._rows_per_shard + self.row_offset // self._state_shape[0]
 
     @property
     def is_sequential(self) -> bool:

@@ -64,11 +64,14 @@ class PreparedTextSource(BatchSource):
 
     def batch(self, step: int, first: int, count: int) -> Batch:
         """Return rows first..first+count of the step's batch: [count, inputs_length] and [count, targets_length]."""
-        row_R = step * self._batch_rows + np.arange(first, first + count)
+        row_R = self._first_row(step) + np.arange(first, first + count)
         return self._corruption.batch(self._raw_rows(row_R), step, first)
 
     def record(self, step: int) -> Mapping[str, Any]:
-        return {"mixture": self._mixture.compare_with_intended(step * self._batch_rows)} if self._mixture else {}
+        return {"mixture": self._mixture.compare_with_intended(self._first_row(step))} if self._mixture else {}
+
+    def _first_row(self, step: int) -> int:
+        return step * self._batch_rows + self.row_offset
 
     def _raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the raw ids [R, L] of rows, given by their numbers in the run."""

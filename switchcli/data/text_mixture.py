@@ -27,6 +27,7 @@ class JoinedTexts(Spec):
     """All corpora as one text, in proportion to their sizes."""
 
     kind: Literal["joined"] = "joined"
+    """`joined` makes one text of all corpora."""
     uses_weights: ClassVar[bool] = False
     uses_sizes: ClassVar[bool] = False
 
@@ -80,6 +81,7 @@ class WeightedMixing(TextMixing):
     """Fractions in proportion to the `weight` of each corpus."""
 
     kind: Literal["weighted"] = "weighted"
+    """`weighted` mixes the texts by the `weight` of each corpus."""
     uses_weights: ClassVar[bool] = True
     uses_sizes: ClassVar[bool] = False
 
@@ -91,6 +93,7 @@ class TemperatureMixing(TextMixing):
     """Fractions in proportion to tokens ** alpha, as in mT5. A stream counts the bytes of its files instead."""
 
     kind: Literal["temperature"] = "temperature"
+    """`temperature` mixes the texts in proportion to tokens ** alpha."""
     alpha: float = Field(default=0.3, ge=0.0, le=1.0)
     """Exponent of the size: 1 keeps the proportions, 0 makes all texts equal. mT5 uses 0.3."""
 

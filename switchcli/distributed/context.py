@@ -3,6 +3,9 @@
 accelerate finds the device, and the ranks of any launcher. The rest of the package uses only this interface, which
 reads the same on one process and on many. Control values, such as counts and stop requests, go over groups of their own
 on the host, which never wait for a device.
+
+Methods import accelerate and torch's fully_shard: a dry run needs neither, and importing fully_shard takes half as long
+as importing torch.
 """
 
 import ctypes
@@ -13,31 +16,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, SupportsFloat, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, recursively_apply, send_to_device
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from switchcli.distributed import expert_parallel, fsdp, parallelize
+from switchcli.distributed import expert_parallel, parallelize
 from switchcli.distributed.collectives import HostGroup, explain_lost_ranks
 from switchcli.distributed.deterministic_reduce import DeterministicReduce
 from switchcli.distributed.expert_parallel import ExpertGradients
 from switchcli.distributed.launch import is_rank
 from switchcli.distributed.layout import Layout, ModelWeights
-from switchcli.distributed.mesh import ALONE, MeshGroups, ParallelSpec, build_groups, check_world
+from switchcli.distributed.mesh import MeshGroups, build_groups
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec, check_world
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.rendezvous import announce_waiting
 from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import DistributedError, RecipeError
-from switchcli.model.block_execution import compile_dense_sublayers
+from switchcli.model.block_execution import compile_blocks
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
@@ -61,6 +66,25 @@ IGNORED_VARIABLES = (
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 T = TypeVar("T")
+
+
+class HostCopy:
+    """A copy of a scalar in the host's memory. CUDA makes it behind the work that is queued so far.
+
+    Reading it with `float` waits for that work only. Reading the scalar itself would also wait for all later work.
+    """
+
+    def __init__(self, scalar: torch.Tensor) -> None:
+        self._copy = scalar.to("cpu", non_blocking=True)  # in pinned memory, if the scalar is on a CUDA device
+        self._done: torch.cuda.Event | None = None
+        if scalar.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def __float__(self) -> float:
+        if self._done is not None:
+            self._done.synchronize()
+        return float(self._copy)
 
 
 class DistributedContext:
@@ -158,6 +182,8 @@ class DistributedContext:
 
     def to_device(self, batch: T) -> T:
         """Return the batch with its tensors on this rank's device. Tensors that are there already are not copied."""
+        from accelerate.utils import send_to_device
+
         on_device: T = send_to_device(batch, self.device, non_blocking=True)
         return on_device
 
@@ -165,14 +191,24 @@ class DistributedContext:
         """Return the batch in pinned memory, from which CUDA copies without a wait; on a CPU the batch itself."""
         if self.device.type != "cuda":
             return batch
+        from accelerate.utils import recursively_apply
+
         pinned: T = recursively_apply(torch.Tensor.pin_memory, batch)
         return pinned
+
+    def to_host(self, scalar: torch.Tensor) -> SupportsFloat:
+        """Start to copy a scalar to the host; `float` of the result waits for the copy."""
+        return HostCopy(scalar)
 
     @property
     def forward_is_collective(self) -> bool:
         """Whether a forward pass communicates, so that all ranks must run the same number of forward passes."""
-        is_sharded = self.groups.data is not None and self.parallel.shard != "none"
-        return is_sharded or self.groups.model is not None or self.groups.experts is not None
+        return self._uses_fsdp or self.groups.model is not None or self.groups.experts is not None
+
+    @property
+    def _uses_fsdp(self) -> bool:
+        """Whether `parallelize` shards weights by fully_shard. Only then fsdp.py is imported, which takes long."""
+        return self.groups.data is not None and self.parallel.shard != "none"
 
     def parallelize(self, model: SwitchTransformer) -> ModelWeights:
         """Shard `model`, which is on `meta`, in place, and allocate this rank's weights, without values."""
@@ -183,8 +219,11 @@ class DistributedContext:
         """Return the model in a form whose gradients `synchronize_gradients` reduces over the data axis.
 
         DistributedDataParallel wraps a model that is not sharded. A sharded model reduces its own gradients, and with
-        `reduction: ordered` the context does.
+        `reduction: ordered` the context does. From now on, use `backward()` for gradients of `model`, not
+        `torch.autograd.grad` (see `Experts.adds_to_grad`).
         """
+        for layer in sparse_layers(model).values():
+            layer.experts.adds_to_grad = True
         data = self.groups.data
         if self._deterministic_reduce is not None:
             with explain_lost_ranks():
@@ -192,12 +231,15 @@ class DistributedContext:
             return model
         if data is None:
             return model
-        if self.groups.experts is not None or isinstance(model, FSDPModule):
-            expert_parameters = expert_parallel.local_expert_parameters(model)
+        expert_parameters = expert_parallel.local_expert_parameters(model)
+        if self._uses_fsdp:
+            from switchcli.distributed import fsdp
+
             if not fsdp.experts_are_sharded(model):
                 self._expert_gradients = ExpertGradients(expert_parameters.values(), self.groups.replicas, data.size)
-            if isinstance(model, FSDPModule):
-                return model
+            return model
+        if self.groups.experts is not None:
+            self._expert_gradients = ExpertGradients(expert_parameters.values(), self.groups.replicas, data.size)
             _exclude_from_ddp(model, expert_parameters)
         devices = [self.device] if self.device.type == "cuda" else None
         with explain_lost_ranks():
@@ -207,16 +249,20 @@ class DistributedContext:
 
     def reshard(self, model: nn.Module) -> None:
         """Free the gathered weights of a sharded model. Call it before the shards are changed."""
-        for unit in fsdp.fsdp_units(model):
-            unit.reshard()
+        if self._uses_fsdp:
+            from switchcli.distributed import fsdp
 
-    def compile(self, model: nn.Module) -> None:
-        """Compile the dense parts of `model` in place. Call it before `wrap`.
+            for unit in fsdp.fsdp_units(model):
+                unit.reshard()
+
+    def compile(self, model: SwitchTransformer) -> None:
+        """Compile the blocks of `model` in place, see `compile_blocks`. Call it before `wrap`.
 
         Raises:
             RecipeError: torch finds no compiler for this device.
         """
-        import torch._inductor.config  # these imports take seconds
+        import torch._dynamo.config  # these imports take seconds
+        import torch._inductor.config
         from torch._dynamo.exc import TorchDynamoException
 
         try:
@@ -229,7 +275,11 @@ class DistributedContext:
                 "no space in the path of torch; or take train.compile=false"
             ) from error
         torch._inductor.config.fallback_random = True  # the same dropout masks as without compilation
-        compile_dense_sublayers(model)
+        # A graph for each kind of block, for training and evaluation, and for each shape of a batch.
+        torch._dynamo.config.recompile_limit = 64
+        # The gradient of flex_attention's bias does not repeat bit for bit. On a CPU it has no gradient.
+        must_repeat = self.parallel.reduction == "ordered" or torch.are_deterministic_algorithms_enabled()
+        compile_blocks(model, flex=self.device.type == "cuda" and not must_repeat)
         self._is_compiled = True
 
     def eager(self) -> AbstractContextManager[object]:
@@ -250,7 +300,10 @@ class DistributedContext:
             LostRankError: in the context, when another rank is gone.
         """
         is_last = position == count
-        if isinstance(model, FSDPModule):
+        if self._uses_fsdp:
+            from torch.distributed.fsdp import FSDPModule
+
+            assert isinstance(model, FSDPModule), "wrapped"
             # zero3 reduces gradients, and frees weights after the backward pass, in each microbatch.
             model.set_requires_gradient_sync(is_last or self.parallel.shard == "zero3")
             model.set_reshard_after_backward(is_last or self.parallel.shard == "zero3")
@@ -341,7 +394,15 @@ class DistributedContext:
         self._accelerator.end_training()
 
 
-def _create_accelerator(on_cpu: bool) -> Accelerator:
+def _create_accelerator(on_cpu: bool) -> "Accelerator":
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # accelerate keeps the device of the first Accelerator of a process. A notebook may train on another one next.
+    state = PartialState._shared_state
+    if state and not dist.is_initialized() and (state["device"].type == "cpu") != on_cpu:
+        AcceleratorState._reset_state(reset_partial_state=True)
     hidden = {name: os.environ.pop(name) for name in IGNORED_VARIABLES if name in os.environ}
     try:
         return Accelerator(

@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 from switchcli.distributed.collectives import all_gather, explain_lost_ranks
-from switchcli.distributed.mesh import CommDtype, RankGroup, to_comm_dtype
+from switchcli.distributed.mesh import RankGroup, to_comm_dtype
+from switchcli.distributed.parallel_spec import CommDtype
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.dispatch import filled_slots, weighted_scatter_add
 from switchcli.model.moe.layer import SwitchLayer

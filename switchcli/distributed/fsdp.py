@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from switchcli.distributed.expert_parallel import local_expert_parameters
-from switchcli.distributed.mesh import MeshGroups, RankGroup, Shard, even_dim
+from switchcli.distributed.mesh import MeshGroups, RankGroup
+from switchcli.distributed.parallel_spec import Shard, even_dim
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import DecoderBlock, EncoderBlock, SwitchTransformer
 

@@ -8,18 +8,21 @@
   not divide the number of experts.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from switchcli.distributed.collectives import all_gather, explain_lost_ranks
 from switchcli.distributed.mesh import RankGroup
 from switchcli.model.moe.layer import local_experts
 from switchcli.model.transformer import SwitchTransformer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class ShardedDim(NamedTuple):
@@ -116,10 +119,17 @@ def is_stacked(name: str) -> bool:
     return ".experts." in f".{name}"
 
 
+def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Return whether a tensor is a DTensor, as the weights that fully_shard manages are."""
+    # Importing DTensor takes half as long as importing torch. A process that has not done so has none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_values(tensor: torch.Tensor) -> torch.Tensor:
     """Return the values that this rank stores, detached, as a view: the shard of a DTensor, else the tensor itself."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 class ModelWeights(NamedTuple):

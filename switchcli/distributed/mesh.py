@@ -9,79 +9,15 @@ A mesh has `data` x `model` ranks. Rank r = d * model + m has position d on the 
   the data / expert runs are replicas of each other.
 """
 
-import math
-from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 
+from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
 from switchcli.distributed.signals import run_interruptibly
-from switchcli.errors import RecipeError
-from switchcli.model.config import ModelSpec
-from switchcli.spec import LIMITS, Spec
-
-Shard = Literal["none", "zero2", "zero3"]
-CommDtype = Literal["compute", "float32"]
-Reduction = Literal["fast", "ordered"]
-
-
-class ParallelSpec(Spec):
-    """The mesh that a run uses; what the run learns does not depend on it. `parallel: auto` stands for `auto: true`."""
-
-    auto: bool = False
-    """Choose the mesh that `switchcli plan` finds fastest for these ranks and the main rank's memory, at the plan's
-    default rates, instead of the keys below."""
-    data: int | None = Field(default=None, ge=1, le=LIMITS["ranks"])
-    """Number of ranks that share the batch; absent: all ranks that are started, divided by `model`."""
-    model: int = Field(default=1, ge=1, le=LIMITS["ranks"])
-    """Number of ranks that divide the heads, d_ff (of experts too) and the vocabulary; it must divide each of these. 1:
-    every rank holds all of them."""
-    expert: int = Field(default=1, ge=1, le=LIMITS["ranks"])
-    """Number of ranks of the data axis that divide the experts of each sparse layer; it must divide both numbers. 1:
-    every rank holds all experts."""
-    shard: Shard = "none"
-    """What ranks that hold the same weights divide among them. `zero2`: the optimizer state, and the gradients after
-    the last microbatch. `zero3`: also the weights, which are gathered for one block at a time, and those outside the
-    blocks for a whole step. Experts are divided among their replicas, all other weights over the data axis. Experts
-    stay undivided if the number of replicas divides neither their number nor the widths of their weights."""
-    comm_dtype: CommDtype = "compute"
-    """Precision in which dispatched tokens and sums over the model axis are sent. `compute`: that of the matrix
-    products. `float32`: where products are bfloat16, twice the bytes, and sums that are not rounded on the way."""
-    reduction: Reduction = "fast"
-    """The order in which gradients are added over microbatches and ranks. `fast`: any order, so that the last bits
-    depend on the number of ranks. `ordered`: an order that only the number of microbatches decides, so that 1, 2, 4,
-    ... ranks end with the same bits, if each holds the whole model and has the same hardware, threads and torch. It
-    needs `train.microbatch_tokens`, memory for one more gradient each time that a rank's number of microbatches can be
-    halved, and it adds gradients over ranks after the backward pass instead of during it."""
-
-    @property
-    def is_unset(self) -> bool:
-        """Whether every key that describes the mesh has its default."""
-        mesh = (self.data, self.model, self.expert, self.shard, self.reduction)
-        return mesh == (None, 1, 1, "none", "fast")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_auto(cls, value: Any) -> Any:
-        return {"auto": True} if value == "auto" else value
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> Self:
-        if self.auto and self.reduction == "ordered":
-            raise ValueError("auto may choose any mesh, and reduction: ordered allows the data axis alone: give one")
-        if self.auto and not self.is_unset:
-            raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
-        sizes = {"model": self.model, "expert": self.expert, "shard": self.shard if self.shard != "none" else 1}
-        divided = " and ".join(f"{name} ({value})" for name, value in sizes.items() if value != 1)
-        if self.reduction == "ordered" and divided:
-            raise ValueError(
-                f"reduction: ordered needs the whole model on each rank: leave out {divided}, or take reduction: fast"
-            )
-        return self
 
 
 def to_comm_dtype(x: torch.Tensor, comm_dtype: CommDtype) -> torch.dtype:
@@ -89,30 +25,6 @@ def to_comm_dtype(x: torch.Tensor, comm_dtype: CommDtype) -> torch.dtype:
     if comm_dtype == "float32" and x.is_floating_point():
         return torch.promote_types(x.dtype, torch.float32)
     return x.dtype
-
-
-ALONE = ParallelSpec()
-"""The default mesh: data parallelism, with the whole model on each rank."""
-
-
-def indivisible_sizes(spec: ModelSpec, model: int) -> Iterator[tuple[str, int]]:
-    """Yield the recipe key and value of each size that a model axis of `model` ranks must divide and does not."""
-    sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
-    yield from ((key, size) for key, size in sizes.items() if size % model)
-
-
-def divides_experts(spec: ModelSpec, model: int) -> bool:
-    """Return whether a model axis of `model` ranks can divide the experts. It cannot divide those of an attention."""
-    return model == 1 or spec.num_experts == 1 or spec.sparse == "feed_forward"
-
-
-def even_dim(shapes: Collection[Sequence[int]], num_shards: int) -> int | None:
-    """Return the dim along which stacked expert weights [E, ...] are sharded; None if no dim divides evenly in all.
-
-    Dim 0 is preferred: it counts experts, so that each expert stays whole on one rank. Dim 1 is the alternative, which
-    torch's fully_shard does not pad.
-    """
-    return next((dim for dim in (0, 1) if all(shape[dim] % num_shards == 0 for shape in shapes)), None)
 
 
 class RankGroup(NamedTuple):
@@ -134,37 +46,6 @@ class MeshGroups(NamedTuple):
     """Ranks of `data` that together hold all experts once."""
     replicas: RankGroup | None = None
     """Ranks of `data` that hold the same experts: all of `data` if `experts` is None."""
-
-
-def check_world(spec: ParallelSpec, world: int) -> None:
-    """Raise a RecipeError if `world` ranks cannot form the mesh."""
-    data, remainder = divmod(world, spec.model)
-    if spec.reduction == "ordered" and world & (world - 1):  # a power of two has one bit set
-        fewer = 2 ** (world.bit_length() - 1)
-        raise RecipeError(
-            f"parallel.reduction: ordered adds ranks in pairs, then pairs of pairs, which {world} ranks do not allow: "
-            f"start {fewer} or {2 * fewer}, for example by --processes {fewer}, or take parallel.reduction=fast"
-        )
-    if spec.data is not None and spec.data * spec.model != world:
-        needed = spec.data * spec.model
-        mesh = f"parallel.data ({spec.data})" + (f" x parallel.model ({spec.model})" if spec.model > 1 else "")
-        raise RecipeError(
-            f"{mesh} is not the number of ranks ({world}): start {needed}, for example by --processes {needed}, or "
-            "leave parallel.data out"
-        )
-    if remainder:
-        raise RecipeError(
-            f"parallel.model ({spec.model}) must divide the number of ranks ({world}): start a multiple of "
-            f"{spec.model}, for example by --processes {spec.model}, or take "
-            f"parallel.model={math.gcd(spec.model, world)}"
-        )
-    if data % spec.expert:
-        ranks = f"the number of ranks ({world})" if spec.model == 1 else f"the ranks of the data axis ({data})"
-        needed = spec.expert * spec.model
-        raise RecipeError(
-            f"parallel.expert ({spec.expert}) must divide {ranks}: start a multiple of {needed}, for example by "
-            f"--processes {needed}, or take parallel.expert={math.gcd(spec.expert, data)}"
-        )
 
 
 def build_groups(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) -> MeshGroups:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
 
-from switchcli.distributed import expert_parallel, fsdp, tensor_parallel
+from switchcli.distributed import expert_parallel, tensor_parallel
 from switchcli.distributed.collectives import explain_lost_ranks
-from switchcli.distributed.layout import Layout, ModelWeights, ShardedDim, is_stacked, local_values
-from switchcli.distributed.mesh import MeshGroups, ParallelSpec, RankGroup
+from switchcli.distributed.layout import Layout, ModelWeights, ShardedDim, is_dtensor, is_stacked, local_values
+from switchcli.distributed.mesh import MeshGroups, RankGroup
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.moe.layer import local_experts
 from switchcli.model.transformer import SwitchTransformer
 
@@ -30,9 +30,13 @@ def parallelize(model: SwitchTransformer, groups: MeshGroups, spec: ParallelSpec
     if groups.model is not None:
         tensor_parallel.shard_model(model, groups.model, spec.comm_dtype)
     if groups.data is not None and spec.shard != "none":
+        from switchcli.distributed import fsdp  # its imports take half as long as that of torch
+
         fsdp.shard_weights(model, groups, spec.shard, device.type)
-    model.to_empty(device=device)
-    fsdp.init_local_shards(model)
+        model.to_empty(device=device)
+        fsdp.init_local_shards(model)
+    else:
+        model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     layouts = {name: _layout(name, parameter, groups) for name, parameter in parameters.items()}
     replica_index, num_replicas = _replica(parameters, groups)
@@ -55,7 +59,9 @@ def _layout(name: str, parameter: nn.Parameter, groups: MeshGroups) -> Layout:
     dim = tensor_parallel.sharded_dim(name)
     if groups.model is not None and dim is not None:
         layout.append(ShardedDim(dim, groups.model, (parameter.shape[dim],) * groups.model.size))
-    if isinstance(parameter, DTensor) and not _replicas_hold_other_experts(name, parameter):
+    if is_dtensor(parameter) and not _replicas_hold_other_experts(name, parameter):
+        from torch.distributed.tensor import Shard  # imported already, as there is a DTensor
+
         ranks = groups.replicas if is_stacked(name) else groups.data
         assert ranks is not None
         (placement,) = parameter.placements
@@ -83,9 +89,9 @@ def _replica(parameters: Mapping[str, nn.Parameter], groups: MeshGroups) -> tupl
     return replica * model_size + model_rank, num_replicas * model_size
 
 
-def _replicas_hold_other_experts(name: str, parameter: nn.Parameter) -> bool:
+def _replicas_hold_other_experts(name: str, parameter: torch.Tensor) -> bool:
     """Return whether fully_shard divides the experts of the stack `name` among the replicas, each expert whole."""
-    return is_stacked(name) and isinstance(parameter, DTensor) and parameter.placements[0].is_shard(0)
+    return is_stacked(name) and is_dtensor(parameter) and parameter.placements[0].is_shard(0)
 
 
 class GradientNorm(NamedTuple):

@@ -8,12 +8,13 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
 from typing import NamedTuple
 
+from switchcli.distributed.launch import join_srun
 from switchcli.errors import RecipeError
 from switchcli.startup import LAUNCHER
 
@@ -29,6 +30,17 @@ MAX_LISTED_RANKS = 8
 """Missing ranks that a message lists; further ones become an ellipsis."""
 CHECK_PORT = "see that rank 0 was started, and that no other program uses that port"
 UNSET = "start the ranks with --processes or torchrun, or unset RANK and WORLD_SIZE to run one process"
+
+
+def prepare_rank(environment: MutableMapping[str, str]) -> None:
+    """Find the ranks that srun started, and check the variables with which the ranks meet.
+
+    Raises:
+        RecipeError: a variable is missing or wrong.
+        DistributedError: srun started this task without an address where the ranks meet.
+    """
+    join_srun(environment)
+    check_environment(environment)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

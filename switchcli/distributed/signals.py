@@ -4,9 +4,12 @@ The first signal sets a flag that training, evaluation and scoring poll; a later
 also commands/_exit.py and launch.py.
 """
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Thread, current_thread, main_thread
 from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
@@ -36,16 +39,22 @@ class StopTraining(Exception):
 class StopRequest:
     """A context manager that sets `requested` at the first stopping signal.
 
-    A SIGINT after the first signal raises KeyboardInterrupt. The previous handlers are restored at the end.
+    A SIGINT after the first signal raises KeyboardInterrupt. The previous handlers are restored at the end. Python
+    allows handlers in the main thread alone: in another thread only `request` sets the flag.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, acknowledge: Callable[[], None] | None = None) -> None:
+        """`acknowledge` is called once, in another thread and at once, if the first signal is a Ctrl-C."""
         self.requested = False
+        self._acknowledge = acknowledge
+        self._watch = ExitStack()
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in stop_signals():
+        for number in stop_signals() if current_thread() is main_thread() else ():
             self._previous[number] = signal.signal(number, self._on_signal)
+        if self._previous and self._acknowledge is not None:
+            self._watch.enter_context(_calling_at_sigint(self._acknowledge))
         return self
 
     def __exit__(
@@ -53,6 +62,7 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+        self._watch.close()
 
     def request(self) -> None:
         """Request a stop without a signal; any thread may call it."""
@@ -62,6 +72,34 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def _calling_at_sigint(action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` in a thread of its own as soon as a SIGINT comes, if no other handled signal has come before.
+
+    A handler of Python waits for the main thread, which may be in a backward pass for seconds. Its wake-up descriptor
+    gets the number of a signal at once.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        if os.read(reader, 1) == bytes([signal.SIGINT]):
+            action()
+
+    thread = Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        with suppress(BlockingIOError):  # full of signals, of which the first has ended the thread
+            os.write(writer, b"\0")  # no signal has this number
+        thread.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def run_interruptibly(action: Callable[[], T]) -> T:

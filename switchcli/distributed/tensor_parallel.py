@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from switchcli.distributed.collectives import all_gather, explain_lost_ranks
-from switchcli.distributed.mesh import CommDtype, RankGroup, to_comm_dtype
+from switchcli.distributed.mesh import RankGroup, to_comm_dtype
+from switchcli.distributed.parallel_spec import CommDtype
 from switchcli.model.attention import Attention
 from switchcli.model.axis import local_slice
 from switchcli.model.layers import FeedForward, compute_dtype

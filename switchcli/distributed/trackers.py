@@ -4,9 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import is_tensorboard_available, is_wandb_available
-
 from switchcli.errors import RecipeError
 
 
@@ -19,6 +16,9 @@ class Trackers:
         Raises:
             RecipeError: the package of a tracker is not installed.
         """
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+        from accelerate.utils import is_tensorboard_available, is_wandb_available
+
         is_available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
         for name in names:
             if not is_available[name]():

@@ -45,6 +45,12 @@ DROPPED_FAILURE: Final = 0.5
 """Fraction of dropped random tokens that is a failure for initial weights."""
 
 
+CHECK_ON_TEXT: Final = (
+    "random ids are not text, on which a trained router may do well: `switchcli eval` measures balance and drops there"
+)
+"""The advice where a trained router does badly on the random ids of a probe."""
+
+
 class ProbeResult(NamedTuple):
     """The result of a probe. `value` is the measurement as a number, if it is one."""
 
@@ -131,13 +137,14 @@ def router_balance(subject: Subject) -> ProbeResult:
     stats = subject.forward(texts.broad(subject)).router_stats
     losses = [float(layer_stats.load_balancing_loss) for layer_stats in stats]
     worst, layer = max(zip(losses, subject.layers, strict=True))
-    E, measured = subject.num_experts, f"{worst:.2f}, at most ({layer}); 1 is uniform"
+    E, measured = subject.num_experts, f"{worst:.2f} on random token ids, at most ({layer}); 1 is uniform"
     if (worst - 1) / (E - 1) >= COLLAPSED:
         return ProbeResult(
             "fail", measured, worst, "the layer uses only one expert: train with a higher balance_loss_coef"
         )
     if worst >= min(UNBALANCED, (1 + E) / 2):
-        return ProbeResult("warn", measured, worst, "some experts do most of the work: raise balance_loss_coef")
+        advice = "some experts do most of the work: raise balance_loss_coef"
+        return ProbeResult("warn", measured, worst, advice if subject.initialized else CHECK_ON_TEXT)
     return ProbeResult("pass", measured, worst)
 
 
@@ -151,12 +158,14 @@ def experts_in_use(subject: Subject) -> ProbeResult:
     dead = sum(int((layer_stats.load_E == 0).sum()) for layer_stats in stats)
     # The largest load as a multiple of an even share, which is 1 / E of the load.
     highest = max(float(layer_stats.load_E.max() / layer_stats.load_E.sum()) * E for layer_stats in stats)
-    measured = f"{dead} of {total} experts without a token, the highest load {highest:.1f} times an even share"
+    measured = (
+        f"{dead} of {total} experts without one of the random token ids, the highest load {highest:.1f} times an even "
+        "share"
+    )
     max_dead, max_load = (total / 2, NEARLY_ALL * E) if subject.initialized else (1, min(HOT, NEARLY_ALL * E))
     if dead < max_dead and highest < max_load:
         return ProbeResult("pass", measured, dead)
-    advice = "check again on real text (`pretrain` logs each layer's load); raise balance_loss_coef"
-    return ProbeResult("warn", measured, dead, advice)
+    return ProbeResult("warn", measured, dead, f"{CHECK_ON_TEXT}; if they are so there, raise balance_loss_coef")
 
 
 def dropped_tokens(subject: Subject) -> ProbeResult:
@@ -165,13 +174,16 @@ def dropped_tokens(subject: Subject) -> ProbeResult:
     for trace in (subject.forward(text, "training"), subject.forward(text, "paper")):
         dropped = sum(float(stats.dropped) for stats in trace.router_stats)
         fractions.append(dropped / sum(float(stats.tokens) for stats in trace.router_stats))
-    measured = f"{fractions[0]:.1%} in training, {fractions[1]:.1%} in evaluation"
+    measured = f"{fractions[0]:.1%} of random token ids in training, {fractions[1]:.1%} in evaluation"
     worst = max(fractions)
     if worst < DROPPED_WARNING:
         return ProbeResult("pass", measured, worst)
     if not subject.initialized:  # the tokens are random: of text like its training text the model may drop few
         return ProbeResult(
-            "warn", measured, worst, "check again on real text (`pretrain` logs each layer's dropped fraction)"
+            "warn",
+            measured,
+            worst,
+            CHECK_ON_TEXT,
         )
     return ProbeResult(
         "fail" if worst >= DROPPED_FAILURE else "warn", measured, worst, "raise the capacity, or balance the routers"

@@ -5,18 +5,24 @@ The 1/sqrt(K) of other transformers is folded into the initial weights of the qu
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 from switchcli.model.config import ModelSpec
+from switchcli.model.flex import FlexBias, flex_attend
 from switchcli.model.layers import compute_dtype, dropout, linear
+from switchcli.model.vocabulary import at_least_float32
 
 MASKED = -1e9
 """The bias of a masked key. Its weight becomes 0. Infinity would give NaN in a row where all keys are masked."""
+CACHED_LOGITS = 2**19
+"""Logits that a thread of a CPU computes at a time if the bias learns: 2 MiB in float32, which the cache holds."""
 
 
 class KeyValue(NamedTuple):
@@ -24,6 +30,19 @@ class KeyValue(NamedTuple):
 
     key_BHSK: torch.Tensor
     value_BHSK: torch.Tensor
+
+
+class SplitBias(NamedTuple):
+    """A position bias that learns, and a mask, on a CPU. Their sum, of every row of the batch, is never in memory."""
+
+    position: torch.Tensor
+    """float32; broadcasts to [B, H, T, S], and has one row for all or each row's."""
+    mask: torch.Tensor | None
+    """A second bias without a gradient, which broadcasts to [B, 1, T, S]; None: there is none."""
+
+
+Bias = torch.Tensor | SplitBias | FlexBias
+"""What is added to the logits: a tensor that broadcasts to [B, H, T, S], or its parts."""
 
 
 class Attention(nn.Module):
@@ -50,12 +69,12 @@ class Attention(nn.Module):
         """Return the keys and values of each head."""
         return KeyValue(self._split_heads(self.k(memory_BSD)), self._split_heads(self.v(memory_BSD)))
 
-    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
+    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias: Bias) -> torch.Tensor:
         """Return softmax(q k + bias) v of all heads through the output projection: [B, T, D].
 
         The bias broadcasts: position bias [1, H, T, S], padding mask [B, 1, 1, S], or their sum.
         """
-        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0, self.axis)
+        mixed_BHTK = attend(query_BHTK, memory, bias, self.dropout if self.training else 0.0, self.axis)
         # [B, H, T, K] -> [B, T, H * K]
         return self.axis.all_reduce(self.o(mixed_BHTK.transpose(1, 2).flatten(2)))
 
@@ -66,28 +85,39 @@ class Attention(nn.Module):
 
 
 def attend(
-    query_BHTK: torch.Tensor, memory: KeyValue, bias: torch.Tensor, rate: float, axis: ModelAxis = SINGLE_PROCESS
+    query_BHTK: torch.Tensor, memory: KeyValue, bias: Bias, rate: float, axis: ModelAxis = SINGLE_PROCESS
 ) -> torch.Tensor:
-    """Return softmax(q k^T + bias) v, [B, H, T, K], in the dtype of the values. Logits and softmax are in float32.
+    """Return softmax(q k^T + bias) v, [B, H, T, K], in the dtype of the values, which is that of queries and keys.
+
+    Logits and softmax are in float32, or in float64 if the queries are.
 
     Args:
         query_BHTK: the queries, which are not scaled here.
         memory: the keys and values.
         bias: float32, added to the logits; broadcasts to [B, H, T, S]. On a CPU it is not rounded to the dtype of the
-            queries. On other devices the caller passes it in that dtype, see `shared_bias`.
+            queries. On other devices the caller passes it in that dtype, see `cast_bias`. A `SplitBias` or
+            a `FlexBias` holds its parts.
         rate: the dropout rate of the attention weights. All queries share a mask, [B, H, 1, S], so dropping the weights
             of a key is the same as dropping its value.
         axis: the processes among which the heads are divided.
 
-    Uses torch's fused kernels, except on a CPU where the bias needs a gradient: there torch's own fallback is slower
-    than plain products.
+    Uses torch's fused kernels, except on a CPU where the bias needs a gradient: there they are slower than products.
     """
     key_BHSK, value_BHSK = memory
     value_BHSK = dropout(value_BHSK, rate, training=True, shared=-1, axis=axis, divided=1)
+    if isinstance(bias, FlexBias):
+        return flex_attend(query_BHTK, key_BHSK, value_BHSK, bias)
+    position, mask = bias if isinstance(bias, SplitBias) else (bias, None)
+    if position.is_cpu and position.requires_grad and not torch.compiler.is_compiling():
+        full_bias = position.expand(-1, query_BHTK.shape[1], query_BHTK.shape[2], key_BHSK.shape[2])
+        with torch.autocast(position.device.type, enabled=False):  # it would round the logits
+            mixed_BHTK: torch.Tensor = _BiasedAttention.apply(query_BHTK, key_BHSK, value_BHSK, full_bias, mask)  # type: ignore[no-untyped-call]
+        return mixed_BHTK
+    bias = position if mask is None else position + mask
     if not query_BHTK.is_cpu:
         bias = bias.to(query_BHTK.dtype)
         return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
-    # Autocast would round the bias, and the logits of the plain products.
+    # Autocast would round the bias, and the logits of the plain products, which the compiler fuses.
     with torch.autocast(query_BHTK.device.type, enabled=False):
         if bias.requires_grad:
             logits_BHTS = (query_BHTK.float() @ key_BHSK.float().mT).add_(bias)
@@ -97,8 +127,106 @@ def attend(
         return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
 
 
-def shared_bias(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the bias as every block of a stack adds it: float32 on a CPU, else in the dtype of products with x.
+class _BiasedAttention(torch.autograd.Function):
+    """Attention with a learned bias on a CPU, for as many rows and heads at a time as have logits that fit the cache.
+
+    Logits, their gradient and the sum of bias and mask exist for these rows and heads only. For the backward pass the
+    attention weights are saved, in the dtype of the values: computing them again takes longer than reading them. The
+    gradient of a bias that all rows share is summed on the way.
+
+    Legend: P pairs of a row and a head, N of them in the chunk that is computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BHTK: torch.Tensor,
+        key_BHSK: torch.Tensor,
+        value_BHSK: torch.Tensor,
+        bias_BHTS: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return [B, H, T, K]. The bias, [1 or B, H, T, S], and the mask are those of a `SplitBias`."""
+        B, H, T, _ = query_BHTK.shape
+        S = key_BHSK.shape[2]
+        query_PTK, key_PSK, value_PSK = (x.reshape(B * H, *x.shape[2:]) for x in (query_BHTK, key_BHSK, value_BHSK))
+        mask_B1TS = (bias_BHTS.new_zeros(()) if mask is None else mask).expand(B, 1, T, S)
+        exact = at_least_float32(query_PTK)
+        mixed_PTK = torch.empty_like(query_PTK)
+        weights_PTS = value_PSK.new_empty(B * H, T, S)
+        for pairs, rows, heads in _cached_chunks(B, H, T * S):
+            query_NTK, key_NSK, value_NSK, weights_NTS, mixed_NTK = (
+                x[pairs] for x in (query_PTK, key_PSK, value_PSK, weights_PTS, mixed_PTK)
+            )
+            bias_rows = rows if len(bias_BHTS) > 1 else slice(None)
+            logits_NTS = (bias_BHTS[bias_rows, heads] + mask_B1TS[rows]).flatten(0, 1).to(exact)
+            logits_NTS.baddbmm_(query_NTK.to(exact), key_NSK.to(exact).mT)
+            if weights_NTS.dtype == exact:
+                torch.softmax(logits_NTS, -1, out=weights_NTS)
+            else:
+                weights_NTS.copy_(torch.softmax(logits_NTS, -1, out=logits_NTS))
+            torch.bmm(weights_NTS, value_NSK, out=mixed_NTK)
+        ctx.save_for_backward(query_PTK, key_PSK, value_PSK, weights_PTS)
+        ctx.bias_shape, ctx.bias_dtype = bias_BHTS.shape, bias_BHTS.dtype
+        return mixed_PTK.view_as(query_BHTK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BHTK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """With weights P and their gradient G = g v^T: the gradient of the logits is P (G - the row sums of P G)."""
+        query_PTK, key_PSK, value_PSK, weights_PTS = ctx.saved_tensors
+        B, H, T, K = grad_BHTK.shape
+        S = key_PSK.shape[1]
+        exact = at_least_float32(query_PTK)
+        grad_PTK = grad_BHTK.reshape(B * H, T, K)
+        grads = tuple(torch.empty_like(x) for x in (query_PTK, key_PSK, value_PSK))
+        grad_bias_BHTS = torch.zeros(ctx.bias_shape, dtype=ctx.bias_dtype)
+        for pairs, rows, heads in _cached_chunks(B, H, T * S):
+            query_NTK, key_NSK, value_NSK, weights_NTS, grad_NTK, grad_query_NTK, grad_key_NSK, grad_value_NSK = (
+                x[pairs] for x in (query_PTK, key_PSK, value_PSK, weights_PTS, grad_PTK, *grads)
+            )
+            torch.bmm(weights_NTS.mT, grad_NTK, out=grad_value_NSK)
+            exact_weights_NTS = weights_NTS.to(exact)
+            grad_logits_NTS = torch.bmm(grad_NTK, value_NSK.mT).to(exact).mul_(exact_weights_NTS)
+            sum_NT1 = grad_logits_NTS.sum(-1, keepdim=True)
+            grad_logits_NTS.addcmul_(exact_weights_NTS, sum_NT1, value=-1.0)
+            grad_bias = grad_bias_BHTS[rows if len(grad_bias_BHTS) > 1 else slice(None), heads]
+            # [N, T, S] -> [rows, heads, T, S], summed over the rows if they share the bias.
+            grad_bias += grad_logits_NTS.view(-1, *grad_bias.shape[1:]).sum_to_size(grad_bias.shape)
+            grad_logits_NTS = grad_logits_NTS.to(query_PTK.dtype)
+            torch.bmm(grad_logits_NTS, key_NSK, out=grad_query_NTK)
+            torch.bmm(grad_logits_NTS.mT, query_NTK, out=grad_key_NSK)
+        grad_query, grad_key, grad_value = (x.view(B, H, *x.shape[1:]) for x in grads)
+        return grad_query, grad_key, grad_value, grad_bias_BHTS, None
+
+
+def _cached_chunks(num_rows: int, num_heads: int, num_logits: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield chunks of pairs of a row and a head whose logits, `num_logits` of each, fit the caches of the threads.
+
+    A chunk is a slice of the pairs, of the rows and of the heads. It has all heads of some rows, or heads of one row.
+    """
+    num_pairs = max(1, CACHED_LOGITS * torch.get_num_threads() // max(1, num_logits))
+    rows, heads = max(1, num_pairs // num_heads), min(num_pairs, num_heads)
+    for row in range(0, num_rows, rows):
+        for head in range(0, num_heads, heads):
+            row_end, head_end = min(row + rows, num_rows), min(head + heads, num_heads)
+            # Pair number row * H + head. The last one of the chunk has its last row and its last head.
+            pairs = slice(row * num_heads + head, (row_end - 1) * num_heads + head_end)
+            yield pairs, slice(row, row_end), slice(head, head_end)
+
+
+def shared_bias(bias: torch.Tensor, mask: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | SplitBias:
+    """Return bias and mask as every block of a stack adds them to its logits, see `attend`.
+
+    They stay apart on a CPU if the bias needs a gradient. Else their sum is computed once.
+    """
+    if bias.is_cpu and bias.requires_grad:
+        return SplitBias(bias, mask)
+    return cast_bias(bias if mask is None else bias + mask, x)
+
+
+def cast_bias(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the bias as it is added to logits: float32 on a CPU, else in the dtype of products with x.
 
     # Deviates: off the CPU the position bias is rounded to bfloat16 before the float32 addition, because fused kernels
     # take it only in the dtype of the queries. The error of a bias b is up to |b| / 512: 8.03 becomes 8. Masks are not
@@ -138,8 +266,13 @@ class RelativePositionBias(nn.Module):
             return bias_1HTS
         return bias_1HTS.masked_fill(distance_TS > 0, MASKED)
 
+    def by_distance(self, num_queries: int, num_keys: int) -> torch.Tensor:
+        """Return the bias of each distance from 1 - T to S - 1, float32 [H, T + S - 1], without a mask."""
+        distance_R = torch.arange(1 - num_queries, num_keys, device=self.weight.device)
+        return self.weight.float()[self._bucket(distance_R)].mT.contiguous()
+
     def _bucket(self, distance_TS: torch.Tensor) -> torch.Tensor:
-        """Return the bucket of each distance, T5's `_relative_position_bucket`: int64 [T, S]."""
+        """Return the bucket of each distance, T5's `_relative_position_bucket`: int64, of any shape."""
         num_buckets = self.weight.shape[0]
         if self.bidirectional:
             # The second half of the buckets is for later keys.

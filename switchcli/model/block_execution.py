@@ -4,25 +4,60 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from switchcli.model.flex import SMALLEST_HEAD
+from switchcli.model.moe.dispatch import LocalDispatcher
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.transformer import CrossAttention, DecoderBlock, EncoderBlock, FeedForwardSublayer, SelfAttention
+from switchcli.model.transformer import (
+    CrossAttention,
+    DecoderBlock,
+    EncoderBlock,
+    FeedForwardSublayer,
+    SelfAttention,
+    SwitchTransformer,
+)
+
+SUBLAYERS = (SelfAttention, CrossAttention, FeedForwardSublayer)
 
 
-def compile_dense_sublayers(model: nn.Module) -> None:
-    """Compile every attention and feed-forward sublayer without experts, in place. The first steps take longer.
+def compile_blocks(
+    model: SwitchTransformer, backend: str = "inductor", fullgraph: bool = False, flex: bool = False
+) -> None:
+    """Compile every block, sparse layers included, in place. The first steps take longer.
 
-    Sublayers with experts stay eager: the number of rows of an expert is known only after routing, and torch compiles
-    its grouped product in bfloat16 only.
+    All shapes are static: the experts of a layer always get `Routing.max_filled_slots` rows. Blocks of a kind (encoder
+    or decoder, dense or sparse) share a graph, whatever their number. Tensors that cross ranks inside a block would
+    break its graph, so there only the sublayers without experts are compiled.
+
+    Args:
+        model: the model.
+        backend: torch.compile's backend.
+        fullgraph: raise an error at what cannot be compiled, instead of running it eagerly.
+        flex: compute attention by flex_attention in training, if all blocks are compiled and heads are large enough.
     """
-    for sublayer in model.modules():
-        if not isinstance(sublayer, SelfAttention | CrossAttention | FeedForwardSublayer):
+    is_whole = model.axis.size == 1
+    for block in model.modules():
+        if not isinstance(block, EncoderBlock | DecoderBlock):
             continue
-        has_experts = any(isinstance(module, SwitchLayer) for module in sublayer.modules())
-        if not has_experts:
-            sublayer.compile()
+        sparse = [module for module in block.modules() if isinstance(module, SwitchLayer)]
+        is_local = all(isinstance(layer.dispatcher, LocalDispatcher) for layer in sparse)
+        is_whole = is_whole and is_local
+        compiled: list[nn.Module] = [block]
+        if not is_local or model.axis.size > 1:
+            compiled = [one for one in block.modules() if isinstance(one, SUBLAYERS) and not _has_experts(one)]
+        for module in compiled:
+            # Not `module.compile()`: hooks, such as those that gather sharded weights, stay outside of the graph.
+            forward = torch.compile(module.forward, backend=backend, fullgraph=fullgraph, dynamic=False)
+            module.forward = forward
+    uses_flex = flex and is_whole and model.spec.head_width >= SMALLEST_HEAD
+    model.encoder.uses_flex = model.decoder.uses_flex = uses_flex
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(isinstance(one, SwitchLayer) for one in module.modules())
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -30,8 +65,9 @@ def recompute_blocks(model: nn.Module) -> None:
 
     The backward pass runs the block again with the same random state, so dropout and jitter are the same and gradients
     are equal bit for bit. The tokens' all-to-alls run again too: every rank repeats the same blocks in the same order.
-    The router statistics are those of the first run. Compiled sublayers stay compiled. torch stops recomputing at the
-    last activation that the backward pass needs, so a final product without dropout is not computed again.
+    The router statistics are those of the first run. Compiled blocks stay compiled: compile them before. torch stops
+    recomputing at the last activation that the backward pass needs, so a final product without dropout is not computed
+    again.
     """
     for block in model.modules():
         if isinstance(block, EncoderBlock | DecoderBlock):

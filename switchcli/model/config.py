@@ -4,17 +4,23 @@ Sources: paper sections 2 and 5.6 (Table 9), Appendix A; T5 for the rest. Named 
 """
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.model.moe.losses import Reduction
 from switchcli.model.moe.router import RouterSpec, SwitchRouter
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import AUTO, LIMITS, VOCAB_SIZE, Spec
 
 Stack = Literal["encoder", "decoder"]
 STACKS: tuple[Stack, Stack] = ("encoder", "decoder")
+Reduction = Literal["sum", "mean", "pooled"]
 Layers = tuple[Annotated[int, Field(ge=0, le=LIMITS["num_layers"])], ...]
+
+
+def _or_auto(schema: dict[str, Any]) -> None:
+    """Add `auto`, which a recipe may have, to the JSON Schema of a number. Resolving the recipe replaces it."""
+    number = {key: schema.pop(key) for key in ("type", "minimum", "maximum")}
+    schema |= {"anyOf": [number, {"type": "string", "const": AUTO}], "default": AUTO}
 
 
 class ModelSpec(Spec):
@@ -22,8 +28,9 @@ class ModelSpec(Spec):
 
     size: str = "custom"
     """Name of the size that filled in the keys which the recipe does not set; only a label once resolved."""
-    vocab_size: int = Field(default=32128, ge=1, le=LIMITS["vocab_size"])
-    """Rows of the embedding matrix, at least the tokenizer's number of pieces; T5 pads 32,100 to 32,128."""
+    vocab_size: int = Field(default=VOCAB_SIZE, ge=1, le=LIMITS["vocab_size"], json_schema_extra=_or_auto)
+    """Rows of the embedding matrix. `auto` is the size of the tokenizer, rounded up to a multiple of 64, or that of the
+    checkpoint which the run starts from."""
     d_model: int = Field(default=512, ge=1, le=LIMITS["d_model"])
     """Width of the hidden states; 512 is T5-Small's."""
     d_ff: int = Field(default=2048, ge=1, le=LIMITS["d_ff"])

@@ -1,11 +1,13 @@
 """Step-by-step decoding with a key-value cache: greedy, sampling, or beam search, by the settings of `Decoding`.
 
+Also the likelihood of given answers, for a choice between labels.
+
 Legend: B inputs, S source, T steps, V vocabulary, D model, K beams per input, C candidates per input, M candidates per
 beam, R rows of a step: the inputs, or the beams of all of them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,10 @@ import torch.nn.functional as F
 from switchcli.model.decoding import Decoding
 from switchcli.model.kv_cache import DecoderCache
 from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.packing import decoder_inputs
+from switchcli.model.sampling import UniformDraws, pick
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
+from switchcli.model.vocabulary import at_least_float32
 from switchcli.spec import EOS, PAD
 
 AllDone = Callable[[torch.Tensor], bool]
@@ -71,12 +76,12 @@ def generate_columns(
         raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: set beams to 1 to read along")
     num_inputs = len(inputs_BS)
     source = _encode(model, inputs_BS)
-    draws = decoding.draws(first, len(source.real_B))
+    draws = UniformDraws(decoding.seed, first, len(source.real_B)) if decoding.temperature > 0.0 else None
     active_B = source.real_B  # rows whose answer has not ended
     last_B = torch.full_like(active_B, PAD, dtype=torch.int64)  # PAD starts the decoder
     for _ in range(decoding.max_tokens):
         logits_BV = _step(model, source, last_B, active_B)
-        last_B = decoding.pick(logits_BV, None if draws is None else draws.next()).masked_fill(~active_B, PAD)
+        last_B = pick(decoding, logits_BV, None if draws is None else draws.next()).masked_fill(~active_B, PAD)
         yield last_B[:num_inputs]  # without the rows that fill the last group
         active_B = active_B & (last_B != EOS)
         if all_done(~active_B):
@@ -93,13 +98,47 @@ class _Source(NamedTuple):
 
 
 def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor) -> _Source:
+    encoded, real_B = encode_groups(model, inputs_BS)
+    return _Source(encoded, model.decoder.cache(encoded), real_B)
+
+
+def encode_groups(model: SwitchTransformer, inputs_BS: torch.Tensor) -> tuple[EncoderOutput, torch.Tensor]:
+    """Return the encoded inputs with rows of padding that fill the last routing group, and which rows are real [B]."""
     layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
     group_size = math.lcm(*(layer.router_spec.group_size(layer.mode) for layer in layers))
     # Add rows of padding up to a multiple of the groups of all routers, and at least one group.
     num_rows = max(1, math.ceil(len(inputs_BS) / group_size)) * group_size
     inputs_BS = F.pad(inputs_BS, (0, 0, 0, num_rows - len(inputs_BS)), value=PAD)
-    encoded = model.encode(inputs_BS)
-    return _Source(encoded, model.decoder.cache(encoded), (inputs_BS != PAD).any(1))
+    return model.encode(inputs_BS), (inputs_BS != PAD).any(1)
+
+
+@torch.no_grad()
+def label_log_likelihoods(
+    model: SwitchTransformer, inputs_BS: torch.Tensor, labels: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return log p(label | input) of each input and label: float32 or float64, [B, number of labels].
+
+    It is the sum over the label's tokens, by teacher forcing, and is not divided by their number: the probability that
+    sampling answers with exactly this label. The model must be in evaluation mode (`moe.layer.evaluating`). The inputs
+    are encoded once for all labels. The decoder processes one label at a time, so that its logits take the memory of
+    B inputs.
+
+    Args:
+        model: the model.
+        inputs_BS: int64 token ids; 0 is padding.
+        labels: int64 token ids of each label, with its EOS; without padding.
+    """
+    encoded, real_B = encode_groups(model, inputs_BS)
+    sums = []
+    for label_T in labels:
+        # Rows that fill the last group have padding as targets, which is not routed.
+        targets_BT = label_T.expand(len(real_B), -1).masked_fill(~real_B.unsqueeze(1), PAD)
+        hidden_BTD, _ = model.decoder(model.embed(decoder_inputs(targets_BT, None)), targets_BT != PAD, encoded)
+        hidden_BTD, vocabulary = model.vocabulary(hidden_BTD)
+        logits_BTV = vocabulary.axis.all_gather(F.linear(hidden_BTD, vocabulary.weight_VD))
+        log_p_BTV = logits_BTV.log_softmax(-1, dtype=at_least_float32(logits_BTV))
+        sums.append(log_p_BTV.gather(2, targets_BT.unsqueeze(2)).sum((1, 2)))
+    return torch.stack(sums, dim=1)[: len(inputs_BS)]
 
 
 def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, active_R: torch.Tensor) -> torch.Tensor:

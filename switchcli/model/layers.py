@@ -3,9 +3,12 @@
 Legend: B batch, S positions, D model, F hidden.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from switchcli.model.axis import SINGLE_PROCESS, ModelAxis, local_slice
 from switchcli.model.config import ModelSpec
@@ -20,7 +23,38 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        full_precision = x_BSD.dtype == self.weight.dtype and x_BSD.dtype in (torch.float32, torch.float64)
+        if x_BSD.is_cpu and full_precision and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            normed_BSD: torch.Tensor = _RMSNorm.apply(x_BSD, self.weight, self.epsilon)  # type: ignore[no-untyped-call]
+            return normed_BSD
         return F.rms_norm(x_BSD, self.weight.shape, self.weight, self.epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`F.rms_norm`, with the same bits, and a gradient written by hand for a CPU.
+
+    On a CPU torch composes the norm of plain operations, each with a gradient that reads and writes all of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BSD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+        scale_BS1 = x_BSD.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x_BSD, weight_D, scale_BS1)
+        return (x_BSD * scale_BS1).mul_(weight_D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """With y = x r w and r = (mean(x**2) + epsilon)**-0.5: dL/dw = sum of g x r over the positions, and
+        dL/dx = g w r - x r**3 (g w . x) / D."""
+        x_BSD, weight_D, scale_BS1 = ctx.saved_tensors
+        product_ND = (grad_BSD * x_BSD).flatten(0, -2)  # g x, whose sums over D and over the positions are both needed
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            grad_weight_D = scale_BS1.flatten() @ product_ND
+            sum_N = product_ND @ weight_D
+        factor_BS1 = sum_N.view_as(scale_BS1) * scale_BS1.pow(3) / -len(weight_D)
+        grad_x_BSD = (grad_BSD * weight_D).mul_(scale_BS1).addcmul_(x_BSD, factor_BS1)
+        return grad_x_BSD, grad_weight_D, None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -52,11 +86,28 @@ def dropout(
     """
     if not training or rate == 0.0:
         return x
+    return x * _dropout_mask(x, rate, shared, axis, divided)
+
+
+def add_dropout(x_BSD: torch.Tensor, y_BSD: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Return x + dropout(y), [B, S, D], the end of every sublayer, in one pass over memory.
+
+    The result has the dtype of x; in bfloat16 the product of y and its mask is added unrounded.
+    """
+    if not training or rate == 0.0:
+        return x_BSD + y_BSD
+    return torch.addcmul(x_BSD, y_BSD, _dropout_mask(y_BSD, rate))
+
+
+def _dropout_mask(
+    x: torch.Tensor, rate: float, shared: int = -2, axis: ModelAxis = SINGLE_PROCESS, divided: int = -1
+) -> torch.Tensor:
+    """Draw the factors of `dropout`, which broadcast to x."""
     mask_shape = list(x.shape)
     mask_shape[shared] = 1
     mask_shape[divided] *= axis.size
     # Dropout of ones gives 0 or 1 / (1 - rate).
-    return x * local_slice(F.dropout(x.new_ones(mask_shape), rate), axis, divided)
+    return local_slice(F.dropout(x.new_ones(mask_shape), rate), axis, divided)
 
 
 class FeedForward(nn.Module):
@@ -79,5 +130,9 @@ class FeedForward(nn.Module):
 
 
 def activate(hidden: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """Return ReLU(hidden), or GELU(gate) * hidden with the tanh approximation of GELU, as in T5 1.1."""
-    return F.relu(hidden) if gate is None else F.gelu(gate, approximate="tanh") * hidden
+    """Return ReLU(hidden), or GELU(gate) * hidden with the tanh approximation of GELU, as in T5 1.1.
+
+    ReLU overwrites `hidden`, which must be the result of a product: no gradient needs it. A forward hook of that
+    product sees the result of ReLU.
+    """
+    return hidden.relu_() if gate is None else F.gelu(gate, approximate="tanh") * hidden

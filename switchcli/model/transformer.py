@@ -13,11 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.attention import Attention, KeyValue, RelativePositionBias, padding_bias, shared_bias
+from switchcli.model import flex
+from switchcli.model.attention import (
+    Attention,
+    Bias,
+    KeyValue,
+    RelativePositionBias,
+    cast_bias,
+    padding_bias,
+    shared_bias,
+)
 from switchcli.model.axis import SINGLE_PROCESS
 from switchcli.model.config import STACKS, ModelSpec, Stack
+from switchcli.model.flex import FlexBias
 from switchcli.model.kv_cache import DecoderCache, LayerKVCache
-from switchcli.model.layers import FeedForward, RMSNorm, dropout, linear
+from switchcli.model.layers import FeedForward, RMSNorm, add_dropout, dropout, linear
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.losses import AuxiliaryLoss, auxiliary_loss
 from switchcli.model.moe.stats import StackStats
@@ -53,7 +63,9 @@ class EncoderOutput(NamedTuple):
     """The encoder's output."""
 
     hidden_BSD: torch.Tensor
-    bias_B1TS: torch.Tensor
+    real_BS: torch.Tensor
+    """bool, False for padding."""
+    bias_B1TS: Bias
     """The bias of cross-attention: the padding mask, equal for all T, [B, 1, 1, S]; or [B, 1, T, S] in packed rows."""
     stats: StackStats
 
@@ -69,7 +81,7 @@ class SelfAttention(nn.Module):
         self.dropout = spec.dropout
 
     def forward(
-        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: torch.Tensor, cache: LayerKVCache | None = None
+        self, x_BTD: torch.Tensor, real_BT: torch.Tensor, bias_BHTS: Bias, cache: LayerKVCache | None = None
     ) -> tuple[torch.Tensor, StackStats]:
         """Return the new x, and the router statistics of a sparse attention. Adds the positions of x to `cache`."""
         normed_BTD = self.norm(x_BTD)
@@ -82,7 +94,7 @@ class SelfAttention(nn.Module):
             query_BHTK, memory = self.attention.query(normed_BTD), self.attention.key_value(normed_BTD)
         memory = memory if cache is None else cache.append(memory)
         y_BTD = self.attention(query_BHTK, memory, bias_BHTS)
-        return x_BTD + dropout(y_BTD, self.dropout, self.training), stats
+        return add_dropout(x_BTD, y_BTD, self.dropout, self.training), stats
 
 
 class CrossAttention(nn.Module):
@@ -97,12 +109,12 @@ class CrossAttention(nn.Module):
         self.attention = Attention(spec)
         self.dropout = spec.dropout
 
-    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, memory: KeyValue, bias_B1TS: Bias) -> torch.Tensor:
         normed_BTD = self.attention.axis.enter_region(self.norm(x_BTD))
         # [B * beams, T, D] -> [B, beams * T, D]: the beams of an input are queries of one sequence.
         merged_BTD = normed_BTD.view(len(memory.key_BHSK), -1, x_BTD.shape[-1])
         y_BTD = self.attention(self.attention.query(merged_BTD), memory, bias_B1TS).view_as(x_BTD)
-        return x_BTD + dropout(y_BTD, self.dropout, self.training)
+        return add_dropout(x_BTD, y_BTD, self.dropout, self.training)
 
 
 class FeedForwardSublayer(nn.Module):
@@ -123,7 +135,7 @@ class FeedForwardSublayer(nn.Module):
             stats = (layer_stats,)
         else:
             y_BSD = self.layer(normed_BSD)
-        return x_BSD + dropout(y_BSD, self.dropout, self.training), stats
+        return add_dropout(x_BSD, y_BSD, self.dropout, self.training), stats
 
 
 class EncoderBlock(nn.Module):
@@ -134,9 +146,7 @@ class EncoderBlock(nn.Module):
         self.self_attention = SelfAttention(spec, "encoder", layer)
         self.feed_forward = FeedForwardSublayer(spec, "encoder", layer)
 
-    def forward(
-        self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: torch.Tensor
-    ) -> tuple[torch.Tensor, StackStats]:
+    def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor, bias_BHSS: Bias) -> tuple[torch.Tensor, StackStats]:
         x_BSD, attention_stats = self.self_attention(x_BSD, real_BS, bias_BHSS)
         x_BSD, feed_forward_stats = self.feed_forward(x_BSD, real_BS)
         return x_BSD, attention_stats + feed_forward_stats
@@ -155,7 +165,7 @@ class DecoderBlock(nn.Module):
         self,
         x_BTD: torch.Tensor,
         real_BT: torch.Tensor,
-        bias_BHTS: torch.Tensor,
+        bias_BHTS: Bias,
         encoded: EncoderOutput,
         cache: LayerKVCache | None,
     ) -> tuple[torch.Tensor, StackStats]:
@@ -185,6 +195,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(spec, layer) for layer in range(spec.num_layers))
         self.final_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
         self.dropout = spec.dropout
+        self.uses_flex = False
+        """Whether training uses flex_attention, which needs compiled blocks (`compile_blocks`)."""
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor, segments: SegmentIds | None = None) -> EncoderOutput:
         """Encode embedded tokens.
@@ -196,17 +208,26 @@ class Encoder(nn.Module):
         """
         S = x_BSD.shape[1]
         padding_B11S = padding_bias(real_BS)
-        bias_BHSS = self.position_bias(S, S) + padding_B11S
-        if segments is not None:
-            bias_BHSS = bias_BHSS + segment_bias(segments.source_BS, segments.source_BS)
-        bias_BHSS = shared_bias(bias_BHSS, x_BSD)
+        bias_BHSS: Bias
+        if self.uses_flex and self.training:
+            bias_BHSS = self._flex_bias(real_BS, segments)
+        else:
+            mask_B1SS = padding_B11S
+            if segments is not None:
+                mask_B1SS = mask_B1SS + segment_bias(segments.source_BS, segments.source_BS)
+            bias_BHSS = shared_bias(self.position_bias(S, S), mask_B1SS, x_BSD)
         x_BSD = dropout(x_BSD, self.dropout, self.training)
         stats: StackStats = ()
         for block in self.blocks:
             x_BSD, block_stats = block(x_BSD, real_BS, bias_BHSS)
             stats += block_stats
         hidden_BSD = dropout(self.final_norm(x_BSD), self.dropout, self.training)
-        return EncoderOutput(hidden_BSD, padding_B11S, stats)
+        return EncoderOutput(hidden_BSD, real_BS, padding_B11S, stats)
+
+    def _flex_bias(self, real_BS: torch.Tensor, segments: SegmentIds | None) -> FlexBias:
+        """Return the bias of self-attention for flex_attention."""
+        S, segment_BS = real_BS.shape[1], None if segments is None else segments.source_BS
+        return FlexBias(self.position_bias.by_distance(S, S), flex.visible(S, real_BS, segment_BS, segment_BS))
 
 
 class Decoder(nn.Module):
@@ -218,6 +239,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(spec, layer) for layer in range(spec.decoder_layers))
         self.final_norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
         self.dropout = spec.dropout
+        self.uses_flex = False
+        """Whether training uses flex_attention, as in the encoder."""
 
     def forward(
         self,
@@ -237,21 +260,35 @@ class Decoder(nn.Module):
             segments: the examples of packed rows, which have no cache.
         """
         T = x_BTD.shape[1]
+        bias_BHTS: Bias
         if cache is not None:
             bias_BHTS = cache.bias_1H1S
+        elif self.uses_flex and self.training:
+            bias_BHTS, cross_bias = self._flex_biases(encoded.real_BS, T, segments)
+            encoded = encoded._replace(bias_B1TS=cross_bias)
         else:
-            bias_BHTS = self.position_bias(T, T)
+            mask_B1TT = None
             if segments is not None:
-                bias_BHTS = bias_BHTS + segment_bias(segments.target_BT, segments.target_BT)
+                mask_B1TT = segment_bias(segments.target_BT, segments.target_BT)
+                assert isinstance(encoded.bias_B1TS, torch.Tensor)
                 bias_B1TS = encoded.bias_B1TS + segment_bias(segments.target_BT, segments.source_BS)
-                encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, x_BTD))
-            bias_BHTS = shared_bias(bias_BHTS, x_BTD)
+                encoded = encoded._replace(bias_B1TS=shared_bias(bias_B1TS, None, x_BTD))
+            bias_BHTS = shared_bias(self.position_bias(T, T), mask_B1TT, x_BTD)
         x_BTD = dropout(x_BTD, self.dropout, self.training)
         stats: StackStats = ()
         for layer, block in enumerate(self.blocks):
             x_BTD, block_stats = block(x_BTD, real_BT, bias_BHTS, encoded, cache and cache.blocks[layer])
             stats += block_stats
         return dropout(self.final_norm(x_BTD), self.dropout, self.training), stats
+
+    def _flex_biases(
+        self, real_BS: torch.Tensor, num_targets: int, segments: SegmentIds | None
+    ) -> tuple[FlexBias, FlexBias]:
+        """Return the biases of self-attention and cross-attention for flex_attention. `real_BS` is the encoder's."""
+        source_BS, target_BT = (None, None) if segments is None else segments
+        itself = flex.causal(num_targets, target_BT, real_BS.device)
+        source = flex.visible(num_targets, real_BS, target_BT, source_BS)
+        return FlexBias(self.position_bias.by_distance(num_targets, num_targets), itself), FlexBias(None, source)
 
     def cache(self, encoded: EncoderOutput) -> DecoderCache:
         """Return an empty cache for step-by-step decoding: keys and values of the source, and the position bias."""
@@ -260,7 +297,7 @@ class Decoder(nn.Module):
             source = block.cross_key_value(encoded)
             # Contiguous by head, as every step reads them.
             sources.append(KeyValue(source.key_BHSK.contiguous(), source.value_BHSK.contiguous()))
-        return DecoderCache(sources, lambda length: shared_bias(self.position_bias(1, length), encoded.hidden_BSD))
+        return DecoderCache(sources, lambda length: cast_bias(self.position_bias(1, length), encoded.hidden_BSD))
 
 
 class SwitchTransformer(nn.Module):

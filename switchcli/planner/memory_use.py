@@ -16,10 +16,11 @@ dropout, packed rows, torch.compile, a teacher. Weights that are not trained (`u
 from typing import NamedTuple
 
 from switchcli.model.config import STACKS, ModelSpec, Stack
+from switchcli.model.moe.experts import CPU_CACHE
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Slots, Step, output_widths, slots
 
 CHUNK = 1024
-"""Targets whose logits exist at a time (train/loss.py)."""
+"""Targets whose logits exist at a time (training/loss.py)."""
 
 
 class DeviceBytes(NamedTuple):
@@ -32,8 +33,9 @@ class DeviceBytes(NamedTuple):
     rank, and two between ranks."""
     optimizer: int
     copies: int
-    """Copies of weights in bfloat16: of the dense ones until the backward pass, of the experts one layer at a time.
-    With several microbatches, also the largest gradient of one before it is added to that of the others."""
+    """Copies of weights in bfloat16: of the dense ones until the backward pass, of the experts one layer at a time, or
+    on a CPU one matrix at a time if they are large. With several microbatches, also the largest gradient of one before
+    it is added to that of the others."""
 
     activations: int
     dispatch: int
@@ -151,11 +153,14 @@ def _copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, a
     is_rounded = step.product_bytes < FLOAT
     num_layers = max(1, len(spec.sparse_layer_names()))
     experts_of_layer = weights.expert // mesh.expert // num_layers
+    # A layer has two stacks of experts, or three with GEGLU.
+    stack = experts_of_layer // (3 if spec.activation == "geglu" else 2)
+    if not step.fused and stack * step.product_bytes > CPU_CACHE:
+        # A CPU computes one expert of a large stack at a time (`_ProductPerExpert`).
+        experts_of_layer = stack = stack * mesh.expert // spec.num_experts
     num_bytes = step.product_bytes * (weights.products + experts_of_layer) if is_rounded else 0
     if accumulates:
-        # The largest parameter: a stack of experts, of which a layer has two (three with GEGLU), or the embedding.
-        stacks_of_layer = 3 if spec.activation == "geglu" else 2
-        largest = max(experts_of_layer // stacks_of_layer, spec.vocab_size * spec.d_model // mesh.model)
+        largest = max(stack, spec.vocab_size * spec.d_model // mesh.model)
         num_bytes += largest * (FLOAT + (step.product_bytes if is_rounded else 0))
     return num_bytes
 
@@ -192,7 +197,8 @@ def _recomputed_gradient_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbat
         if spec.sparse_layers(stack):
             rows = max(rows, slots(spec, stack, step, microbatch, mesh.expert).expert_rows)
         hidden = step.product_bytes * rows * spec.d_ff  # [rows, F]
-        attention_weights = 0 if step.fused else FLOAT * microbatch * spec.num_heads * length**2  # [B, H, T, S]
+        # [B, H, T, S], at most: a CPU computes them in chunks, whose size depends on its threads.
+        attention_weights = 0 if step.fused else FLOAT * microbatch * spec.num_heads * length**2
         widest = max(widest, hidden, attention_weights)
     return 2 * widest // mesh.model
 
@@ -256,10 +262,10 @@ def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack
 def _norm(spec: ModelSpec, step: Step, tokens: int, num_readers: int) -> int:
     """Return the bytes kept of an RMS norm: its input, 1 / RMS, and its output.
 
-    The input is the float32 residual stream; off CUDA the normalized input is kept too. The output is kept once if
-    products are float32. In bfloat16 each of the `num_readers` products that read it keeps its own copy.
+    The input is the float32 residual stream. The output is kept once if products are float32. In bfloat16 each of the
+    `num_readers` products that read it keeps its own copy.
     """
-    inputs = FLOAT * (1 if step.fused else 2) * spec.d_model + FLOAT
+    inputs = FLOAT * spec.d_model + FLOAT
     copies = min(num_readers, 1) if step.product_bytes == FLOAT else num_readers
     return tokens * (inputs + copies * step.product_bytes * spec.d_model)
 
@@ -284,10 +290,8 @@ def _self_attention(spec: ModelSpec, step: Step, sequences: int, length: int, mo
     if step.fused:
         # Queries, keys, values and the output, [tokens, H * K]; the softmax's logarithm of the sum, [tokens, H].
         return tokens * (4 * c * width + FLOAT * heads)
-    # A trained bias has no fused kernel on a CPU. Kept are queries and keys in float32, values and the output, and the
-    # attention weights [B, H, T, S] in float32, with a copy if values are bfloat16.
-    attention_weight = FLOAT + (c if c < FLOAT else 0)
-    return tokens * (width * (2 * FLOAT + 2 * c) + heads * length * attention_weight)
+    # A trained bias has no fused kernel on a CPU: the attention weights [B, H, T, S] are kept, in the dtype of values.
+    return tokens * c * (4 * width + heads * length)
 
 
 def _cross_attention(spec: ModelSpec, step: Step, source: int, target: int, model: int) -> int:
@@ -303,16 +307,14 @@ def _position_bias(spec: ModelSpec, step: Step, stack: Stack, sequences: int, mo
     """Return the bytes of a stack's position bias: bucket indices [T, S] in int64, and biases [B, H, T, S].
 
     On CUDA: the bias, its gradient in one block, and the sum of the gradients so far, in the dtype of products. On a
-    CPU the bias is kept only as an input of recomputed blocks, in float32. The encoder's has a batch dim, because the
-    padding mask is added to it; the decoder's has none.
-
+    CPU the bias is kept only as an input of recomputed blocks, in float32 and without a batch dim.
     """
     length, heads = step.length(stack), spec.num_heads // model
     bias = 0
     if step.fused:
         bias = 3 * sequences * heads * step.product_bytes
     elif step.recomputed:
-        bias = FLOAT * heads * (sequences if stack == "encoder" else 1)
+        bias = FLOAT * heads
     return length**2 * (8 + bias)
 
 

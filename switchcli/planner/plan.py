@@ -3,15 +3,16 @@
 A mesh is rejected by a rule (sizes that do not divide, a batch that cannot be shared), or by the memory of a device.
 The others are ranked by an estimate of the time of a step: the time of the matrix products or, if longer, of reading
 and writing the weights, plus the time of each collective, which overlaps with nothing and has no latency. The estimate
-is for comparing meshes; it does not predict a time.
+is for comparing meshes; it was never compared with the time of a step on a GPU.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from switchcli.distributed.mesh import Shard, divides_experts, indivisible_sizes
+from switchcli.distributed.parallel_spec import Shard, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
+from switchcli.planner import devices
 from switchcli.planner.memory_use import DeviceBytes, device_bytes
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, output_widths, slots
 from switchcli.planner.traffic import Collective, collectives
@@ -25,9 +26,9 @@ class Machine(NamedTuple):
 
     devices: int
     memory_bytes: int
-    """Memory of one device."""
+    """Memory of one device, of which a plan fills `usable_bytes`."""
     flops: float = 312e12
-    """FLOP/s of matrix products."""
+    """FLOP/s that one device reaches in matrix products."""
     memory_bandwidth: float = 2e12
     """Bytes per second of the device's own memory."""
     bandwidth: float = 300e9
@@ -36,6 +37,33 @@ class Machine(NamedTuple):
     """Bytes per second that a device sends to other nodes."""
     node_devices: int = 8
     """Devices of a node."""
+    float32_flops: float | None = None
+    """FLOP/s in products of float32; None: `flops`."""
+    gpu: str | None = None
+    """The name in planner/devices.py that the memory and the rates are from, as far as options did not state them."""
+
+    @classmethod
+    def of_gpu(cls, number: int, name: str) -> Self:
+        """Return devices of planner/devices.py, by their name. Raises RecipeError for an unknown one."""
+        gpu = devices.find(name)
+        return cls(
+            number,
+            gpu.memory_bytes,
+            devices.UTILIZATION * gpu.flops,
+            gpu.memory_bandwidth,
+            gpu.bandwidth,
+            float32_flops=devices.UTILIZATION * gpu.float32_flops,
+            gpu=name.lower(),
+        )
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes of one device that a mesh may fill."""
+        return int((1 - devices.RESERVED_FRACTION) * self.memory_bytes)
+
+    def product_flops(self, product_bytes: int) -> float:
+        """Return the FLOP/s of matrix products whose elements have so many bytes: 4 for float32, 2 for bfloat16."""
+        return self.float32_flops or self.flops if product_bytes == FLOAT else self.flops
 
     def rate(self, collective: Collective, mesh: Mesh) -> float:
         """Return the bytes per second of a collective: `bandwidth` if each group of ranks is within a node."""
@@ -115,25 +143,37 @@ def plan(
         microbatch: sequences of a microbatch; None for the most that fit.
         weights_by_model: `rank_weights` by the size of the model axis, for each of `model_axes`.
     """
-    fits, rejected = [], []
-    for mesh in meshes(spec, machine.devices):
-        violation = mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, microbatch)
-        if violation:
-            rejected.append(violation)
-            continue
-        weights = weights_by_model[mesh.model]
-        sizes = [microbatch] if microbatch else microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
-        needed = {size: device_bytes(spec, step, mesh, weights, size) for size in sizes}
-        size = next((size for size in sizes if needed[size].total <= machine.memory_bytes), None)
-        if size is None:
-            smallest = sizes[-1]
-            rejected.append(_memory_violation(mesh, needed[smallest], machine, smallest))
-            continue
-        calls = collectives(spec, step, mesh, weights, size)
-        seconds = _seconds(spec, step, machine, mesh, weights, size, calls)
-        fits.append(Fit(mesh, size, needed[size], calls, seconds))
+    outcomes = [
+        try_mesh(spec, step, machine, mesh, microbatch, weights_by_model) for mesh in meshes(spec, machine.devices)
+    ]
+    fits = [outcome for outcome in outcomes if isinstance(outcome, Fit)]
     fits.sort(key=lambda fit: (fit.step_seconds, fit.bytes.total))
-    return Plan(tuple(fits), tuple(rejected))
+    return Plan(tuple(fits), tuple(outcome for outcome in outcomes if isinstance(outcome, Rejection)))
+
+
+def try_mesh(
+    spec: ModelSpec,
+    step: Step,
+    machine: Machine,
+    mesh: Mesh,
+    microbatch: int | None,
+    weights_by_model: Mapping[int, RankWeights],
+) -> Fit | Rejection:
+    """Return how the step fits on one mesh, or why it does not. Arguments are those of `plan`."""
+    violation = mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, microbatch)
+    if violation:
+        return violation
+    weights = weights_by_model[mesh.model]
+    sizes = [microbatch] if microbatch else microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
+    for size in sizes:
+        needed = device_bytes(spec, step, mesh, weights, size)
+        if needed.total <= machine.usable_bytes:
+            break
+    else:
+        return _memory_violation(mesh, needed, machine, size)
+    calls = collectives(spec, step, mesh, weights, size)
+    seconds = _seconds(spec, step, machine, mesh, weights, size, calls)
+    return Fit(mesh, size, needed, calls, seconds)
 
 
 def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:
@@ -195,9 +235,9 @@ def batch_violation(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | N
 
 def _memory_violation(mesh: Mesh, needed: DeviceBytes, machine: Machine, microbatch: int) -> Rejection:
     parts = ", ".join(f"{name} {num_bytes / GIB:.3g}" for name, num_bytes in needed._asdict().items() if num_bytes)
-    total, available = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
+    total, memory = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
+    available = f"{machine.usable_bytes / GIB:.3g} GiB of its {memory}"
     reason = f"needs {total} a device, which has {available}, with microbatches of {microbatch} sequences: {parts}"
-
     return Rejection(mesh, "memory", reason, needed.total)
 
 
@@ -248,7 +288,7 @@ def _seconds(
     dense_shards = 1 if mesh.shard == "none" else mesh.data
     accesses += 5 * (experts / weights.expert_shards(mesh) + weights.dense / dense_shards)
     seconds = {
-        "compute": flops_of(spec, step, mesh, microbatch) / machine.flops,
+        "compute": flops_of(spec, step, mesh, microbatch) / machine.product_flops(step.product_bytes),
         "memory": FLOAT * accesses / machine.memory_bandwidth,
     }
     for call in calls:

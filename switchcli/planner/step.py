@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from switchcli.distributed.layout import is_stacked, reduced_dim
-from switchcli.distributed.mesh import Shard, even_dim
+from switchcli.distributed.parallel_spec import Shard, even_dim
 from switchcli.distributed.tensor_parallel import sharded_dim
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.moe.router import RouterSpec

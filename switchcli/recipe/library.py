@@ -5,6 +5,7 @@ This module does not import torch, so that listing and showing are fast.
 
 import difflib
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.yaml_nodes import display_key, read_file
 
 SUFFIXES = (".yaml", ".yml")
+_OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Error numbers that concern the whole disk: another name on it does not help."""
 
@@ -41,6 +43,13 @@ def recipe_file(name: str) -> Path:
     return recipes_folder() / f"{name}.yaml"
 
 
+def shipped_name(path: str) -> str | None:
+    """Return the name of the shipped recipe whose file is at `path`, or None if it is none of them."""
+    root, file = recipes_folder().resolve(), Path(path).resolve()
+    name = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else None
+    return name if name in recipe_names() else None
+
+
 def description(name: str) -> str:
     """Return the `description` of the shipped recipe `name`, or "". An inherited one is ignored: it is the parent's."""
     root = read_file(recipe_file(name)).value
@@ -58,6 +67,8 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
         RecipeError: no such file, or no such shipped recipe; the message has the nearest name.
     """
     path = (beside or Path()) / name_or_path
+    if beside is None and _OVERRIDE.match(name_or_path) and not os.path.lexists(path):
+        raise RecipeError(f"{display_key(name_or_path)}: is no recipe: the recipe comes first, then KEY=VALUE")
     try:
         exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered

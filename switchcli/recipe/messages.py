@@ -1,8 +1,9 @@
 """Turn pydantic's errors into messages for users: location, dotted key, rule, value and fix.
 
 A spec's own rule is the ValueError of its validator. If its message starts with a key of that spec, as in
-"steps (0) must be ...", the location is that of the key. If the recipe does not state that key, the location is that of
-the first dotted key in the message which it states. A ValueError with several arguments holds several rules.
+"steps (0) must be ...", the location is that of a key in the message which the recipe states: one that an override
+sets, else one in the file itself, else one in a file that it extends, and among these the first. A dotted word is a
+key, and so is one before a value in parentheses. A ValueError with several arguments holds several rules.
 """
 
 import difflib
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
 
 from switchcli import credentials
@@ -42,8 +43,12 @@ _RULES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Our text for the rule of each error type of pydantic."""
+_VERY_SIMILAR = 0.8
+"""Similarity, of difflib, from which an unknown key is taken for a misspelling of another one."""
 _MAX_ERRORS = 100
 """Maximum number of errors of one recipe that are reported."""
+_PLAIN = re.compile(r"[\w./*, -]{1,60}", re.ASCII)
+"""Values that a message repeats as they are."""
 _BOOLEANS: Mapping[str, str] = MappingProxyType(
     {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
 )
@@ -62,7 +67,10 @@ def error_lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> 
     """Return one line for each error of `tree` as a value of `schema`, in the order of the schema."""
     lines: dict[tuple[str, str], str] = {}
     errors = error.errors(include_url=False)
+    misspelt = {key for details in errors if (key := _meant_key(details, schema))}
     for details in errors[:_MAX_ERRORS]:
+        if details["type"] == "missing" and _schema_node(schema, details["loc"]).path in misspelt:
+            continue  # the line of the misspelt key suggests it
         if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
             continue  # pydantic counts only the valid items of a list, and each invalid one has a line of its own
         for path, line in _explain(details, tree, schema):
@@ -70,6 +78,24 @@ def error_lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> 
             lines.setdefault((dotted(path), "" if details["type"] != "value_error" else line), line)
     omitted = len(errors) - _MAX_ERRORS
     return [*lines.values(), *([f"and {omitted:,} more"] if omitted > 0 else [])]
+
+
+def plain_lines(error: ValidationError) -> list[str]:
+    """Return one line for each error of values that are no recipe, such as the arguments of a function."""
+    return [_plain_line(details) for details in error.errors(include_url=False)]
+
+
+def _plain_line(details: ErrorDetails) -> str:
+    if details["type"] == "value_error":
+        return str(details["ctx"]["error"])
+    return f"{dotted(details['loc'])}: {_rule(details)} (got {display_value(details['input'])})"
+
+
+def _rule(details: ErrorDetails) -> str:
+    """Return the rule that a value of the wrong type or range breaks."""
+    if details["type"] in _RULES:
+        return _RULES[details["type"]].format(**details.get("ctx", {}))
+    return re.sub(r"^\w+ should", "must", details["msg"])
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -104,40 +130,41 @@ def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iter
         rule = _kind_rule(node.models, details)
         path = (*path, "kind")
     else:
-        rule = _value_rule(details, node, schema)
+        rule = _value_rule(details, node, schema, is_override=_where(tree, path).startswith("override "))
     yield path, f"{_where(tree, path)}: {dotted(path)}: {rule}"
 
 
 def _explain_own_rules(rules: Sequence[str], node: _SchemaNode, tree: Node) -> Iterator[tuple[Keys, str]]:
     """Yield the path and the line of each rule of a spec's validator."""
-    fields = {name for model in node.models for name in model.model_fields}
+    fields = set(_keys_of(node.models))
     for rule in rules:
-        # A key at the start of the message, dotted or not, and dotted keys anywhere.
-        matches = re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+", rule)
+        # A key at the start of the message, dotted or not, and dotted keys and keys with a value anywhere.
+        matches = re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+|\b[a-z_]\w*+(?= \()", rule)
         candidates = [tuple(match.split(".")) for match in matches]
         mentioned = [keys for keys in candidates if keys[0] in fields]
         path, prefix = node.path, f"{dotted(node.path)}: "
         if mentioned and rule.startswith(dotted(mentioned[0])):
             paths = [(*node.path, *keys) for keys in mentioned]
-            path = next((path for path in paths if _lookup(tree, path)[1]), paths[0])
+            stated = [path for path in paths if _lookup(tree, path)[1]]
+            path = max(stated, key=lambda path: _nearness(tree, path), default=paths[0])
             prefix = f"{dotted(node.path)}."
         yield path, f"{_where(tree, path)}: {prefix if node.path else ''}{rule}"
 
 
-def _value_rule(details: ErrorDetails, node: _SchemaNode, schema: type[BaseModel]) -> str:
+def _value_rule(details: ErrorDetails, node: _SchemaNode, schema: type[BaseModel], is_override: bool) -> str:
     """Return the rule for a value of the wrong type or range, with the value and a fix."""
     error_type = details["type"]
-    if error_type in _RULES:
-        rule = _RULES[error_type].format(**details.get("ctx", {}))
-    else:
-        rule = re.sub(r"^\w+ should", "must", details["msg"])
+    rule = _rule(details)
     if error_type == "missing":
         return f"{rule}: add it, as {dotted(node.path)}=VALUE on the command line or in the recipe"
     value = details["input"]
     if error_type == "literal_error":
         fix = _did_you_mean(str(value), [str(choice) for choice in _choices(node.annotation)])
     else:
-        fix = _rewrite_hint(error_type, value) or _default_hint(schema, details["loc"])
+        key = f"{dotted(node.path)}=" if is_override else ""
+        needs_list = error_type in ("tuple_type", "list_type")
+        hint = _list_hint(node.annotation, value, key) if needs_list else _rewrite_hint(error_type, value)
+        fix = hint or _default_hint(schema, details["loc"])
     return f"{rule} (got {display_value(value)}){fix}"
 
 
@@ -152,6 +179,22 @@ def _rewrite_hint(error_type: str, value: Any) -> str | None:
         return f"; write {int(value)}"
     if error_type == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
         return f"; put it in quotes: '{value}'"
+    return None
+
+
+def _list_hint(annotation: Any, value: Any, key: str) -> str | None:
+    """Return the advice to put a value into brackets, or None if it cannot be an item of the list that is needed.
+
+    `key` comes before the value on the command line: `tasks=`.
+    """
+    item = next(iter(get_args(annotation)), None)
+    is_mapping = bool(_annotated_node(item, ()).models)
+    # A plain value stands for a mapping where a validator expands it.
+    takes_plain = not is_mapping or any(isinstance(rule, BeforeValidator) for rule in get_args(item)[1:])
+    if isinstance(value, dict) and is_mapping:
+        return f"; put it in brackets: {key}[{{...}}]"
+    if isinstance(value, str | int | float) and takes_plain:
+        return f"; put it in brackets: {key}[{value if _PLAIN.fullmatch(str(value)) else '...'}]"
     return None
 
 
@@ -177,17 +220,27 @@ def _unknown_key(node: _SchemaNode, key: str, schema: type[BaseModel]) -> str:
     It suggests, in this order: a very similar key of `node`, another kind that has the key, a very similar key
     anywhere, a similar key of `node`.
     """
-    siblings = [name for model in node.models for name in model.model_fields]
-    if suggestion := _did_you_mean(key, siblings, cutoff=0.8):
+    siblings = _keys_of(node.models)
+    if suggestion := _did_you_mean(key, siblings, cutoff=_VERY_SIMILAR):
         return f"no such key{suggestion}"
     all_kinds = _schema_node(schema, node.path).models
     if kinds := _kinds([model for model in all_kinds if key in model.model_fields]):
         return f"no such key for this kind; it belongs to kind: {' or '.join(kinds)}"
     all_paths = list(_all_keys(schema, ()))
-    if close := difflib.get_close_matches(key, [str(path[-1]) for path in all_paths], n=1, cutoff=0.8):
+    if close := difflib.get_close_matches(key, [str(path[-1]) for path in all_paths], n=1, cutoff=_VERY_SIMILAR):
         shortest = min((path for path in all_paths if path[-1] == close[0]), key=len)
         return f"no such key. Did you mean {dotted(shortest)}?"
     return f"no such key{_did_you_mean(key, siblings) or '; the keys are ' + ', '.join(siblings)}"
+
+
+def _meant_key(details: ErrorDetails, schema: type[BaseModel]) -> Keys | None:
+    """Return the path of the key for which an unknown key of the same mapping is a misspelling, or None."""
+    if details["type"] != "extra_forbidden":
+        return None
+    node = _schema_node(schema, details["loc"][:-1])
+    siblings = _keys_of(node.models)
+    close = difflib.get_close_matches(str(details["loc"][-1]), siblings, n=1, cutoff=_VERY_SIMILAR)
+    return (*node.path, close[0]) if close else None
 
 
 def _kind_rule(models: Models, details: ErrorDetails) -> str:
@@ -209,6 +262,22 @@ def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
 
 def _where(tree: Node, path: Keys) -> str:
     return _lookup(tree, path)[0].where
+
+
+def _nearness(tree: Node, path: Keys) -> int:
+    """Return how near to the user a key is set: 2 by an override, 1 in the file itself, 0 in one that it extends."""
+    where = _where(tree, path)
+    if where.startswith("override "):
+        return 2
+    return int(where.rpartition(":")[0] == tree.where.rpartition(":")[0])
+
+
+def in_line_order(lines: Sequence[str]) -> list[str]:
+    """Return error lines by the line of their file; those of files in the order of the files, then all others."""
+    places = [re.match(r"(?!override )(.+?):([0-9]+): ", line) for line in lines]
+    files = list(dict.fromkeys(place[1] for place in places if place))
+    keys = [(files.index(place[1]), int(place[2])) if place else (len(files), 0) for place in places]
+    return [line for _, line in sorted(zip(keys, lines, strict=True), key=lambda item: item[0])]
 
 
 def _lookup(tree: Node, path: Keys) -> tuple[Node, bool]:
@@ -257,6 +326,10 @@ def _all_keys(model: type[BaseModel], path: Keys) -> Iterator[Keys]:
             node = _annotated_node(get_args(node.annotation)[0], (*node.path, 0))
         for member in node.models:
             yield from _all_keys(member, node.path)
+
+
+def _keys_of(models: Sequence[type[BaseModel]]) -> list[str]:
+    return [name for model in models for name in model.model_fields]
 
 
 def _kinds(models: Sequence[type[BaseModel]]) -> list[str]:

@@ -11,10 +11,13 @@ layer takes precedence:
 The command line is one layer: the order of KEY=VALUE matters only if two set the same key, and then the last one wins.
 
 Paths inside a recipe are not changed: they are relative to the current folder, as in a shell. Only the path after
-`extends` is relative to the folder of its file, or is the name of a recipe that ships.
+`extends` is relative to the folder of its file, or is the name of a recipe that ships. The `description` of a recipe is
+not inherited.
 """
 
 import json
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,10 +28,12 @@ from switchcli import credentials
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, messages, renames, sizes, yaml_nodes
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.spec import Spec, check_path_or_url
+from switchcli.spec import AUTO, LIMITS, VOCAB_SIZE, Spec, check_path_or_url
 
 S = TypeVar("S", bound=Spec)
 
+_VOCAB_MULTIPLE = 64
+"""Embedding matrices get a multiple of this many rows, for fast matrix products and for the ranks of a model axis."""
 SAVED = "recipe.yaml"
 """The name of the recipe that a run saves. Old names of keys in such a file cause no warning."""
 
@@ -65,14 +70,17 @@ def parse_saved(document: bytes, where: str) -> Node:
     return _merge_layers([renames.upgrade(root, warn=False)], root._replace(value={}))
 
 
-def validate(tree: Node, schema: type[S]) -> S:
+def validate(tree: Node, schema: type[S], vocab_size: int | None = None) -> S:
     """Return `tree` as a value of `schema`. Lists become tuples, and integers serve as floats; nothing else converts.
+
+    `vocab_size` is the number for `model.vocab_size: auto`. By default it is that of the tokenizer to be trained, or
+    T5's for a tokenizer in a file, which is not opened here.
 
     Raises:
         RecipeError: one line for each error.
     """
     check_verb(tree, schema)
-    tree = _add_default_kinds(tree, schema)
+    tree = _fill_vocab_size(_add_default_kinds(tree, schema), schema, vocab_size)
     size = _stated_size(tree)
     problem = sizes.size_problem(size.value) if size and isinstance(size.value, str) else None
     problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
@@ -82,7 +90,7 @@ def validate(tree: Node, schema: type[S]) -> S:
     except ValidationError as error:
         problems += messages.error_lines(error, tree, schema)
     if problems:
-        raise RecipeError(*problems)
+        raise RecipeError(*messages.in_line_order(problems))
     return value
 
 
@@ -112,8 +120,19 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
     verb = verb_of(tree)
     expected = schema.model_fields["verb"].default if "verb" in schema.model_fields else None
     if expected and verb and verb != expected and verb in _verbs(Spec):
+        file, _, line = tree.where.rpartition(":")
+        name = library.shipped_name(file) or file
         node = tree.value["verb"] if isinstance(tree.value, dict) and "verb" in tree.value else tree
-        raise RecipeError(f"{node.where}: verb: a recipe of `switchcli {verb}`, where one of {expected} is needed")
+        if not line.isdecimal() or node.where.startswith("override "):
+            raise RecipeError(f"{node.where}: verb: a recipe of `switchcli {verb}`, where one of {expected} is needed")
+        if expected == "eval":  # the command of that recipe would start training
+            raise RecipeError(
+                f"{name} is a recipe of {verb}, and one of eval has `verb: eval`: leave it out for what the checkpoint "
+                "was trained on, or name other text (text.corpora=[...]) or tasks (tasks=[...])"
+            )
+        raise RecipeError(
+            f"{name} is a recipe of {verb}, not of {expected}: run `switchcli {verb} {shlex.quote(name)}`"
+        )
 
 
 def stated(tree: Node, dotted: str) -> Any:
@@ -141,6 +160,17 @@ def stated_path(tree: Node, dotted: str) -> Any:
     return path
 
 
+def override(key: str, value: Any) -> str:
+    """Return the KEY=VALUE with which `load` sets a dotted key to a plain value: text, a number, a list or a mapping.
+
+    Raises:
+        TypeError: the value holds something that is no plain value.
+        ValueError: the value holds a number that is not finite.
+    """
+    # JSON is YAML. Non-ASCII characters stay: YAML refuses the surrogate pairs of JSON's escapes.
+    return f"{key}={json.dumps(value, ensure_ascii=False, allow_nan=False, default=os.fspath)}"
+
+
 def layer(values: Mapping[str, Any], where: str) -> Node:
     """Return a layer of plain values with the source `where`."""
     return Node({key: _node(value, where) for key, value in values.items()}, where)
@@ -150,6 +180,36 @@ def _node(value: Any, where: str) -> Node:
     if isinstance(value, Mapping):
         return layer(value, where)
     return Node([_node(item, where) for item in value] if isinstance(value, list) else value, where)
+
+
+def has_auto_vocab_size(tree: Node) -> bool:
+    """Return whether a recipe leaves `model.vocab_size` to its tokenizer."""
+    model = tree.value.get("model") if isinstance(tree.value, dict) else None
+    if model is None or not isinstance(model.value, dict):
+        return model is None
+    return "vocab_size" not in model.value or model.value["vocab_size"].value == AUTO
+
+
+def padded_vocab_size(num_pieces: int) -> int:
+    """Return the rows of the embedding matrix for a tokenizer of so many pieces, by `model.vocab_size: auto`."""
+    return -(-num_pieces // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
+def _fill_vocab_size(tree: Node, schema: type[Spec], vocab_size: int | None) -> Node:
+    """Return `tree` with a number in place of `model.vocab_size: auto`, if the schema has that key."""
+    defaults = {name: field.default for name, field in schema.model_fields.items()}
+    if getattr(defaults.get("model"), "vocab_size", None) is None or not has_auto_vocab_size(tree):
+        return tree
+    if vocab_size is None:
+        tokenizer = getattr(defaults.get("data"), "tokenizer", None)
+        num_pieces = None
+        if tokenizer is not None and stated(tree, "data.tokenizer.kind") in (None, tokenizer.kind):
+            num_pieces = stated(tree, "data.tokenizer.vocab_size") or tokenizer.vocab_size
+        vocab_size = VOCAB_SIZE
+        if isinstance(num_pieces, int) and 1 <= num_pieces <= LIMITS["vocab_size"]:
+            vocab_size = padded_vocab_size(num_pieces)
+    # The model and the root keep their places, which messages name.
+    return _set(tree, ("model", "vocab_size"), Node(vocab_size, "model.vocab_size: auto"))
 
 
 class Difference(NamedTuple):
@@ -213,6 +273,8 @@ def _read_layers(path: Path) -> list[Node]:
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
         layers.insert(0, renames.upgrade(root, warn=path.name != SAVED))
+        if len(layers) > 1:
+            root.value.pop("description", None)  # it describes the recipe that is extended
         extends = root.value.pop("extends", None)
         if extends is None:
             return layers
@@ -289,7 +351,13 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Node]:
         raise RecipeError(f"{where}: nested more than {yaml_nodes.MAX_DEPTH} deep")
     if path[0] == "extends":
         raise RecipeError(f"{where}: extends belongs in a file: name that recipe on the command line instead")
-    return renames.upgrade_override(path, yaml_nodes.read(value, lambda line: where))
+    try:
+        node = yaml_nodes.read(value, lambda line: where)
+    except RecipeError as error:
+        if value.count("{") > value.count("}") or value.count("[") > value.count("]"):
+            raise RecipeError(f"{error}. A bracket is not closed: put KEY=VALUE in quotes in the shell") from error
+        raise
+    return renames.upgrade_override(path, node)
 
 
 def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] = ()) -> Node:

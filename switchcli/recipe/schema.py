@@ -11,18 +11,18 @@ from pydantic import Field, model_validator
 from switchcli.data.config import DataSpec, TextSpec
 from switchcli.errors import RecipeError
 from switchcli.model.moe.router import Policy
-from switchcli.model.surgery.student import FromTeacherInit
-from switchcli.model.trainable import TrainableSet, check
+from switchcli.model.surgery.student_spec import FromTeacherInit
+from switchcli.model.trainable_sets import TrainableSet, check
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.spec import Spec
-from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names
-from switchcli.train.config import Precision, StartSpec, StudentSpec
-from switchcli.train.distillation import DistillSpec
-from switchcli.train.schedules import Constant, InverseSquareRoot, ScheduleSpec
-from switchcli.train.scoring import ScoringSpec
+from switchcli.spec import VOCAB_SIZE, Spec
+from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names, tasks_of
+from switchcli.training.config import Precision, StartSpec, StudentSpec
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.schedules import Constant, InverseSquareRoot, ScheduleSpec
+from switchcli.training.scoring_spec import ScoringSpec
 
 
 class TextRecipe(TrainingRecipe, ABC):
@@ -46,7 +46,7 @@ class TextRecipe(TrainingRecipe, ABC):
         if tokenizer.kind == "train" and tokenizer.vocab_size > model_vocab_size:
             yield (
                 f"data.tokenizer.vocab_size ({tokenizer.vocab_size}) must be at most the {model_vocab_size} rows of "
-                f"model.vocab_size: try model.vocab_size={tokenizer.vocab_size}."
+                "model.vocab_size: leave model.vocab_size out, or take more."
             )
         shards = self.data.stream_shards
         if self.data.access == "stream" and self.rows_per_step % shards:
@@ -85,6 +85,7 @@ class TaskRecipe(TrainingRecipe, ABC):
                 f"checkpoint.save_every_steps={eval_steps}."
             )
         yield from duplicate_names(self.tasks)
+        yield from _label_rules(self.tasks, self.scoring)
 
 
 class PretrainRecipe(TextRecipe):
@@ -180,10 +181,23 @@ class EvalRecipe(Spec):
     """The device; `auto` takes a GPU if there is one."""
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        if errors := [*duplicate_names(self.tasks)]:
+    def _check_tasks(self) -> Self:
+        if errors := [*duplicate_names(self.tasks), *_label_rules(self.tasks, self.scoring)]:
             raise ValueError(*errors)
         return self
+
+
+def _label_rules(specs: Sequence[TaskSpec], scoring: ScoringSpec) -> Iterator[str]:
+    """Yield an error if answers are to be chosen among labels that some tasks do not have."""
+    tasks = tasks_of(specs).values()
+    without = [task.name for task in tasks if not task.labels]
+    if scoring.by == "likelihood" and without:
+        others = [task.name for task in tasks if task.labels]
+        fix = f"score only those that have (tasks=[{', '.join(others)}])" if others else "give a task of your own some"
+        yield (
+            f"scoring.by (likelihood) chooses among the labels of a task, and {', '.join(without)} has none: {fix}, or "
+            "take scoring.by=generation"
+        )
 
 
 StartedRecipe = PretrainRecipe | FinetuneRecipe
@@ -202,10 +216,10 @@ def schema_of(tree: Node) -> type[Spec] | None:
     return RECIPES.get(verb or "")
 
 
-def resolve_standalone(name: str, overrides: Sequence[str] = ()) -> Spec:
-    """Return the recipe `name` as its verb resolves it, without the checkpoint that it may need.
+def resolve_standalone(name: str | None, overrides: Sequence[str] = ()) -> Spec:
+    """Return the recipe `name`, or the overrides alone, as its verb resolves it without the checkpoint it may need.
 
-    In place of the checkpoint's keys there are stand-ins: 8 experts, and a long run for a student.
+    In place of the checkpoint's keys there are stand-ins: 8 experts, T5's vocabulary, and a long run for a student.
 
     Raises:
         RecipeError: one line for each error.
@@ -218,8 +232,8 @@ def resolve_standalone(name: str, overrides: Sequence[str] = ()) -> Spec:
     elif issubclass(schema, DistillRecipe):
         checkpoint_keys = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
     if checkpoint_keys:
-        tree = resolve.load(name, overrides, resolve.layer(checkpoint_keys, name))
-    return resolve.validate(tree, schema)
+        tree = resolve.load(name, overrides, resolve.layer(checkpoint_keys, name or "the checkpoint"))
+    return resolve.validate(tree, schema, VOCAB_SIZE if checkpoint_keys else None)
 
 
 def resolve_text_recipe(name: str, overrides: Sequence[str] = ()) -> TextRecipe:

@@ -11,12 +11,12 @@ from typing import Self
 
 from pydantic import model_validator
 
-from switchcli.distributed.mesh import ParallelSpec, divides_experts, indivisible_sizes
+from switchcli.distributed.parallel_spec import ParallelSpec, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.spec import Spec
-from switchcli.train.config import CheckpointSpec, EvalSpec, LogSpec, TrainSpec
-from switchcli.train.optimizers import Adafactor, OptimizerSpec
-from switchcli.train.schedules import ScheduleSpec
+from switchcli.training.config import BranchSpec, CheckpointSpec, EvalSpec, LogSpec, TrainSpec
+from switchcli.training.optimizer_specs import Adafactor, OptimizerSpec
+from switchcli.training.schedules import ScheduleSpec
 
 
 class TrainingRecipe(Spec, ABC):
@@ -42,6 +42,8 @@ class TrainingRecipe(Spec, ABC):
     """How often checkpoints are saved, and which of them are kept."""
     parallel: ParallelSpec = ParallelSpec()
     """How ranks share the batch, the experts and the weights."""
+    branch: BranchSpec | None = None
+    """The checkpoint of another run of the same verb that this run continues with other settings; absent: none."""
 
     @property
     @abstractmethod

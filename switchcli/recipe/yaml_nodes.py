@@ -8,6 +8,7 @@ keys, keys that are not text, duplicate keys, a second document, nesting beyond 
 This module knows nothing about recipes: `resolve` and the schema give keys their meaning.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,6 +124,8 @@ def read(text: str, where: Callable[[int], str]) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem).split())
+        if problem == "mapping values are not allowed here":
+            problem += ": put a value that contains ': ' in quotes"
         raise RecipeError(f"{where(mark.line + 1 if mark else 1)}: not YAML: {problem}") from error
     except (ValueError, OverflowError) as error:  # PyYAML passes "\U00110000" to chr
         raise RecipeError(f"{where(1)}: not YAML: an escape names no character ({error})") from error
@@ -236,6 +239,7 @@ _Dumper.add_representer(float, _float)
 _Dumper.add_representer(str, _text)
 
 
-def write(data: Any) -> str:
+def write(data: Any, in_one_line: bool = False) -> str:
     """Return YAML text of dicts, lists and scalars, in order. `read` gives an equal value, floats bit for bit."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    style: dict[str, Any] = {"default_flow_style": True, "width": math.inf} if in_one_line else {"width": 100}
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **style)

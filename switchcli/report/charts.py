@@ -1,8 +1,9 @@
 """Charts as Vega-Lite specifications with the values they show, for a page and as SVG, PNG and CSV files.
 
 A specification is a dict without data: `Figure.table` holds the data, and several figures may share one table. Lines
-differ in color, dash and marker at once (colors by Okabe and Ito, without yellow and black), and heat maps differ in
-lightness, so that no chart depends on color vision.
+differ in color, dash and marker at once, and heat maps differ in lightness, so that no chart depends on color vision.
+The colors are those of Okabe and Ito without yellow and black, darker for a white background and lighter for a dark
+one, so that every line has a contrast of at least 4.5 to 1.
 """
 
 import csv
@@ -15,7 +16,9 @@ from typing import Any, Literal, NamedTuple
 from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+COLORS = ("#0072B2", "#B84A00", "#00795A", "#A84A80", "#8F6400", "#20799F", "#6B6B6B")
+DARK_COLORS = ("#4BA3E3", "#F0803C", "#2FBF92", "#DD93BB", "#E69F00", "#8FD0F5", "#A3A3A3")
+"""The colors of a page in dark mode, in the order of `COLORS`."""
 DASHES = ((1, 0), (7, 3), (2, 2), (9, 3, 2, 3), (4, 2))
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 MARKERS = 24
@@ -163,7 +166,7 @@ def heat_map(title: str, caption: str, table: Table, x: Axis, y: Axis, color: Ax
 
     `x` and `y` are ordinal and keep the order of the rows.
     """
-    legend = {"orient": "top", "direction": "horizontal", "format": color.format, "gradientLength": 160, "offset": 24}
+    legend = {"orient": "top", "direction": "horizontal", "format": color.format, "gradientLength": 160, "offset": 30}
     legend |= {"gradientThickness": 8, "tickCount": 3, "titleFontWeight": "normal"}
     encoding = {
         "x": x.channel(sort=None),
@@ -178,7 +181,7 @@ def heat_map(title: str, caption: str, table: Table, x: Axis, y: Axis, color: Ax
         "tooltip": [x.tooltip(), y.tooltip(), color.tooltip()],
     }
     map_rows = len(set(table.column(y.field)))
-    height = map_rows * max(3, min(16, 360 // max(map_rows, 1)))  # 3 to 16 pixels a row, 360 in all where that fits
+    height = map_rows * max(3, min(28, 360 // max(map_rows, 1)))  # 3 to 28 pixels a row, 360 in all where that fits
     return Figure(table.name, title, caption, {"mark": {"type": "rect"}, "encoding": encoding, "height": height}, table)
 
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
+from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
-from switchcli.report.series import SeedSpread, Series, differences, flatten, seed_spread
-from switchcli.report.speed import Cost, QualityMetric, Speed, baseline_run, quality_metric, speed
+from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
+from switchcli.report.significance import Gain, Interval, Verdict, gain
+from switchcli.report.speed import Cost, QualityMetric, Speed, SpeedUp, Window, quality_metric, speed
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 MAX_KEYS = 3
@@ -27,8 +28,12 @@ class SeriesRow(NamedTuple):
     steps: SeedSpread | None
     final: SeedSpread | None
     """The quality metric at the end of each run."""
-    over: SeedSpread | None
-    """Gain over the baseline's run of the same seed, at the common step where there is one; positive is better."""
+    loss: SeedSpread | None
+    """The cross-entropy in nats at the end of each run; None where bits per byte are compared."""
+    over: Gain | None
+    """Gain over the baseline, at the last evaluation that all runs have; positive is better."""
+    verdict: Verdict | None
+    """The verdict of the gain over the baseline; None where the series was not evaluated in training."""
     at_common: SeedSpread | None
     """The quality metric at the common step; None where all runs end there."""
     speed: Speed
@@ -38,16 +43,26 @@ class SeriesRow(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return the row for scripts."""
+        spreads = ("steps", "final", "loss", "at_common", TOKENS_PER_SECOND, "dropped")
         costs = zip(Cost._fields, self.speed.costs, self.speed.factors, strict=True)
-        spreads = ("steps", "final", "over", "at_common", TOKENS_PER_SECOND, "dropped")
         return {
             "series": self.label,
+            "verdict": self.verdict,
             "seeds": self.seeds,
             "going_on": self.num_unfinished,
             **self.sizes,
+            "over": _judged_json(self.over),
             **{name: _json(getattr(self, name)) for name in spreads},
             "reached": self.speed.reached,
-            "to_quality": {name: {"cost": _json(cost), "speed_up": _json(factor)} for name, cost, factor in costs},
+            "interpolated": ["to_quality"],
+            "to_quality": {
+                name: {
+                    "cost": _json(cost),
+                    "speed_up": _judged_json(factor),
+                    "verdict": None if factor is None else factor.verdict,
+                }
+                for name, cost, factor in costs
+            },
         }
 
     def flat(self) -> dict[str, Any]:
@@ -63,14 +78,16 @@ class Comparison(NamedTuple):
     metric: QualityMetric
     quality: float | None
     """The quality whose cost is compared; None for what each run's baseline run ends with."""
-    common_step: int | None
-    """The last step at which all evaluated runs have the metric; None where all of them end there."""
+    window: Window | None
+    """The last evaluations that all runs have: series are compared by these alone. None where there are none."""
+    common_step: float | None
+    """The step of the window; None where there is none, or where all evaluated runs end there."""
     rows: tuple[SeriesRow, ...]
     notes: tuple[str, ...]
 
-    def gain(self, series: Series, reference: Series) -> SeedSpread | None:
-        """Return the gain of a series over another, per seed, at the common step or at the end."""
-        return _gain(series, reference, self.metric, self.common_step)
+    def gain(self, series: Series, reference: Series) -> Gain | None:
+        """Return the gain of a series over another, from values at the steps of the window."""
+        return _gain(series, reference, self.metric, self.window)
 
     @property
     def num_tokenizers(self) -> int:
@@ -88,35 +105,64 @@ def compare(series: Sequence[Series], baseline: str | None, quality: float | Non
     """
     reference = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
     metric = quality_metric(_num_tokenizers(series), evaluations)
-    step = _common_step(series, metric)
-    rows = tuple(_row(one, reference, metric, quality, step) for one in series)
-    return Comparison(tuple(series), reference, metric, quality, step, rows, tuple(_notes(series, metric, step)))
+    window = _common_window(series, metric)
+    step = _common_step(series, metric, window)
+    rows = tuple(_row(one, reference, metric, quality, window, step) for one in series)
+    notes = tuple(_notes(series, metric, window, step))
+    return Comparison(tuple(series), reference, metric, quality, window, step, rows, notes)
 
 
 def _num_tokenizers(series: Sequence[Series]) -> int:
     return len({run.tokenizer for one in series for run in one.runs if run.tokenizer is not None})
 
 
-def _common_step(series: Sequence[Series], metric: QualityMetric) -> int | None:
-    curves = [curve for one in series for run in one.runs if (curve := metric.curve(run)) is not None]
-    last_steps = {int(curve.steps[-1]) for curve in curves}
-    # A run that was evaluated only before its first step does not move the common step to 0.
-    return min(filter(None, last_steps), default=None) if len(last_steps) > 1 else None
+def _windows(series: Sequence[Series], metric: QualityMetric) -> list[list[Window]]:
+    """Return the windows of each run that was evaluated, in order."""
+    return [[*values] for one in series for run in one.runs if (values := metric.measured(run))]
 
 
-def _gain(series: Series, reference: Series, metric: QualityMetric, step: int | None) -> SeedSpread | None:
-    gains = []
-    for run in series.runs:
-        ours, theirs = metric.at(run, step), metric.at(baseline_run(run, reference), step)
-        if ours is not None and theirs is not None:
-            gains.append(metric.sign * (ours - theirs))
-    return seed_spread(gains)
+def _common_window(series: Sequence[Series], metric: QualityMetric) -> Window | None:
+    """Return the last window after step 0 that all runs have. One that was evaluated only at step 0 takes no part."""
+    in_training = [{window for window in windows if window[-1] > 0} for windows in _windows(series, metric)]
+    in_training = [windows for windows in in_training if windows]
+    return max(set.intersection(*in_training), default=None) if in_training else None
+
+
+def _common_step(series: Sequence[Series], metric: QualityMetric, window: Window | None) -> float | None:
+    if window is None or all(windows[-1] == window for windows in _windows(series, metric)):
+        return None
+    step = float(np.mean(window))
+    return int(step) if step.is_integer() else step
+
+
+def _gain(series: Series, reference: Series, metric: QualityMetric, window: Window | None) -> Gain | None:
+    if window is None:
+        return None
+    ours, theirs = (
+        {
+            seed: metric.sign * values[window]
+            for seed, run in by_seed(one).items()
+            if window in (values := metric.measured(run))
+        }
+        for one in (series, reference)
+    )
+    return gain(ours, theirs)
 
 
 def _row(
-    series: Series, baseline: Series, metric: QualityMetric, quality: float | None, common_step: int | None
+    series: Series,
+    baseline: Series,
+    metric: QualityMetric,
+    quality: float | None,
+    window: Window | None,
+    common_step: float | None,
 ) -> SeriesRow:
-    runs = series.runs
+    runs = [*by_seed(series).values()]
+    final = seed_spread(metric.at_end(run) for run in runs)
+    over = _gain(series, baseline, metric, window)
+    verdict = None if over is None else over.verdict
+    if window is None and final is not None:
+        verdict = Verdict.NO_COMMON_STEP
     sizes = {name: [int(size) for run in runs if (size := run.number(name)) is not None] for name in SIZES}
     return SeriesRow(
         label=series.label,
@@ -124,9 +170,13 @@ def _row(
         num_unfinished=sum(not run.result for run in runs),
         sizes={name: values[0] if values else None for name, values in sizes.items()},
         steps=seed_spread(run.step for run in runs),
-        final=seed_spread(metric.at(run, None) for run in runs),
-        over=_gain(series, baseline, metric, common_step),
-        at_common=None if common_step is None else seed_spread(metric.at(run, common_step) for run in runs),
+        final=final,
+        loss=None if final is None or metric.name != HELD_OUT else SeedSpread(-final.mean, -final.most, -final.least),
+        over=over,
+        verdict=Verdict.BASELINE if series is baseline else verdict,
+        at_common=None
+        if window is None or common_step is None
+        else seed_spread(metric.measured(run).get(window) for run in runs),
         speed=speed(series, baseline, metric, quality),
         tokens_per_second=seed_spread(map(_tokens_per_second, runs)),
         dropped=seed_spread(map(_dropped_fraction, runs)),
@@ -146,16 +196,20 @@ def _dropped_fraction(run: Run) -> float | None:
     return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
 
 
-def _notes(series: Sequence[Series], metric: QualityMetric, common_step: int | None) -> Iterator[str]:
+def _notes(
+    series: Sequence[Series], metric: QualityMetric, window: Window | None, common_step: float | None
+) -> Iterator[str]:
     """Yield what the reader has to know before the results are compared."""
     tokenizers = _num_tokenizers(series)
     if tokenizers > 1:
         yield (
             f"The runs use {tokenizers} tokenizers: neg. log perplexities over different tokens cannot be compared, so "
-            "the runs are compared by bits a byte alone, of which fewer are better."
+            "the runs are compared by bits per byte alone, of which fewer are better."
         )
     text_key = re.compile(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b")
     keys = [key for key in differences(series) if text_key.match(key)]
+    # The keys that say where a text comes from are first, because other differences follow from them.
+    keys.sort(key=lambda key: key.rpartition(".")[2] not in ("kind", "path", "paths", "name", "tasks"))
     if keys:
         yield (
             f"The held-out text is not the same in all series, by {', '.join(keys[:MAX_KEYS])}"
@@ -166,10 +220,30 @@ def _notes(series: Sequence[Series], metric: QualityMetric, common_step: int | N
         yield f"No {metric.title} was logged by {', '.join(unevaluated)}: left out of the comparison."
     if common_step is not None:
         yield (
-            f"The runs have different lengths: besides the value at the end of each, {metric.title} is given at step "
-            f"{common_step:,}, the last at which all evaluated runs have it."
+            f"The last evaluations of the runs are at different steps: besides the value at the end of each, "
+            f"{metric.title} is given at step {common_step:,}, the last at which all of them were evaluated."
         )
+    windows = _windows(series, metric)
+    if window is None and len(windows) > 1:
+        if all(steps[-1][-1] == 0 for steps in windows):
+            yield "No run was evaluated after step 0 yet: nothing is compared."
+        else:
+            yield f"No {_shared(metric)}, so that nothing is compared: give them equal eval.every_steps."
+
+
+def _shared(metric: QualityMetric) -> str:
+    """Return what runs must have in common to be compared."""
+    if metric.evaluations == 1:
+        return "step after 0 at which all runs were evaluated"
+    return f"{metric.evaluations} evaluations in a row at the same steps of all runs"
 
 
 def _json(value: SeedSpread | None) -> dict[str, float | None]:
     return dict.fromkeys(SeedSpread._fields) if value is None else value._asdict()
+
+
+def _judged_json(value: Gain | SpeedUp | None) -> dict[str, float | None]:
+    """Return the spread with the bounds of the 95 % interval, `low` and `high`; they are None without an interval."""
+    interval = None if value is None else value.interval
+    bounds = dict.fromkeys(Interval._fields) if interval is None else interval._asdict()
+    return {**_json(None if value is None else value.spread), **bounds}

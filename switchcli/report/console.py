@@ -8,20 +8,22 @@ and `rich.text.Text`, never through markup.
 import io
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TextIO, TypeVar
 
 from rich import console as rich_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from switchcli import metric_names as metric
 from switchcli.report.safe_text import one_line, shorten
 from switchcli.report.units import clock, number, percent, si
+from switchcli.startup import is_main_rank
 
 T = TypeVar("T")
 
@@ -41,29 +43,36 @@ class Column(NamedTuple):
     heading: str
     width: int
     write: Callable[[float], str]
+    rank: int
+    """Its importance: where the line is wider than the terminal, columns with the highest ranks are left out."""
 
 
 COLUMNS = (
-    Column(metric.NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format),
-    Column(metric.TOKENS_PER_SECOND, "tokens/s", 8, si),
-    Column(metric.FLOPS_PER_SECOND, "FLOP/s", 6, si),
-    Column(metric.LEARNING_RATE, "lr", 8, "{:.2e}".format),
-    Column(metric.GRADIENT_NORM, "grad norm", 9, "{:.3g}".format),
-    Column("seconds_left", "time left", 9, clock),
+    Column(metric.LOSS, "loss", 7, "{:.4f}".format, 0),
+    Column(metric.NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format, 3),
+    Column(metric.TOKENS_PER_SECOND, "tokens/s", 8, si, 2),
+    Column(metric.FLOPS_PER_SECOND, "FLOP/s", 6, si, 11),
+    Column(metric.LEARNING_RATE, "lr", 8, "{:.2e}".format, 9),
+    Column(metric.GRADIENT_NORM, "grad norm", 9, "{:.3g}".format, 10),
+    Column("seconds_left", "time left", 9, clock, 1),
 )
-TEACHER_COLUMNS = (Column(metric.TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".format),)
+TEACHER_COLUMNS = (Column(metric.TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".format, 4),)
 SPARSE_COLUMNS = (
-    Column("encoder_dropped_fraction", "enc drop", 8, percent),
-    Column("decoder_dropped_fraction", "dec drop", 8, percent),
-    Column(metric.BALANCE, "balance", 7, "{:.3f}".format),
-    Column(metric.DEAD_EXPERTS, "dead", 4, "{:.0f}".format),
+    Column("encoder_dropped_fraction", "enc drop", 8, percent, 5),
+    Column("decoder_dropped_fraction", "dec drop", 8, percent, 6),
+    Column(metric.BALANCE, "balance", 7, "{:.3f}".format, 8),
+    Column(metric.DEAD_EXPERTS, "dead", 4, "{:.0f}".format, 7),
 )
+_COLUMN_GAP = 2
+_TABLE_GAP = 3
+_FOLDED_WIDTH = 16
+"""Columns that the names of a table's rows need at least. They are folded where they are longer."""
 
 
 class AdvanceTo(Protocol):
-    """A function that moves a bar to a count, and sets its description if one is given."""
+    """A function that moves a bar to a count, and sets its description and its time left if they are given."""
 
-    def __call__(self, count: int, description: str | None = None) -> None: ...
+    def __call__(self, count: int, description: str | None = None, seconds_left: float | None = None) -> None: ...
 
 
 class Preparation(Protocol):
@@ -98,7 +107,7 @@ class Console:
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=self._rich,
             refresh_per_second=4,
             transient=True,
@@ -106,10 +115,13 @@ class Console:
             redirect_stdout=False,  # results go to stdout while the bar is on stderr
         )
 
-    def message(self, text: str = "", style: str = "") -> None:
-        """Print one line of plain text; line breaks in it are printed as escapes."""
+    def message(self, text: str = "", style: str = "", wrap: bool = True) -> None:
+        """Print one line of plain text; line breaks in it are printed as escapes.
+
+        In a terminal it is wrapped between words if `wrap`. An indented line, such as a command to paste, never is.
+        """
         if not self._quiet:
-            self._print(text, style)
+            self._print(text, style, wrap and not text.startswith("  "))
 
     def warning(self, text: str) -> None:
         """Print a warning, even when quiet."""
@@ -120,23 +132,48 @@ class Console:
         for index, line in enumerate(lines):
             self._print(line if index else f"error: {line}", "bold red")
 
+    def for_watchers(self, text: str) -> Callable[[], None] | None:
+        """Return a function, for any thread, that prints a line; None if quiet, or if nobody watches a terminal."""
+        if self._quiet or not self._rich.is_terminal:
+            return None
+        return lambda: self.message(text, "bold")
+
     def track(self, iterable: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield the items and show how many have passed: a bar, or a line every half minute.
 
         One line with their number and the time remains, unless they took less than a second.
         """
-        timer = _Timer(self._live)
-        count = 0
-        with self._bar(description, total) as advance:
+        with self.counting(description, total) as show:
             for count, item in enumerate(iterable, start=1):
                 yield item
-                if timer.is_due():
-                    advance(count)
-                    if not self._live:
-                        self.message(f"{description}: {count:,}" + (f" of {total:,}" if total else ""))
+                show(count)
+
+    @contextmanager
+    def counting(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Yield a function to call with how much is done: it shows a bar, or a line every half minute.
+
+        One line with the number and the time remains, unless it took less than a second or did not come to an end.
+        """
+        timer = _Timer(self._live)
+        last = 0
+        with self._bar(description, total) as advance:
+
+            def show(count: int) -> None:
+                nonlocal last
+                last = count
+                if not timer.is_due():
+                    return
+                advance(count)
+                if not self._live:
+                    left = ""
+                    if total and count:
+                        left = f" of {total:,}, time left {clock((total - count) * timer.elapsed / count)}"
+                    self.message(f"{description}: {count:,}{left}")
+
+            yield show
         seconds = timer.seconds()
         if seconds >= 1:
-            self.message(f"{description}: {count:,} in {clock(seconds)}")
+            self.message(f"{description}: {last:,} in {clock(seconds)}")
 
     @contextmanager
     def preparing(self, label: str, source_shards: int, size: int | None) -> Iterator[Callable[[Preparation], None]]:
@@ -163,7 +200,7 @@ class Console:
                 advance(done.source_shards, line)
                 if not self._live:
                     seconds_left = (size - done.size) * seconds / done.size if size and done.size else math.nan
-                    shards = f"{done.source_shards:,} of {source_shards:,} pieces"
+                    shards = f"{done.source_shards:,} of {source_shards:,} shards"
                     self.message(f"{line}, {shards}, time left {clock(seconds_left)}")
 
             yield show
@@ -172,30 +209,50 @@ class Console:
             self.message(f"{label}: {last.tokens:,} tokens in {clock(seconds)}, {si(last.tokens / seconds)} tokens/s")
 
     @contextmanager
-    def training(self, steps: int, first: int = 0) -> Iterator["TrainingDisplay"]:
-        """Yield the display of a run of `steps` steps, of which `first` are done already."""
+    def training(self, steps: int, first: int = 0, not_measured: str = "") -> Iterator["TrainingDisplay"]:
+        """Yield the display of a run of `steps` steps, of which `first` are done already.
+
+        `not_measured` says what the first estimate of the run's time does not include, if there is anything.
+        """
         with self._bar("training", steps, first) as advance:
-            yield TrainingDisplay(self, steps, advance)
+            yield TrainingDisplay(self, steps, advance, not_measured)
 
     def table(self, title: str, values: Mapping[str, str | float]) -> None:
         """Print names with their values, one per line."""
         rows = [(name, value if isinstance(value, str) else number(value)) for name, value in values.items()]
         self.rows(title, ("", ""), rows)
 
-    def rows(self, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
-        """Print a table with a heading per column, the first aligned left and the others right, and its caption."""
+    def rows(
+        self,
+        title: str,
+        headings: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        caption: str = "",
+        justify: Literal["left", "right"] = "right",
+    ) -> None:
+        """Print a table with a heading per column, and its caption. `justify` aligns all columns but the first.
+
+        In a terminal that is too narrow for columns of numbers, which are aligned right, each row becomes several
+        lines: its first cell, then a heading and a value per line. No number is folded.
+        """
         if self._quiet:
             return
-        grid = Table.grid(padding=(0, 3))
-        for index in range(len(headings)):
-            grid.add_column(justify="right" if index else "left", overflow="fold")
-        if any(headings):
-            grid.add_row(*(_text(heading, "dim") for heading in headings))
-        for row in rows:
-            grid.add_row(*map(_text, row))
+        rows = [*rows]
         self._rich.print()
-        self._print(title, "bold")
-        self._rich.print(grid)
+        self._print(title, "bold", wrap=True)
+        numbers = justify == "right" and any(headings)
+        if numbers and not self._fits([headings, *rows]):
+            self._print_stacked(headings[1:], rows)
+        else:
+            grid = Table.grid(padding=(0, _TABLE_GAP))
+            for index in range(len(headings)):
+                side = justify if index else "left"
+                grid.add_column(justify=side, overflow="fold", no_wrap=numbers and index > 0)
+            if any(headings):
+                grid.add_row(*(_text(heading, "dim") for heading in headings))
+            for row in rows:
+                grid.add_row(*map(_text, row))
+            self._print_grid(grid)
         if caption:
             self._rich.print(_text(caption, "dim"))
 
@@ -209,19 +266,68 @@ class Console:
         for name, text in (("input", input), ("target", target), ("model", prediction)):
             grid.add_row(name, _text(shorten(text, _SAMPLE_CHARACTERS)))
         self._rich.print()
-        self._rich.print(grid)
+        self._print_grid(grid)
 
-    def _print(self, text: str, style: str) -> None:
-        self._rich.print(_text(text, style), soft_wrap=True)
+    @property
+    def _terminal_width(self) -> int | None:
+        """The width of the terminal, or None where there is none and lines may have any length."""
+        return self._rich.width if self._rich.is_terminal else None
+
+    def columns_that_fit(self, columns: Sequence[Column], used: int) -> tuple[Column, ...]:
+        """Return the most important columns that fit beside `used` characters, in their order; at least one."""
+        if self._terminal_width is None:
+            return tuple(columns)
+        fitting: list[Column] = []
+        left = self._terminal_width - used
+        for column in sorted(columns, key=lambda column: column.rank):
+            left -= _COLUMN_GAP + column.width
+            if left < 0 and fitting:
+                break
+            fitting.append(column)
+        return tuple(column for column in columns if column in fitting)
+
+    def _fits(self, rows: Sequence[Sequence[str]]) -> bool:
+        """Return whether a table fits the terminal without folding any column but the first."""
+        if self._terminal_width is None:
+            return True
+        first, *others = (max(_text(cell).cell_len for cell in column) for column in zip(*rows, strict=True))
+        return min(first, _FOLDED_WIDTH) + sum(_TABLE_GAP + width for width in others) <= self._terminal_width
+
+    def _print_stacked(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print each row as its first cell, and below it a line for each other one that is not empty."""
+        width = max((_text(heading).cell_len for heading in headings), default=0)
+        for name, *cells in rows:
+            self._print(name, "", wrap=True)
+            for heading, cell in zip(headings, cells, strict=True):
+                if cell:
+                    label = _text(heading, "dim")
+                    label.pad_right(width - label.cell_len)
+                    # Wrapped between words, unlike a cell of a table.
+                    self._rich.print(Text.assemble("  ", label, " " * _TABLE_GAP, _text(cell)))
+
+    def _print_grid(self, grid: Table) -> None:
+        """Print a table. rich pads its cells with blanks, which only a terminal needs not show."""
+        if self._terminal_width is not None:
+            self._rich.print(grid)
+            return
+        with self._rich.capture() as capture:
+            self._rich.print(grid)
+        for line in capture.get().splitlines():
+            self._rich.print(Text(line.rstrip()), soft_wrap=True)
+
+    def _print(self, text: str, style: str, wrap: bool = False) -> None:
+        self._rich.print(_text(text, style), soft_wrap=not (wrap and self._rich.is_terminal))
 
     @contextmanager
     def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[AdvanceTo]:
         """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested."""
 
-        def advance(count: int, description: str | None = None) -> None:
+        def advance(count: int, description: str | None = None, seconds_left: float | None = None) -> None:
             if self._live:
                 line = None if description is None else one_line(description)
                 self._progress.update(task, completed=count, description=line)
+                if seconds_left is not None:
+                    self._progress.update(task, end=time.monotonic() + seconds_left)
 
         if not self._live:
             yield advance
@@ -236,6 +342,11 @@ class Console:
                 self._progress.stop()
 
 
+def main_console() -> Console:
+    """Return the console for messages before the ranks meet. Only the main rank prints."""
+    return Console() if is_main_rank(os.environ) else silent()
+
+
 def silent() -> Console:
     """Return a console that prints nothing, not even warnings and errors."""
     return Console(stream=io.StringIO())
@@ -244,6 +355,15 @@ def silent() -> Console:
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object and a newline on stdout, in ASCII, so that no terminal acts on what a text holds."""
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left of a bar: up to the `end` that its owner has estimated, else from the bar's own speed."""
+
+    def render(self, task: Task) -> Text:
+        if "end" in task.fields:
+            return Text(clock(max(0.0, task.fields["end"] - time.monotonic())), "progress.remaining")
+        return super().render(task)
 
 
 class _Timer:
@@ -272,39 +392,62 @@ class _Timer:
 class TrainingDisplay:
     """The console of one run: `advance(step)` moves its bar at every step, `log` prints a line at a logged one."""
 
-    def __init__(self, console: Console, steps: int, advance: Callable[[int], None]) -> None:
-        self.advance = advance
+    def __init__(self, console: Console, steps: int, advance: AdvanceTo, not_measured: str = "") -> None:
+        self._advance = advance
+        self._not_measured = not_measured
         self._console = console
         self._steps = steps
         self._rows = 0
         self._columns: tuple[Column, ...] = ()
+        self._is_estimated = False
 
-    def log(self, metrics: Mapping[str, float]) -> None:
+    def advance(self, step: int) -> None:
+        """Move the bar to a step."""
+        self._advance(step)
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
         """Print the lines of one logged step: of training, tasks and held-out text, whichever it has.
 
-        A metric that has a column and is absent is `-`; one without a column is only in the metrics file.
+        A metric that has a column and is absent is `-`; one without a column is only in the metrics file, as is one
+        whose column does not fit the terminal. Before the first line comes the estimated time of the whole run.
         """
-        step = f"{metrics.get('step', 0):.0f}/{self._steps}".rjust(2 * len(str(self._steps)) + 1)
+        number = int(metrics.get("step", 0))
+        step = f"{number}/{self._steps}".rjust(2 * len(str(self._steps)) + 1)
         if metric.NEG_LOG_PERPLEXITY in metrics:
-            columns = _columns(metrics)
+            self._estimate(number, metrics.get("seconds_left", math.nan))
+            columns = self._console.columns_that_fit(_columns(metrics), len(step))
             if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._columns:
                 headings = (column.heading.rjust(column.width) for column in columns)
-                self._console.message("  ".join(["step".rjust(len(step)), *headings]), "bold")
+                self._console.message("  ".join(["step".rjust(len(step)), *headings]), "bold", wrap=False)
                 self._columns = columns
             self._rows += 1
             values = (column.write(metrics[column.key]) if column.key in metrics else "-" for column in columns)
             cells = (value.rjust(column.width) for value, column in zip(values, columns, strict=True))
-            self._console.message("  ".join([step, *cells]))
-        scores = {
-            name.removeprefix(metric.TASK_PREFIX): x
-            for name, x in metrics.items()
-            if name.startswith(metric.TASK_PREFIX)
-        }
+            self._console.message("  ".join([step, *cells]), wrap=False)
+        malformed: Mapping[str, float] = metrics.get(metric.MALFORMED, {})
+        scores = []
+        for name, score in metrics.items():
+            if name.startswith(metric.TASK_PREFIX):
+                task = name.removeprefix(metric.TASK_PREFIX)
+                note = f" ({malformed[task]:.0f}% malformed)" if malformed.get(task) else ""
+                scores.append(f"{task} {score:.1f}{note}")
         if scores:
-            line = "  ".join(f"{name} {score:.1f}" for name, score in scores.items())
-            self._console.message(f"{step}  {line}", "bold")
+            self._console.message(f"{step}  {'  '.join(scores)}", "bold")
         if metric.HELD_OUT in metrics:
-            self._console.message(f"{step}  held-out neg. log perplexity {metrics[metric.HELD_OUT]:.4f}", "bold")
+            value = metrics[metric.HELD_OUT]
+            self._console.message(f"{step}  held-out loss {-value:.4f}  neg. log perplexity {value:.4f}", "bold")
+
+    def _estimate(self, step: int, seconds_left: float) -> None:
+        """Show the time left in the bar and, the first time that it is known, in a line."""
+        if not math.isfinite(seconds_left):
+            return
+        self._advance(step, seconds_left=seconds_left)
+        if not self._is_estimated and step < self._steps:
+            self._is_estimated = True
+            included = f"; {self._not_measured}" if self._not_measured else ", evaluations included"
+            self._console.message(
+                f"estimated time: {clock(seconds_left)} for the other {self._steps - step:,} steps{included}"
+            )
 
 
 def _columns(metrics: Mapping[str, float]) -> tuple[Column, ...]:

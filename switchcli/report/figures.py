@@ -14,24 +14,26 @@ from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run
 from switchcli.report.safe_text import capitalize
 from switchcli.report.series import band, downsample
+from switchcli.report.units import si
 
 MAX_POINTS = 360
 """Points of a curve, at most."""
 MAX_CELLS = 120_000
 """Cells of all heat maps of a report together, about."""
+WINDOW_START = 0.1
+"""Where a chart of a long training begins, as a fraction of its shortest run: before, curves fall too steeply."""
 MIN_COLUMNS, MAX_COLUMNS = 12, 60
 """Columns of a heat map, at least and at most."""
 CurveOf = Callable[[Run], Curve | None]
 """Returns the curve of one metric, or None for a run without it."""
 _STEP = Axis("step", "steps", precise=",")
+_START_CAPTION = f"The chart begins at {WINDOW_START:.0%} of the shortest run."
 
 
 def quality(comparison: Comparison) -> list[Figure]:
     """Return charts of the quality metric against steps, tokens, wall time and FLOPs."""
     metric = comparison.metric
-    caption = "The mean over seeds, in a band from least to most."
-    if metric.evaluations > 1:
-        caption += f" Each point is the mean of {metric.evaluations} evaluations."
+    caption = f"Each point is the mean of {metric.evaluations} evaluations." if metric.evaluations > 1 else ""
     return _against(comparison, "held_out", metric.title, caption, metric.curve)
 
 
@@ -106,9 +108,9 @@ def _lines(comparison: Comparison, curve_of: CurveOf) -> list[_Line]:
         steps = values.steps[points]
         columns = {
             "step": steps,
-            "tokens": steps * first_run.batch_tokens,
+            "tokens": first_run.input_tokens_at(steps),
             unit: seconds.mean[points] / unit_seconds,
-            "flops": steps * first_run.flops_per_step,
+            "flops": first_run.flops_at(steps),
             "value": values.mean[points],
             "least": values.low[points],
             "most": values.high[points],
@@ -139,14 +141,22 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
         "wall_time": Axis(unit, f"{unit} of training", "~g", precise=".3~f"),
         "flops": Axis("flops", "FLOPs"),
     }
+    # A chart that would show the same curves as that of steps is left out, and the axis of steps has its unit.
+    per_step = {key: ratio for key in ("tokens", "flops") if (ratio := _per_step(lines, key)) is not None}
+    known = any(np.isfinite(line.columns["flops"]).any() for line in lines)
+    if per_step:
+        units = [f"{si(ratio)} {axes[key].title}" for key, ratio in per_step.items()]
+        axes["steps"] = _STEP._replace(title=f"steps (of {' and '.join(units)})")
+    axes = {key: axis for key, axis in axes.items() if key not in per_step and (key != "flops" or known)}
     table = _table(name, lines, [*lines[0].columns])
-    y = Axis("value", title, ".3~f", precise=".4f", domain=_late_range(lines))
-    return [
-        charts.lines(
-            f"{name}_{key}", f"{capitalize(title)} against {x.title}", caption, table, x, y, _labels(comparison)
-        )
-        for key, x in axes.items()
-    ]
+    figures = []
+    for key, axis in axes.items():
+        x_range, y_range = _window(lines, axis.field, WINDOW_START)
+        x, y = axis._replace(domain=x_range), Axis("value", title, ".3~f", precise=".4f", domain=y_range)
+        words = filter(None, (caption, _band_caption(comparison), _START_CAPTION))
+        heading = f"{capitalize(title)} against {axis.title.partition(' (')[0]}"
+        figures.append(charts.lines(f"{name}_{key}", heading, " ".join(words), table, x, y, _labels(comparison)))
+    return figures
 
 
 def _by_step(
@@ -157,8 +167,11 @@ def _by_step(
     if not lines:
         return []
     table = _table(name, lines, ["step", "value", "least", "most"])
-    y = Axis("value", title, tick_format, precise=".1%" if tick_format == "~%" else ".4~s")
-    return [charts.lines(name, capitalize(title), caption, table, _STEP, y, _labels(comparison))]
+    x_range, y_range = _window(lines, "step", 0)
+    precise = ".1%" if tick_format == "~%" else ".4~s"
+    x, y = _STEP._replace(domain=x_range), Axis("value", title, tick_format, precise, domain=y_range)
+    words = " ".join(filter(None, (caption, _band_caption(comparison))))
+    return [charts.lines(name, capitalize(title), words, table, x, y, _labels(comparison))]
 
 
 def _labels(comparison: Comparison) -> list[str]:
@@ -174,15 +187,50 @@ def _mean_entropy(run: Run) -> Curve | None:
     return None if layers is None else Curve(layers.steps, layers.mean)
 
 
-def _late_range(lines: Sequence[_Line]) -> tuple[float, float]:
-    """Return the range of y shown before the reader zooms: that of the curves after a tenth of their steps."""
-    lows, highs = [], []
+def x_title(figure: Figure) -> str:
+    """Return the title of the horizontal axis of a chart of lines."""
+    return str(figure.spec["layer"][0]["encoding"]["x"]["title"])
+
+
+def _band_caption(comparison: Comparison) -> str:
+    is_band = any(len(series.runs) > 1 for series in comparison.series)
+    if not is_band:
+        return ""
+    return (
+        "The line is the mean over seeds, the band goes from the least to the most. A seed without a value at a step "
+        "is interpolated there, but not from step 0."
+    )
+
+
+def _per_step(lines: Sequence[_Line], column: str) -> float | None:
+    """Return the value of a column per step where it is the same in all lines, at all steps; else None."""
+    ratios = np.concatenate([line.columns[column][1:] / line.columns["step"][1:] for line in lines])
+    return float(ratios[0]) if len(ratios) and np.allclose(ratios, ratios[0], rtol=1e-6, atol=0) else None
+
+
+def _window(lines: Sequence[_Line], column: str, first: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the ranges of x and y shown before the reader zooms, with room for the markers of the outermost points.
+
+    They begin at a fraction `first` of the shortest line, and hold all lines from there on.
+    """
+    curves = []
     for line in lines:
-        late = line.columns["step"] >= line.columns["step"][-1] / 10
-        lows.append(float(line.columns["least"][late].min()))
-        highs.append(float(line.columns["most"][late].max()))
-    margin = 0.04 * (max(highs) - min(lows)) or 0.1
-    return min(lows) - margin, max(highs) + margin
+        known = np.isfinite(line.columns[column])
+        if known.any():
+            curves.append([line.columns[name][known] for name in (column, "least", "most")])
+    if not curves:
+        return (0.0, 1.0), (0.0, 1.0)
+    begin, end = min(x.min() for x, _, _ in curves), max(x.max() for x, _, _ in curves)
+    if first:
+        begin = max(begin, first * min(x.max() for x, _, _ in curves))
+    margin = 0.02 * (end - begin) or 1.0
+    begin, end = begin - margin, end + margin
+    shown = []
+    for x, *bounds in curves:
+        for values in bounds:
+            shown += [*values[x >= begin], *([np.interp(begin, x, values)] if x[0] < begin else [])]
+    margin = 0.04 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 0.1
+    return (float(begin), float(end)), (float(min(shown) - margin), float(max(shown) + margin))
 
 
 def _time_unit(comparison: Comparison) -> tuple[str, float]:

@@ -7,16 +7,19 @@ open no connection: text that slipped through the escaping would still run nothi
 import base64
 import hashlib
 import json
+import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from switchcli import publish
+from switchcli import __version__, publish
 from switchcli.errors import disk_errors
-from switchcli.report.charts import Figure, in_page, style_of
-from switchcli.report.safe_text import safe_text
+from switchcli.report.charts import COLORS, DARK_COLORS, Figure, in_page, style_of
+from switchcli.report.safe_text import one_line, safe_text, shell_words
 
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "vega" / "vega-embed.min.js"
@@ -83,13 +86,15 @@ def section(title: str, *elements: Part | HtmlTable) -> Part:
     return Part(html, content.figures, title)
 
 
-def page(title: str, elements: Iterable[Part | HtmlTable]) -> str:
-    """Return the HTML document."""
+def page(title: str, elements: Iterable[Part | HtmlTable], origin: Mapping[str, str] | None = None) -> str:
+    """Return the HTML document, which names its `origin` at the top: dates, versions and the like."""
     elements = list(elements)
     content = _join(elements)
     sections = [element.section for element in elements if isinstance(element, Part) and element.section]
     links = "".join(f'<a href="#{_anchor(section)}">{_text(section)}</a>' for section in sections)
-    body = [f"<header><h1>{_text(title)}</h1>", f"<nav>{links}</nav>" if links else "", "</header>"]
+    facts = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in (origin or {}).items())
+    body = [f"<header><h1>{_text(title)}</h1>", f'<dl class="origin">{facts}</dl>' if facts else ""]
+    body += [f"<nav>{links}</nav>" if links else "", "</header>"]
     body += ["<main>", content.html, "</main>"]
     scripts: list[str] = []
     if content.figures:
@@ -101,7 +106,7 @@ def page(title: str, elements: Iterable[Part | HtmlTable]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title>",
-        f"<style>\n{(_FOLDER / 'page.css').read_text(encoding='utf-8')}</style>",
+        f"<style>\n{(_FOLDER / 'page.css').read_text(encoding='utf-8')}{_dark_colors()}</style>",
     ]
     lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
     return "\n".join(line for line in lines if line) + "\n"
@@ -109,10 +114,30 @@ def page(title: str, elements: Iterable[Part | HtmlTable]) -> str:
 
 def write_page(file: Path, title: str, elements: Iterable[Part | HtmlTable]) -> None:
     """Publish a page as `file`, whose folder is made. Raises CheckpointError where the disk refuses."""
-    text = page(title, elements)
+    text = page(title, elements, _origin())
     with disk_errors(file, "give another file by --html"):
         file.parent.mkdir(parents=True, exist_ok=True)
         publish.write_file(file, text)
+
+
+def _origin() -> dict[str, str]:
+    """Return when, where, with what and by which command the page is made."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "host": platform.node(),
+        "versions": f"switchcli {__version__}, Python {platform.python_version()}",
+        "command": one_line(shell_words("switchcli", *sys.argv[1:])),
+    }
+
+
+def _dark_colors() -> str:
+    """Return the rules that replace the colors of series in dark mode. They overrule what Vega writes in the SVG."""
+    rules = (
+        f'[{attribute}="{color}" i] {{ {attribute}: {dark} }}'
+        for color, dark in zip(COLORS, DARK_COLORS, strict=True)
+        for attribute in ("stroke", "fill")
+    )
+    return "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}\n"
 
 
 def _join(elements: Iterable[Part | HtmlTable]) -> Part:

@@ -12,9 +12,13 @@ from switchcli.report.html_page import HtmlTable, Part
 from switchcli.report.runs import Run, as_mapping
 from switchcli.report.safe_text import capitalize
 from switchcli.report.series import SeedSpread, Series, differences
+from switchcli.report.significance import Gain, Interval, Verdict
+from switchcli.report.speed import SpeedUp
 from switchcli.report.task_results import Scores
 from switchcli.report.units import clock, si
 
+MAX_NAMES = 4
+"""Series that a sentence names, at most."""
 MAX_SAMPLES = 12
 """Texts with answers that a page shows, at most."""
 _USAGE = (
@@ -52,28 +56,56 @@ def tables(report: Report) -> Iterator[HtmlTable]:
 
 def overview(comparison: Comparison) -> list[HtmlTable]:
     """Return the tables with a row per series: quality, speed-up, and size with rates."""
-    return [quality_table(comparison), _speed_table(comparison), _size_table(comparison)]
+    tables = [quality_table(comparison), _size_table(comparison)]
+    # A series alone is compared with nothing, but for a quality that the user names.
+    if len(comparison.rows) > 1 or comparison.quality is not None:
+        tables.insert(1, _speed_table(comparison))
+    return tables
 
 
 def quality_table(comparison: Comparison) -> HtmlTable:
-    """Return the held-out quality of each series, and how much better it is than the baseline."""
-    baseline, metric = comparison.baseline.label, comparison.metric
-    at_common = [] if comparison.common_step is None else [f"at step {comparison.common_step:,}"]
-    rows = []
-    for row in comparison.rows:
-        unfinished = f", {row.num_unfinished} going on" if row.num_unfinished else ""
-        cells = [row.label, f"{row.seeds}{unfinished}", _spread(row.steps, ",.0f"), _spread(row.final, ".4f")]
-        cells += [_spread(row.at_common, ".4f") for _ in at_common]
-        rows.append([*cells, "" if row.label == baseline else _spread(row.over, "+.4f")])
-    smoothed = f", each the mean of the last {metric.evaluations} evaluations" if metric.evaluations > 1 else ""
-    caption = (
-        f"The mean over seeds (least to most){smoothed}. Over {baseline}: run by run, against its run of the same seed "
-        "where there is one."
-    )
-    over = " ".join([f"over {baseline}", *at_common])
-    return HtmlTable(
-        capitalize(metric.title), ("series", "seeds", "steps", "at the end", *at_common, over), rows, caption
-    )
+    """Return the verdict on each series, its gain over the baseline, and its held-out quality."""
+    baseline, metric, step = comparison.baseline.label, comparison.metric, comparison.common_step
+    series_rows = comparison.rows
+    columns: dict[str, list[str]] = {"series": [row.label for row in series_rows]}
+    if len(series_rows) > 1:
+        over = f"over {baseline}" if step is None else f"over {baseline} at step {step:,}"
+        columns["verdict"] = [row.verdict or "-" for row in series_rows]
+        columns[over] = [
+            "" if row.verdict == Verdict.BASELINE else _with_interval(row.over, "+z.4f") for row in series_rows
+        ]
+    columns["at the end"] = [_spread(row.final, ".4f") for row in series_rows]
+    if any(row.loss for row in series_rows):
+        columns["loss"] = [_spread(row.loss, ".4f") for row in series_rows]
+    if step is not None:
+        columns[f"at step {step:,}"] = [_spread(row.at_common, ".4f") for row in series_rows]
+    columns["seeds"] = [
+        f"{row.seeds}, {row.num_unfinished} going on" if row.num_unfinished else str(row.seeds) for row in series_rows
+    ]
+    columns["steps"] = [_spread(row.steps, ",.0f") for row in series_rows]
+    rows = [*zip(*columns.values(), strict=True)]
+    return HtmlTable(capitalize(metric.title), [*columns], rows, " ".join(_quality_caption(comparison)))
+
+
+def _quality_caption(comparison: Comparison) -> Iterator[str]:
+    """Yield what the numbers of the table are, only as far as it has them."""
+    rows, metric, baseline = comparison.rows, comparison.metric, comparison.baseline.label
+    if metric.evaluations > 1:
+        yield f"Each value is the mean of the last {metric.evaluations} evaluations of a run."
+    if any(row.seeds > 1 for row in rows):
+        yield "Values are means over seeds (least to most)."
+    gains = [row.over for row in rows if row.over is not None and row.verdict != Verdict.BASELINE]
+    methods = {gain.is_paired for gain in gains if gain.interval is not None}
+    if methods:
+        how = {True: "run by run of the same seed (Student)", False: "of the means (Welch)"}
+        ways = " or, where no seeds match, ".join(how[paired] for paired in sorted(methods, reverse=True))
+        yield f"Over {baseline}: the mean difference with its 95 % interval, {ways}."
+    if any(row.verdict == Verdict.NO_DIFFERENCE for row in rows):
+        yield f"{capitalize(Verdict.NO_DIFFERENCE)}: the interval contains 0."
+    if any(row.verdict == Verdict.ONE_SEED for row in rows):
+        yield "With one seed nothing tells a difference from chance: train each with train.seed=1 and 2 too."
+    if any(row.verdict == Verdict.NO_COMMON_STEP for row in rows):
+        yield "No step in common: there is no step after 0 at which all runs were evaluated. Nothing is interpolated."
 
 
 def _speed_table(comparison: Comparison) -> HtmlTable:
@@ -85,32 +117,77 @@ def _speed_table(comparison: Comparison) -> HtmlTable:
     for row in comparison.rows:
         # The baseline reaches its own final quality after one times its own cost.
         is_trivial = row.label == baseline and quality is None
-        factors = ["" if is_trivial else _spread(factor, ".2f") for factor in row.speed.factors]
+        factors = ["" if is_trivial else _speed_up(factor) for factor in row.speed.factors]
         costs = [
             "-" if cost is None else write(cost.mean) for cost, write in zip(row.speed.costs, formats, strict=True)
         ]
-        rows.append([row.label, f"{row.speed.reached} of {row.seeds}", *factors, *costs])
-    caption = (
+        rows.append([row.label, *factors, f"{row.speed.reached} of {row.seeds}", *costs])
+    verdicts = {factor.verdict for row in comparison.rows for factor in row.speed.factors if factor is not None}
+    caption = [
         f"x: how many times fewer steps, seconds and FLOPs than {baseline}, run by run, against its run of the same "
-        "seed where there is one; then the series' own. Means over the seeds that reach the quality (least to most); - "
-        "where none does. A run reaches it where the straight line between two evaluations first does. A mean of "
-        "evaluations counts at the mean of their steps. FLOPs are those of training, forward and backward."
+        "seed where there is one."
+    ]
+    if any(verdict.is_difference for verdict in verdicts) or Verdict.NO_DIFFERENCE in verdicts:
+        caption.append(
+            "In parentheses the 95 % interval, from Student's of the logarithms; no difference is seen where it "
+            "contains 1."
+        )
+    if any("-" in row for row in rows):
+        caption.append(
+            "-: no run of the series reaches the quality, or one does before its first evaluation in training, so that "
+            "its steps are not known."
+        )
+    caption.append(
+        "Steps, time and FLOPs are means over the runs that reach it, interpolated: a run reaches it where the "
+        "straight line between two of its evaluations in training first does."
     )
-    headings = ("series", "reach it", "x steps", "x time", "x FLOPs", "steps", "time", "FLOPs")
-    return HtmlTable(f"Speed-up to {goal}", headings, rows, caption)
+    if comparison.metric.evaluations > 1:
+        caption.append("A mean of evaluations counts at the mean of their steps.")
+    caption.append("FLOPs are those of training, forward and backward.")
+    headings = ("series", "x steps", "x time", "x FLOPs", "reach it", "steps", "time", "FLOPs")
+    return HtmlTable(f"Speed-up to {goal}, interpolated", headings, rows, " ".join(caption))
+
+
+def _speed_up(factor: SpeedUp | None) -> str:
+    """Return the factor with its interval where it is more than chance, else why it says nothing."""
+    if factor is None:
+        return "-"
+    if factor.verdict == Verdict.BASELINE or factor.verdict.is_difference:
+        return _with_interval(factor, ".2f")
+    if factor.verdict == Verdict.SOME_SEEDS:  # the number would be of the fast seeds alone
+        return str(factor.verdict)
+    doubt = _range(factor.interval, ".2f") if factor.interval else f"{factor.spread.mean:.2f}"
+    return f"{factor.verdict} ({doubt})"
+
+
+def _with_interval(value: Gain | SpeedUp | None, number_format: str) -> str:
+    """Return `mean (low to high)`, or the mean alone without an interval or with one that is a point."""
+    if value is None:
+        return "-"
+    mean = f"{value.spread.mean:{number_format}}"
+    around = "" if value.interval is None else _range(value.interval, number_format)
+    return mean if around in ("", mean) else f"{mean} ({around})"
+
+
+def _range(interval: Interval, number_format: str) -> str:
+    low, high = (f"{bound:{number_format}}" for bound in interval)
+    return low if low == high else f"{low} to {high}"
 
 
 def _size_table(comparison: Comparison) -> HtmlTable:
     rows = []
     for row in comparison.rows:
         sizes = ["-" if size is None else si(size) for size in row.sizes.values()]
-        rows.append([row.label, *sizes, _spread(row.tokens_per_second, si), _spread(row.dropped, ".1%")])
-    caption = (
-        "Active parameters are those that process a token. FLOPs are of the forward pass, by the paper's formula. "
-        "Dropped is the share of tokens without a slot over the last tenth of the run."
-    )
-    headings = ("series", "parameters", "active", "FLOPs a sequence", "tokens/s", "dropped")
-    return HtmlTable("Size and speed", headings, rows, caption)
+        rows.append([row.label, _spread(row.tokens_per_second, si), _spread(row.dropped, ".1%"), *sizes])
+    caption = [
+        "Active parameters are those that process a token. FLOPs are of the forward pass, by the paper's formula."
+    ]
+    if any(row.dropped is not None for row in comparison.rows):
+        caption.append("Dropped is the share of tokens without a slot over the last tenth of the run.")
+    if any(row.seeds > 1 for row in comparison.rows):
+        caption.append("Tokens/s and dropped: means over seeds (least to most).")
+    headings = ("series", "tokens/s", "dropped", "parameters", "active", "FLOPs a sequence")
+    return HtmlTable("Size and speed", headings, rows, " ".join(caption))
 
 
 class ScoreTable(NamedTuple):
@@ -150,13 +227,18 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
     """Yield the tables of task scores and of held-out texts that the runs have results for."""
     runs = report.runs_by_label
     if scores := task_results.tasks(runs):
-        caption = "Scores from 0 to 100, the mean over seeds (least to most)."
+        caption = f"Scores from 0 to 100{_over_seeds(scores)}."
         yield ScoreTable("tasks", "Tasks", "task", ".2f", scores, caption)
     titles = {NEG_LOG_PERPLEXITY: "Neg. log perplexity by text"} if task_results.by_tokens(runs) else {}
-    for metric, title in {**titles, BITS_PER_BYTE: "Bits a byte by text"}.items():
+    for metric, title in {**titles, BITS_PER_BYTE: "Bits per byte by text"}.items():
         if scores := task_results.texts(runs, metric):
-            caption = "Held-out text of each language or corpus."
+            caption = f"Held-out text of each language or corpus{_over_seeds(scores)}."
             yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, caption)
+
+
+def _over_seeds(scores: Scores) -> str:
+    spreads = [spread for by_name in scores.values() for spread in by_name.values()]
+    return ", the mean over seeds (least to most)" if any(one.least != one.most for one in spreads) else ""
 
 
 def _difference_table(comparison: Comparison) -> HtmlTable | None:
@@ -178,17 +260,25 @@ def _run_table(report: Report) -> HtmlTable:
     for run in [run for series in (*report.trained, *report.evaluations) for run in series.runs]:
         ended, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
         step = run.step if ended is None else int(ended)
+        versions = as_mapping(run.result.get("versions"))
         rows.append(
             [
                 run.name,
                 run.verb or "-",
                 "-" if run.seed is None else str(run.seed),
                 f"{step:,}" if run.steps in (None, step) else f"{step:,} of {run.steps:,}",
-                "-" if final is None else f"{final:.4f}",
+                *(("-", "-") if final is None else (f"{final:.4f}", f"{-final:.4f}")),
                 clock(float(run.seconds.values[-1]) if seconds is None else seconds),
+                str(as_mapping(run.result.get("hardware")).get("device", "-")),
+                ", ".join(f"{name} {versions[name]}" for name in ("switchcli", "torch") if name in versions) or "-",
             ]
         )
-    return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out neg. log perplexity", "time"), rows)
+    results = ("held-out neg. log perplexity", "loss", "time")
+    return HtmlTable(
+        "",
+        ("folder", "verb", "seed", "steps", *results, "device", "versions"),
+        rows,
+    )
 
 
 def _spread(value: SeedSpread | None, write: str | Callable[[float], str]) -> str:
@@ -221,7 +311,8 @@ def parts(report: Report) -> Iterator[Part]:
             yield html_page.section("Quality", html_page.charts(curves))
         if curves := figures.training(comparison):
             first = html_page.charts(curves[:1] + figures.rates(comparison))
-            others = html_page.collapsible("Against tokens, wall time and FLOPs", html_page.charts(curves[1:]))
+            against = _listed([figures.x_title(curve) for curve in curves[1:]])
+            others = html_page.collapsible(f"Against {against}", html_page.charts(curves[1:]))
             yield html_page.section("Training", first, others)
         if curves := figures.routing(comparison):
             yield html_page.section("Routing", html_page.charts(curves))
@@ -239,44 +330,67 @@ def parts(report: Report) -> Iterator[Part]:
 
 
 def highlights(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return the best series, where all runs have come to, and the fastest over the baseline, as (value, caption)."""
+    """Return the facts to see first, as (value, caption): the best series, its quality, and what is faster.
+
+    A series is best, or faster than the baseline, only where the 95 % interval says so; else the facts say that no
+    series is.
+    """
     metric, baseline, step = comparison.metric, comparison.baseline.label, comparison.common_step
     values = {row.label: row.final if step is None else row.at_common for row in comparison.rows}
     means = {label: value.mean for label, value in values.items() if value is not None}
     if not means:
         return [(str(len(comparison.rows)), "series, none of them evaluated yet")]
-    ranked = sorted(means, key=lambda label: -metric.sign * means[label])
-    best = [label for label in ranked if means[label] == means[ranked[0]]]
     where = "at the end" if step is None else f"at step {step:,}"
-    verb, pronoun = ("are", "their") if len(best) > 1 else ("is", "its")
-    highlights = [
-        (", ".join(best), f"{verb} best {where}{_doubt(comparison, ranked, len(best))}"),
-        (f"{means[best[0]]:.4f}", f"{pronoun} {metric.title}"),
-    ]
-    # A speed-up of some seeds alone is no headline.
-    others = [row for row in comparison.rows if row.label != baseline and row.speed.reached == row.seeds]
+    facts = []
+    shown = baseline if baseline in means else next(iter(means))
+    if len(means) > 1 and comparison.window is None:
+        facts.append((str(Verdict.NO_COMMON_STEP), f"between {_listed([*means])}"))
+    elif len(means) > 1:
+        top = max(means, key=lambda label: metric.sign * means[label])
+        series = {one.label: one for one in comparison.series}
+        gains = {label: comparison.gain(series[top], series[label]) for label in means if label != top}
+        rivals = {
+            label: Verdict.ONE_SEED if gain is None else gain.verdict
+            for label, gain in gains.items()
+            if gain is None or gain.verdict != Verdict.BETTER
+        }
+        if rivals:
+            doubt = Verdict.ONE_SEED if Verdict.ONE_SEED in rivals.values() else Verdict.NO_DIFFERENCE
+            names = _listed([label for label in means if label == top or label in rivals])
+            facts.append((str(doubt), f"{where}, between {names}"))
+        else:
+            facts.append((top, f"is best {where}: better than {_listed([*gains])}, by 95 % intervals"))
+            shown = top
+    loss = f", a loss of {-means[shown]:.4f}" if metric.name == HELD_OUT else ""
+    facts.append((f"{means[shown]:.4f}", f"{metric.title} of {shown} {where}{loss}"))
     for index, unit in enumerate(("steps", "time")):
-        factors = [(factor.mean, row.label) for row in others if (factor := row.speed.factors[index]) is not None]
-        if factors:
-            fastest, label = max(factors)
-            highlights.append((f"{fastest:.2f} x", f"speed-up of {label} over {baseline}, in {unit}"))
-    return highlights
+        faster = [
+            (factor, row.label)
+            for row in comparison.rows
+            if (factor := row.speed.factors[index]) is not None and factor.verdict == Verdict.FASTER
+        ]
+        if faster:
+            factor, label = max(faster, key=lambda one: one[0].spread.mean)
+            around = "" if factor.interval is None else f" (95 % interval {_range(factor.interval, '.2f')})"
+            facts.append(
+                (f"{factor.spread.mean:.2f} x", f"speed-up of {label} over {baseline}, in {unit}, interpolated{around}")
+            )
+    return facts
 
 
-def _doubt(comparison: Comparison, ranked: Sequence[str], num_best: int) -> str:
-    """Return a remark where the best series is not better than the next best one with every seed."""
-    if num_best == len(ranked):
-        return ""
-    series = {one.label: one for one in comparison.series}
-    gain = comparison.gain(series[ranked[0]], series[ranked[num_best]])
-    return ", not with every seed" if gain is not None and gain.least <= 0 else ""
+def _listed(names: Sequence[str]) -> str:
+    """Return `a, b and c`, or the first names and how many more there are."""
+    if len(names) > MAX_NAMES:
+        names = [*names[: MAX_NAMES - 1], f"{len(names) - MAX_NAMES + 1} more"]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _expert_loads(comparison: Comparison) -> list[Part]:
     """Return the heat maps of the first series, and those of the others folded."""
+    several = any(len(series.runs) > 1 for series in comparison.series)
     caption = (
-        "Each expert's share of its layer's tokens, as a multiple of the even share, over the run of the first seed: 1 "
-        "is even, dark experts are hardly used, light ones are crowded."
+        "Each expert's share of its layer's tokens, as a multiple of the even share, over the run"
+        f"{' of the first seed' if several else ''}: 1 is even, dark experts are hardly used, light ones are crowded."
     )
     parts: list[Part] = []
     for label, maps in figures.loads(comparison):

@@ -15,11 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.errors import CheckpointError, disk_errors
-from switchcli.metric_names import DROPPED_FRACTION, FLOPS_PER_SECOND, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
+from switchcli.metric_names import (
+    DROPPED_FRACTION,
+    FLOPS_PER_SECOND,
+    INPUT_TOKENS,
+    NEG_LOG_PERPLEXITY,
+    TOKENS_PER_SECOND,
+)
 from switchcli.report.sinks import is_count, parse, read_lines, step_of
 
 Floats = NDArray[np.float64]
-LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", TOKENS_PER_SECOND, FLOPS_PER_SECOND}
+LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
 """The metrics that are kept of a logged step. Those of evaluations, whose names have a `/`, are kept too."""
 LAYER_LINES = 600
 """Logged steps of a run, evenly spread, of which the metrics of layers are read, about."""
@@ -82,7 +88,7 @@ class Run(NamedTuple):
 
     def number(self, name: str) -> float | None:
         """Return a number of the result, or None where it has none."""
-        return _number(self.result.get(name))
+        return number(self.result.get(name))
 
     @property
     def step(self) -> int:
@@ -98,8 +104,7 @@ class Run(NamedTuple):
     @property
     def batch_tokens(self) -> float:
         """Input tokens of a batch; NaN where the recipe does not say."""
-        tokens = _number(self.train.get("batch_tokens"))
-        return math.nan if tokens is None else tokens
+        return number(self.train.get("batch_tokens")) or math.nan
 
     @property
     def seconds(self) -> Curve:
@@ -117,6 +122,29 @@ class Run(NamedTuple):
             return np.full(len(steps), np.nan)
         (before, last), (start, end) = seconds.steps[-2:], seconds.values[-2:]
         return seconds.at(steps) + np.maximum(steps - last, 0) * (end - start) / (last - before)
+
+    def input_tokens_at(self, steps: Floats) -> Floats:
+        """Return the input tokens of training up to `steps`; NaN where the recipe does not say how many a step has.
+
+        A run that was branched from one with other batches counts the tokens of that run too.
+        """
+        step, tokens = self._counted_tokens
+        return tokens + (steps - step) * self.batch_tokens
+
+    @property
+    def _counted_tokens(self) -> tuple[float, float]:
+        """A step at which the run has counted its input tokens, and their number. Versions up to 0.1 logged none."""
+        if (logged := self.curves.get(INPUT_TOKENS)) is not None:
+            return float(logged.steps[-1]), float(logged.values[-1])
+        step, tokens = self.number("step"), self.number(INPUT_TOKENS)
+        return (0.0, 0.0) if step is None or tokens is None else (step, tokens)
+
+    def flops_at(self, steps: Floats) -> Floats:
+        """Return the FLOPs of training up to `steps`; NaN where they are not known.
+
+        What a branch has from the run before it counts at the branch's own FLOPs per token, as both have one model.
+        """
+        return self.input_tokens_at(steps) / self.batch_tokens * self.flops_per_step
 
     @property
     def flops_per_step(self) -> float:
@@ -138,7 +166,11 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
     metrics, notes = folder / "metrics.jsonl", list[str]()
     result = _read_result(folder / "result.json", notes)
     if not metrics.is_file() and not result:
-        raise CheckpointError(f"{folder}: is no run: it holds neither metrics.jsonl nor result.json")
+        runs_inside = any(
+            path.is_file() for name in ("metrics.jsonl", "result.json") for path in folder.glob(f"*/{name}")
+        )
+        hint = f", but runs: name {folder}/* to compare them" if runs_inside else ""
+        raise CheckpointError(f"{folder}: is no run: it holds neither metrics.jsonl nor result.json{hint}")
     points = _Points()
     if metrics.is_file():
         with disk_errors(metrics, _ELSEWHERE):
@@ -280,7 +312,8 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """Return the value as a float if it is a number that a metric can have, else None."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_METRIC
     return float(value) if known else None
 

@@ -17,8 +17,12 @@ from switchcli.report.safe_text import one_line
 IGNORED_KEYS = (
     *("description", "log", "checkpoint"),
     *("train.seed", "train.device", "train.workers", "train.batches_ahead"),
+    "branch.sha256",  # each seed's branch begins from another checkpoint
 )
-"""Keys of a recipe that change no metric: runs of one series may differ in them."""
+"""Keys of a recipe in which runs of one series may differ: they change no metric, or differ with the seed."""
+
+MAX_LABEL_KEYS = 3
+"""Keys that the label of a series names, at most."""
 
 
 class SeedSpread(NamedTuple):
@@ -47,6 +51,14 @@ class Series(NamedTuple):
     runs: tuple[Run, ...]
 
 
+def by_seed(series: Series) -> dict[Any, Run]:
+    """Return the runs of a series by seed; of several runs with one seed, which are one measurement, the first."""
+    runs: dict[Any, Run] = {}
+    for run in series.runs:
+        runs.setdefault(run.seed, run)
+    return runs
+
+
 def group_by_recipe(runs: Sequence[Run]) -> list[Series]:
     """Return the series of `runs` in their order, each with a unique label. An evaluation is a series by itself.
 
@@ -65,7 +77,24 @@ def group_by_recipe(runs: Sequence[Run]) -> list[Series]:
         while label in series:
             label += "'"
         series[label] = Series(label, tuple(members))
-    return [*series.values()]
+    return _named_by_settings([*series.values()])
+
+
+def _named_by_settings(series: list[Series]) -> list[Series]:
+    """Return the series with `num_experts=4` as label in place of a bare value, as a sweep names the folders of a grid.
+
+    Labels with a letter stay, and so do those of series that differ in other keys than a grid would have.
+    """
+    if len(series) < 2 or any(re.search(r"[^\W\d]", one.label) for one in series):
+        return series
+    keys = differences(series)
+    labels = [
+        ", ".join(f"{key.rpartition('.')[2]}={each[index]}" for key, each in keys.items())
+        for index in range(len(series))
+    ]
+    if not 0 < len(keys) <= MAX_LABEL_KEYS or len(set(labels)) < len(labels):
+        return series
+    return [one._replace(label=one_line(label)) for one, label in zip(series, labels, strict=True)]
 
 
 def _identities(runs: Sequence[Run]) -> list[str]:
@@ -125,7 +154,10 @@ def differences(series: Sequence[Series]) -> dict[str, list[Any]]:
 
 
 class Band(NamedTuple):
-    """A curve over the seeds of a series at S steps, [S] each. A run counts up to its own last step."""
+    """A curve over the seeds of a series at S steps, [S] each. A run counts up to its own last step.
+
+    At a step where a run has no value it is interpolated, but not from step 0.
+    """
 
     steps: Floats
     mean: Floats
@@ -136,16 +168,18 @@ class Band(NamedTuple):
 def band(curves: Sequence[Curve]) -> Band | None:
     """Return the mean and range of C curves at all their steps, or None without a point.
 
-    A curve counts from its first to its last step, on straight lines between its points.
+    A curve counts from its first to its last step, interpolated on straight lines between its points. Between step 0
+    and its next point it does not count, because it is steep there.
     """
     curves = [curve for curve in curves if len(curve.steps)]
     if not curves:
         return None
     steps = np.unique(np.concatenate([curve.steps for curve in curves]))  # [S]
     values = np.stack([curve.at(steps) for curve in curves])  # [C, S]
-    ends = np.array([[curve.steps[0], curve.steps[-1]] for curve in curves])  # [C, 2]
+    first, last = np.array([[curve.steps[0], curve.steps[-1]] for curve in curves]).T[:, :, None]  # [C, 1] each
+    in_training = np.array([[min(curve.steps[curve.steps > 0], default=np.inf)] for curve in curves])  # [C, 1]
     # Every step is a point of some curve, so that no column of the mask is empty.
-    counts = (ends[:, :1] <= steps) & (steps <= ends[:, 1:])  # [C, S]
+    counts = ((in_training <= steps) & (steps <= last)) | ((first == 0) & (steps == 0))  # [C, S]
     mean = np.where(counts, values, 0).sum(axis=0) / counts.sum(axis=0)
     low, high = (np.where(counts, values, bound) for bound in (np.inf, -np.inf))
     return Band(steps, mean, low.min(axis=0), high.max(axis=0))

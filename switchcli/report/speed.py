@@ -1,9 +1,11 @@
 """Steps, seconds and FLOPs until a run reaches a quality, and how many times fewer they are than the baseline's.
 
-A run reaches a quality at the first step at which its held-out curve does, on a straight line between two evaluations.
+A run reaches a quality at the first step at which its held-out curve does, interpolated on a straight line between two
+evaluations in training. Nothing is interpolated from the evaluation at step 0, because the curve is too steep there.
 The baseline's own cost is counted in the same way, so that a run is exactly as fast as itself.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,7 +14,11 @@ import numpy as np
 
 from switchcli.metric_names import HELD_OUT, HELD_OUT_BITS
 from switchcli.report.runs import Curve, Run
-from switchcli.report.series import SeedSpread, Series, seed_spread, smooth
+from switchcli.report.series import SeedSpread, Series, by_seed, seed_spread, smooth
+from switchcli.report.significance import Interval, Verdict, mean_interval
+
+Window = tuple[float, ...]
+"""The steps of the evaluations that a value is a mean of: one step without smoothing."""
 
 
 class QualityMetric(NamedTuple):
@@ -26,30 +32,39 @@ class QualityMetric(NamedTuple):
 
     def curve(self, run: Run) -> Curve | None:
         """Return the smoothed curve of the run, or None where it was not evaluated yet."""
-        curve = run.curves.get(self.name)
+        curve = self._evaluated(run)
         return None if curve is None else smooth(curve, self.evaluations)
 
-    def at(self, run: Run, step: float | None) -> float | None:
-        """Return the value at a step, or at the run's end for None; None outside the evaluated steps."""
+    def measured(self, run: Run) -> dict[Window, float]:
+        """Return the values of the curve by the evaluations that they are means of, in order. None is interpolated."""
+        evaluated, curve = self._evaluated(run), self.curve(run)
+        if evaluated is None or curve is None:
+            return {}
+        windows = np.lib.stride_tricks.sliding_window_view(evaluated.steps, min(self.evaluations, len(evaluated.steps)))
+        return dict(zip(map(tuple, windows.tolist()), curve.values.tolist(), strict=True))
+
+    def at_end(self, run: Run) -> float | None:
+        """Return the last value, or None where the run was not evaluated yet."""
         curve = self.curve(run)
-        if curve is None:
-            return None
-        if step is None:
-            step = curve.steps[-1]
-        if not curve.steps[0] <= step <= curve.steps[-1]:
-            return None
-        return float(curve.at(np.array([float(step)]))[0])
+        return None if curve is None else float(curve.values[-1])
+
+    def _evaluated(self, run: Run) -> Curve | None:
+        """Return the evaluations. A mean over several leaves out the one at step 0, which is not of training."""
+        curve = run.curves.get(self.name)
+        if curve is None or self.evaluations == 1 or len(curve.steps) == 1 or curve.steps[0] > 0:
+            return curve
+        return Curve(curve.steps[1:], curve.values[1:])
 
 
 def quality_metric(num_tokenizers: int, evaluations: int) -> QualityMetric:
     """Return the metric that compares runs of so many tokenizers: bits per byte where there are several."""
     if num_tokenizers > 1:
-        return QualityMetric(HELD_OUT_BITS, "held-out bits a byte", -1, evaluations)
+        return QualityMetric(HELD_OUT_BITS, "held-out bits per byte", -1, evaluations)
     return QualityMetric(HELD_OUT, "held-out neg. log perplexity", 1, evaluations)
 
 
 class Cost(NamedTuple):
-    """The training that a run took to reach a quality."""
+    """The training that a run took to reach a quality, interpolated between two evaluations."""
 
     steps: float
     seconds: float
@@ -62,30 +77,46 @@ class Speed(NamedTuple):
     reached: int
     """Number of runs that reach it."""
     costs: tuple[SeedSpread | None, ...]
-    factors: tuple[SeedSpread | None, ...]
-    """The baseline's cost divided by the run's, over the runs that reach it together with their baseline run."""
+    factors: tuple["SpeedUp | None", ...]
+
+
+class SpeedUp(NamedTuple):
+    """The speed-up of a series: how many times fewer steps, seconds or FLOPs it takes than the baseline."""
+
+    spread: SeedSpread
+    """The baseline's cost divided by the run's, over the pairs of a seed that both reach the quality."""
+    interval: Interval | None
+    """The interval of the geometric mean, from Student's interval of the logarithms; None for less than two pairs."""
+    verdict: Verdict
 
 
 def first_step_reaching(curve: Curve, quality: float) -> float | None:
-    """Return where a curve, better when higher, first is as high; None where it never is."""
+    """Return where a curve, better when higher, first is as high, interpolated; None where it never is.
+
+    NaN where that is before the first point after step 0: a straight line from step 0 on would be far from the curve.
+    """
     points = [*zip(curve.steps.tolist(), curve.values.tolist(), strict=True)]
     if points and points[0][1] >= quality:
-        return points[0][0]
+        first, value = points[0]
+        return first if first == 0 or value == quality else math.nan
     for (before, low), (after, high) in pairwise(points):
-        if high >= quality:
-            return before + (after - before) * (quality - low) / (high - low)
+        if high == quality:
+            return after
+        if high > quality:
+            return before + (after - before) * (quality - low) / (high - low) if before > 0 else math.nan
     return None
 
 
 def cost(run: Run, metric: QualityMetric, quality: float) -> Cost | None:
-    """Return what the run took to reach the quality, or None where it never does."""
+    """Return what the run took to reach the quality: None where it never does, NaN where that is not known."""
     curve = metric.curve(run)
     if curve is None:
         return None
     step = first_step_reaching(Curve(curve.steps, metric.sign * curve.values), metric.sign * quality)
     if step is None:
         return None
-    return Cost(step, float(run.seconds_at(np.array([step]))[0]), step * run.flops_per_step)
+    steps = np.array([step])
+    return Cost(step, float(run.seconds_at(steps)[0]), float(run.flops_at(steps)[0]))
 
 
 def baseline_run(run: Run, baseline: Series) -> Run:
@@ -94,19 +125,49 @@ def baseline_run(run: Run, baseline: Series) -> Run:
 
 
 def speed(series: Series, baseline: Series, metric: QualityMetric, quality: float | None = None) -> Speed:
-    """Return how soon a series reaches a quality; for None, the one that each run's baseline run ends with."""
+    """Return how soon a series reaches a quality; for None, the one that each run's baseline run ends with.
+
+    Speed-ups are over the seeds that the baseline has too. If there are none, each run is compared with the baseline's
+    first run.
+    """
     costs, factors = list[Cost](), list[Cost]()
+    ours, theirs = by_seed(series), by_seed(baseline)
+    pairs = {run.name for seed, run in ours.items() if seed in theirs}
     for run in series.runs:
         reference = baseline_run(run, baseline)
-        goal = metric.at(reference, None) if quality is None else quality
+        goal = metric.at_end(reference) if quality is None else quality
         run_cost = None if goal is None else cost(run, metric, goal)
         if goal is None or run_cost is None:
             continue
         costs.append(run_cost)
         reference_cost = cost(reference, metric, goal)
-        if reference_cost is not None:
+        if reference_cost is not None and (run.name in pairs or not pairs):
             factors.append(_divide(reference_cost, run_cost))
-    return Speed(len(costs), _spreads(costs), _spreads(factors))
+    doubt = None
+    if series is baseline:
+        doubt = Verdict.BASELINE
+    elif min(len(ours), len(theirs)) < 2:
+        doubt = Verdict.ONE_SEED
+    elif len(pairs) < 2:
+        doubt = Verdict.NO_PAIRS
+    speed_ups = [_speed_up([getattr(one, name) for one in factors], len(pairs), doubt) for name in Cost._fields]
+    return Speed(len(costs), _spreads(costs), tuple(speed_ups))
+
+
+def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -> SpeedUp | None:
+    """Return the speed-up by so many pairs, or None where none has a factor. `doubt` is what forbids an interval."""
+    spread = seed_spread(factors)
+    if spread is None:
+        return None
+    if doubt is not None:
+        return SpeedUp(spread, None, doubt)
+    known = [factor for factor in factors if 0 < factor < math.inf]
+    # The seeds that do not reach the quality are the slow ones: the others alone would look faster.
+    logarithms = mean_interval(np.log(known).tolist()) if len(known) == num_pairs else None
+    if logarithms is None:
+        return SpeedUp(spread, None, Verdict.SOME_SEEDS)
+    interval = Interval(*map(math.exp, logarithms))
+    return SpeedUp(spread, interval, interval.verdict(1.0, Verdict.FASTER, Verdict.SLOWER))
 
 
 def _divide(reference: Cost, run: Cost) -> Cost:

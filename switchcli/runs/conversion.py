@@ -1,4 +1,4 @@
-"""Convert a checkpoint to or from the Hugging Face layout. The destination is written completely or not at all."""
+"""Convert a checkpoint to or from another layout. The destination is written completely or not at all."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,22 +11,24 @@ from torch import Tensor
 from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.fsops import DISK
 from switchcli.convert import config as configs
-from switchcli.convert import hub, tokenizer_files
+from switchcli.convert import ctranslate2_spec, hub, tokenizer_files
 from switchcli.convert.config import StackLengths
+from switchcli.convert.ctranslate2_spec import Quantization
 from switchcli.convert.to_transformers import rename_tensors, transformers_config
 from switchcli.convert.weight_files import INDEX, SAFE, is_hugging_face_folder
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
 from switchcli.report.console import Console
-from switchcli.runs import transformers_checkpoint
-from switchcli.runs.loading import open_model
+from switchcli.runs import model_card, transformers_checkpoint
+from switchcli.runs.loading import CheckpointHandle, open_model
+from switchcli.runs.model_card import Export
 from switchcli.runs.new_folder import (
     check_checkpoint_destination,
     check_destination,
     publish_checkpoint,
     publish_new_folder,
 )
-from switchcli.train.checkpointer import logical_tensors
+from switchcli.training.checkpointer import logical_tensors
 
 _MAX_FILE_BYTES = 1 << 31
 
@@ -54,10 +56,11 @@ def to_switchcli(
     return _result(source, destination, "switchcli", parameters, [])
 
 
-def to_huggingface(source: Path, destination: Path, console: Console) -> dict[str, Any]:
+def to_huggingface(source: Path, destination: Path, console: Console, license_: str | None = None) -> dict[str, Any]:
     """Write one of our checkpoints so that transformers' `from_pretrained` reads it. Return the JSON result.
 
-    A warning names each property of the model that the Hugging Face layout cannot express.
+    A warning names each property of the model that the Hugging Face layout cannot express. `license_` is the identifier
+    of a license for the model card.
 
     Raises:
         CheckpointError: transformers has no such model, no checkpoint is complete, or the disk cannot be written.
@@ -66,18 +69,19 @@ def to_huggingface(source: Path, destination: Path, console: Console) -> dict[st
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
     checkpoint = open_model(source, console)
     destination = check_destination(source, destination)
-    recipe, tokenizer = checkpoint.recipe, checkpoint.tokenizer
+    recipe = checkpoint.recipe
     lengths = StackLengths(recipe.inputs_length, recipe.targets_length)
     config, warnings = transformers_config(recipe.model, lengths, checkpoint.path, recipe.train.router_dtype)
     for warning in warnings:
         console.warning(warning)
     tensors = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    export = Export("huggingface", destination.name, license_, "float32", warnings)
     documents = {
         configs.NAME: configs.config_json(config),
         "generation_config.json": configs.generation_config_json(),
-        **tokenizer_files.tokenizer_documents(
-            tokenizer.to_json(), [sentinel(number) for number in range(len(tokenizer.sentinels))], recipe.inputs_length
-        ),
+        **_tokenizer_documents(checkpoint),
+        model_card.NAME: model_card.model_card(checkpoint, parameters, export),
     }
 
     def write(temporary: Path) -> Path:
@@ -92,8 +96,56 @@ def to_huggingface(source: Path, destination: Path, console: Console) -> dict[st
         return new
 
     publish_new_folder(destination, tensor_file.num_bytes(tensors.values()), write)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
     return _result(str(source), destination, "huggingface", parameters, warnings)
+
+
+def to_ctranslate2(
+    source: Path,
+    destination: Path,
+    console: Console,
+    quantization: Quantization = "float32",
+    license_: str | None = None,
+) -> dict[str, Any]:
+    """Write a dense checkpoint, or a dense Hugging Face folder, for CTranslate2. Return the JSON result.
+
+    Raises:
+        RecipeError: ctranslate2 is not installed.
+        CheckpointError: the model has experts, no checkpoint is complete, or the disk cannot be written.
+    """
+    ctranslate2_spec.require_ctranslate2()
+    checkpoint = open_model(source, console)
+    spec, tokenizer = checkpoint.recipe.model, checkpoint.tokenizer
+    ctranslate2_spec.check_dense(spec, checkpoint.path)
+    destination = check_destination(source, destination)
+    weights = dict(checkpoint.weights())  # the mapping of a checkpoint reads a tensor each time it is indexed
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    tokens = ctranslate2_spec.vocabulary(tokenizer.pieces(range(tokenizer.vocab_size)), spec.vocab_size)
+    converted = ctranslate2_spec.model_spec(spec, weights, tokens, tokens[tokenizer.unknown], quantization)
+    export = Export("ctranslate2", destination.name, license_, quantization, [])
+    documents = {
+        **_tokenizer_documents(checkpoint),
+        model_card.NAME: model_card.model_card(checkpoint, parameters, export),
+    }
+
+    def write(temporary: Path) -> Path:
+        new = temporary / "new"
+        DISK.make_dir(new)
+        for name, content in documents.items():
+            DISK.write(new / name, content)
+        converted.save(str(new))
+        for file in new.iterdir():
+            DISK.sync(file)
+        DISK.sync(new)
+        return new
+
+    publish_new_folder(destination, ctranslate2_spec.num_bytes(converted), write)
+    return {**_result(str(source), destination, "ctranslate2", parameters, []), "quantization": quantization}
+
+
+def _tokenizer_documents(checkpoint: CheckpointHandle) -> dict[str, bytes]:
+    tokenizer = checkpoint.tokenizer
+    sentinels = [sentinel(number) for number in range(len(tokenizer.sentinels))]
+    return tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, checkpoint.recipe.inputs_length)
 
 
 def _weight_files(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:

@@ -1,7 +1,6 @@
 """Resolve the command line of `switchcli distill`: its recipe, with the teacher, the student and the baseline."""
 
 import difflib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +10,19 @@ from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.surgery.student import FromTeacherInit, differing_dimensions
+from switchcli.model.surgery.student import differing_dimensions
+from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillRecipe, DistillTasksRecipe, DistillTextRecipe, TaskRecipe, TextRecipe
 from switchcli.recipe.sizes import SIZES
+from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
-from switchcli.runs import finetuning
+from switchcli.runs import branching, finetuning, warm_start
 from switchcli.runs.distilling import DistillJob, Recipe
 from switchcli.runs.loading import CheckpointHandle, open_model
 from switchcli.runs.warm_start import check_outside, check_shape, check_tokenizer, is_within, run_recipe
-from switchcli.train.config import FromCheckpoint
+from switchcli.training.config import FromCheckpoint
 
 _TEACHER_KEY, _STUDENT_KEY = "distill.teacher", "student.path"
 _TRAINING_SECTIONS = {"train", "optimizer", "schedule", "eval", "checkpoint"}
@@ -40,11 +41,18 @@ class Models(NamedTuple):
 
 
 def resolve_job(
-    name: str | None, overrides: Sequence[str], models: Models, out: Path, resume: bool, console: Console
+    name: str | None,
+    overrides: Sequence[str],
+    models: Models,
+    out: Path,
+    resume: bool,
+    console: Console,
+    branch_from: str | None = None,
 ) -> DistillJob:
     """Resolve the recipe, and open the models. The teacher provides defaults for keys that the recipe leaves out.
 
     A run in `out` that has begun keeps its teacher and student, even if the named folders have newer checkpoints now.
+    So does a branch of a run, which `branch_from` names as RUN or RUN@STEP.
 
     Raises:
         RecipeError: no teacher is named, or the student cannot learn from it.
@@ -58,12 +66,14 @@ def resolve_job(
     named_teacher = models.teacher or resolve.stated_path(tree, _TEACHER_KEY)
     if not isinstance(named_teacher, str):
         raise RecipeError(f"{_TEACHER_KEY}: missing: name the model to learn from by --teacher CHECKPOINT")
-    begun = _begun_recipe(out, named_teacher) if resume else None
+    resumed = run_recipe(out) if resume else None
+    branch = branching.find("distill", branch_from, tree, resumed, out, console)
+    begun = _with_teacher(resumed if branch is None else branch.recipe, named_teacher, out)
     teacher_path = named_teacher if begun is None else begun.distill.teacher
     teacher = _open(_TEACHER_KEY, teacher_path, out, console)
-    overrides = [*overrides, f"{_TEACHER_KEY}={json.dumps(str(teacher.path))}"]
+    overrides = [*overrides, resolve.override(_TEACHER_KEY, str(teacher.path)), *branching.overrides(branch)]
     if models.baseline is not None:
-        overrides.append(f"distill.baseline={json.dumps(_parse_baseline(models.baseline))}")
+        overrides.append(resolve.override("distill.baseline", _parse_baseline(models.baseline)))
 
     student = None
     spec = dense_spec(teacher.recipe.model)
@@ -82,21 +92,22 @@ def resolve_job(
         else:
             student = _open_student(models.student, student_path, out, console)
             spec, student_path = student.recipe.model, str(student.path)
-        overrides += ["student.kind=checkpoint", f"{_STUDENT_KEY}={json.dumps(student_path)}"]
+        overrides += ["student.kind=checkpoint", resolve.override(_STUDENT_KEY, student_path)]
     if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
         tokenizer = {"kind": "file", "path": _tokenizer_path(teacher)}
-        overrides.append(f"data.tokenizer={json.dumps(tokenizer)}")
+        overrides.append(resolve.override("data.tokenizer", tokenizer))
 
     defaults = resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
     tree = resolve.load(name, overrides, defaults)
     recipe: Recipe
     if resolve.stated(tree, "tasks") is None:
-        recipe = resolve.validate(tree, DistillTextRecipe)
+        recipe = resolve.validate(tree, DistillTextRecipe, spec.vocab_size)
     else:
-        recipe = resolve.validate(tree, DistillTasksRecipe)
+        recipe = resolve.validate(tree, DistillTasksRecipe, spec.vocab_size)
     baseline = recipe.distill.baseline
     baseline_handle = _open("--baseline", baseline, out, console) if isinstance(baseline, str) else None
-    job = DistillJob(recipe, teacher, student, baseline_handle)
+    warm_start.check_branch(branch, recipe)
+    job = DistillJob(recipe, teacher, student, baseline_handle, branch and branch.handle)
     _check(job)
     return job
 
@@ -108,21 +119,20 @@ def dense_spec(teacher: ModelSpec) -> ModelSpec:
     )
 
 
-def _begun_recipe(out: Path, teacher: str) -> DistillRecipe | None:
-    """Return the recipe of the run in `out` if it has saved a checkpoint and its teacher is within `teacher`.
+def _with_teacher(begun: TrainingRecipe | None, teacher: str, out: Path) -> DistillRecipe | None:
+    """Return the recipe of a run that has begun if its teacher is within `teacher`, else None.
 
     Raises:
         CheckpointError: the teacher of that run no longer exists.
     """
-    recipe = run_recipe(out)
-    if not isinstance(recipe, DistillRecipe) or not is_within(recipe.distill.teacher, teacher):
+    if not isinstance(begun, DistillRecipe) or not is_within(begun.distill.teacher, teacher):
         return None
-    if not Path(recipe.distill.teacher).exists():
+    if not Path(begun.distill.teacher).exists():
         raise CheckpointError(
-            f"{out}: this run began with the teacher {recipe.distill.teacher}, which is gone (a run keeps its last "
+            f"{out}: this run began with the teacher {begun.distill.teacher}, which is gone (a run keeps its last "
             "checkpoint.keep_last): bring it back, or --no-resume to start over"
         )
-    return recipe
+    return begun
 
 
 def _check_no_contradiction(models: Models, overrides: Node) -> None:
@@ -198,7 +208,7 @@ def _check(job: DistillJob) -> None:
         RecipeError: their vocabularies differ, or the student is larger than or equal to the teacher.
         DataError: files of the tasks are missing.
     """
-    recipe, teacher, student, baseline = job
+    recipe, teacher, student, baseline, _ = job
     check_tokenizer(recipe, teacher.tokenizer)
     student_spec, teacher_spec = recipe.model, teacher.recipe.model
     if student is not None:

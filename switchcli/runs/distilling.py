@@ -24,27 +24,29 @@ from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import evaluate_by
-from switchcli.model.surgery.student import FromTeacherInit, StudentInit, init_weights, plan_init
+from switchcli.model.surgery.student import StudentInit, init_weights, plan_init
+from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import publish_file
 from switchcli.report.units import si
-from switchcli.runs import finetuning, pretraining, transformers_checkpoint
+from switchcli.runs import finetuning, pretraining, run_messages, transformers_checkpoint
 from switchcli.runs.loading import CheckpointHandle, load_model
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.run_dir import check_ranks_agree, machine_info
 from switchcli.runs.train_data import HeldOutMeasurement, RunEvaluation, TrainData, microbatch_rows
 from switchcli.runs.trainer import Trainer
 from switchcli.runs.training_task import TrainingTask
-from switchcli.train import memory
-from switchcli.train.checkpointer import load_weights
-from switchcli.train.config import FromCheckpoint
-from switchcli.train.distillation import DistillationLoss, Teacher, compression, gain_kept
-from switchcli.train.loss import Objective, packed_cross_entropy
-from switchcli.train.optimizers import Optimizer
-from switchcli.train.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, TeacherCache, TeacherCacheSpec, bytes_per_step
-from switchcli.train.teacher_cache_writer import TeacherCacheWriter
+from switchcli.training import memory
+from switchcli.training.checkpointer import load_weights
+from switchcli.training.config import FromCheckpoint
+from switchcli.training.distillation import DistillationLoss, Teacher, compression, gain_kept
+from switchcli.training.distillation_specs import TeacherCacheSpec
+from switchcli.training.loss import Objective, packed_cross_entropy
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, TeacherCache, bytes_per_step
+from switchcli.training.teacher_cache_writer import TeacherCacheWriter
 from switchcli.user_files import read_regular
 
 TEACHER_METRICS = "teacher.json"
@@ -63,6 +65,8 @@ class DistillJob(NamedTuple):
     """The checkpoint that the student starts from. None for another student, and for a run that resumes."""
     baseline: CheckpointHandle | None
     """The dense model to compare with, unless the recipe gives its metric or none."""
+    branch: CheckpointHandle | None = None
+    """The checkpoint of the run that this one is branched from. None for no branch, and for one that resumes."""
 
 
 def fill_teacher_cache(job: DistillJob, quiet: bool) -> dict[str, Any]:
@@ -154,7 +158,7 @@ class Distillation(TrainingTask):
             prepared = context.main_first(lambda: pretraining.prepare_with_tokenizer(tokenizer, recipe, console))
             data = pretraining.build_text_data(recipe, prepared, context, console)
         self._evaluation = RunEvaluation(
-            recipe, data, self.validation_loss, self.scoring, self._microbatch_rows, context
+            recipe, data, self.validation_loss, self.scoring, self._microbatch_rows, context, console
         )
         start_step, cache_spec = self._settings.start_step, self._settings.cache
         if not self._settings.soft_fraction:
@@ -199,15 +203,16 @@ class Distillation(TrainingTask):
 
         student.load_full(init_weights(recipe.model, student.experts, plan, stacked_weight, recipe.student, load))
         self._console.message(
-            f"of the student's {len(student.parameters)} tensors {len(plan.copied)} are copies of the teacher's, "
-            f"{len(plan.from_experts)} made of its experts ({recipe.student.experts}), {len(plan.random_init)} fresh"
+            f"of the student's {len(student.parameters)} weight tensors {len(plan.copied)} are copies of the "
+            f"teacher's, {len(plan.from_experts)} are made from its experts (student.experts={recipe.student.experts}) "
+            f"and {len(plan.random_init)} start from random values"
         )
         if recipe.student.on_shape_mismatch == "random_init":
-            self._console.message(f"fresh: {', '.join(plan.random_init)}")
+            self._console.message(f"from random values: {', '.join(plan.random_init)}")
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
-        recipe, teacher, _, baseline = self._job
+        recipe, teacher, _, baseline, _ = self._job
         metric = TASKS_AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
         teacher_measured = self._measure_teacher(with_tasks=True)
         self._teacher_model = self._loss = None  # frees the memory of the teacher for the baseline
@@ -326,6 +331,8 @@ class Distillation(TrainingTask):
         for examples in self._evaluation.data.scored:
             digest.update(repr([(example.input, example.targets) for example in examples.examples]).encode())
         scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity"})
+        if self.scoring.by != "generation":  # caches of earlier versions have no such key
+            scoring["by"] = self.scoring.by
         return {"held_out": digest.hexdigest(), "capacity": self._recipe.eval.capacity, "scoring": scoring}
 
     def _filled_cache(self, data: TrainData, cache_spec: TeacherCacheSpec) -> TeacherCache:
@@ -386,7 +393,7 @@ class Distillation(TrainingTask):
         context.main_only(lambda: preflight(Path(cache_spec.folder), steps * step_bytes, ELSEWHERE))
         writer = TeacherCacheWriter(self._teacher(), cache_spec, data.source, rows, self._microbatch_rows, self._packed)
         try:
-            with StopRequest() as stop:
+            with StopRequest(console.for_watchers(run_messages.STOPPING)) as stop:
                 writer.fill(cache, missing, context, console, stop)
         except StopTraining as stopped:
             raise Interrupted(
@@ -410,7 +417,12 @@ class DistillSource(BatchSource):
     def state(self, step: int) -> list[int]:
         return self._source.state(step)
 
-    def restore_state(self, step: int, state: Sequence[int]) -> None:
+    def restore_state(self, step: int, state: Sequence[int], row_offset: int = 0) -> None:
+        if row_offset:
+            raise RecipeError(
+                "distill.cache: holds the teacher's probabilities by step, and a branch with another batch size or "
+                "other data has other rows in its steps: leave distill.cache out, so that the teacher runs in each step"
+            )
         self._source.restore_state(step, state)
 
     def record(self, step: int) -> Mapping[str, Any]:

@@ -1,11 +1,14 @@
 """The job of `switchcli eval`: resolve its command line, measure the checkpoint, and publish the result folder."""
 
+import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from switchcli import publish
 from switchcli.data.config import TextSpec
@@ -15,14 +18,16 @@ from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.runs.evaluator import TEXT_KEYS, EvalPass, Evaluator
-from switchcli.runs.loading import CheckpointHandle, load_model, open_model
+from switchcli.runs.loading import CheckpointHandle, LoadedModel, load_model
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.run_dir import check_ranks_agree, machine_info, run_name
+from switchcli.runs.score_tables import explain_malformed
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
-from switchcli.tasks.scores import is_right
+from switchcli.tasks.registry import SUITES, TASKS
+from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
-from switchcli.train import memory
+from switchcli.training import memory
 from switchcli.user_files import read_regular
 
 MAX_RESULT_BYTES = 2**28
@@ -35,15 +40,13 @@ class EvalJob(NamedTuple):
     checkpoint: CheckpointHandle
 
 
-def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], console: Console) -> EvalJob:
-    """Open the checkpoint, and resolve the recipe `name` with `overrides`. The checkpoint's run provides defaults.
+def resolve_job(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> EvalJob:
+    """Resolve the recipe `name` with `overrides` for an open checkpoint, whose run provides defaults.
 
     Raises:
-        CheckpointError: there is no checkpoint.
         RecipeError: the recipe breaks a rule, there is nothing to measure on, or a package of a metric is missing.
         DataError: `data.folder` lacks files of tasks.
     """
-    handle = open_model(checkpoint, console)
     defaults = _defaults(handle)
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, EvalRecipe)  # before the defaults, whose keys would hide the recipe's own verb
@@ -51,8 +54,10 @@ def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], co
     if isinstance(named_tasks, list):
         # A custom task of the checkpoint's run may be named without its definition.
         definitions = {task["name"]: task for task in defaults.get("tasks", ()) if isinstance(task, dict)}
+        assert isinstance(tree.value, dict), "it states tasks"
+        _check_names(named_tasks, [*definitions], tree.value["tasks"].where)
         tasks = [definitions.get(task, task) if isinstance(task, str) else task for task in named_tasks]
-        overrides = [*overrides, f"tasks={json.dumps(tasks)}"]
+        overrides = [*overrides, resolve.override("tasks", tasks)]
     if named_tasks is not None:
         defaults.pop("text", None)
     tree = resolve.load(name, overrides, resolve.layer(defaults, f"{handle.path}"))
@@ -67,6 +72,20 @@ def resolve_job(checkpoint: Path, name: str | None, overrides: Sequence[str], co
     if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
         raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
     return EvalJob(recipe, handle)
+
+
+def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
+    """Raise RecipeError for a name that is neither that of a task in the checkpoint's run (`own`) nor one that ships.
+
+    Without tasks of the run, the schema of the recipe checks the names.
+    """
+    known = [*own, *TASKS, *SUITES]
+    for index, name in enumerate(tasks if own else ()):
+        if isinstance(name, str) and name not in known:
+            similar = difflib.get_close_matches(name, known, n=3)
+            hint = f". Did you mean {' or '.join(similar)}?" if similar else ""
+            own_tasks = f"the run's own are {', '.join(own)}"
+            raise RecipeError(f"{where}: tasks.{index}.name ({name}): no such task or suite; {own_tasks}{hint}")
 
 
 def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
@@ -87,33 +106,57 @@ def default_out(checkpoint: Path) -> Path:
 
 
 class Evaluation(NamedTuple):
-    """The outcome of `switchcli eval`."""
+    """The result of `switchcli eval` or `Model.evaluate`."""
 
     result: dict[str, Any]
-    """The content of result.json."""
+    """The content of result.json, as plain values."""
     passes: tuple[EvalPass, ...]
-    """One for each capacity."""
+    """Everything that was measured, once for each capacity of the experts. By default there is one."""
+
+    @property
+    def scores(self) -> dict[str, Scores]:
+        """The scores of each task under the first capacity, by task. Values go up to 100."""
+        return self.passes[0].scores
+
+    @property
+    def held_out(self) -> dict[str, dict[str, Any]]:
+        """Metrics on held-out text and on the targets of each task under the first capacity, by text or task.
+
+        A single text has the name `text`. Neg. log perplexity is in nats per target token.
+        """
+        return self.passes[0].held_out.by_name()
 
 
-def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
-    """Measure the checkpoint on the data of the recipe, and write the result folder. Return None off the main rank.
+def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | None = None) -> Evaluation:
+    """Measure the checkpoint on the data of the recipe, and write the result folder `out` unless it is None.
+
+    `model` is the checkpoint's model where it is loaded already. It stays on its device, whose type `device: auto` then
+    means.
 
     Raises:
+        RecipeError: the recipe names another type of device than that of `model`.
         CheckpointError: the weights cannot be read, or the disk cannot be written.
         DataError: the tasks or the text cannot be used.
         OutOfMemory: the device has not enough memory.
     """
     recipe, handle = job
-    folder = out.resolve()  # if `out` is a link, the folder it points to is replaced, and the link stays
-    context = build_context(recipe)
+    context = build_context(recipe if model is None else _on_device_of(recipe, model))
     check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)
     console.message(f"evaluating {handle.path}")
-    context.main_only(lambda: _check_writable(folder))
+    if out is not None:
+        context.main_only(lambda: _check_writable(out.resolve()))
     with memory.explain_out_of_memory_in_evaluation(context.device):
-        evaluator = Evaluator(load_model(handle, context.device), recipe, context, console)
+        if model is None:
+            model = load_model(handle, context.device)
+        elif not _is_on(model, context.device):
+            found = model.model.embedding.device
+            raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
+        evaluator = Evaluator(model, recipe, context, console)
         with explain_changed_data(evaluator.check):
             passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
+        for eval_pass in passes:
+            explain_malformed(console, evaluator.scored, eval_pass.scores, eval_pass.answers)
         context.on_all_ranks(evaluator.check)  # nothing is written if the data of any rank has changed
     result = {
         "verb": recipe.verb,
@@ -125,23 +168,46 @@ def measure(job: EvalJob, out: Path, quiet: bool) -> Evaluation | None:
         **machine_info(context),
     }
 
-    def write() -> Evaluation:
-        files = {"result.json": json.dumps(result, indent=1) + "\n"}
-        for eval_pass in passes:
-            subfolder = f"capacity-{eval_pass.capacity['tasks']}/" if len(passes) > 1 else ""
-            for examples in evaluator.scored:
-                task = examples.task.name
-                lines = [json.dumps(line) + "\n" for line in _predictions(examples, eval_pass.answers[task])]
-                files[f"{subfolder}predictions/{task}.jsonl"] = "".join(lines)
-        archived = _publish(folder, files, result)
-        if archived is not None:
-            console.message(f"the evaluation that was in {out} is now in {archived}")
-        console.message(f"{out} holds result.json" + (" and predictions" if evaluator.tasks else ""))
-        return Evaluation(result, passes)
-
-    evaluation = context.main_only(write)
+    if out is not None:
+        context.main_only(lambda: _write(out, result, passes, evaluator.scored, console))
     context.close()
-    return evaluation
+    return Evaluation(result, passes)
+
+
+def _is_on(model: LoadedModel, device: torch.device) -> bool:
+    """Return whether the model is on the device. A device without a number is the first of its type."""
+    found = model.model.embedding.device
+    return found.type == device.type and (found.index or 0) == (device.index or 0)
+
+
+def _on_device_of(recipe: EvalRecipe, model: LoadedModel) -> EvalRecipe:
+    """Return the recipe with the type of the model's device. Raises RecipeError if it names another one."""
+    device = model.model.embedding.device.type
+    if recipe.device not in ("auto", device):
+        raise RecipeError(f"device ({recipe.device}): the model is on {device}: leave it out, or load the model there")
+    return recipe.model_copy(update={"device": device})
+
+
+def _write(
+    out: Path,
+    result: Mapping[str, Any],
+    passes: Sequence[EvalPass],
+    scored: Sequence[tokens.ScoredExamples],
+    console: Console,
+) -> None:
+    """Write the result and the predictions of an evaluation as the folder `out`."""
+    files = {"result.json": json.dumps(result, indent=1) + "\n"}
+    for eval_pass in passes:
+        subfolder = f"capacity-{eval_pass.capacity['tasks']}/" if len(passes) > 1 else ""
+        for examples in scored:
+            task = examples.task.name
+            lines = [json.dumps(line) + "\n" for line in _predictions(examples, eval_pass.answers[task])]
+            files[f"{subfolder}predictions/{task}.jsonl"] = "".join(lines)
+    # If `out` is a link, the folder that it points to is replaced, and the link stays.
+    archived = _publish(out.resolve(), files, result)
+    if archived is not None:
+        console.message(f"the evaluation that was in {out} is now in {archived}")
+    console.message(f"{out} holds result.json" + (" and predictions" if scored else ""))
 
 
 def _predictions(examples: tokens.ScoredExamples, answered: Sequence[AnsweredExample]) -> Iterator[dict[str, Any]]:

@@ -4,11 +4,15 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from switchcli.data.config import DataSpec, TextsSpec
+from switchcli.data.objectives.denoisers import TextObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts
-from switchcli.data.task_mixture import InterleavedRows
+from switchcli.data.task_batches import InterleavedRows
 from switchcli.distributed.context import DistributedContext
+from switchcli.errors import RecipeError
 from switchcli.metric_names import AUXILIARY_LOSS
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -23,11 +27,11 @@ from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.task import AnsweredExample
-from switchcli.train import router_health
-from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
-from switchcli.train.metrics import Metrics, merge
-from switchcli.train.scoring import TaskPredictor
-from switchcli.train.validation import HeldOutText, evaluate_rows
+from switchcli.training import router_health
+from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
+from switchcli.training.metrics import Metrics, merge
+from switchcli.training.scoring import TaskPredictor
+from switchcli.training.validation import HeldOutText, evaluate_rows
 
 BATCH_ROWS = 16
 """Minimum rows of a batch for the cross-entropy. They are rounded up to whole routing groups."""
@@ -87,7 +91,7 @@ class Evaluator:
         self._prepared: PreparedTexts | None = None
         self._texts = self._held_out_texts()
         if context.is_main:
-            report_task_sets(self.tasks.values(), self.scored, recipe.scoring.split, console)
+            report_task_sets(self.tasks.values(), self.scored, recipe.scoring.split, model.tokenizer, console)
 
     def check(self) -> None:
         """Raise DataError if the prepared text that the model was measured on has changed."""
@@ -112,9 +116,7 @@ class Evaluator:
         """Measure everything, with `text` and `tasks` as the capacity policies of the routers. Collective."""
         model, scoring = self._model, self._recipe.scoring
         predictor = TaskPredictor(model.model, model.tokenizer, self._context, scoring, tasks)
-        answers = {}
-        for examples in self._console.track(self.scored, "answering", len(self.scored)):
-            answers[examples.task.name] = predictor(examples)
+        answers = predictor.answer_all(self.scored, self._console)
         scores = {name: score(self.tasks[name], answered, scoring.draws) for name, answered in answers.items()}
         held_out = self.held_out(model.model, text)
         return EvalPass({"text": text, "tasks": tasks}, scores, held_out, answers)
@@ -153,10 +155,15 @@ class Evaluator:
         trained, text = self._model.recipe, self._recipe.text
         if text is None:
             return {}
-        objective = SpanCorruption(inputs_length=trained.inputs_length)
-        data = DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective)
+        length = self._recipe.data.inputs_length
+        objective: TextObjective = SpanCorruption(inputs_length=length)
+        packing: dict[str, Any] = {}
+        # A converted checkpoint has a recipe too, with the default objective.
         if isinstance(trained, TextRecipe):
-            data = data.model_copy(update={"objective": trained.data.objective, "packing": trained.data.packing})
+            objective, packing = trained.data.objective, {"packing": trained.data.packing}
+            if length != objective.inputs_length:
+                objective = _with_length(objective, length)
+        data = DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective, **packing)
         self._objective = text_loss(data)
 
         self._prepared = self._context.main_first(
@@ -174,6 +181,18 @@ class Evaluator:
             f"{self._model.path} {training}: it does not know the form of the answers, and its scores will be near 0; "
             "`switchcli finetune` teaches it"
         )
+
+
+def _with_length(objective: TextObjective, inputs_length: int) -> TextObjective:
+    """Return the objective with rows of another length. Raises RecipeError if it does not allow that length."""
+    try:
+        return type(objective).model_validate({**objective.model_dump(), "inputs_length": inputs_length})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"data.inputs_length ({inputs_length}) does not suit the objective of the checkpoint's run ({reason}): "
+            f"leave it out for rows of {objective.inputs_length} tokens"
+        ) from None
 
 
 def _record(model: SwitchTransformer, metrics: Metrics, num_rows: int) -> dict[str, Any]:

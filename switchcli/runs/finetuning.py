@@ -9,7 +9,7 @@ from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.batch import Batch
 from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.prepare.cache import default_cache
-from switchcli.data.task_mixture import InterleavedRows, TaskMixtureSource
+from switchcli.data.task_batches import InterleavedRows, TaskMixtureSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
@@ -24,9 +24,9 @@ from switchcli.runs.warm_start import TrainJob
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import suites_of, tasks_of
 from switchcli.tasks.task import Task
-from switchcli.train.loss import packed_cross_entropy
-from switchcli.train.optimizers import Optimizer
-from switchcli.train.validation import HeldOutText
+from switchcli.training.loss import packed_cross_entropy
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.validation import HeldOutText
 
 
 class Finetuning(TrainingTask):
@@ -50,7 +50,7 @@ class Finetuning(TrainingTask):
         return build_task_data(self._job.recipe, tokenizer, self._context, self._console)
 
     def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
-        warm_start.load_start(self._job.recipe.start, self._job.start, weights, optimizer)
+        warm_start.load_start(self._job.recipe.start, self._job.start, weights, optimizer, self._console)
 
 
 def check_tasks(recipe: TaskRecipe) -> None:
@@ -82,6 +82,7 @@ def build_task_data(
     """
     tasks = tasks_of(recipe.tasks).values()
     lengths = RowLengths(recipe.inputs_length, recipe.targets_length)
+    console.message(f"reading tasks: {', '.join(task.name for task in tasks)}")
 
     def pack_tasks() -> dict[str, tokens.PackedTask]:
         packed: dict[str, tokens.PackedTask] = {}
@@ -106,7 +107,7 @@ def build_task_data(
     scored = context.main_first(lambda: scored_examples_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True))
     if context.is_main:
         _report_training_tasks(source.rates, train_tasks, tasks, console)
-        report_task_sets(tasks, scored, recipe.scoring.split, console)
+        report_task_sets(tasks, scored, recipe.scoring.split, tokenizer, console)
     held_out = InterleavedRows([examples.packed for examples in scored if examples.packed.num_rows])
     return TrainData(
         tokenizer,
@@ -129,7 +130,9 @@ def _report_training_tasks(
             continue
         packed = train_tasks[task.name].packed
         count = len(packed.example_X)
-        truncated = f", {packed.num_truncated:,} of them longer than a row and cut" if packed.num_truncated else ""
+        truncated = (
+            f", {packed.num_truncated:,} of the examples longer than a row and cut" if packed.num_truncated else ""
+        )
         rows = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of the training examples"
         report_truncation(
             f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_truncated / count, console

@@ -5,9 +5,10 @@ Face layout.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -16,14 +17,14 @@ from switchcli.convert import hub
 from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.layout import unsharded_weights
-from switchcli.errors import CheckpointError, SwitchError
+from switchcli.errors import CheckpointError, RecipeError, SwitchError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import schema_of
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs import transformers_checkpoint
-from switchcli.train.checkpointer import DATA, load_weights, logical_tensors
+from switchcli.training.checkpointer import DATA, load_weights, logical_tensors
 
 
 class CheckpointHandle(NamedTuple):
@@ -99,6 +100,21 @@ def load_checkpoint(path: Path, device: torch.device, console: Console) -> Loade
         DataError: there is no tokenizer.
     """
     return load_model(open_model(path, console), device)
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device to load a model on. `auto` is a CUDA device if there is one, else the CPU.
+
+    Each rank of a machine takes a CUDA device of its own, the one on which it would train.
+
+    Raises:
+        RecipeError: `name` is cuda and there is no CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device (--device) is cuda and this machine shows no CUDA device: leave it out, or say cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def load_model(handle: CheckpointHandle, device: torch.device) -> LoadedModel:

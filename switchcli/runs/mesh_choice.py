@@ -5,17 +5,13 @@ import os
 import torch
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
-from switchcli.planner.plan import Machine, Plan, model_axes, plan
-from switchcli.planner.step import Step, rank_weights
+from switchcli.planner.plan import Machine
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import accelerate_settings
-from switchcli.runs.transformers_checkpoint import meta_model
-
-USABLE_FRACTION = 0.9
-"""Fraction of a device's memory that a mesh may fill. The plan does not count kernels and fragmentation."""
+from switchcli.runs.step_planner import StepPlanner
 
 
 def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
@@ -45,7 +41,7 @@ def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
     cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
     # On a CPU, the ranks of a machine share its memory.
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // local_ranks
-    candidates = plan_of(recipe, Machine(ranks, int(USABLE_FRACTION * memory), node_devices=local_ranks), fused=cuda)
+    candidates = StepPlanner(recipe, fused=cuda).plan(Machine(ranks, memory, node_devices=local_ranks))
     # Without train.microbatch_tokens a rank takes its share of a batch at once. A plan may divide it into microbatches.
     at_once = not recipe.train.microbatch_tokens
     for fit in candidates.fits:
@@ -64,24 +60,3 @@ def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
         f"parallel.auto: no mesh of {ranks} ranks fits with {'the whole share' if at_once else 'microbatches'} of a "
         f"batch{reason}: {fix}, or start more ranks (`switchcli plan` shows all meshes)"
     )
-
-
-def plan_of(recipe: TrainingRecipe, machine: Machine, fused: bool) -> Plan:
-    """Return the plan of a recipe's training step on all meshes. `fused` assumes the fused kernels of a GPU."""
-    spec, train = recipe.model, recipe.train
-    step = Step(
-        recipe.rows_per_step,
-        recipe.inputs_length,
-        recipe.targets_length,
-        product_bytes=4 if train.precision == "float32" else 2,
-        router_bytes=train.router_dtype.itemsize,
-        fused=fused,
-        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,
-        recomputed=train.activation_checkpointing == "blocks",
-        ordered=recipe.parallel.reduction == "ordered",
-    )
-    microbatch_rows = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
-    weights = dict(meta_model(spec).named_parameters())
-    state = recipe.optimizer.build(weights).state()
-    sizes_by_model_axis = {size: rank_weights(weights, state, size) for size in model_axes(spec, machine.devices)}
-    return plan(spec, step, machine, microbatch_rows, sizes_by_model_axis)

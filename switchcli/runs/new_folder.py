@@ -17,9 +17,9 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.transformers_checkpoint import meta_model
-from switchcli.train.checkpointer import DATA, logical_tensors
-from switchcli.train.config import StartSpec
-from switchcli.train.state import TrainState
+from switchcli.training.checkpointer import DATA, logical_tensors
+from switchcli.training.config import StartSpec
+from switchcli.training.state import TrainState
 
 
 def check_destination(source: Path, destination: Path) -> Path:

@@ -5,19 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.distributed.mesh import ParallelSpec, check_world
+from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
+from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
+from switchcli.planner.devices import GPUS, RESERVED_FRACTION
 from switchcli.planner.plan import Fit, Machine, Plan
-from switchcli.planner.step import Mesh
 from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs.mesh_choice import plan_of
+from switchcli.runs.step_planner import StepPlanner
 
-BATCH_TOKENS = 2**20
-"""Input tokens per step for the plan of a model size, which has no batch size of its own: the paper's batch."""
+SIZES_RECIPE = "pretrain/base"
+"""The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
+paper's pre-training on C4."""
+TIMES = (
+    "Times are arithmetic from these rates, with nothing overlapped and no latency, so small models are slower. No "
+    "estimate was compared with a measurement on a GPU yet."
+)
+"""The statement of a plan on how far its times are from measurements."""
+_SECONDS_PER_DAY = 24 * 60 * 60
 
 
 def describe(recipe: TrainingRecipe) -> dict[str, Any]:
@@ -54,14 +62,64 @@ class StepPlan(NamedTuple):
 
     name: str
     """The recipe or the size, as the user named it."""
+    given: tuple[str, ...]
+    """The KEY=VALUE that the user gave."""
     recipe: TrainingRecipe
     machine: Machine
     plan: Plan
+    devices_needed: int | None
+    """The smallest power of two of such devices that the step fits on; None if no number of them suffices."""
+
+    @property
+    def best(self) -> Fit | None:
+        """The fastest mesh; None if the step does not fit on the devices."""
+        return self.plan.fits[0] if self.plan.fits else None
+
+    @property
+    def base(self) -> str:
+        """The recipe that `overrides` belong behind."""
+        return SIZES_RECIPE if self.name in SIZES else self.name
+
+    @property
+    def overrides(self) -> list[str]:
+        """The KEY=VALUE that make `base` this step on its fastest mesh; none if it does not fit."""
+        if self.best is None:
+            return []
+        recipe, mesh, keys = self.recipe, self.best.mesh, {}
+        if self.name in SIZES:
+            keys["model.size"] = self.name
+            if recipe.model.group_sequences > 1:
+                keys["model.router.group_sequences"] = str(recipe.model.group_sequences)
+        keys |= {key: value for key, _, value in (override.partition("=") for override in self.given)}
+        keys["train.microbatch_tokens"] = str(self.best.microbatch * recipe.inputs_length)
+        if recipe.parallel.auto:  # the keys below are the mesh that it would choose
+            from_user = keys.get("parallel") == "auto" or "parallel.auto" in keys
+            keys = {key: value for key, value in keys.items() if (key, value) != ("parallel", "auto")}
+            keys.pop("parallel.auto", None)
+            keys |= {} if from_user else {"parallel.auto": "false"}
+        keys["parallel.data"] = str(mesh.data)
+        for key in ("model", "expert", "shard"):
+            if getattr(mesh, key) != getattr(recipe.parallel, key):
+                keys[f"parallel.{key}"] = str(getattr(mesh, key))
+        return [f"{key}={value}" for key, value in keys.items()]
 
     @property
     def flops_per_step(self) -> int:
         """The model's FLOPs. Recomputation by activation checkpointing counts only in the seconds of the plan."""
         return FORWARD_AND_BACKWARD * self.recipe.rows_per_step * int(describe(self.recipe)["flops_per_sequence"])
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of an element in the matrix products: 4 for float32, 2 for bfloat16."""
+        return 4 if self.recipe.train.precision == "float32" else 2
+
+    def tokens_per_second(self, fit: Fit) -> float:
+        """Return the estimated encoder input tokens per second of all devices."""
+        return self.recipe.train.batch_tokens / fit.step_seconds
+
+    def days(self, fit: Fit) -> float:
+        """Return the estimated days of the recipe's steps, without evaluation, checkpoints and stops."""
+        return self.recipe.train.steps * fit.step_seconds / _SECONDS_PER_DAY
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,23 +127,45 @@ class StepPlan(NamedTuple):
             **describe(self.recipe),
             "flops_per_step": self.flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
-            "machine": self.machine._asdict(),
-            "fits": [_fit_to_json(fit, self.recipe) for fit in self.plan.fits],
+            "machine": machine_to_json(self.machine, self.product_bytes),
+            "times": TIMES,
+            "devices_needed": self.devices_needed,
+            "overrides": self.overrides,
+            "fits": [self._fit_to_json(fit) for fit in self.plan.fits],
             "refused": [
                 {**rejection.mesh._asdict(), "kind": rejection.kind, "reason": rejection.reason}
                 for rejection in self.plan.rejected
             ],
         }
 
+    def _fit_to_json(self, fit: Fit) -> dict[str, Any]:
+        return {
+            **fit.mesh._asdict(),
+            "microbatch_tokens": fit.microbatch * self.recipe.inputs_length,
+            "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
+            "collectives": [{**call._asdict(), "wire_bytes": call.network_bytes} for call in fit.collectives],
+            "seconds": {**fit.seconds, "step": fit.step_seconds},
+            TOKENS_PER_SECOND: self.tokens_per_second(fit),
+            "days": self.days(fit),
+            "bound_by": fit.bound_by,
+        }
 
-def _fit_to_json(fit: Fit, recipe: TrainingRecipe) -> dict[str, Any]:
+
+def utilization(machine: Machine, product_bytes: int) -> float | None:
+    """Return the fraction of the data sheet's FLOP/s that a device is assumed to reach; None if it has no name."""
+    if machine.gpu is None:
+        return None
+    gpu = GPUS[machine.gpu]
+    return machine.product_flops(product_bytes) / (gpu.float32_flops if product_bytes == 4 else gpu.flops)
+
+
+def machine_to_json(machine: Machine, product_bytes: int) -> dict[str, Any]:
+    """Return the devices with what the plan assumes of them in matrix products of so many bytes an element."""
     return {
-        **fit.mesh._asdict(),
-        "microbatch_tokens": fit.microbatch * recipe.inputs_length,
-        "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
-        "collectives": [{**call._asdict(), "wire_bytes": call.network_bytes} for call in fit.collectives],
-        "seconds": {**fit.seconds, "step": fit.step_seconds},
-        "bound_by": fit.bound_by,
+        **machine._asdict(),
+        "usable_bytes": machine.usable_bytes,
+        "reserved_fraction": RESERVED_FRACTION,
+        "utilization": utilization(machine, product_bytes),
     }
 
 
@@ -97,27 +177,14 @@ def plan_step(name: str, overrides: Sequence[str], machine: Machine) -> StepPlan
             devices.
     """
     recipe = _recipe(name, overrides)
-    parallel = recipe.parallel
-    check_world(parallel, machine.devices)
-    plan = plan_of(recipe, machine, fused=recipe.train.device != "cpu")
-    if not parallel.is_unset:
-        fits = tuple(fit for fit in plan.fits if _allows(parallel, fit.mesh))
-        rejected = tuple(rejection for rejection in plan.rejected if _allows(parallel, rejection.mesh))
-        plan = Plan(fits, rejected)
-    return StepPlan(name, recipe, machine, plan)
-
-
-def _allows(parallel: ParallelSpec, mesh: Mesh) -> bool:
-    """Return whether the mesh is as the recipe says. Sharding matters only with several data-parallel ranks."""
-    shard = parallel.shard if mesh.data > 1 else "none"
-    if parallel.data not in (None, mesh.data):
-        return False
-    return (mesh.expert, mesh.model, mesh.shard) == (parallel.expert, parallel.model, shard)
+    check_world(recipe.parallel, machine.devices)
+    planner = StepPlanner(recipe, fused=recipe.train.device != "cpu")
+    return StepPlan(name, tuple(overrides), recipe, machine, planner.plan(machine), planner.fewest_devices(machine))
 
 
 def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
     if name in SIZES:
-        return _recipe_of_size(name, overrides)
+        return recipe_of_size(name, overrides)
     if not Path(name).suffix and not Path(name).exists() and name not in library.recipe_names():
         close = difflib.get_close_matches(name, [*SIZES, *library.recipe_names()], n=1)
         hint = f"Did you mean {close[0]}?" if close else "`switchcli recipes list` shows the recipes that ship."
@@ -133,21 +200,25 @@ def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
     return recipe
 
 
-def _recipe_of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
-    """Return a recipe of the size with the paper's batch and selective precision.
+def recipe_of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
+    """Return `SIZES_RECIPE` with the size, and without its microbatches, so that the plan may choose them.
 
     Its routing groups are the smallest with at least one target token for each expert, which recipes must have.
     """
-    defaults: dict[str, Any] = {"train": {"steps": 1, "batch_tokens": BATCH_TOKENS, "precision": "selective"}}
-    where, keys = f"the size {name}", [f"model.size={name}", *overrides]
-    # The overrides of data alone give the length of a row's targets.
-    data_keys = [key for key in overrides if key.startswith("data.")]
-    data_tree = resolve.load(None, data_keys, resolve.layer(defaults, where))
+    keys = [f"model.size={name}", "train.microbatch_tokens=null", *overrides]
+    group_sequences = _group_sequences(keys)
+    below = resolve.layer({"model": {"router": {"group_sequences": group_sequences}}}, f"the size {name}")
+    return resolve.validate(resolve.load(SIZES_RECIPE, keys, below), PretrainRecipe)
+
+
+def _group_sequences(keys: Sequence[str]) -> int:
+    """Return the smallest power of two of rows whose targets have a token for each expert."""
+    tree = resolve.load(SIZES_RECIPE, keys)
+    experts = resolve.stated(tree, "model.num_experts")
+    # A dense model, because with experts the recipe may break the rule that is solved here.
+    data_tree = resolve.load(SIZES_RECIPE, [key for key in keys if key.startswith(("data.", "train."))])
     targets_length = resolve.validate(data_tree, PretrainRecipe).targets_length
-    experts = resolve.stated(resolve.load(None, keys), "model.num_experts")
     group_sequences = 1
     while isinstance(experts, int) and group_sequences * targets_length < experts:
         group_sequences *= 2
-    defaults["model"] = {"router": {"group_sequences": group_sequences}}
-    tree = resolve.load(None, keys, resolve.layer(defaults, where))
-    return resolve.validate(tree, PretrainRecipe)
+    return group_sequences

@@ -19,8 +19,8 @@ from switchcli.runs.train_data import NUM_SAMPLES, TrainData
 from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
 from switchcli.spec import PAD
-from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
-from switchcli.train.optimizers import Optimizer
+from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
+from switchcli.training.optimizers import Optimizer
 
 
 class Pretraining(TrainingTask):
@@ -46,7 +46,7 @@ class Pretraining(TrainingTask):
         if recipe.start is None:
             weights.load_full(initial_weights(recipe.model, recipe.train.seed, weights.experts))
         else:
-            warm_start.load_start(recipe.start, self._job.start, weights, optimizer)
+            warm_start.load_start(recipe.start, self._job.start, weights, optimizer, self._console)
 
     def _prepared(self) -> PreparedTexts:
         """Return the tokenized text of a run that starts from scratch.
@@ -99,17 +99,17 @@ def _first_segments(batch: Batch) -> Batch:
     return Batch(batch.inputs_BS.where(inputs_segments == 0, PAD), batch.targets_BT.where(targets_segments == 0, PAD))
 
 
-def check_tokenizer_fits(recipe: TextRecipe, tokenizer: Tokenizer) -> None:
-    """Check that the tokenizer fits the model and the objective.
+def check_tokenizer_fits(recipe: TextRecipe, tokenizer: Tokenizer, is_padded: bool = False) -> None:
+    """Check that the tokenizer fits the model and the objective. `is_padded` says that the model will fit any.
 
     Raises:
         RecipeError: the vocabulary is larger than the model's.
         DataError: the objective needs more sentinels than the tokenizer has.
     """
     pieces, rows = tokenizer.vocab_size, recipe.model.vocab_size
-    if pieces > rows:
+    if pieces > rows and not is_padded:
         raise RecipeError(
-            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: try {pieces}"
+            f"model.vocab_size ({rows}) must be at least the {pieces} pieces of the tokenizer: leave it out"
         )
     recipe.data.rows.build(tokenizer)
 

@@ -17,7 +17,7 @@ from switchcli.report.console import Console
 from switchcli.runs.accelerate_settings import warn_about_settings
 from switchcli.runs.eval_job import resolve_job
 from switchcli.runs.evaluator import Evaluator
-from switchcli.runs.loading import empty_model, load_model
+from switchcli.runs.loading import empty_model, load_model, open_model
 from switchcli.runs.new_folder import (
     check_checkpoint_destination,
     continuation_recipe,
@@ -26,8 +26,8 @@ from switchcli.runs.new_folder import (
     publish_checkpoint,
 )
 from switchcli.runs.upcycling import with_experts
-from switchcli.train import memory
-from switchcli.train.checkpointer import logical_tensors
+from switchcli.training import memory
+from switchcli.training.checkpointer import logical_tensors
 
 
 def prune(
@@ -53,7 +53,7 @@ def prune(
         DataError: the data to measure on cannot be used.
         OutOfMemory: the device has not enough memory.
     """
-    recipe, handle = resolve_job(checkpoint, name, overrides, console)
+    recipe, handle = resolve_job(open_model(checkpoint, console), name, overrides)
     spec = handle.recipe.model
     _check_experts(spec, handle.path, experts, console)
     policy = _capacity(recipe)

@@ -12,8 +12,8 @@ from switchcli.runs.eval_job import resolve_job
 from switchcli.runs.evaluator import BATCH_ROWS, Evaluator
 from switchcli.runs.loading import CheckpointHandle, load_model, open_model
 from switchcli.runs.run_dir import machine_info
-from switchcli.train import memory
-from switchcli.train.routing_report import routing_report
+from switchcli.training import memory
+from switchcli.training.routing_report import routing_report
 
 
 def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
             raise CheckpointError(f"{handle.path}: a dense model has no routing: name one with experts")
     if len(handles) > 1:
         _check_comparable(*handles)
-    recipe, _ = resolve_job(paths[0], None, overrides, console)
+    recipe, _ = resolve_job(handles[0], None, overrides)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
     context = DistributedContext(recipe.device, recipe.precision)

@@ -23,24 +23,28 @@ def compare_runs(
     quality: float | None = None,
     smooth: int = 1,
 ) -> Report:
-    """Compare the runs in the folders. A folder or file that cannot be read is skipped with a warning.
+    """Compare the runs in the folders. A folder or file that cannot be read is skipped with a warning, which is a note.
 
     `baseline` is the run to compare with, the first if None. Each run is timed to reach `quality`, the last value of
     the baseline if None, in a running mean over `smooth` evaluations.
 
     Raises:
         CheckpointError: none of the folders is a run.
-        RecipeError: the baseline is not among the runs.
+        RecipeError: a folder does not exist, or the baseline is not among the runs.
     """
+    if missing := [folder for folder in folders if not _is_there(folder)]:
+        raise RecipeError(*(f"{folder}: there is no such folder: fix the path, or leave it out" for folder in missing))
     by_real_path: dict[str, Path] = {}  # a folder that is named twice is one run
     for folder in folders:
         by_real_path.setdefault(os.path.realpath(folder), folder)
     files = [path for path in by_real_path.values() if path.is_file()]
-    runs = []
+    runs, skipped = [], list[str]()
     for path in by_real_path.values():
-        run = None if path in files else _read(path, console)
+        run = None if path in files else _read(path, skipped)
         if run is not None:
             runs.append(run)
+    for note in skipped:
+        console.warning(note)
     if not runs:
         for file in files:  # ignored if there are runs, because `runs/*` names log files too
             console.warning(f"{file}: is no run: it is a file")
@@ -57,13 +61,22 @@ def compare_runs(
     if not task_results.by_tokens(report.runs_by_label):
         notes.append(
             "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared only by "
-            "bits a byte."
+            "bits per byte."
         )
     if comparison is not None:
         notes = [*comparison.notes, *notes]
     for note in notes:
         console.warning(note)
-    return report._replace(notes=notes)
+    return report._replace(notes=[*notes, *skipped])
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a path is a file, a folder or a link; that of a link to nothing may come from `runs/*`."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _baseline_name(baseline: Path, by_real_path: Mapping[str, Path], trained: Sequence[Series]) -> str:
@@ -77,17 +90,20 @@ def _baseline_name(baseline: Path, by_real_path: Mapping[str, Path], trained: Se
     return name
 
 
-def _read(folder: Path, console: Console) -> Run | None:
-    """Return the run in the folder. Without a readable recipe it has an empty one. None if it is no run."""
+def _read(folder: Path, notes: list[str]) -> Run | None:
+    """Return the run in the folder. Without a readable recipe it has an empty one. None if it is no run.
+
+    What is wrong with the folder is appended to `notes`.
+    """
     try:
         recipe = _recipe(folder / "recipe.yaml")
     except RecipeError as error:
-        console.warning(f"{error}: the recipe is left out")
+        notes.append(f"{error}: the recipe is left out")
         recipe = {}
     try:
         return read(folder, recipe)
     except CheckpointError as error:
-        console.warning(str(error))
+        notes.append(str(error))
         return None
 
 

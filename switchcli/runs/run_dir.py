@@ -2,9 +2,8 @@
 
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,17 +14,19 @@ import torch
 from switchcli import __version__
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.lock import lock
-from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.checkpoint.run_folder import FolderBefore, RunFolder
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.launch import SAVING_SECONDS, Exit, is_rank, launch, saving_seconds
-from switchcli.distributed.mesh import ALONE, check_world
+from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
+from switchcli.distributed.parallel_spec import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe.resolve import differences, dump
+from switchcli.recipe.resolve import Difference, differences, dump
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
+from switchcli.report.program import program_name
+from switchcli.runs import branching
 from switchcli.runs.loading import saved_recipe
+from switchcli.runs.warm_start import CHANGEABLE_MODEL_KEYS
 from switchcli.spec import Spec
 
 RESUME_SAFE_KEYS = (
@@ -50,15 +51,17 @@ They affect neither the training so far nor the data of a metric. The best check
 """
 
 
-def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Exit | None:
-    """Run this command again as `processes` ranks and return how they ended. Return None if this process does the work.
+_FIXED_IN_BRANCHES = ("verb", "branch", "start", "student", "data.tokenizer", "optimizer.kind", "update")
+"""Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
+
+
+def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Exit:
+    """Run this command again as `processes` ranks and return how they ended.
 
     Raises:
         RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
         DistributedError: as `launch` says.
     """
-    if is_rank() or processes == 1:
-        return None
     parallel, device = (
         (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
     )
@@ -74,7 +77,16 @@ def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: C
             f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
             f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
         )
-    return launch(processes, sys.argv[1:])
+    return launch(processes, _pinned_arguments(recipe))
+
+
+def _pinned_arguments(recipe: TrainingRecipe | EvalRecipe) -> list[str]:
+    """Return the arguments of the ranks. They name the checkpoint to branch from, as its run may save a newer one."""
+    arguments = sys.argv[1:]
+    if isinstance(recipe, EvalRecipe) or recipe.branch is None or not Path(recipe.branch.checkpoint).exists():
+        return arguments
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [*arguments[:end], branching.OPTION, recipe.branch.checkpoint, *arguments[end:]]
 
 
 def run_name(checkpoint: Path) -> Path:
@@ -87,53 +99,52 @@ def run_name(checkpoint: Path) -> Path:
     return name.with_name(f"{name.name}{suffix}")
 
 
-def program_name() -> str:
-    """Return the command that starts this program again: `switchcli` if it is on the PATH, else its path."""
-    script = Path(sys.executable).with_name("switchcli")
-    on_path = shutil.which("switchcli")
-    if on_path and (not script.exists() or script.samefile(on_path)):
-        return "switchcli"
-    if not script.exists():
-        return shell_words(sys.executable, "-m", "switchcli")
-    return shell_words(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
-
-
 @contextmanager
 def lock_run_dir(
     out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext, console: Console
 ) -> Iterator[RunFolder]:
     """Lock the run's folder, check that its run can be resumed, and write the recipe into it. Collective.
 
-    Without `resume`, a run that is in the folder is archived first.
+    Without `resume`, a run that is in the folder is archived first. If this block fails before the run has begun, the
+    folder becomes what it was before.
 
     Raises:
         CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
         RecipeError: the folder holds a run of another recipe, or the ranks have different recipes.
     """
-    folder = RunFolder(out)
     check_ranks_agree(recipe, context)
+    folder = RunFolder(out)
+    before = context.main_only(lambda: FolderBefore(folder))
 
     def lock_and_write_recipe() -> None:
         if not resume:
             with lock(out):
                 archived = folder.archive()
-            if archived:
+            if archived and before:
+                before.archived = archived
                 console.message(f"the run that was in {out} is now in {archived}")
         locks.enter_context(lock(out))
+        if before:
+            before.is_locked = True
         folder.check_links()
         latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
         if latest is not None:
             # The recipe in the checkpoint, because a user may have edited that of the folder.
-            _check_resumable(saved_recipe(latest), recipe, out)
+            _check_resumable(latest, recipe, out)
         folder.write_recipe(dump(recipe))
         if latest is None:
             # An earlier start failed before it saved anything, so its tokenizer does not bind this one.
             folder.tokenizer.unlink(missing_ok=True)
 
     with ExitStack() as locks:
-        context.main_only(lock_and_write_recipe)
-        context.on_all_ranks(lambda: _check_shared(out))
-        yield folder
+        try:
+            context.main_only(lock_and_write_recipe)
+            context.on_all_ranks(lambda: _check_shared(out))
+            yield folder
+        except BaseException:  # also a stop: whatever ends a start before its first step leaves the folder as it was
+            if before is not None and not folder.has_begun:
+                before.restore()
+            raise
 
 
 def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
@@ -158,9 +169,12 @@ def _raise_ranks_differ() -> None:
     )
 
 
-def _check_resumable(saved: TrainingRecipe, recipe: TrainingRecipe, out: Path) -> None:
-    """Raise RecipeError if the recipe changes a key of the saved one that must not change when a run is resumed."""
-    changed = []
+def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out: Path) -> None:
+    """Raise RecipeError if the recipe changes a key of the saved one that must not change when a run is resumed.
+
+    `latest` is the newest checkpoint in the folder `out`.
+    """
+    saved, changed = saved_recipe(latest), list[Difference]()
     for difference in differences(saved, recipe):
         # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
         is_safe = difference.key.startswith(RESUME_SAFE_KEYS) or difference.key.endswith(".unreadable")
@@ -168,11 +182,35 @@ def _check_resumable(saved: TrainingRecipe, recipe: TrainingRecipe, out: Path) -
             changed.append(difference)
     if changed:
         key, old, new = changed[0]
-        others = f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        if saved.branch is not None and recipe.branch is None:
+            raise RecipeError(
+                f"{out} holds a run that was branched from {saved.branch.checkpoint}: add "
+                f"{branching.OPTION} {saved.branch.checkpoint} to resume it, or give another folder by --out"
+            )
+        if recipe.branch is not None and (saved.branch is None or saved.branch.checkpoint != recipe.branch.checkpoint):
+            raise RecipeError(f"{out} holds another run: give a branch a folder of its own by --out")
+        more = [other.key for other in changed[1:]]
+        others = f" (also changed: {', '.join(more[:3])}{', ...' if len(more) > 3 else ''})" if more else ""
         raise RecipeError(
             f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
             "another folder by --out, or --no-resume to archive that run and start over"
+            f"{_branch_hint(changed, recipe, out, latest.step)}"
         )
+
+
+def _branch_hint(changed: Sequence[Difference], recipe: TrainingRecipe, out: Path, step: int) -> str:
+    """Return how to continue the run with the changed settings as a new run; empty if a branch cannot change them.
+
+    The branch begins after `step`. Where the recipe has no more steps, the command asks for as many again.
+    """
+    for key, _, _ in changed:
+        is_shape = key.startswith("model.") and key.split(".")[1] not in CHANGEABLE_MODEL_KEYS
+        if is_shape or key.startswith(_FIXED_IN_BRANCHES):
+            return ""
+    command = branching.command(recipe.verb, out, [] if step < recipe.train.steps else [f"train.steps={2 * step}"])
+    if command is None:
+        return f"; branch_from={str(out)!r} continues it as a new run"
+    return f"; to continue it as a new run: {program_name()} {command}"
 
 
 def machine_info(context: DistributedContext) -> dict[str, Any]:

@@ -1,15 +1,21 @@
 """Task scores as JSON for result.json, and as tables on the console."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from switchcli.checkpoint.saved_state import Best
-from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
+from switchcli.metric_names import BITS_PER_BYTE, LOSS, NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
 from switchcli.report.console import Console
+from switchcli.report.safe_text import shorten
 from switchcli.tasks.scores import Score, Scores
-from switchcli.train.scoring import score_metrics, suite_scores
+from switchcli.tasks.task import AnsweredExample
+from switchcli.tasks.tokens import ScoredExamples
+from switchcli.training.scoring import score_metrics, suite_scores
 
 _HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
+MALFORMED_LIMIT = 50.0
+"""The percentage of malformed answers above which a score needs an explanation."""
 
 
 def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> dict[str, Any]:
@@ -36,12 +42,40 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
         console.message(f"{name}: {mean:.2f}", "bold")
 
 
+def explain_malformed(
+    console: Console,
+    scored: Iterable[ScoredExamples],
+    scores: Mapping[str, Scores],
+    answers: Mapping[str, Sequence[AnsweredExample]],
+) -> None:
+    """Say why and what to do where more than half of a task's answers are not one of its labels."""
+    found = False
+    for name, labels in ((one.task.name, one.task.labels) for one in scored):
+        malformed = scores[name].malformed
+        if malformed is None or malformed <= MALFORMED_LIMIT:
+            continue
+        found = True
+        predictions = [answer.prediction.strip() for answer in answers[name]]
+        (example, _), *_ = Counter(text for text in predictions if text not in labels).most_common(1)
+        console.warning(
+            f"{name}: {malformed:.0f}% of the answers are none of its labels ({', '.join(labels[:4])}"
+            f"{', ...' if len(labels) > 4 else ''}), such as {shorten(example, 40)!r}"
+        )
+    if found:
+        console.message(
+            "The model has not learned the form of the answers, so these scores say little about what it knows. Train "
+            "for more steps or with a higher learning rate, check that data.targets_length and "
+            "scoring.decoding.max_tokens hold a label, or take scoring.by=likelihood, which only compares the labels"
+        )
+
+
 def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> None:
     """Print a table with a row for each held-out text."""
-    headings = {NEG_LOG_PERPLEXITY: "neg. log perplexity", BITS_PER_BYTE: "bits a byte"}
+    headings = {LOSS: "loss", NEG_LOG_PERPLEXITY: "neg. log perplexity", BITS_PER_BYTE: "bits per byte"}
     rows = []
     for name, metrics in texts.items():
-        rows.append([name, *(f"{metrics[key]:.4f}" if key in metrics else "-" for key in headings)])
+        values = {LOSS: -metrics[NEG_LOG_PERPLEXITY], **metrics}
+        rows.append([name, *(f"{values[key]:.4f}" if key in values else "-" for key in headings)])
     console.rows("held-out texts", ("", *headings.values()), rows)
 
 

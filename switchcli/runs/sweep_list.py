@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.errors import RecipeError
-
-VERBS = ("pretrain", "finetune", "distill", "eval")
-"""The verbs of which a sweep can have runs: each writes a result.json and resumes."""
+from switchcli.recipe.key_index import VERBS
 
 
 class SweepRun(NamedTuple):

@@ -1,7 +1,8 @@
 """Run a sweep: several runs at once, each on its own GPU or on its share of the processors.
 
-A run is the command `switchcli VERB ARGUMENTS --out OUT/NAME`. A run whose folder has a result.json is skipped, and an
-interrupted one resumes, since its verb resumes. A failed run stops no other run, except those that need its folder.
+A run is the command `switchcli VERB ARGUMENTS --out OUT/NAME`. A run whose folder has a result.json is skipped if its
+log says that this command made it. Any other is left to its verb, which resumes an interrupted run and one with more
+steps, and refuses a run of other settings. A failed run stops no other run, except those that need its folder.
 """
 
 import itertools
@@ -26,6 +27,8 @@ from switchcli.runs.sweep_list import SweepRun
 from switchcli.startup import available_processors
 
 RESULT = "result.json"
+_COMPLETED = "completed: "
+"""The beginning of the line of a log that has the command of a run that is complete."""
 STOPPED = "the sweep was stopped"
 """The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
 Status = Literal["done", "skipped", "failed", "not started"]
@@ -91,7 +94,7 @@ class Sweep:
             failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
         if self.stopped:
             return Outcome("not started", STOPPED)
-        if (self._out / run.name / RESULT).exists():
+        if self._is_complete(run):
             self._console.message(f"{label}: complete already")
             return Outcome("skipped")
         if needed := next((name for name in failed if self._needs(run, name)), None):
@@ -108,11 +111,14 @@ class Sweep:
                 self._free_slots.append(slot)
 
     def _run_on(self, slot: Mapping[str, str], run: SweepRun, label: str) -> Outcome:
-        log = self._out / f"{run.name}.log"
-        self._console.message(f"{label}: {shell_words(*command(run, self._out))}")
+        log, line = self._log(run), shell_words(*command(run, self._out))
+        self._console.message(f"{label}: {line}")
         started = time.monotonic()
-        with log.open("ab") as file, self._start(run, file, {**os.environ, **slot}) as process:
-            code = process.wait()
+        with log.open("ab") as file:
+            with self._start(run, file, {**os.environ, **slot}) as process:
+                code = process.wait()
+            if code == 0:
+                file.write(f"{_COMPLETED}{line}\n".encode())
         minutes = (time.monotonic() - started) / 60
         end = "done" if code == 0 else f"exit code {code}"
         self._console.message(f"{label}: {end} after {minutes:.1f} minutes")
@@ -122,6 +128,16 @@ class Sweep:
         if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM):
             return Outcome("not started", STOPPED, minutes)
         return Outcome("failed", f"exit code {code}: {_last_line(log)} ({log})", minutes)
+
+    def _is_complete(self, run: SweepRun) -> bool:
+        """Return whether the run has a result that this command has made. Without a log, any result counts."""
+        if not (self._out / run.name / RESULT).exists():
+            return False
+        completed = _completed_command(self._log(run))
+        return completed is None or completed == shell_words(*command(run, self._out))
+
+    def _log(self, run: SweepRun) -> Path:
+        return self._out / f"{run.name}.log"
 
     def _needs(self, run: SweepRun, other: str) -> bool:
         """Return whether an argument of the run is the other run's folder, or lies in it."""
@@ -195,6 +211,14 @@ def _visible_gpus() -> list[str]:
     except OSError:
         return []
     return done.stdout.split() if done.returncode == 0 else []
+
+
+def _completed_command(log: Path) -> str | None:
+    """Return the last command line that a sweep has completed by its log, or None if there is none."""
+    if not log.is_file():
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.removeprefix(_COMPLETED) for line in reversed(lines) if line.startswith(_COMPLETED)), None)
 
 
 def _last_line(log: Path) -> str:

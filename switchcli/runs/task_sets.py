@@ -9,10 +9,12 @@ from switchcli.report.console import Console
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import TaskDataSpec
 from switchcli.tasks.task import Task
-from switchcli.train.scoring import ScoringSpec
+from switchcli.training.scoring_spec import ScoringSpec
 
-TRUNCATION_LIMIT = 0.25
+TRUNCATION_LIMIT = 0.5
 """The fraction of truncated examples above which the rows are too short for the task."""
+UNKNOWN_LIMIT = 0.03
+"""The fraction of unknown tokens above which a vocabulary does not suit the task."""
 
 
 def scored_examples_of(
@@ -38,9 +40,16 @@ def scored_examples_of(
 
 
 def report_task_sets(
-    tasks: Collection[Task], scored: Sequence[tokens.ScoredExamples], split: str, console: Console
+    tasks: Collection[Task],
+    scored: Sequence[tokens.ScoredExamples],
+    split: str,
+    tokenizer: Tokenizer,
+    console: Console,
 ) -> None:
-    """Print how many examples of each task are scored and truncated, and which tasks are not scored."""
+    """Print how many examples of each task are scored and truncated, and which tasks are not scored.
+
+    Warns of inputs with many characters that the tokenizer does not know.
+    """
     by_name = {examples.task.name: examples for examples in scored}
     for task in tasks:
         if task.name not in by_name:
@@ -51,6 +60,12 @@ def report_task_sets(
         length = examples.packed.lengths.inputs
         truncated = f", {num_truncated:,} inputs longer than {length} tokens and cut" if num_truncated else ""
         report_truncation(f"{task.name}: {count:,} examples to score{truncated}", num_truncated / count, console)
+        unknown = examples.fraction_of(tokenizer.unknown)
+        if unknown > UNKNOWN_LIMIT:
+            console.warning(
+                f"{task.name}: {unknown:.1%} of the input tokens are characters that the model's vocabulary lacks, and "
+                "look alike to the model: train a vocabulary on text of this kind, or one with byte_fallback"
+            )
 
 
 def report_truncation(text: str, fraction: float, console: Console) -> None:

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from switchcli.errors import DataError, RecipeError
+from switchcli.errors import DataError
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate as decode
 from switchcli.model.generation import generate_columns
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console
-from switchcli.runs.loading import LoadedModel, load_checkpoint
+from switchcli.runs.loading import LoadedModel
 from switchcli.spec import EOS, PAD
 
 _REPLACEMENT_CHARACTER = "\ufffd"
@@ -26,19 +25,6 @@ class Answer(NamedTuple):
 
     input: str
     output: str
-
-
-def load_on(path: Path, device: Literal["auto", "cpu", "cuda"], console: Console) -> LoadedModel:
-    """Load the model at `path` on the device. `auto` is a CUDA device if there is one, else the CPU.
-
-    Raises:
-        CheckpointError: as `load_checkpoint` says.
-        RecipeError: `device` is cuda and there is no CUDA device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("--device is cuda and this machine shows no CUDA device: leave it out, or say cpu")
-    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return load_checkpoint(path, torch.device(name), console)
 
 
 def generate(
@@ -56,7 +42,7 @@ def generate(
     for batch in _batches(texts, batch_size):
         outputs = [""] * len(batch)
         if any(map(str.strip, batch)):
-            inputs_BS = _inputs(model, batch, console, first)
+            inputs_BS = encode_inputs(model, batch, console, first)
             with evaluating(model.model, policy):
                 rows_BT = decode(model.model, inputs_BS, decoding, first=first)
             outputs = [
@@ -73,7 +59,7 @@ def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, co
     Raises:
         DataError: the text is not UTF-8.
     """
-    inputs_BS = _inputs(model, [text], console)
+    inputs_BS = encode_inputs(model, [text], console)
     ids: list[int] = []
     printed = answer = ""
     with evaluating(model.model, policy):
@@ -90,7 +76,7 @@ def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, co
         yield answer.removeprefix(printed) if answer.startswith(printed) else f"\n{answer}"
 
 
-def _inputs(model: LoadedModel, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
+def encode_inputs(model: LoadedModel, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
     """Return the token IDs of the texts, int64 [texts, length of the longest], padded at the end.
 
     A blank text is a row of padding. `first` is the number of texts in earlier batches, for error messages.

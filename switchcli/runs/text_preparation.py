@@ -10,6 +10,7 @@ from typing import Any
 from switchcli.data.prepare.pipeline import prepare_share
 from switchcli.data.prepare.prepared_text import SPLITS, PreparedText
 from switchcli.errors import RecipeError
+from switchcli.recipe import resolve
 from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets
@@ -38,19 +39,23 @@ def prepare(
         CheckpointError: the disk cannot be written. Finished pieces stay.
     """
     recipe = resolve_text_recipe(name, overrides)
+    is_padded = resolve.has_auto_vocab_size(resolve.load(name, overrides))
     index, count = _parse_share(share)
     model_tokenizer = None if model is None else open_model(Path(model), console).tokenizer
     if recipe.data.access == "stream":
         console.warning("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
     context = text_sets.prepare_context(console)._replace(
-        processes=processes, share=(index, count), check=check, accept=partial(check_tokenizer_fits, recipe)
+        processes=processes,
+        share=(index, count),
+        check=check,
+        accept=partial(check_tokenizer_fits, recipe, is_padded=is_padded),
     )
     started = time.monotonic()
     tokenizer, texts = prepare_share(recipe.data, context, model_tokenizer)
     is_complete = all(text is not None for text in texts.values())
     if not is_complete:
         console.message(
-            f"share {index + 1} of {count} is done; the pieces of other machines are not all there: the last to "
+            f"share {index + 1} of {count} is done; the shards of other machines are not all there: the last to "
             "be done, or the run itself, puts them together"
         )
     return {

@@ -32,7 +32,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
-from switchcli.train.validation import HeldOutText
+from switchcli.training.validation import HeldOutText
 
 HELD_OUT_SEED = 0
 """The seed of held-out batches. It differs from the run's seed, so that all runs are measured on the same batches."""
@@ -69,12 +69,21 @@ def prepare_texts(
     Raises:
         DataError: the text or the tokenizer cannot be used.
     """
+    console.message(f"reading {_described(data, tokenizer is None)}")
     context = with_digests(data, prepare_context(console)._replace(accept=accept))
     if data.access == "prepared":
         return prepare(data, context, tokenizer)
     tokenizer = tokenizer or load_tokenizer(data, context)
     accept(tokenizer)
     return held_out_sample(data, context, tokenizer, sequences * data.rows.raw_tokens_per_row)
+
+
+def _described(data: DataSpec, with_tokenizer: bool) -> str:
+    """Return what is read, such as `text (python-stdlib), and training a tokenizer on it`."""
+    kinds = ", ".join(dict.fromkeys(corpus.kind for corpus in data.corpora))
+    what = "the held-out part of the stream" if data.access == "stream" else "text"
+    trains = with_tokenizer and data.tokenizer.kind == "train"
+    return f"{what} ({kinds}){', and training a tokenizer on it' if trains else ''}; the cache keeps what is prepared"
 
 
 def prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:

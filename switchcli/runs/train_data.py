@@ -10,14 +10,16 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
 from switchcli.tasks.scores import score
 from switchcli.tasks.tokens import ScoredExamples
-from switchcli.train import router_health
-from switchcli.train.loss import Objective
-from switchcli.train.metrics import Metrics, merge
-from switchcli.train.microbatches import rows_of_microbatch
-from switchcli.train.scoring import ScoringSpec, TaskPredictor, score_metrics
-from switchcli.train.validation import HeldOutText, evaluate_rows
+from switchcli.training import router_health
+from switchcli.training.loss import Objective
+from switchcli.training.metrics import Metrics, merge
+from switchcli.training.microbatches import rows_of_microbatch
+from switchcli.training.scoring import TaskPredictor, score_metrics
+from switchcli.training.scoring_spec import ScoringSpec
+from switchcli.training.validation import HeldOutText, evaluate_rows
 
 NUM_SAMPLES = 2
 """The number of held-out texts that are printed with the answers of the model."""
@@ -84,6 +86,7 @@ class RunEvaluation(NamedTuple):
     microbatch_rows: int
     """Rows of a batch on one rank, rounded up to whole routing groups of the model."""
     context: DistributedContext
+    console: Console
 
     def held_out(self, model: SwitchTransformer) -> HeldOutMeasurement:
         """Return neg. log perplexity, throughput and expert load on held-out text. Collective.
@@ -108,9 +111,11 @@ class RunEvaluation(NamedTuple):
         """Return the measurement of `held_out`, with the scores of all tasks among the metrics. Collective."""
         measured = self.held_out(model)
         predictor = TaskPredictor(model, self.data.tokenizer, self.context, self.scoring, self.scoring.capacity)
+        answers = predictor.answer_all(self.data.scored, self.console)
         scores = {}
         for examples in self.data.scored:
-            scores[examples.task.name] = score(examples.task, predictor(examples), 0)  # 0 draws: without an interval
+            name = examples.task.name
+            scores[name] = score(examples.task, answers[name], 0)  # 0 draws: without an interval
         return measured._replace(metrics={**measured.metrics, **score_metrics(scores)})
 
 

@@ -17,7 +17,15 @@ from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.distributed.trackers import Trackers
 from switchcli.errors import Interrupted, RecipeError
-from switchcli.metric_names import FIRST_HELD_OUT, HELD_OUT, TASKS_AVERAGE, TOKENS_PER_SECOND
+from switchcli.metric_names import (
+    FIRST_HELD_OUT,
+    FIRST_HELD_OUT_LOSS,
+    HELD_OUT,
+    HELD_OUT_LOSS,
+    INPUT_TOKENS,
+    TASKS_AVERAGE,
+    TOKENS_PER_SECOND,
+)
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.generation import all_done_locally
@@ -27,32 +35,44 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.console import TrainingDisplay as Progress
-from switchcli.report.safe_text import shell_words, shorten
 from switchcli.report.sinks import JsonLines
+from switchcli.runs import branching, learned, run_messages
+from switchcli.runs.learned import Learned
+from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.mesh_choice import build_context
+from switchcli.runs.next_steps import show_next_steps
 from switchcli.runs.planning import describe
-from switchcli.runs.run_dir import lock_run_dir, machine_info, program_name
-from switchcli.runs.score_tables import show_scores, show_texts, task_results
+from switchcli.runs.run_dir import lock_run_dir, machine_info
+from switchcli.runs.score_tables import explain_malformed, show_scores, show_texts, task_results
 from switchcli.runs.train_data import RunEvaluation, microbatch_rows
 from switchcli.runs.training_task import TrainingTask
 from switchcli.tasks.scores import Scores
-from switchcli.train import memory
-from switchcli.train.callbacks import Callback, LogCallback, MetricsLog, Record, SaveCallback, ValidationCallback
-from switchcli.train.checkpointer import DATA, EVALUATION, TEXT, Checkpointer, preflight
-from switchcli.train.loop import call, fit
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.nonfinite import NonFiniteHandler
-from switchcli.train.prefetch import Loader
-from switchcli.train.scoring import TaskEvalCallback, TaskPredictor, answer_texts
-from switchcli.train.state import TrainState
+from switchcli.training import memory
+from switchcli.training.callbacks import (
+    Callback,
+    EvaluationCallback,
+    LogCallback,
+    MetricsLog,
+    Record,
+    SaveCallback,
+    ValidationCallback,
+)
+from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, Checkpointer, preflight
+from switchcli.training.loop import call, fit
+from switchcli.training.loss import packed_cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.nonfinite import NonFiniteHandler
+from switchcli.training.prefetch import Loader
+from switchcli.training.scoring import TaskEvalCallback, TaskPredictor, answer_texts
+from switchcli.training.state import TrainState
 
 
 @contextmanager
 def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> Iterator["Trainer"]:
     """Yield the trainer of the run in `out`, and hold the lock of that folder.
 
-    `job` is a resolved command line with a `recipe`; `task_type` takes it. Lack of memory in this block raises an error
-    that explains it.
+    `job` is a resolved command line with a `recipe` and a `branch`; `task_type` takes it. Lack of memory in this block
+    raises an error that explains it.
 
     Raises:
         SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.
@@ -63,7 +83,7 @@ def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: boo
     with lock_run_dir(out, resume, recipe, context, console) as folder:
         task = task_type(job, folder, context, console)
         with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
-            yield Trainer(recipe, task, folder, context, console)
+            yield Trainer(recipe, task, folder, context, console, job.branch)
         context.close()
 
 
@@ -100,8 +120,12 @@ class Trainer:
         folder: RunFolder,
         context: DistributedContext,
         console: Console,
+        branch: CheckpointHandle | None = None,
     ) -> None:
-        """Build the model, the optimizer and the data, and initialize them or restore the newest checkpoint."""
+        """Build the model, the optimizer and the data, and initialize them or restore the newest checkpoint.
+
+        `branch` is the checkpoint of another run that a new run begins from.
+        """
         self.recipe = recipe
         self.task = task
         self.folder = folder
@@ -118,6 +142,9 @@ class Trainer:
         freeze(self.model, task.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
         preflight(folder.checkpoints, weights, self.optimizer, context, recipe.checkpoint, task.num_metrics)
+        if branch is not None:  # before the data, because that run may remove the checkpoint meanwhile
+            branching.load(branch, weights, self.optimizer)
+            context.main_only(lambda: folder.write_tokenizer(branch.tokenizer.to_json()))
         self.data = task.build_data()
         self.microbatches = Microbatches(
             self.data.source,
@@ -128,7 +155,7 @@ class Trainer:
             context.dp_size,
             recipe.inputs_length,
         )
-        self.evaluation = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, rows, context)
+        self.evaluation = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, rows, context, console)
         self.checkpointer = self._build_checkpointer(weights)
         self.state = TrainState()
         if recipe.parallel.auto:
@@ -136,10 +163,17 @@ class Trainer:
         if self.checkpointer.restore(self.state, console):
             context.main_only(self._check_steps)
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
-            if self.state.step:
-                self.data.source.restore_state(self.state.step, self.state.position)
+        elif branch is not None:
+            assert branch.native is not None
+            is_same = self.checkpointer.has_same_text(branch.native)
+            position = branching.begin(self.state, branch, recipe, is_same)
+            console.message(
+                f"branched from {branch.path}, after step {branch.step} of {recipe.train.steps}: {position}"
+            )
         else:
             task.init_weights(weights, self.optimizer)
+        if self.state.step:
+            self.data.source.restore_state(self.state.step, self.state.position, self.state.branch.row_offset)
         if recipe.train.compile:
             context.compile(self.model)
         if recipe.train.activation_checkpointing == "blocks":
@@ -187,27 +221,30 @@ class Trainer:
         """
         with self._explain_errors():
             recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
-            # A run that resumes at step 0 repeats the evaluation before the first step, so its record is dropped too.
-            self._rewind(state.step or -1)
+            # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
+            self._rewind(state.step - state.is_at_start)
+            run_messages.announce(recipe, state, self.data, self.folder.path, self.context, self.console)
             nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
             with (
-                StopRequest() as stop,
+                StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
                 self.checkpointer.background_saves(stop, self.console),
                 self._loader() as loader,
-                self.console.training(steps, state.step) as progress,
+                self.console.training(steps, state.step, run_messages.not_measured(self.data)) as progress,
             ):
                 log = RunLog(self.metrics, self.trackers, progress)
                 validation, task_eval = self._validation(log, stop), self._task_eval(log, stop)
                 save = SaveCallback(recipe.checkpoint.save_every_steps, self)
-                evaluations = [validation, *([task_eval] if task_eval else [])]
+                evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
                 samples = SampleCallback(recipe.log.sample_every_steps or steps, self)
                 try:
-                    if state.step == 0:
+                    is_at_start = state.is_at_start
+                    if is_at_start:
                         validation(state)
                     pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, steps)]
                     # A stop may have interrupted evaluations, whose results belong in a checkpoint. A run that rolls
-                    # back needs a checkpoint of step 0 to return to.
-                    if pending or (state.step == 0 and recipe.train.nonfinite.policy == "roll_back"):
+                    # back needs a checkpoint of step 0 to return to, and a branch one to resume without the other run.
+                    needs_start = recipe.branch is not None or recipe.train.nonfinite.policy == "roll_back"
+                    if pending or (is_at_start and needs_start):
                         call([*pending, save], state, nonfinite)
                     fit(
                         state,
@@ -217,7 +254,7 @@ class Trainer:
                         self.optimizer,
                         recipe.schedule,
                         self.context,
-                        [self._log(log, loader), *evaluations, save, samples],
+                        [self._log(log, loader, evaluations), *evaluations, save, samples],
                         recipe.train,
                         stop,
                         progress,
@@ -225,7 +262,9 @@ class Trainer:
                     )
                     if task_eval and not task_eval.answers:  # a complete run was resumed
                         task_eval.predict()
-                    is_stopped = self.context.any_rank(stop.requested)  # before `_conclude`, which may take long
+                    # A stop during the last save counts. `_conclude`, which may take long, does not ask again.
+                    self.checkpointer.wait()
+                    is_stopped = self.context.any_rank(stop.requested)
                 except StopTraining:
                     is_stopped = True
                     # Equal if that step is saved or being saved. A failed background save asks for a stop too; the end
@@ -235,7 +274,8 @@ class Trainer:
             self.trackers.close()
             if is_stopped:
                 raise Interrupted(
-                    f"stopped and saved at step {state.step} of {steps}: the same command goes on from there"
+                    f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: the same command goes "
+                    "on from there"
                 )
             return self._conclude(task_eval)
 
@@ -244,20 +284,36 @@ class Trainer:
         additions = self.task.results(self)
         self.context.on_all_ranks(self.data.check)  # no metrics on changed data are written
         scores = self.context.main_only(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
-        samples = self.sample()
-        result = self.context.main_only(lambda: self._write_result(scores, additions, samples)) or {}
-        self.context.main_only(lambda: self._show(result, scores))
+        learned_summary = None if self.data.scored else self._learned()
+        samples = self.sample(is_shown=learned_summary is None or learned_summary.guesses is None)
+        result = self.context.main_only(lambda: self._write_result(scores, additions, samples, learned_summary)) or {}
+        self.context.main_only(lambda: self._show(result, scores, task_eval, learned_summary))
         return result
+
+    def _learned(self) -> Learned:
+        """Return what the model has learned of the first held-out text. Collective."""
+        return learned.measure(
+            self.model,
+            next(iter(self.data.held_out.values())),
+            self.microbatches.microbatch,
+            self.task.validation_loss is packed_cross_entropy,
+            self.recipe.eval.capacity,
+            self.data.tokenizer,
+            self.context,
+        )
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
         """Add the number of the step to an error in this block, and raise DataError if changed data caused it."""
+        first_step = self.state.step
         try:
             with explain_changed_data(self.data.check):
                 yield
         except Exception as error:
             error.add_note(f"after step {self.state.step}")  # read by `training_location`
             raise
+        finally:
+            self.folder.has_begun |= self.state.step > first_step
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. Raises DataError instead if the data is not that of its identity any more."""
@@ -269,6 +325,7 @@ class Trainer:
         self.context.on_all_ranks(self.data.check)
         self.context.main_only(self.metrics.sync)
         self.checkpointer.save(state)
+        self.folder.has_begun = True
 
     def restore(self, state: TrainState) -> bool:
         """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""
@@ -293,7 +350,7 @@ class Trainer:
         workers = min(train.workers, 1) if self.data.source.is_sequential else train.workers
         return Loader(self.microbatches, workers, train.batches_ahead, self.context)
 
-    def _log(self, log: MetricsLog, loader: Loader) -> LogCallback:
+    def _log(self, log: MetricsLog, loader: Loader, evaluations: Sequence[EvaluationCallback]) -> LogCallback:
         recipe, sizes, teacher = self.recipe, describe(self.recipe), self.task.teacher
         sequence_flops = FORWARD_AND_BACKWARD * sizes["flops_per_sequence"]
         if teacher is not None:  # the teacher has no backward pass
@@ -311,6 +368,7 @@ class Trainer:
             recipe.model.sparse_layer_names(),
             self.data.source,
             loader,
+            evaluations,
         )
 
     def _validation(self, log: MetricsLog, stop: StopRequest) -> ValidationCallback:
@@ -331,25 +389,32 @@ class Trainer:
             return None
         scoring = self.task.scoring
         predictor = TaskPredictor(self.model, self.data.tokenizer, self.context, scoring, scoring.capacity)
-        return TaskEvalCallback(self.recipe.eval.every_steps, predictor, self.data.scored, self.context, log, stop)
+        every, scored = self.recipe.eval.every_steps, self.data.scored
+        return TaskEvalCallback(every, predictor, scored, self.context, log, self.console, stop)
 
     def _write_result(
-        self, scores: Mapping[str, Scores], additions: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
+        self,
+        scores: Mapping[str, Scores],
+        additions: Mapping[str, Any],
+        samples: Sequence[Mapping[str, str]],
+        learned_summary: Learned | None,
     ) -> dict[str, Any]:
         """Write result.json, and return its content. `additions` are those of the training task."""
         sizes, state = describe(self.recipe), self.state
-        tokens = state.step * self.recipe.train.batch_tokens
+        tokens = state.input_tokens(self.recipe.train.batch_tokens)
         result = {
             "verb": self.recipe.verb,
             "run": str(self.folder.path),
             "step": state.step,
             HELD_OUT: state.eval_metrics.get(HELD_OUT),
             FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),
+            HELD_OUT_LOSS: _negative(state.eval_metrics.get(HELD_OUT)),
+            FIRST_HELD_OUT_LOSS: _negative(state.first_eval_metrics.get(HELD_OUT)),
             **state.bits(),
             **({"texts": state.texts} if len(self.data.held_out) > 1 else {}),
             **{key: sizes[key] for key in sizes if "parameters" in key},
             "flops_per_sequence": sizes["flops_per_sequence"],
-            "input_tokens": tokens,
+            INPUT_TOKENS: tokens,
             "target_tokens": state.targets_seen,
             **({"left_out": state.skipped_steps} if state.skipped_steps else {}),
             "seconds": state.seconds,
@@ -357,14 +422,23 @@ class Trainer:
             "mesh": self.context.mesh,
             **(task_results(scores, state.best) if scores else {}),
             **additions,
+            **({"branch": self._branch()} if self.recipe.branch else {}),
             "samples": [*samples],
+            **({"learned": learned_summary.to_json()} if learned_summary else {}),
             **machine_info(self.context),
         }
         self.folder.write_result(result)
         return result
 
-    def sample(self) -> list[dict[str, str]]:
-        """Return held-out texts with the gaps filled in by the model, and print them on the main rank.
+    def _branch(self) -> dict[str, Any]:
+        """Return what the run was branched from, and what became of the data, for result.json."""
+        assert self.recipe.branch is not None
+        point = self.state.branch
+        data = "continued" if point.is_data_continued else "new"
+        return {**self.recipe.branch.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
+
+    def sample(self, is_shown: bool = True) -> list[dict[str, str]]:
+        """Return held-out texts with the gaps filled in by the model, and print them if `is_shown`.
 
         The other ranks take part only if the forward pass is collective.
         """
@@ -382,49 +456,35 @@ class Trainer:
                 batch.inputs_BS.tolist(), batch.targets_BT.tolist(), answers, strict=True
             )
         ]
-        for sample in samples:
-            self.console.sample(**sample)
+        if is_shown:
+            for sample in samples:
+                self.console.sample(**sample)
         return samples
 
-    def _show(self, result: dict[str, Any], scores: Mapping[str, Scores]) -> None:
+    def _show(
+        self,
+        result: dict[str, Any],
+        scores: Mapping[str, Scores],
+        task_eval: TaskEvalCallback | None,
+        learned_summary: Learned | None,
+    ) -> None:
         """Print the result, and commands that the user may run next."""
         console, state = self.console, self.state
+        if learned_summary is not None:
+            learned.show(learned_summary, console)
         if scores:
             show_scores(console, scores, state.best)
+            if task_eval is not None:
+                explain_malformed(console, self.data.scored, scores, task_eval.answers)
         if len(state.texts) > 1:
             show_texts(console, state.texts)
-        num_skipped = state.num_skipped_steps()
-        console.table(
-            "done",
-            {
-                "held-out neg. log perplexity": result[HELD_OUT],
-                "before training": result[FIRST_HELD_OUT],
-                "parameters": f"{result['parameters']:,}",
-                "of them met by a token": f"{result['active_parameters']:,}",
-                **({"steps left out": f"{num_skipped:,} of {state.step:,}"} if num_skipped else {}),
-                "input tokens": f"{result['input_tokens']:,}",
-                "tokens/s": result[TOKENS_PER_SECOND],
-            },
-        )
-        if num_skipped and num_skipped == state.step:
-            console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
+        run_messages.show_result(result, state, console)
         self.task.show(result)
-        self._show_next_commands(bool(scores))
-
-    def _show_next_commands(self, has_tasks: bool) -> None:
-        console, out, program = self.console, self.folder.path, program_name()
-        console.message()
-        console.message(f"{out} holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-        prompt = "The <extra_id_0> of a list is its <extra_id_1>."
-        if has_tasks:
+        prompt = None
+        if self.data.scored:
             prompt = min((example.input for example in self.data.scored[0].examples), key=len)
-        console.message(f"  {program} {shell_words('generate', out, shorten(prompt, 60))}")
-        if has_tasks:
-            console.message(f"  {program} {shell_words('eval', self._best_checkpoint() or out)}")
-        more_steps = f"train.steps={2 * self.state.step}"
-        ranks = ["--processes", str(self.context.world)] if self.context.world > 1 else []
-        again = shell_words(self.recipe.verb, out / "recipe.yaml", more_steps, "--out", out, *ranks)
-        console.message(f"  {program} {again}")
+        best = self._best_checkpoint()
+        show_next_steps(self.recipe, self.folder.path, result, self.context.world, best, prompt, console)
 
     def _best_checkpoint(self) -> Path | None:
         """Return the checkpoint with the best average of task scores, or None if it is the last or not kept."""
@@ -432,3 +492,7 @@ class Trainer:
         if best is None or best.step == self.state.step or not self.recipe.checkpoint.keep_best:
             return None
         return checkpoint.checkpoint_path(self.folder.checkpoints, best.step)
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value

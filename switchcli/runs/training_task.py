@@ -9,12 +9,12 @@ from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.model.config import ModelSpec
-from switchcli.model.trainable import TrainableSet
+from switchcli.model.trainable_sets import TrainableSet
 from switchcli.report.console import Console
 from switchcli.runs.train_data import TrainData
-from switchcli.train.loss import LossSchedule, Objective
-from switchcli.train.optimizers import Optimizer
-from switchcli.train.scoring import ScoringSpec
+from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.scoring_spec import ScoringSpec
 
 if TYPE_CHECKING:
     from switchcli.runs.trainer import Trainer

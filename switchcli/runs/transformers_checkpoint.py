@@ -17,8 +17,8 @@ from switchcli.errors import CheckpointError, DataError
 from switchcli.model.config import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import PretrainRecipe
-from switchcli.train.checkpointer import logical_tensors
-from switchcli.train.config import TrainSpec
+from switchcli.training.checkpointer import logical_tensors
+from switchcli.training.config import TrainSpec
 from switchcli.user_files import read_regular
 
 

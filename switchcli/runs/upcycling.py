@@ -21,7 +21,7 @@ from switchcli.runs.new_folder import (
 )
 from switchcli.runs.transformers_checkpoint import meta_model
 from switchcli.runs.warm_start import CHANGEABLE_MODEL_KEYS
-from switchcli.train.checkpointer import logical_tensors
+from switchcli.training.checkpointer import logical_tensors
 
 _CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")
 """Prefixes of the keys that do not change the shape or the meaning of weights."""

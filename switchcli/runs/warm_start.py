@@ -1,6 +1,5 @@
 """Resolve a recipe with the checkpoint that its run starts from, and load that checkpoint."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -15,11 +14,14 @@ from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import StartedRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
+from switchcli.runs import branching
+from switchcli.runs.branching import Branch
 from switchcli.runs.loading import CheckpointHandle, open_model, read_documents, saved_recipe
-from switchcli.train.checkpointer import load_optimizer_state, load_weights
-from switchcli.train.config import StartSpec
-from switchcli.train.optimizers import Optimizer
+from switchcli.training.checkpointer import load_optimizer_state, load_weights
+from switchcli.training.config import StartSpec
+from switchcli.training.optimizers import Optimizer
 
 R = TypeVar("R", bound=StartedRecipe)
 
@@ -42,21 +44,25 @@ class TrainJob(NamedTuple, Generic[R]):
     recipe: R
     start: CheckpointHandle | None
     """The checkpoint to start from. None for a run from scratch, and for one that resumes from its own checkpoints."""
+    branch: CheckpointHandle | None = None
+    """The checkpoint of the run that this one is branched from. None for no branch, and for one that resumes."""
 
 
 def resolve_job(
-    name: str,
+    name: str | None,
     overrides: Sequence[str],
     model: str | None,
     out: Path,
     resume: bool,
     console: Console,
     schema: type[R],
+    branch_from: str | None = None,
 ) -> TrainJob[R]:
-    """Resolve the recipe. The checkpoint that it starts from, if any, provides the defaults of its model.
+    """Resolve the recipe `name`, or the overrides alone. The checkpoint to start from provides the model's defaults.
 
-    `model` is the checkpoint of the command line, which wins over the recipe's. A run in `out` that has begun keeps its
-    start, even if the folder that `model` names has newer checkpoints by now.
+    `model` is the checkpoint of the command line, which wins over the recipe's. A run in `out` keeps its start, even if
+    the folder that `model` names has newer checkpoints by now. `branch_from` is RUN or RUN@STEP of the command line:
+    the checkpoint of another run to continue.
 
     Raises:
         RecipeError: the verb needs a checkpoint to start from and none is named, or the recipe would change the shape
@@ -65,21 +71,26 @@ def resolve_job(
     """
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, schema)
+    begun_recipe = run_recipe(out) if resume else None
+    branch = branching.find(schema.model_fields["verb"].default, branch_from, tree, begun_recipe, out, console)
+    if branch is not None:
+        return _branched_job(name, overrides, model, branch, tree, schema)
     checkpoint_path = model or resolve.stated_path(tree, _START_KEY)
     if checkpoint_path is None and not schema.model_fields["start"].is_required():
-        return TrainJob(resolve.validate(tree, schema), None)
+        return TrainJob(resolve.validate(tree, schema, _vocab_size(tree, schema, begun_recipe)), None)
     if not isinstance(checkpoint_path, str):
         raise RecipeError(f"{_START_KEY}: missing: name the model to start from by --model CHECKPOINT")
     begun = _begun_recipe(out, checkpoint_path, schema) if resume else None
     if begun is not None and begun.start is not None:
         spec, path, start = begun.model, begun.start.checkpoint, None
     else:
-        start = _open(checkpoint_path, console, in_recipe=not model)
+        recorded = _recorded_start(out, checkpoint_path, console) if resume and begun_recipe is None else None
+        start = _open(recorded or checkpoint_path, console, in_recipe=not model)
         spec, path = start.recipe.model, str(start.path)
         check_outside(_START_KEY, start.path, out)
     defaults = resolve.layer({"model": spec.model_dump(mode="json")}, f"the checkpoint {path}")
-    tree = resolve.load(name, [*overrides, f"{_START_KEY}={json.dumps(path)}"], defaults)
-    recipe = resolve.validate(tree, schema)
+    tree = resolve.load(name, [*overrides, resolve.override(_START_KEY, path)], defaults)
+    recipe = resolve.validate(tree, schema, spec.vocab_size)
     check_shape(spec, recipe.model, path)
     if start is not None:
         check_tokenizer(recipe, start.tokenizer)
@@ -91,15 +102,79 @@ def resolve_job(
     return TrainJob(recipe, start)
 
 
+def _vocab_size(tree: Node, schema: type[R], begun: TrainingRecipe | None) -> int | None:
+    """Return the number for `model.vocab_size: auto` in a run from scratch; None where the recipe itself says it.
+
+    A run that has begun keeps its number. Otherwise a tokenizer that is not to be trained is read.
+
+    Raises:
+        RecipeError: the recipe breaks a rule.
+        DataError: the tokenizer cannot be read.
+    """
+    if not resolve.has_auto_vocab_size(tree):
+        return None
+    if begun is not None:
+        return begun.model.vocab_size
+    recipe = resolve.validate(tree, schema)
+    if not isinstance(recipe, TextRecipe) or recipe.data.tokenizer.kind == "train":
+        return None
+    return resolve.padded_vocab_size(recipe.data.tokenizer.load(dict).vocab_size)
+
+
+def _branched_job(
+    name: str | None, overrides: Sequence[str], model: str | None, branch: Branch, tree: Node, schema: type[R]
+) -> TrainJob[R]:
+    """Resolve the recipe of a branch. It keeps the start of the other run, whose model provides defaults.
+
+    Raises:
+        RecipeError: the recipe starts from something else, or would change the shape of the weights.
+    """
+    other = branch.recipe
+    assert isinstance(other, StartedRecipe), "of the same verb"
+    named = model or resolve.stated_path(tree, _START_KEY)
+    if named is not None and (other.start is None or not is_within(other.start.checkpoint, named)):
+        began = "initial weights" if other.start is None else other.start.checkpoint
+        raise RecipeError(
+            f"{'--model' if model else _START_KEY} ({named}): the run of {branch.spec.checkpoint} began from {began}, "
+            f"and a branch continues it: leave it out, or leave {branching.OPTION} out"
+        )
+    start = None if other.start is None else other.start.model_dump(mode="json")
+    overrides = [*overrides, *branching.overrides(branch), *([resolve.override("start", start)] if start else [])]
+    defaults = resolve.layer({"model": other.model.model_dump(mode="json")}, f"the run of {branch.spec.checkpoint}")
+    recipe = resolve.validate(resolve.load(name, overrides, defaults), schema, other.model.vocab_size)
+    check_branch(branch, recipe)
+    return TrainJob(recipe, None, branch.handle)
+
+
+def check_branch(branch: Branch | None, recipe: TrainingRecipe) -> None:
+    """Check that a run of `recipe` can continue the checkpoint, if it is a branch.
+
+    Raises:
+        RecipeError: the shape of the model or the tokenizer is another, or no step is left.
+        DataError: the tokenizer that the recipe names cannot be read.
+    """
+    if branch is None:
+        return
+    check_shape(branch.recipe.model, recipe.model, branch.spec.checkpoint)
+    branching.check(branch, recipe)
+    if branch.handle is not None:
+        check_tokenizer(recipe, branch.handle.tokenizer)
+
+
 def load_start(
-    settings: StartSpec, start: CheckpointHandle | None, weights: ModelWeights, optimizer: Optimizer
+    settings: StartSpec,
+    start: CheckpointHandle | None,
+    weights: ModelWeights,
+    optimizer: Optimizer,
+    console: Console,
 ) -> None:
-    """Load the weights, and with `optimizer: carry` the optimizer state, of a new run.
+    """Load the weights, and with `optimizer: carry` the optimizer state, of a new run, and say where they are from.
 
     Raises:
         CheckpointError: as `load_optimizer_state` says.
     """
     assert start is not None, "a run that has begun restores its own checkpoint"
+    console.message(f"starting from {start.path}")
     load_weights(weights, start.weights())
     if settings.optimizer == "reset":
         return
@@ -113,6 +188,8 @@ def start_tokenizer(start: CheckpointHandle | None, folder: RunFolder, context: 
     A new run writes it into its folder.
     """
     if start is None:
+        if folder.tokenizer.exists():  # also that of a branch, which has no checkpoint yet
+            return Tokenizer.read(folder.tokenizer)
         latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
         assert latest is not None, "the run had begun when its recipe was resolved"
         return read_documents(latest)[1]
@@ -181,3 +258,23 @@ def _begun_recipe(out: Path, start: str, schema: type[R]) -> R | None:
     if not isinstance(recipe, schema) or recipe.start is None:
         return None
     return recipe if is_within(recipe.start.checkpoint, start) else None
+
+
+def _recorded_start(out: Path, start: str, console: Console) -> str | None:
+    """Return the start that recipe.yaml in `out` records for a run that has saved nothing yet, if it is in `start`.
+
+    If that checkpoint is there no more, it is None, with a warning.
+    """
+    recipe = RunFolder(out).recipe
+    if not recipe.is_file():
+        return None
+    try:
+        recorded = resolve.stated_path(resolve.load(str(recipe)), _START_KEY)
+    except RecipeError:  # of another program, or damaged
+        return None
+    if not isinstance(recorded, str) or not is_within(recorded, start):
+        return None
+    if not Path(recorded).exists():
+        console.warning(f"{recipe}: its {_START_KEY}, {recorded}, is gone: the run starts from what {start} has now")
+        return None
+    return recorded

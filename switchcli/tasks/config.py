@@ -28,6 +28,7 @@ class ShippedTask(Spec):
     """A task or suite that ships with switchcli."""
 
     kind: Literal["named"] = "named"
+    """`named` is a task or suite that ships; its plain name stands for this mapping."""
     name: str
     """Name of a task such as `rte`, or of a suite such as `glue`."""
 
@@ -55,6 +56,7 @@ class CustomTask(Spec):
     """A task of the user's own: JSON Lines, and a template that turns their fields into inputs."""
 
     kind: Literal["files"] = "files"
+    """`files` is a task of your own, read from JSON Lines."""
     name: str = Field(pattern=_NAME)
     """Letters, digits, `_`, `-` and `.`, because the name is part of file names and metric names."""
     train: Places = ()

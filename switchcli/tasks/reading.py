@@ -25,8 +25,7 @@ def read_examples(task: Task, split: Split, purpose: Purpose, folder: str | None
     """
     examples = list(_examples(task, split, purpose, folder))
     if not examples:
-        paths = f" ({', '.join(task.source.paths(split))})" if isinstance(task.source, FilesSource) else ""
-        raise DataError(f"tasks: {task.name}: no examples in {split}{paths}: name a split that has some")
+        raise _no_examples(task, split)
     return examples
 
 
@@ -77,6 +76,24 @@ def check_tasks(tasks: Iterable[Task], splits: Sequence[Split], folder: str | No
             f"data.folder ({folder}): no files of {', '.join(missing)}: {name} is looked for at {path}; {leave_out} "
             "take another folder, or null for the hub"
         )
+
+
+def check_readable(task: Task, split: Split, folder: str | None) -> None:
+    """Read the first example of a split, unless it would be downloaded from the hub.
+
+    Raises:
+        DataError: a file cannot be read, or holds no example.
+    """
+    if isinstance(task.source, HubSource) and folder is None:
+        return
+    purpose: Purpose = "training" if split == "train" else "scoring"
+    if next(_examples(task, split, purpose, folder), None) is None:
+        raise _no_examples(task, split)
+
+
+def _no_examples(task: Task, split: Split) -> DataError:
+    paths = f" ({', '.join(task.source.paths(split))})" if isinstance(task.source, FilesSource) else ""
+    return DataError(f"tasks: {task.name}: no examples in {split}{paths}: name a split that has some")
 
 
 def _check_packages(task: Task) -> None:

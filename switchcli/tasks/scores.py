@@ -20,27 +20,35 @@ class Score(NamedTuple):
     """A score and its 95 % confidence interval, from the percentiles of a bootstrap over units."""
 
     value: float
+    """The score, up to 100."""
     low: float | None
+    """The lower end of the interval. None, like `high`, if every resample has the same score, because all units are
+    equal or there is only one."""
     high: float | None
-    """None if every resample has the same score, because all units are equal or there is only one."""
+    """The upper end of the interval."""
 
 
 class Scores(NamedTuple):
     """All results of a task's answers."""
 
     task: str
+    """The name of the task."""
     score: Score | None
     """The mean of the task's metrics on the same resamples; None if no example is labeled."""
     metrics: dict[str, Score]
+    """The score by each metric of the task, by the metric's name."""
     beside: dict[str, Score]
     """Metrics that do not count in the score."""
     num_examples: int
+    """Number of examples with labels."""
     num_units: int
+    """Number of units that the intervals resample: examples, or groups of them where a metric counts groups."""
     num_unlabelled: int
     """Number of examples whose answer the benchmark keeps secret. Only `malformed` includes them."""
     malformed: float | None
     """Percentage of answers that are not one of the labels; None for free text and if there are no answers."""
     chance: float
+    """The score of random answers."""
     majority: float | None
     """The score of always answering the most frequent first target of these examples."""
 

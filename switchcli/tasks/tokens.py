@@ -5,6 +5,7 @@ Legend  B examples of a batch  S source positions  T target positions
 
 import hashlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -77,9 +78,8 @@ def packed_task(
             StoreWriter(temporary, INPUTS, tokenizer.vocab_size) as inputs,
             StoreWriter(temporary, TARGETS, tokenizer.vocab_size) as targets,
         ):
-            starts = range(0, len(examples), CHUNK_EXAMPLES)
-            for start in track(starts, f"tokenizing {task.name}, in thousands", len(starts)):
-                chunk = examples[start : start + CHUNK_EXAMPLES]
+            tracked = iter(track(examples, f"tokenizing examples of {task.name}", len(examples)))
+            while chunk := [*islice(tracked, CHUNK_EXAMPLES)]:
                 _write(inputs, tokenizer, [example.input for example in chunk])
                 _write(targets, tokenizer, [example.targets[0] for example in chunk])
         arrays = inputs.arrays | targets.arrays
@@ -116,6 +116,11 @@ class ScoredExamples(NamedTuple):
     def num_truncated(self) -> int:
         """Number of inputs that are longer than the model's and get truncated."""
         return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
+
+    def fraction_of(self, token: int) -> float:
+        """Return the fraction of the inputs' tokens that are `token`."""
+        ids = self.inputs.gather(slice(None))
+        return float((ids == token).mean()) if len(ids) else 0.0
 
     def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
         """Yield the indices of `size` examples at a time, the longest inputs first, always in the same order."""

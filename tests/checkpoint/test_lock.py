@@ -14,7 +14,7 @@ import pytest
 from messages import naming
 
 from switchcli.checkpoint.lock import lock
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, RecipeError
 
 HOLD = """
 import sys, time
@@ -93,6 +93,12 @@ def test_a_holder_that_has_not_written_its_name_is_refused_all_the_same(tmp_path
 def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="--out"), lock(tmp_path / "file" / "run"):
+        pass
+
+
+def test_a_file_in_place_of_the_folder_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(RecipeError, match=r"mine\.yaml: .*file.*--out"), lock(tmp_path / "mine.yaml"):
         pass
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
 
 NO_TEXT = "data.corpora=[{kind: files, paths: [none.txt]}]"
 """Ends a run soon after its ranks have met."""
@@ -121,14 +121,14 @@ def test_each_documented_command_starts_its_ranks(name: str, device: str, recipe
     options, ours, ranks = DOCUMENTED[name]
     if device == "cuda" and ("--cpu" in options or torch.cuda.device_count() < ranks):
         pytest.skip(f"needs {ranks} CUDA devices, for a command that uses them")
-    assert f"accelerate launch {options} -m switchcli pretrain mine.yaml {ours}".strip() in README
+    assert f"accelerate launch {options} -m switchcli pretrain mine.yaml {ours}".strip() in PAGE
     arguments = ("pretrain", recipe, f"train.device={device}", "--out", "run", "--json", *ours.split())
     done = launched(options, *arguments)
     assert done.returncode == 0, done.stderr
     assert (json.loads(done.stdout)["hardware"]["ranks"], "warning: accelerate" in done.stderr) == (ranks, False)
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "many-gpus.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """`switchcli recipes`: what goes to stdout, what is raised."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,11 +85,26 @@ def test_validate_reports_every_error_of_every_file(tmp_path):
     assert result.stdout == "good.yaml: ok\n"
     assert isinstance(result.exception, RecipeError)
     lines = str(result.exception).splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["bad.yaml:3", "bad.yaml:2", "none.yaml"]
+    assert [line.split(": ")[0] for line in lines] == ["bad.yaml:2", "bad.yaml:3", "none.yaml"]
 
     result = CliRunner().invoke(app, ["validate", "--json", *files])
     assert [file["ok"] for file in json.loads(result.stdout)["files"]] == [True, False, False]
     assert isinstance(result.exception, RecipeError)
+
+
+def test_validate_imports_nothing_slow():
+    script = f"""
+import sys
+sys.argv = ["switchcli", "recipes", "validate", *{library.recipe_names()}]
+from switchcli.cli import app
+try:
+    app()
+finally:
+    print(*{{"torch", "datasets", "pyarrow", "accelerate", "transformers"}} & {{*sys.modules}}, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{name}: ok" for name in library.recipe_names()], done.stderr
+    assert not done.stderr.split()
 
 
 def test_validate_names_an_unknown_verb(tmp_path):

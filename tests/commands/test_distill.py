@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SwitchCLI, lay_out_tuning
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
+from tiny_run import SwitchCLI, lay_out_tuning
 from typer.testing import CliRunner
 
 from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.runs import distilling
 from switchcli.runs.loading import load_checkpoint
-from switchcli.train.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation import DistillationLoss, Teacher
 
 INTERRUPTED = 75
 
@@ -315,7 +315,7 @@ def test_stopped_it_ends_with_the_same_bits(
 def test_stopped_while_the_teacher_is_asked_it_goes_on(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.train.teacher_cache.MAX_FILE_BYTES", 1)
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
     command = ("distill", "--teacher", trained, "train.steps=6", "distill.cache.folder=answers", "--out", "a", "-q")
     ask, calls = Teacher.predict, []
 

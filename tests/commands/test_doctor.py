@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import RECIPE, SwitchCLI
 from messages import lacking
+from tiny_run import RECIPE, SwitchCLI
 
 from switchcli.doctor.probes import PROBES
 

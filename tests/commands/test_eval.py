@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SwitchCLI, lay_out_tuning
 from messages import lacking
+from tiny_run import SwitchCLI, lay_out_tuning
 from typer.testing import CliRunner
 
 from switchcli.cli import app
@@ -120,6 +120,53 @@ def test_a_hugging_face_folder(here: Path, switchcli: SwitchCLI, tmp_path: Path)
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
+def test_rows_of_text_have_the_length_that_is_asked_for(
+    trained: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converted checkpoint does not know the rows that it was trained on, so they must not be taken as given."""
+    monkeypatch.chdir(tmp_path)
+    assert switchcli("convert", trained, "theirs", "--to", "huggingface").code == 0
+    corpus = f"text={{corpora: [{{kind: files, paths: [{text}], sample_by: line}}], held_out_fraction: 0.1}}"
+    losses = []
+    for length in (32, 64):
+        keys = [corpus, "text.sequences=4", "capacities=[dropless]", f"data.inputs_length={length}"]
+        for folder in ("theirs", trained):
+            done = switchcli("eval", folder, *keys, "--json", "--out", f"e{length}")
+            assert done.code == 0, done.err
+            (one,) = json.loads(done.out)["passes"]
+            assert one["text"]["loss"] == -one["text"]["neg_log_perplexity"]
+            losses.append(one["text"]["loss"])
+    short_theirs, short, long_theirs, long = losses
+    assert short_theirs == pytest.approx(short, abs=1e-4)
+    assert long_theirs == pytest.approx(long, abs=1e-4)
+    assert short != pytest.approx(long, abs=1e-4)
+
+
+def test_malformed_answers_are_explained_and_labels_can_be_compared_instead(
+    here: Path, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    colour = "tasks=[colour]"
+    generated = switchcli("eval", "tuned", colour, "scoring.decoding.max_tokens=1", "--out", tmp_path / "a")
+    assert generated.code == 0, generated.err
+    assert not lacking(generated.err, "warning: colour red green blue 100%")
+    assert not lacking(generated.err, "scoring.by=likelihood max_tokens")
+    chosen = switchcli("eval", "tuned", colour, "scoring.by=likelihood", "--out", tmp_path / "b", "--json")
+    assert chosen.code == 0, chosen.err
+    assert "red, green, blue" not in chosen.err
+    (one,) = json.loads(chosen.out)["passes"]
+    assert one["tasks"]["colour"]["malformed"] == 0.0
+    assert one["tasks"]["colour"]["score"]["low"] is not None
+    predicted = lines(tmp_path / "b/predictions/colour.jsonl")
+    assert {line["prediction"] for line in predicted} <= {"red", "green", "blue"}
+
+
+def test_likelihood_needs_labels(here: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("eval", "tuned", "scoring.by=likelihood")
+    assert done.code == 2
+    assert not lacking(done.err, "scoring.by last tasks=[colour] scoring.by=generation")
+
+
 def rounded(value: Any) -> Any:
     """Sums over ranks are added up in another order."""
     if isinstance(value, dict):
@@ -154,7 +201,10 @@ def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_
     ("arguments", "code", "words"),
     [
         (["tuned", "tasks=[rtee]"], 2, "tasks.0.name rtee rte"),
-        (["tuned", "quickstart/switch"], 2, "switch.yaml:1 switchcli pretrain eval"),
+        (["tuned", "tasks=[last, colours]"], 2, "tasks.1.name colours mean colour"),
+        (["tuned", "tasks=[unlike]"], 2, "tasks.0.name unlike colour last"),
+        (["tuned", "tasks=colour"], 2, "tasks list 'colour' tasks=[colour]"),
+        (["tuned", "quickstart/switch"], 2, "quickstart/switch pretrain `verb: eval` text.corpora=[...] tasks=[...]"),
         (["tuned", "tasks=[]"], 2, "tuned/checkpoints/step-00000004 tasks=[rte] text.corpora=[...]"),
         (["tuned", "scoring.split=test"], 2, "scoring.split test colour last"),
         (["tuned", "scoring.decoding.temperature=0.5"], 2, "scoring.decoding.temperature 0.5 score"),
@@ -228,7 +278,7 @@ def test_out_of_memory_is_told_with_a_way_out(
     def full(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("switchcli.train.scoring.generate", full)
+    monkeypatch.setattr("switchcli.training.scoring.generate", full)
     done = switchcli("eval", "tuned")
     assert done.code == 1
     assert "scoring.batch_examples" in done.err
@@ -248,7 +298,7 @@ def test_where_it_cannot_be_written_is_known_before_the_work(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("years of work")
-    monkeypatch.setattr("switchcli.train.scoring.generate", None)
+    monkeypatch.setattr("switchcli.training.scoring.generate", None)
     done = switchcli("eval", "tuned", "--out", tmp_path / "mine")
     assert (done.code, lacking(done.err, f"{tmp_path}/mine evaluation --out")) == (4, [])
     done = switchcli("eval", "tuned", "--out", tmp_path / "mine/thesis.tex/below")
@@ -259,7 +309,7 @@ def test_where_it_cannot_be_written_is_known_before_the_work(
 def test_stopped_it_says_that_nothing_was_written(
     here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.train.scoring.generate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("switchcli.training.scoring.generate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     done = switchcli("eval", "tuned", "--out", tmp_path / "a")
     assert (done.code, lacking(done.err, "SIGTERM nothing written")) == (130, [])
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ import time
 from switchcli.commands import _exit
 from switchcli.errors import DataError
 try:
-    with _exit.interruptible(ranks=True):
+    with _exit.interruptible():
         try:
             time.sleep(1.5)
             raise DataError("mine")
@@ -40,7 +40,7 @@ from switchcli.errors import Interrupted
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)
 try:
-    with _exit.interruptible(ranks=True):
+    with _exit.interruptible():
         print("here", flush=True)
         run_interruptibly(lambda: lock(mutex))  # for ever, whatever signal comes
 except Interrupted as error:

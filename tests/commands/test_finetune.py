@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SwitchCLI, lay_out_tuning
 from drill import CLOCKS, fingerprint
 from messages import lacking
 from safetensors.torch import load_file
+from tiny_run import SwitchCLI, lay_out_tuning
 from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
 from switchcli.runs import finetuning as verb
-from switchcli.train import scoring
+from switchcli.training import scoring
 
 STEPS = 9
 INTERRUPTED = 75
@@ -255,6 +255,15 @@ def test_an_empty_split_and_long_inputs(trained: Path, tuning: str, switchcli: S
     assert re.search(r"^warning: colour: 5 .*\b5 rows.*\b50\.0%.*\b5 .*cut.*data\.inputs_length", done.err, re.M)
 
 
+def test_characters_that_the_vocabulary_lacks_are_a_warning(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    row = {"text": "\N{SNOWMAN} \N{UMBRELLA}", "label": 0, "word": "red"}
+    Path("colour.validation.jsonl").write_text(json.dumps(row) + "\n")
+    done = switchcli("finetune", tuning, "--model", trained, "train.steps=2", "--out", "a")
+    assert done.code == 0, done.err
+    assert re.search(r"^warning: colour: \d+\.\d% .*\bcharacters\b.*\bbyte_fallback\b", done.err, re.M)
+    assert "warning: last" not in done.err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_ranks_learn_what_one_does(trained: Path, tuning: str) -> None:
@@ -287,7 +296,13 @@ def test_what_is_not_trained_on_or_not_scored_is_told(trained: Path, tuning: str
     assert done.code == 0, done.err
     assert not lacking(done.err, "colour split train")
     assert not lacking(done.err, "warning: last validation split")
-    assert re.search(r"^warning: colour: 14 .*\b\d inputs.*\b64 tokens.*cut.*data\.inputs_length", done.err, re.M)
+    assert re.search(r"^colour: 14 .*\b\d inputs.*\b64 tokens.*cut$", done.err, re.M)
+
+
+def test_a_task_whose_examples_are_mostly_cut_is_warned_of(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("finetune", tuning, "--model", trained, "data.inputs_length=16", "--out", "a")
+    assert done.code == 0, done.err
+    assert re.search(r"^warning: colour: .*\b16 tokens.*cut.*data\.inputs_length", done.err, re.M)
 
 
 @pytest.mark.parametrize(
@@ -336,10 +351,10 @@ def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
     command = ["finetune", tuning, "--model", trained, f"train.steps={STEPS}", "--out", "run"]
     asked = scoring.TaskPredictor.__call__
 
-    def stop_at(self: Any, exam: Any, stop: Any) -> Any:
+    def stop_at(self: Any, exam: Any, stop: Any, *show: Any) -> Any:
         if (metrics("run")[-1]["step"], exam.task.name) == (at, "last"):
             signal.raise_signal(signal.SIGTERM)
-        return asked(self, exam, stop)
+        return asked(self, exam, stop, *show)
 
     with monkeypatch.context() as patch:
         patch.setattr(scoring.TaskPredictor, "__call__", stop_at)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
 
 from switchcli.checkpoint import manifest
 from switchcli.checkpoint.manifest import NAME

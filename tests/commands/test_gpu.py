@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from conftest import SwitchCLI
 from devices import DEVICES, on_devices
+from tiny_run import SwitchCLI
 
 pytestmark = pytest.mark.slow
 

@@ -1,20 +1,116 @@
 """Help of every verb, and the version."""
 
+import inspect
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from conftest import SwitchCLI
+from tiny_run import SwitchCLI
 
 from switchcli import __version__
 from switchcli.cli import app
+from switchcli.commands._completion import RECIPE_VERBS, recipe_keys
+from switchcli.commands._help import DOCS, examples, readable
+from switchcli.recipe import library
+
+ROOT = Path(__file__).resolve().parents[2]
 
 VERBS = [
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
-    *("recipes", "data", "convert", "upcycle", "prune", "report"),
+    *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep", "launch"),
 ]
+
+
+def commands(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield the words and the command of every verb and of every group, the root with no words."""
+    yield " ".join(words), command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*words, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+EXAMPLES = [example for command in COMMANDS.values() for example in dict.fromkeys(examples(command.epilog or ""))]
+
+
+def context_of(line: str) -> Any:
+    """Return the context of the verb of a command, with its parsed values. Raises an error for wrong usage."""
+    words = shlex.split(re.split(" [<>|] ", line)[0])
+    assert words[0] == "switchcli"
+    context = COMMANDS[""].make_context("switchcli", words[1:])
+    while getattr(context.command, "commands", None):
+        name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+    return context
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_has_a_sentence_two_examples_and_a_page(words: str, switchcli: SwitchCLI) -> None:
+    command = COMMANDS[words]
+    sentence = inspect.cleandoc(command.help).split("\n\n")[0]
+    assert re.fullmatch(r"[A-Z][^\n]*\.", sentence), sentence
+    assert not re.search(r"(?<!neg)\. [A-Z]", sentence), "one sentence"
+    found = examples(command.epilog)
+    assert len(found) == 2
+    assert all(
+        example.startswith(f"switchcli {words}".strip() + " ") or example == f"switchcli {words}" for example in found
+    )
+    page = re.search(f"^More: {DOCS.format(page='(.+)')}$", command.epilog, re.MULTILINE)
+    assert page, "the page that explains more"
+    if (ROOT / "docs").is_dir():  # the documentation is not in the package
+        assert (ROOT / f"docs/{page[1]}.md").is_file()
+    done = switchcli(*words.split(), "--help")
+    for line in (*found, page[0]):
+        assert f" {line} " in done.out, "on a line of its own in 80 columns"
+    assert "\x1b" not in done.out
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_every_option_is_described_and_short(words: str, switchcli: SwitchCLI) -> None:
+    context = COMMANDS[words].make_context("switchcli", [], resilient_parsing=True)
+    for parameter in COMMANDS[words].get_params(context):
+        assert re.fullmatch(r"[A-Z].*\.", parameter.help), f"{parameter.name}: a description"
+        shown = parameter.default is not None and parameter.show_default and not parameter.is_flag
+        assert not (shown and "efault" in parameter.help), f"{parameter.name}: the default is shown twice"
+    text = switchcli(*words.split(), "--help").out
+    assert not re.search(r"<(bool|int|float|str|path|list|file)|range\b|x[<>]=|\d{7}|\{|\[\[", text)
+    assert re.search(r"^ Usage: ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", dict.fromkeys(EXAMPLES))
+def test_every_example_can_be_copied(example: str) -> None:
+    context = context_of(example)
+    name = context.command.name
+    typed = [context.params.get(part) or () for part in ("recipe", "model", "arguments", "overrides")]
+    words = [word for part in typed for word in ([part] if isinstance(part, str) else part)]
+    if name in ("sweep", "launch"):
+        name, *words = words
+    for word in words:
+        key, is_override, _ = word.partition("=")
+        if is_override:
+            assert key in recipe_keys(name), f"{name} has no key {key}"
+        elif re.match(r"(quickstart|pretrain|finetune|distill)/", word):
+            assert word in library.recipe_names()
+    assert name in RECIPE_VERBS or not any("=" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(312e12, "312e12"), (2e12, "2e12"), (25e9, "25e9"), (1.5e6, "1.5e6"), (0.6, "0.6"), (1.0, "1"), (0.0, "0")],
+)
+def test_numbers_are_readable_and_can_be_typed(value: float, text: str) -> None:
+    assert readable(value) == text
+    assert float(text) == value
+
+
+@pytest.mark.parametrize("value", [123456789.123, -3e9, 1e300, 1 / 3, 999999.5, float("inf")])
+def test_a_readable_number_keeps_its_value(value: float) -> None:
+    assert float(readable(value)) == value
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -29,6 +125,11 @@ def test_every_verb_has_help_and_is_listed(verb: str, switchcli: SwitchCLI) -> N
 def test_verbs_are_listed_in_the_order_of_a_users_work() -> None:
     listed = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     assert listed[: len(VERBS)] == VERBS
+
+
+def test_defaults_shown_in_help_are_the_defaults() -> None:
+    assert context_of("switchcli generate m").params["top_p"] == 1.0
+    assert context_of("switchcli generate m --top-p 1").params == context_of("switchcli generate m").params
 
 
 def test_version(switchcli: SwitchCLI) -> None:

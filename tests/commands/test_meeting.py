@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
 
 from switchcli.distributed import rendezvous
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
 
 ROOM = 100
 """Bytes that a file may have on the full disk: fewer than any output has."""

@@ -1,18 +1,31 @@
 """`switchcli plan`: for people, for scripts, as a page; and what it refuses."""
 
 import json
+import os
+import pty
+import re
+import select
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
+
+from switchcli.planner.devices import GPUS, RESERVED_FRACTION, UTILIZATION
+from switchcli.planner.plan import Machine
+from switchcli.recipe.sizes import SIZES
+from switchcli.report.console import Console
+from switchcli.runs.planning import plan_step
 
 
 def planned(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
     done = switchcli("plan", *arguments, "--json")
-    assert (done.code, done.err) == (0, "")
     found: dict[str, Any] = json.loads(done.out)
+    fits = found["fits"] if "fits" in found else [row for row in found["sizes"] if row["fits"]]
+    assert done.code == (0 if fits else 1)
+    assert done.err == "" or re.fullmatch("planning: .*\n", done.err)  # progress, where it takes more than a second
     return found
 
 
@@ -22,10 +35,11 @@ def test_a_size_in_the_papers_batch(switchcli: SwitchCLI) -> None:
     assert (found["inputs_length"], found["targets_length"]) == (512, 114)
     assert found["flops_per_step"] == 3 * 2048 * found["flops_per_sequence"]
     assert found["machine"]["memory_bytes"] == 40 * 2**30
+    assert found["machine"]["usable_bytes"] == 36 * 2**30
     best = found["fits"][0]
     assert best["data"] * best["model"] == 32
     assert best["bytes"]["total"] == sum(size for name, size in best["bytes"].items() if name != "total")
-    assert best["bytes"]["total"] <= 40 * 2**30
+    assert best["bytes"]["total"] <= 36 * 2**30
     assert best["seconds"]["step"] == min(fit["seconds"]["step"] for fit in found["fits"])
     assert best["bound_by"] in best["seconds"]
     calls = {call["what"]: call for call in best["collectives"]}
@@ -69,8 +83,8 @@ def test_what_people_see(recipe: str, switchcli: SwitchCLI) -> None:
     assert (done.code, done.err) == (0, "")
     for words in ("Meshes", "bound by", "Collectives data", "parameters"):
         assert not lacking(done.out, words)
-    full = switchcli("plan", recipe, "--devices", 4, "--memory", "1MB")
-    assert full.code == 0
+    full = switchcli("plan", recipe, "--devices", 1, "--memory", "1MB")
+    assert full.code == 1, "for a script: nothing fits"
     assert not lacking(full.out, "meshes fit")
     assert "Refused" in full.out
     assert not lacking(full.out, "GiB device")
@@ -80,12 +94,12 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("plan", recipe, "--devices", 2, "--html", "plan.html").code == 0
     page = Path("plan.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
-    assert page.count("<table>") == page.count("</table>") == 3
+    assert page.count("<table>") == page.count("</table>") == 4
     assert "script" not in page
     assert "://" not in page
-    refused = switchcli("plan", recipe, "--devices", 2, "--html", "nowhere/plan.html")
+    refused = switchcli("plan", recipe, "--devices", 2, "--html", "text.txt/plan.html")
     assert refused.code == 4
-    assert "nowhere/plan.html" in refused.err
+    assert "text.txt/plan.html" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -101,8 +115,15 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
         (("tiny", "--devices", -3), "--devices -3 1"),
         (("tiny", "--devices", 2, "--node-devices", 0), "--node-devices 0 1"),
         (("tiny", "--devices", 2, "--memory", "much"), "--memory 'much' size 80GiB"),
+        (("tiny", "--devices", 2, "--memory", "80"), "--memory '80' 80 bytes 80GiB"),
         (("tiny", "--devices", 2, "--memory", "0GiB"), "--memory '0GiB' size 80GiB"),
         (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory '-1GiB' size 80GiB"),
+        (("tiny", "--gpu", "h10"), "--gpu 'h10' h100 rtx-4090"),
+        (("tiny", "--gpu", "a100"), "--gpu 'a100' a100-40gb a100-80gb"),
+        (("--gpu", "toaster"), "--gpu 'toaster' mi300x --memory --flops"),
+        (("model.size=tiny", "--gpu", "h100"), "model.size argument"),
+        (("train.step=3",), "train.step steps"),
+        (("parallel.data=3",), "parallel.data 3 ranks 8"),
         (("tiny", "--devices", 2, "--flops", 0), "--flops 0 3e11"),
         (("tiny", "--devices", 2, "--network", "nan"), "--network nan 0"),
         (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth inf 0"),
@@ -150,3 +171,202 @@ def test_a_recipe_that_trains_nothing(switchcli: SwitchCLI, tmp_path: Path) -> N
     done = switchcli("plan", file, "--devices", 2)
     assert done.code == 2
     assert not lacking(done.err, f"{file} switchcli eval")
+
+
+def test_a_known_device(switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, "switch-base-8", "--gpu", "H100")
+    machine, h100 = found["machine"], GPUS["h100"]
+    assert machine["gpu"] == "h100"
+    assert machine["memory_bytes"] == h100.memory_mib * 2**20
+    assert machine["usable_bytes"] == int((1 - RESERVED_FRACTION) * machine["memory_bytes"])
+    assert machine["flops"] == UTILIZATION * h100.flops
+    assert machine["utilization"] == UTILIZATION
+    assert "measur" in found["times"]
+    assert all(fit["bytes"]["total"] <= machine["usable_bytes"] for fit in found["fits"])
+
+
+def test_options_win_over_the_known_device(switchcli: SwitchCLI) -> None:
+    options = {"--memory": "40GiB", "--flops": "1e14", "--memory-bandwidth": "1e12", "--bandwidth": "2e10"}
+    given = [word for option in options.items() for word in option]
+    for precision in ("float32", "selective"):
+        arguments = ("tiny", f"train.precision={precision}", *given)
+        known, other = planned(switchcli, *arguments, "--gpu", "h100"), planned(switchcli, *arguments)
+        assert known["fits"] == other["fits"]
+        assert known["machine"]["utilization"] == pytest.approx(
+            1e14 / (GPUS["h100"].float32_flops if precision == "float32" else GPUS["h100"].flops)
+        )
+        assert (known["machine"]["gpu"], other["machine"]["gpu"]) == ("h100", None)
+
+
+def test_products_in_float32_have_their_own_rate(switchcli: SwitchCLI) -> None:
+    (slow,), (fast,) = (
+        planned(switchcli, "tiny", f"train.precision={precision}", "--gpu", "a10g", "--devices", 1)["fits"]
+        for precision in ("float32", "selective")
+    )
+    assert slow["seconds"]["compute"] / fast["seconds"]["compute"] == pytest.approx(
+        GPUS["a10g"].flops / GPUS["a10g"].float32_flops
+    )
+
+
+def test_a_reserve_is_left_free(switchcli: SwitchCLI) -> None:
+    (fit,) = planned(switchcli, "switch-base-8", "train.microbatch_tokens=65536", "--devices", 1)["fits"]
+    total = fit["bytes"]["total"]
+    for memory, fits in ((total / (1 - RESERVED_FRACTION) + 10, 1), (total + 10, 0)):
+        arguments = ("switch-base-8", "train.microbatch_tokens=65536", "--devices", 1, "--memory", round(memory))
+        assert len(planned(switchcli, *arguments)["fits"]) == fits
+
+
+def test_tokens_and_days(recipe: str, switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, recipe, "train.steps=1000", "--gpu", "l4", "--devices", 2)
+    for fit in found["fits"]:
+        seconds = fit["seconds"]["step"]
+        tokens = found["sequences_per_step"] * found["inputs_length"]
+        assert fit["tokens_per_second"] == pytest.approx(tokens / seconds)
+        assert fit["days"] == pytest.approx(1000 * seconds / 86400)
+    shown = switchcli("plan", recipe, "train.steps=1000", "--gpu", "l4", "--devices", 2).out
+    for words in ("tokens/s", "days 1,000", "2 l4", "No measurement GPU"):
+        assert not lacking(shown, words), words
+
+
+def test_a_size_has_the_steps_of_the_recipe_for_sizes(switchcli: SwitchCLI) -> None:
+    own = planned(switchcli, "t5-small", "--devices", 2)
+    base = planned(switchcli, "pretrain/base", "train.microbatch_tokens=null", "--devices", 2)
+    assert own["overrides"][0] == "model.size=t5-small"
+    same = {"name": "", "overrides": []}
+    assert own | same == base | same
+
+
+@pytest.mark.parametrize("what", [("switch-xxl",), ()])
+def test_without_a_fit_the_exit_code_is_1_and_scripts_get_the_plan(
+    what: tuple[str, ...], few_sizes: list[str], switchcli: SwitchCLI
+) -> None:
+    done = switchcli("plan", *what, "--devices", 1, "--memory", "1MB", "--json")
+    assert done.code == 1
+    assert done.err == "" or re.fullmatch("planning: .*\n", done.err)
+    found = json.loads(done.out)
+    assert [row["fits"] for row in found.get("sizes", ())] == ([] if what else [False] * len(few_sizes))
+    assert found.get("fits", []) == []
+
+
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sizes that fit on one small device, on eight, and only on more than eight. Returns them by their parameters."""
+    names = ["switch-xxl", "switch-base-64", "tiny"]
+    monkeypatch.setattr("switchcli.runs.size_plans.SIZES", {name: SIZES[name] for name in names})
+    return names[::-1]
+
+
+def test_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, "--gpu", "l4", "--devices", 8)
+    rows = found["sizes"]
+    assert [row["size"] for row in rows] == few_sizes
+    assert [row["fits"] for row in rows] == [True, True, False]
+    assert rows[0]["devices_needed"] == 1 < rows[1]["devices_needed"] <= 8 < rows[2]["devices_needed"]
+    for row in rows[:2]:
+        assert row["days"] == pytest.approx(found["input_tokens"] / row["tokens_per_second"] / 86400)
+        check_overrides(row, "l4", 8)
+    unknown = ("mesh", "microbatch_tokens", "device_bytes", "step_seconds", "tokens_per_second", "days")
+    assert [rows[2][key] for key in unknown] == [None] * len(unknown)
+    assert rows[2]["overrides"] == []
+    for devices in (rows[2]["devices_needed"], rows[2]["devices_needed"] // 2):
+        fits = planned(switchcli, "switch-xxl", "--gpu", "l4", "--devices", devices)["fits"]
+        assert bool(fits) == (devices == rows[2]["devices_needed"])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (),
+        ("parallel=auto",),
+        ("parallel.auto=true", "parallel.comm_dtype=float32"),
+        ("parallel={auto: true, comm_dtype: float32}",),
+        ("parallel={shard: zero3, comm_dtype: float32}",),
+    ],
+)
+def test_the_keys_of_one_recipe_give_its_fastest_mesh(keys: tuple[str, ...], switchcli: SwitchCLI) -> None:
+    recipe, devices = "quickstart/switch", ("--gpu", "l4", "--devices", 4)
+    found = planned(switchcli, recipe, *keys, *devices)
+    assert found["devices_needed"] == 1
+    again = planned(switchcli, recipe, *found["overrides"], *devices)
+    assert again["fits"] == found["fits"][:1]
+    shown = switchcli("plan", recipe, *keys, *devices).out
+    assert "switchcli pretrain quickstart/switch --processes 4" in shown
+    (line,) = re.findall("^.*parallel.data=.*$", shown, re.MULTILINE)
+    assert shlex.split(line) == found["overrides"]
+
+
+def test_nodes_have_equally_many_ranks(switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", "quickstart/switch", "train.batch_tokens=12288", "--devices", 12)
+    assert "switchcli launch --slurm --nodes 2 --ranks 6 -- pretrain quickstart/switch" in done.out
+    none = switchcli("plan", "--devices", 12)
+    assert not lacking(none.out, "train.batch_tokens 12 ranks")
+    assert none.code == 1
+
+
+def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
+    """Check that the keys of a size, pasted behind the recipe, give its mesh and its numbers."""
+    (fit,) = plan_step("pretrain/base", row["overrides"], Machine.of_gpu(devices, gpu)).plan.fits
+    assert (fit.mesh._asdict(), fit.bytes.total, fit.step_seconds) == (
+        row["mesh"],
+        row["device_bytes"],
+        row["step_seconds"],
+    )
+
+
+def test_every_size_with_keys(few_sizes: list[str], switchcli: SwitchCLI) -> None:
+    keys = ("train.precision=float32", "parallel.shard=zero3", "train.batch_tokens=524288")
+    rows = planned(switchcli, *keys, "--gpu", "h100", "--devices", 4)["sizes"]
+    for row in rows[:2]:
+        assert {*keys} <= {*row["overrides"]}
+        check_overrides(row, "h100", 4)
+    auto = planned(switchcli, "parallel=auto", "--gpu", "h100", "--devices", 4)["sizes"]
+    assert auto == planned(switchcli, "--gpu", "h100", "--devices", 4)["sizes"]
+    experts = planned(switchcli, "parallel.expert=8", "--gpu", "h100")["sizes"]
+    assert [row["size"] for row in experts] == [size for size in few_sizes if SIZES[size].num_experts > 1]
+
+
+def test_what_people_see_of_every_size(few_sizes: list[str], switchcli: SwitchCLI, tmp_path: Path) -> None:
+    done = switchcli("plan", "--gpu", "l4", "--devices", 8)
+    assert done.code == 0
+    assert done.err == "" or re.fullmatch("planning: .*\n", done.err)
+    for words in ("tiny yes 1", "switch-base-64 yes", "switch-xxl no", "8 l4", "switchcli pretrain pretrain/base"):
+        assert not lacking(done.out, words), words
+    (line,) = re.findall("^model.size=tiny .*$", done.out, re.MULTILINE)
+    planned(switchcli, "pretrain/base", *line.split(), "--gpu", "l4")
+    assert switchcli("plan", "--gpu", "l4", "--html", str(tmp_path / "sizes.html")).code == 0
+    page = (tmp_path / "sizes.html").read_text(encoding="utf-8")
+    assert page.count("<table>") == 3
+    assert all(size in page for size in few_sizes)
+    assert line in page
+
+
+def test_a_terminal_breaks_no_line_of_keys_to_paste(
+    few_sizes: list[str], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrow terminal takes what the command prints on stdout."""
+    reader, writer = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr("switchcli.commands.plan.Console", lambda stream: Console(stream=terminal))
+        assert switchcli("plan", "--gpu", "l4").code == 0
+        terminal.flush()
+        shown = b""
+        while select.select([reader], [], [], 0.2)[0]:
+            shown += os.read(reader, 1 << 20)
+    os.close(reader)
+    (line,) = re.findall(r"^model\.size=tiny .*$", shown.decode(), re.MULTILINE)
+    assert len(line) > 40
+    planned(switchcli, "pretrain/base", *line.split(), "--gpu", "l4")
+
+
+@pytest.mark.slow
+def test_all_shipped_sizes_on_eight_h100(switchcli: SwitchCLI) -> None:
+    rows = planned(switchcli, "--gpu", "h100", "--devices", 8)["sizes"]
+    assert {row["size"] for row in rows} == {*SIZES}
+    assert [row["parameters"] for row in rows] == sorted(row["parameters"] for row in rows)
+    fitting = [row for row in rows if row["fits"]]
+    assert len(fitting) > 20
+    for row in fitting:
+        assert row["devices_needed"] <= 8
+        check_overrides(row, "h100", 8)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Done, SwitchCLI
 from damage import array_bytes
 from drill import fingerprint
 from messages import lacking
+from tiny_run import Done, SwitchCLI
 
 from switchcli.data.prepare.prepared_text import TextCounts
 from switchcli.data.prepare.store import TOKENS

@@ -1,6 +1,7 @@
 """`switchcli pretrain --model`: a run that begins with the weights of another."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,28 @@ def test_it_resumes_without_the_checkpoint_that_it_started_from(switchcli, recip
     whole, halves = weights(Path("whole")), weights(Path("halves"))
     # The learning rate's last steps depend on how many there are: here none do.
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_run_that_was_killed_before_its_first_save_keeps_its_start(switchcli, recipe):
+    """The run that it started from has gone on since."""
+    source = ("pretrain", recipe, "--out", "source", "checkpoint.save_every_steps=1", "checkpoint.keep_last=5", "-q")
+    assert switchcli(*source, "train.steps=1").code == 0
+    command = ("pretrain", recipe, "--model", "source", "--out", "on", "train.steps=1")
+    first = switchcli(*command)
+    assert first.code == 0, first.err
+    start = "source/checkpoints/step-00000001"
+    assert f"starting from {start}" in first.err
+    shutil.rmtree("on/checkpoints")  # as after a kill before the first save
+    assert switchcli(*source, "train.steps=2").code == 0
+    again = switchcli(*command)
+    assert again.code == 0, again.err
+    assert f"starting from {start}" in again.err
+    shutil.rmtree("on/checkpoints")
+    shutil.rmtree(start)
+    gone = switchcli(*command)
+    assert gone.code == 0, gone.err
+    assert not lacking(gone.err, f"warning {start}")
+    assert "starting from source/checkpoints/step-00000002" in gone.err
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SwitchCLI
 from doubles import NoWarnings
 from messages import lacking
+from tiny_run import SwitchCLI
 
 from switchcli.runs.loading import load_checkpoint
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SwitchCLI
 from messages import lacking
 from report_folders import a_run
+from tiny_run import SwitchCLI
 
 
 @pytest.fixture
@@ -44,9 +44,10 @@ def test_what_people_see(runs: list[str], switchcli: SwitchCLI) -> None:
         assert not lacking(done.out, words)
     rows = [line.split() for line in done.out.splitlines()]
     quality = next(row for row in rows if row[:1] == ["switch"])
-    assert quality[1:4] == ["2", "100", "-2.9500"]
+    assert quality[1:4] == ["better", "+1.0000", "-2.9500"]
+    assert quality[7] == "2.9500"  # the loss
     speed = [row for row in rows if row[:1] == ["switch"]][1]
-    assert speed[1:7] == ["2", "of", "2", "2.00", "2.00", "2.00"]
+    assert speed[1:7] == ["2.00", "2.00", "2.00", "2", "of", "2"]
 
 
 def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
@@ -62,7 +63,13 @@ def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
     assert dense["over"]["mean"] == pytest.approx(-1)
     assert dense["to_quality"]["steps"]["cost"]["most"] == pytest.approx(50)
     assert dense["to_quality"]["steps"]["speed_up"]["mean"] == pytest.approx(0.5)
-    assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1}
+    assert (dense["verdict"], dense["to_quality"]["seconds"]["verdict"]) == ("worse", "slower")
+    assert dense["over"]["low"] == dense["over"]["high"] == pytest.approx(-1)
+    assert dense["to_quality"]["steps"]["speed_up"]["high"] == pytest.approx(0.5, abs=0.2)
+    assert dense["loss"]["mean"] == pytest.approx(3.95)
+    assert (switch["verdict"], switch["to_quality"]["flops"]["verdict"]) == ("baseline", "baseline")
+    unknown = {"low": None, "high": None}
+    assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1, **unknown}
 
 
 @pytest.mark.slow
@@ -70,12 +77,12 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     done = switchcli("report", *runs, "--html", "page.html", "--figures", "figures", "--smooth", 3, "--quiet")
     assert done.code == 0, done.err
     page = Path("page.html").read_text(encoding="utf-8")
-    for words in ("4 runs", "2 series", "held_out_flops", "model.num_experts", "in dense", "out switch", "dense-1"):
+    for words in ("4 runs", "2 series", "held_out_wall_time", "model.num_experts", "in dense", "out switch", "dense-1"):
         assert words in page
     assert "http" not in page.split("<script>")[0].replace("http-equiv", "")
     names = {path.name for path in Path("figures").iterdir()}
     stems = {name.removesuffix(".svg") for name in names if name.endswith(".svg")}
-    axes = ("_steps", "_tokens", "_wall_time", "_flops")
+    axes = ("_steps", "_wall_time")  # tokens and FLOPs are the same multiples of steps in all runs
     shared = {f"{name}{axis}": name for name in ("held_out", "training") for axis in axes}
     shared = {stem: shared.get(stem, stem) for stem in stems}
     tables = {f"{name}.csv" for name in (*shared.values(), "runs", "recipes")}
@@ -83,7 +90,7 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     assert {
         "held_out_steps",
         "held_out_wall_time",
-        "training_tokens",
+        "training_wall_time",
         "dropped",
         "entropy",
         "tokens_per_second",
@@ -98,27 +105,67 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     assert {float(row["share"]) for row in load if row["expert"] == "3"} == {1.6}  # 4 of 10 parts, of 4 experts
 
 
-def best(page: str) -> tuple[str, bool]:
-    """Who is best, and whether with some seeds alone."""
-    ((who, what),) = re.findall(r"<dd>([^<]*)</dd><dt>([^<]*\bbest\b[^<]*)</dt>", page)
-    return who, "seed" in what
+def facts(file: str) -> list[tuple[str, str]]:
+    """What the page says first, as (value, caption)."""
+    return re.findall(r"<dd>([^<]*)</dd><dt>([^<]*)</dt></div>", Path(file).read_text(encoding="utf-8"))
 
 
-def test_the_page_says_first_who_is_best_and_whether_by_more_than_seeds_differ(
-    runs: list[str], switchcli: SwitchCLI
-) -> None:
+def test_the_page_says_first_who_is_best_only_by_more_than_seeds_differ(runs: list[str], switchcli: SwitchCLI) -> None:
     assert switchcli("report", *runs, "--html", "page.html").code == 0
-    page = Path("page.html").read_text(encoding="utf-8")
-    assert best(page) == ("switch", False)
-    assert re.search(r"<dd>2\.00 x</dd><dt>speed-up .*\bswitch\b.*\bdense\b.*\bsteps</dt>", page)
-    a_run(Path("level-0"), lambda step: 0.02 * step - 5, seed=0, model={"size": "level"})
-    a_run(Path("level-1"), lambda step: 0.02 * step - 4.9, seed=1, model={"size": "level"})
+    (who, what), _, (times, unit), _ = facts("page.html")
+    assert (who, times) == ("switch", "2.00 x")
+    assert "best" in what
+    assert not lacking(unit, "speed-up switch dense steps 95")
+    for seed in (0, 1):
+        a_run(Path(f"level-{seed}"), lambda step, s=seed: 0.02 * step - 5 + s / 10, seed=seed, model={"size": "level"})
     assert switchcli("report", *runs, "level-0", "level-1", "--html", "made/page.html").code == 0
-    assert best(Path("made/page.html").read_text(encoding="utf-8")) == ("switch, level", False)
-    a_run(Path("close-0"), lambda step: 0.021 * step - 5, seed=0, model={"size": "close"})
-    a_run(Path("close-1"), lambda step: 0.0201 * step - 5, seed=1, model={"size": "close"})
-    assert switchcli("report", *runs[2:], "close-0", "close-1", "--html", "page.html").code == 0
-    assert best(Path("page.html").read_text(encoding="utf-8")) == ("close", True)
+    who, what = facts("made/page.html")[0]
+    assert who == "no difference seen"
+    assert not lacking(what, "switch level")
+    assert "dense" not in what
+
+
+VICTORY = re.compile(r"\b(best|better|worse|faster|slower|wins?|winner|ahead|speed-up of)\b")
+
+
+def test_one_seed_each_within_the_spread_of_three_declares_no_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chance = {0: 0.0, 1: 0.03, 2: -0.03}  # seeds of one recipe differ by up to 0.06
+    for name, gain in (("a", 0.0), ("b", 0.02)):
+        for seed, shift in chance.items():
+            end = gain + (shift if name == "a" else -shift)
+            a_run(Path(f"{name}-{seed}"), lambda step, end=end: 0.01 * step - 5 + end, seed=seed, model={"size": name})
+    for folders, verdict in (
+        (("a-0", "b-0"), "one seed: cannot tell"),
+        ([*map(str, sorted(tmp_path.glob("?-?")))], "no difference seen"),
+    ):
+        done = switchcli("report", *folders, "--html", "page.html")
+        assert done.code == 0, done.err
+        page = Path("page.html").read_text(encoding="utf-8").partition("<main>")[2].partition("<script")[0]
+        for shown in (done.out, page):
+            assert verdict in shown
+            assert VICTORY.search(shown) is None
+        assert facts("page.html")[0][0] == verdict
+        series = json.loads(switchcli("report", *folders, "--json").out)["series"]
+        assert [one["verdict"] for one in series] == ["baseline", verdict]
+        assert VICTORY.search(json.dumps(series)) is None
+
+
+def test_the_page_says_when_where_and_by_what_it_was_made(
+    runs: list[str], monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    command = ["report", *runs, "--html", "a page.html", "s3://user:secret@host/x"]
+    monkeypatch.setattr(sys, "argv", ["switchcli", *command])
+    assert switchcli(*command[:-1]).code == 0
+    page = Path("a page.html").read_text(encoding="utf-8")
+    origin = dict(re.findall(r"<dt>(\w+)</dt><dd>([^<]*)</dd>", page.partition("<main>")[0]))
+    assert origin.keys() == {"date", "host", "versions", "command"}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", origin["date"])
+    assert not lacking(origin["versions"], "switchcli Python")
+    assert origin["command"].startswith("switchcli report dense-0 ")
+    assert "secret" not in page
 
 
 def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli: SwitchCLI) -> None:
@@ -127,16 +174,20 @@ def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli
     torn = Path("dense-1/metrics.jsonl")
     torn.write_text(torn.read_text()[:-30])
     Path("switch-1/recipe.yaml").write_text("a: [")
-    done = switchcli("report", *runs, "empty", "nowhere", "going", "--html", "page.html")
+    Path("dangling").symlink_to("nowhere")
+    folders = [*runs, "empty", "dangling", "going"]
+    done = switchcli("report", *folders, "--html", "page.html")
     assert done.code == 0, done.err
+    notes = "\n".join(json.loads(switchcli("report", *folders, "--json").out)["notes"])
     for words in (
-        "warning: empty metrics.jsonl result.json",
-        "warning: nowhere folder",
-        "warning: going result.json step 40 100",
-        "warning: dense-1/metrics.jsonl line 21 whole",
-        "warning: switch-1/recipe.yaml",
+        "empty metrics.jsonl result.json",
+        "dangling folder",
+        "going result.json step 40 100",
+        "dense-1/metrics.jsonl line 21 whole",
+        "switch-1/recipe.yaml",
     ):
-        assert not lacking(done.err, words)
+        assert not lacking(done.err, f"warning: {words}")
+        assert not lacking(notes, words)
     assert "1, 1 going on" in done.out
     assert "step 40" in done.out
     page = Path("page.html").read_text(encoding="utf-8")
@@ -173,7 +224,7 @@ def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
 ) -> None:
     path = Path("switch-0", file)
     path.write_text((path.read_text() if file == "metrics.jsonl" else "") + line + "\n")
-    done = switchcli("report", *runs, "--html", "page.html", "--json")
+    done = switchcli("report", *runs, "--html", "page.html", "--json", "--quiet")
     assert done.code == 0, done.err
     assert not lacking(done.err, words and f"switch-0/{file} {words}")
     assert bool(done.err) == bool(words)
@@ -190,7 +241,7 @@ def test_other_tokenizers_are_compared_by_bits_a_byte(runs: list[str], switchcli
     page = Path("page.html").read_text(encoding="utf-8")
     titles = re.findall(r"Held-out ([\w. ]+) against steps", page)
     assert titles
-    assert {*titles} == {"bits a byte"}
+    assert {*titles} == {"bits per byte"}
 
 
 def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], switchcli: SwitchCLI) -> None:
@@ -199,7 +250,7 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
     Path("measured/result.json").write_text(json.dumps({"verb": "eval", "step": 5, "passes": passes}))
     for arguments in ((*runs, "measured"), ("measured",)):
         done = switchcli("report", *arguments, "--html", "page.html")
-        assert (done.code, done.err) == (0, "")
+        assert (done.code, done.err) == (0, "wrote page.html\n")
         assert "61.25" in done.out
         assert "-2.5000" in done.out
         assert "61.25" in Path("page.html").read_text(encoding="utf-8")
@@ -222,6 +273,12 @@ def test_files_beside_runs_are_passed_over(runs: list[str], switchcli: SwitchCLI
     done = switchcli("report", "dense-0.log")
     assert done.code == 4
     assert not lacking(done.err, "dense-0.log no run")
+
+
+def test_a_folder_of_runs_is_answered_with_what_to_name(runs: list[str], switchcli: SwitchCLI) -> None:
+    done = switchcli("report", ".")
+    assert done.code == 4
+    assert "name ./* to compare them" in done.err
 
 
 def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[str], switchcli: SwitchCLI) -> None:
@@ -311,7 +368,10 @@ def test_figures_without_their_package_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("nowhere",), 4, "error: none run switchcli pretrain"),
+        (("nowhere",), 2, "error: nowhere folder path"),
+        (("dense-0", "nowhere", "runs/*", "switch-0"), 2, "runs/* folder path"),
+        (("dense-0/result.json/nowhere",), 2, "dense-0/result.json/nowhere folder path"),
+        (("empty",), 4, "error: none run switchcli pretrain"),
         (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0 none dense-0"),
         (("eval", "--baseline", "dense-0"), 2, "--baseline dense-0 evaluations"),
         (("dense-0", "--html", "eval/result.json/page.html"), 4, "eval/result.json/page.html file --html"),
@@ -322,10 +382,43 @@ def test_figures_without_their_package_are_refused_before_any_work(
 @pytest.mark.usefixtures("runs")
 def test_it_refuses(arguments: tuple[str, ...], code: int, words: str, switchcli: SwitchCLI) -> None:
     Path("eval").mkdir()
+    Path("empty").mkdir()
     Path("eval/result.json").write_text('{"verb": "eval"}')
     done = switchcli("report", *arguments)
-    assert done.code == code
+    assert (done.code, done.out) == (code, "")
     assert not lacking(done.err, words)
+
+
+def test_a_folder_that_does_not_exist_is_an_error_for_scripts_before_anything_is_written(
+    runs: list[str], switchcli: SwitchCLI
+) -> None:
+    done = switchcli("report", *runs, "nowhere", "--json", "--html", "page.html")
+    found = json.loads(done.out)
+    assert (done.code, found["exit_code"]) == (2, 2)
+    assert not lacking(found["error"], "nowhere folder")
+    assert not Path("page.html").exists()
+
+
+def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, every in (("mine", 30), ("cc", 20)):
+        a_run(Path(name), steps=90 if name == "mine" else 40, model={"size": name})
+        lines = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+        kept = [one for one in lines if "held_out/neg_log_perplexity" not in one or one["step"] % every == 0]
+        Path(name, "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
+    done = switchcli("report", "mine", "cc", "--html", "page.html")
+    assert done.code == 0
+    assert not lacking(done.err, "warning: step 0 evaluated eval.every_steps")
+    assert "no step in common" in done.out
+    assert "interpolated" in done.out
+    assert facts("page.html")[0][0] == "no step in common: cannot tell"
+    found = json.loads(switchcli("report", "mine", "cc", "--json").out)
+    assert found["common_step"] is None
+    assert (found["series"][1]["over"]["mean"], found["series"][1]["at_common"]["mean"]) == (None, None)
+    assert found["series"][1]["verdict"] == "no step in common: cannot tell"
+    assert any(not lacking(note, "eval.every_steps") for note in found["notes"])
 
 
 def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:

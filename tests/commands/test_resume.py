@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,15 +14,16 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SwitchCLI, lay_out
 from drill import fingerprint
 from messages import lacking
+from tiny_run import SwitchCLI, lay_out
 from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.recipe import resolve
+from switchcli.report.program import program_name
 from switchcli.runs import pretraining as verb
 from switchcli.runs import run_dir, trainer
 from switchcli.spec import Spec
@@ -84,8 +86,9 @@ def test_stopped_several_times_it_ends_the_same(
             done = switchcli(*command)
         done_steps = stop + 1
         assert done.code == INTERRUPTED
-        message = done.err.splitlines()[-1]
-        assert not lacking(message, f"saved step {done_steps} {STEPS} same command")
+        message, to_paste = done.err.splitlines()[-2:]
+        assert not lacking(message, f"saved step {done_steps} {STEPS} run same command")
+        assert to_paste.strip() == f"{program_name()} {shlex.join(map(str, command))}"
         assert json.loads(done.out) == {"error": message, "exit_code": INTERRUPTED}
         assert (
             checkpoint.Checkpoint.open(checkpoint.checkpoint_path(Path("run/checkpoints"), done_steps)).step
@@ -225,3 +228,23 @@ def test_a_run_whose_recipes_an_earlier_version_saved(
     assert switchcli("pretrain", recipe, f"train.steps={STEPS}", "--out", "run").code == 0
     ended = fingerprint(Path("run"))
     assert {**ended, "metrics": straight["metrics"]} == straight, "but for the lines of the stops"
+
+
+def test_a_stop_during_the_last_save_in_the_background_counts(
+    recipe: str, straight: dict[str, str], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, saves = checkpoint.CheckpointWriter.write, []
+
+    def stopped(writer: checkpoint.CheckpointWriter, contents: Any) -> Any:
+        saves.append(writer)
+        if len(saves) == 4:  # after steps 4, 8, 12, and the last one, 13
+            time.sleep(0.5)  # training is over, and the run waits for this save
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(writer, contents)
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "write", stopped)
+    arguments = ("pretrain", recipe, f"train.steps={STEPS}", *BACKGROUND, "--out", "run")
+    assert switchcli(*arguments).code == INTERRUPTED
+    assert len(saves) == 4
+    assert switchcli(*arguments).code == 0
+    assert fingerprint(Path("run")) == straight

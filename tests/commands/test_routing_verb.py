@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WORDS, SwitchCLI, lay_out_tuning
 from messages import lacking
+from tiny_run import WORDS, SwitchCLI, lay_out_tuning
 
 LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
 LINES = "data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]"

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
 from switchcli.report.console import Console
+from switchcli.report.program import program_name
 from switchcli.runs import loading
-from switchcli.runs.run_dir import program_name
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,11 @@ def test_memory_is_asked_for_before_text_is_read(
 
 def test_the_bar_moves_at_each_step(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    monkeypatch.setattr("switchcli.report.console.Console._bar", lambda *_: nullcontext(steps.append))
+    monkeypatch.setattr(
+        "switchcli.report.console.Console._bar", lambda *_: nullcontext(lambda step, **_: steps.append(step))
+    )
     assert switchcli("pretrain", recipe, "train.steps=4", "--out", "a").code == 0
-    assert steps == [1, 2, 3, 4]
+    assert steps == [1, 2, 3, 3, 4, 4]  # a logged step, the third and the last, also sets the time left
 
 
 @pytest.mark.parametrize("verb", [["eval"], ["convert", "--to", "huggingface"]])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from messages import lacking
 
+from switchcli.report.console import Console
 from switchcli.runs import sweep_list, sweep_runner
 
 SWEEP = (sys.executable, "-m", "switchcli", "sweep")
@@ -90,6 +91,7 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
     assert first.returncode == 1
     assert not lacking(first.stderr, "failed: bad: code 2 train.steps")
     assert json.loads((tmp_path / "out/good/result.json").read_text())["step"] == 2
+    assert not lacking((tmp_path / "out/good.log").read_text(), f"completed: switchcli pretrain {tmp_path}/out/good")
     again = _sweep(path, tmp_path)
     assert not lacking(again.stderr, "[2/2] good: complete")
     assert again.returncode == 1
@@ -161,9 +163,34 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
         going.send_signal(signal.SIGTERM)
         _, printed = going.communicate(timeout=60)
     assert going.returncode == 75
-    assert printed.count("\n") == 1
-    assert not lacking(printed, "stopped same command")
+    stopped, again = printed.splitlines()
+    assert not lacking(stopped, "stopped same command")
+    assert not lacking(again, "sweep --out")
     assert list((tmp_path / "out/one/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("log", "status"),
+    [
+        (None, "skipped"),
+        ("completed: switchcli pretrain x train.steps=2 --out {out}/a --quiet\nwarning: none\n", "skipped"),
+        ("completed: switchcli pretrain x train.steps=1 --out {out}/a --quiet\n", "failed"),
+        ("completed: switchcli pretrain y train.steps=2 --out {out}/a --quiet\n", "failed"),
+    ],
+)
+def test_a_complete_run_of_another_command_is_not_skipped(log, status, tmp_path):
+    """Its verb decides: here it refuses, as there is no such recipe."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/result.json").write_text("{}")
+    if log is not None:
+        (tmp_path / "a.log").write_text(log.format(out=tmp_path))
+    run = sweep_list.SweepRun("a", ("pretrain", "x", "train.steps=2"))
+    sweep = sweep_runner.Sweep([run], tmp_path, [{}], Console(quiet=True))
+    sweep.run()
+    assert sweep.outcomes["a"].status == status
+    again = sweep_runner.Sweep([run], tmp_path, [{}], Console(quiet=True))
+    again.run()
+    assert again.outcomes["a"].status == status, "a refused command completes nothing"
 
 
 def test_slots_are_gpus_else_processors(monkeypatch):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SwitchCLI
 from messages import lacking
+from tiny_run import SwitchCLI
 
 from switchcli.model.surgery.upcycle import UpcycledWeights
 

@@ -28,9 +28,9 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.runs import conversion
 from switchcli.runs.loading import LoadedModel, load_checkpoint
-from switchcli.train.checkpointer import logical_tensors
-from switchcli.train.config import TrainSpec
-from switchcli.train.state import TrainState
+from switchcli.training.checkpointer import logical_tensors
+from switchcli.training.config import TrainSpec
+from switchcli.training.state import TrainState
 
 THEIRS: dict[str, Callable[[], torch.nn.Module]] = {
     "T5 1.0": theirs.t5,
@@ -107,7 +107,7 @@ def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, versi
     theirs.assert_same_logits(converted.model, model)
     assert converted.recipe.model == opened(source).recipe.model
 
-    run(tmp_path / "ours", tmp_path / "back", "--to", "huggingface")
+    run(tmp_path / "ours", tmp_path / "back", "--to", "hf")
     after = load_file(tmp_path / "back/model.safetensors")
     if case == "Switch, untied":
         for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):

@@ -27,7 +27,7 @@ from switchcli.data.text_mixture import TextMixture, WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.spec import EOS
-from switchcli.train.microbatches import Microbatches
+from switchcli.training.microbatches import Microbatches
 
 ROWS = SpanCorruption(inputs_length=8)
 LENGTH = ROWS.raw_tokens_per_row

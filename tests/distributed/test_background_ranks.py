@@ -16,20 +16,20 @@ from tiny import NOISY, rows
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.fsops import DISK
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import SwitchError
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train import loop
-from switchcli.train.callbacks import SaveCallback
-from switchcli.train.checkpointer import DATA, Checkpointer
-from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.training import loop
+from switchcli.training.callbacks import SaveCallback
+from switchcli.training.checkpointer import DATA, Checkpointer
+from switchcli.training.config import CheckpointSpec, TrainSpec
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 STEPS, EVERY = 24, 8
 FULL = (".tmp-00000016", "model")

@@ -18,7 +18,7 @@ from switchcli.convert.config import StackLengths
 from switchcli.convert.to_transformers import rename_tensors, transformers_config
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
-from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import CheckpointError
 from switchcli.model.config import ModelSpec
@@ -26,15 +26,15 @@ from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.step import Mesh, rank_weights
 from switchcli.runs import transformers_checkpoint
-from switchcli.train.checkpointer import DATA, Checkpointer, logical_tensors
-from switchcli.train.config import CheckpointSpec, TrainSpec
-from switchcli.train.loop import fit
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText, evaluate, rank_batches
+from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
+from switchcli.training.config import CheckpointSpec, TrainSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
+from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
 OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}

@@ -9,7 +9,7 @@ from ranks import on_ranks
 
 from switchcli.distributed.collectives import all_gather
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ALONE
+from switchcli.distributed.parallel_spec import ALONE
 
 
 def gathered(old_torch: bool) -> tuple[list[list[int]], list[str], bool]:

@@ -12,14 +12,14 @@ from ranks import on_ranks
 from tiny import SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ParallelSpec
+from switchcli.distributed.context import DistributedContext, HostCopy
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError, SwitchError
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatch, RealTokens
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
 
 
 def full() -> str:
@@ -68,6 +68,32 @@ def test_one_process_alone() -> None:
         context.main_only(full)
     batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
     assert isinstance(context.to_device(batch), Batch)
+
+
+def test_a_number_on_its_way_to_the_host_is_read_once_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a CUDA scalar: the event is recorded behind the copy, and waited for before it is read."""
+    calls: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+    class Scalar:
+        is_cuda = True
+
+        def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+            calls.append(f"copy to {device}{', without a wait' * non_blocking}")
+            return torch.tensor(0.5)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    copy = HostCopy(Scalar())  # type: ignore[arg-type]
+    assert calls == ["copy to cpu, without a wait", "record"]
+    assert float(copy) == 0.5
+    assert calls[2:] == ["wait"]
+    assert float(HostCopy(torch.tensor(0.25))) == 0.25
 
 
 @pytest.mark.slow

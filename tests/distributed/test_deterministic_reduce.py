@@ -13,21 +13,23 @@ from tiny import NOISY, SPARSE, a_model, rows
 from torch import nn
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ParallelSpec, check_world
+from switchcli.distributed.parallel_spec import ParallelSpec, check_world
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import RecipeError
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.init import initial_weights
-from switchcli.model.trainable import TrainableSet, freeze, trainable
+from switchcli.model.trainable import freeze, trainable
+from switchcli.model.trainable_sets import TrainableSet
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.config import TrainSpec
-from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
-from switchcli.train.loop import accumulate_gradients, fit
-from switchcli.train.loss import FixedLoss, Objective, cross_entropy
-from switchcli.train.microbatches import Microbatches, RealTokens
-from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.training.config import TrainSpec
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loop import accumulate_gradients, fit
+from switchcli.training.loss import FixedLoss, Objective, cross_entropy
+from switchcli.training.microbatches import Microbatches, RealTokens
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 ORDERED = ParallelSpec(reduction="ordered")
 REAL = RealTokens(inputs=64, targets=64)

@@ -14,7 +14,8 @@ from ranks import on_ranks
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.expert_parallel import SplitSizes, exchange, shard_experts
-from switchcli.distributed.mesh import CommDtype, ParallelSpec, RankGroup
+from switchcli.distributed.mesh import RankGroup
+from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.moe.router import RouterSpec, SwitchRouter, TopKRouter

@@ -11,16 +11,16 @@ from tiny import SHAPE, SPARSE, rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import is_stacked, local_values
-from switchcli.distributed.mesh import ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatches, RealTokens
-from switchcli.train.optimizers import Adafactor, AdamW
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatches, RealTokens
+from switchcli.training.optimizer_specs import Adafactor, AdamW
 
 MIB = 2**20
 LARGE = ModelSpec(
@@ -30,7 +30,7 @@ LARGE = ModelSpec(
     router=SwitchRouter(capacity_factor=8.0, min_capacity=1),
 )
 ROOM = 1216 * MIB
-"""Of address space beyond what a rank takes before it has a model; half of it is for what threads of gloo reserve."""
+"""Address space that a rank may take beyond that before it has a model. Threads of gloo reserve about half of it."""
 
 
 def trained(parallel: ParallelSpec) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, local_values
-from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.block_execution import recompute_blocks
@@ -34,20 +34,23 @@ from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.trainable import TrainableSet, freeze, trainable, trainable_members
+from switchcli.model.trainable import freeze, trainable, trainable_members
+from switchcli.model.trainable_sets import TrainableSet
 from switchcli.report.console import silent
 from switchcli.spec import PAD
-from switchcli.train.callbacks import Callback, LogCallback, ValidationCallback
-from switchcli.train.config import Precision, TrainSpec
-from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
-from switchcli.train.loop import fit
-from switchcli.train.loss import FixedLoss, Objective, StepLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor, AdamW, Optimizer, OptimizerSpec
-from switchcli.train.prefetch import Loader
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText, evaluate, rank_batches, reduce
+from switchcli.training.callbacks import Callback, LogCallback, ValidationCallback
+from switchcli.training.config import Precision, TrainSpec
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, Objective, StepLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.prefetch import Loader
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
+from switchcli.training.validation import HeldOutText, evaluate, rank_batches, reduce
 
 DENSE, GROUPED, NOISY, SPARSE = (
     spec.model_copy(update=TO_DIVIDE) for spec in (tiny.DENSE, tiny.GROUPED, tiny.NOISY, tiny.SPARSE)

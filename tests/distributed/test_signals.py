@@ -1,6 +1,7 @@
 """StopRequest: a flag at the first signal, an interrupt at the second SIGINT, the old handlers afterwards."""
 
 import signal
+from threading import Event, current_thread, main_thread
 
 import pytest
 
@@ -43,6 +44,34 @@ def test_a_sigint_after_any_of_them_interrupts_at_once(first: signal.Signals) ->
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(one) for one in STOPPING] == before
+
+
+def test_a_ctrl_c_is_acknowledged_once_and_from_another_thread() -> None:
+    """So also while the main thread computes and no handler of Python runs."""
+    acknowledged, calls = Event(), []
+
+    def acknowledge() -> None:
+        calls.append(current_thread())
+        acknowledged.set()
+
+    before = signal.set_wakeup_fd(-1)
+    with StopRequest(acknowledge) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert acknowledged.wait(10)
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.requested
+    assert len(calls) == 1
+    assert calls[0] is not main_thread()
+    assert signal.set_wakeup_fd(-1) == before == -1
+
+
+@pytest.mark.parametrize("numbers", [(), (signal.SIGTERM,), (signal.SIGHUP, signal.SIGTERM)])
+def test_only_a_ctrl_c_is_acknowledged(numbers: tuple[signal.Signals, ...]) -> None:
+    calls: list[None] = []
+    with StopRequest(lambda: calls.append(None)):
+        for number in numbers:
+            signal.raise_signal(number)
+    assert calls == []
 
 
 def test_a_second_sigterm_is_patient() -> None:

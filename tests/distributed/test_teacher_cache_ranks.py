@@ -9,9 +9,10 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.report.console import silent
-from switchcli.train.distillation import Teacher
-from switchcli.train.teacher_cache import TeacherCache, TeacherCacheSpec
-from switchcli.train.teacher_cache_writer import TeacherCacheWriter
+from switchcli.training.distillation import Teacher
+from switchcli.training.distillation_specs import TeacherCacheSpec
+from switchcli.training.teacher_cache import TeacherCache
+from switchcli.training.teacher_cache_writer import TeacherCacheWriter
 
 ROWS, STEPS, BYTES = 4, 6, 1 << 22
 

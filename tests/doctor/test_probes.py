@@ -225,7 +225,7 @@ def test_drawn_tokens_that_a_trained_model_drops_are_a_warning() -> None:
     assert findings(subject)["dropped tokens"].verdict == "fail"
     subject.initialized = False
     found = findings(subject)["dropped tokens"]
-    assert (found.verdict, "`pretrain`" in found.advice) == ("warn", True)
+    assert (found.verdict, "`switchcli eval`" in found.advice) == ("warn", True)
 
 
 def test_the_figures_are_those_of_a_direct_measurement() -> None:

@@ -1,5 +1,7 @@
 """Attention: buckets as transformers has them, masks that hide, rows without a token, the plain path in bfloat16."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from switchcli.model.attention import MASKED, Attention, KeyValue, RelativePositionBias, attend, padding_bias
+from switchcli.model import attention
+from switchcli.model.attention import (
+    MASKED,
+    Attention,
+    KeyValue,
+    RelativePositionBias,
+    SplitBias,
+    attend,
+    padding_bias,
+)
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.switch_attention import SwitchAttention
@@ -126,6 +137,83 @@ def test_logits_are_float32_where_all_else_is_bfloat16(learns: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         weights = attend(query, KeyValue(key, torch.eye(2).bfloat16().view(1, 1, 2, 2)), bias, 0.0)
     torch.testing.assert_close(weights.flatten().float(), torch.tensor([0.0, 0.125]).softmax(0), rtol=2**-7, atol=0)
+
+
+# Attention with a learned bias on a CPU, in chunks
+
+
+class Operands(NamedTuple):
+    """The inputs of attention, of which all but the mask need a gradient. Row 0 has no key but masked ones."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    bias: torch.Tensor
+    mask: torch.Tensor
+
+
+def operands(dtype: torch.dtype, bias_rows: int = 1) -> Operands:
+    torch.manual_seed(0)
+    B, H, T, S, K = 3, 4, 5, 7, 6
+    # As the projections give them: [B, L, H, K], transposed.
+    query, key, value = (torch.randn(B, length, H, K, dtype=dtype).transpose(1, 2) for length in (T, S, S))
+    bias = torch.randn(bias_rows, H, T, S, dtype=torch.promote_types(dtype, torch.float32))
+    mask = padding_bias(torch.rand(B, S) < 0.7).to(bias.dtype)
+    mask[0] = MASKED
+    return Operands(*(x.requires_grad_() for x in (query, key, value, bias)), mask)
+
+
+def in_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The formula, with logits in float32 or float64."""
+    logits = query.to(bias.dtype) @ key.to(bias.dtype).mT + bias
+    return logits.softmax(-1).to(value.dtype) @ value
+
+
+@pytest.mark.parametrize("bias_rows", [1, 3])
+@pytest.mark.parametrize("logits", [1, 2 * 35, 9 * 35, 10**6])  # one head, two heads, two rows, all rows at a time
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_chunks_and_its_gradients_are_those_of_the_formula(
+    dtype: torch.dtype, logits: int, bias_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CACHED_LOGITS", -(-logits // torch.get_num_threads()))
+    query, key, value, bias, mask = operands(dtype, bias_rows)
+    found = attend(query, KeyValue(key, value), SplitBias(bias, mask), 0.0)
+    expected = in_one(query, key, value, bias + mask)
+    assert found.dtype == dtype
+    # The gradients of bfloat16 products are rounded to bfloat16, of which each keeps 2**-9.
+    close = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found, expected, **close)
+    gradient = torch.randn_like(found)
+    learned = (query, key, value, bias)
+    found_gradients = torch.autograd.grad(found, learned, gradient)
+    for one, other in zip(found_gradients, torch.autograd.grad(expected, learned, gradient), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **close)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_gradients_of_attention_with_a_learned_bias_are_its_derivatives(masked: bool) -> None:
+    query, key, value, bias, mask = operands(torch.float64)
+    # Logits of -1e9 have a precision of 1e-7, and numeric differences of them are steps.
+    mask = mask.clone()
+    mask[0] = 0.0
+
+    def attention_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return attend(query, KeyValue(key, value), SplitBias(bias, mask if masked else None), 0.0)
+
+    assert torch.autograd.gradcheck(attention_of, (query, key, value, bias))
+
+
+def test_a_mask_beside_a_learned_bias_drops_the_same_keys_as_their_sum() -> None:
+    query, key, value, bias, mask = operands(torch.float32)
+    apart, summed = [], []
+    for found, biases in ((apart, (bias, mask)), (summed, (bias.detach() + mask, None))):
+        torch.manual_seed(1)
+        found.append(attend(query, KeyValue(key, value), SplitBias(*biases), 0.4))
+    torch.testing.assert_close(apart, summed)
+    torch.manual_seed(1)
+    dropped = F.dropout(torch.ones(3, 4, 7, 1), 0.4) * value
+    torch.testing.assert_close(apart[0], in_one(query, key, dropped, bias + mask))
 
 
 # The position bias in bfloat16

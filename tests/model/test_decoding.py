@@ -11,6 +11,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
+from switchcli.model.sampling import UniformDraws, pick
 from switchcli.spec import PAD
 
 
@@ -46,7 +47,7 @@ PROBABILITY = torch.tensor([0.05, 0.4, 0.0, 0.25, 0.3])
 
 
 def at(settings: Decoding, draw: float) -> int:
-    return int(settings.pick(PROBABILITY.log().unsqueeze(0), torch.tensor([draw], dtype=torch.float64)))
+    return int(pick(settings, PROBABILITY.log().unsqueeze(0), torch.tensor([draw], dtype=torch.float64)))
 
 
 @pytest.mark.parametrize(
@@ -70,14 +71,13 @@ def test_temperature_sharpens_and_flattens() -> None:
     draws = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     for temperature in (0.25, 0.5, 1.0, 2.0):
         logits_BV = PROBABILITY.log().expand(10_000, -1)
-        found_V = Decoding(temperature=temperature).pick(logits_BV, draws).bincount(minlength=5) / 10_000
+        found_V = pick(Decoding(temperature=temperature), logits_BV, draws).bincount(minlength=5) / 10_000
         sharpened_V = PROBABILITY.double() ** (1 / temperature)
         torch.testing.assert_close(found_V.double(), sharpened_V / sharpened_V.sum(), rtol=0.0, atol=2e-4)
 
 
 def test_the_draws_are_uniform_and_each_rows_own() -> None:
-    draws = Decoding(temperature=1.0, seed=3).draws(0, 300)
-    assert draws is not None
+    draws = UniformDraws(3, 0, 300)
     drawn_TB = torch.stack([draws.next() for _ in range(100)])
     assert drawn_TB.min() >= 0.0
     assert drawn_TB.max() < 1.0
@@ -85,10 +85,8 @@ def test_the_draws_are_uniform_and_each_rows_own() -> None:
     assert (share_10 - 0.1).abs().max() < 0.01  # six sigma
     assert (torch.corrcoef(drawn_TB[:, :20].T) - torch.eye(20)).abs().max() < 0.5
     assert len(drawn_TB.unique()) == drawn_TB.numel()
-    later = Decoding(temperature=1.0, seed=3).draws(7, 2)
-    assert later is not None
+    later = UniformDraws(3, 7, 2)
     assert torch.equal(later.next(), drawn_TB[0, 7:9])
-    assert Decoding().draws(0, 3) is None
 
 
 def test_answers_are_drawn_by_the_models_probabilities() -> None:

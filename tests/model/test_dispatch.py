@@ -6,13 +6,10 @@ Legend: G groups (the paper's cores), N tokens a group, E experts, C slots an ex
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe import dispatch
 from switchcli.model.moe.dispatch import LocalDispatcher, filled_slots
-from switchcli.model.moe.experts import grouped_product
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 
@@ -114,17 +111,3 @@ def test_no_more_rows_are_foreseen_than_tokens_can_fill(router: RouterSpec, plac
         routing = router.assign(logits_GNE, real_GN, mode)
         assert routing.max_filled_slots == 3 * min(8 * routing.token_GEC.shape[2], 20 * places)
         assert (routing.token_GEC < 20).sum() <= routing.max_filled_slots
-
-
-@given(rows=st.lists(st.integers(0, 2), min_size=2, max_size=9), seed=st.integers(0, 2**20), short=st.booleans())
-def test_few_rows_without_a_gradient_have_the_products_of_many(rows: list[int], seed: int, short: bool) -> None:
-    """A decoding step's way to multiply, by experts that have rows alone, against the grouped product."""
-    generator = torch.Generator().manual_seed(seed)
-    x_AD = torch.randn(sum(rows), 6, generator=generator).to(torch.bfloat16 if short else torch.float32)
-    weight_EFD = torch.randn(len(rows), 5, 6, generator=generator)
-    end_E = torch.tensor(rows).cumsum(0).int()
-    many_AF = grouped_product(x_AD, weight_EFD, end_E)
-    with torch.no_grad():
-        few_AF = grouped_product(x_AD, weight_EFD, end_E)
-    assert few_AF.dtype == many_AF.dtype
-    torch.testing.assert_close(few_AF, many_AF)

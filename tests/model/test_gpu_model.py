@@ -16,13 +16,13 @@ from tiny import SHAPE, rows, step_total
 from tiny import a_model as a_trainable_model
 
 from switchcli.data.batch import Batch
-from switchcli.model.block_execution import recompute_blocks
+from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.train.loss import Objective, cross_entropy, packed_cross_entropy
+from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 
 BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.6}
 MODELS = {
@@ -76,6 +76,29 @@ def test_packed_rows_have_the_cpus_loss_and_gradients(device: str, name: str) ->
     assert_equal_within(found, expected, RELATIVE[False])
     apart = gradients(MODELS[name], "cpu", False, cross_entropy, batch, False)
     assert float(apart[0]) != pytest.approx(float(expected[0]), rel=1e-3)  # packing makes a difference here
+
+
+WIDE = MODELS["switch"].model_copy(update={"d_kv": 16})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_packed_blocks_with_flex_attention_have_the_cpus_gradients(device: str, autocast: bool) -> None:
+    """The rows for `cpu` compile nothing and use no flex_attention, which has no gradient there."""
+    one, other = rows(0, 4, 4), rows(1, 4, 4)
+    batch = Batch(*(pack(first, second) for first, second in zip(one, other, strict=True)))
+    expected = gradients(WIDE, "cpu", autocast, packed_cross_entropy, batch, False)
+    model = a_trainable_model(WIDE).to(device).train()
+    is_cuda = device == "cuda"
+    compile_blocks(model, "inductor" if is_cuda else "eager", fullgraph=True, flex=is_cuda)
+    assert model.encoder.uses_flex == is_cuda
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = packed_cross_entropy(model, Batch(*(ids.to(device) for ids in batch)))
+    step_total(loss).backward()
+    found = [loss.target_sum.detach(), *(parameter.grad for parameter in model.parameters())]
+    assert_equal_within(found, expected, RELATIVE[autocast])
 
 
 def pack(one_BL: torch.Tensor, other_BL: torch.Tensor) -> torch.Tensor:

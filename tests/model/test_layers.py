@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
@@ -18,6 +19,22 @@ def test_rms_norm_takes_off_no_mean_and_adds_epsilon_under_the_root() -> None:
         norm.weight.copy_(torch.tensor([1.0, 2.0, -1.0]))
     root = (9.0 / 3 + 0.5) ** 0.5  # of 1 + 4 + 4
     torch.testing.assert_close(norm(torch.tensor([[[1.0, 2.0, 2.0]]])), torch.tensor([[[1.0, 4.0, -2.0]]]) / root)
+
+
+@pytest.mark.parametrize("weight_learns", [True, False])
+def test_the_gradient_of_rms_norm_is_that_of_autograd_and_its_output_has_the_bits_of_torch(weight_learns: bool) -> None:
+    norm = RMSNorm(40, epsilon=1e-3)
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 40, requires_grad=True)
+    gradient = torch.randn(3, 7, 40)
+    norm.weight = torch.nn.Parameter(torch.randn(40), weight_learns)
+    plain = F.rms_norm(x, (40,), norm.weight, 1e-3)
+    assert torch.equal(norm(x), plain)
+    learned = [x, norm.weight] if weight_learns else [x]
+    expected = torch.autograd.grad(plain, learned, gradient)
+    torch.testing.assert_close(torch.autograd.grad(norm(x), learned, gradient), expected)
+    exact = norm.double()
+    assert torch.autograd.gradcheck(exact, torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,3 +90,17 @@ def test_dropout_falls_on_embeddings_hidden_units_the_output_of_each_part_and_th
     assert len(outputs) == len(parts)
     for site in (streams[0], *outputs, hidden[0], last):
         assert dropped(site) == pytest.approx(0.3, abs=0.07)  # 1200 draws and more: five times what is known
+
+
+def test_the_gradient_of_a_norm_is_float32_under_autocast_and_refuses_a_second_one() -> None:
+    torch.manual_seed(0)
+    x_BSD = torch.randn(2, 16, 64, requires_grad=True)
+    norm = RMSNorm(64, 1e-6)
+    torch.nn.init.uniform_(norm.weight)
+    expected = torch.autograd.grad(norm(x_BSD).square().sum(), [x_BSD, norm.weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(norm(x_BSD).square().sum(), [x_BSD, norm.weight])
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(norm(x_BSD).square().sum(), x_BSD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import SPARSE, a_model, rows
 
-from switchcli.model.moe.losses import Reduction, auxiliary_loss
+from switchcli.model.config import Reduction
+from switchcli.model.moe.losses import auxiliary_loss
 from switchcli.model.moe.router import ExpertChoiceRouter, SwitchRouter, TopKRouter
-from switchcli.model.moe.stats import RouterStats
+from switchcli.model.moe.stats import RouterStats, log_softmax_over_experts, softmax_over_experts
 
 E, N = 4, 32
 
@@ -22,6 +23,18 @@ def report(logits_GNE: torch.Tensor, real_GN: torch.Tensor | None = None) -> Rou
 def towards(expert_N: torch.Tensor, strength: float) -> torch.Tensor:
     """Logits of one group whose tokens prefer the experts given."""
     return strength * F.one_hot(expert_N, E).float().unsqueeze(0)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 15, 16, 17])
+def test_softmaxes_over_few_experts_and_their_gradients_are_those_of_torch(num_experts: int) -> None:
+    torch.manual_seed(0)
+    logits_GNE = (4 * torch.randn(3, 21, num_experts)).requires_grad_()
+    gradient_GNE = torch.randn(3, 21, num_experts)
+    for ours, torchs in ((softmax_over_experts, torch.softmax), (log_softmax_over_experts, torch.log_softmax)):
+        one, other = ours(logits_GNE), torchs(logits_GNE, -1)
+        torch.testing.assert_close(one, other)
+        gradients = (torch.autograd.grad(y, logits_GNE, gradient_GNE) for y in (one, other))
+        torch.testing.assert_close(*gradients)
 
 
 def test_the_balance_loss_is_one_when_uniform_and_grows_with_collapse() -> None:

@@ -20,8 +20,9 @@ from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter, To
 from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
-from switchcli.train.loss import cross_entropy, packed_cross_entropy
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loss import cross_entropy, packed_cross_entropy
 
 RELATIVE = 1e-5
 FREE = {"capacity_factor": "dropless", "eval_capacity_factor": "dropless", "jitter": 0.0}

@@ -13,14 +13,14 @@ from switchcli.model.init import initialize
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.callbacks import Callback
-from switchcli.train.config import TrainSpec
-from switchcli.train.loop import fit
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.training.callbacks import Callback
+from switchcli.training.config import TrainSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 
 @pytest.fixture

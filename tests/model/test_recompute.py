@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 
-from switchcli.model.block_execution import compile_dense_sublayers, recompute_blocks
+from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.packing import SegmentIds
@@ -107,9 +107,9 @@ def test_names_stay_and_each_block_runs_twice_in_training_alone() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")
-def test_compiled_parts_give_the_same() -> None:
+def test_compiled_blocks_give_the_same() -> None:
     model = a_model(SPARSE)
-    compile_dense_sublayers(model)
+    compile_blocks(model)
     ours, theirs = a_step(model, True), a_step(a_model(SPARSE), False)
     for name, gradient in theirs.gradients.items():
         torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -6,7 +6,8 @@ from tiny import DENSE, SPARSE, a_model
 
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec
-from switchcli.model.surgery.student import FromTeacherInit, differing_dimensions, init_weights, plan_init
+from switchcli.model.surgery.student import differing_dimensions, init_weights, plan_init
+from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
 
 PARTS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer")

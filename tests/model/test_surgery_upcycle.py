@@ -13,10 +13,10 @@ from switchcli.model.init import initialize
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 from switchcli.model.surgery.upcycle import Gate, UpcycledWeights, gate_correction
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.checkpointer import load_weights, logical_tensors
-from switchcli.train.loss import cross_entropy
-from switchcli.train.metrics import Metrics
-from switchcli.train.validation import evaluate
+from switchcli.training.checkpointer import load_weights, logical_tensors
+from switchcli.training.loss import cross_entropy
+from switchcli.training.metrics import Metrics
+from switchcli.training.validation import evaluate
 
 LARGE = {**SHAPE, "num_layers": 4, "init_scale": 8.0}
 """Weights at which every feed-forward matters."""

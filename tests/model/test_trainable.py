@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.experts import grouped_product
-from switchcli.model.trainable import TrainableSet, check, freeze, trainable, trainable_members
-from switchcli.train.loss import cross_entropy
+from switchcli.model.trainable import freeze, trainable, trainable_members
+from switchcli.model.trainable_sets import TrainableSet, check
+from switchcli.training.loss import cross_entropy
 
 GROUPS: tuple[TrainableSet, ...] = ("all", "non_expert", "expert", "dense_feed_forward")
 BOTH = SPARSE.model_copy(update={"sparse": "both", "num_layers": 4, "activation": "geglu", "tie_embeddings": False})

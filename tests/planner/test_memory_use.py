@@ -14,30 +14,33 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights, initialize
+from switchcli.model.moe import experts
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
+from switchcli.planner import memory_use
 from switchcli.planner.memory_use import DeviceBytes, activation_bytes, device_bytes
 from switchcli.planner.plan import divisors
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, rank_weights, slots
 from switchcli.recipe.sizes import SIZES
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import StepLoss, cross_entropy
-from switchcli.train.memory import training_bytes
-from switchcli.train.microbatches import Microbatch, RealTokens
-from switchcli.train.optimizers import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import StepLoss, cross_entropy
+from switchcli.training.memory import training_bytes
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
 
 SMALL: dict[str, Any] = {
     **{"vocab_size": 500, "d_model": 48, "d_ff": 176, "d_kv": 8, "num_heads": 4, "num_layers": 2},
     "router": SwitchRouter(capacity_factor=8.0),
 }
 SPARSE: dict[str, Any] = {"num_experts": 8, "sparse_every": 1}
-TOLERANCE = 0.06
-"""Where tokens are dropped the prediction is that none is: a mesh must not fail where the router is balanced."""
+TOLERANCE = 0.07
+"""Where tokens are dropped the prediction is that none is: a mesh must not fail where the router is balanced. For a
+top-2 router that drops it is 6.2 % too high."""
 
 # fmt: off
 MODELS: Mapping[str, dict[str, Any]] = {
@@ -134,6 +137,23 @@ def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, mi
     spec, step = ModelSpec(**{**SMALL, **MODELS[name]}), Step(8, 64, 24, product_bytes=product_bytes, fused=False)
     planned = device_bytes(spec, step, Mesh(1), held_of(spec), microbatch).total
     assert (0.9 if microbatch < step.sequences else 0.75) <= peak(spec, step, microbatch) / planned <= 1.0
+
+
+@pytest.mark.parametrize(("product_bytes", "microbatch"), [(4, 2), (2, 8), (2, 2)])
+def test_large_stacks_need_no_copies_on_a_cpu(
+    product_bytes: int, microbatch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert at a time is cast, and its gradient added: the peak is lower, and within the plan."""
+    spec, step = ModelSpec(**{**SMALL, **SPARSE}), Step(8, 64, 24, product_bytes=product_bytes, fused=False)
+    peaks, planned = [], []
+    for cache in (2**62, 0):
+        monkeypatch.setattr(experts, "CPU_CACHE", cache)
+        monkeypatch.setattr(memory_use, "CPU_CACHE", cache)
+        peaks.append(peak(spec, step, microbatch))
+        planned.append(device_bytes(spec, step, Mesh(1), held_of(spec), microbatch).total)
+    assert peaks[1] <= peaks[0]
+    assert planned[1] < planned[0]
+    assert (0.9 if microbatch < step.sequences else 0.75) <= peaks[1] / planned[1] <= 1.0
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.plan import Machine, Plan, Rejection, flops_of, meshes, microbatch_sizes, model_axes, plan
 from switchcli.planner.step import Mesh, RankWeights, Step, rank_weights
 from switchcli.planner.traffic import Collective, collectives
-from switchcli.train.optimizers import Adafactor
+from switchcli.training.optimizer_specs import Adafactor
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "d_ff": 256, "d_kv": 16, "num_heads": 4, "num_layers": 2}
 SPARSE = ModelSpec(**SHAPE, num_experts=8, sparse_every=1, router=SwitchRouter(capacity_factor=1.25))

@@ -13,17 +13,17 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.mesh import CommDtype, ParallelSpec
+from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.planner.step import Mesh, Step, rank_weights
 from switchcli.planner.traffic import collectives
 from switchcli.runs import transformers_checkpoint
-from switchcli.train.config import Precision
-from switchcli.train.loop import accumulate_gradients
-from switchcli.train.loss import cross_entropy
-from switchcli.train.microbatches import Microbatches, RealTokens
+from switchcli.training.config import Precision
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatches, RealTokens
 
 BATCH, MICROBATCH = 8, 1
 SPARSE = tiny.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})

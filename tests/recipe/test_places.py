@@ -15,6 +15,7 @@ from switchcli.spec import PathOrUrl, Spec
 NO_PLACES = {
     "TrainingRecipe.description",
     "EvalRecipe.description",
+    "BranchSpec.sha256",
     "ModelSpec.size",
     "CorpusSpec.language",
     "CorpusSpec.languages",

@@ -1,6 +1,7 @@
 """Layers, overrides, sizes and round trips, on a toy schema with the shapes of the real one."""
 
 import math
+import shlex
 import time
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import dump, resolve
+from switchcli.recipe.schema import PretrainRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.spec import Spec
 
@@ -352,15 +354,14 @@ steps: 3
 zzz: 1
 """
     wanted = [
+        (2, "model.num_expert num_experts"),
         (3, "model.d_ff integer '12' 12 12"),
-        (6, "model.num_heads integer 1.5 8"),
         (4, "model.activation relu geglu rely relu"),
         (5, "model.tie_embeddings true false 'no' false"),
+        (6, "model.num_heads integer 1.5 8"),
         (7, "model.router.kind switch swich"),
         (7, "model.router.capasity_factor capacity_factor"),
-        (2, "model.num_expert num_experts"),
         (10, "corpora.0.path 3 3 '3'"),
-        (11, "corpora.1.paths=VALUE"),
         (11, "corpora.1.path paths"),
         (12, "corpora.2.kind files hub filez files"),
         (13, "corpora.3.kind files hub"),
@@ -403,8 +404,8 @@ def test_one_error(errors, text, words):
 
 def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
     assert errors("model:\n  num_experts: 101\n  d_ff: 3") == [
-        "mine.yaml:3: model.d_ff (3) is too small",
         "mine.yaml:1: model: the model is too wide",
+        "mine.yaml:3: model.d_ff (3) is too small",
     ]
     assert errors("train:\n\n  steps: 13") == ["mine.yaml:3: train.steps (13) must be a lucky number: try 7."]
     assert errors("{}", "train.steps=13")[0].startswith("override 'train.steps=13': train.steps (13) must")
@@ -413,6 +414,28 @@ def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
 def test_an_error_in_a_parent_names_the_parent(write, errors):
     write("base.yaml", "train:\n  stepz: 3\n  steps: 1")
     assert_line(errors("extends: base.yaml\ntrain: {note: x}")[0], "base.yaml:2", "train.stepz steps")
+
+
+def test_a_rule_of_two_keys_names_the_one_that_is_nearest_to_the_user() -> None:
+    """d_model and num_heads are stated by the recipe that ships, and each layer above it may break their rule."""
+    with pytest.raises(RecipeError) as error:
+        resolve("quickstart/switch", ["model.num_heads=5"], PretrainRecipe)
+    assert_line(error.value.lines[0], "override 'model.num_heads=5'", "model.d_model (64) num_heads (5)")
+
+
+def test_a_rule_of_two_keys_names_the_file_that_breaks_it(write) -> None:
+    write("mine.yaml", "extends: quickstart/switch\n\nmodel: {num_heads: 5}")
+    with pytest.raises(RecipeError) as error:
+        resolve("mine.yaml", [], PretrainRecipe)
+    assert_line(error.value.lines[0], "mine.yaml:3", "model.d_model (64) num_heads (5)")
+
+
+def test_a_recipe_of_another_verb_is_named_with_the_command_that_runs_it(write) -> None:
+    write("my tickets.yaml", "extends: quickstart/finetune")
+    for name in ("quickstart/finetune", "my tickets.yaml"):
+        with pytest.raises(RecipeError) as error:
+            resolve(name, [], PretrainRecipe)
+        assert f"switchcli finetune {shlex.quote(name)}" in str(error.value)
 
 
 def test_a_recipe_too_large_to_be_read_again_is_refused_before_it_is_written(toy):

@@ -14,6 +14,7 @@ from switchcli.report.comparison import Comparison, compare
 from switchcli.report.run_report import highlights, quality_table
 from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import group_by_recipe
+from switchcli.report.significance import Verdict, t_95
 
 
 def a_made_run(
@@ -30,16 +31,42 @@ def a_made_run(
     return Run(name, recipe, {}, curves, {}, {}, None, ())
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_a_branch_with_another_batch_has_the_tokens_of_the_run_before_it(is_complete: bool) -> None:
+    """100 steps of the recipe's batch, then a branch with a batch of half: at step 200 it has seen 150 batches."""
+    whole = a_made_run("a-0", 0, {0: -5, 100: -4, 200: -3})
+    branch = a_made_run("b-0", 0, {100: -4, 200: -3})
+    recipe = {**branch.recipe, "train": {"seed": 0, "batch_tokens": TOKENS // 2}}
+    tokens = Curve(np.array([150.0, 200.0]), np.array([125.0, 150.0]) * TOKENS)
+    if is_complete:
+        branch = branch._replace(recipe=recipe, result={"step": 200, "input_tokens": 150 * TOKENS})
+    else:
+        branch = branch._replace(recipe=recipe, curves={**branch.curves, "input_tokens": tokens})
+    found = compare(group_by_recipe([whole, branch]), None, None, 1)
+    charts = {figure.name: figure for figure in figures.quality(found)}
+    assert {"held_out_tokens", "held_out_flops"} <= charts.keys(), "steps do not have the same tokens"
+    columns = map(charts["held_out_tokens"].table.column, ("series", "step", "tokens", "flops"))
+    assert [*zip(*columns, strict=True)] == [
+        *(("a-0", step, step * TOKENS, step * TOKENS) for step in (0, 100, 200)),
+        *(("b-0", step, batches * TOKENS, batches * TOKENS) for step, batches in ((100, 100), (200, 150))),
+    ]
+    steps, _, flops = found.rows[1].speed.factors
+    assert steps is not None
+    assert flops is not None
+    assert (steps.spread.mean, flops.spread.mean) == (1.0, 200 / 150)
+
+
 def facts(found: Comparison) -> dict[str, str]:
     """Return the highlights by what they measure."""
     return {what: figure for figure, what in highlights(found)}
 
 
-def best(found: Comparison) -> tuple[str, int | None, bool]:
-    """Who is best, at which step before the end, and whether with some seeds alone."""
-    ((what, who),) = ((what, who) for what, who in facts(found).items() if "best" in what)
+def best(found: Comparison) -> tuple[str, int | None]:
+    """Who is best, or why that cannot be said, and at which step before the end."""
+    what, who = next(iter(facts(found).items()))
     step = re.search(r"step (\d+)", what)
-    return who, int(step[1]) if step else None, "seed" in what
+    assert ("best" in what) == (who in {row.label for row in found.rows})
+    return who, int(step[1]) if step else None
 
 
 def test_the_wall_time_of_a_step_is_of_the_seeds_that_have_come_to_it() -> None:
@@ -54,7 +81,7 @@ def test_the_time_of_an_evaluation_after_the_last_logged_step_goes_on_at_the_las
     fast = a_made_run("b-0", 0, {0: -5, 50: -5, 100: -4}, logged=50, pace=2)
     found = compare(group_by_recipe([slow, fast]), None, None, 1)
     assert found.rows[1].speed.costs[1] == (200, 200, 200)
-    assert found.rows[1].speed.factors[1] == (0.5, 0.5, 0.5)
+    assert found.rows[1].speed.factors[1].spread == (0.5, 0.5, 0.5)
 
 
 def test_the_common_step_is_the_last_evaluation_smoothing_included() -> None:
@@ -64,10 +91,10 @@ def test_the_common_step_is_the_last_evaluation_smoothing_included() -> None:
     found = compare(group_by_recipe([long, short]), None, None, 3)
     assert found.common_step == 80  # the mean of 60, 80 and 100
     assert [row.at_common for row in found.rows] == [pytest.approx((-4.2,) * 3), pytest.approx((-3.4,) * 3)]
-    assert found.rows[1].over == pytest.approx((0.8,) * 3)
-    there, over = quality_table(found).headings[-2:]
-    assert not lacking(there, "step 80")
-    assert not lacking(over, "over a-0 step 80")
+    assert found.rows[1].over.spread == pytest.approx((0.8,) * 3)
+    headings = quality_table(found).headings
+    assert "at step 80" in headings
+    assert not lacking(headings[2], "over a-0 step 80")
 
 
 @pytest.mark.parametrize("begun", [{}, {0: -4.0}])
@@ -76,7 +103,7 @@ def test_a_run_that_has_only_begun_takes_no_part(begun: dict[float, float]) -> N
     found = compare(group_by_recipe([*runs, a_made_run("d-0", 0, begun, logged=10)]), None, None, 1)
     assert found.common_step == 100
     assert found.rows[2].at_common is None
-    assert best(found) == ("b-0", 100, False)
+    assert best(found) == (Verdict.ONE_SEED, 100)
     assert any("d-0" in note for note in found.notes) == (not begun)
 
 
@@ -89,27 +116,141 @@ def test_a_run_cut_short_after_a_logged_step_is_compared_at_its_last_evaluation(
     assert compare(group_by_recipe([run, other]), None, None, 1).common_step == 80
 
 
-def test_the_best_is_doubted_where_the_second_best_is_as_good_with_a_seed() -> None:
-    bad = [a_made_run(f"a-{seed}", seed, {0: -5, 100: -4.5}) for seed in (0, 1)]
-    good = [a_made_run(f"b-{seed}", seed, {0: -5, 100: end}) for seed, end in ((0, -3.0), (1, -3.4))]
-    better = [a_made_run(f"c-{seed}", seed, {0: -5, 100: end}) for seed, end in ((0, -2.5), (1, -3.5))]
-    assert best(compare(group_by_recipe([*bad, *good, *better]), None, None, 1)) == ("c", None, True)
-    sure = [a_made_run(f"c-{seed}", seed, {0: -5, 100: -2.5}) for seed in (0, 1)]
-    assert best(compare(group_by_recipe([*bad, *good, *sure]), None, None, 1)) == ("c", None, False)
+def seeds(name: str, *ends: float, first: int = 0) -> list[Run]:
+    """Runs of one recipe that end with these values after -5 at step 20, with seeds from `first` on."""
+    return [a_made_run(f"{name}-{seed}", seed, {0: -9, 20: -5, 100: end}) for seed, end in enumerate(ends, start=first)]
+
+
+def test_the_best_is_named_only_if_its_interval_over_every_other_series_says_so() -> None:
+    bad, good = seeds("a", -4.5, -4.5, -4.5), seeds("b", -3.0, -3.4, -3.2)
+    chancy, sure = seeds("c", -2.5, -3.5, -3.0), seeds("d", -2.5, -2.9, -2.7)
+    assert best(compare(group_by_recipe([*bad, *good, *chancy]), None, None, 1)) == (Verdict.NO_DIFFERENCE, None)
+    found = compare(group_by_recipe([*bad, *good, *sure]), None, None, 1)
+    assert best(found) == ("d", None)
+    assert [row.verdict for row in found.rows] == [Verdict.BASELINE, Verdict.BETTER, Verdict.BETTER]
+    # c varies so much by seed that it could be better than d, although its mean is not the next one.
+    found = compare(group_by_recipe([*bad, *good, *seeds("c", -1.0, -6.0, -4.0), *sure]), None, None, 1)
+    assert best(found) == (Verdict.NO_DIFFERENCE, None)
+
+
+def test_runs_are_compared_within_a_seed_and_without_common_seeds_by_their_means() -> None:
+    # The seeds differ by 1, the recipes by 0.1 to 0.12 within a seed.
+    base = seeds("a", -4.0, -3.0, -2.0)
+    row = compare(group_by_recipe([*base, *seeds("b", -3.9, -2.88, -1.89)]), None, None, 1).rows[1]
+    assert row.over.is_paired
+    assert row.over.spread == pytest.approx((0.11, 0.1, 0.12))
+    margin = 4.3027 * 0.01 / 3**0.5  # Student's, with 2 degrees of freedom and a standard deviation of 0.01
+    assert row.over.interval == pytest.approx((0.11 - margin, 0.11 + margin))
+    assert row.verdict == Verdict.BETTER
+    row = compare(group_by_recipe([*base, *seeds("b", -3.9, -2.88, -1.89, first=7)]), None, None, 1).rows[1]
+    assert not row.over.is_paired
+    assert row.over.spread.mean == pytest.approx(0.11)
+    low, high = row.over.interval
+    assert (low + high) / 2 == pytest.approx(0.11)
+    assert high - low > 4  # 2 x 2.78 (4 degrees of freedom) x (1.00 + 1.01) ** 0.5 / 3 ** 0.5
+    assert row.verdict == Verdict.NO_DIFFERENCE
+    assert row.speed.factors[0].verdict in (Verdict.NO_PAIRS, Verdict.SOME_SEEDS)
+
+
+def test_a_run_that_was_repeated_with_its_seed_is_one_seed() -> None:
+    twice = [
+        [a_made_run(f"{name}-{copy}", 0, {0: -9, 20: -5, 100: end}) for copy in (0, 1)]
+        for name, end in (("a", -4), ("b", -3))
+    ]
+    found = compare(group_by_recipe([*twice[0], *twice[1]]), None, None, 1)
+    assert (found.rows[1].seeds, found.rows[1].verdict) == (1, Verdict.ONE_SEED)
+    assert found.rows[1].speed.factors[0].verdict == Verdict.ONE_SEED
+    assert all("x" not in value for value in facts(found).values())
 
 
 def test_the_best_at_the_common_step_is_doubted_there_and_not_at_the_end() -> None:
     base = [a_made_run(f"a-{seed}", seed, {0: -5, 100: -4}) for seed in (0, 1)]
     crossing = [a_made_run(f"b-{seed}", seed, {0: -5, 100: at, 200: -2}) for seed, at in ((0, -3.0), (1, -4.5))]
     found = compare(group_by_recipe([*base, *crossing]), None, None, 1)
-    assert found.rows[1].over == pytest.approx((0.25, -0.5, 1))
-    assert best(found) == ("b", 100, True)
+    assert found.rows[1].over.spread == pytest.approx((0.25, -0.5, 1))
+    assert best(found) == (Verdict.NO_DIFFERENCE, 100)
 
 
 def test_a_speed_up_of_one_lucky_seed_is_no_headline() -> None:
-    base = [a_made_run(f"a-{seed}", seed, {0: -5, 100: -4}) for seed in (0, 1)]
-    lucky = [a_made_run(f"b-{seed}", seed, {0: -5, 100: end}) for seed, end in ((0, 4.0), (1, -4.5))]
-    steady = [a_made_run(f"c-{seed}", seed, {0: -5, 100: -3}) for seed in (0, 1)]
-    found = facts(compare(group_by_recipe([*base, *lucky, *steady]), None, None, 1))
-    assert [figure for what, figure in found.items() if not lacking(what, "speed-up c a steps")] == ["2.00 x"]
-    assert all(lacking(what, "b") for what in found)
+    base, lucky, steady = seeds("a", -4, -4), seeds("b", 4.0, -4.5), seeds("c", -3, -3)
+    compared = compare(group_by_recipe([*base, *lucky, *steady]), None, None, 1)
+    found = facts(compared)
+    assert [figure for what, figure in found.items() if not lacking(what, "speed-up c a steps interpolated")] == [
+        "1.67 x"
+    ]
+    assert all(lacking(what, "speed-up b") for what in found)
+    assert [row.speed.factors[0].verdict for row in compared.rows[1:]] == [Verdict.SOME_SEEDS, Verdict.FASTER]
+
+
+def test_a_speed_up_within_the_spread_of_seeds_is_none() -> None:
+    found = compare(group_by_recipe([*seeds("a", -4, -4, -4), *seeds("b", -3, -3.99, -4)]), None, None, 1)
+    speed_up = found.rows[1].speed.factors[0]
+    assert speed_up.spread.mean == pytest.approx((100 / 60 + 100 / (20 + 80 / 1.01) + 1) / 3)
+    assert speed_up.interval.low < 1 < speed_up.interval.high
+    assert speed_up.verdict == Verdict.NO_DIFFERENCE
+    assert all("x" not in value for value in facts(found).values())
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 20, 21, 40, 1000])
+def test_the_bounds_of_students_t_hold_95_percent(freedom: int) -> None:
+    """By Simpson's rule over the density, with t = tan(angle): the integrand is cos(angle) ** (freedom - 1)."""
+    bound = np.arctan(t_95(freedom) / freedom**0.5)
+    weights = np.array([1, *([4, 2] * 2000)[:-1], 1])
+
+    def integral(end: float) -> float:
+        angles = np.linspace(0, end, len(weights))
+        return float((np.cos(angles) ** (freedom - 1) * weights).sum() * end)
+
+    assert integral(bound) / integral(np.pi / 2) == pytest.approx(0.95, abs=5e-5)
+
+
+def test_charts_of_the_same_curves_are_one_and_no_point_is_cut() -> None:
+    def names(*runs: Run) -> list[str]:
+        return [figure.name for figure in figures.quality(compare(group_by_recipe(runs), None, None, 1))]
+
+    curve = {0: -9, 10: -5, 60: -4.5, 100: -4}
+    assert names(a_made_run("a-0", 0, curve)) == ["held_out_steps", "held_out_wall_time"]
+    other = a_made_run("b-0", 0, curve)
+    larger = other._replace(recipe={"name": "b", "train": {"seed": 0, "batch_tokens": 2 * TOKENS}})
+    assert names(a_made_run("a-0", 0, curve), larger) == [
+        f"held_out_{axis}" for axis in ("steps", "tokens", "wall_time", "flops")
+    ]
+    for figure in figures.quality(compare(group_by_recipe([a_made_run("a-0", 0, curve), larger]), None, None, 1)):
+        encoding = figure.spec["layer"][1]["encoding"]
+        (left, right), (low, high) = (encoding[axis]["scale"]["domain"] for axis in "xy")
+        rows = [dict(zip(figure.table.columns, row, strict=True)) for row in figure.table.rows]
+        shown = [row for row in rows if row[encoding["x"]["field"]] >= left]
+        assert len(rows) - len(shown) in (1, 2)  # step 0 of both runs, or what is a tenth of the shorter one
+        for row in shown:
+            assert row[encoding["x"]["field"]] < right
+            assert low < row["least"] <= row["most"] < high
+
+
+def test_runs_are_compared_at_the_last_step_at_which_all_were_evaluated() -> None:
+    rare = [a_made_run(f"a-{seed}", seed, {0: -10, 50: -5 + seed, 100: -4, 150: -3}) for seed in (0, 1)]
+    often = [a_made_run(f"b-{seed}", seed, {0: -10, 20: -6, 50: -4 + seed, 70: -1}) for seed in (0, 1)]
+    found = compare(group_by_recipe([*rare, *often]), None, None, 1)
+    assert found.common_step == 50, "not 70, where only one was evaluated"
+    assert [row.at_common for row in found.rows] == [(-4.5, -5, -4), (-3.5, -4, -3)]
+    assert (found.rows[1].over.spread, found.rows[1].verdict) == ((1, 1, 1), Verdict.BETTER)
+
+
+def test_runs_without_an_evaluation_in_common_are_not_compared() -> None:
+    rare = [a_made_run(f"a-{seed}", seed, {0: -10, 50: -4, 100: -3}) for seed in (0, 1)]
+    often = [a_made_run(f"b-{seed}", seed, {0: -10, 20: -6, 40: -3}) for seed in (0, 1)]
+    found = compare(group_by_recipe([*rare, *often]), None, None, 1)
+    assert (found.window, found.common_step) == (None, None)
+    assert [row.verdict for row in found.rows] == [Verdict.BASELINE, Verdict.NO_COMMON_STEP]
+    assert found.rows[1].over is found.rows[1].at_common is None
+    assert any(not lacking(note, "eval.every_steps") for note in found.notes)
+    assert best(found) == (Verdict.NO_COMMON_STEP, None)
+    begun = compare(group_by_recipe([a_made_run(f"{name}-0", 0, {0: -5.0}) for name in "ab"]), None, None, 1)
+    assert begun.rows[1].over is None, "an evaluation at step 0 says nothing of training"
+
+
+def test_smoothed_values_are_of_the_same_evaluations() -> None:
+    even = a_made_run("a-0", 0, {0: -9, 40: -5, 60: -4, 80: -3, 100: -2})
+    uneven = a_made_run("b-0", 0, {0: -9, 40: -5, 60: -4, 70: -3, 90: -2})
+    found = compare(group_by_recipe([even, uneven]), None, None, 2)
+    assert (found.window, found.common_step) == ((40, 60), 50), "(70, 90) has the mean step of (60, 100), not its steps"
+    assert compare(group_by_recipe([even, uneven]), None, None, 3).rows[1].verdict == Verdict.NO_COMMON_STEP

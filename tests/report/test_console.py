@@ -3,7 +3,9 @@ import os
 import pty
 import re
 import select
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from messages import lacking
 
 from switchcli.report import console as console_module
 from switchcli.report.console import PLAIN_WIDTH, Console
+from switchcli.report.html_page import HtmlTable
 
 DENSE = {
     "step": 250.0,
@@ -21,7 +24,7 @@ DENSE = {
     "tokens_per_second": 12345.0,
     "flops_per_second": 1.5e12,
     "seconds_left": 3725.0,
-    "loss": 6.6,
+    "loss": 6.54321,
     "router_z": 0.1,
 }
 SPARSE = {
@@ -48,19 +51,20 @@ def logged(*records: dict[str, float], steps: int = 1000) -> list[str]:
 
 
 def test_a_logged_step_is_one_line_of_figures_under_their_headings() -> None:
-    heading, line = logged(SPARSE)
+    _, heading, line = logged(SPARSE)
     assert re.split(r"\s{2,}", heading.strip()) == [
-        "step", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left",
+        "step", "loss", "neg log ppl", "tokens/s", "FLOP/s", "lr", "grad norm", "time left",
         "enc drop", "dec drop", "balance", "dead",
     ]  # fmt: skip
     assert line.split() == [
-        "250/1000", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05", "1.2%", "25.0%", "1.021", "2",
+        "250/1000", "6.5432", "-6.5432", "12.3k", "1.50T", "1.00e-02", "0.988", "1:02:05",
+        "1.2%", "25.0%", "1.021", "2",
     ]  # fmt: skip
     assert len(heading) == len(line)
 
 
 def test_a_dense_model_has_no_sparse_columns() -> None:
-    heading, line = logged(DENSE)
+    _, heading, line = logged(DENSE)
     assert "dead" not in heading
     assert line.split()[-1] == "1:02:05"
 
@@ -80,17 +84,93 @@ def test_lines_fit_the_plain_width_and_stay_in_column() -> None:
     assert max(map(len, lines)) <= PLAIN_WIDTH
     nan = logged({key: float("nan") for key in SPARSE} | {"step": 3.0}, {"step": 4.0, "neg_log_perplexity": -1.0})
     assert "nan" in nan[1]
-    assert nan[-1].split() == ["4/1000", "-1.0000", *"-----"]
+    assert nan[-1].split() == ["4/1000", "-", "-1.0000", *"-----"]
 
 
 def test_the_heading_comes_again() -> None:
     lines = logged(*({**DENSE, "step": float(step)} for step in range(1, 42)))
-    assert [index for index, line in enumerate(lines) if "neg log ppl" in line] == [0, 21, 42]
+    assert [index for index, line in enumerate(lines) if "neg log ppl" in line] == [1, 22, 43]
+
+
+def test_the_time_of_the_run_is_estimated_once_it_is_measured() -> None:
+    unknown = {**DENSE, "step": 1.0, "seconds_left": float("nan")}
+    lines = logged(unknown, {**DENSE, "step": 2.0}, {**DENSE, "step": 3.0})
+    (estimate,) = (line for line in lines if "estimated" in line)
+    assert not lacking(estimate, "1:02:05 998 steps")
+    assert lines.index(estimate) == 2  # behind the heading and the step of which nothing was known
+    assert not any("estimated" in line for line in logged({**DENSE, "step": 1000.0}))
+
+    console, stream = plain()
+    with console.training(1000, not_measured="answers come on top") as training:
+        training.log(DENSE)
+    assert not lacking(stream.getvalue().splitlines()[0], "estimated 1:02:05 750 answers come on top")
+
+
+def test_a_task_with_malformed_answers_says_how_many() -> None:
+    (line,) = logged({"step": 5.0, "tasks/rte": 12.34, "tasks/cb": 50.0, "malformed": {"rte": 97.4, "cb": 0.0}})  # type: ignore[dict-item]
+    assert not lacking(line, "5/1000 rte 12.3 97% malformed cb 50.0")
+    assert line.count("malformed") == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "left_out"),
+    [
+        ("120", []),
+        ("80", ["FLOP/s", "grad norm", "lr", "balance"]),
+        ("70", ["FLOP/s", "grad norm", "lr", "balance", "dead"]),
+        ("10", ["neg log ppl", "tokens/s", "time left"]),
+    ],
+)
+def test_a_terminal_gets_the_columns_that_fit(
+    columns: str, left_out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", columns)
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as stream, Console(stream=stream).training(800) as training:
+        training.log({**SPARSE, "step": 20.0})
+        output = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", read(reader))
+    os.close(reader)
+    lines = re.split(r"[\r\n]+", output)
+    heading, line = (next(line for line in lines if re.match(start, line)) for start in (" *step ", " *20/800 "))
+    assert len(line) == len(heading) <= max(int(columns), len(" 20/800") + 2 + 7)  # the loss is never left out
+    assert "loss" in heading
+    assert not [name for name in left_out if name in heading]
+    if columns == "120":
+        assert "FLOP/s" in heading
+
+
+TABLE = HtmlTable(
+    "Held-out neg. log perplexity",
+    ("series", "verdict", "over dense at step 20", "at the end", "loss", "steps"),
+    [
+        ("dense", "baseline", "", "-4.1689 (-4.1701 to -4.1677)", "4.1689", "1,000"),
+        ("switch", "no difference seen", "-0.0030 (-0.0278 to +0.0218)", "-4.1719", "4.1719", "1,000"),
+    ],
+    "Values are means over seeds.",
+)
+
+
+@pytest.mark.parametrize("columns", [200, 100, 70, 40, 24])
+def test_no_number_of_a_table_is_folded(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as stream:
+        Console(stream=stream).rows(*TABLE)
+        lines = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", read(reader)).splitlines()
+    os.close(reader)
+    assert max(map(len, lines)) <= columns
+    shown = " ".join(lines).split()
+    words = [word for row in TABLE.rows for cell in row for word in cell.split()]
+    assert not Counter(words) - Counter(shown)
+    assert any(line.split() == ["loss", "4.1719"] for line in lines) == (30 < columns < 120)
+    assert sum(not lacking(line, "series verdict loss steps") for line in lines) == (columns > 120)
 
 
 def test_a_held_out_figure_has_its_own_line() -> None:
     (line,) = logged({"step": 500.0, "held_out/neg_log_perplexity": -5.25})
-    assert not lacking(line, "500/1000 held-out perplexity -5.2500")
+    assert not lacking(line, "500/1000 held-out loss 5.2500 perplexity -5.2500")
     assert logged({"step": 500.0, "something": 1.0}) == []
 
 
@@ -125,7 +205,7 @@ def test_a_sample_is_short_and_keeps_its_gaps() -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) < 12
     assert "Thank you <extra_id_0> me." in lines[1]
-    assert [line.split(maxsplit=1)[1].rstrip() for line in lines[-2:]] == ["<extra_id_0> for", "[/red]"]
+    assert [line.split(maxsplit=1)[1] for line in lines[-2:]] == ["<extra_id_0> for", "[/red]"]  # no blanks behind it
 
 
 def test_track_without_a_terminal_says_how_far_and_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +214,7 @@ def test_track_without_a_terminal_says_how_far_and_the_sum(monkeypatch: pytest.M
     console, stream = plain()
     assert list(console.track("abc", "reading [/x]", 3)) == ["a", "b", "c"]
     going, done = stream.getvalue().splitlines()
-    assert not lacking(going, "reading [/x] 2 3")
+    assert not lacking(going, "reading [/x] 2 3 0:00:20")
     assert not lacking(done, "reading [/x] 3 0:01:15")
 
 
@@ -180,13 +260,27 @@ def test_a_terminal_has_colours_a_bar_and_its_cursor_back(terminal: tuple[Consol
     assert "\x1b[33mwarning: slow" in output
 
 
+def test_only_somebody_at_a_terminal_gets_a_line_for_watchers(terminal: tuple[Console, int]) -> None:
+    console, reader = terminal
+    with console.training(10), console.counting("evaluating", 2) as show:
+        show(1)
+        acknowledge = console.for_watchers("stopping [/x]")
+        assert acknowledge is not None
+        thread = threading.Thread(target=acknowledge)
+        thread.start()
+        thread.join()
+    assert "stopping [/x]" in read(reader)
+    assert plain()[0].for_watchers("stopping") is None
+    assert Console(quiet=True, stream=console._rich.file).for_watchers("stopping") is None
+
+
 class Done(NamedTuple):
     source_shards: int
     size: int
     tokens: int
 
 
-def test_preparing_says_pieces_tokens_their_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preparing_says_shards_tokens_their_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 10.0, 40.0, 50.0, 60.0])
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(times))
     console, stream = plain()
@@ -195,7 +289,7 @@ def test_preparing_says_pieces_tokens_their_rate_and_the_time_left(monkeypatch: 
         show(Done(1, 250, 2_000_000))
         show(Done(4, 1000, 8_000_000))
     going, done = stream.getvalue().splitlines()
-    assert not lacking(going, "tokenizing: 2.00M 50.0k tokens/s 1 4 pieces 0:02:00")
+    assert not lacking(going, "tokenizing: 2.00M 50.0k tokens/s 1 4 shards 0:02:00")
     assert not lacking(done, "tokenizing: 8,000,000 0:01:00 133k tokens/s")
 
 
@@ -216,3 +310,16 @@ def test_a_bar_is_taken_down_when_the_run_fails(terminal: tuple[Console, int]) -
     items.close()
     output = read(reader)
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")
+
+
+def test_a_terminal_wraps_sentences_between_words_but_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "20")
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as stream:
+        console = Console(stream=stream)
+        console.message("four score and seven years ago")
+        console.message("  switchcli pretrain recipe.yaml --out run")
+        lines = read(reader).splitlines()
+    os.close(reader)
+    assert lines == ["four score and seven", "years ago", "  switchcli pretrain recipe.yaml --out run"]

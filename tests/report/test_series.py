@@ -49,6 +49,24 @@ def test_labels_are_unique(tmp_path: Path) -> None:
     assert len({one.label for one in found}) == 2
 
 
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("1-0", "1-1", "4-0", "4-1"), ["num_experts=1", "num_experts=4"]),
+        (("dense-0", "dense-1", "4-0", "4-1"), ["dense", "4"]),
+    ],
+)
+def test_a_series_of_a_sweep_is_named_by_key_and_value(
+    tmp_path: Path, names: tuple[str, ...], labels: list[str]
+) -> None:
+    found = []
+    for name in names:
+        experts, seed = name.replace("dense", "1").split("-")
+        recipe = {"model": {"num_experts": int(experts)}, "train": {"seed": int(seed)}}
+        found.append(read(a_run(tmp_path / name), recipe))
+    assert [one.label for one in group_by_recipe(found)] == labels
+
+
 def of_teacher(name: str, seed: int, path: str) -> Run:
     """A run that learned from the run in `path`."""
     recipe = {"distill": {"teacher": path, "baseline": f"runs/small/dense-{seed}"}, "train": {"seed": seed}}
@@ -75,6 +93,15 @@ def test_seeds_that_learned_from_the_teacher_of_their_own_seed_are_one_series(wh
     assert [bool(run.loads) for run in found[0].runs] == [True] + [False] * 5  # only the first's are drawn
 
 
+def test_branches_of_the_runs_of_several_seeds_are_one_series() -> None:
+    runs = []
+    for seed, digest in enumerate("abc"):
+        branch = {"checkpoint": f"runs/dense-{seed}/checkpoints/step-00000100", "sha256": 64 * digest}
+        recipe = {"branch": branch, "train": {"seed": seed}}
+        runs.append(of_teacher("warm", seed, "")._replace(recipe=recipe))
+    assert [len(series.runs) for series in group_by_recipe(runs)] == [3]
+
+
 def test_only_the_runs_own_seed_in_a_path_counts() -> None:
     other = [of_teacher("a", seed, f"runs/teacher-8-{seed + 1}") for seed in (0, 1)]
     assert len(group_by_recipe(other)) == 2
@@ -95,13 +122,16 @@ def test_differences_between_series(tmp_path: Path) -> None:
 
 
 def test_a_band_is_the_mean_of_those_that_have_come_so_far() -> None:
-    long, short = Curve(np.array([0.0, 10, 20]), np.array([0.0, 2, 4])), Curve(np.array([0.0, 5]), np.array([3.0, 3]))
+    long, short = (
+        Curve(np.array([0.0, 10, 20]), np.array([0.0, 2, 4])),
+        Curve(np.array([0.0, 5, 15]), np.array([3.0] * 3)),
+    )
     found = band([long, short])
     assert found is not None
-    assert found.steps.tolist() == [0, 5, 10, 20]
-    assert found.mean.tolist() == [1.5, 2, 2, 4]
-    assert found.low.tolist() == [0, 1, 2, 4]
-    assert found.high.tolist() == [3, 3, 2, 4]
+    assert found.steps.tolist() == [0, 5, 10, 15, 20]
+    assert found.mean.tolist() == [1.5, 3, 2.5, 3, 4]  # at 5 the long one is not interpolated from step 0
+    assert found.low.tolist() == [0, 3, 2, 3, 4]
+    assert found.high.tolist() == [3, 3, 3, 3, 4]
     assert band([]) is None
 
 

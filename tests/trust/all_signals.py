@@ -20,7 +20,7 @@ from table import Row
 from trial import PATIENCE, STEPS, Trial, clear, said, trials
 
 from switchcli.cli import main
-from switchcli.train import loop
+from switchcli.training import loop
 
 SAVED = 75
 STEP = 3

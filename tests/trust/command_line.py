@@ -4,6 +4,7 @@ A new verb or option is tried by the parts `urls` and `paths` without a change t
 a place, but for the few names in NO_PLACES.
 """
 
+import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ import typer
 from forked import command, faults
 from tiny_run import RECIPE, write_text
 
-from switchcli.cli import app
+from switchcli.cli import Verbs
 
-NO_PLACES = {"texts", "share", "memory", "revision"}
-"""Parameters that take other text: what a model reads, a share I/N, a size in bytes, a commit."""
+NO_PLACES = {"texts", "share", "memory", "revision", "key", "gpu", "license_"}
+"""Parameters that take other text: what a model reads, a share I/N, a size in bytes, a commit, a key, names."""
 
 SOUND: dict[str, list[str]] = {
     "pretrain": ["{sound}/tiny.yaml", "--out", "made"],
@@ -32,6 +33,7 @@ SOUND: dict[str, list[str]] = {
     "recipes copy": ["quickstart/switch", "made.yaml"],
     "recipes validate": ["{sound}/tiny.yaml"],
     "recipes schema": ["pretrain"],
+    "recipes explain": ["train.steps"],
     "data prepare": ["{sound}/tiny.yaml", "--processes", "1"],
     "data tokenizer train": ["{sound}/tiny.yaml", "--out", "made.json"],
     "data tokenizer show": ["{sound}/run"],
@@ -79,7 +81,8 @@ class Parameter(NamedTuple):
 
 def parameters() -> Iterator[Parameter]:
     """Every option and argument that takes text or a path."""
-    for verb, function in _verbs(app):
+    apps = [importlib.import_module(f"switchcli.commands.{name}").app for name in Verbs()]
+    for verb, function in (pair for app in apps for pair in _verbs(app)):
         assert verb in SOUND, f"{verb}: a new verb: give it a sound command here"
         position = 0
         for name, hint in get_type_hints(function, include_extras=True).items():
@@ -94,14 +97,13 @@ def parameters() -> Iterator[Parameter]:
 
 
 def _verbs(group: typer.Typer, words: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
+    words = f"{words} {group.info.name}".strip() if isinstance(group.info.name, str) else words
     for one in group.registered_commands:
         assert one.callback is not None
         yield f"{words} {one.name or one.callback.__name__}".strip(), inspect.unwrap(one.callback)
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
-        name = inner.typer_instance.info.name
-        name = name if isinstance(name, str) else ""
-        yield from _verbs(inner.typer_instance, f"{words} {name}".strip())
+        yield from _verbs(inner.typer_instance, words)
 
 
 def _takes_text(kind: Any) -> bool:

@@ -21,7 +21,7 @@ from tiny import rows as examples
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
-from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
@@ -37,15 +37,15 @@ from switchcli.model.moe.router import (
 )
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
-from switchcli.train.callbacks import LogCallback
-from switchcli.train.config import TrainSpec
-from switchcli.train.loop import fit
-from switchcli.train.loss import FixedLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.optimizers import Adafactor
-from switchcli.train.prefetch import Loader
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
+from switchcli.training.callbacks import LogCallback
+from switchcli.training.config import TrainSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.prefetch import Loader
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 APART = {torch.float32: 1e-4, torch.float64: 1e-10}
 """The most by which a logit may differ, as a part of the largest. What float64 shows is the promise: that nothing comes

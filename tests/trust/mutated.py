@@ -37,8 +37,8 @@ from switchcli.report.html_page import page
 from switchcli.runs import loading
 from switchcli.runs.run_comparison import compare_runs
 from switchcli.runs.transformers_checkpoint import meta_model
-from switchcli.train.checkpointer import logical_tensors
-from switchcli.train.state import TrainState
+from switchcli.training.checkpointer import logical_tensors
+from switchcli.training.state import TrainState
 
 CPU = torch.device("cpu")
 TEXTS = [

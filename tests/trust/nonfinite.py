@@ -32,24 +32,25 @@ from torch import nn
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
-from switchcli.distributed.mesh import ALONE, ParallelSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.train.callbacks import SaveCallback, ValidationCallback
-from switchcli.train.checkpointer import Checkpointer
-from switchcli.train.config import CheckpointSpec, NonfiniteSpec, TrainSpec
-from switchcli.train.distillation import DistillationLoss, DistillSpec, Teacher
-from switchcli.train.loop import fit
-from switchcli.train.loss import Objective, StepLoss, cross_entropy
-from switchcli.train.microbatches import Microbatches
-from switchcli.train.nonfinite import NonFiniteHandler
-from switchcli.train.optimizers import Adafactor
-from switchcli.train.schedules import InverseSquareRoot
-from switchcli.train.state import TrainState
-from switchcli.train.validation import HeldOutText
+from switchcli.training.callbacks import SaveCallback, ValidationCallback
+from switchcli.training.checkpointer import Checkpointer
+from switchcli.training.config import CheckpointSpec, NonfiniteSpec, TrainSpec
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import Objective, StepLoss, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.nonfinite import NonFiniteHandler
+from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
+from switchcli.training.validation import HeldOutText
 
 STEPS, SAVE_EVERY, BATCH = 6, 2, 8
 NUMBERS = {"NaN": float("nan"), "infinity": float("inf"), "overflow": 3.4e38}

@@ -29,13 +29,13 @@ from switchcli.distributed.signals import STOPPING
 from switchcli.model import generation
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.runs import pretraining, trainer
-from switchcli.train import loop
-from switchcli.train.distillation import Teacher
-from switchcli.train.optimizers import Optimizer
+from switchcli.training import loop
+from switchcli.training.distillation import Teacher
+from switchcli.training.optimizers import Optimizer
 
 FORCE = r"error: .*\bsaving\b.*\bcommand\b.*"
 SAVED = rf".*\bsaved\b.*\bstep NEWEST\b.*\b{STEPS}\b.*\bcommand\b.*"
-"""NEWEST is that of the newest checkpoint."""
+"""NEWEST is the step of the newest checkpoint."""
 UNSAVED = r".*\bSIG\w+\b.*\bnothing\b.*\bcommand\b.*"
 """Before the first step, and after the last, there is nothing to save."""
 LEFT = r"error: .*\branks\b.*\bstep 0\b.*\bcommand\b.*"
@@ -43,9 +43,9 @@ LEFT = r"error: .*\branks\b.*\bstep 0\b.*\bcommand\b.*"
 ASKED = r".*\bteacher\b.*\bkept-answers\b.*\bcommand\b.*"
 STOPPED, FORCED, RANK = 75, 130, 6
 FORCED_SECONDS = 10
-"""From a second Ctrl-C to the end: seconds on a machine that has other things to do."""
+"""The seconds from a second Ctrl-C to the end, on a machine that has other things to do."""
 LATE_SECONDS = 10
-"""From a signal to the end of ranks that wait for a late one: at once, on a machine that has nothing else to do."""
+"""The seconds from a signal to the end of ranks that wait for a late one, on a machine that has nothing else to do."""
 ANSWERS = "kept-answers"
 """The folder of a teacher's answers: each run that is struck has its own."""
 STRIKE = "TRUST_STRIKE"
@@ -58,14 +58,14 @@ class Point(NamedTuple):
     verb: str
     owner: Any
     name: str
-    """Of the function of `owner` before whose call it is."""
+    """The name of the function of `owner` before whose call the signal comes."""
     calls: tuple[int, int, int]
     """Which call, from 1, in each repetition."""
     words: str = SAVED
     more: int | None = None
     """How many calls may follow at most, where it is to end in the middle of something long."""
     training: bool | None = None
-    """Of a model's calls those in this mode alone."""
+    """The mode of the model, training or not, whose calls alone count."""
     main_only: bool = False
     """Whether the main rank alone comes by."""
     keys: tuple[str, ...] = ()
@@ -86,7 +86,8 @@ POINTS = {
     "data: text prepared": Point(
         "pretrain", shards, "write_manifest", (1, 1, 1), UNSAVED, main_only=True, new_cache=True
     ),
-    "data: batch made": Point("pretrain", PreparedTextSource, "batch", (1, 4, 9)),
+    # The first two calls are for the held-out text. Batches are made ahead, when other ranks may not have begun yet.
+    "data: batch made": Point("pretrain", PreparedTextSource, "batch", (3, 5, 9), f"{SAVED}|{LEFT}"),
     "step: forward": Point("pretrain", *FORWARD, (1, 5, 11), training=True),
     "step: gradients there": Point("pretrain", loop, "_clip_gradients", (1, 3, 6)),
     "step: weights changed": Point("pretrain", Optimizer, "zero_grad", (1, 4, 6)),
@@ -107,7 +108,7 @@ POINTS = {
 
 
 ON_TWO = ["start: the others wait for this rank", "step: gradients there", "evaluation", "save"]
-"""Of the short form those on two ranks."""
+"""The points of the short form on two ranks."""
 LONG = {
     *("start: recipe resolved", "start: room made for the model", "start: the others wait for this rank"),
     *("step: forward", "step: gradients there", "save", "generation: samples"),
@@ -191,7 +192,7 @@ class Told(NamedTuple):
 
     fault: str
     seconds: float
-    """From the signal, or the first of two, to its end."""
+    """The seconds from the signal, or the first of two, to the end of the run."""
 
 
 def stopped(
@@ -234,17 +235,18 @@ def wrong_end(
 ) -> str:
     """What is wrong with the end of a run that was struck; its codes are in the order in which its ranks ended."""
     step, saved, left = told[0][0], [one.step for one in sound(run)], leftovers(run)
+    lines = log_of(run).read_text().splitlines()  # the command follows, and another rank may tell that this one is gone
     faults = {
-        f"exit codes {codes}: {said(run)}": codes[0] != (FORCED if forced else STOPPED)
+        # Two signals may reach a rank as one, which then ends as after one.
+        f"exit codes {codes}: {said(run)}": (FORCED not in codes if forced else codes[0] != STOPPED)
         or not {*codes} <= {STOPPED, FORCED, RANK, -signal.SIGTERM},
         "a checkpoint is damaged": len(saved) != len(checkpoint.saved_checkpoints(run / "checkpoints")),
     }
     if forced:
         faults[f"{seconds:.1f} s until it was out"] = seconds > FORCED_SECONDS
-        faults[f"said {said(run)!r}"] = len(codes) == 1 and not re.fullmatch(FORCE, said(run))
+        faults[f"said {said(run)!r}"] = len(codes) == 1 and not any(re.fullmatch(FORCE, line) for line in lines)
     else:
         here = (step, step + 1) if SAVED in point.words else (step,)
-        lines = log_of(run).read_text().splitlines()  # another rank may tell last that this one is gone
         words_of_it = point.words.replace("NEWEST", str(saved[0]) if saved else "0")
         expected = words_of_it if len(codes) == 1 else f"{words_of_it}|{UNSAVED}"
         faults |= {

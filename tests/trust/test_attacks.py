@@ -18,7 +18,7 @@ from forked import Done, command
 
 from switchcli import credentials, publish
 from switchcli.checkpoint import manifest, tensor_file
-from switchcli.commands import _exit, tokenizers
+from switchcli.commands import _exit, _tokenizers
 from switchcli.commands import recipes as recipes_verb
 from switchcli.convert import config as configs
 from switchcli.convert import weight_files
@@ -80,7 +80,7 @@ UNPICKLE = [
     (store, "_read", lambda content, path: unpickling(lambda path: READ(content, path))(path)),
 ]
 READS_RECIPES = (yaml_nodes, "_refuse", lambda source, where: None)
-SAYS = [(module, "one_line", same) for module in (console, _exit, recipes_verb, tokenizers)]
+SAYS = [(module, "one_line", same) for module in (console, _exit, recipes_verb, _tokenizers)]
 GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] = {
     "no unpickling": (attacks.PICKLES, [name for name in attacks.PICKLES if name != "pytorch_model.bin"], UNPICKLE),
     "asking before": (

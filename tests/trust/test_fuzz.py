@@ -17,7 +17,7 @@ from switchcli.checkpoint.checkpoint import save
 from switchcli.checkpoint.saved_state import SavedState
 from switchcli.errors import DataError
 from switchcli.recipe import messages
-from switchcli.train.state import TrainState
+from switchcli.training.state import TrainState
 
 
 @pytest.mark.slow

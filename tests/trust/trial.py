@@ -18,9 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from conftest import RECIPE, WORDS, lay_out_tuning
 from drill import ended, fingerprint, leftovers, start
 from faulty_files import FaultyFiles, LossyFiles, kill
+from tiny_run import RECIPE, WORDS, lay_out_tuning
 
 from switchcli.checkpoint.fsops import DiskOperations, FileOperations
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import safetensors.numpy
-from conftest import RECIPE, WORDS
 from drill import ended, newest, start
 from table import Row
+from tiny_run import RECIPE, WORDS
 
 from switchcli.runs import conversion, eval_job, run_comparison  # noqa: F401  # so that a fork has them
 

@@ -28,9 +28,9 @@ from switchcli.model.moe import experts
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.report.console import silent
 from switchcli.runs.loading import load_checkpoint
-from switchcli.train import loop
-from switchcli.train.metrics import Metrics
-from switchcli.train.microbatches import Microbatch, RealTokens
+from switchcli.training import loop
+from switchcli.training.metrics import Metrics
+from switchcli.training.microbatches import Microbatch, RealTokens
 
 Worlds = tuple[tuple[int, int], ...]
 EACH = {True: 8, False: 2}
@@ -196,7 +196,7 @@ def noting(run: Path, strike: tuple[int, signal.Signals] | None, *, inputs: bool
     seen: list[torch.Tensor] = []
 
     def activated(hidden: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        seen.append(hidden.detach())
+        seen.append(hidden.detach().clone())  # ReLU overwrites it
         return activate(hidden, gate)
 
     def accumulated(

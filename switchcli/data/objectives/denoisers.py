@@ -38,6 +38,7 @@ class PrefixLanguageModel(Spec):
     """
 
     kind: Literal["prefix_lm"] = "prefix_lm"
+    """`prefix_lm` splits a text at a random position; the model continues the first part."""
     inputs_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
     """Tokens of the encoder's input, including EOS; 512 as in T5."""
     targets_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
@@ -106,6 +107,7 @@ class Denoisers(Spec):
     """
 
     kind: Literal["denoisers"] = "denoisers"
+    """`denoisers` mixes several settings of span corruption, as UL2 does."""
     inputs_length: int = Field(default=512, ge=3, le=LIMITS["row_tokens"])
     """Tokens of the encoder's input, including its prompt, sentinels and EOS; 512 as in UL2."""
     prompt_tokens: int = Field(default=4, ge=0, le=LIMITS["row_tokens"])

@@ -109,6 +109,7 @@ class SpanCorruption(Spec):
     """T5's span corruption: hides random spans of a text, and the targets are the hidden tokens."""
 
     kind: Literal["span_corruption"] = "span_corruption"
+    """`span_corruption` hides random spans, which the model predicts (T5, and the paper)."""
     inputs_length: int = Field(default=512, ge=3, le=LIMITS["row_tokens"])
     """Tokens of the encoder's input, including its sentinels and EOS; 512 as in T5."""
     noise_density: float = Field(default=0.15, gt=0.0, lt=1.0)

@@ -38,6 +38,7 @@ class HubCorpus(RowCorpus):
     """A dataset of the Hugging Face hub, or a local folder of data files, streamed. Its own code is never run."""
 
     kind: Literal["hub"] = "hub"
+    """`hub` reads a data set from the Hugging Face hub."""
     path: PathOrUrl
     """Name on the hub, such as `allenai/c4`, or a local folder."""
     name: str | None = None

@@ -36,6 +36,7 @@ class FilesCorpus(RowCorpus):
     """Text or JSON Lines files (.json, .jsonl), optionally compressed (.gz, .bz2, .xz, .zst), or Parquet (.parquet)."""
 
     kind: Literal["files"] = "files"
+    """`files` reads files or URLs: text, JSON Lines or Parquet."""
     paths: Annotated[tuple[PathOrUrl, ...], Field(min_length=1)]
     """Files, URLs (s3://, gs://, hf://datasets/...) or globs of them (`**` matches nested folders), relative to the
     current folder."""

@@ -26,6 +26,7 @@ class PythonStdlib(CorpusSpec):
     """Documentation topics and modules of Python's standard library, each a document, in order of name."""
 
     kind: Literal["python-stdlib"] = "python-stdlib"
+    """`python-stdlib` reads the documentation of the installed Python: a small text that needs no network."""
     sources: bool = False
     """Whether a module's document is its complete source text. Default: only its docstrings."""
 

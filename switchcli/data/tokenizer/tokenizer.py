@@ -181,6 +181,7 @@ class TrainedTokenizer(Spec):
     """
 
     kind: Literal["train"] = "train"
+    """`train` makes a tokenizer from the text of the run."""
     vocab_size: int = Field(default=8192, ge=1, le=LIMITS["vocab_size"])
     """Number of ids, including sentinels and bytes. If a small corpus yields fewer pieces, unused ones are added."""
     max_characters: int = Field(default=10_000_000, ge=1, le=LIMITS["count"])
@@ -223,6 +224,7 @@ class TokenizerFile(Spec):
     """A `tokenizer.json` in T5's layout, or a SentencePiece Unigram model (`spiece.model`), under any name."""
 
     kind: Literal["file"] = "file"
+    """`file` reads a tokenizer from a file."""
     path: PathOrUrl
     """Path of the file."""
 
@@ -238,6 +240,7 @@ class HubTokenizer(Spec):
     """The `tokenizer.json`, or else the `spiece.model`, of a repository on the Hugging Face hub."""
 
     kind: Literal["hub"] = "hub"
+    """`hub` downloads a tokenizer from the Hugging Face hub."""
     path: PathOrUrl
     """Name of the repository, such as `google-t5/t5-base`."""
     revision: str = "main"

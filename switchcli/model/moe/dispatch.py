@@ -59,7 +59,7 @@ class LocalDispatcher:
     """A dispatcher for experts that are all in this process."""
 
     def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, LocalMeta]:
-        meta = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu)
+        meta = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu and not torch.compiler.is_compiling())
         return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_A), meta
 
     def expand_mask(self, mask_BF: torch.Tensor, meta: LocalMeta, length: int) -> torch.Tensor:

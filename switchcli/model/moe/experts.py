@@ -3,18 +3,23 @@
 Legend: E experts, B sequences, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from switchcli.model.axis import SINGLE_PROCESS, local_slice
 from switchcli.model.config import ModelSpec
 from switchcli.model.layers import activate
+from switchcli.model.moe.opaque_ops import grouped_mm
 
 ALIGNMENT = 16
 """Alignment of matrix rows that torch's grouped product requires, in bytes."""
+CPU_CACHE = 2**22
+"""Bytes of stacked weights, in the dtype of products, up to which a CPU computes them at once."""
 
 
 class Experts(nn.Module):
@@ -33,6 +38,10 @@ class Experts(nn.Module):
         """The numbers of the experts that this process stores: all of them unless other processes store the rest."""
         self.axis = SINGLE_PROCESS
         """The processes among which the hidden units are divided."""
+        self.adds_to_grad = False
+        """Whether the backward pass may itself add the gradients of large stacks to `.grad` on a CPU, which saves
+        reading and writing them once more. Then use plain `backward()`: `torch.autograd.grad` and
+        `backward(inputs=...)` lose gradients, and hooks of the weights get the sum so far."""
 
     def keep_slice(self, rank: int, num_ranks: int) -> None:
         """Keep only slice `rank` of `num_ranks` equal slices of the experts. `num_ranks` must divide their number."""
@@ -64,20 +73,26 @@ class Experts(nn.Module):
             end_E: int32, the end of each expert's rows. An expert without rows gets a gradient of 0.
             mask_AF: a factor of each row's hidden vector; None: no dropout.
         """
-        gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E)
-        hidden_AF = activate(grouped_product(x_AD, self.wi, end_E), gate)
+        adds = self.adds_to_grad
+        gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E, adds)
+        hidden_AF = activate(grouped_product(x_AD, self.wi, end_E, adds), gate)
         if mask_AF is not None:
             hidden_AF = hidden_AF * mask_AF
-        return grouped_product(hidden_AF, self.wo, end_E)
+        return grouped_product(hidden_AF, self.wo, end_E, adds)
 
 
-def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+def grouped_product(
+    x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor, adds_to_grad: bool = False
+) -> torch.Tensor:
     """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, at most float32.
 
-    In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert, which waits for `end_E`.
+    `adds_to_grad`: see `Experts`. In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert,
+    which waits for `end_E`.
     """
-    if x_AD.is_cpu and len(x_AD) < len(weight_EFD) and not torch.is_grad_enabled():
-        return _few_rows(x_AD, weight_EFD, end_E)
+    is_large = weight_EFD.numel() * x_AD.element_size() > CPU_CACHE
+    if x_AD.is_cpu and is_large and not torch.compiler.is_compiling():
+        y_AF: torch.Tensor = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, adds_to_grad)  # type: ignore[no-untyped-call]
+        return y_AF
     num_outputs, D = weight_EFD.shape[1:]
     # Pad both widths to the alignment, which only narrow models need. The added inputs are zeros, so no product
     # changes, and the added outputs are cut off. -n % unit is the distance from n to the next multiple of unit.
@@ -86,23 +101,88 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
     if pad_inputs or pad_outputs:
         x_AD = F.pad(x_AD, (0, pad_inputs))
         weight_EFD = F.pad(weight_EFD, (0, pad_inputs, 0, pad_outputs))
-    y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
+    y_AF = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
     return y_AF[:, :num_outputs] if pad_outputs else y_AF
 
 
-def _few_rows(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-    """Compute `grouped_product` with one product per expert that has rows, for a decoding step on a CPU.
+class _ProductPerExpert(torch.autograd.Function):
+    """`grouped_product` on a CPU, for stacks that do not fit into its cache: one product per expert.
 
-    The weights of experts without rows are not even cast.
+    torch's grouped product is a loop over experts too. Here an expert's matrix is cast to the dtype of x just before
+    its product, and its gradient is cast back and added just after its product. So these copies stay in the cache, and
+    memory is read and written in the dtype of the weights alone. x is saved only if the weights need a gradient.
+
+    All products have `out`, because autocast does not change the dtype of these.
     """
-    y_AF = x_AD.new_empty(len(x_AD), weight_EFD.shape[1])
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor, adds_to_grad: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_AD if ctx.needs_input_grad[1] else None, weight_EFD, end_E)
+        # With activation checkpointing, a saved tensor comes back as another object, without `.grad`.
+        ctx.parameter = weight_EFD if adds_to_grad and weight_EFD.is_leaf else None
+        return _products(x_AD, weight_EFD.mT, end_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        x_AD, weight_EFD, end_E = ctx.saved_tensors
+        grad_AF = grad_AF.contiguous()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _products(grad_AF, weight_EFD, end_E)
+        if ctx.needs_input_grad[1]:
+            sum_EFD = None
+            if ctx.parameter is not None:
+                # autograd finds no `.grad`, and makes the returned sum the new one without a copy.
+                sum_EFD, ctx.parameter.grad = ctx.parameter.grad, None
+            grad_weight = _weight_gradient(grad_AF, x_AD, end_E, weight_EFD, sum_EFD)
+        return grad_x, grad_weight, None, None
+
+
+def _products(x_AD: torch.Tensor, weight_EDF: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+    """Return x @ weight with the weight of each row's expert: [A, F]. Weights of experts without rows are not read."""
+    y_AF = x_AD.new_empty(len(x_AD), weight_EDF.shape[2])
+    cast_DF = torch.empty_like(weight_EDF[0], dtype=x_AD.dtype)
     num_rows_E = end_E.diff(prepend=end_E.new_zeros(1))
     begin = 0
     for expert in num_rows_E.nonzero().squeeze(1):
         end = int(end_E[expert])  # also where the rows of the next expert with rows begin
-        torch.mm(x_AD[begin:end], weight_EFD[expert].to(x_AD.dtype).mT, out=y_AF[begin:end])
+        weight_DF = weight_EDF[expert]
+        if weight_DF.dtype != x_AD.dtype:
+            weight_DF = cast_DF.copy_(weight_DF)
+        torch.mm(x_AD[begin:end], weight_DF, out=y_AF[begin:end])
         begin = end
     return y_AF
+
+
+def _weight_gradient(
+    grad_AF: torch.Tensor,
+    x_AD: torch.Tensor,
+    end_E: torch.Tensor,
+    weight_EFD: torch.Tensor,
+    sum_EFD: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the gradient of the weights, in their dtype. It is added to `sum_EFD`, in place, if that is given."""
+    is_direct = sum_EFD is None and x_AD.dtype == weight_EFD.dtype
+    gradient_EFD = torch.empty_like(weight_EFD) if sum_EFD is None else sum_EFD
+    product_FD = x_AD.new_empty(weight_EFD.shape[1:])
+    # [F, R] @ [R, D] -> [F, D]: zeros for an expert without rows.
+    parts = zip(_rows_of_experts(grad_AF, end_E), _rows_of_experts(x_AD, end_E), gradient_EFD, strict=True)
+    for grad_RF, x_RD, gradient_FD in parts:
+        if is_direct:
+            torch.mm(grad_RF.mT, x_RD, out=gradient_FD)
+        elif sum_EFD is None:
+            gradient_FD.copy_(torch.mm(grad_RF.mT, x_RD, out=product_FD))
+        else:
+            gradient_FD.add_(torch.mm(grad_RF.mT, x_RD, out=product_FD))
+    return gradient_EFD
+
+
+def _rows_of_experts(x_AD: torch.Tensor, end_E: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return views of the rows of each expert, [R, D]. They are consecutive, so they end where the next ones begin."""
+    return torch.tensor_split(x_AD, end_E[:-1].long())
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -115,7 +195,7 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(ctx: Any, x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_AD if ctx.needs_input_grad[1] else None, weight_EFD, end_E)
         # [A, D] @ [E, D, F] -> [A, F]: rows end_E[e - 1] to end_E[e] by matrix e.
-        return F.grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, offs=end_E)
+        return grouped_mm(x_AD, weight_EFD.to(x_AD.dtype).mT, end_E)
 
     @staticmethod
     def backward(ctx: Any, grad_AF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
@@ -123,8 +203,8 @@ class _GroupedProduct(torch.autograd.Function):
         grad_AF = grad_AF.contiguous()
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = F.grouped_mm(grad_AF, weight_EFD.to(grad_AF.dtype), offs=end_E)  # [A, F] @ [E, F, D]
+            grad_x = grouped_mm(grad_AF, weight_EFD.to(grad_AF.dtype), end_E)  # [A, F] @ [E, F, D]
         if ctx.needs_input_grad[1]:
             # [F, A] @ [A, D] -> [E, F, D]: the offsets divide the summed dim A, one product per expert.
-            grad_weight = F.grouped_mm(grad_AF.mT, x_AD, offs=end_E).to(weight_EFD.dtype)
+            grad_weight = grouped_mm(grad_AF.mT, x_AD, end_E).to(weight_EFD.dtype)
         return grad_x, grad_weight, None

@@ -15,6 +15,7 @@ from torch import nn
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
+from switchcli.model.moe.opaque_ops import random_bits
 from switchcli.model.moe.router import Mode, Policy
 from switchcli.model.moe.stats import RouterStats
 
@@ -46,8 +47,7 @@ def jitter(x: torch.Tensor, width: float) -> torch.Tensor:
     Drawing is the slow part on a CPU, so one 64-bit draw makes four numbers of 16 bits.
     """
     num_draws = -(-x.numel() // 4)  # rounded up
-    draws = torch.empty(num_draws, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    steps = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform on [-2**15, 2**15)
+    steps = random_bits(num_draws, x.device).view(torch.int16)[: x.numel()].view(x.shape)  # uniform on [-2**15, 2**15)
     return steps.to(x.dtype).mul_(width * 2.0**-15).add_(1.0)
 
 

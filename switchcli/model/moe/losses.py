@@ -1,14 +1,13 @@
 """Auxiliary losses of the sparse layers: load balancing (eq. 4) and router z-loss (ST-MoE)."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from switchcli.model.config import Reduction
 from switchcli.model.moe.router import RouterSpec
 from switchcli.model.moe.stats import RouterStats, StackStats
-
-Reduction = Literal["sum", "mean", "pooled"]
 
 
 class StackLoss(NamedTuple):

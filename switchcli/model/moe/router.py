@@ -13,15 +13,19 @@ with N slots per expert.
 whose size the recipe sets, and f and P over its real tokens only.
 """
 
-from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+# A recipe is checked without torch, whose import takes seconds: the methods that create tensors import it.
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
+
 from pydantic import BeforeValidator, Field, model_validator
 
-from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats
+from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats, softmax_over_experts
 from switchcli.spec import LIMITS, Spec
+
+if TYPE_CHECKING:
+    import torch
 
 Factor = Annotated[float, Field(gt=0.0, le=1e12)]
 Policy = Literal["paper", "dropless"] | Factor
@@ -183,10 +187,12 @@ class TokenChoiceRouter(Router, ABC):
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
         """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
+        import torch
+
         G, N, E = logits_GNE.shape
         training = mode == "training"
         K, C = self.num_choices(E), self.capacity(N, E, mode)
-        probability_GNE = logits_GNE.softmax(-1)
+        probability_GNE = softmax_over_experts(logits_GNE)
         expert_GNK = self._choices(logits_GNE, K, training)
         probability_GNK = probability_GNE.gather(-1, expert_GNK)  # of each choice
         gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
@@ -232,6 +238,8 @@ class TokenChoiceRouter(Router, ABC):
 
     def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
         """Return the experts that each token chooses, the first choice first: int64 [G, N, K]."""
+        import torch
+
         # Noise in bfloat16 would make ties, and the first expert wins a tie.
         score_GNE = logits_GNE.detach().float()
         if training and self.sample_temperature is not None:
@@ -247,6 +255,8 @@ class TokenChoiceRouter(Router, ABC):
 
         `probability_GN` is that of each token's first choice.
         """
+        import torch
+
         if self.overflow == "probability":
             return probability_GN.argsort(dim=1, descending=True, stable=True)
         if self.overflow == "random" and training:
@@ -265,6 +275,7 @@ class SwitchRouter(TokenChoiceRouter):
     """
 
     kind: Literal["switch"] = "switch"
+    """`switch` sends each token to its most probable expert (paper section 2.1)."""
     is_in_transformers: ClassVar[bool] = True
 
     def num_choices(self, num_experts: int) -> int:
@@ -288,6 +299,7 @@ class TopKRouter(TokenChoiceRouter):
     """
 
     kind: Literal["top_k"] = "top_k"
+    """`top_k` sends each token to its k most probable experts: the paper's Mixture-of-Experts baseline."""
     k: int = Field(default=2, ge=1, le=LIMITS["num_experts"])
     """Number of experts per token."""
     renormalize: bool = True
@@ -327,6 +339,8 @@ class TopKRouter(TokenChoiceRouter):
         return probability_GNK / probability_GNK.sum(-1, keepdim=True)
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
+        import torch
+
         if not training:
             return torch.ones_like(assigned_GN)
         # P(u * threshold <= gate) = min(1, gate / threshold) for u uniform on [0, 1).
@@ -344,6 +358,7 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
     """
 
     kind: Literal["no_token_left_behind"] = "no_token_left_behind"
+    """`no_token_left_behind` routes in rounds: a token that found no slot goes to its next expert (Appendix B)."""
     k: int = Field(default=4, ge=2, le=LIMITS["num_experts"])
     """Number of rounds, limited to the number of experts."""
 
@@ -368,6 +383,7 @@ class ExpertChoiceRouter(Router):
     """
 
     kind: Literal["expert_choice"] = "expert_choice"
+    """`expert_choice` lets each expert take its most probable tokens (Zhou et al. 2022)."""
     capacity_factor: Factor = 1.25
     """Slots for training, as a multiple of an even share: the mean number of experts that take a token."""
     eval_capacity_factor: Factor = 1.25
@@ -387,6 +403,9 @@ class ExpertChoiceRouter(Router):
 
     def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
         """Give each expert its most probable tokens, the most probable first."""
+        import torch
+        import torch.nn.functional as F
+
         _, N, E = logits_GNE.shape
         factor = self.capacity_factor if mode == "training" else self.eval_capacity_factor
         factor = mode if isinstance(mode, float) else factor
@@ -441,6 +460,9 @@ def _positions_in_expert(
         filled_GE: int64, the slots of each expert that are filled already.
         order_GN: int64, the tokens of each group in the order in which they queue; None: by position.
     """
+    import torch
+    import torch.nn.functional as F
+
     E = filled_GE.shape[1]
     if order_GN is not None:
         queue_GN = queue_GN.gather(1, order_GN)  # column i is now the i-th token to queue, not token i

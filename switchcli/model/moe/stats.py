@@ -3,9 +3,12 @@
 Legend: G groups, N tokens per group, E experts, K choices per token, A = K * N choices per group.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RouterStats(NamedTuple):
@@ -80,7 +83,7 @@ def router_stats(
         load_GE: `RouterStats.load_E` of each group.
         assigned_GN: bool, tokens that are in a slot.
     """
-    log_probability_GNE = logits_GNE.float().log_softmax(-1)
+    log_probability_GNE = log_softmax_over_experts(logits_GNE.float())
     probability_GNE = log_probability_GNE.exp()
     tokens_G1 = real_GN.sum(1, keepdim=True)
     # log p_i = h_i - logsumexp(h), so any one expert gives the logsumexp.
@@ -98,6 +101,28 @@ def router_stats(
     )
 
 
+def softmax_over_experts(logits_GNE: torch.Tensor) -> torch.Tensor:
+    """Return the softmax over the last dim. The result may be a transposed view."""
+    if _has_short_rows(logits_GNE):
+        return logits_GNE.mT.contiguous().softmax(1).mT  # over E of [G, E, N]
+    return logits_GNE.softmax(-1)
+
+
+def log_softmax_over_experts(logits_GNE: torch.Tensor) -> torch.Tensor:
+    """Return the log softmax over the last dim. The result may be a transposed view."""
+    if _has_short_rows(logits_GNE):
+        return logits_GNE.mT.contiguous().log_softmax(1).mT
+    return logits_GNE.log_softmax(-1)
+
+
+def _has_short_rows(logits_GNE: torch.Tensor) -> bool:
+    """Return whether a row of E numbers leaves the vectors of a CPU, of up to 16 float32 numbers, partly unused.
+
+    torch vectorizes a softmax over the last dim of memory. With few experts that dim must be the tokens.
+    """
+    return logits_GNE.is_cpu and logits_GNE.shape[-1] < 16
+
+
 def choice_fraction(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return the fraction of the real tokens' choices that go to each expert: float32 [G, E]; 0 without real tokens."""
     # Padding counts for an expert number E, which is cut off.
@@ -108,4 +133,4 @@ def choice_fraction(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts
 
 def count_per_group(index_GA: torch.Tensor, size: int) -> torch.Tensor:
     """Return how often each index from 0 to size - 1 occurs in each group: int64 [G, size]."""
-    return index_GA.new_zeros(len(index_GA), size).scatter_add_(1, index_GA, torch.ones_like(index_GA))
+    return index_GA.new_zeros(len(index_GA), size).scatter_add_(1, index_GA, index_GA.new_ones(index_GA.shape))

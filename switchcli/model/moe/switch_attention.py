@@ -10,7 +10,7 @@ own attention folds into its initial weights.
 import torch
 from torch import nn
 
-from switchcli.model.attention import KeyValue, attend
+from switchcli.model.attention import Bias, KeyValue, attend
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.layers import linear
 from switchcli.model.moe.layer import SwitchLayer
@@ -36,7 +36,7 @@ class SwitchAttention(nn.Module):
         query_BHSK, key_value_BHSK = y_BSO.view(B, S, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return query_BHSK * query_BHSK.shape[-1] ** -0.5, KeyValue(key_value_BHSK, key_value_BHSK), stats
 
-    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias_BHTS: torch.Tensor) -> torch.Tensor:
+    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias: Bias) -> torch.Tensor:
         """Return softmax(q k + bias) v of all heads through the output projection: [B, T, D]."""
-        mixed_BHTK = attend(query_BHTK, memory, bias_BHTS, self.dropout if self.training else 0.0)
+        mixed_BHTK = attend(query_BHTK, memory, bias, self.dropout if self.training else 0.0)
         return self.o(mixed_BHTK.transpose(1, 2).flatten(2))

@@ -13,32 +13,20 @@ Legend: E experts of the teacher.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.spec import Spec
 
 DIMENSIONS = (
     "vocab_size", "d_model", "d_ff", "head_width", "num_heads", "num_layers", "decoder_layers", "activation",
     "tie_embeddings", "relative_attention_num_buckets",
 )  # fmt: skip
 """The settings in which two models must agree for their weights to be interchangeable."""
-
-
-class FromTeacherInit(Spec):
-    """Initialize the student from the teacher's weights."""
-
-    kind: Literal["teacher"] = "teacher"
-    experts: Literal["random_init", "mean", "most_used"] = "random_init"
-    """Initial weights of a student's feed-forward where the teacher has experts: `random_init` (the paper's), the
-    `mean` of the experts, or the `most_used` expert, which most tokens of held-out text choose."""
-    on_shape_mismatch: Literal["error", "random_init"] = "error"
-    """Handling of a student with other dimensions than its teacher's: an `error`, or `random_init` of the tensors that
-    do not fit while the others are copied."""
 
 
 class StudentInit(NamedTuple):

@@ -25,8 +25,8 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import DistributedContext
     from switchcli.runs.trainer import Trainer
-    from switchcli.train import loop
-    from switchcli.train.callbacks import ValidationCallback
+    from switchcli.training import loop
+    from switchcli.training.callbacks import ValidationCallback
 
     def act() -> None:
         if moment.exists():

@@ -1,0 +1,423 @@
+"""The pages of docs/reference that are made from the code: recipe keys, commands, exit codes, Python API."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+
+import switchcli
+from switchcli import errors
+from switchcli.cli import app
+from switchcli.commands import _help
+from switchcli.recipe import key_index
+from switchcli.recipe.key_index import KeyInfo
+
+GENERATED = "<!-- Written by scripts/docs --reference. Edit {source} instead. -->\n"
+
+
+# Recipe keys
+
+
+RECIPES_TOP = """\
+# Which keys does a recipe have?
+
+This page lists every key of a recipe with its type, default and meaning. `switchcli recipes explain KEY` prints the
+same for one key, and `switchcli recipes schema VERB` prints a JSON Schema for editors.
+
+```yaml title="mine.yaml"
+extends: quickstart/switch
+model: {num_experts: 16, router: {capacity_factor: 1.0}}
+train: {steps: 5000}
+optimizer: {kind: adamw, weight_decay: 0.01}
+```
+
+How to read it:
+
+- `model.router.jitter` is the key `jitter` in the mapping `router` in the mapping `model`. On the command line it
+  is `model.router.jitter=0.02`.
+- `[]` stands for a position in a list, which the command line counts from 0: `data.corpora[].path` is
+  `data.corpora.0.path=...`.
+- `kind` selects one of several mappings with keys of their own. A key of only some of them says "if kind is ...".
+- Distillation has two forms: "on text" and "on tasks". A recipe with `tasks` is of the second form.
+- The default is written as in YAML. `{}` is a mapping of which each key has its own default.
+- `finetune` takes the keys of `model` from the checkpoint, and `distill` and `eval` take what is left out from the
+  run of the checkpoint. The defaults here then have no effect.
+"""
+
+
+def recipes() -> str:
+    """Return the page of recipe keys: one heading for each top-level key, one item for each meaning of a key."""
+    infos = key_index.all_keys()
+    lines = [GENERATED.format(source="the docstrings of the fields"), RECIPES_TOP]
+    for top in dict.fromkeys(_top(info.key) for info in infos):
+        group = [info for info in infos if _top(info.key) == top]
+        verbs = {info.verbs for info in group}
+        lines.append(f"## `{top}`\n")
+        if len(verbs) == 1:
+            lines.append(f"In recipes of {_list(group[0].verbs)}.\n")
+        lines += [_item(info, with_verbs=len(verbs) > 1) for info in group]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _top(key: str) -> str:
+    return re.split(r"[.\[]", key)[0]
+
+
+def _list(words: Sequence[str], last: str = "and") -> str:
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _item(info: KeyInfo, with_verbs: bool) -> str:
+    words = [_type(info)]
+    words.append("required" if info.default is None else f"default {_code(info.default)}")
+    if kinds := key_index.kinds(info):
+        where = info.when[0].partition("=")[0]
+        name = "kind" if where.rpartition(".")[0].removesuffix("[]") == _parent(info.key) else where
+        words.append(f"if {_code(name)} is {_list([_code(kind) for kind in kinds], 'or')}")
+    if with_verbs:
+        words.append(_list(info.verbs))
+    return f"- **{_code(info.key)}**: {'; '.join(words)}.<br>\n  {escape(info.description)}"
+
+
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0].removesuffix("[]")
+
+
+def _type(info: KeyInfo) -> str:
+    """Return the type, with the choices in place of the word for them."""
+    if not info.choices:
+        return info.type
+    choices = " or ".join([", ".join(map(_code, info.choices[:-1])), _code(info.choices[-1])])
+    choices = choices if len(info.choices) > 1 else _code(info.choices[0])
+    found = re.sub(r"\bchoices?\b", lambda match: choices, info.type)
+    return found if found != info.type else f"{info.type}: {choices}"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def escape(text: str) -> str:
+    """Return text with the characters of Markdown and HTML escaped, except in `code`."""
+    parts = re.split(r"(``?[^`]+``?)", text)
+    return "".join(part if part.startswith("`") else _escape(part) for part in parts)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"(?<!\w)_|_(?!\w)|[*\\]", r"\\\g<0>", text.replace("<", "&lt;"))
+
+
+# Commands
+
+
+COMMANDS_TOP = """\
+# Which commands and options are there?
+
+This page lists every command with its arguments, options and defaults. `switchcli COMMAND --help` prints the same
+in the terminal.
+
+Every command takes `--help`. `--json` prints exactly one JSON object on stdout. Messages go to stderr:
+[exit codes and streams](exit-codes.md). KEY=VALUE arguments set recipe keys: [recipe keys](recipes.md).
+"""
+
+
+def commands() -> str:
+    """Return the page of all commands: usage, arguments, options with defaults, and examples."""
+    root = typer.main.get_command(app)
+    lines = [GENERATED.format(source="the help texts in switchcli/commands"), COMMANDS_TOP]
+    for words, command in _leaves(root, ()):
+        lines.append(_command_section(words, command))
+    return "\n".join(lines)
+
+
+def _leaves(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield each command that does something, with its words."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield words, command
+        return
+    for name, child in children.items():
+        yield from _leaves(child, (*words, name))
+
+
+def _command_section(words: Sequence[str], command: Any) -> str:
+    name = " ".join(["switchcli", *words])
+    context = command.make_context(name, [], resilient_parsing=True)
+    parameters = [item for item in command.get_params(context) if not item.hidden and item.name != "help"]
+    arguments = [parameter for parameter in parameters if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in parameters if parameter.param_type_name == "option"]
+    in_usage = [piece for argument in arguments for piece in argument.get_usage_pieces(context)]
+    usage = " ".join([name, *in_usage, *(["[OPTIONS]"] if options else [])])
+    lines = [f"## {name}\n", f"{escape(_plain(command.help))}\n", f"```text\n{usage}\n```\n"]
+    for title, shown in (("argument", arguments), ("option", options)):
+        if shown:
+            lines.append(f"| {title} | meaning | default |\n|---|---|---|")
+            lines += [
+                f"| {_names(parameter)} | {_cell(parameter.help)} | {_default(parameter)} |" for parameter in shown
+            ]
+            lines.append("")
+    return "\n".join([*lines, *_epilog(command.epilog)])
+
+
+def _plain(text: str | None) -> str:
+    """Return a help text without the escapes of rich, on one line."""
+    return " ".join((text or "").replace("\\[", "[").split())
+
+
+def _cell(text: str | None) -> str:
+    return escape(_plain(text)).replace("|", "\\|")
+
+
+def _names(parameter: Any) -> str:
+    """Return how a parameter is written, as code: `-q, --quiet`, `--out PATH`, `RECIPE`."""
+    if parameter.param_type_name == "argument":
+        return _cell_code(parameter.metavar)
+    names = [*parameter.opts, *parameter.secondary_opts]
+    return ", ".join(
+        _cell_code(f"{name} {parameter.metavar}".strip() if name.startswith("--") else name) for name in names
+    )
+
+
+def _cell_code(text: str) -> str:
+    return _code(text.replace("|", "\\|"))
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    default = parameter.default
+    if isinstance(default, bool):
+        return _code(parameter.opts[0]) if default else ""
+    if default is None or default in ((), [], ""):
+        return ""
+    return _code(str(default))
+
+
+def _epilog(text: str) -> Iterator[str]:
+    """Yield the examples and the link of a command's epilog as Markdown."""
+    commands = "\n".join(_help.examples(text))
+    yield f"<!-- not run: the examples of `--help` -->\n```bash\n{commands}\n```\n"
+    yield f"More: [{_help.page(text)}](../{_help.page(text)}.md)\n"
+
+
+# Exit codes
+
+
+EXIT_TOP = """\
+# What do the exit codes mean, and what goes where?
+
+This page says how a script can tell what happened, and which stream carries what.
+
+| code | meaning |
+|---|---|
+| 0 | The command did what it was asked to do. |
+"""
+
+EXIT_BOTTOM = """
+An error that you can fix is one line for each problem, with the rule, the place and the fix, and no traceback. A
+traceback is a bug of switchcli, with exit code 1.
+
+```bash
+switchcli recipes explain train.step || echo "exit code $?"
+```
+
+```text
+error: train.step: no such recipe key. Did you mean train.steps or train.seed?
+exit code 2
+```
+
+With `--processes`, the exit code is that of the rank that failed first. torchrun's own exit code is 1 whenever that
+of a rank is not 0. `switchcli doctor` has exit code 1 if a probe fails, and `switchcli plan` if nothing fits.
+
+## Streams
+
+| stream | what it carries |
+|---|---|
+| stdout | Results: answers of `generate`, tables of `plan`, the recipe of `--dry-run`, the object of `--json`. |
+| stderr | Progress, warnings and errors. |
+
+- `--json` prints exactly one JSON object on stdout, on success and on failure. After a failure it is
+  `{"error": "...", "exit_code": 2}`. A traceback comes without an object.
+- `--quiet` leaves only warnings and errors on stderr. Results still go to stdout.
+- Without a terminal there are no colors and no live bars: one plain line for each logged step.
+- Text from data or from a model is printed with control characters escaped.
+- A closed or full stderr does not stop a run.
+
+## Signals
+
+SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal), SIGXCPU, SIGUSR1 and SIGUSR2 let a training run finish the
+step, save, and exit with 75. Run the same command again to resume. A second Ctrl-C ends the run at once, without
+saving, with 130. The run then resumes from its last checkpoint. [Resume and
+failures](../how-to/resume-and-failures.md) has the details.
+
+A loop that goes on after interruptions, and stops at any other failure:
+
+```bash
+until switchcli pretrain quickstart/switch --quiet; do
+  [ $? = 75 ] || break
+done
+```
+"""
+
+
+def exit_codes() -> str:
+    """Return the page of exit codes, from the classes of `switchcli.errors`."""
+    rows: dict[int, list[type[errors.SwitchError]]] = {}
+    for error in (errors.SwitchError, *errors.SwitchError.__subclasses__()):
+        # Errors about another rank have that rank's code.
+        if error.__name__ not in ("OtherRankError", "RankError"):
+            rows.setdefault(error.exit_code, []).append(error)
+    rows[1].remove(errors.SwitchError)
+    rows[1].append(errors.SwitchError)
+    lines = [GENERATED.format(source="switchcli/errors.py") + "\n" + EXIT_TOP.rstrip()]
+    for code, kinds in sorted(rows.items()):
+        meanings = " ".join(
+            "Any other failure." if kind is errors.SwitchError else _first_sentence(kind) for kind in kinds
+        )
+        lines.append(f"| {code} | {escape(meanings)} |")
+    lines += ["", "In Python, each code is a class of `switchcli.errors`, or Python's own `KeyboardInterrupt`:", ""]
+    lines += ["| class | exit code |", "|---|---|"]
+    for code, kinds in sorted(rows.items()):
+        names = ("KeyboardInterrupt" if kind is errors.InterruptedByForce else kind.__name__ for kind in kinds)
+        lines += [f"| `{name}` | {code} |" for name in names]
+    return "\n".join(lines) + "\n" + EXIT_BOTTOM
+
+
+def _first_sentence(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+# Python API
+
+
+API_TOP = """\
+# Which functions does the Python API have?
+
+This page lists the public names of the package `switchcli`, from their signatures and docstrings. The commands call
+these functions. `import switchcli` is fast: it imports torch only when something needs it.
+
+Errors that you can fix are subclasses of `switchcli.errors.SwitchError`: [exit codes](exit-codes.md) lists them.
+"""
+
+
+def python_api() -> str:
+    """Return the page of the Python API: each name of `switchcli.__all__` with its public members."""
+    lines = [GENERATED.format(source="the docstrings of switchcli/api.py"), API_TOP]
+    names = [name for name in switchcli.__all__ if not inspect.ismodule(getattr(switchcli, name))]
+    for name in sorted(names, key=lambda name: (inspect.isclass(getattr(switchcli, name)), name)):
+        section = _class_section if inspect.isclass(getattr(switchcli, name)) else _function_section
+        lines.append(section(name, getattr(switchcli, name)))
+    return "\n".join(lines)
+
+
+def _class_section(name: str, cls: type[Any]) -> str:
+    lines = [f"## switchcli.{name}\n", _docstring(cls)]
+    members = [(key, member) for key, member in vars(cls).items() if not key.startswith("_")]
+    docs = _attribute_docs(cls)
+    rows = [f"| `{key}` | `{_type_name(hint)}` | {_cell(docs.get(key, ''))} |" for key, hint in _fields(cls).items()]
+    for key, member in members:
+        if isinstance(member, property):
+            hint = _type_name(inspect.signature(member.fget).return_annotation)
+            meaning = (inspect.getdoc(member) or "").partition("\nRaises:")[0]
+            rows.append(f"| `{key}` | `{hint}` | {_cell(meaning)} |")
+    if rows:
+        lines.append("| attribute | type | meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+    for key, member in members:
+        if inspect.isfunction(member) or isinstance(member, classmethod):
+            lines.append(_method_section(f"{name}.{key}", member))
+    return "\n".join(lines)
+
+
+def _fields(cls: type[Any]) -> dict[str, Any]:
+    if dataclasses.is_dataclass(cls):
+        return {field.name: field.type for field in dataclasses.fields(cls) if not field.name.startswith("_")}
+    return dict(inspect.get_annotations(cls)) if issubclass(cls, tuple) else {}
+
+
+def _attribute_docs(cls: type[Any]) -> dict[str, str]:
+    """Return the docstrings below the fields of a class, by the name of the field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for before, after in itertools.pairwise(body):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            docs[before.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
+    return docs
+
+
+def _type_name(annotation: Any) -> str:
+    return _plain_type(annotation).replace("|", "\\|")
+
+
+def _method_section(name: str, member: Any) -> str:
+    """Return the section of a method, without its first parameter."""
+    function = member.__func__ if isinstance(member, classmethod) else member
+    start = "@classmethod\n" if isinstance(member, classmethod) else ""
+    parameters = [*inspect.signature(function).parameters.values()][1:]
+    return f"### {name}\n\n```python\n{start}{_signature(function, parameters)}\n```\n\n{_docstring(function)}"
+
+
+def _function_section(name: str, function: Any) -> str:
+    """Return the section of a function: its signature as Python, and its docstring."""
+    parameters = [*inspect.signature(function).parameters.values()]
+    return f"## switchcli.{name}\n\n```python\n{_signature(function, parameters)}\n```\n\n{_docstring(function)}"
+
+
+def _signature(function: Any, parameters: Sequence[inspect.Parameter]) -> str:
+    """Return the signature of a function with these parameters as Python."""
+    parts = [*map(_parameter, parameters)]
+    for place, parameter in enumerate(parameters):
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            parts.insert(place, "*")
+            break
+    start = f"def {function.__name__}("
+    returns = f") -> {_plain_type(inspect.signature(function).return_annotation)}: ..."
+    signature = f"{start}{', '.join(parts)}{returns}"
+    if len(signature) > 100:
+        signature = start + "\n" + "".join(f"    {part},\n" for part in parts) + returns
+    return signature
+
+
+def _plain_type(annotation: Any) -> str:
+    """Return a type without the names of modules, and without what only pydantic reads."""
+    if get_origin(annotation) is Annotated:
+        return _plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(_plain_type(member) for member in get_args(annotation))
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", text).strip("'\"").replace("NoneType", "None")
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    text = parameter.name
+    if parameter.annotation is not inspect.Parameter.empty:
+        text += f": {_plain_type(parameter.annotation)}"
+    if parameter.default is not inspect.Parameter.empty:
+        text += f" = {parameter.default!r}"
+    return text
+
+
+def _docstring(thing: Any) -> str:
+    """Return a docstring as Markdown: sections `Args:` and `Raises:` as lists, indented examples as code."""
+    lines: list[str] = []
+    section = ""
+    for line in (inspect.getdoc(thing) or "").splitlines():
+        if line in ("Args:", "Raises:", "Returns:", "Yields:"):
+            section = line.removesuffix(":")
+            lines += [f"**{ {'Args': 'Arguments'}.get(section, section) }**\n"]
+        elif section and (match := re.fullmatch(r"    ([\w, ]+): (.*)", line)):
+            lines.append(f"- `{match[1]}`: {escape(match[2])}")
+        elif section and line.startswith("        "):
+            lines.append(f"  {escape(line.strip())}")
+        elif not section and line.startswith("    "):
+            lines.append(line)
+        else:
+            lines.append(escape(line))
+    return "\n".join(lines) + "\n"

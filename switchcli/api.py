@@ -1,0 +1,541 @@
+"""The Python API: load and use a model, resolve a recipe, train. The commands call these functions too.
+
+    import switchcli
+
+    recipe = switchcli.Recipe.load("quickstart/switch", {"model.num_experts": 16})
+    result = switchcli.train(recipe, out="runs/e16")
+    model = result.load()
+    model.generate(["The capital of <extra_id_0> is Paris."], beams=4)
+
+Errors that a user can fix are those of `switchcli.errors`. Progress goes to stderr.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from switchcli.checkpoint.saved_state import Best
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.launch import join_srun
+from switchcli.distributed.rendezvous import prepare_rank
+from switchcli.errors import Interrupted, RecipeError
+from switchcli.model.decoding import Decoding
+from switchcli.model.moe.router import Policy
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.recipe import messages, resolve
+from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe, StartedRecipe, resolve_standalone
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import main_console
+from switchcli.runs import distill_job, eval_job, text_generation, text_routing, warm_start
+from switchcli.runs.distill_job import Models
+from switchcli.runs.distilling import Distillation
+from switchcli.runs.eval_job import EvalJob, Evaluation
+from switchcli.runs.finetuning import Finetuning
+from switchcli.runs.loading import CheckpointHandle, LoadedModel, choose_device, load_model, open_model
+from switchcli.runs.pretraining import Pretraining
+from switchcli.runs.text_generation import Answer
+from switchcli.runs.text_routing import LayerRouting, TextRouting
+from switchcli.runs.trainer import open_trainer
+from switchcli.runs.training_task import TrainingTask
+from switchcli.tasks.scores import Score, Scores
+
+__all__ = [
+    "Best",
+    "Evaluation",
+    "LayerRouting",
+    "Model",
+    "Recipe",
+    "Score",
+    "Scores",
+    "TextRouting",
+    "TrainResult",
+    "load",
+    "train",
+]
+
+Device = Literal["auto", "cpu", "cuda"]
+PathLike = str | os.PathLike[str]
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Values by dotted key, or KEY=VALUE texts as on the command line."""
+
+STARTED_VERBS: Mapping[str, tuple[type[StartedRecipe], type[TrainingTask]]] = {
+    "pretrain": (PretrainRecipe, Pretraining),
+    "finetune": (FinetuneRecipe, Finetuning),
+}
+"""The recipe and the training task of each verb that trains, except distill, which takes a teacher."""
+
+_CAPACITY: TypeAdapter[Policy] = TypeAdapter(Policy)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training run: a recipe file or a shipped recipe, and overrides.
+
+    Create it with `Recipe.load`, which checks keys and values. `train` reads the file again, and refuses one that has
+    changed since then.
+    """
+
+    source: str | None
+    """The path of a file or the name of a shipped recipe. None: the overrides alone are the recipe."""
+    overrides: tuple[str, ...]
+    """KEY=VALUE texts."""
+    verb: str
+    """The command that runs the recipe: pretrain, finetune or distill."""
+    _spec: TrainingRecipe | None = field(default=None, repr=False, hash=False)
+    """The resolved value at `load`. None if a command of switchcli created the recipe and checks it when it starts."""
+
+    @classmethod
+    def load(
+        cls,
+        source: PathLike | None = None,
+        overrides: Overrides | None = None,
+        *,
+        verb: Literal["pretrain", "finetune", "distill"] | None = None,
+    ) -> "Recipe":
+        """Return a recipe whose keys and values have been checked.
+
+        Args:
+            source: the path of a YAML file, or the name of a shipped recipe such as `quickstart/switch`. Without one,
+                `overrides` alone are the recipe.
+            overrides: recipe keys to set. A mapping has dotted keys: `{"model.num_experts": 16, "tasks": ["sst2"]}`.
+            verb: pretrain, finetune or distill, where the recipe's keys fit several. Default: what the recipe says.
+
+        Raises:
+            RecipeError: a file is missing or not YAML, a key or value breaks a rule, or the recipe does not train.
+        """
+        if verb not in (None, *STARTED_VERBS, "distill"):
+            raise RecipeError(f"verb ({verb!r}): must be pretrain, finetune or distill")
+        name, texts = _as_text(source), _override_texts(overrides)
+        stated = resolve.stated(resolve.load(name, texts), "verb")
+        if verb is not None and stated not in (None, verb):
+            raise RecipeError(f"verb: the recipe says {stated}, not {verb}: leave out verb=")
+        spec = resolve_standalone(name, texts if verb is None else [*texts, f"verb={verb}"])
+        if not isinstance(spec, TrainingRecipe):
+            raise RecipeError(f"{name or 'overrides'}: a recipe of `eval`: give it to Model.evaluate")
+        return cls(name, tuple(texts), spec.verb, spec)
+
+    @property
+    def spec(self) -> TrainingRecipe:
+        """The resolved value: `spec.model.num_experts`, `spec.train.steps` and all other keys, as typed attributes.
+
+        A run that starts from a checkpoint takes the keys that the recipe leaves out from there. Here, as in
+        `switchcli recipes validate`, they have stand-ins, such as 8 experts. The recipe.yaml of the run has the values.
+        """
+        return self._spec or self._resolve()
+
+    def _check_unchanged(self) -> None:
+        """Raise RecipeError if the file, or one that it extends, has other values than at `load`."""
+        if self._spec is not None and self._resolve() != self._spec:
+            raise RecipeError(f"{self.source} has changed since Recipe.load: load it again")
+
+    def _resolve(self) -> TrainingRecipe:
+        spec = resolve_standalone(self.source, [*self.overrides, f"verb={self.verb}"])
+        assert isinstance(spec, TrainingRecipe), "of a verb that trains"
+        return spec
+
+    def to_yaml(self) -> str:
+        """Return `spec` as the YAML text of a recipe file with every key."""
+        return resolve.dump(self.spec)
+
+    def __repr__(self) -> str:
+        return f"Recipe({' '.join([self.verb, *([self.source] if self.source else []), *self.overrides])})"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a training run. It is the same on every rank."""
+
+    path: Path
+    """The folder of the run."""
+    step: int
+    """Optimizer steps taken, over all starts of the run."""
+    metrics: Mapping[str, float]
+    """The metrics of the last evaluation by name, such as `held_out/neg_log_perplexity` in nats per target token.
+    Higher is better for each."""
+    best: Mapping[str, Best]
+    """The best value of each metric over all evaluations, and its step."""
+    parameters: int
+    """Number of parameters of the model."""
+    tokens: int
+    """Input tokens that the model was trained on, padding included."""
+    seconds: float
+    """Seconds spent in training steps, over all starts of the run."""
+    record: Mapping[str, Any] = field(repr=False)
+    """The content of result.json, as plain values."""
+
+    def load(self, device: Device = "auto") -> "Model":
+        """Return the trained model. Raises like `switchcli.load`."""
+        return load(self.path, device)
+
+
+def train(
+    recipe: Recipe,
+    out: PathLike,
+    *,
+    model: PathLike | None = None,
+    teacher: PathLike | None = None,
+    student: PathLike | None = None,
+    baseline: PathLike | float | None = None,
+    branch_from: PathLike | None = None,
+    resume: bool = True,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train a model by a recipe, and return the result. The same call resumes a run that was stopped.
+
+    It does what `switchcli pretrain`, `finetune` or `distill` does: it writes the run folder `out` and prints progress
+    to stderr. At a first stop signal (Ctrl-C, or the stop button of a notebook) it saves and raises Interrupted. A
+    process can train any number of runs, one after another. Under torchrun, call it on every rank.
+
+    Args:
+        recipe: what to train.
+        out: the folder of the run. It is locked while the run lasts.
+        model: the checkpoint to start from, for pretrain and finetune. Default: `start.checkpoint` of the recipe.
+        teacher: the checkpoint to learn from, for distill. Default: `distill.teacher` of the recipe.
+        student: the size, such as `t5-base`, or the checkpoint of the student, for distill. Default: a dense model with
+            the teacher's FLOPs per token.
+        baseline: a dense checkpoint, or its metric, to compare the student with, for distill.
+        branch_from: the run to continue as a new run with other settings, or a checkpoint of it. `RUN@STEP` is the
+            checkpoint of a step. See the how-to page about resuming for what carries over.
+        resume: whether to resume the run that is in `out`. False archives it and starts over.
+        quiet: whether to print only warnings.
+
+    Raises:
+        RecipeError: the recipe breaks a rule, its file has changed, or `out` holds a run of other settings.
+        DataError: the text or the tasks cannot be used.
+        CheckpointError: a checkpoint or the disk cannot be used, or another run has locked `out`.
+        NumericsError: a value is not finite.
+        DistributedError: another rank is lost.
+        OutOfMemory: the device has not enough memory.
+        Interrupted: a signal stopped the run after it was saved.
+        KeyboardInterrupt: the run was stopped while nothing had to be saved, or a second time.
+    """
+    folder = Path(out)
+    with _explain_resume(folder):
+        job, task_type = resolve_job(
+            recipe,
+            folder,
+            model=model,
+            teacher=teacher,
+            student=student,
+            baseline=baseline,
+            branch_from=branch_from,
+            resume=resume,
+        )
+        with open_trainer(job, task_type, folder, resume, quiet) as run:
+            record = run.run()
+            # The other ranks have no record. The state of the main rank has the scores of tasks too.
+            summary = json.dumps([record, run.state.eval_metrics, run.state.best])
+            record, metrics, best = json.loads(run.context.all_gather_text(summary)[0])
+    return TrainResult(
+        folder,
+        record["step"],
+        metrics,
+        {name: Best(*value) for name, value in best.items()},
+        record["parameters"],
+        record["input_tokens"],
+        record["seconds"],
+        record,
+    )
+
+
+def resolve_job(
+    recipe: Recipe,
+    out: Path,
+    *,
+    model: PathLike | None = None,
+    teacher: PathLike | None = None,
+    student: PathLike | None = None,
+    baseline: PathLike | float | None = None,
+    branch_from: PathLike | None = None,
+    resume: bool = True,
+) -> tuple[Any, type[TrainingTask]]:
+    """Return the resolved settings of a run, with its open checkpoints, and the training task that takes them.
+
+    Raises:
+        RecipeError, CheckpointError, DataError: as `train` says.
+    """
+    prepare_rank(os.environ)
+    recipe._check_unchanged()
+    source = recipe.source, recipe.overrides
+    models = Models(*map(_as_text, (teacher, student, baseline)))
+    branch = _as_text(branch_from)
+    if recipe.verb == "distill":
+        if model is not None:
+            raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
+        return distill_job.resolve_job(*source, models, out, resume, main_console(), branch), Distillation
+    if models != Models():
+        raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {recipe.verb}")
+    schema, task_type = STARTED_VERBS[recipe.verb]
+    job = warm_start.resolve_job(*source, _as_text(model), out, resume, main_console(), schema, branch)
+    task_type.check_recipe(job.recipe)
+    return job, task_type
+
+
+class Model:
+    """A model with its tokenizer, ready to use. Create it with `switchcli.load`."""
+
+    def __init__(self, handle: CheckpointHandle, device: torch.device) -> None:
+        """Wrap an open checkpoint. The weights are loaded when they are first needed."""
+        self._handle = handle
+        self._device = device
+        self._loaded: LoadedModel | None = None
+
+    @property
+    def path(self) -> Path:
+        """The folder of the checkpoint."""
+        return self._handle.path
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that the model was trained for; 0 for a converted checkpoint."""
+        return self._handle.step
+
+    @property
+    def recipe(self) -> TrainingRecipe:
+        """The settings of the run that trained the model, with every key."""
+        return self._handle.recipe
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: `encode(text)` returns ids without EOS, `decode(ids)` text, `pieces(ids)` the pieces."""
+        return self._handle.tokenizer
+
+    @property
+    def model(self) -> SwitchTransformer:
+        """The torch module, in evaluation mode.
+
+        `model(inputs_BS, targets_BT).logits_BTV` are the logits of the targets, [B, T, vocabulary]. Both arguments are
+        int64 token ids, padded with 0 at the end. B must be a multiple of `recipe.model.group_sequences`.
+        """
+        return self._load().model
+
+    def _load(self) -> LoadedModel:
+        """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
+        if self._loaded is None:
+            self._loaded = load_model(self._handle, self._device)
+        return self._loaded
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}, step {self.step})"
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int = 128,
+        beams: int = 1,
+        length_penalty: float = 0.6,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 1,
+        capacity: Policy = "dropless",
+    ) -> list[str]:
+        """Return the model's answer to each text, in order. The answer to a blank text is empty.
+
+        Args:
+            texts: inputs of the model. `<extra_id_0>`, `<extra_id_1>`, ... mark gaps to fill in. A text that is longer
+                than the rows of the training recipe is truncated at its end, with a warning.
+            max_tokens: maximum length of an answer, in tokens.
+            beams: beams of a beam search; 1 is greedy decoding.
+            length_penalty: T5's alpha for beam search; higher favors longer answers.
+            temperature: temperature of random sampling; 0 takes the most probable token.
+            top_p: sample from the most probable tokens whose probabilities sum to this.
+            seed: seed of random sampling. An answer depends on the seed and on its position among the
+                texts.
+            batch_size: texts that are answered together. With `dropless` it does not change an answer's routing.
+            capacity: slots per expert: `dropless`, enough for every token; `paper`, by the recipe's
+                `eval_capacity_factor`; or a factor.
+
+        Raises:
+            RecipeError: a setting breaks a rule, or settings contradict one another.
+            DataError: a text is not UTF-8.
+        """
+        settings = {
+            "max_tokens": max_tokens,
+            "beams": beams,
+            "length_penalty": length_penalty,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        found = answers(
+            self, _as_list(texts), make_decoding(settings), batch_size=batch_size, capacity=_check_capacity(capacity)
+        )
+        return [answer.output for answer in found]
+
+    def evaluate(
+        self,
+        tasks: Sequence[str | Mapping[str, Any]] | None = None,
+        overrides: Overrides | None = None,
+        *,
+        recipe: PathLike | None = None,
+        out: PathLike | None = None,
+        quiet: bool = False,
+    ) -> Evaluation:
+        """Measure task scores with intervals, held-out neg. log perplexity and routing health, as `switchcli eval`.
+
+        The model is measured as it is in memory, on its own device. Under torchrun, call it on every rank; each returns
+        the same.
+
+        Args:
+            tasks: names of tasks or suites, or definitions of your own tasks (`{"kind": "files", ...}`). Default: what
+                the recipe names, or else what the model was trained on.
+            overrides: keys of the evaluation to set, such as `{"scoring.examples": 100}`.
+            recipe: a recipe of `eval`: a file or a shipped name.
+            out: the folder for result.json and predictions. Default: nothing is written.
+            quiet: whether to print only warnings.
+
+        Raises:
+            RecipeError: a key breaks a rule, there is nothing to measure on, or `device` names another device than that
+                of the model.
+            DataError: files of tasks are missing, or the text cannot be used.
+            CheckpointError: the weights cannot be read, or `out` cannot be written.
+            OutOfMemory: the device has not enough memory.
+        """
+        texts = _override_texts(overrides)
+        if tasks is not None:
+            texts.append(_override("tasks", _as_list(tasks)))
+        job = resolve_evaluation(self, recipe, texts)
+        return eval_job.measure(job, None if out is None else Path(out), quiet, self._loaded)
+
+    def routing(self, texts: Sequence[str], *, capacity: Policy = "dropless") -> list[TextRouting]:
+        """Return which experts each token of each text goes to, in each sparse layer of the encoder.
+
+        Each text is routed by itself, with the routers in evaluation mode, so without jitter.
+
+        Args:
+            texts: inputs as of `generate`.
+            capacity: as of `generate`. By `paper` or a factor, some tokens may find no slot.
+
+        Raises:
+            RecipeError: `capacity` is none of these.
+            CheckpointError: the encoder has no sparse layer.
+            DataError: a text is blank or not UTF-8.
+        """
+        return text_routing.route_texts(self._load(), _as_list(texts), _check_capacity(capacity), main_console())
+
+
+def load(path: PathLike, device: Device = "auto") -> Model:
+    """Load the model of a checkpoint.
+
+    Args:
+        path: the folder of a run (its newest checkpoint), of one checkpoint, or in the Hugging Face layout.
+        device: where to compute. `auto` is a CUDA device if there is one, else the CPU.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or its weights cannot be read.
+        DataError: there is no tokenizer.
+        RecipeError: `device` is cuda and there is no CUDA device.
+    """
+    model = open_checkpoint(path, device)
+    loaded(model)
+    return model
+
+
+# What only the commands use
+
+
+def open_checkpoint(path: PathLike, device: Device = "auto") -> Model:
+    """Return the model of a checkpoint whose weights are loaded when they are first needed. Raises like `load`."""
+    join_srun(os.environ)  # each rank takes a device of its own
+    return Model(open_model(Path(path), main_console()), choose_device(device))
+
+
+def loaded(model: Model) -> LoadedModel:
+    """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
+    return model._load()
+
+
+def answers(
+    model: Model, texts: Iterable[str], decoding: Decoding, *, batch_size: int = 1, capacity: Policy = "dropless"
+) -> Iterator[Answer]:
+    """Yield each text with its answer as soon as its batch is done. No text is read ahead of its batch.
+
+    Args:
+        model: the model that answers.
+        texts: inputs as of `Model.generate`, possibly without end.
+        decoding: how tokens are chosen.
+        batch_size, capacity: as of `Model.generate`.
+
+    Raises:
+        RecipeError: `batch_size` is below 1.
+        DataError: a text is not UTF-8.
+    """
+    if batch_size < 1:
+        raise RecipeError(f"batch_size ({batch_size}) must be at least 1")
+    return text_generation.generate(model._load(), texts, decoding, capacity, batch_size, main_console())
+
+
+def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> EvalJob:
+    """Return the resolved settings of an evaluation. Raises like `Model.evaluate`."""
+    prepare_rank(os.environ)
+    return eval_job.resolve_job(model._handle, _as_text(recipe), overrides)
+
+
+def make_decoding(settings: Mapping[str, Any]) -> Decoding:
+    """Return how tokens are chosen, by settings of `Model.generate`.
+
+    Raises:
+        RecipeError: a setting breaks a rule, or settings contradict one another. A message about a single setting
+            starts with its name and a colon.
+    """
+    try:
+        return Decoding.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(*messages.plain_lines(error)) from None
+
+
+@contextmanager
+def _explain_resume(folder: Path) -> Iterator[None]:
+    """Add a note to an interruption in this block that says how to resume the run from Python."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        stop.add_note(f"To resume, call switchcli.train again with the same recipe and out={str(folder)!r}.")
+        raise
+
+
+def _override_texts(overrides: Overrides | None) -> list[str]:
+    """Return overrides as KEY=VALUE texts."""
+    if isinstance(overrides, Mapping):
+        return [_override(key, value) for key, value in overrides.items()]
+    if isinstance(overrides, str):
+        raise RecipeError("overrides: one text: give a mapping, or a list of KEY=VALUE")
+    return list(overrides or ())
+
+
+def _override(key: str, value: Any) -> str:
+    try:
+        return resolve.override(key, value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{key}: no value of a recipe ({error}): give text, a number, a list or a mapping") from error
+
+
+def _check_capacity(capacity: Policy) -> Policy:
+    """Return `capacity`. Raises RecipeError if it is no policy."""
+    try:
+        return _CAPACITY.validate_python(capacity, strict=True)
+    except ValidationError:
+        raise RecipeError(f"capacity: must be paper, dropless or a number above 0 (got {capacity!r})") from None
+
+
+def _as_list(items: Sequence[Any]) -> list[Any]:
+    """Return the items as a list. Raises RecipeError for a single text, whose items are characters."""
+    if isinstance(items, str):
+        raise RecipeError(f"{items[:40]!r}: one text where a list is needed: put it in brackets")
+    return list(items)
+
+
+def _as_text(value: PathLike | float | None) -> str | None:
+    """Return a path or a number as the text of a command line."""
+    if value is None or isinstance(value, int | float):
+        return None if value is None else str(value)
+    return os.fspath(value)

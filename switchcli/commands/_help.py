@@ -1,0 +1,58 @@
+"""The epilog of a command's help, and the columns of its options."""
+
+import math
+from typing import Any, Final
+
+DOCS: Final = "docs/{page}.md in the repository"
+"""Where a page of the documentation is. A published site is its address here: `https://HOST/{page}/`."""
+
+
+def epilog(page: str, *examples: str) -> str:
+    """Return the end of a verb's help: commands to copy, and the page of the documentation that explains the verb.
+
+    A line holds one command of at most 76 characters, so that a terminal of 80 columns does not break it.
+    """
+    lines = ["Examples:", *(f"  {example}" for example in examples), "", f"More: {DOCS.format(page=page)}"]
+    return "\n".join(lines).replace("[", r"\[")  # Typer reads [name] as markup
+
+
+def examples(epilog: str) -> list[str]:
+    """Return the commands in the text that `epilog` returned."""
+    return [line.strip() for line in epilog.replace(r"\[", "[").splitlines() if line.startswith("  ")]
+
+
+def page(epilog: str) -> str:
+    """Return the page in the text that `epilog` returned."""
+    before, after = f"\nMore: {DOCS}".split("{page}")
+    return epilog.partition(before)[2].removesuffix(after)
+
+
+def simplify(parameter: Any) -> Any:
+    """Make a parameter of Typer short in `--help`, and return it.
+
+    An argument is shown by its name in capitals, a flag without a type, a number without its range, which the error
+    about a wrong one names. The default of a float becomes text, which is parsed like that of a user.
+    """
+    if parameter.param_type_name == "argument":
+        parameter.metavar = parameter.metavar or parameter.name.upper()
+        in_usage = parameter.metavar
+        if not parameter.required and not in_usage.startswith("["):
+            in_usage = f"[{in_usage}]"
+        parameter.get_usage_pieces = lambda context: [in_usage]
+        parameter.display_type_rich = lambda ctx: ""
+    else:
+        if parameter.is_flag:
+            parameter.metavar = ""
+        parameter.min = parameter.max = None
+        if isinstance(parameter.default, float):
+            parameter.default = readable(parameter.default)
+    return parameter
+
+
+def readable(value: float) -> str:
+    """Return a number as people write it: 312e12 for 3.12e14, 0.6 and 1 for themselves."""
+    text = f"{value:g}"
+    if math.isfinite(value) and abs(value) >= 1e6:
+        exponent = int(math.log10(abs(value))) // 3 * 3
+        text = f"{value / 10**exponent:g}e{exponent}"
+    return text if float(text) == value else repr(value)

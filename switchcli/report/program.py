@@ -1,0 +1,23 @@
+"""The command that starts this program from a shell: its name, and the whole command line."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from switchcli.report.safe_text import shell_words
+
+
+def program_name() -> str:
+    """Return the command that starts this program again: `switchcli` if it is on the PATH, else its path."""
+    script = Path(sys.executable).with_name("switchcli")
+    on_path = shutil.which("switchcli")
+    if on_path and (not script.exists() or script.samefile(on_path)):
+        return "switchcli"
+    if not script.exists():
+        return shell_words(sys.executable, "-m", "switchcli")
+    return shell_words(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+
+
+def command_line() -> str:
+    """Return the command that repeats this one, to paste into a shell."""
+    return f"{program_name()} {shell_words(*sys.argv[1:])}"

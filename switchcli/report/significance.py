@@ -1,0 +1,121 @@
+"""The significance of a difference between two series: its 95 % interval over seeds, and a verdict.
+
+Runs of the same seed are compared with each other where there are such pairs, since they share the order of the text:
+the interval is Student's, of the differences of the pairs. Without pairs it is Welch's, of the difference of the means.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from switchcli.report.series import SeedSpread, seed_spread
+
+
+class Verdict(StrEnum):
+    """The result of comparing a series with another over seeds. Reports and JSON have these words."""
+
+    BASELINE = "baseline"
+    BETTER = "better"
+    WORSE = "worse"
+    FASTER = "faster"
+    SLOWER = "slower"
+    NO_DIFFERENCE = "no difference seen"
+    ONE_SEED = "one seed: cannot tell"
+    NO_PAIRS = "fewer than two seeds in common: cannot tell"
+    NO_COMMON_STEP = "no step in common: cannot tell"
+    SOME_SEEDS = "not with every seed: cannot tell"
+
+    @property
+    def is_difference(self) -> bool:
+        """Return whether the interval excludes that there is no difference."""
+        return self in (Verdict.BETTER, Verdict.WORSE, Verdict.FASTER, Verdict.SLOWER)
+
+
+class Interval(NamedTuple):
+    """The 95 % interval of a mean."""
+
+    low: float
+    high: float
+
+    def verdict(self, zero: float, above: Verdict, below: Verdict) -> Verdict:
+        """Return whether the interval is above or below `zero`, the value without a difference, or contains it."""
+        if self.low > zero:
+            return above
+        return below if self.high < zero else Verdict.NO_DIFFERENCE
+
+
+class Gain(NamedTuple):
+    """The gain of a series over another; positive is better."""
+
+    spread: SeedSpread
+    """Over the pairs of a seed; without pairs, of each run over the mean of the other series."""
+    interval: Interval | None
+    """None where one of the two series has one seed."""
+    is_paired: bool
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.interval is None:
+            return Verdict.ONE_SEED
+        return self.interval.verdict(0.0, Verdict.BETTER, Verdict.WORSE)
+
+
+def gain(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Gain | None:
+    """Return the gain of one series over another, from a value per seed where higher is better.
+
+    None where one of them has no value.
+    """
+    if not ours or not theirs:
+        return None
+    paired = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    # One pair of several seeds says less than all of them without pairs.
+    if len(paired) > 1 or (paired and min(len(ours), len(theirs)) == 1):
+        values, interval = paired, mean_interval(paired)
+    else:
+        values = [value - float(np.mean([*theirs.values()])) for value in ours.values()]
+        interval = _welch_interval([*ours.values()], [*theirs.values()])
+    spread = seed_spread(values)
+    return None if spread is None else Gain(spread, interval, values is paired)
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Return Student's interval of the mean of a population from a sample; None for less than two values."""
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    margin = t_95(len(values) - 1) * error
+    return Interval(mean - margin, mean + margin)
+
+
+def _welch_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
+    """Return Welch's interval of the difference of two means; the samples may differ in size and in variance."""
+    if min(len(ours), len(theirs)) < 2:
+        return None
+    difference = float(np.mean(ours) - np.mean(theirs))
+    squares = [float(np.var(sample, ddof=1)) / len(sample) for sample in (ours, theirs)]  # of the means' errors
+    if not sum(squares):
+        return Interval(difference, difference)
+    # Welch and Satterthwaite: at least the smaller sample's degrees of freedom. Rounded down, the interval is wider.
+    parts = sum(square**2 / (len(sample) - 1) for square, sample in zip(squares, (ours, theirs), strict=True))
+    margin = t_95(max(1, int(sum(squares) ** 2 / parts))) * math.sqrt(sum(squares))
+    return Interval(difference - margin, difference + margin)
+
+
+_T_95 = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+)
+"""97.5 % points of Student's distribution with 1, 2, ... degrees of freedom."""
+_NORMAL_95 = 1.959964
+
+
+def t_95(freedom: int) -> float:
+    """Return the bound that Student's t with so many degrees of freedom stays within with a probability of 95 %."""
+    if freedom <= len(_T_95):
+        return _T_95[freedom - 1]
+    # The first terms of an expansion in 1 / freedom around the normal distribution (Abramowitz and Stegun, 26.7.5).
+    z = _NORMAL_95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

@@ -1,0 +1,160 @@
+"""The summary at the end of a run on text: guesses at hidden tokens, and the tokens that each expert takes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import DistributedContext
+from switchcli.model.moe.router import Policy
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import Console
+from switchcli.training.guesses import GuessedToken, Guesses, measure_guesses, text_of, visible_tokens
+from switchcli.training.routing_counts import LayerCounts, count_routing
+from switchcli.training.specialization import information, top_tokens, within
+from switchcli.training.validation import HeldOutText, rank_batches
+
+MAX_ROWS = 256
+"""Rows of the first held-out text that are looked at. They take a few seconds even on a CPU."""
+_CONTEXT_CHARACTERS = 24
+_TOKENS_SHOWN = 7
+
+
+class ExpertTokens(NamedTuple):
+    """The tokens that an expert takes more often than others do. Written to JSON."""
+
+    share: float
+    """The expert's fraction of all choices of the layer."""
+    tokens: list[str]
+    """Highest lift first: the token's share at this expert over its share at all experts."""
+
+
+class LayerExperts(NamedTuple):
+    """The experts of the sparse layer whose choice depends most on the token. Written to JSON."""
+
+    layer: str
+    determined_by_token: float | None
+    """How far the token determines the expert: 0 as chance, 1 entirely."""
+    experts: tuple[ExpertTokens, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "experts": [expert._asdict() for expert in self.experts]}
+
+
+class Learned(NamedTuple):
+    """The guesses of a model on the first rows of a text, and the tokens of its experts."""
+
+    rows: int
+    guesses: Guesses | None
+    experts: LayerExperts | None
+    """None for a dense model."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the keys of result.json."""
+        return {
+            "rows": self.rows,
+            "guesses": self.guesses and self.guesses.to_json(),
+            "experts": self.experts and self.experts.to_json(),
+        }
+
+
+def measure(
+    model: SwitchTransformer,
+    text: HeldOutText,
+    rows_each: int,
+    packed: bool,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    context: DistributedContext,
+) -> Learned:
+    """Return the summary of a model on the first rows of a text. Collective: all ranks take the same rows."""
+    few_rows = text._replace(num_rows=min(text.num_rows, MAX_ROWS))
+    batches = rank_batches(few_rows, rows_each, 0, 1)
+    with context.eager():
+        guesses = measure_guesses(model, batches, packed, policy, tokenizer, context)
+        experts = None
+        if model.spec.sparse_layer_names():
+            counts = count_routing([model], batches, packed, context, [policy])
+            experts = _most_specialized(counts.layers[0], tokenizer, model.spec.vocab_size)
+    return Learned(few_rows.num_rows, guesses, experts)
+
+
+def _most_specialized(layers: Mapping[str, LayerCounts], tokenizer: Tokenizer, vocab_size: int) -> LayerExperts:
+    """Return the tokens of each expert of the layer whose choice depends most on the token."""
+    counts_of = {name: counts.to_cpu() for name, counts in layers.items()}
+    shares = {}
+    for name, counts in counts_of.items():
+        num_experts, num_tokens = len(counts.chosen_E), int(counts.num_tokens)
+        shares[name] = information(counts.tokens, num_experts, num_tokens, within(counts)).share
+    name = max(shares, key=lambda layer: shares[layer] or 0.0)
+    counts = counts_of[name]
+    is_visible_V = visible_tokens(tokenizer, vocab_size)
+    num_choices = max(1, int(counts.chosen_E.sum()))
+    experts = []
+    for chosen, top in zip(counts.chosen_E.tolist(), top_tokens(counts.tokens, len(counts.chosen_E)), strict=True):
+        ids = [int(token["id"]) for token in top.by_lift if is_visible_V[int(token["id"])]]
+        pieces = [text_of(piece) for piece in tokenizer.pieces(ids)]
+        experts.append(ExpertTokens(chosen / num_choices, [*dict.fromkeys(pieces)]))
+    return LayerExperts(name, shares[name], tuple(experts))
+
+
+def show(learned: Learned, console: Console) -> None:
+    """Print examples of guesses, their accuracy, and the tokens of the experts."""
+    if learned.guesses is not None:
+        _show_guesses(learned.guesses, learned.rows, console)
+    if learned.experts is not None:
+        _show_experts(learned.experts, console)
+
+
+def _show_guesses(guesses: Guesses, rows: int, console: Console) -> None:
+    console.rows(
+        "held-out text: the token in brackets is hidden, and these are the model's guesses",
+        ("text", "guesses, the most probable first"),
+        ((_in_context(example), _marked(example)) for example in guesses.examples),
+        justify="left",
+    )
+    console.rows(
+        "hidden tokens guessed right",
+        ("", "the model", "always the most frequent"),
+        (
+            ("first guess", f"{guesses.first:.1%}", f"{guesses.most_frequent:.1%}"),
+            ("one of five guesses", f"{guesses.first_five:.1%}", f"{guesses.five_most_frequent:.1%}"),
+        ),
+        caption=f"{guesses.tokens:,} hidden tokens of {rows:,} held-out rows; blanks do not count",
+    )
+
+
+def _in_context(example: GuessedToken) -> str:
+    """Return the hidden token in brackets, between the ends of the text around it."""
+    before, after = (" ".join(text.split()) for text in (example.before, example.after))
+    left_blank = " " if example.before[-1:].isspace() else ""
+    right_blank = " " if example.after[:1].isspace() else ""
+    left = before[-_CONTEXT_CHARACTERS:].lstrip() + left_blank
+    return f"{left}[{example.hidden}]{right_blank}{after[:_CONTEXT_CHARACTERS].rstrip()}"
+
+
+def _marked(example: GuessedToken) -> str:
+    """Return the guesses, with the right one in brackets."""
+    return "  ".join(f"[{guess}]" if guess == example.hidden else guess for guess in example.guesses)
+
+
+def _show_experts(layer: LayerExperts, console: Console) -> None:
+    console.rows(
+        f"tokens that each expert takes more often than the others: {_layer_title(layer.layer)}",
+        ("expert", "of all tokens", "tokens"),
+        _expert_rows(layer.experts),
+        justify="left",
+        caption="the layer in which the token says most about the expert",
+    )
+
+
+def _expert_rows(experts: Sequence[ExpertTokens]) -> Iterator[tuple[str, str, str]]:
+    for number, expert in enumerate(experts[:16]):
+        yield str(number), f"{expert.share:.0%}", "  ".join(expert.tokens[:_TOKENS_SHOWN]) or "-"
+    if len(experts) > 16:
+        yield "...", "", f"and {len(experts) - 16} more in result.json"
+
+
+def _layer_title(name: str) -> str:
+    """Return the name of a layer for people: `decoder.blocks.0.feed_forward.layer` is `decoder block 0`."""
+    stack, _, block, *_ = name.split(".")
+    return f"{stack} block {block}"

@@ -1,0 +1,83 @@
+"""What a training run prints besides its progress: at its start what it will do, and at its end the result."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from switchcli.distributed.context import DistributedContext
+from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
+from switchcli.report.units import si
+from switchcli.runs.planning import describe
+from switchcli.runs.train_data import TrainData
+from switchcli.training.state import TrainState
+
+STOPPING: Final = "stopping: this step is finished and saved first; Ctrl-C again ends at once without saving"
+"""The answer to the first Ctrl-C in a terminal."""
+
+
+def announce(
+    recipe: TrainingRecipe,
+    state: TrainState,
+    data: TrainData,
+    folder: Path,
+    context: DistributedContext,
+    console: Console,
+) -> None:
+    """Print what the run will do, where, and how to stop it. A run that is complete does nothing more."""
+    steps, done, batch_tokens = recipe.train.steps, state.step, recipe.train.batch_tokens
+    if done == steps:
+        return
+    first = f", from step {done:,}" if done else ""
+    total = state.input_tokens(batch_tokens) + (steps - done) * batch_tokens
+    ranks = f", {context.world} ranks" if context.world > 1 else ""
+    parameters = describe(recipe)["parameters"]
+    console.message(
+        f"training {parameters:,} parameters for {steps:,} steps of {batch_tokens:,} tokens{first}: "
+        f"{si(total)} tokens, on {context.device.type}{ranks}"
+    )
+    held_out, examples = sum(text.num_rows for text in data.held_out.values()), _num_examples(data)
+    answers = f" and answering {examples:,} examples" if examples else ""
+    evaluating, saving = _times(recipe.eval.every_steps, steps), _times(recipe.checkpoint.save_every_steps, steps)
+    console.message(
+        f"evaluating on {held_out:,} held-out sequences{answers} {evaluating}, saving a checkpoint {saving}"
+    )
+    console.message(f"writing to {folder}/; Ctrl-C saves and stops, and the same command goes on from there")
+
+
+def _times(every: int, steps: int) -> str:
+    """Return when something happens that a run of `steps` steps does every so many of them, and at its end."""
+    return f"every {every:,} steps" if every < steps else "at the end"
+
+
+def not_measured(data: TrainData) -> str:
+    """Return what takes time and is not measured before the first evaluation: answering the examples of tasks."""
+    examples = _num_examples(data)
+    return f"answering {examples:,} examples at each evaluation comes on top" if examples else ""
+
+
+def show_result(result: Mapping[str, Any], state: TrainState, console: Console) -> None:
+    """Print the main numbers of result.json."""
+    num_skipped = state.num_skipped_steps()
+    first = f"at step {state.branch.step:,}, before the branch" if state.branch.step else "before training"
+    console.table(
+        "done",
+        {
+            "held-out loss": result[HELD_OUT_LOSS],
+            first: result[FIRST_HELD_OUT_LOSS],
+            "held-out neg. log perplexity": result[HELD_OUT],
+            **({"held-out bits per byte": result[HELD_OUT_BITS]} if HELD_OUT_BITS in result else {}),
+            "parameters": f"{result['parameters']:,}",
+            "active for a token": f"{result['active_parameters']:,}",
+            **({"steps left out": f"{num_skipped:,} of {state.step:,}"} if num_skipped else {}),
+            "input tokens": f"{result['input_tokens']:,}",
+            "tokens/s": result[TOKENS_PER_SECOND],
+        },
+    )
+    if num_skipped and num_skipped == state.step:
+        console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
+
+
+def _num_examples(data: TrainData) -> int:
+    return sum(len(scored.examples) for scored in data.scored)

@@ -1,0 +1,331 @@
+"""Checkpointer: saves and restores a run's weights, optimizer state and progress, on all ranks together.
+
+A save has two halves: copying what belongs to the checkpoint, on the main thread, and writing it, on the main thread or
+in a background thread.
+"""
+
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
+from switchcli.checkpoint.fsops import DISK, FileOperations
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
+from switchcli.distributed.signals import StopRequest
+from switchcli.errors import CheckpointError, DistributedError, NumericsError, OtherRankError, RankError
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import Console
+from switchcli.training.config import CheckpointSpec
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.router_health import NONFINITE_FIX
+from switchcli.training.state import TrainState
+from switchcli.training.validation import reduce
+
+DATA = "data.json"
+"""The document that identifies what a run learns from: its text and its teacher. A run resumes only with the same."""
+TEXT = "tokens_sha256"
+"""Key of the text's digest in `DATA`."""
+EVALUATION = "evaluation_sha256"
+"""Key of the digest of the examples that a run is scored on: best scores are compared over all starts of the run.
+Checkpoints of versions up to 0.1 lack it and are accepted."""
+_LOST_RANK_SECONDS: Final = 2
+"""Seconds to wait for a background save after a rank is lost: it may wait for that rank forever."""
+
+Contents = Iterable[tuple[str, memoryview]]
+"""Files as names and contents."""
+
+
+class Checkpointer:
+    """A run's folder of checkpoints. All ranks use one folder and call every method together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: ModelWeights,
+        optimizer: Optimizer,
+        context: DistributedContext,
+        documents: Mapping[str, bytes],
+        settings: CheckpointSpec,
+        files: FileOperations = DISK,
+        former_text: str | None = None,
+    ) -> None:
+        """Save and restore a run.
+
+        Args:
+            folder: holds the checkpoints.
+            weights: this rank's part of the weights.
+            optimizer: its state is saved and restored.
+            context: the other ranks.
+            documents: files of every checkpoint by name: recipe, tokenizer and `DATA`. They make it self-contained.
+            settings: which checkpoints to keep, and whether to write in the background.
+            files: file operations of the disk.
+            former_text: the digest that an earlier version gave to the same text; `restore` accepts it.
+        """
+        self._folder = folder
+        self._weights = weights
+        self._optimizer = optimizer
+        self._context = context
+        self._documents = documents
+        self._settings = settings
+        self._files = files
+        self._former_text = former_text
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._pending: Future[None] | None = None
+        self._stop = StopRequest()
+        self.step: int | None = None
+        """The step of the newest checkpoint that was written, is being written, or was restored."""
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of `state.step`, and remove checkpoints that need not be kept. Each rank writes a share.
+
+        With `checkpoint.background` only a copy is made here. It is written while training continues, once the save
+        before it is complete; see `wait`. The next save or the next start removes what a killed save leaves behind.
+
+        Raises:
+            CheckpointError: the disk of this rank refuses.
+            RankError: the disk of another rank refuses; OtherRankError on ranks other than the main one.
+            NumericsError: a number is not finite. All ranks raise it, and nothing is written.
+        """
+        self.wait()
+        context = self._context
+        weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
+        # Check all tensors of this rank, not only those that it writes: ranks may hold different copies.
+        tensors = {name: part.tensor for name, part in {**weights, **optimizer_state}.items()}
+        metrics = {f"the metric {name}": mean.total for name, mean in state.metrics_since_log.items()}
+        self._check_finite(state.step, {**tensors, **metrics})
+        self.step = state.step
+        model, optimizer = self._tensors_to_write(weights), self._tensors_to_write(optimizer_state)
+        documents = {**self._documents, "state.json": state.to_json(reduce(state.metrics_since_log, context))}
+        # One sum over ranks: a random number of the main rank, which names the save, and the bytes of all ranks.
+        random_number = secrets.randbits(checkpoint.UNIQUE_BITS) if context.is_main else 0
+        num_bytes = tensor_file.num_bytes([*model.values(), *optimizer.values()])
+        unique, total_bytes = context.sum_over_ranks([random_number, num_bytes])
+        total_bytes += sum(map(len, documents.values()))
+        writer = checkpoint.CheckpointWriter(self._folder, state.step, unique, total_bytes, self._files)
+        contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
+        if self._settings.background:
+            # list() makes the copies now, before the next step changes the tensors.
+            self._pending = self._thread.submit(self._write, writer, list(contents), documents)
+            self._pending.add_done_callback(lambda done: self._stop.request() if done.exception() else None)
+        else:
+            self._write(writer, contents, documents)
+
+    def _check_finite(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise a NumericsError on all ranks if a number on any rank is not finite.
+
+        Gradients do not reveal every such number: the optimizer state or a metric may have one.
+        """
+        first = ""
+        for name, tensor in tensors.items():
+            # A sum is much faster than a test of each number. It is rarely not finite if they all are (overflow).
+            if not tensor.sum().isfinite() and not tensor.isfinite().all():
+                first = name
+                break
+        for rank, name in enumerate(self._context.all_gather_text(first)):
+            if name:
+                raise NumericsError(
+                    f"step {step}: {name} is not finite, on rank {rank}", f"nothing is saved, and {NONFINITE_FIX}"
+                )
+
+    def wait(self) -> None:
+        """Wait for a save in the background. Raises what `save` would have raised in the foreground."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @contextmanager
+    def background_saves(self, stop: StopRequest, console: Console) -> Iterator[None]:
+        """Surround training with this context: it ends when no save is in progress. A failed save requests `stop`.
+
+        If training fails, the save in progress is still completed, because its step was sound, unless a rank is lost.
+        """
+        self._stop = stop
+        try:
+            yield
+        except Exception as error:
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                wait([pending], _LOST_RANK_SECONDS if isinstance(error, DistributedError) else None)
+                failure = pending.exception(0) if pending.done() else None
+                if failure is not None and not isinstance(failure, (OtherRankError, DistributedError)):
+                    console.warning(f"the save in progress failed as well: {failure}")
+            raise
+        self.wait()
+
+    def _write(self, writer: checkpoint.CheckpointWriter, contents: Contents, documents: Mapping[str, bytes]) -> None:
+        """Write a checkpoint and remove older ones. Runs in either thread: it uses a group of ranks of its own."""
+        ranks, settings = self._context.saving, self._settings
+        try:
+            ranks.main_only(writer.begin)
+            entries = ranks.on_all_ranks(lambda: writer.write(contents))
+            entries_of_ranks = ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
+            all_entries = [manifest.Entry(*entry) for text in entries_of_ranks for entry in json.loads(text)]
+            ranks.main_only(lambda: writer.finish(all_entries, documents))
+        except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
+            writer.clean_up()
+            raise
+        keep_last, keep_best = settings.keep_last, settings.keep_best
+        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_best=keep_best, files=self._files))
+
+    def _optimizer_parts(self) -> dict[str, LocalPart]:
+        return optimizer_parts(self._optimizer, self._weights.experts)
+
+    def _tensors_to_write(self, parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
+        """Return the full tensors that this rank writes.
+
+        Ranks that hold the same tensors, or parts of the same tensors, take turns. A sharded tensor is gathered on all
+        its ranks, one tensor after another, and kept in the memory of one host.
+        """
+        to_write = {}
+        # Turns are counted separately for experts: ranks may hold different numbers of experts, but all of them hold
+        # the same other tensors.
+        counts = {True: 0, False: 0}
+        for name, part in parts.items():
+            full_tensor = part.gather()  # collective: called on every rank, whoever writes it
+            is_expert = bool(tensor_names.expert_numbers([name]))
+            index, num_writers = self._context.rank, self._context.world
+            if is_expert:
+                index, num_writers = self._weights.replica_index, self._weights.num_replicas
+            if counts[is_expert] % num_writers == index:
+                to_write[name] = full_tensor.cpu() if part.layout else full_tensor
+            counts[is_expert] += 1
+        return to_write
+
+    def restore(self, state: TrainState, console: Console) -> bool:
+        """Restore weights, optimizer state and `state` from the newest sound checkpoint. Return False if there is none.
+
+        Raises:
+            CheckpointError: the checkpoint has another architecture, optimizer, text or teacher.
+        """
+        newest = self._context.main_only(lambda: checkpoint.latest(self._folder, console.warning))
+        step = self._context.from_main(-1 if newest is None else newest.step)
+        if step < 0:
+            return False
+        if newest is None:  # not the main rank, which has verified the checkpoint
+            newest = checkpoint.Checkpoint.open(checkpoint.checkpoint_path(self._folder, step), verified=True)
+        self._check_data(newest)
+        weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
+        num_experts = self._weights.num_experts
+        load_parts(weights, newest.read("model", full_tensors(weights), num_experts=num_experts))
+        load_parts(optimizer_state, newest.read("optimizer", full_tensors(optimizer_state), num_experts=num_experts))
+        state.restore(newest.document("state.json"), self._context.device, with_metrics=self._context.dp_rank == 0)
+        self.step = state.step
+        return True
+
+    def has_same_text(self, other: checkpoint.Checkpoint) -> bool:
+        """Return whether a checkpoint of any run was trained on the text or the examples of this run."""
+        before, now = self._identities(other)
+        return before.get(TEXT) == now[TEXT]
+
+    def _identities(self, other: checkpoint.Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the content of `DATA` in a checkpoint, under current names, and of this run."""
+        before, now = {}, json.loads(self._documents[DATA])
+        with suppress(ValueError, TypeError, RecursionError):  # a document that is no object equals no other
+            before = dict(json.loads(other.document(DATA)))
+        if self._former_text is not None and before.get(TEXT) == self._former_text:
+            before[TEXT] = now[TEXT]
+        return before, now
+
+    def _check_data(self, newest: checkpoint.Checkpoint) -> None:
+        """Raise a CheckpointError if the checkpoint was trained on other data than the recipe's."""
+        before, now = self._identities(newest)
+        if EVALUATION in now:
+            before.setdefault(EVALUATION, now[EVALUATION])
+        if before == now:
+            return
+        difference = "by another teacher"
+        if before.get(TEXT) != now[TEXT]:
+            difference = "on other text"
+        elif before.get(EVALUATION) != now.get(EVALUATION):
+            difference = "and scored on other examples of its tasks"
+        raise CheckpointError(
+            f"{newest.path} was trained {difference} than the recipe gives now: restore the recipe, give another "
+            "folder by --out, or --no-resume to archive this run and start anew"
+        )
+
+
+def preflight(
+    folder: Path,
+    weights: ModelWeights,
+    optimizer: Optimizer,
+    context: DistributedContext,
+    settings: CheckpointSpec,
+    num_metrics: int = 1,
+) -> None:
+    """Raise a CheckpointError if the disk has no room for the checkpoints that are kept and one more being written.
+
+    `num_metrics` is the number of evaluation metrics: each may have a best checkpoint of its own.
+    """
+    expert_factor = weights.num_experts // len(weights.experts)  # all experts over those on this rank
+    tensors = {**full_tensors(weight_parts(weights)), **full_tensors(optimizer_parts(optimizer, weights.experts))}
+    checkpoint_bytes = 0
+    for name, tensor in tensors.items():
+        is_expert = bool(tensor_names.expert_numbers([name]))
+        checkpoint_bytes += tensor_file.num_bytes([tensor]) * (expert_factor if is_expert else 1)
+    num_present = sum(path.is_dir() for path in folder.glob("step-*"))
+    num_kept = settings.keep_last + settings.keep_best * num_metrics
+    num_new = max(1, num_kept + 1 - num_present)
+    context.main_only(lambda: checkpoint.preflight(folder, checkpoint_bytes * num_new))
+
+
+_RESET = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
+
+
+def load_optimizer_state(optimizer: Optimizer, start: checkpoint.Checkpoint, experts: range, fix: str = _RESET) -> None:
+    """Fill the optimizer of a new run from the optimizer state of the checkpoint `start`, whose weights it starts from.
+
+    The checkpoint may hold the state of more parameters than the run trains, and of more experts than this rank's
+    `experts`.
+
+    Raises:
+        CheckpointError: the checkpoint has no optimizer state, or that of another optimizer; with the `fix`.
+    """
+    saved, parts = start.tensor_specs("optimizer"), optimizer_parts(optimizer, experts)
+    if not saved:
+        raise CheckpointError(f"{start.path}: holds no optimizer state: {fix}")
+    if not saved.keys() & parts.keys():
+        raise CheckpointError(f"{start.path}: its optimizer is of another kind than the recipe's: {fix}")
+    load_parts(parts, start.read("optimizer", full_tensors(parts), allow_extra=True, fix=fix))
+
+
+def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the weights, in place, from full tensors by logical name, one after another."""
+    load_parts(weight_parts(weights), tensors)
+
+
+def load_parts(parts: Mapping[str, LocalPart], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill each part, in place, from the full tensor of its name."""
+    for name, part in parts.items():
+        if isinstance(tensors, tensor_file.LazyTensors):  # read no more of the file than this rank's slice
+            LocalPart(part.tensor).copy_from(tensors.read_slice(name, part.slices))
+        else:
+            part.copy_from(tensors[name])
+
+
+def weight_parts(weights: ModelWeights) -> dict[str, LocalPart]:
+    """Return views of this rank's part of every weight, keyed by logical name."""
+    named = {name: local_values(parameter) for name, parameter in weights.parameters.items()}
+    return tensor_names.logical_parts(named, weights.layouts, weights.experts)
+
+
+def optimizer_parts(optimizer: Optimizer, experts: range) -> dict[str, LocalPart]:
+    """Return views of this rank's part of the optimizer state, keyed by logical name."""
+    return tensor_names.logical_parts(optimizer.state(), optimizer.state_layouts(), experts)
+
+
+def full_tensors(parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
+    """Return tensors on `meta` with the shapes and dtypes of the full tensors."""
+    return {name: torch.empty(part.full_shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
+
+
+def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
+    """Return views of the weights of an unsharded model, keyed by logical name."""
+    return {name: part.tensor for name, part in weight_parts(unsharded_weights(model)).items()}

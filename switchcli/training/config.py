@@ -1,0 +1,154 @@
+"""Settings of a training run that belong to no single object: its length, batches, evaluation, logs and checkpoints."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from switchcli.model.moe.router import Policy
+from switchcli.model.surgery.student_spec import FromTeacherInit
+from switchcli.spec import LIMITS, PathOrUrl, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16", "selective"]
+
+
+class NonfiniteSpec(Spec):
+    """What a run does when a number is not finite: a gradient, a held-out metric, or a value about to be saved."""
+
+    policy: Literal["stop", "skip", "roll_back"] = "stop"
+    """`stop` ends the run, `skip` drops the update of the step, and `roll_back` restores the newest checkpoint and
+    skips all batches since then. With `skip`, a number that becomes non-finite after the update still ends the run.
+    With `roll_back`, the skipped batches depend on where the run was stopped and saved. Both check each gradient before
+    it is used, so every step waits for the GPU."""
+    at_most: int = Field(default=10, ge=1, le=LIMITS["count"])
+    """Number of times a run may skip or roll back; the next non-finite number ends it."""
+
+
+class TrainSpec(Spec):
+    """Length, batch size, precision and seed of a training run."""
+
+    steps: int = Field(ge=1, le=LIMITS["steps"])
+    """Optimizer steps of the whole run."""
+    batch_tokens: int = Field(ge=1, le=LIMITS["batch_tokens"])
+    """Encoder input tokens of one optimizer step, over all ranks and microbatches (2**20 in the paper)."""
+    microbatch_tokens: int | None = Field(default=None, ge=1, le=LIMITS["batch_tokens"])
+    """Encoder input tokens of one forward pass on one rank; gradients are accumulated over a rank's microbatches.
+
+    By default a rank processes its share of the batch in one pass. Dropout and jitter are drawn for each microbatch, so
+    set this where the noise must be the same on any number of ranks.
+    """
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed of the initial weights, the order of the data, dropout and jitter."""
+    precision: Precision = "float32"
+    """`selective` computes matrix products in bfloat16 and keeps weights, optimizer, losses and routers in float32
+    (section 2.4); `bfloat16` also computes the routers in bfloat16, which diverged in the paper (Table 2)."""
+    compile: bool = False
+    """Apply torch.compile to every block, sparse layers included; the first steps take longer, by minutes on a CPU.
+
+    Where a sparse layer or the model axis sends tensors to other ranks, only sublayers without experts are compiled.
+    On CUDA, blocks that are compiled whole and have heads of at least 16 train with torch's flex_attention, unless
+    `parallel.reduction` is `ordered` or torch is deterministic.
+    """
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    """`blocks` stores only the inputs of each block and recomputes the rest in the backward pass with the same noise:
+    far less memory for activations, a quarter to a third more time, the same gradients."""
+    clip_norm: float | None = Field(default=None, gt=0.0)
+    """Largest global gradient norm; no clipping by default, as in T5."""
+    nonfinite: NonfiniteSpec = NonfiniteSpec()
+    """What to do when a number is not finite."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; `auto` takes a GPU if there is one."""
+    workers: int = Field(default=1, ge=0, le=LIMITS["threads"])
+    """Threads on each rank that prepare batches while the model computes, 0 for none; batches do not depend on it."""
+    batches_ahead: int = Field(default=2, ge=1, le=LIMITS["threads"])
+    """Steps whose batches are prepared in advance, at most."""
+
+    @property
+    def router_dtype(self) -> "torch.dtype":
+        """The dtype that routers compute in."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+class StartSpec(Spec):
+    """The checkpoint that a run starts from, instead of initial weights."""
+
+    checkpoint: PathOrUrl
+    """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--model`."""
+    optimizer: Literal["carry", "reset"] = "carry"
+    """`carry` continues with the checkpoint's optimizer state, as T5 does, and `reset` starts a new one; a converted
+    checkpoint has none."""
+
+
+class BranchSpec(Spec):
+    """The checkpoint of another run that this run continues with other settings."""
+
+    checkpoint: PathOrUrl
+    """RUN (its newest checkpoint), RUN@STEP, or the folder of one checkpoint; `--branch-from`."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """A digest of its weights and optimizer state, which the run records; a checkpoint with another one is refused."""
+
+
+class RandomInit(Spec):
+    """Start a student from initial weights."""
+
+    kind: Literal["random_init"] = "random_init"
+    """`random_init` starts from initial weights."""
+
+
+class FromCheckpoint(Spec):
+    """Start a student from a checkpoint."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    """`checkpoint` starts from a checkpoint."""
+    path: PathOrUrl
+    """A run's folder, one checkpoint, or a folder in the Hugging Face layout; `--student`."""
+
+
+StudentSpec = Annotated[FromTeacherInit | RandomInit | FromCheckpoint, Field(discriminator="kind")]
+
+
+class LogSpec(Spec):
+    """How often metrics are logged, and where; metrics.jsonl always gets them."""
+
+    every_steps: int = Field(default=10, ge=1, le=LIMITS["steps"])
+    """Steps between two log records."""
+    sample_every_steps: int | None = Field(default=None, ge=1, le=LIMITS["steps"])
+    """Steps between two samples on the console, in which the model fills in two held-out texts; by default only at the
+    end."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers that also get the metrics."""
+
+
+class EvalSpec(Spec):
+    """Evaluation on held-out text, before the first step, regularly, and at the end."""
+
+    every_steps: int = Field(default=100, ge=1, le=LIMITS["steps"])
+    """Steps between two evaluations."""
+    sequences: int = Field(default=64, ge=1, le=LIMITS["count"])
+    """Held-out sequences of each evaluation, the same ones each time; all of them if there are fewer."""
+    capacity: Policy = "paper"
+    """`paper` gives experts the capacity of the router's eval_capacity_factor, and `dropless` a slot for every token
+    (expert_choice keeps its own capacity); a number replaces the factor."""
+
+
+class CheckpointSpec(Spec):
+    """How often checkpoints are saved, and which are kept."""
+
+    save_every_steps: int = Field(default=500, ge=1, le=LIMITS["steps"])
+    """Steps between two checkpoints."""
+    keep_last: int = Field(default=2, ge=1, le=LIMITS["count"])
+    """Newest checkpoints that are kept; 2 by default, so that one remains if the newest is damaged."""
+    keep_best: bool = True
+    """Also keep, for each evaluation metric, the best of the checkpoints that were saved at an evaluated step."""
+    background: bool = False
+    """Write checkpoints in a thread while training continues; training waits only for a copy of weights and optimizer
+    state.
+
+    The copy takes host memory on each rank: as much as the rank writes, twice that for sharded weights. On a CPU,
+    writing also slows the steps beside it. One save runs at a time: the next save, a stop and the end of the run wait
+    for it. A failed save ends the run after the step in progress.
+    """

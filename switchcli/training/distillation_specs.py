@@ -1,0 +1,58 @@
+"""Settings of distillation: of its loss (distillation.py) and of the teacher's stored answers (teacher_cache.py)."""
+
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import Field, model_validator
+
+from switchcli.model.moe.router import Policy
+from switchcli.spec import LIMITS, PathOrUrl, Spec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TeacherCacheSpec(Spec):
+    """Where a teacher's answers are cached, and how many probabilities of each target."""
+
+    folder: PathOrUrl
+    """Folder of the cache, which is created if missing; before training the teacher answers what it lacks."""
+    top_k: int = Field(default=64, ge=1, le=LIMITS["vocab_size"])
+    """Largest probabilities cached for each target, at most the vocabulary; of all others their sum is cached."""
+    precision: Literal["float16", "float32"] = "float16"
+    """Type of the cached probabilities; a token id takes 2 bytes, or 4 with a vocabulary above 65,536."""
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        import torch
+
+        return torch.float16 if self.precision == "float16" else torch.float32
+
+
+class DistillSpec(Spec):
+    """The teacher of a run, and how much its probabilities count."""
+
+    teacher: PathOrUrl
+    """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--teacher`."""
+    soft_fraction: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Weight f of the teacher's probabilities: 0.25 in the paper's best row of Table 6, 1 in its rows without a
+    mixture, 0 to train without a teacher."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Temperature T of both softmaxes; the paper gives none, and Mesh-TensorFlow has no default."""
+    start_step: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    """First step that uses the teacher; before it the loss is that of the targets alone."""
+    capacity: Policy = "dropless"
+    """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""
+    mode: Literal["evaluation", "training"] = "evaluation"
+    """`training` runs the teacher with its dropout, jitter and training capacity, as in Mesh-TensorFlow."""
+    cache: TeacherCacheSpec | None = None
+    """Where the teacher's answers are stored before training; by default the teacher runs in every step."""
+    baseline: float | PathOrUrl | None = None
+    """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
+
+    @model_validator(mode="after")
+    def _answers_repeat(self) -> Self:
+        if self.cache is not None and self.mode == "training":
+            raise ValueError(
+                "mode (training): the teacher's noise differs in each step and cannot be cached: take evaluation"
+            )
+        return self

@@ -1,0 +1,221 @@
+"""The training loop, the same for every verb: objective, batches and callbacks are arguments."""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple, SupportsFloat
+
+import torch
+from torch import nn
+
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.parallelize import GradientNorm
+from switchcli.distributed.signals import StopRequest, StopTraining
+from switchcli.errors import NumericsError
+from switchcli.metric_names import GRADIENT_NORM
+from switchcli.model.moe.layer import local_experts, sparse_layers
+from switchcli.report.console import TrainingDisplay
+from switchcli.training.callbacks import Callback
+from switchcli.training.config import TrainSpec
+from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.metrics import Mean, Metrics, merge
+from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
+from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.prefetch import Loader
+from switchcli.training.router_health import NONFINITE_FIX, first_nonfinite_backward, first_nonfinite_forward
+from switchcli.training.schedules import ScheduleSpec
+from switchcli.training.state import TrainState
+from switchcli.training.validation import exact
+
+
+class StepResult(NamedTuple):
+    """The gradient norm and the metrics of one step, still on the device."""
+
+    step: int
+    """Counted from 1."""
+    norm: GradientNorm
+    host_norm: SupportsFloat
+    """The total norm, which is being copied to the host."""
+    metrics: Metrics
+
+
+def fit(
+    state: TrainState,
+    model: nn.Module,
+    losses: LossSchedule,
+    loader: Loader | Microbatches,
+    optimizer: Optimizer,
+    schedule: ScheduleSpec,
+    context: DistributedContext,
+    callbacks: Sequence[Callback],
+    settings: TrainSpec,
+    stop: StopRequest,
+    progress: TrainingDisplay | None = None,
+    nonfinite: NonFiniteHandler = ALWAYS_STOP,
+) -> None:
+    """Train from `state.step` to `settings.steps`. Changes state, weights and optimizer state in place.
+
+    Args:
+        state: the progress of the run.
+        model: the model as `context.wrap` returns it.
+        losses: the loss that each step minimizes.
+        loader: this rank's microbatches of each step.
+        optimizer: updates the weights.
+        schedule: the learning rate of each step.
+        context: the device, the precision and the other ranks.
+        callbacks: called in order after the steps at which they are due. After a stop the caller saves the run.
+        settings: length, seed and gradient clipping.
+        stop: ends training after a step.
+        progress: shows each step.
+        nonfinite: decides whether to continue where a number is not finite. A skipped step counts as one taken.
+
+    Raises:
+        StopTraining: `stop` was requested on some rank. All ranks raise it after the same step.
+        NumericsError: the gradient is not finite. All ranks raise it, and no callback has seen the step. Or a callback
+            raises it.
+        DistributedError: another rank is lost.
+    """
+    model.train()
+    unchecked: list[StepResult] = []
+    started = time.perf_counter()
+    for step, microbatches in loader.from_step(state.step, settings.steps):
+        assert step == state.step, "a skipped step counts as one taken"
+        # One sum over ranks tells whether to stop and how many real tokens the step has.
+        local_counts = [sum(counts) for counts in zip(*(micro.real for micro in microbatches), strict=True)]
+        stopping, *counts = context.sum_over_ranks([int(stop.requested), *local_counts])
+        real = RealTokens(
+            *(count // context.tp_size for count in counts)
+        )  # the ranks of a model axis have the same rows
+        if stopping:
+            _check_finite(unchecked, model, context)  # the caller saves after a stop
+            raise StopTraining
+        learning_rate = schedule(step, settings.steps)
+        seed = f"{settings.seed}/{step}"
+        metrics = accumulate_gradients(model, losses.loss_at(step), microbatches, real, context, seed)
+        norm = _clip_gradients(optimizer, settings.clip_norm, context)
+        result = StepResult(step + 1, norm, context.to_host(norm.total), metrics)
+        error = _nonfinite_error(result, model, context) if nonfinite.before_updates else None
+        if error:
+            nonfinite(error, state, step + 1, updated=False)
+        else:
+            optimizer.step(learning_rate)
+            _record_step(state, result, real.targets)
+            unchecked.append(result)
+        optimizer.zero_grad()
+
+        due = [callback for callback in callbacks if callback.due(state.step, settings.steps)]
+        # Checking a step waits for the device to finish it. Without a callback the newest step is checked when the next
+        # one is queued, so that the device always has work.
+        newest = 0 if due else 1
+        while len(unchecked) > newest:
+            _check_finite([unchecked.pop(0)], model, context)
+        state.seconds += time.perf_counter() - started
+        if progress is not None:
+            progress.advance(state.step)
+        call(due, state, nonfinite)
+        started = time.perf_counter()
+    _check_finite(unchecked, model, context)
+
+
+def _record_step(state: TrainState, result: StepResult, num_targets: int) -> None:
+    """Add one step, on `num_targets` real targets, to the state."""
+    state.step += 1
+    state.targets_seen += num_targets
+    norm = result.norm.total
+    metrics = {**result.metrics, GRADIENT_NORM: Mean(norm, torch.ones_like(norm))}
+    state.metrics_since_log = merge(state.metrics_since_log, exact(metrics))
+
+
+def call(callbacks: Sequence[Callback], state: TrainState, nonfinite: NonFiniteHandler) -> None:
+    """Call the callbacks in order.
+
+    If one finds a number that is not finite and `nonfinite` lets the run continue, the weights have changed: all
+    callbacks that depend on them are called again.
+    """
+    try:
+        for callback in callbacks:
+            callback(state)
+    except NumericsError as error:
+        nonfinite(error, state, state.step, updated=True)
+        for callback in callbacks:
+            if callback.depends_on_weights:
+                callback(state)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    objective: Objective,
+    microbatches: Sequence[Microbatch],
+    real: RealTokens,
+    context: DistributedContext,
+    seed: str,
+) -> Metrics:
+    """Add the gradient of a step's loss to every `.grad`, and return the metrics of this rank's microbatches.
+
+    The cross-entropy and the decoder's auxiliary losses are summed over the step and divided by its number of targets,
+    the encoder's auxiliary losses by its number of inputs. So the loss does not depend on how the batch is divided. The
+    last backward pass averages or sums the gradients over the data-parallel ranks.
+
+    Args:
+        model: the model as `context.wrap` returns it.
+        objective: the loss.
+        microbatches: this rank's rows of the batch.
+        real: real tokens of the step over all ranks.
+        context: the device, the precision and the other ranks.
+        seed: names the noise of the step.
+    """
+    metrics: Metrics = {}
+    # Where gradients are averaged over ranks, the loss is multiplied by their number: the result must be the sum.
+    per_input, per_target = (context.grad_divisor / max(1, count) for count in real)
+    for position, microbatch in enumerate(microbatches, 1):
+        _seed_noise(f"{seed}/{microbatch.number}")
+        batch = context.to_device(microbatch.batch)
+        with context.synchronize_gradients(model, position, len(microbatches)):
+            with context.autocast():
+                loss = objective(model, batch)
+            total = loss.target_sum * per_target
+            if loss.auxiliary is not None:
+                encoder, decoder = loss.auxiliary
+                total = total + encoder.total * per_input + decoder.total * per_target
+            total.backward()  # type: ignore[no-untyped-call]
+        metrics = merge(metrics, loss.metrics)
+    return metrics
+
+
+def _seed_noise(name: str) -> None:
+    """Seed torch's generators. Dropout and jitter follow from (seed, step, microbatch), so no generator is saved."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest) >> 1)  # 63 bits, which fit a signed int64
+
+
+def _clip_gradients(optimizer: Optimizer, clip_norm: float | None, context: DistributedContext) -> GradientNorm:
+    """Clip the gradients to a global norm of `clip_norm`, and return their norm before that."""
+    norm = context.gradient_norm(optimizer.parameters, optimizer.layouts)
+    if clip_norm is not None:
+        # The same formula as torch.nn.utils.clip_grad_norm_.
+        optimizer.scale_gradients((clip_norm / (norm.total + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _check_finite(results: Sequence[StepResult], model: nn.Module, context: DistributedContext) -> None:
+    """Raise a NumericsError if the gradient of a step is not finite. Identical on all ranks."""
+    for result in results:
+        error = _nonfinite_error(result, model, context)
+        if error:
+            raise error
+
+
+def _nonfinite_error(result: StepResult, model: nn.Module, context: DistributedContext) -> NumericsError | None:
+    """Return the error that describes a non-finite gradient, or None. Collective: identical on all ranks."""
+    total = float(result.host_norm)
+    if math.isfinite(total):
+        return None
+    # What is not finite on each rank: in the forward pass or, if that is finite everywhere, in the backward pass.
+    causes = context.all_gather_text(first_nonfinite_forward(result.metrics, sparse_layers(model)))
+    if not any(causes):
+        causes = context.all_gather_text(first_nonfinite_backward(result.norm.local, local_experts(model)))
+    ranks = [rank for rank, cause in enumerate(causes) if cause]
+    where = f" (first in {causes[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
+    return NumericsError(f"step {result.step}: the gradient norm is {total}{where}", f"{NONFINITE_FIX} or skip")

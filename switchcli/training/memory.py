@@ -1,0 +1,77 @@
+"""The memory that training takes at any batch size, and clear errors where memory runs out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from switchcli.checkpoint.tensor_file import num_bytes
+from switchcli.errors import OUTSIDE, OutOfMemory, machine_bytes, training_location
+from switchcli.model.config import ModelSpec
+from switchcli.model.trainable import trainable_members
+from switchcli.model.trainable_sets import TrainableSet
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.training.optimizer_specs import OptimizerSpec
+
+
+def training_bytes(spec: ModelSpec, optimizer: OptimizerSpec, trainable_set: TrainableSet = "all") -> int:
+    """Return the bytes of all weights, and of the gradients and the optimizer state of the trainable ones.
+
+    Activations are not included. Nothing is allocated.
+    """
+    with torch.device("meta"):
+        model = SwitchTransformer(spec)
+        trainable = trainable_members(model, trainable_set)
+        state = optimizer.build(trainable).state()
+    return num_bytes([*model.parameters(), *trainable.values(), *state.values()])
+
+
+@contextmanager
+def explain_out_of_memory(
+    spec: ModelSpec,
+    optimizer: OptimizerSpec,
+    device: torch.device,
+    trainable_set: TrainableSet = "all",
+    teacher: ModelSpec | None = None,
+) -> Iterator[None]:
+    """Raise OutOfMemory, with the sizes and a fix, where training in this context runs out of memory."""
+
+    def explanation() -> str:
+        fix = "lower train.microbatch_tokens, or take a smaller model (--dry-run shows its number of parameters)"
+        teacher_bytes = ""
+        if teacher is not None:
+            teacher_bytes = f"those of the teacher {_weight_bytes(teacher):,}, "
+            fix = "lower train.microbatch_tokens, or run the teacher beforehand (distill.cache)"
+        fix += "; or share it among ranks (parallel: `switchcli plan` shows how)"
+        total = f"weights, gradients and optimizer take {training_bytes(spec, optimizer, trainable_set):,} bytes in all"
+        return f"{total}, {teacher_bytes}a microbatch comes on top: {fix}"
+
+    with _explained(device, explanation):
+        yield
+
+
+def _weight_bytes(spec: ModelSpec) -> int:
+    with torch.device("meta"):
+        return num_bytes(SwitchTransformer(spec).parameters())
+
+
+@contextmanager
+def explain_out_of_memory_in_evaluation(device: torch.device) -> Iterator[None]:
+    """Raise OutOfMemory, with a fix, where an evaluation in this context runs out of memory."""
+    fix = "lower scoring.batch_examples, scoring.decoding.max_tokens or beams, or data.inputs_length"
+    with _explained(device, lambda: fix):
+        yield
+
+
+@contextmanager
+def _explained(device: torch.device, explanation: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch raises OutOfMemoryError for the device's memory, but a plain RuntimeError for the machine's.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        total_bytes = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
+        location = training_location(error)
+        when = "" if location == OUTSIDE else f", {location}"
+        raise OutOfMemory(f"out of memory{when}: {device} has {total_bytes:,} bytes in all; {explanation()}") from error

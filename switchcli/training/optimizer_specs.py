@@ -1,0 +1,85 @@
+"""Settings of the optimizers. The optimizers themselves are in optimizers.py, which needs torch; a recipe does not."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from switchcli.spec import LIMITS, Spec
+
+if TYPE_CHECKING:
+    from switchcli.training.optimizers import Layouts, NamedParameters, Optimizer
+
+UNSHARDED: Layouts = MappingProxyType({})
+"""The layouts of parameters of which each rank has all values."""
+
+
+class Adafactor(Spec):
+    """Adafactor (Shazeer and Stern 2018, Algorithms 4 to 6) as T5 runs it: no momentum, factored second moments,
+    updates relative to the weight.
+
+    Update of parameter w from gradient g at step t = 1, 2, ...:
+
+        decay_t = 1 - t**-decay_exponent
+        v = decay_t v + (1 - decay_t) (g**2 + epsilon)
+        u = g / sqrt(v)
+        u = u / max(1, RMS(u) / clip_threshold)
+        w = w - learning_rate max(scale_epsilon, RMS(w)) u
+
+    If the last two dims are both >= `min_dim_to_factor`, only the row means R and the column means C of v are stored,
+    and v is approximated by R C / mean(R).
+
+    # Deviates: Mesh-TensorFlow factors the two largest dims and takes both RMS over all experts of a stacked weight;
+    # here the last two dims are factored and each RMS is one expert's own: the update is the same at any sharding.
+    """
+
+    kind: Literal["adafactor"] = "adafactor"
+    """`adafactor` is Adafactor as T5 runs it."""
+    decay_exponent: float = Field(default=0.8, gt=0.0)
+    """Exponent of the decay of second moments; 0.8 as in the Adafactor paper."""
+    clip_threshold: float = Field(default=1.0, gt=0.0)
+    """Largest root mean square of an update before it is scaled; 1 as in the Adafactor paper."""
+    epsilon: float = Field(default=1e-30, gt=0.0)
+    """Constant added to squared gradients; 1e-30 as in the Adafactor paper."""
+    scale_epsilon: float = Field(default=1e-3, gt=0.0)
+    """Smallest root mean square that a weight is taken to have, so that a weight of 0 moves; 0.001 as in the Adafactor
+    paper."""
+    min_dim_to_factor: int = Field(default=128, ge=1, le=LIMITS["count"])
+    """Smallest size of the last two dims at which second moments are factored; 128 as in T5."""
+    scale_by_parameter: bool = True
+    """Multiply updates by the root mean square of the weight; if false, the learning rate is absolute."""
+
+    def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        from switchcli.training.optimizers import AdafactorOptimizer
+
+        return AdafactorOptimizer(self, parameters, layouts)
+
+
+class AdamW(Spec):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), by torch's fused kernel.
+
+    Norm scales and position biases are decayed like all other weights.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    """`adamw` is Adam with decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of the mean of squared gradients."""
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    """Constant added to the denominator of an update."""
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Fraction of a weight that each step subtracts, times the learning rate."""
+
+    def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        from switchcli.training.optimizers import AdamWOptimizer
+
+        return AdamWOptimizer(self, parameters, layouts)
+
+
+OptimizerSpec = Annotated[Adafactor | AdamW, Field(discriminator="kind")]

@@ -1,0 +1,284 @@
+"""Optimizers: Adafactor as T5 uses it, and AdamW.
+
+A spec of optimizer_specs.py builds an `Optimizer`: `step(learning_rate)` updates the parameters from their gradients,
+and `state()` names every tensor that resuming needs, as `<parameter>/<slot>`.
+
+A parameter is stacked if its name says that dim 0 counts experts (`.experts.`). All statistics of a stacked parameter
+are per expert, so an expert's update does not depend on which other experts share its tensor. All statistics of a
+sharded parameter are those of the full tensor, so an update does not depend on the mesh.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from switchcli.distributed.layout import Layout, LocalPart, is_stacked, local_values, reduced_dim, sum_over_shards
+from switchcli.training.optimizer_specs import UNSHARDED, Adafactor, AdamW
+
+NamedParameters = Mapping[str, torch.nn.Parameter]
+Layouts = Mapping[str, Layout]
+"""The layouts of the sharded parameters, by name."""
+ShardSums = list[tuple[torch.Tensor, Layout]]
+"""Sums over this rank's shards. Each must be summed over the ranks of its layout, in place."""
+
+CPU_SLICE = 2**21
+"""Elements that Adafactor updates at a time on a CPU: they and a scratch buffer of that size fit into the cache."""
+GPU_SLICE = 2**27
+"""Elements that Adafactor updates at a time on a GPU: few kernel launches, with half a GB of scratch memory."""
+
+
+class Optimizer(ABC):
+    """Updates `parameters` in place, and holds float32 state for each of them."""
+
+    def __init__(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> None:
+        self.parameters = dict(parameters)
+        self.layouts = {name: layouts[name] for name in self.parameters if name in layouts}
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> None:
+        """Update every parameter once from its `.grad`. A parameter without a gradient is unchanged."""
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return every state tensor by `<parameter>/<slot>`, not copied: writing into them restores a state."""
+
+    def state_layouts(self) -> dict[str, Layout]:
+        """Return the layout of each state tensor of a sharded parameter. Other state tensors are not sharded."""
+        layouts = {}
+        for name, tensor in self.state().items():
+            parameter_name, _, slot = name.rpartition("/")
+            if parameter_name not in self.layouts or tensor.ndim == 0:
+                continue
+            missing_dim = reduced_dim(slot, self.parameters[parameter_name].ndim)
+            sharded_dims = []
+            for sharded in self.layouts[parameter_name]:
+                if sharded.dim == missing_dim:
+                    continue  # a mean over the sharded dim, which is equal on its ranks
+                # A dim behind the missing one has moved forward by one.
+                shift = missing_dim is not None and sharded.dim > missing_dim
+                sharded_dims.append(sharded._replace(dim=sharded.dim - shift))
+            layouts[name] = tuple(sharded_dims)
+        return layouts
+
+    def scale_gradients(self, factor: torch.Tensor) -> None:
+        """Multiply every gradient by a scalar, in place."""
+        gradients = [local_values(one.grad) for one in self.parameters.values() if one.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+    def zero_grad(self) -> None:
+        """Set every gradient to None."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+class AdafactorOptimizer(Optimizer):
+    """Adafactor's moments and updates.
+
+    In the methods below tensors have a leading dim E: the experts of a stacked parameter, or 1. `new_weight` is the
+    weight of the new squares in the second moments, 1 - decay_t.
+    """
+
+    def __init__(self, spec: Adafactor, parameters: NamedParameters, layouts: Layouts) -> None:
+        super().__init__(parameters, layouts)
+        self.spec = spec
+        self._steps = torch.zeros((), dtype=torch.int64)
+        self._moments = {
+            name: self._new_moments(name, local_values(weight)) for name, weight in self.parameters.items()
+        }
+
+    def _new_moments(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return zeros for the second moments of this rank's part of a parameter, by slot."""
+        shape, full_shape = parameter.shape, LocalPart(parameter, self.layouts.get(name, ())).full_shape
+        if parameter.ndim >= 2 and min(full_shape[-2:]) >= self.spec.min_dim_to_factor:
+            # Means over the last dim (one for each row), and over the dim before it (one for each column).
+            shapes = {"row": shape[:-1], "column": shape[:-2] + shape[-1:]}
+        else:
+            shapes = {"moment": shape}
+        return {slot: torch.zeros(size, dtype=torch.float32, device=parameter.device) for slot, size in shapes.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        moments = {f"{name}/{slot}": m for name, slots in self._moments.items() for slot, m in slots.items()}
+        return {"optimizer/steps": self._steps, **moments}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        self._steps += 1
+        decay = 1.0 - float(self._steps) ** -self.spec.decay_exponent
+        new_weight = 1.0 - decay
+        sharded_updates: list[Iterator[ShardSums]] = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            moments = self._moments[name]
+            tensors = [local_values(parameter), local_values(parameter.grad), *moments.values()]
+            if not is_stacked(name):
+                tensors = [tensor.unsqueeze(0) for tensor in tensors]
+            factored = "row" in moments
+            if name in self.layouts:
+                layout = self.layouts[name]
+                full = _FullWeight(layout, LocalPart(local_values(parameter), layout).full_shape, is_stacked(name))
+                update_shard = self._update_factored_shard if factored else self._update_unfactored_shard
+                sharded_updates.append(update_shard(full, tensors, new_weight, learning_rate))
+            else:
+                update = self._update_factored if factored else self._update_unfactored
+                update(tensors, new_weight, learning_rate)
+        # A sharded update stops twice for sums over ranks. The sums of all parameters go into the same few collectives.
+        for _ in range(2):
+            sum_over_shards([local_sum for shard in sharded_updates for local_sum in next(shard)])
+        for shard in sharded_updates:
+            next(shard, None)
+
+    def _update_unfactored(self, tensors: list[torch.Tensor], new_weight: float, learning_rate: float) -> None:
+        """Update a parameter with a second moment for each entry. `tensors`: parameter, gradient, moment."""
+        parameter, gradient, moment = tensors
+        square = gradient.square().add_(self.spec.epsilon)
+        update = torch.mul(gradient, moment.lerp_(square, new_weight).rsqrt(), out=square)
+        parameter.addcmul_(update, self._scale(_rms(parameter), _rms(update), learning_rate), value=-1.0)
+
+    def _update_factored(self, tensors: list[torch.Tensor], new_weight: float, learning_rate: float) -> None:
+        """Update a parameter with factored moments. `tensors`: parameter, gradient, row means, column means.
+
+        Memory access is what costs time. So as many experts as one slice holds are updated at a time, while they are in
+        the cache. All slices share one scratch buffer. The update u = g sqrt(mean(R) / R) sqrt(1 / C) is never stored:
+        the sum of its squares is sum over i of (mean(R) / R_i) * (sum over j of g_ij**2 / C_j).
+        """
+        num_experts = max(1, (CPU_SLICE if tensors[0].is_cpu else GPU_SLICE) // tensors[0][0].numel())
+        slices = zip(*(torch.split(tensor, num_experts) for tensor in tensors), strict=True)
+        scratch = torch.empty_like(tensors[1][:num_experts])
+        for parameter, gradient, row, column in slices:
+            # E experts of this slice: gradient [E, ..., I, J], row [E, ..., I], column [E, ..., J].
+            square = torch.mul(gradient, gradient, out=scratch[: len(gradient)])  # the last slice may be shorter
+            row.lerp_(square.mean(-1).add_(self.spec.epsilon), new_weight)
+            column.lerp_(square.mean(-2).add_(self.spec.epsilon), new_weight)
+            row_factor = (row.mean(-1, keepdim=True) / row).unsqueeze(-1)  # [E, ..., I, 1]: mean(R) / R
+            column_factor = column.reciprocal().unsqueeze(-1)  # [E, ..., J, 1]: 1 / C
+            # [E, ..., I, J] @ [E, ..., J, 1] = [E, ..., I, 1]; the mean over I, divided by J, is mean(u**2).
+            mean_square = (row_factor * (square @ column_factor)).mean(_inner_dims(row_factor), keepdim=True)
+            mean_square = mean_square / gradient.shape[-1]
+            factor = row_factor.sqrt_().mul_(self._scale(_rms(parameter), mean_square.sqrt_(), learning_rate))
+            # [E, ..., I, 1] * [E, ..., 1, J]: the factor of each entry of g, in the scratch memory.
+            parameter.addcmul_(gradient, torch.mul(factor, column_factor.sqrt_().mT, out=square), value=-1.0)
+
+    def _update_unfactored_shard(
+        self, full: "_FullWeight", tensors: list[torch.Tensor], new_weight: float, learning_rate: float
+    ) -> Iterator[ShardSums]:
+        """Update a shard as `_update_unfactored` updates a full parameter.
+
+        Yields sums over the shard twice. Before it resumes, the caller sums them over the ranks, in place.
+        """
+        parameter, gradient, moment = tensors
+        moment.lerp_(gradient.square().add_(self.spec.epsilon), new_weight)
+        update_sum, weight_sum = _square_sum(gradient * moment.rsqrt()), _square_sum(parameter)
+        yield [(update_sum, full.layout), (weight_sum, full.layout)]
+        yield []  # factored updates need a second round of sums, this one does not
+        scale = self._scale(full.rms(weight_sum), full.rms(update_sum), learning_rate)
+        # [E] to [E, 1, ..., 1], to broadcast over the dims of an expert.
+        parameter.addcmul_(gradient * moment.rsqrt(), scale.view(-1, *[1] * (parameter.ndim - 1)), value=-1.0)
+
+    def _update_factored_shard(
+        self, full: "_FullWeight", tensors: list[torch.Tensor], new_weight: float, learning_rate: float
+    ) -> Iterator[ShardSums]:
+        """Update a shard as `_update_factored` updates a full parameter; for what it yields see the method above.
+
+        The squares are computed in both rounds: keeping them for all parameters would take as much memory as the
+        gradients.
+        """
+        parameter, gradient, row, column = tensors  # [E, I, J], [E, I, J], [E, I], [E, J] of this shard
+        square, weight_sum = gradient.square(), _square_sum(parameter)
+        row_sum, column_sum = square.sum(-1), square.sum(-2)
+        del square
+        # A row's sum over columns is complete once it is summed over the ranks that share dim -1, and vice versa.
+        yield [(row_sum, full.layout_of(-1)), (column_sum, full.layout_of(-2)), (weight_sum, full.layout)]
+        row.lerp_(row_sum.div_(full.shape[-1]).add_(self.spec.epsilon), new_weight)
+        column.lerp_(column_sum.div_(full.shape[-2]).add_(self.spec.epsilon), new_weight)
+        # The local sum of R, [E, 1], and that of u**2 / mean(R), [E].
+        row_total = row.sum(-1, keepdim=True)
+        update_sum = ((gradient.square() @ column.reciprocal().unsqueeze(-1)).squeeze(-1) / row).sum(-1)
+        yield [(row_total, full.layout_of(-2)), (update_sum, full.layout)]
+        row_mean = row_total.div_(full.shape[-2])
+        row_factor = row_mean / row
+        update_sum *= row_mean.squeeze(-1)
+        scale = self._scale(full.rms(weight_sum), full.rms(update_sum), learning_rate)
+        factor = row_factor.sqrt_().mul_(scale.unsqueeze(-1)).unsqueeze(-1)  # [E, I, 1]
+        parameter.addcmul_(gradient, factor * column.rsqrt().unsqueeze(-2), value=-1.0)
+
+    def _scale(self, weight_rms: torch.Tensor, update_rms: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """Return the factor of u: learning_rate max(scale_epsilon, RMS(w)) / max(1, RMS(u) / clip_threshold)."""
+        scale = learning_rate / (update_rms / self.spec.clip_threshold).clamp_(min=1.0)
+        return scale * weight_rms.clamp_(min=self.spec.scale_epsilon) if self.spec.scale_by_parameter else scale
+
+
+class _FullWeight(NamedTuple):
+    """The shape and the layout of the full weight that a shard belongs to."""
+
+    layout: Layout
+    shape: torch.Size
+    stacked: bool
+    """Whether dim 0 counts experts, each with its own statistics."""
+
+    def layout_of(self, dim: int) -> Layout:
+        """Return the part of the layout that shards `dim`, which is negative: counted from the last."""
+        return tuple(sharded for sharded in self.layout if sharded.dim - len(self.shape) == dim)
+
+    def rms(self, square_sum: torch.Tensor) -> torch.Tensor:
+        """Return the root mean squares [E] from sums of squares over full experts, or [1] over the full weight."""
+        return (square_sum / math.prod(self.shape[self.stacked :])).sqrt_()
+
+
+def _rms(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the root mean square of each slice of dim 0: [E, 1, ..., 1].
+
+    Rows are reduced first, because torch reduces a tensor to a single number in one thread.
+    """
+    norm = torch.linalg.vector_norm(tensor, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(norm, dim=_inner_dims(tensor), keepdim=True) / tensor[0].numel() ** 0.5
+
+
+def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of each slice of dim 0, [E]. Rows are reduced first, as in `_rms`."""
+    return torch.linalg.vector_norm(tensor, dim=-1).square_().view(len(tensor), -1).sum(1)
+
+
+def _inner_dims(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return all dims but the first."""
+    return tuple(range(1, tensor.ndim))
+
+
+class AdamWOptimizer(Optimizer):
+    def __init__(self, spec: AdamW, parameters: NamedParameters, layouts: Layouts) -> None:
+        super().__init__(parameters, layouts)
+        # Plain tensors that share memory with this rank's values: torch's fused kernel refuses a mix of DTensors and
+        # plain tensors.
+        self._local = {name: torch.nn.Parameter(local_values(weight)) for name, weight in self.parameters.items()}
+        self._adamw = torch.optim.AdamW(
+            self._local.values(),
+            lr=0.0,
+            betas=(spec.beta1, spec.beta2),
+            eps=spec.epsilon,
+            weight_decay=spec.weight_decay,
+            fused=True,
+        )
+        # torch creates its state in the first step. Resuming needs it before.
+        for parameter in self._local.values():
+            self._adamw.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}/{slot}": tensor
+            for name, parameter in self._local.items()
+            for slot, tensor in self._adamw.state[parameter].items()
+        }
+
+    def step(self, learning_rate: float) -> None:
+        self._adamw.param_groups[0]["lr"] = learning_rate
+        for name, parameter in self.parameters.items():
+            self._local[name].grad = None if parameter.grad is None else local_values(parameter.grad)
+        self._adamw.step()
+        self._adamw.zero_grad()

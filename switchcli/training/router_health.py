@@ -1,0 +1,158 @@
+"""Router health: metrics of the sparse layers, their records in the log, and warnings about bad routing.
+
+Metrics are computed on the device without waiting for it. Records and warnings are made on the host when a step is
+logged.
+
+Legend: L sparse layers, E experts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from switchcli.checkpoint import tensor_names
+from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS, LOSS, NEG_LOG_PERPLEXITY
+from switchcli.model.transformer import ModelOutput
+from switchcli.report.console import Console
+from switchcli.training.metrics import Mean, Metrics
+
+MANY_DROPPED = 0.5
+"""Fraction of a layer's tokens without a slot from which a warning is given: capacity or balance is wrong."""
+UNBALANCED_STEPS = 100
+"""First steps of a run, in which no warning of dropped tokens is given: the router has not balanced its experts yet."""
+COLLAPSED_SHARE = 0.9
+"""Fraction of a layer's tokens at one expert from which the router has collapsed."""
+DEAD_STEPS = 100
+"""Steps without a token, since the run started or resumed, after which an expert is dead. An expert that has none in a
+few steps mostly gets some again."""
+NONFINITE_FIX = (
+    "checkpoints saved before it are sound. Lower schedule.learning_rate, set train.clip_norm, take "
+    "train.precision=float32, or go on by train.nonfinite.policy=roll_back"
+)
+"""The fix named by errors about numbers that are not finite."""
+AUXILIARY = "auxiliary_loss/"
+"""Prefix of the auxiliary losses of the two stacks. Each is a mean over its own tokens; `record` adds the means."""
+LAYER = "layer_"
+"""Prefix of metrics with one entry for each sparse layer."""
+
+
+@torch.no_grad()
+def routing_metrics(output: ModelOutput) -> Metrics:
+    """Return the routing metrics of all layers together, of each stack, and of each layer; {} for a dense model."""
+    if output.auxiliary is None:
+        return {}
+    stats = output.router_stats
+    fields = ("load_balancing_sum", "z_sum", "load_E", "dropped", "tokens", "entropy", "confidence")
+    balance_L, z_L, load_LE, dropped_L, tokens_L, entropy_L, confidence_L = (
+        torch.stack([getattr(layer, field) for layer in stats]) for field in fields
+    )
+    one = torch.ones_like(balance_L[0])
+    # Layers are in forward order: those of the encoder first.
+    num_encoder = len(output.encoder_stats)
+    stacks = {"": slice(None), "encoder_": slice(num_encoder), "decoder_": slice(num_encoder, None)}
+    return {
+        f"{AUXILIARY}encoder": Mean(output.auxiliary.encoder.total.detach(), output.auxiliary.encoder.tokens),
+        f"{AUXILIARY}decoder": Mean(output.auxiliary.decoder.total.detach(), output.auxiliary.decoder.tokens),
+        BALANCE: Mean(balance_L.sum(), tokens_L.sum()),
+        **{
+            f"{stack}dropped_fraction": Mean(dropped_L[layers].sum(), tokens_L[layers].sum())
+            for stack, layers in stacks.items()
+            if stats[layers]
+        },
+        f"{LAYER}balance": Mean(balance_L, tokens_L),
+        f"{LAYER}z": Mean(z_L, tokens_L),
+        f"{LAYER}dropped_fraction": Mean(dropped_L, tokens_L),
+        f"{LAYER}entropy": Mean(entropy_L, tokens_L),
+        f"{LAYER}confidence": Mean(confidence_L, tokens_L),
+        f"{LAYER}load": Mean(load_LE, one),  # the weight counts microbatches
+    }
+
+
+def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]:
+    """Return the metrics as numbers for the log, with the loss beside the neg. log perplexity.
+
+    Those of sparse layers are under `layers`, by the names given. A layer's load is the number of tokens of each
+    expert, summed over microbatches.
+    """
+    values = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith((LAYER, AUXILIARY))}
+    if NEG_LOG_PERPLEXITY in values:
+        values[LOSS] = -values[NEG_LOG_PERPLEXITY]
+    auxiliary_losses = [float(mean.value()) for name, mean in metrics.items() if name.startswith(AUXILIARY)]
+    if auxiliary_losses:
+        values[AUXILIARY_LOSS] = sum(auxiliary_losses)
+    load = metrics.get(f"{LAYER}load")
+    if load is None:
+        return values
+    # From [L] or [L, E] for each metric to one dict for each layer.
+    columns: dict[str, list[Any]] = {
+        name.removeprefix(LAYER): mean.value().tolist() for name, mean in metrics.items() if name.startswith(LAYER)
+    }
+    columns["load"] = load.total.long().tolist()
+    by_layer = {layer: {name: column[index] for name, column in columns.items()} for index, layer in enumerate(layers)}
+    return {**values, DEAD_EXPERTS: float((load.total == 0).sum()), "layers": by_layer}
+
+
+def first_nonfinite_forward(metrics: Mapping[str, Mean], layers: Iterable[str]) -> str:
+    """Return what is first not finite in the forward passes of this rank's step, or "" if all is finite.
+
+    Routers come first, in forward order, then the other metrics.
+    """
+    if f"{LAYER}z" in metrics:
+        for layer, z in zip(layers, metrics[f"{LAYER}z"].total, strict=True):
+            if not z.isfinite():
+                return f"the router of {layer.removeprefix('module.')}"
+    return next((name for name, mean in metrics.items() if not mean.total.isfinite().all()), "")
+
+
+def first_nonfinite_backward(norms: Mapping[str, torch.Tensor], experts: range) -> str:
+    """Return the gradient that is first not finite in the backward pass of this rank, or "" if all are finite.
+
+    `norms` are those of the gradients in the order of the parameters, [E] for stacked experts. The backward pass runs
+    through them in reverse.
+    """
+    by_name = tensor_names.split_experts(norms, experts)
+    return next((f"the gradient of {name}" for name in reversed(by_name) if not by_name[name].isfinite().all()), "")
+
+
+class RoutingAlarms:
+    """Warns once when a problem with the routing of a layer begins, and again when it returns."""
+
+    def __init__(self, layers: Sequence[str], console: Console) -> None:
+        """`layers` names the sparse layers in forward order."""
+        self._layers = layers
+        self._console = console
+        self._active: set[tuple[str, str]] = set()
+        """Layer and kind of each problem that the last check found."""
+        self._idle_steps: dict[str, torch.Tensor] = {}
+        """For each layer, the steps since each expert last had a token."""
+
+    def __call__(self, metrics: Mapping[str, Mean], steps: int, step: int) -> None:
+        """Check the routing metrics of the last `steps` steps before `step`."""
+        load = metrics.get(f"{LAYER}load")
+        if load is None:
+            return
+        warnings: dict[tuple[str, str], str] = {}
+        dropped_L, tokens_L = metrics[f"{LAYER}dropped_fraction"]
+        for layer, load_E, dropped, tokens in zip(self._layers, load.total, dropped_L, tokens_L, strict=True):
+            share = float(load_E.max() / tokens.clamp(min=1))
+            # Where a token may go to several experts, each of them may get nearly all tokens.
+            if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
+                warnings[layer, "collapsed"] = (
+                    f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
+                    "tokens; raise its router's balance_loss_coef or lower the learning rate"
+                )
+            dropped_fraction = float(dropped / tokens.clamp(min=1))
+            if dropped_fraction >= MANY_DROPPED and step > UNBALANCED_STEPS:
+                warnings[layer, "dropped"] = (
+                    f"{layer}: {dropped_fraction:.0%} of the tokens found no slot; raise its router's "
+                    "capacity_factor, or balance_loss_coef where it has one"
+                )
+            # The product resets the count of every expert that had a token.
+            idle_E = self._idle_steps[layer] = (self._idle_steps.get(layer, 0) + steps) * (load_E == 0)
+            dead = (idle_E >= DEAD_STEPS).nonzero().flatten().tolist()
+            if dead:
+                warnings[layer, "dead"] = f"{layer}: no token in {int(idle_E[dead].min())} steps for experts {dead}"
+        for problem in sorted(warnings.keys() - self._active):
+            self._console.warning(warnings[problem])
+        self._active = set(warnings)

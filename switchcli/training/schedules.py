@@ -1,0 +1,121 @@
+"""Learning-rate schedules: pure functions `schedule(step, total_steps)` of the step, counted from 0.
+
+A schedule has no state. After a resume the rate follows from the step alone.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from switchcli.spec import LIMITS, Spec
+
+
+class Schedule(Spec, ABC):
+    """Base class of the schedules."""
+
+    @abstractmethod
+    def __call__(self, step: int, total_steps: int) -> float:
+        """Return the learning rate of `step`, counted from 0, in a run of `total_steps`."""
+
+    def incompatibility(self, total_steps: int) -> str | None:
+        """Return why the schedule does not fit a run of `total_steps`, beginning with its key; None if it fits."""
+        return None
+
+
+class InverseSquareRoot(Schedule):
+    """T5's schedule: learning_rate * sqrt(warmup_steps / max(step, warmup_steps)). Constant at first, without a ramp.
+
+    With the defaults this is 1 / sqrt(max(step, 10,000)): 0.01 until step 10,000, 0.005 at 40,000 (T5, section 3.1.2).
+    """
+
+    kind: Literal["inverse_square_root"] = "inverse_square_root"
+    """`inverse_square_root` is T5's schedule for pre-training: constant, then falling with 1 / sqrt(step)."""
+    learning_rate: float = Field(default=0.01, gt=0.0)
+    """Learning rate of the constant part; 0.01 as in T5."""
+    warmup_steps: int = Field(default=10_000, ge=1, le=LIMITS["steps"])
+    """Steps of the constant part; 10,000 as in T5."""
+    decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Last fraction of the run over which the rate also falls linearly to 0: 0.1 in Mesh-TensorFlow, off in T5."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        rate = self.learning_rate * math.sqrt(self.warmup_steps / max(step, self.warmup_steps))
+        ramp_steps = self.decay_fraction * total_steps
+        return rate * min(1.0, (total_steps - step) / ramp_steps) if ramp_steps else rate
+
+
+class Constant(Schedule):
+    """One learning rate, as in T5's fine-tuning, after an optional linear warm-up from 0 (1,000 steps in T5X)."""
+
+    kind: Literal["constant"] = "constant"
+    """`constant` keeps one learning rate after an optional warm-up: T5's schedule for fine-tuning."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Learning rate after the warm-up; 0.001 as in T5's fine-tuning."""
+    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    """Steps of the linear warm-up from 0; none by default, as in T5."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+    def incompatibility(self, total_steps: int) -> str | None:
+        return _warmup_too_long(self.warmup_steps, total_steps)
+
+
+class Cosine(Schedule):
+    """Linear warm-up from 0, then half a cosine down to `final_fraction` of the peak at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    """`cosine` falls along half a cosine after an optional warm-up."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    """Steps of the linear warm-up from 0."""
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Learning rate at the last step, as a fraction of the peak."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        cosine = 0.5 * (1 + math.cos(math.pi * _progress(step, self.warmup_steps, total_steps)))
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+    def incompatibility(self, total_steps: int) -> str | None:
+        return _warmup_too_long(self.warmup_steps, total_steps)
+
+
+class Linear(Schedule):
+    """Linear warm-up from 0, then a straight line down to `final_fraction` of the peak at the last step."""
+
+    kind: Literal["linear"] = "linear"
+    """`linear` falls along a straight line after an optional warm-up."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    """Steps of the linear warm-up from 0."""
+    final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Learning rate at the last step, as a fraction of the peak."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        remaining = 1 - _progress(step, self.warmup_steps, total_steps)
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * remaining)
+
+    def incompatibility(self, total_steps: int) -> str | None:
+        return _warmup_too_long(self.warmup_steps, total_steps)
+
+
+def _warmup_too_long(warmup_steps: int, total_steps: int) -> str | None:
+    """Return why a warm-up does not fit a run that would end before its peak; None if it fits."""
+    if warmup_steps <= total_steps:
+        return None
+    return f"warmup_steps ({warmup_steps}) must be at most train.steps ({total_steps}): try {total_steps // 10}."
+
+
+def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return the fraction of the steps after the warm-up that `step` has reached, in [0, 1]."""
+    return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+ScheduleSpec = Annotated[InverseSquareRoot | Constant | Cosine | Linear, Field(discriminator="kind")]

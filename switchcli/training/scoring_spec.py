@@ -1,0 +1,40 @@
+"""Settings of the scoring of tasks, which scoring.py does."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from switchcli.model.decoding import Decoding
+from switchcli.model.moe.router import Policy
+from switchcli.spec import LIMITS, Spec
+
+
+class ScoringSpec(Spec):
+    """How a model answers the examples of tasks, and how its answers are scored."""
+
+    split: Literal["validation", "test"] = "validation"
+    """Split of each task that is scored."""
+    examples: int | None = Field(default=None, ge=1, le=LIMITS["count"])
+    """Examples of each task, at most: a random sample, the same in each evaluation, that keeps all answers to a
+    question together; by default all examples."""
+    batch_examples: int = Field(default=32, ge=1, le=LIMITS["count"])
+    """Examples that one rank answers together."""
+    by: Literal["generation", "likelihood"] = "generation"
+    """`generation` decodes an answer. `likelihood` answers with the label of the task that has the highest probability,
+    the first one of equals, so no answer is malformed; each task must have labels. The probability of a label is that
+    of all its tokens and its EOS, without a correction for its length; `decoding` does not apply."""
+    decoding: Decoding = Decoding()
+    """How answers are decoded."""
+    capacity: Policy = "dropless"
+    """How routers count capacity in evaluations during training: `dropless`, `paper`, or a factor."""
+    draws: int = Field(default=1000, ge=1, le=LIMITS["ranks"])
+    """Bootstrap samples for the confidence intervals."""
+
+    @model_validator(mode="after")
+    def _repeats(self) -> Self:
+        if self.decoding.temperature:
+            raise ValueError(
+                f"decoding.temperature ({self.decoding.temperature}) draws answers at random, and a score is that of "
+                "the most probable answers: leave it out"
+            )
+        return self

@@ -1,0 +1,98 @@
+"""TrainState: what a run needs to resume, besides tensors and settings."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from switchcli.checkpoint.saved_state import FROM_BEGINNING, Best, BranchPoint, SavedState
+from switchcli.metric_names import HELD_OUT_BITS
+from switchcli.training.metrics import Mean, Metrics
+
+
+@dataclass
+class TrainState:
+    """The progress of a run. Besides weights and optimizer state, it is all that changes in training."""
+
+    step: int = 0
+    """Optimizer steps taken. The data position and the learning rate follow from it."""
+    targets_seen: int = 0
+    """Real target tokens learned from, over all ranks."""
+    seconds: float = 0.0
+    """Seconds spent in training steps, over all starts of the run."""
+    metrics_since_log: Metrics = field(default_factory=dict)
+    """This rank's metrics since the last logged step, in float64, which JSON stores exactly."""
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last evaluation by name. Higher is better for each."""
+    evaluated_step: int | None = None
+    """The step of the last evaluation. A checkpoint of another step was not evaluated."""
+    first_eval_metrics: dict[str, float] = field(default_factory=dict)
+    """The first value of each metric: before the first step for held-out text, later for tasks."""
+    best: dict[str, Best] = field(default_factory=dict)
+    """The best value of each metric over all evaluations, and its step."""
+    texts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics of each held-out text in the last evaluation, by label."""
+    bits_per_byte: float | None = None
+    """Bits per byte over all held-out texts in the last evaluation. Lower is better. None if unknown."""
+    position: list[int] = field(default_factory=list)
+    """Position in a stream of text. Empty where the data position follows from the step."""
+    skipped_steps: list[tuple[int, int]] = field(default_factory=list)
+    """The first and the last of the steps skipped each time a number was not finite (train.nonfinite)."""
+
+    branch: BranchPoint = FROM_BEGINNING
+    """Where the run began, if it was branched from another."""
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the run has taken no step of its own."""
+        return self.step == self.branch.step
+
+    def input_tokens(self, batch_tokens: int) -> int:
+        """Return the input tokens of all steps, padding included, if a step of this run has `batch_tokens`."""
+        return self.branch.input_tokens + (self.step - self.branch.step) * batch_tokens
+
+    def num_skipped_steps(self) -> int:
+        """Return how many steps the weights have not learned from. A step skipped more than once counts once."""
+        return len({step for first, last in self.skipped_steps for step in range(first, last + 1)})
+
+    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Record evaluation metrics of the current weights. All calls at one step belong to one evaluation."""
+        if self.evaluated_step != self.step:
+            self.eval_metrics = {}
+        self.evaluated_step = self.step
+        for name, value in metrics.items():
+            self.eval_metrics[name] = value
+            self.first_eval_metrics.setdefault(name, value)
+            if name not in self.best or value >= self.best[name].value:
+                self.best[name] = Best(value, self.step)
+
+    def bits(self) -> dict[str, float]:
+        """Return bits per byte under its metric name, or {} if unknown."""
+        return {} if self.bits_per_byte is None else {HELD_OUT_BITS: self.bits_per_byte}
+
+    def to_json(self, metrics_since_log: Metrics) -> bytes:
+        """Return the state as JSON, with the `metrics_since_log` of all ranks in place of this rank's.
+
+        Raises:
+            ValueError: a number is not finite, which JSON cannot store.
+        """
+        state = {name: getattr(self, name) for name in SavedState.model_fields}
+        state["metrics_since_log"] = {
+            name: [tensor.tolist() for tensor in mean] for name, mean in metrics_since_log.items()
+        }
+        return (json.dumps(state, indent=1, allow_nan=False) + "\n").encode()
+
+    def restore(self, text: bytes, device: torch.device, with_metrics: bool) -> None:
+        """Replace this state by a saved one.
+
+        Metrics since the last log are summed over the data-parallel ranks when they are logged, so exactly one of these
+        must take the saved ones (`with_metrics`). The others start from zero.
+        """
+        saved = SavedState.read(text)
+        for name in SavedState.model_fields.keys() - {"metrics_since_log"}:
+            setattr(self, name, getattr(saved, name))
+        self.metrics_since_log = {}
+        for name, (total, weight) in saved.metrics_since_log.items():
+            tensors = (torch.tensor(values, dtype=torch.float64, device=device) for values in (total, weight))
+            self.metrics_since_log[name] = Mean(*(tensor * with_metrics for tensor in tensors))

@@ -1,0 +1,210 @@
+"""TeacherCache: a teacher's K largest probabilities of every target on disk, computed once and read in training.
+
+    FOLDER/
+      answers.json                                    what the answers depend on: teacher, text, batches, settings
+      steps-00000000-00000064-<digest>.safetensors    answers to all rows of steps 0 to 63: ids, probability, rest
+
+Files appear complete, by a rename. The name of a file holds the first half of its SHA-256, which is checked when the
+file is first read. The next start computes the answers that are missing, after a stop or when the run has more steps.
+A batch is a function of its step, so any number of ranks can compute the answers and any other number can read them.
+
+Legend: R rows of a step, T target, K cached probabilities of a target.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from switchcli import publish
+from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
+from switchcli.checkpoint.fsops import DISK
+from switchcli.data.batch import TeacherTopK
+from switchcli.errors import CheckpointError, disk_errors
+from switchcli.training.distillation_specs import TeacherCacheSpec
+from switchcli.user_files import open_regular, read_regular
+
+FACTS = "answers.json"
+MAX_FACTS_BYTES = 1 << 20
+"""Largest `answers.json` that is read."""
+MAX_FILE_BYTES = 1 << 23
+"""Largest file of answers, unless one step is larger."""
+ELSEWHERE = "name another folder by distill.cache.folder"
+_FILE_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
+_DIFFERENCES: Mapping[str, str] = {
+    "teacher": "are those of another teacher",
+    "text": "are for other text",
+    "batches": "are for other batches of that text (train.seed, train.batch_tokens, lengths or spans)",
+}
+"""What is wrong where a fact differs, by its name."""
+
+
+Facts = Mapping[str, str | int | float]
+"""What the answers depend on, by name."""
+
+
+class _CacheFile(NamedTuple):
+    """A file with the answers to steps `first` to `stop` - 1."""
+
+    first: int
+    stop: int
+    path: Path
+    digest: str
+    """First half of the SHA-256 of its bytes, hexadecimal."""
+
+
+class TeacherCache:
+    """A folder with a teacher's answers to the batches of a run, R rows a step."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._folder, self._rows = folder, rows
+        self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
+
+    def is_begun(self, facts: Facts) -> bool:
+        """Return whether the folder is a cache with these facts, complete or not.
+
+        Raises:
+            CheckpointError: it is a cache with other facts, or holds something else.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
+            if (self._folder / FACTS).exists():
+                self._check(facts)
+                return True
+            entries = self._folder.iterdir() if self._folder.exists() else ()
+            if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
+                raise CheckpointError(f"{self._folder}: exists already and holds no answers: {ELSEWHERE}")
+            return False
+
+    def begin(self, facts: Facts) -> None:
+        """Prepare the folder for writing, and remove temporary and damaged files. Only the holder of its lock may.
+
+        Raises:
+            CheckpointError: see `is_begun`, or the disk refuses.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
+            DISK.make_dir(self._folder)
+            publish.remove_stale_in(self._folder, publish.TEMPORARY)
+            for path in [*leftovers(self._folder), *self.damaged()]:
+                DISK.remove_tree(path)
+            if not self.is_begun(facts):
+                publish.write_file(self._folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
+
+    def damaged(self) -> list[Path]:
+        """Return the files whose bytes do not match their digest. All files are read."""
+        with disk_errors(self._folder, ELSEWHERE):
+            files = self._files() if self._folder.exists() else []
+            return [file.path for file in files if not _matches_digest(file)]
+
+    def missing(self, first: int, stop: int, step_bytes: int) -> list[range]:
+        """Return the steps from `first` to `stop` - 1 without answers, as one range of steps for each file to write.
+
+        `step_bytes` are the bytes of one step.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
+            cached = {step for file in self._files() for step in range(file.first, file.stop)}
+        steps_per_file = max(1, MAX_FILE_BYTES // step_bytes)
+        ranges: list[range] = []
+        for step in range(first, stop):
+            if step in cached:
+                continue
+            # Extend the last range if the step follows it and it is not full.
+            if ranges and ranges[-1].stop == step and len(ranges[-1]) < steps_per_file:
+                ranges[-1] = range(ranges[-1].start, step + 1)
+            else:
+                ranges.append(range(step, step + 1))
+        return ranges
+
+    def add(self, steps: range, answers: TeacherTopK) -> None:
+        """Write a file with the answers to all rows of `steps`.
+
+        The rows of all steps are in dim 0, step after step: [steps * R, T, K] and [steps * R, T].
+        """
+        fields = zip(TeacherTopK._fields, answers, strict=True)
+        content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in fields})
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        path = self._folder / f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors"
+        with disk_errors(self._folder, ELSEWHERE, len(content)):
+            publish.write_file(path, content)
+
+    def read(self, step: int, first: int, count: int) -> TeacherTopK:
+        """Return the answers to rows first..first+count of a step: [count, T, K] and [count, T].
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        with disk_errors(self._folder, ELSEWHERE):
+            file, tensors = self._load(step)
+            start = (step - file.first) * self._rows + first  # R rows for each step before this one
+            return TeacherTopK(*(tensors[name][start : start + count].clone() for name in TeacherTopK._fields))
+
+    def _load(self, step: int) -> tuple[_CacheFile, Mapping[str, torch.Tensor]]:
+        """Return the file with a step, and its tensors in memory. The last file stays in memory.
+
+        The tensors come from the very bytes whose digest was checked, so a file that changes later does no harm.
+        """
+        if self._loaded is not None and self._loaded[0].first <= step < self._loaded[0].stop:
+            return self._loaded
+        file = next((file for file in self._files() if file.first <= step < file.stop), None)
+        if file is None:
+            raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to get them")
+        try:
+            with open_regular(file.path) as opened:
+                content = opened.read()
+            if not hashlib.sha256(content).hexdigest().startswith(file.digest):
+                raise SafetensorError("its SHA-256 is not that of its name")
+            self._loaded = file, safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file.path}: is damaged ({error}): the same command asks the teacher again"
+            ) from error
+        return self._loaded
+
+    def _files(self) -> list[_CacheFile]:
+        files = []
+        for path in sorted(self._folder.iterdir()):
+            match = _FILE_NAME.fullmatch(path.name)
+            if match:
+                files.append(_CacheFile(int(match[1]), int(match[2]), path, match[3]))
+        return files
+
+    def _check(self, facts: Facts) -> None:
+        """Raise a CheckpointError if the facts of the folder are not `facts`."""
+        try:
+            written = json.loads(read_regular(self._folder / FACTS, MAX_FACTS_BYTES))
+        except (OSError, ValueError):
+            written = None
+        if not isinstance(written, dict):
+            raise CheckpointError(f"{self._folder / FACTS}: is damaged: {ELSEWHERE}")
+        for name, fact in facts.items():
+            if written.get(name) != fact:
+                other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
+                raise CheckpointError(f"{self._folder}: its answers {_DIFFERENCES.get(name, other)}: {ELSEWHERE}")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Return whether the name is that of a temporary file, or of a probe of the disk."""
+    return bool(publish.TEMPORARY.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
+
+
+def _matches_digest(file: _CacheFile) -> bool:
+    with open_regular(file.path) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.digest)
+
+
+def bytes_per_step(settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> int:
+    """Return the bytes on disk of the answers to a step of R rows with T targets each."""
+    probability_bytes = settings.dtype.itemsize
+    # Each target has K ids, K probabilities, and the sum of the others.
+    pair_bytes = id_dtype(vocabulary).itemsize + probability_bytes
+    return rows * targets * (min(settings.top_k, vocabulary) * pair_bytes + probability_bytes)
+
+
+def id_dtype(vocabulary: int) -> torch.dtype:
+    """Return the smallest integer type used for the ids of a vocabulary."""
+    return torch.uint16 if vocabulary <= 1 << 16 else torch.int32

@@ -1,0 +1,449 @@
+"""The Python API does what the commands do: the same runs, answers and scores; and it can be called again and again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from doubles import NoWarnings
+from messages import lacking
+from torch import nn
+from typer.testing import CliRunner
+
+import switchcli
+from switchcli import errors
+from switchcli.cli import app
+from switchcli.distributed.context import DistributedContext
+from switchcli.model.moe.layer import sparse_layers
+from switchcli.recipe.schema import EvalRecipe
+from switchcli.runs import eval_job
+from switchcli.runs.loading import choose_device, load_checkpoint
+from switchcli.runs.mesh_choice import build_context
+from switchcli.training import loop
+
+GAP = "the red <extra_id_0> is blue"
+TIMES = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left", "data_wait_fraction"}
+"""Measurements of time, which differ from run to run."""
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run, torch.device("cpu"), NoWarnings()).model.state_dict()
+
+
+# Importing
+
+
+def test_import_is_fast_and_lists_the_names() -> None:
+    script = """
+import sys
+import switchcli
+assert {"load", "train", "Recipe", "Model", "errors"} <= set(dir(switchcli)), dir(switchcli)
+assert not {"torch", "numpy", "pydantic"} & set(sys.modules), "imported too early"
+from switchcli import train
+assert callable(train) and switchcli.train is train and "torch" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        switchcli.nothing  # noqa: B018 - the access is the test
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for name in switchcli.__all__:
+        assert getattr(switchcli, name).__doc__, name
+    members = [(name, value) for name, value in vars(switchcli.Model).items() if not name.startswith("_")]
+    assert [name for name, value in members if not value.__doc__] == []
+
+
+# Recipes
+
+
+def test_a_recipe_is_resolved_and_checked() -> None:
+    recipe = switchcli.Recipe.load("quickstart/switch", {"model.num_experts": 16, "train": {"seed": 3}})
+    assert (recipe.verb, recipe.spec.model.num_experts, recipe.spec.train.seed) == ("pretrain", 16, 3)
+    assert recipe == switchcli.Recipe.load("quickstart/switch", ["model.num_experts=16", 'train={"seed": 3}'])
+    assert not lacking(repr(recipe), "pretrain quickstart/switch model.num_experts=16")
+
+
+def test_the_yaml_of_a_recipe_is_the_same_recipe(recipe: Path, tmp_path: Path) -> None:
+    loaded = switchcli.Recipe.load(recipe, {"train.steps": 7})
+    (tmp_path / "saved.yaml").write_text(loaded.to_yaml())
+    assert switchcli.Recipe.load(tmp_path / "saved.yaml").spec == loaded.spec
+
+
+def test_overrides_alone_are_a_recipe(recipe: Path) -> None:
+    spec = switchcli.Recipe.load(recipe).spec
+    sections = {key: value for key, value in spec.model_dump(mode="json").items() if value is not None}
+    assert switchcli.Recipe.load(overrides=sections).spec == spec
+
+
+def test_the_verb_can_be_given(recipe: Path) -> None:
+    loaded = switchcli.Recipe.load(recipe, {"distill.teacher": "a"}, verb="distill")
+    assert (loaded.verb, loaded.spec.verb) == ("distill", "distill")
+
+
+def test_values_may_be_paths_and_any_text(tmp_path: Path, recipe: Path) -> None:
+    odd = tmp_path / "a \U0001f600 'b'\n"
+    loaded = switchcli.Recipe.load(recipe, {"start.checkpoint": odd})
+    assert loaded.spec.start.checkpoint == str(odd)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "words"),
+    [
+        ("quickstart/swich", None, "quickstart/switch"),
+        ("quickstart/switch", {"model.num_expert": 4}, "model.num_expert num_experts"),
+        ("quickstart/switch", {"train.steps": "many"}, "train.steps many"),
+        ("quickstart/switch", {"train.steps": object()}, "train.steps number"),
+        ("quickstart/switch", {"train.seed": float("nan")}, "train.seed number"),
+        ("quickstart/switch", "train.steps=1", "overrides mapping"),
+        (None, {"verb": "eval"}, "overrides evaluate"),
+    ],
+)
+def test_a_wrong_recipe_is_a_recipe_error(source: str | None, overrides: Any, words: str) -> None:
+    with pytest.raises(errors.RecipeError) as raised:
+        switchcli.Recipe.load(source, overrides)
+    assert not lacking(str(raised.value), words)
+
+
+@pytest.mark.parametrize(("verb", "words"), [("nope", "verb nope finetune"), ("finetune", "verb pretrain leave")])
+def test_a_wrong_verb_is_a_recipe_error(verb: Any, words: str) -> None:
+    with pytest.raises(errors.RecipeError) as raised:
+        switchcli.Recipe.load("quickstart/switch", {"verb": "pretrain"}, verb=verb)
+    assert not lacking(str(raised.value), words)
+
+
+def test_a_recipe_is_that_of_the_time_it_was_loaded(recipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(recipe.read_text())
+    loaded = switchcli.Recipe.load(file)
+    before = loaded.spec
+    file.write_text(recipe.read_text().replace("steps: 2", "steps: 3"))
+    assert loaded.spec == before != switchcli.Recipe.load(file).spec
+    with pytest.raises(errors.RecipeError) as raised:
+        switchcli.train(loaded, tmp_path / "run")
+    assert not lacking(str(raised.value), f"{file} load")
+    assert not (tmp_path / "run").exists()
+
+
+# Training
+
+
+def test_a_run_equals_that_of_the_command(recipe: Path, trained: Path, tmp_path: Path) -> None:
+    result = switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "run", quiet=True)
+    assert records(tmp_path / "run") == records(trained)
+    assert {path.name for path in result.path.iterdir()} == {path.name for path in trained.iterdir()}
+    assert (result.path / "recipe.yaml").read_bytes() == (trained / "recipe.yaml").read_bytes()
+    ours, theirs = weights(result.path), weights(trained)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    record = json.loads((result.path / "result.json").read_text())
+    assert result.record == record
+    name = "held_out/neg_log_perplexity"
+    assert (result.step, result.parameters, result.tokens) == (2, record["parameters"], 512)
+    assert (result.metrics[name], result.seconds) == (record[name], record["seconds"])
+    assert result.best[name].value >= result.metrics[name]
+    assert result.load().step == 2
+
+
+def test_runs_follow_one_another_in_a_process(recipe: Path, trained: Path, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    first = switchcli.Recipe.load(recipe, {"train.seed": 1})
+    switchcli.train(first, tmp_path / "first", quiet=True)
+    switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "second", quiet=True)
+    assert records(tmp_path / "second") == records(trained) != records(tmp_path / "first")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    more = switchcli.train(switchcli.Recipe.load(recipe, {"train.steps": 3}), tmp_path / "second", quiet=True)
+    assert more.step == 3
+    with pytest.raises(errors.RecipeError, match="seed"):
+        switchcli.train(first, tmp_path / "second", quiet=True)
+    assert switchcli.train(first, tmp_path / "second", resume=False, quiet=True).step == 2
+
+
+def test_a_stopped_run_is_resumed_by_the_same_call(
+    recipe: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop._clip_gradients
+
+    def interrupt(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    loaded = switchcli.Recipe.load(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_clip_gradients", interrupt)
+        with pytest.raises(errors.Interrupted) as stopped:
+            switchcli.train(loaded, tmp_path / "run", quiet=True)
+    assert not lacking("\n".join(stopped.value.__notes__), f"switchcli.train {tmp_path / 'run'}")
+    assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2
+    ours, theirs = weights(tmp_path / "run"), weights(trained)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_stop_before_training_says_how_to_go_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = switchcli.Recipe.load(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("switchcli.runs.trainer.preflight", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            switchcli.train(loaded, tmp_path / "run", quiet=True)
+    assert not lacking("\n".join(stopped.value.__notes__), "switchcli.train")
+    assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2  # the lock was released
+
+
+def test_a_thread_can_train(recipe: Path, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def work() -> None:
+        steps.append(switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "run", quiet=True).step)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert steps == [2]
+
+
+def test_progress_goes_to_stderr(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = switchcli.Recipe.load(recipe)
+    switchcli.train(loaded, tmp_path / "quiet", quiet=True)
+    assert capsys.readouterr() == ("", "")
+    switchcli.train(loaded, tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert not lacking(err, "2/2")
+
+
+def test_a_run_starts_from_a_checkpoint(recipe: Path, trained: Path, tmp_path: Path) -> None:
+    result = switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "run", model=trained, quiet=True)
+    assert switchcli.Recipe.load(result.path / "recipe.yaml").spec.start.checkpoint.startswith(str(trained))  # type: ignore[attr-defined]
+
+
+def test_a_path_of_a_folder_listing_is_taken(recipe: Path, trained: Path, tmp_path: Path) -> None:
+    (entry,) = (entry for entry in os.scandir(trained.parent) if entry.name == trained.name)
+    distilled = switchcli.Recipe.load(verb="distill")
+    assert switchcli.train(distilled, tmp_path / "student", teacher=entry, quiet=True).record["verb"] == "distill"
+
+
+def test_distill_takes_a_teacher(trained: Path, tmp_path: Path) -> None:
+    recipe = switchcli.Recipe.load(overrides={"distill.teacher": trained})
+    result = switchcli.train(recipe, tmp_path / "run", quiet=True)
+    assert result.record["verb"] == "distill"
+    again = switchcli.Recipe.load(verb="distill")
+    other = switchcli.train(again, tmp_path / "other", teacher=trained, baseline=-9.0, quiet=True)
+    assert other.metrics == result.metrics
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "words"),
+    [
+        ("pretrain", {"teacher": "a"}, "teacher distill"),
+        ("distill", {"model": "a", "teacher": "b"}, "model student"),
+        ("distill", {}, "distill.teacher"),
+    ],
+)
+def test_a_checkpoint_of_another_verb_is_refused(
+    recipe: Path, tmp_path: Path, verb: str, arguments: dict[str, str], words: str
+) -> None:
+    with pytest.raises(errors.RecipeError) as raised:
+        switchcli.train(switchcli.Recipe(str(recipe), (), verb), tmp_path / "run", **arguments)  # type: ignore[arg-type]
+    assert not lacking(str(raised.value), words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_device_may_change_from_run_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = DistributedContext("cpu", "float32")
+    context.close()
+    state = "accelerate.state.PartialState._shared_state"
+    monkeypatch.setattr(state, {**vars(context._accelerator.state), "device": torch.device("cuda")})
+    assert DistributedContext("cpu", "float32").device.type == "cpu"
+
+
+# A loaded model
+
+
+@pytest.fixture(scope="module")
+def model(trained: Path) -> switchcli.Model:
+    return switchcli.load(trained)
+
+
+def test_a_model_has_its_parts(model: switchcli.Model, trained: Path) -> None:
+    assert (model.path, model.step) == (trained / "checkpoints/step-00000002", 2)
+    assert isinstance(model.model, nn.Module)
+    assert not model.model.training
+    assert model.recipe.model.num_experts == 4
+    assert model.tokenizer.decode(model.tokenizer.encode("red")).strip() == "red"
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, []),
+        ({"beams": 3, "batch_size": 2}, ["--beams", "3", "--batch", "2"]),
+        ({"temperature": 2.0, "top_p": 0.9, "seed": 5}, ["--temperature", "2", "--top-p", "0.9", "--seed", "5"]),
+        ({"capacity": "paper"}, ["--capacity", "paper"]),
+    ],
+)
+def test_answers_are_those_of_the_command(
+    model: switchcli.Model, trained: Path, settings: dict[str, Any], options: list[str]
+) -> None:
+    texts = [GAP, "a green <extra_id_0>", "walk"]
+    done = CliRunner().invoke(app, ["generate", str(trained), *texts, "--max-tokens", "5", *options, "--json"])
+    answers = [answer["output"] for answer in json.loads(done.stdout)["answers"]]
+    assert model.generate(texts, max_tokens=5, **settings) == answers
+
+
+def test_an_evaluation_is_that_of_the_command(model: switchcli.Model, trained: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(trained), "text.sequences=4", "--out", str(tmp_path / "theirs"), "--json"]
+    theirs = json.loads(CliRunner().invoke(app, arguments).stdout)
+    ours = model.evaluate(overrides={"text.sequences": 4}, out=tmp_path / "ours", quiet=True)
+    assert ours.result == theirs == json.loads((tmp_path / "ours/result.json").read_text())
+    assert ours.held_out["text"] == theirs["passes"][0]["text"]
+    assert ours.scores == {}
+
+
+def test_an_evaluation_writes_nothing_unless_asked(
+    model: switchcli.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "red", "label": 0}, {"text": "blue", "label": 1}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        **{"kind": "files", "name": "color", "validation": ["rows.jsonl"], "input": "color: {text}", "target": "label"},
+        **{"labels": ["red", "blue"], "metrics": ["accuracy"]},
+    }
+    found = model.evaluate([task], {"scoring.draws": 10}, quiet=True)
+    score = found.scores["color"].score
+    assert score is not None
+    assert 0 <= score.value <= 100
+    assert found.scores["color"].num_examples == 2
+    assert list(found.held_out) == ["color"]
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+
+
+def test_an_evaluation_measures_the_weights_in_memory(trained: Path) -> None:
+    changed = switchcli.load(trained)
+    settings = {"text.sequences": 4}
+    before = changed.evaluate(overrides=settings, quiet=True).held_out["text"]
+    with torch.no_grad():
+        changed.model.embedding.zero_()
+    assert changed.evaluate(overrides=settings, quiet=True).held_out["text"] != before
+
+
+def test_an_evaluation_stays_on_the_device_of_the_model(
+    model: switchcli.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine with CUDA, which `device: auto` of the recipe would take."""
+    devices: list[str] = []
+
+    def build(recipe: EvalRecipe) -> DistributedContext:
+        devices.append(recipe.device)
+        return build_context(recipe)
+
+    monkeypatch.setattr(eval_job, "build_context", build)
+    monkeypatch.setattr(eval_job, "load_model", None)
+    found = model.evaluate(overrides={"text.sequences": 2}, quiet=True)
+    assert devices == ["cpu"]
+    assert found.result["recipe"]["device"] == "auto"
+    with pytest.raises(errors.RecipeError) as raised:
+        model.evaluate(overrides={"device": "cuda"}, quiet=True)
+    assert not lacking(str(raised.value), "device cuda cpu")
+
+
+def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == torch.device("cuda", 0)
+    for local_rank, number in (("1", 1), ("2", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert choose_device("cuda") == torch.device("cuda", number)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_the_module_takes_ids_and_returns_logits(model: switchcli.Model) -> None:
+    """What the docstring of `Model.model` says."""
+    rows = model.recipe.model.group_sequences
+    inputs_BS, targets_BT = (torch.tensor([ids] * rows) for ids in ([5, 6, 1, 0], [7, 1, 0]))
+    with torch.no_grad():
+        logits_BTV = model.model(inputs_BS, targets_BT).logits_BTV
+    assert logits_BTV.shape == (rows, 3, model.recipe.model.vocab_size)
+    assert not model.model.training
+
+
+def test_routing_is_the_argmax_of_the_routers(model: switchcli.Model) -> None:
+    texts = ["the red is blue", "walk"]
+    logits: dict[str, torch.Tensor] = {}
+    layers = {name: layer for name, layer in sparse_layers(model.model).items() if name.startswith("encoder")}
+    for text, found in zip(texts, model.routing(texts), strict=True):
+        handles = [
+            layer.router.register_forward_hook(lambda _, __, output, name=name: logits.update({name: output}))
+            for name, layer in layers.items()
+        ]
+        ids = [*model.tokenizer.encode(text), 1]
+        with torch.no_grad():
+            model.model(torch.tensor([ids]), torch.tensor([[1]]))
+        for handle in handles:
+            handle.remove()
+        assert list(found.tokens) == model.tokenizer.pieces(ids)
+        assert found.layers.keys() == layers.keys()
+        for name, layer in found.layers.items():
+            probability, expert = logits[name][0].softmax(-1).max(-1)
+            assert [list(numbers) for numbers in layer.experts] == [[number] for number in expert.tolist()]
+            assert [list(values) for values in layer.probabilities] == [[value] for value in probability.tolist()]
+            assert not any(layer.dropped)
+        rows = str(found).splitlines()
+        assert len(rows) == 1 + len(ids)
+        assert rows[1].split()[0] == found.tokens[0]
+
+
+def test_routing_shows_what_a_capacity_drops(model: switchcli.Model) -> None:
+    (found,) = model.routing(["red " * 12], capacity=0.25)
+    (layer,) = found.layers.values()
+    assert any(layer.dropped)
+    chosen = [numbers[0] for numbers in layer.experts]
+    slots = max(model.recipe.model.router.min_capacity, int(len(chosen) * 0.25 / 4))
+    for position, (expert, dropped) in enumerate(zip(chosen, layer.dropped, strict=True)):
+        assert dropped == (chosen[:position].count(expert) >= slots)
+    assert str(found).count(" x") == sum(layer.dropped)
+
+
+def test_wrong_use_of_a_model_is_explained(model: switchcli.Model, trained: Path, tmp_path: Path) -> None:
+    misspelled: Any = "papr"
+    cases: list[tuple[Any, type[errors.SwitchError], str]] = [
+        (lambda: switchcli.load(tmp_path), errors.CheckpointError, f"{tmp_path} run"),
+        (lambda: model.generate("one text"), errors.RecipeError, "list"),
+        (lambda: model.generate(["a"], beams=2, temperature=1.0), errors.RecipeError, "beams temperature"),
+        (lambda: model.generate(["a"], batch_size=0), errors.RecipeError, "batch_size 1"),
+        (lambda: model.generate(["a"], max_tokens=0), errors.RecipeError, "max_tokens: 1 0"),
+        (lambda: model.generate(["a"], capacity=misspelled), errors.RecipeError, "capacity paper dropless papr"),
+        (lambda: model.routing(["a"], capacity=0), errors.RecipeError, "capacity paper dropless 0"),
+        (lambda: model.generate(["a\ud800"]), errors.DataError, "UTF-8"),
+        (lambda: model.evaluate(["no_such_task"]), errors.RecipeError, "no_such_task"),
+        (lambda: model.evaluate("rte"), errors.RecipeError, "list"),
+        (lambda: model.routing([" "]), errors.DataError, "blank"),
+    ]
+    for call, kind, words in cases:
+        with pytest.raises(kind) as raised:
+            call()
+        assert not lacking(str(raised.value), words)
+
+
+def test_a_dense_model_routes_nothing(recipe: Path, tmp_path: Path) -> None:
+    dense = switchcli.train(
+        switchcli.Recipe.load(recipe, {"model.num_experts": 1, "train.steps": 1}), tmp_path / "run", quiet=True
+    ).load()
+    with pytest.raises(errors.CheckpointError, match="sparse"):
+        dense.routing(["red"])

@@ -1,0 +1,356 @@
+"""`--branch-from RUN[@STEP]`: a new run that continues another one with settings that a resume refuses."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drill import CLOCKS, fingerprint, newest
+from messages import lacking
+from tiny_run import SwitchCLI, lay_out, lay_out_tuning
+from typer.testing import CliRunner
+
+import switchcli as package
+from switchcli.cli import app
+from switchcli.data.text_batches import PreparedTextSource
+from switchcli.training import loop
+from switchcli.training.schedules import Constant
+
+KEPT = "checkpoint.keep_last=10"
+CONSTANT = ("schedule.kind=constant", "schedule.learning_rate=0.01")
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def original(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps with checkpoints of steps 4 and 8. Nobody writes into it."""
+    folder = tmp_path_factory.mktemp("original")
+    arguments = ["pretrain", lay_out(folder, text), f"train.steps={STEPS}", KEPT, *CONSTANT, "--out", "run", "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(original: Path, recipe: str) -> Path:
+    """A copy of the original beside its recipe, in the current folder."""
+    shutil.copytree(original, "run")
+    return Path("run")
+
+
+@pytest.fixture
+def branch(run: Path, recipe: str, switchcli: SwitchCLI) -> Callable[..., dict[str, Any]]:
+    """Branch the run after step 4, with these settings, into `new`, and return the result."""
+
+    def start(*settings: str, source: str = "run@4") -> dict[str, Any]:
+        arguments = (recipe, f"train.steps={STEPS}", KEPT, *CONSTANT, *settings)
+        done = switchcli("pretrain", *arguments, "--branch-from", source, "--out", "new", "--json")
+        assert done.code == 0, done.err
+        result: dict[str, Any] = json.loads(done.out)
+        return result
+
+    return start
+
+
+def records(run: Path, after: int) -> list[dict[str, Any]]:
+    """The records of training after a step, without clocks."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    untimed = [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+    return [line for line in untimed if line["step"] > after]
+
+
+def weights_of(run: Path) -> dict[str, str]:
+    return {key: value for key, value in fingerprint(run).items() if key in ("step", "model", "optimizer")}
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The numbers of the rows that training reads, in the order of the data."""
+    read: list[int] = []
+    raw_rows = PreparedTextSource._raw_rows
+
+    def record(source: PreparedTextSource, row_R: "np.ndarray[Any, Any]") -> Any:
+        read.extend(row_R.tolist())
+        return raw_rows(source, row_R)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreparedTextSource, "_raw_rows", record)
+        yield read
+
+
+def test_with_the_same_settings_it_goes_on_with_the_same_bits(branch: Callable[..., dict[str, Any]], run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result, new_run = branch(), Path("new")
+    assert weights_of(new_run) == weights_of(run)
+    # Records of training cover the steps since the last one, so the first of a branch may cover fewer than there.
+    new, old = ([line for line in records(each, 4) if "held_out/neg_log_perplexity" in line] for each in (new_run, run))
+    assert new == old
+    assert [line["step"] for line in new] == [5, 8]
+    assert result["input_tokens"] == STEPS * 256
+    assert result["branch"]["step"] == 4
+    assert result["branch"]["data"] == "continued"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "it is only read"
+
+
+def test_another_learning_rate_is_that_of_a_run_that_changes_it_at_that_step(
+    branch: Callable[..., dict[str, Any]], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is never interrupted, whose schedule itself changes at step 4."""
+    branch("schedule.learning_rate=0.002", "train.clip_norm=0.5")
+    clip_gradients, steps = loop._clip_gradients, iter(range(STEPS))
+
+    def clip_later(optimizer: Any, clip_norm: Any, context: Any) -> Any:
+        return clip_gradients(optimizer, 0.5 if next(steps) >= 4 else None, context)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Constant, "__call__", lambda schedule, step, total: 0.002 if step >= 4 else 0.01)
+        patch.setattr(loop, "_clip_gradients", clip_later)
+        done = switchcli("pretrain", recipe, f"train.steps={STEPS}", *CONSTANT, "--out", "straight", "-q")
+        assert done.code == 0
+    assert weights_of(Path("new")) == weights_of(Path("straight"))
+
+
+def test_another_batch_goes_on_at_the_next_row(branch: Callable[..., dict[str, Any]], rows_read: list[int]) -> None:
+    """Four steps of eight rows were read: the next is row 32, whatever the batch is now."""
+    result = branch("train.batch_tokens=128", "data.held_out_fraction=0.1", "eval.sequences=8")
+    training = [row for row in rows_read if row >= 8]  # held-out rows, which are read too, are 0 to 7
+    assert training == list(range(32, 32 + 4 * 4))
+    assert result["input_tokens"] == 4 * 256 + 4 * 128
+    assert result["branch"]["data"] == "continued"
+
+
+def test_its_messages_and_records_count_the_tokens_of_both_runs(run: Path, recipe: str, switchcli: SwitchCLI) -> None:
+    settings = (f"train.steps={STEPS}", *CONSTANT, "train.batch_tokens=128", "log.every_steps=1")
+    done = switchcli("pretrain", recipe, *settings, "--branch-from", "run@4", "--out", "new")
+    assert done.code == 0, done.err
+    announced = next(line for line in done.err.splitlines() if "parameters for" in line)
+    assert not lacking(announced, "8 steps of 128 tokens from step 4 1.54k tokens")  # 4 * 256 + 4 * 128
+    assert not lacking(done.err, "at step 4 before the branch")
+    logged = [record["input_tokens"] for record in records(Path("new"), 0) if "input_tokens" in record]
+    assert logged == [4 * 256 + count * 128 for count in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.seed=1",
+        "data.objective.noise_density=0.3",
+        "data.corpora=[{kind: files, paths: [other.txt], sample_by: line}]",
+    ],
+)
+def test_other_data_begins_anew(change: str, branch: Callable[..., dict[str, Any]], rows_read: list[int]) -> None:
+    Path("other.txt").write_text(Path("text.txt").read_text().replace("red", "blue"))
+    result = branch(change)
+    assert result["branch"]["data"] == "new"
+    assert result["step"] == STEPS
+    assert max(rows_read) == 4 * 8 - 1, "four steps of eight rows, from the first"
+
+
+def test_a_stream_goes_on_where_it_was(run: Path, recipe: str, switchcli: SwitchCLI) -> None:
+    stream = (recipe, "data.access=stream", "data.stream_shards=2", f"train.steps={STEPS}", KEPT, *CONSTANT, "--quiet")
+    assert switchcli("pretrain", *stream, "--out", "streamed").code == 0
+    assert switchcli("pretrain", *stream, "--branch-from", "streamed@4", "--out", "again").code == 0
+    assert weights_of(Path("again")) == weights_of(Path("streamed"))
+    half = ("train.batch_tokens=128", "--branch-from", "streamed@4", "--out")
+    assert switchcli("pretrain", *stream, *half, "half").code == 0
+    assert switchcli("pretrain", *stream, "train.seed=3", "--branch-from", "streamed@4", "--out", "anew").code == 0
+    state = json.loads((Path("half/checkpoints/step-00000008/state.json")).read_text())
+    assert (state["branch"], json.loads(Path("anew/result.json").read_text())["branch"]["data"]) == (
+        [4, 1024, 16, True],
+        "new",
+    )
+
+
+def test_the_refusal_of_a_resume_names_the_command_that_branches(run: Path, recipe: str, switchcli: SwitchCLI) -> None:
+    settings = (f"train.steps={STEPS + 2}", KEPT, "schedule.kind=constant", "schedule.learning_rate=0.002")
+    refused = switchcli("pretrain", recipe, *settings, "--out", "run", "--quiet")
+    assert refused.code == 2
+    command = re.search(r"switchcli (pretrain .*--branch-from run --out \S+)", refused.err)
+    assert command is not None, refused.err
+    done = switchcli(*shlex.split(command[1]))
+    assert done.code == 0, done.err
+    assert weights_of(Path("run-branch1"))["step"] == str(STEPS + 2)
+    again = switchcli("pretrain", recipe, *settings, "--out=run")
+    assert "--out run-branch2" in again.err
+
+
+def test_the_command_that_branches_from_a_complete_run_asks_for_more_steps(
+    run: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    settings = (f"train.steps={STEPS}", KEPT, "schedule.kind=constant", "schedule.learning_rate=0.002")
+    refused = switchcli("pretrain", recipe, *settings, "--out", "run", "--quiet")
+    command = re.search(r"switchcli (pretrain .*--branch-from run --out \S+)", refused.err)
+    assert command is not None, refused.err
+    assert switchcli(*shlex.split(command[1])).code == 0
+    assert weights_of(Path("run-branch1"))["step"] == str(2 * STEPS)
+
+
+def test_a_branch_into_the_folder_of_another_run_is_told_to_take_a_new_one(
+    run: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    settings = (f"train.steps={STEPS + 2}", "schedule.learning_rate=0.002")
+    refused = switchcli("pretrain", recipe, *settings, "--branch-from", "run@4", "--out", "run")
+    assert (refused.code, lacking(refused.err, "error: run another --out")) == (2, [])
+
+
+def test_a_branch_cannot_change_a_shape_and_so_the_refusal_names_none(
+    run: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    refused = switchcli("pretrain", recipe, f"train.steps={STEPS}", "model.d_model=64", "--out", "run")
+    assert refused.code == 2
+    assert "--branch-from" not in refused.err
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "code", "words"),
+    [
+        ("run@4", "model.d_model=64", 2, "model.d_model 64 32"),
+        ("run@4", "optimizer.kind=adamw", 4, "optimizer --model start.optimizer=reset"),
+        ("run@4", "train.steps=4", 2, "train.steps 4 8"),
+        ("run@5", "train.steps=20", 4, "run 5 4 8 RUN@STEP"),
+        ("nowhere", "train.steps=20", 4, "nowhere checkpoint"),
+        ("run@4", "start.checkpoint=run", 2, "start.checkpoint initial weights"),
+        ("run@4", "data.tokenizer={kind: file, path: other.json}", 2, "data.tokenizer other.json"),
+    ],
+)
+def test_what_a_branch_cannot_do_is_refused(
+    source: str, change: str, code: int, words: str, run: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    other = json.loads((run / "tokenizer.json").read_text())
+    other["model"]["vocab"][-1][0] += "x"
+    Path("other.json").write_text(json.dumps(other))
+    settings = (f"train.steps={STEPS}", *CONSTANT, change)
+    done = switchcli("pretrain", recipe, *settings, "--branch-from", source, "--out", "new", "--json")
+    assert done.code == code, done.err
+    assert not lacking(done.err, words), done.err
+    assert json.loads(done.out)["exit_code"] == code
+
+
+def test_another_verb_and_its_own_folder_are_refused(run: Path, recipe: str, switchcli: SwitchCLI) -> None:
+    lay_out_tuning(Path())
+    done = switchcli("finetune", "tune.yaml", "--branch-from", "run", "--out", "tuned")
+    assert done.code == 2
+    assert not lacking(done.err, "pretrain --model start.optimizer=reset")
+    within = switchcli("pretrain", recipe, "train.steps=20", "--branch-from", "run", "--out", "run", "--no-resume")
+    assert within.code == 2
+    assert not lacking(within.err, "--branch-from --out")
+
+
+def test_it_resumes_after_a_kill_without_the_other_run(
+    branch: Callable[..., dict[str, Any]], run: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    """Killed in its second step, when it has saved nothing but the checkpoint that it began from."""
+    branch("schedule.learning_rate=0.002", "train.batch_tokens=128", "train.microbatch_tokens=128")
+    whole = fingerprint(Path("new"))
+    shutil.rmtree("new")
+    settings = (f"train.steps={STEPS}", KEPT, "schedule.kind=constant", "schedule.learning_rate=0.002")
+    settings = (*settings, "train.batch_tokens=128", "train.microbatch_tokens=128")
+    command = ["pretrain", recipe, *settings, "--branch-from", "run@4", "--out", "new"]
+    script = f"""
+import os, signal, sys
+from switchcli.cli import main
+from switchcli.runs import pretraining
+loss, calls = pretraining.cross_entropy, []
+def dies(model, batch):
+    calls.extend([0] * model.training)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(model, batch)
+pretraining.cross_entropy = dies
+sys.argv = ["switchcli", *{command!r}]
+main()
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env={**os.environ})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert newest(Path("new")) == 4
+    shutil.rmtree("run")
+    done = switchcli(*command)
+    assert done.code == 0, done.err
+    assert fingerprint(Path("new")) == whole
+
+
+def test_its_recipe_repeats_it_though_the_run_has_gone_on(
+    branch: Callable[..., dict[str, Any]], run: Path, recipe: str, switchcli: SwitchCLI
+) -> None:
+    """`run` names its newest checkpoint when the branch begins; the recipe of the branch names that one."""
+    steps = ("train.steps=10", "schedule.learning_rate=0.002")
+    result = branch(*steps, source="run")
+    assert result["branch"]["step"] == STEPS
+    more = switchcli("pretrain", recipe, "train.steps=12", KEPT, *CONSTANT, "--out", "run", "--quiet")
+    assert more.code == 0, more.err
+    again = switchcli("pretrain", "new/recipe.yaml", "--out", "again", "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["branch"] == result["branch"]
+    assert weights_of(Path("again")) == weights_of(Path("new"))
+    # The command that made the branch resumes it.
+    arguments = (recipe, KEPT, *CONSTANT, "schedule.learning_rate=0.002", "train.steps=11", "--out", "new", "--quiet")
+    assert switchcli("pretrain", *arguments, "--branch-from", "run").code == 0
+    assert weights_of(Path("new"))["step"] == "11"
+    assert not lacking(switchcli("pretrain", *arguments).err, "new --branch-from")
+    # Another checkpoint in the place of the recorded one is noticed.
+    shutil.rmtree("run/checkpoints/step-00000008")
+    assert switchcli("pretrain", "new/recipe.yaml", "--out", "third").code == 4
+
+
+def test_from_python(run: Path, recipe: str) -> None:
+    settings = {"train.steps": STEPS, "schedule.kind": "constant", "schedule.learning_rate": 0.01}
+    result = package.train(package.Recipe.load(recipe, settings), "new", branch_from="run@4", quiet=True)
+    assert result.record["branch"]["step"] == 4
+    assert weights_of(Path("new")) == weights_of(run)
+    with pytest.raises(package.errors.RecipeError, match="branch_from='run'"):
+        package.train(package.Recipe.load(recipe, {**settings, "train.seed": 4}), "run", quiet=True)
+
+
+def test_finetune_keeps_the_start_of_the_run(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+    tune = ("finetune", tuning, "--json")
+    assert switchcli(*tune, "--model", trained, "--out", "run").code == 0
+    changed = (*tune, "schedule.learning_rate=0.001", "train.steps=8", "--branch-from", "run@2", "--out")
+    for number, model in enumerate([(), ("--model", trained)]):
+        done = switchcli(*changed, f"new{number}", *model)
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        assert (result["branch"]["step"], result["step"], result["branch"]["data"]) == (2, 8, "continued")
+    assert weights_of(Path("new0")) == weights_of(Path("new1"))
+    other = switchcli(*changed, "new2", "--model", "run")
+    assert other.code == 2
+    assert not lacking(other.err, "--model run --branch-from")
+
+
+def test_distill_with_another_temperature(trained: Path, recipe: str, switchcli: SwitchCLI) -> None:
+    distill = ("distill", "--teacher", trained, "checkpoint.save_every_steps=1", "train.steps=2", "--json", "--out")
+    assert switchcli(*distill, "run").code == 0
+    refused = switchcli(*distill, "run", "distill.temperature=2.0")
+    assert refused.code == 2
+    assert not lacking(refused.err, "distill.temperature --branch-from run")
+    done = switchcli(*distill, "new", "distill.temperature=2.0", "--branch-from", "run@1")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["branch"]["step"] == 1
+    same = switchcli(*distill, "same", "--branch-from", "run@1")
+    assert same.code == 0, same.err
+    assert weights_of(Path("same")) == weights_of(Path("run")) != weights_of(Path("new"))
+
+
+@pytest.mark.slow
+def test_on_two_ranks(run: Path, recipe: str, branch: Callable[..., dict[str, Any]]) -> None:
+    """Two ranks add up other sums than one, so the comparison is with the two ranks that resume."""
+    settings = (recipe, f"train.steps={STEPS}", KEPT, *CONSTANT, "--quiet", "--processes", "2")
+    command = [sys.executable, "-m", "switchcli", "pretrain", *settings]
+    for source in ("run/checkpoints/step-00000008", "run/result.json"):
+        path = Path(source)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for arguments in (["--branch-from", "run", "--out", "new", "--json"], ["--out", "run"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if "new" in arguments:
+            assert json.loads(done.stdout)["branch"]["step"] == 4
+    assert weights_of(Path("new")) == weights_of(run)

@@ -1,0 +1,147 @@
+"""Completion by the protocol of each shell: the shell starts the command with the typed words in its environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from switchcli.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = Path(sys.executable).with_name("switchcli")
+SLOW_PACKAGES = ("torch", "numpy", "tokenizers", "datasets", "transformers")
+
+
+def variables(shell: str, line: str) -> dict[str, str]:
+    """Return what the script of a shell has in the environment to complete the last word of `switchcli LINE`."""
+    environment = {"_SWITCHCLI_COMPLETE": f"complete_{shell}"}
+    if shell == "bash":
+        words = ["switchcli", *line.replace("=", " = ").split(" ")]  # bash splits words at =
+        words = [word for word in words[:-1] if word] + ([] if line.endswith("=") else [words[-1]])
+        return environment | {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+    return environment | {"_TYPER_COMPLETE_ARGS": f"switchcli {line}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str, str], list[str]]:
+    """A function that returns the candidates of a shell for the last word of `switchcli LINE`."""
+
+    def candidates(shell: str, line: str) -> list[str]:
+        for name, value in variables(shell, line).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit):
+            app(prog_name="switchcli")
+        printed = capsys.readouterr()
+        assert not printed.err
+        text = printed.out.strip()
+        if shell == "zsh":
+            text = "" if text == "_files" else text.removeprefix("_arguments '*: :((").removesuffix("))'")
+            return [line.partition('":"')[0].strip('"') for line in text.splitlines()]
+        return [line.partition("\t")[0] for line in text.splitlines()]
+
+    return candidates
+
+
+Ask = Callable[[str, str], list[str]]
+CASES: dict[str, Callable[[list[str]], bool]] = {
+    "pre": lambda found: found == ["pretrain"],
+    "pretrain quick": lambda found: found[:2] == ["quickstart/dense", "quickstart/distill"],
+    "pretrain ": lambda found: {"quickstart/", "pretrain/", "paper/"} <= {*found},
+    "pretrain mine.yaml train.st": lambda found: found[0] == "train.steps=" and len(found) == 2,
+    "pretrain mine.yaml model.router.": lambda found: "model.router.kind=" in found,
+    "pretrain mine.yaml ": lambda found: {"model.", "train.", "data."} <= {*found} and len(found) < 20,
+    "eval runs/a scoring.dec": lambda found: "scoring.decoding.beams=" in found,
+    "finetune a data.f": lambda found: "data.folder=" in found,
+    "distill ": lambda found: {"distill/", "model."} <= {*found},
+    "distill --student switch-tiny": lambda found: found == ["switch-tiny-8"],
+    "plan switch-base-6": lambda found: found == ["switch-base-64"],
+    "plan --gpu a100": lambda found: found == ["a100-40gb", "a100-80gb"],
+    "plan --gpu h100 train.st": lambda found: found[0] == "train.steps=",
+    "plan tiny train.st": lambda found: found[0] == "train.steps=",
+    "plan quickstart/sw": lambda found: found == ["quickstart/switch"],
+    "sweep pretrain quickstart/switch train.se": lambda found: "train.seed=" in found,
+    "launch --slurm -- pretrain quickstart/sw": lambda found: found == ["quickstart/switch"],
+    "convert a b --to h": lambda found: found == ["huggingface", "hf"],
+    "recipes show quickstart/sw": lambda found: found == ["quickstart/switch"],
+    "recipes schema fine": lambda found: found == ["finetune"],
+    "recipes explain train.batch_t": lambda found: found == ["train.batch_tokens"],
+    "report --routing runs/a scoring.dec": lambda found: "scoring.decoding.beams=" in found,
+    "report runs/a scoring.dec": lambda found: not found,
+    "eval runs/": lambda found: not found,
+    "pretrain a --model runs/": lambda found: not found,
+    "pretrain ./mine": lambda found: not found,
+}
+"""What is typed, and a check of the candidates. Where there are none, the shell completes paths."""
+VALUES = {
+    "pretrain a model.router.kind=": ["switch", "top_k", "no_token_left_behind", "expert_choice"],
+    "pretrain a model.router.kind=to": ["top_k"],
+    "pretrain a model.size=switch-base-6": ["switch-base-64"],
+    "finetune a tasks=[su": ["[superglue_rte]", "[super_glue]"],
+    "pretrain a train.compile=": ["true", "false"],
+    "pretrain a train.steps=": [],
+}
+"""What is typed up to and after the `=`, and the values that are offered."""
+
+
+@pytest.mark.parametrize("line", CASES)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_words(shell: str, line: str, ask: Ask) -> None:
+    found = ask(shell, line)
+    assert CASES[line](found), found
+
+
+@pytest.mark.parametrize("line", VALUES)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_values(shell: str, line: str, ask: Ask) -> None:
+    """Bash replaces what follows the `=`, the other shells the whole word."""
+    key = "" if shell == "bash" else line.rsplit(" ", maxsplit=1)[-1].partition("=")[0] + "="
+    assert ask(shell, line) == [f"{key}{value}" for value in VALUES[line]]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_with_the_installed_script(tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": f"{COMMAND.parent}:{os.environ['PATH']}"}
+    script = """\
+source ~/.bashrc
+ask() {  # the words that readline passes for a line
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+    $(complete -p switchcli | sed 's/.*-F \\([^ ]*\\).*/\\1/') switchcli; echo "${COMPREPLY[*]}"
+}
+ask switchcli pretrain mine.yaml train.st
+ask switchcli pretrain mine.yaml model.router.kind = to
+"""
+    install = f"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION=1 {COMMAND} --install-completion bash"
+    subprocess.run(["bash", "-c", install], env=environment, capture_output=True, check=True)
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["train.steps= train.steps=VALUE", "top_k"], done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_tab_imports_nothing_slow_and_is_fast(shell: str) -> None:
+    script = f"""
+import sys
+sys.argv = ["switchcli"]
+from switchcli.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+sys.stderr.write(" ".join({{*{SLOW_PACKAGES}}} & {{*sys.modules}}))
+"""
+    before = os.times().children_user
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **variables(shell, "pretrain mine.yaml train.st")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seconds = os.times().children_user - before
+    assert "train.steps=" in done.stdout
+    assert done.stderr == ""
+    assert seconds < 1.0, "processor time, so that other processes do not count; about 0.4 s on one core"

@@ -1,0 +1,84 @@
+"""`switchcli recipes explain`: what it prints, what it refuses, and that it is fast."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from switchcli.commands.recipes import app
+from switchcli.errors import RecipeError
+from switchcli.recipe import key_index
+
+
+def explain(*arguments: str) -> str:
+    return CliRunner().invoke(app, ["explain", *arguments], catch_exceptions=False).stdout
+
+
+def test_one_key() -> None:
+    text = explain("train.precision")
+    for word in ("pretrain, finetune, distill", "selective", "float32", "train.precision=selective"):
+        assert word in text
+
+
+def test_a_key_of_two_kinds_has_two_meanings() -> None:
+    rows = json.loads(explain("optimizer.epsilon", "--json"))["meanings"]
+    assert [(row["when"], row["default"]) for row in rows] == [
+        (["optimizer.kind=adafactor"], "1e-30"),
+        (["optimizer.kind=adamw"], "1e-8"),
+    ]
+    assert rows[1]["example"] == "optimizer.kind=adamw optimizer.epsilon=1e-8"
+
+
+def test_meanings_that_differ_by_verb_alone_are_one_block() -> None:
+    lines = explain("tasks").splitlines()
+    assert lines.count("tasks") == 1
+    assert sum("[]" in line.split() for line in lines if "eval:" in line) == 1
+
+
+def test_the_default_of_a_mapping_does_not_contradict_its_keys() -> None:
+    (model,), (vocab_size,) = (json.loads(explain(key, "--json"))["meanings"] for key in ("model", "model.vocab_size"))
+    assert (model["default"], vocab_size["default"]) == ("{}", "auto")
+
+
+def test_a_prefix_lists_the_keys_below() -> None:
+    text = explain("model.router")
+    for key in ("model.router.kind", "model.router.capacity_factor", "model.router.jitter"):
+        assert f"\n{key} " in text
+    below = json.loads(explain("model.router", "--json"))["below"]
+    assert {row["key"] for row in below} == {info.key for info in key_index.below("model.router")}
+
+
+def test_no_key_lists_the_top_level() -> None:
+    listed = [line.split()[0] for line in explain().splitlines() if not line.startswith(" ")]
+    assert set(listed) == {info.key for info in key_index.all_keys() if "." not in info.key}
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.step", "train.steps"),
+        ("capasity_factor", "capacity_factor"),
+        ("capacity", "model.router.capacity_factor"),
+    ],
+)
+def test_a_misspelled_key_is_refused_with_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^{key}: .*\b{nearest}\b"):
+        explain(key)
+
+
+def test_it_imports_nothing_slow() -> None:
+    script = """
+import sys
+sys.argv = ["switchcli", "recipes", "explain", "model.router"]
+from switchcli.cli import app
+try:
+    app()
+finally:
+    print(*{"torch", "numpy", "pydantic", "datasets"} & {*sys.modules}, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "model.router.kind" in done.stdout
+    assert {*done.stderr.split()} <= {"pydantic"}

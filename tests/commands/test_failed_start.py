@@ -1,0 +1,105 @@
+"""A start that fails leaves no folder, and one that was there as it was."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import SwitchCLI
+
+from switchcli.errors import CheckpointError, OutOfMemory
+from switchcli.runs import pretraining, run_dir, trainer
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """The files below a folder by their names, and folders as None."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+FAILURES = [
+    (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3),
+    (["data.objective.inputs_length=100000", "train.batch_tokens=100000", "train.microbatch_tokens=null"], 3),
+    (["start.checkpoint=nowhere"], 4),
+    (["train.batch_tokens=100"], 2),
+    (["model.vocab_size=100", "data.tokenizer={kind: file, path: small.json}"], 3),
+]
+
+
+@pytest.mark.parametrize(("overrides", "code"), FAILURES)
+def test_no_folder_is_left(overrides: list[str], code: int, recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, *overrides, "--out", "runs/deep/run")
+    assert done.code == code, done.err
+    assert not Path("runs").exists()
+
+
+def out_of_memory(*arguments: Any) -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize(("module", "name"), [(trainer, "preflight"), (pretraining, "cross_entropy")])
+def test_none_after_a_failure_of_the_machine_before_the_first_step(
+    module: Any, name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, out_of_memory)
+    done = switchcli("pretrain", recipe, "log.trackers=[tensorboard]", "--out", "run")
+    assert done.code == OutOfMemory.exit_code, done.err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("option", ["--resume", "--no-resume"])
+def test_a_folder_that_was_there_stays_as_it_was(option: str, recipe: str, switchcli: SwitchCLI) -> None:
+    """Its run, and what its user keeps there; the recipe of the failed start is not left in it."""
+    assert switchcli("pretrain", recipe, "--out", "run", "--quiet").code == 0
+    Path("run/notes.txt").write_text("mine")
+    before = content(Path("run"))
+    Path("text.txt").rename("moved.txt")
+    done = switchcli("pretrain", recipe, "train.steps=9", option, "--out", "run")
+    assert done.code == 3, done.err
+    assert content(Path("run")) == before
+    assert sorted(path.name for path in Path().iterdir() if path.name.startswith("run")) == ["run"]
+
+
+def test_an_empty_folder_stays_empty(recipe: str, switchcli: SwitchCLI) -> None:
+    Path("run").mkdir()
+    Path("link").symlink_to("run")
+    for out in ("run", "link"):
+        assert switchcli("pretrain", recipe, "data.corpora.0.paths=[none.txt]", "--out", out).code == 3
+        assert os.listdir("run") == []  # noqa: PTH208
+
+
+def test_a_start_that_another_one_was_faster_than_removes_nothing(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw no folder. The other one has made it, has its lock and writes."""
+
+    @contextmanager
+    def locked_by_other(folder: Path) -> Iterator[None]:
+        (folder / "checkpoints/step-00000000").mkdir(parents=True)
+        for name in ("recipe.yaml", "metrics.jsonl", "run.lock"):
+            (folder / name).write_text("theirs")
+        raise CheckpointError("in use by another run")
+        yield
+
+    monkeypatch.setattr(run_dir, "lock", locked_by_other)
+    assert switchcli("pretrain", recipe, "--out", "runs/run").code == 4
+    theirs = {"recipe.yaml", "metrics.jsonl", "run.lock", "checkpoints", "checkpoints/step-00000000"}
+    assert content(Path("runs/run")).keys() == theirs
+
+
+def test_a_failure_after_a_step_leaves_its_records(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = pretraining.cross_entropy, []
+
+    def fail_later(model: Any, batch: Any) -> Any:
+        calls.extend([0] * model.training)
+        return out_of_memory() if len(calls) > 2 * 4 else loss(model, batch)
+
+    monkeypatch.setattr(pretraining, "cross_entropy", fail_later)
+    done = switchcli("pretrain", recipe, "train.steps=9", "checkpoint.save_every_steps=9", "--out", "run")
+    assert done.code == OutOfMemory.exit_code, done.err
+    assert '"step": 3' in Path("run/metrics.jsonl").read_text()

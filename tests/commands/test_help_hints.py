@@ -1,0 +1,116 @@
+"""Options and verbs of other tools: the answer is what to type instead."""
+
+import json
+import re
+
+import pytest
+from test_help import COMMANDS
+from tiny_run import SwitchCLI
+
+from switchcli.commands._flag_hints import HINTS, VERBS, _accepted_names, hint
+
+NAMES = {
+    f"switchcli {words}": _accepted_names(command.make_context(f"switchcli {words}", [], resilient_parsing=True))
+    for words, command in COMMANDS.items()
+}
+CASES = {
+    "pretrain a --steps 10": "train.steps=10",
+    "pretrain a --steps=10": "train.steps=10",
+    "pretrain a --step 10": "train.steps=10",
+    "pretrain a --learning-rat 0.1": "schedule.learning_rate=0.1",
+    "finetune a --max_steps 10": "train.steps=10",
+    "pretrain a --lr 1e-4": "schedule.learning_rate=1e-4",
+    "pretrain a --learning_rate": "schedule.learning_rate=VALUE",
+    "distill a --num-train-epochs 3": "train.steps=N",
+    "pretrain a --per-device-train-batch-size 8": "train.batch_tokens=N",
+    "pretrain a --gradient-accumulation-steps 4": "train.microbatch_tokens=N",
+    "pretrain a --seed 1": "train.seed=1",
+    "pretrain a --bf16": "train.precision=selective",
+    "pretrain a --precision bf16-mixed": "train.precision=selective",
+    "eval a --precision float32": "precision=float32",
+    "pretrain a -o runs/a": "--out runs/a",
+    "eval a --output_dir runs/a": "--out runs/a",
+    "convert a --output b": "switchcli convert SOURCE b",
+    "pretrain --config a.yaml": "switchcli pretrain a.yaml",
+    "eval a --config b.yaml": "switchcli eval CHECKPOINT b.yaml",
+    "pretrain a --gpus 4": "--processes 4",
+    "plan a --gpus 4": "--devices 4",
+    "launch --torchrun --nproc-per-node 8 -- pretrain a": "--ranks 8",
+    "pretrain a --resume-from-checkpoint b": "--resume",
+    "pretrain a --model-name-or-path b": "--model b",
+    "distill a --model-name-or-path b": "--teacher b",
+    "generate --model a": "switchcli generate a",
+    "finetune a --dataset rte": "tasks=[rte]",
+    "generate a --max_new_tokens 5": "--max-tokens 5",
+    "generate a --max_tokens 5": "--max-tokens 5",
+    "eval a --num-beams 4": "scoring.decoding.beams=4",
+    "pretrain a --capacity-factor 2": "model.router.capacity_factor=2",
+    "pretrain a --train.steps 3": "train.steps=3",
+    "upcycle a b --num-experts 8": "--experts 8",
+}
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_the_answer_to_a_flag_of_another_tool(line: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*line.split())
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert f": use {CASES[line]}" in done.err, done.err
+
+
+@pytest.mark.parametrize("value", ["https://user:secret-word@host/x", "two words", "$(reboot)", "a\nb", "\x1b[31m"])
+def test_a_value_that_cannot_be_repeated_is_left_out(value: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("finetune", "a", "--dataset", value)
+    assert done.code == 2
+    assert "use tasks=[VALUE]" in done.err
+    assert value not in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_json_has_the_answer_too(switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", "a", "--steps", "10", "--json")
+    assert done.code == 2
+    assert "train.steps=10" in done.out
+
+
+@pytest.mark.parametrize("words", ["pretrain --outt a --json", "pretrain --json", "train a --json"])
+def test_json_has_an_error_of_usage(words: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*words.split())
+    assert done.code == 2
+    found = json.loads(done.out)
+    assert found["exit_code"] == 2
+    assert found["error"]
+    assert "Usage" in done.err
+
+
+def test_a_misspelled_option_of_the_verb_is_not_taken_for_a_key(switchcli: SwitchCLI) -> None:
+    assert "--out" in switchcli("pretrain", "a", "--outt", "b").err
+
+
+@pytest.mark.parametrize("verb", NAMES)
+def test_every_answer_names_keys_and_options_that_the_verb_has(verb: str) -> None:
+    for flag in HINTS:
+        answer = hint(f"--{flag}", "1", verb, NAMES[verb])
+        for key in re.findall(r"[a-z]\w*(?:\.\w+)+(?=[= ,]|$)", answer or ""):
+            assert key in NAMES[verb], f"{verb} --{flag}: {key}"
+        for option in re.findall(r"(?<![\w-])--[a-z-]+", (answer or "").partition(" launch ")[0]):
+            assert option in NAMES[verb], f"{verb} --{flag}: {option}"
+
+
+def test_every_suggestion_is_for_some_verb() -> None:
+    known = set().union(*NAMES.values())
+    for flag, suggestions in HINTS.items():
+        for suggestion in suggestions:
+            assert suggestion.needs in known, f"{flag}: {suggestion}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_of_another_tool(verb: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(verb, "a")
+    assert done.code == 2
+    assert f"Use {VERBS[verb]}" in done.err
+    assert {*re.split(" or ", re.sub(r" \([^)]*\)", "", VERBS[verb]))} <= COMMANDS.keys()
+
+
+def test_a_verb_of_another_tool_is_no_answer_below_a_group(switchcli: SwitchCLI) -> None:
+    assert "Use" not in switchcli("recipes", "train").err.replace("Usage", "")

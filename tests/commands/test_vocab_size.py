@@ -1,0 +1,88 @@
+"""`model.vocab_size: auto`: the rows of the embedding follow from the tokenizer, and a checkpoint keeps its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from messages import lacking
+from tiny_run import SwitchCLI
+
+from switchcli.recipe.schema import resolve_standalone
+from switchcli.spec import VOCAB_SIZE
+
+
+@pytest.fixture
+def auto(recipe: str) -> str:
+    """The recipe without a size of its vocabulary, and with a tokenizer of 500 pieces."""
+    text = Path(recipe).read_text().replace("vocab_size: 512, num_experts", "num_experts")
+    Path("auto.yaml").write_text(text.replace("vocab_size: 512", "vocab_size: 500"))
+    return "auto.yaml"
+
+
+def rows(run: str) -> int:
+    saved = yaml.safe_load(Path(run, "recipe.yaml").read_text())["model"]["vocab_size"]
+    assert isinstance(saved, int)
+    return saved
+
+
+def test_it_is_a_multiple_of_64(auto: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", auto, "--out", "run", "-q").code == 0
+    assert rows("run") == 512
+    assert switchcli("pretrain", auto, "model.vocab_size=auto", "train.steps=3", "--out", "run", "-q").code == 0
+
+
+def test_a_tokenizer_in_a_file_is_read(auto: str, trained: Path, switchcli: SwitchCLI) -> None:
+    """It has 512 pieces; a dry run reads it too, and planning and validation assume T5's."""
+    tokenizer = f"data.tokenizer={{kind: file, path: {trained / 'tokenizer.json'}}}"
+    for path, code, number in ((trained / "tokenizer.json", 0, 512), ("none.json", 3, None)):
+        tokenizer = f"data.tokenizer={{kind: file, path: {path}}}"
+        done = switchcli("pretrain", auto, tokenizer, "--dry-run", "--json")
+        assert done.code == code, done.err
+        assert json.loads(done.out).get("recipe", {"model": {}})["model"].get("vocab_size") == number
+        resolved = resolve_standalone(auto, [tokenizer])
+        assert resolved.model.vocab_size == VOCAB_SIZE  # type: ignore[attr-defined]
+    assert not lacking(done.err, "data.tokenizer none.json")
+
+
+def test_a_run_that_has_begun_keeps_its_number(auto: str, switchcli: SwitchCLI) -> None:
+    """A run of a version whose default was 32,128 resumes with that number."""
+    assert switchcli("pretrain", auto, "model.vocab_size=1000", "--out", "run", "-q").code == 0
+    assert switchcli("pretrain", auto, "train.steps=3", "--out", "run", "-q").code == 0
+    assert rows("run") == 1000
+    refused = switchcli("pretrain", auto, "model.vocab_size=1024", "--out", "run")
+    assert refused.code == 2
+    assert not lacking(refused.err, "model.vocab_size 1000 1024")
+
+
+@pytest.mark.parametrize("stated", [(), ("model.vocab_size=auto",)])
+def test_a_checkpoint_keeps_its_number(stated: tuple[str, ...], auto: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", auto, "model.vocab_size=1000", "--out", "old", "-q").code == 0
+    for name, option in (("start", "--model"), ("branch", "--branch-from")):
+        done = switchcli("pretrain", auto, *stated, "train.steps=3", option, "old", "--out", name, "-q")
+        assert done.code == 0, done.err
+        assert rows(name) == 1000
+    done = switchcli("distill", *stated, "--teacher", "old", "train.steps=1", "--out", "student", "-q")
+    assert done.code == 0, done.err
+    assert rows("student") == 1000
+
+
+def test_preparing_text_takes_any_tokenizer(auto: str, trained: Path, switchcli: SwitchCLI) -> None:
+    tokenizer = f"data.tokenizer={{kind: file, path: {trained / 'tokenizer.json'}}}"
+    assert switchcli("data", "prepare", auto, tokenizer).code == 0
+    refused = switchcli("data", "prepare", auto, tokenizer, "model.vocab_size=256")
+    assert refused.code == 2
+    assert not lacking(refused.err, "model.vocab_size 256 512")
+
+
+def test_a_size_of_the_paper_is_planned_with_the_papers_vocabulary(switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", "t5-small", "--devices", 1, "--json")
+    assert json.loads(done.out)["dense_parameters"] > VOCAB_SIZE * 512
+
+
+def test_an_editor_accepts_it(switchcli: SwitchCLI) -> None:
+    schema = json.loads(switchcli("recipes", "schema", "pretrain").out)
+    key = schema["$defs"]["ModelSpec"]["properties"]["vocab_size"]
+    assert (key["default"], key["anyOf"][1]["const"]) == ("auto", "auto")
+    explained = switchcli("recipes", "explain", "model.vocab_size")
+    assert "auto" in explained.out

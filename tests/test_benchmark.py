@@ -1,0 +1,210 @@
+"""scripts/bench against others, with tiny shapes: which rows there are, equal work, and rows that cannot run."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+FOLDER = Path(__file__).resolve().parent.parent / "scripts/benchmarks"
+TINY: dict[str, Any] = {"device": "cpu", "threads": 1, "shape": "tiny", "precision": "float32", "limit": 300}
+STEP = {**TINY, "section": "step", "layers": 2, "optimizer": "adamw", "dropout": 0.1}
+Import = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
+    """A function that imports a module of scripts/benchmarks, for one test.
+
+    The names are common: scripts/documentation has a generate.py too, which another test may have imported.
+    """
+    monkeypatch.syspath_prepend(str(FOLDER))
+    ours = {path.stem for path in FOLDER.glob("*.py")}
+    others = {name: sys.modules.pop(name) for name in ours & set(sys.modules)}
+    threads = torch.get_num_threads()
+    yield __import__
+    torch.set_num_threads(threads)
+    for name in ours & set(sys.modules):
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+def said(benchmark: Import, build: Callable[..., Any], job: dict[str, Any], turns: int = 1) -> list[dict[str, Any]]:
+    answers = io.StringIO()
+    benchmark("contestants").serve(build, job, io.StringIO("turn\n" * turns), answers)
+    return [json.loads(line) for line in answers.getvalue().splitlines()]
+
+
+def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(FOLDER), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_attention_with_a_learned_bias_is_timed_against_the_alternatives(
+    benchmark: Import, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    attention = benchmark("attention")
+    monkeypatch.setitem(attention.WIDTHS, "base", (2, 3, 5, 4))
+    job = {"device": "cpu", "threads": 1, "rounds": 2, "precision": precision, "widths": "base"}
+    seconds = attention.attention(job)["seconds"]
+    assert {"this project's", "plain products", "SDPA without bias", "the six products alone"} <= set(seconds)
+    assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
+
+
+def test_a_small_step_is_timed_beside_its_products_alone(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = benchmark("small")
+    monkeypatch.setattr(small, "ROWS", 16)
+    found = small.small({"device": "cpu", "threads": 1, "rounds": 1, "precision": "float32"})
+    assert set(found["seconds"]) == {"step", "forward", "forward and backward", "products alone"}
+    assert found["tokens"] == 16 * small.SOURCE
+    assert found["operations"] > 500
+
+
+def test_every_implementation_that_transformers_knows_has_a_row(benchmark: Import) -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    peers = benchmark("peers")
+    assert set(peers.EXPERTS_IMPLEMENTATIONS) == {"eager", *ALL_EXPERTS_FUNCTIONS.keys()}
+    names = {row.name for row in peers.SPARSE_STEP}
+    assert {f"transformers, {name} experts" for name in peers.EXPERTS_IMPLEMENTATIONS} <= names
+    for rows in (peers.DENSE_STEP, peers.SPARSE_STEP, peers.LAYER, peers.DENSE_GENERATE, peers.SPARSE_GENERATE):
+        assert len({row.name for row in rows}) == len(rows)
+
+
+def test_rows_are_chosen_by_a_whole_name_or_a_part_of_it(benchmark: Import) -> None:
+    peers = benchmark("peers")
+
+    def names(*patterns: str) -> list[str]:
+        return [row.name for row in peers.chosen(peers.DENSE_STEP, list(patterns))]
+
+    assert names() == [row.name for row in peers.DENSE_STEP]
+    assert names("transformers, sdpa attention") == ["transformers, sdpa attention"]
+    assert names("sdpa") == ["transformers, sdpa attention", "transformers, sdpa attention, compiled"]
+    assert names("st-moe") == []
+
+
+def test_a_row_or_a_shape_that_does_not_exist_is_refused() -> None:
+    for arguments in (("layer", "--rows", "nonsense"), ("layer", "--shape", "huge"), ("nothing",)):
+        done = bench(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert arguments[-1] in done.stderr
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_a_step_of_both_has_equal_parameters_and_turns_with_figures(benchmark: Import, experts: int) -> None:
+    build = benchmark("step").step_against_others
+    found = {
+        who: said(benchmark, build, {**STEP, "experts": experts, "who": who, "attention": "eager"}, turns=2)
+        for who in ("switchcli", "transformers")
+    }
+    ours, theirs = found.values()
+    assert ours[0]["parameters"] == theirs[0]["parameters"] > 0
+    for first, *turns in (ours, theirs):
+        assert len(first["warm_up"]) == len(turns) == 2
+        assert all(turn["seconds"] > 0 and turn["cpu"] > 0 and turn["peak"] > 2**20 for turn in turns)
+
+
+def test_an_implementation_that_is_refused_or_not_read_gives_a_reason(benchmark: Import) -> None:
+    """transformers raises an error for some names, and accepts others that this model does not read."""
+    build, peers = benchmark("step").step_against_others, benchmark("peers")
+    for row in (*peers.SPARSE_EXPERTS, *peers.SPARSE_ATTENTION):
+        first = said(benchmark, build, {**STEP, **row.job, "experts": 4})[0]
+        assert ("refused" in first) == (row.name != "transformers, eager experts"), row.name
+        if "refused" in first:
+            assert "|" not in first["refused"]
+            assert "\n" not in first["refused"]
+    sdpa = said(benchmark, build, {**STEP, "experts": 1, "who": "transformers", "attention": "sdpa"})
+    assert "refused" not in sdpa[0]
+
+
+def test_without_a_compiler_a_compiled_row_is_refused(
+    benchmark: Import, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    for who in ("switchcli", "transformers"):
+        (only,) = said(
+            benchmark, benchmark("step").step_against_others, {**STEP, "experts": 1, "who": who, "compile": True}
+        )
+        assert "g++" in only["refused"]
+
+
+def test_a_fault_of_our_own_is_not_a_refused_row(benchmark: Import) -> None:
+    def broken(job: dict[str, Any]) -> None:
+        raise ValueError("a bug")
+
+    assert said(benchmark, broken, {**STEP, "who": "transformers"}) == [
+        {"contestant": "transformers", "refused": "ValueError: a bug"}
+    ]
+    with pytest.raises(ValueError, match="a bug"):
+        said(benchmark, broken, {**STEP, "who": "switchcli"})
+
+
+def test_layers_with_a_capacity_keep_the_same_tokens(benchmark: Import) -> None:
+    layer = benchmark("layer")
+    sizes = benchmark("machine").SIZES
+    sizes["uneven"] = sizes["tiny"]._replace(batch=4, source=64)
+    job = {**TINY, "section": "layer", "experts": 8, "shape": "uneven"}
+    ours = said(benchmark, layer.layer_against_others, {**job, "who": "switchcli"})[0]
+    theirs = said(benchmark, layer.layer_against_others, {**job, "who": "transformers"})[0]
+    assert ours["kept"] == pytest.approx(theirs["kept"], abs=1e-9)
+    assert 0.5 < ours["kept"] < 1
+    assert ours["parameters"] == theirs["parameters"]
+    dropless = said(benchmark, layer.layer_against_others, {**job, "who": "switchcli", "capacity_factor": "dropless"})[
+        0
+    ]
+    assert dropless["kept"] == 1
+
+
+@pytest.mark.parametrize("who", ["switch-transformers", "st-moe-pytorch"])
+def test_a_package_is_timed_where_it_is_installed_and_else_says_how_to_install_it(benchmark: Import, who: str) -> None:
+    job = {**TINY, "section": "layer", "experts": 4, "who": who}
+    first = said(benchmark, benchmark("layer").layer_against_others, job)[0]
+    if "refused" in first:
+        assert "pip install --no-deps" in first["refused"]
+    else:
+        assert first["kept"] > 0.5
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_both_generate_the_same_answers(benchmark: Import, experts: int) -> None:
+    build = benchmark("generate").generate_against_others
+    job = {**TINY, "section": "generate", "experts": experts}
+    ours, theirs = (said(benchmark, build, {**job, "who": who})[0] for who in ("switchcli", "transformers"))
+    assert ours["answers"] == theirs["answers"]
+    assert len(ours["answers"][0]) == benchmark("machine").SIZES["tiny"].target
+
+
+@pytest.mark.slow
+def test_a_table_has_figures_and_refused_rows() -> None:
+    options = ("--device", "cpu", "--threads", "1", "--shape", "tiny", "--rounds", "2", "--precision", "float32")
+    done = bench(
+        "step", *options, "--experts", "8", "--optimizers", "adamw",
+        "--rows", "transformers, eager experts", "transformers, grouped_mm experts",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in done.stdout.splitlines() if line[:1] == "|"}
+    assert " to " in rows["transformers, eager experts"]
+    assert "not run: ValueError" in rows["transformers, grouped_mm experts"]
+    assert len({line.count("|") for line in rows.values()}) == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_or_is_not_ready_in_time_is_refused(benchmark: Import) -> None:
+    turns, refused = benchmark("turns"), benchmark("contestants").Refused
+    job = {**STEP, "experts": 1, "who": "transformers"}
+    with pytest.raises(refused, match="was not ready after"):
+        turns.Live({**job, "limit": 0.1})
+    with turns.Live(job) as live:
+        assert live.turn()["seconds"] > 0
+        live._process.kill()
+        with pytest.raises(refused, match="exit code"):
+            live.turn()

@@ -1,0 +1,221 @@
+"""Checkpointer: weights, optimizer and state come back bit by bit, window included, for sparse and dense models."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from doubles import NoWarnings
+from messages import naming
+from parts import DOCUMENTS, Parts, assert_equal
+from tiny import DENSE, NOISY, SPARSE, a_model
+
+from switchcli.checkpoint import checkpoint, tensor_names
+from switchcli.distributed.layout import unsharded_weights
+from switchcli.errors import CheckpointError, NumericsError
+from switchcli.model.config import ModelSpec
+from switchcli.model.trainable import trainable_members
+from switchcli.model.trainable_sets import TrainableSet
+from switchcli.training.checkpointer import load_optimizer_state, load_weights, logical_tensors, preflight
+from switchcli.training.config import CheckpointSpec
+from switchcli.training.metrics import Mean
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.state import TrainState
+
+GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
+
+
+@pytest.mark.fast(
+    "spec0-all-factored",
+    "spec1-all-adamw",
+    "spec2-all-adafactor",
+    "spec3-non_expert-factored",
+    "spec4-expert-adamw",
+    "spec5-dense_feed_forward-adafactor",
+)
+@pytest.mark.parametrize(
+    "optimizer", [Adafactor(min_dim_to_factor=8), Adafactor(), AdamW()], ids=["factored", "adafactor", "adamw"]
+)
+@pytest.mark.parametrize(
+    ("spec", "group"),
+    [
+        (NOISY, "all"),
+        (DENSE, "all"),
+        (GEGLU, "all"),
+        (NOISY, "non_expert"),
+        (NOISY, "expert"),
+        (GEGLU, "dense_feed_forward"),
+    ],
+)
+def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
+    spec: ModelSpec, group: TrainableSet, optimizer: OptimizerSpec, tmp_path: Path
+) -> None:
+    before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
+    before.train(2)
+    before.state.record_evaluation({"cola": -1.25, "rte": 81.0})
+    before.saver.save(before.state)
+    after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
+    assert after.saver.restore(after.state, NoWarnings())
+    assert_equal(before, after)
+    assert after.state.seconds == before.state.seconds
+    before.train(4)
+    after.train(4)
+    assert_equal(before, after)
+
+
+def test_a_number_that_is_lost_is_not_saved(tmp_path: Path) -> None:
+    """No gradient tells of it in the step in which it is lost, and the loop is content."""
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    parts.train(1)
+    parts.saver.save(parts.state)
+    name, moment = next(
+        (name, slot) for name, slot in parts.optimizer.state().items() if name.endswith("wi/exp_avg_sq")
+    )
+    moment[2, 0, 0] = math.inf
+    parts.train(2)
+    with pytest.raises(NumericsError, match=naming("step 2", name.replace("wi", "2.wi"), "rank 0")):
+        parts.saver.save(parts.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_nor_is_a_metric_that_is_lost_without_harm(tmp_path: Path) -> None:
+    """The divergence from a teacher with infinite logits is NaN, which state.json cannot hold."""
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    parts.train(1)
+    parts.state.metrics_since_log["divergence"] = Mean(torch.tensor(math.nan), torch.tensor(1.0))
+    with pytest.raises(NumericsError, match=naming("step 1", "divergence", "rank 0")):
+        parts.saver.save(parts.state)
+
+
+@pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
+def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(
+    group: TrainableSet, tmp_path: Path
+) -> None:
+    parts = Parts(tmp_path, NOISY, AdamW(), seed=0, group=group)
+    parts.train(2)
+    parts.saver.save(parts.state)
+    learning, start = trainable_members(parts.model, group), a_model(NOISY, seed=0)
+    for name, parameter in start.named_parameters():
+        assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
+    found = checkpoint.latest_read_only(tmp_path, pytest.fail)
+    assert found is not None
+    load_weights(unsharded_weights(start), found.read("model", logical_tensors(start)))
+    for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    slots = tensor_names.split_experts(parts.optimizer.state(), range(NOISY.num_experts))
+    assert found.read("optimizer", slots).keys() == slots.keys()
+    assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
+    other = Parts(tmp_path, NOISY, AdamW(), seed=0)
+    with pytest.raises(CheckpointError, match=r"\boptimizer\b.*/step\b.*--out"):
+        other.saver.restore(other.state, NoWarnings())
+
+
+def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    parts.saver.save(parts.state)
+    found = checkpoint.latest(tmp_path, pytest.fail)
+    assert found is not None
+    for name, content in DOCUMENTS.items():
+        assert found.document(name) == content
+    model = a_model(SPARSE, seed=1)
+    load_weights(unsharded_weights(model), found.read("model", logical_tensors(model)))
+    for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def saved(folder: Path, optimizer: OptimizerSpec, group: TrainableSet = "all") -> tuple[Parts, checkpoint.Checkpoint]:
+    parts = Parts(folder, NOISY, optimizer, seed=0, group=group)
+    parts.train(2)
+    parts.saver.save(parts.state)
+    found = checkpoint.latest_read_only(folder, pytest.fail)
+    assert found is not None
+    return parts, found
+
+
+@pytest.mark.fast("adafactor-all", "adafactor-expert", "adamw-non_expert", "adamw-dense_feed_forward")
+@pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
+@pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
+def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
+    optimizer: OptimizerSpec, group: TrainableSet, tmp_path: Path
+) -> None:
+    before, found = saved(tmp_path, optimizer)
+    after = Parts(tmp_path / "other", NOISY, optimizer, seed=1, group=group)
+    load_optimizer_state(after.optimizer, found, range(NOISY.num_experts))
+    ours, theirs = after.optimizer.state(), before.optimizer.state()
+    learning = trainable_members(after.model, group).keys() | {"optimizer"}
+    assert ours.keys() == {name for name in theirs if name.rpartition("/")[0] in learning}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("there", "there_learned", "here", "message"),
+    [
+        (AdamW(), "all", Adafactor(), r"optimizer\b.*\bkind\b"),
+        (Adafactor(), "all", AdamW(), r"optimizer\b.*\bkind\b"),
+        (Adafactor(), "all", Adafactor(min_dim_to_factor=8), r"\boptimizer\b.*/row\b"),
+        (AdamW(), "non_expert", AdamW(), r"\boptimizer\b.*\brouter\.weight/step\b"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
+    there: OptimizerSpec, there_learned: TrainableSet, here: OptimizerSpec, message: str, tmp_path: Path
+) -> None:
+    _, found = saved(tmp_path, there, there_learned)
+    after = Parts(tmp_path / "other", NOISY, here, seed=1)
+    before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
+    with pytest.raises(CheckpointError, match=message + r".*start\.optimizer=reset") as raised:
+        load_optimizer_state(after.optimizer, found, range(NOISY.num_experts))
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
+
+
+def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, NOISY, Adafactor(), seed=0)
+    weights = logical_tensors(parts.model)
+    path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
+    with pytest.raises(CheckpointError, match=naming("step-00000000", "optimizer state", "start.optimizer=reset")):
+        load_optimizer_state(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
+
+
+def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    assert parts.saver.restore(parts.state, NoWarnings()) is False
+    assert parts.state == TrainState()
+
+
+def test_the_last_few_are_kept(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    for step in (1, 2, 3):
+        parts.state.step = step
+        parts.saver.save(parts.state)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def test_another_architecture_is_refused_in_words(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    parts.saver.save(parts.state)
+    for changes in ({"d_ff": 25}, {"num_experts": 5}, {"num_layers": 4}, {"tie_embeddings": False}, {"num_experts": 1}):
+        other = Parts(tmp_path, SPARSE.model_copy(update=changes), Adafactor(), seed=1)
+        with pytest.raises(CheckpointError) as raised:
+            other.saver.restore(other.state, NoWarnings())
+        assert "\n" not in str(raised.value)
+
+
+def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
+    parts.saver.save(parts.state)
+    other = Parts(tmp_path, SPARSE, Adafactor(), seed=1, data=b'{"tokens_sha256": "other"}')
+    with pytest.raises(CheckpointError, match=naming("step-00000000", "text", "--out", "--no-resume")):
+        other.saver.restore(other.state, NoWarnings())
+
+
+def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: asked.append(size))
+    parts = Parts(tmp_path, SPARSE, AdamW(), seed=0)
+    of_run = tmp_path, unsharded_weights(parts.model), parts.optimizer, parts.context
+    preflight(*of_run, CheckpointSpec(keep_last=2, keep_best=False))
+    one = sum(tensor.numel() * tensor.element_size() for tensor in parts.everything().values())
+    assert asked == [3 * one]  # the two that are kept, and one being written
+    preflight(*of_run, CheckpointSpec(keep_last=2), num_metrics=9)
+    assert asked[1] == 12 * one  # and the best by each of nine figures

@@ -1,0 +1,292 @@
+"""The loss of distillation against the formula written out, by autograd; a teacher's answers kept and read back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import DENSE, SPARSE, a_model, rows
+from torch.utils.flop_counter import FlopCounterMode
+
+from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
+from switchcli.model.moe.layer import evaluate_by
+from switchcli.model.vocabulary import VocabularyShard
+from switchcli.spec import PAD
+from switchcli.training.distillation import (
+    DistillationLoss,
+    FullTeacherProbs,
+    Teacher,
+    compression,
+    distillation_loss,
+    distilled_cross_entropy,
+    gain_kept,
+)
+from switchcli.training.distillation_specs import DistillSpec, TeacherCacheSpec
+from switchcli.training.loss import cross_entropy
+from switchcli.training.teacher_cache_writer import top_k_probs
+
+V, D, TEACHER_D = 11, 6, 4
+
+
+def settings(**changed: object) -> DistillSpec:
+    return DistillSpec(teacher="t", **changed)
+
+
+def a_case(rows: int, dtype: torch.dtype = torch.float64, scale: float = 1.0):
+    """Factors of a student's and a teacher's logits, of other widths, and targets of which some are padding."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    student = draw(rows, D).requires_grad_(), draw(V, D).requires_grad_()
+    return student, (draw(rows, TEACHER_D), draw(V, TEACHER_D)), torch.randint(0, V, (rows,), generator=generator)
+
+
+def factors(pair) -> tuple[torch.Tensor, VocabularyShard]:
+    return pair[0], VocabularyShard(pair[1])
+
+
+def naive(student, q_NV: torch.Tensor, targets_N: torch.Tensor, f: float, T: float) -> torch.Tensor:
+    """Section 4.2 as one reads it: all logits at once, autograd for the rest."""
+    hidden_ND, vocabulary_VD = student
+    logits_NV = hidden_ND @ vocabulary_VD.mT
+    real_N = targets_N != PAD
+    hard = F.cross_entropy(logits_NV[real_N], targets_N[real_N], reduction="sum")
+    soft = -(q_NV * (logits_NV / T).log_softmax(-1))[real_N].sum()
+    return (1 - f) * hard + f * T**2 * soft
+
+
+@given(
+    rows=st.integers(1, 17),
+    chunk=st.integers(1, 18),
+    f=st.sampled_from([0.0, 0.25, 1.0]),
+    T=st.sampled_from([1.0, 0.5, 3.0]),
+    scale=st.sampled_from([1.0, 5.0]),
+)
+def test_loss_and_gradients_are_those_of_the_formula(rows: int, chunk: int, f: float, T: float, scale: float) -> None:
+    student, teacher, targets_N = a_case(rows, scale=scale)
+    q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
+    expected = naive(student, q_NV, targets_N, f, T)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.training.loss.CHUNK", chunk)
+        found = distilled_cross_entropy(*factors(student), targets_N, FullTeacherProbs(*factors(teacher), T), f, T)
+    torch.testing.assert_close(found[0], expected)
+    gradients = (torch.autograd.grad(0.3 * loss, student) for loss in (found[0], expected))
+    torch.testing.assert_close(*gradients)
+    log_NV = (student[0] @ student[1].mT / T).log_softmax(-1)
+    real_N1 = (targets_N != PAD).unsqueeze(1)
+    divergence = F.kl_div(log_NV * real_N1, q_NV * real_N1, reduction="sum")
+    torch.testing.assert_close(found[3], divergence)
+    torch.testing.assert_close(found[1], naive(student, q_NV, targets_N, 0.0, 1.0))
+
+
+def lumped(probability_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
+    """The probabilities of K tokens and, unless these are all, that of any other token: [N, K + 1]."""
+    kept_NK = probability_NV.gather(1, ids_NK)
+    return torch.cat([kept_NK, 1 - kept_NK.sum(1, keepdim=True)], 1) if ids_NK.shape[1] < V else kept_NK
+
+
+@given(
+    rows=st.integers(1, 17),
+    kept=st.integers(1, V),
+    f=st.sampled_from([0.25, 1.0]),
+    T=st.sampled_from([1.0, 2.0]),
+)
+def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher_itself(
+    rows: int, kept: int, f: float, T: float
+) -> None:
+    student, teacher, targets_N = a_case(rows)
+    all_of_them = FullTeacherProbs(*factors(teacher), T)
+    answers = top_k_probs(all_of_them, rows, TeacherCacheSpec(folder="f", top_k=kept, precision="float32"))
+    # Kept in float32, the probabilities are 2**-24 off: so are the loss and its gradient.
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.training.loss.CHUNK", 4)
+        found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
+    q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
+    ids_NK = q_NV.topk(kept).indices
+    q_NK, p_NK = lumped(q_NV, ids_NK), lumped((student[0] @ student[1].mT / T).softmax(-1), ids_NK)
+    real_N = targets_N != PAD
+    soft = -(q_NK * p_NK.log())[real_N].sum()
+    expected = (1 - f) * naive(student, q_NV, targets_N, 0.0, T) + f * T**2 * soft
+    torch.testing.assert_close(found[0], expected, **close)
+    gradients = (torch.autograd.grad(loss, student) for loss in (found[0], expected))
+    torch.testing.assert_close(*gradients, **close)
+    torch.testing.assert_close(found[3], soft + torch.xlogy(q_NK, q_NK)[real_N].sum(), **close)
+    if kept == V:
+        online = distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)
+        torch.testing.assert_close(found, online, **close)
+    else:
+        assert found[3] <= distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)[3] + 1e-6
+
+
+def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_loss() -> None:
+    """Each is rounded when it is kept."""
+    student, _, _ = a_case(2)
+    answers = TeacherTopK(
+        torch.tensor([[3, 1], [0, 7]]), torch.tensor([[0.5, 0.2], [0.6, 0.3]]), torch.tensor([0.2, 0.3])
+    )
+    targets_N = torch.tensor([4, 7])
+    assert torch.autograd.gradcheck(
+        lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, answers, 0.25, 2.0)[0], student
+    )
+
+
+def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
+    student, teacher, targets_N = a_case(9)
+    logits_NV = (student[0] @ student[1].mT).detach().requires_grad_()
+    every, vocabulary = slice(None), VocabularyShard(student[1])
+    q = FullTeacherProbs(*factors(teacher), 2.0).local(every, vocabulary.axis)
+    found = distillation_loss(logits_NV, targets_N, q, 0.25, 2.0, vocabulary)[0]
+    expected = naive((logits_NV, torch.eye(V, dtype=torch.float64)), q.q_CV, targets_N, 0.25, 2.0)
+    gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_kept_probability_of_zero_adds_nothing() -> None:
+    """A small probability is 0 in float16."""
+    logits_CV, targets_C = torch.randn(1, V, dtype=torch.float64), torch.tensor([4])
+    vocabulary = VocabularyShard(torch.empty(V, 1))
+    one, both = (
+        distillation_loss(logits_CV, targets_C, answers, 1.0, 1.0, vocabulary)
+        for answers in (
+            TeacherTopK(torch.tensor([[4]]), torch.tensor([[1.0]]), torch.tensor([0.0])),
+            TeacherTopK(torch.tensor([[4, 2]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.0])),
+        )
+    )
+    torch.testing.assert_close(both, one)
+    torch.testing.assert_close(one[3], one[1])
+
+
+def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() -> None:
+    """bfloat16 keeps 2**-9 of a number: what is summed of a few such products is off by 2**-6 of the largest."""
+    student, teacher, targets_N = a_case(200, torch.float32)
+    exact = [tensor.detach().double().requires_grad_() for tensor in student]
+    q_NV = (teacher[0].double() @ teacher[1].double().mT).softmax(-1)
+    expected = naive(exact, q_NV, targets_N, 0.25, 1.0)
+    soft_targets = FullTeacherProbs(*factors(teacher), 1.0)
+    for enabled, tolerance in ((False, 1e-5), (True, 2**-6)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, 0.25, 1.0)
+        assert found.dtype == torch.float32
+        assert found[0].item() == pytest.approx(expected.item(), rel=tolerance)
+        rights = torch.autograd.grad(expected, exact, retain_graph=True)
+        for gradient, right in zip(torch.autograd.grad(found[0], student), rights, strict=True):
+            assert (gradient - right).abs().max() <= tolerance * right.abs().max()
+    log_q_NV = soft_targets.log_probs(slice(None))
+    assert log_q_NV.dtype == torch.float32
+    torch.testing.assert_close(log_q_NV.exp().double(), q_NV, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
+    """Loss and gradients of every weight are autograd's on both models' logits; the teacher has none, and no noise."""
+    spec = settings(soft_fraction=0.4, temperature=2.0, capacity="paper")
+    student, model = a_model(DENSE, seed=1), a_model(SPARSE, seed=2)
+    evaluate_by(model, spec.capacity)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    batch = rows(0, 0, 4)
+    loss = DistillationLoss(spec, Teacher(model, "float32", spec.temperature), packed=False)(student, batch)
+    loss.target_sum.backward()
+    found = {name: weight.grad.clone() for name, weight in student.named_parameters()}
+    student.zero_grad()
+    real_BT = batch.targets_BT != PAD
+    with torch.no_grad():
+        q_BTV = (model(*batch).logits_BTV / 2).softmax(-1)
+    logits_BTV = student(*batch).logits_BTV
+    hard = F.cross_entropy(logits_BTV[real_BT], batch.targets_BT[real_BT], reduction="sum")
+    soft = -(q_BTV * (logits_BTV / 2).log_softmax(-1))[real_BT].sum()
+    expected = 0.6 * hard + 0.4 * 4 * soft
+    expected.backward()
+    torch.testing.assert_close(loss.target_sum, expected)
+    for name, weight in student.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert all(weight.grad is None and not weight.requires_grad for weight in model.parameters())
+    divergence = soft + torch.xlogy(q_BTV, q_BTV)[real_BT].sum()
+    sums = {"neg_log_perplexity": -hard, "soft_cross_entropy": soft, "teacher_divergence": divergence}
+    for name, total in sums.items():
+        assert loss.metrics[name].value().item() == pytest.approx(total.item() / int(real_BT.sum()), rel=1e-5), name
+
+
+def test_a_teacher_is_asked_in_its_own_precision() -> None:
+    model, batch = a_model(DENSE, seed=2).eval(), rows(0, 0, 4)
+    exact, rounded = (
+        Teacher(model, precision, 1.0).predict(batch, packed=False).log_probs(slice(None))
+        for precision in ("float32", "selective")
+    )
+    assert 2**-12 < (rounded - exact).abs().max() < 2**-4
+
+
+def test_padding_and_what_is_behind_it_count_in_neither_part() -> None:
+    spec = settings()
+    student, teacher = a_model(DENSE, seed=1), Teacher(a_model(SPARSE.model_copy(), seed=2).eval(), "float32", 1.0)
+    evaluate_by(teacher.model, "dropless")
+    one, both = rows(0, 0, 1), rows(0, 0, 4)
+    empty = Batch(both.inputs_BS, torch.cat([both.targets_BT[:1], torch.zeros_like(both.targets_BT[1:])]))
+    losses = [DistillationLoss(spec, teacher, packed=False)(student, batch) for batch in (one, empty)]
+    torch.testing.assert_close(losses[0].target_sum, losses[1].target_sum)
+
+
+def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary() -> None:
+    """FLOPs of a step: the student's own, and one pass of the teacher. Nothing of either is computed twice."""
+
+    def flops(objective) -> int:
+        with FlopCounterMode(display=False) as counter:
+            objective(student, batch).target_sum.backward()
+        return counter.get_total_flops()
+
+    batch, model, student = rows(0, 0, 4), a_model(SPARSE, seed=2).eval(), a_model(DENSE, seed=1)
+    teacher = Teacher(model, "float32", 1.0)
+    num_targets, V = batch.targets_BT.numel(), DENSE.vocab_size
+    alone, both = flops(cross_entropy), flops(DistillationLoss(settings(), teacher, packed=False))
+    with FlopCounterMode(display=False) as counter:
+        teacher.predict(batch, packed=False).log_probs(slice(None))
+    forward = counter.get_total_flops()
+    dots = 2 * 2 * num_targets * V  # the cross-entropy's and the entropy's sums over the vocabulary
+    assert both == alone + forward + dots
+
+
+def test_without_gradients_it_only_sums() -> None:
+    student, teacher, targets_N = a_case(8)
+    with torch.no_grad():
+        found = distilled_cross_entropy(
+            *factors(student), targets_N, FullTeacherProbs(*factors(teacher), 1.0), 0.25, 1.0
+        )
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.1])
+def test_a_soft_fraction_is_a_fraction(wrong: float) -> None:
+    with pytest.raises(ValueError, match="soft_fraction"):
+        settings(soft_fraction=wrong)
+
+
+def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:
+    with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*cached[^\[]*evaluation"):
+        settings(mode="training", cache={"folder": "a"})
+    assert settings(cache={"folder": "a"}).cache is not None
+
+
+def test_the_share_of_the_gain_is_that_of_table_6() -> None:
+    """-1.636 dense, -1.444 the teacher, -1.580 the best student: 29 %."""
+    assert gain_kept(-1.580, -1.444, -1.636) == pytest.approx(0.292, abs=5e-4)
+    assert gain_kept(-1.639, -1.444, -1.636) == pytest.approx(-0.016, abs=5e-4)
+    assert gain_kept(-1.5, -1.636, -1.636) is None
+    assert compression(223, 3800) == pytest.approx(0.94, abs=5e-3)
+
+
+def test_a_lesson_brings_the_answers_that_the_teacher_would_give() -> None:
+    spec = settings(capacity="dropless")
+    student, model = a_model(DENSE, seed=1), a_model(SPARSE, seed=2)
+    evaluate_by(model, spec.capacity)
+    teacher, batch = Teacher(model, "float32", 1.0), rows(0, 0, 4)
+    kept = top_k_probs(
+        teacher.predict(batch, packed=False), batch.targets_BT.numel(), TeacherCacheSpec(folder="f", top_k=37)
+    )
+    shape = batch.targets_BT.shape
+    lesson = DistillBatch(*batch, type(kept)(*(part.view(*shape, *part.shape[1:]) for part in kept)))
+    online = DistillationLoss(spec, teacher, packed=False)(student, batch)
+    offline = DistillationLoss(spec, None, packed=False)(student, lesson)
+    # float16 keeps 2**-11 of a probability.
+    torch.testing.assert_close(online.target_sum, offline.target_sum, rtol=2**-11, atol=0.0)

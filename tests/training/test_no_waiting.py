@@ -1,0 +1,240 @@
+"""A training step on a device never waits for it: no number, no count and no unpinned copy passes between the two.
+
+The steps run on torch's `meta` device, whose tensors have no content: `.item()`, `float`, `bool`, `.tolist()`,
+`nonzero` and boolean indices fail there by themselves. `NoWaiting` refuses the rest. Autocast knows no `meta`, so the
+tests tell the code that it is on; torch's own layers then stay in float32, which changes no wait.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from doubles import Source, trained
+from tiny import SHAPE, rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.signals import StopRequest
+from switchcli.model.block_execution import recompute_blocks
+from switchcli.model.config import ModelSpec
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    NoTokenLeftBehindRouter,
+    SwitchRouter,
+    TopKRouter,
+)
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.training.config import TrainSpec
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loss import FixedLoss, Objective, cross_entropy, packed_cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.schedules import Constant
+from switchcli.training.state import TrainState
+
+META = torch.device("meta")
+COPIES = {torch.ops.aten._to_copy.default: "non_blocking", torch.ops.aten.copy_.default: 2}
+"""The operations that copy between devices, and the name or the position of their `non_blocking`."""
+INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
+
+
+class Waits(AssertionError):
+    """An operation makes the host wait for the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises `Waits` at an operation that `meta` permits and that waits on a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if func in INDEXING and any(tensor.dtype == torch.bool for tensor in tensors[1:]):
+            raise Waits(f"{func}: a boolean index counts what is true")
+        # A kernel takes a number of the host as an argument, and cannot take more.
+        on_host = [tensor for tensor in tensors if tensor.device != META and tensor.ndim]
+        if on_host and isinstance(result, torch.Tensor) and result.device == META:
+            flag = COPIES.get(func)
+            non_blocking = (
+                kwargs.get("non_blocking")
+                if flag in (None, "non_blocking") or "non_blocking" in kwargs
+                else len(args) > flag and args[flag]
+            )
+            if flag is None or not non_blocking:
+                raise Waits(f"{func}: it copies from the host and waits")
+        return result
+
+
+@contextmanager
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A block in which whatever waits for a device of the type `meta` raises."""
+
+    def forbidden(*arguments: object, **keywords: object) -> None:
+        raise Waits("it copies values of Python to the device and waits")
+
+    with monkeypatch.context() as patch, NoWaiting():
+        patch.setattr(torch, "is_autocast_enabled", lambda device=None: True)
+        patch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+        patch.setattr(torch, "autocast", lambda *arguments, **keywords: nullcontext())
+        patch.setattr(torch, "tensor", forbidden)
+        patch.setattr(torch, "as_tensor", forbidden)
+        # The one number that a step sends to the host. A CUDA device copies it without a wait, see `HostCopy`.
+        patch.setattr(DistributedContext, "to_host", lambda self, tensor: 1.0)
+        yield
+
+
+def on_meta(spec: ModelSpec) -> SwitchTransformer:
+    with META:
+        return SwitchTransformer(spec)
+
+
+def train(
+    model: SwitchTransformer,
+    monkeypatch: pytest.MonkeyPatch,
+    objective: Objective = cross_entropy,
+    optimizer: OptimizerSpec | None = None,
+    batches: Source | None = None,
+    microbatches: int = 1,
+    **settings: Any,
+) -> None:
+    """Take two steps of `microbatches` microbatches, as a run does between two records of its log."""
+    context = DistributedContext("cpu", "selective")
+    context.device = META
+    state = TrainState()
+    chosen = optimizer or Adafactor(min_dim_to_factor=8)
+    built = chosen.build(dict(model.named_parameters()))
+    with no_waiting(monkeypatch):
+        assert trained(
+            state,
+            model,
+            FixedLoss(objective),
+            Microbatches(batches or Source(rows), 4, 4 // microbatches, 1, 0, 1),
+            built,
+            Constant(learning_rate=0.01),
+            context,
+            (),
+            TrainSpec(steps=2, batch_tokens=1, **settings),
+            StopRequest(),
+        )
+    assert state.step == 2
+    assert all(mean.total.device == META for mean in state.metrics_since_log.values())
+
+
+BARE = {"capacity_factor": 0.6, "min_capacity": 1}
+DROPLESS = {"capacity_factor": "dropless"}
+FREE = SwitchRouter(**DROPLESS)
+ROUTERS = {
+    "switch": {"router": SwitchRouter(**BARE)},
+    "groups": {"router": SwitchRouter(**BARE, group_sequences=2)},
+    "dropless": {"router": FREE},
+    "random overflow, z-loss": {"router": SwitchRouter(**BARE, overflow="random", z_loss_coef=0.1)},
+    "by probability": {"router": SwitchRouter(**BARE, overflow="probability"), "decoder_router": FREE},
+    "sampled": {"router": SwitchRouter(**BARE, sample_temperature=1.0, input_dropout=0.1)},
+    "top_k": {"router": TopKRouter(**BARE)},
+    "top_k dropless": {"router": TopKRouter(**DROPLESS)},
+    "no_token_left_behind": {"router": NoTokenLeftBehindRouter(**BARE)},
+    "expert_choice": {"router": ExpertChoiceRouter(), "decoder_router": FREE},
+}
+
+
+def sparse(**keys: Any) -> ModelSpec:
+    return ModelSpec(**{**SHAPE, "num_experts": 4, "dropout": 0.1, **keys})
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_router_makes_a_step_wait(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(on_meta(sparse(**ROUTERS[router])), monkeypatch, clip_norm=1.0)
+
+
+MODELS = {
+    "dense": sparse(num_experts=1),
+    "geglu, untied": sparse(num_experts=1, activation="geglu", tie_embeddings=False),
+    "switch attention": sparse(sparse="both"),
+    "expert dropout": sparse(expert_dropout=0.4, activation="geglu"),
+    "mean over layers": sparse(balance_reduction="mean"),
+    "pooled": sparse(balance_reduction="pooled"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_makes_a_step_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(on_meta(MODELS[name]), monkeypatch, packed_cross_entropy if name == "dense" else cross_entropy)
+
+
+@pytest.mark.parametrize("keys", [{}, DROPLESS])
+def test_packing_does_not_make_a_step_wait(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(on_meta(sparse(router=SwitchRouter(**keys))), monkeypatch, packed_cross_entropy, microbatches=2)
+
+
+OPTIMIZERS = {
+    "adafactor": Adafactor(min_dim_to_factor=8),
+    "adafactor, unfactored": Adafactor(),
+    "adafactor, absolute": Adafactor(scale_by_parameter=False),
+    "adamw": AdamW(weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_optimizer_makes_a_step_wait(name: str, clip_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(on_meta(sparse()), monkeypatch, optimizer=OPTIMIZERS[name], clip_norm=clip_norm)
+
+
+def test_recomputing_blocks_does_not_make_a_step_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = on_meta(sparse())
+    recompute_blocks(model)
+    train(model, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["online", "cached"])
+def test_a_teacher_does_not_make_a_step_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Teacher(on_meta(sparse()).eval(), "selective", 2.0) if kind == "online" else None
+
+    def answered(step: int, first: int, count: int) -> AnyBatch:
+        batch = rows(step, first, count)
+        shape = (*batch.targets_BT.shape, 3)
+        ids, probability = torch.ones(shape, dtype=torch.int32), torch.full(shape, 0.2, dtype=torch.float16)
+        return DistillBatch(*batch, TeacherTopK(ids, probability, probability[..., 0]))
+
+    objective = DistillationLoss(DistillSpec(teacher="t", temperature=2.0), teacher, packed=False)
+    train(on_meta(sparse()), monkeypatch, objective, batches=Source(answered) if kind == "cached" else None)
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "a condition": lambda x: 1 if x.sum() > 0 else 0,
+    "tolist": lambda x: x.tolist(),
+    "to the host": lambda x: x.cpu(),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "a boolean index": lambda x: x[x > 0],
+    "an assignment by a boolean index": lambda x: x.index_put_((x > 0,), x),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "a length": lambda x: x[: x.sum().long()],
+    "a tensor of numbers": lambda x: torch.tensor([1.0, 2.0], device="meta"),
+    "a copy that blocks": lambda x: torch.ones(3).to("meta"),
+    "a copy into x that blocks": lambda x: x.copy_(torch.ones(3)),
+    "an index of the host": lambda x: x[torch.ones(2, dtype=torch.int64)],
+}
+
+
+@pytest.mark.parametrize("what", WAITING)
+def test_whatever_waits_is_noticed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(3, device=META)
+    with no_waiting(monkeypatch), pytest.raises((Waits, RuntimeError)):
+        WAITING[what](x)
+
+
+def test_a_copy_that_does_not_block_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with no_waiting(monkeypatch):
+        x = torch.ones(3).to(META, non_blocking=True)
+        x.copy_(torch.ones(3), non_blocking=True)
+        assert (x + torch.ones(())).device == META

@@ -1,0 +1,240 @@
+"""Adafactor against its formula, one tensor and one expert at a time, and against transformers; AdamW against torch."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.optimization import Adafactor as TheirAdafactor
+
+from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizers import Optimizer, is_stacked
+
+STEPS = 20
+SHAPES = {"matrix": (130, 200), "narrow": (130, 5), "scale": (40,), "blocks.1.layer.experts.wi": (3, 140, 129)}
+
+
+def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def gradients(parameter: torch.Tensor, seed: int = 1) -> list[torch.Tensor]:
+    """Return gradients of sizes from 1e-4 to 1e2, so that updates are clipped at some steps and not at others."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(parameter.shape, generator=generator) * 10.0 ** (step * 7 % 13 / 2 - 4) for step in range(STEPS)
+    ]
+
+
+def run(optimizer: Optimizer, rates: list[float], seed: int = 1, first: int = 0) -> None:
+    drawn = {name: gradients(parameter, seed) for name, parameter in optimizer.parameters.items()}
+    for step, rate in enumerate(rates, first):
+        for name, parameter in optimizer.parameters.items():
+            parameter.grad = drawn[name][step].clone()
+        optimizer.step(rate)
+
+
+def rates() -> list[float]:
+    return [0.01 / (1 + step / 5) for step in range(STEPS)]
+
+
+def formula(parameter: torch.Tensor, drawn: list[torch.Tensor], factored: bool) -> torch.Tensor:
+    """T5's Adafactor of one tensor in float64, as the paper of Adafactor writes it (algorithms 4 to 6)."""
+    x = parameter.detach().double()
+    v = r = c = torch.zeros(())
+    for t, (gradient, rate) in enumerate(zip(drawn, rates(), strict=True), 1):
+        g = gradient.double()
+        beta = 1 - t**-0.8
+        square = g * g + 1e-30
+        if factored:
+            r = beta * r + (1 - beta) * square.sum(1)
+            c = beta * c + (1 - beta) * square.sum(0)
+            v = torch.outer(r, c) / r.sum()
+        else:
+            v = beta * v + (1 - beta) * square
+        u = g / v.sqrt()
+        u = u / max(1.0, float(u.pow(2).mean().sqrt()))
+        x = x - rate * max(1e-3, float(x.pow(2).mean().sqrt())) * u
+    return x.float()
+
+
+def test_adafactor_is_the_formula_one_tensor_and_one_expert_at_a_time() -> None:
+    named = parameters()
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    run(Adafactor().build(named), rates())
+    for name, parameter in named.items():
+        drawn = gradients(parameter)
+        factored = name in ("matrix", "blocks.1.layer.experts.wi")
+        if is_stacked(name):
+            experts = range(len(parameter))
+            expected = torch.stack([formula(starts[name][e], [g[e] for g in drawn], factored) for e in experts])
+        else:
+            expected = formula(starts[name], drawn, factored)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@given(
+    experts=st.integers(1, 5),
+    rows=st.integers(2, 9),
+    columns=st.integers(2, 9),
+    factored=st.booleans(),
+    slice_size=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
+    experts: int, rows: int, columns: int, factored: bool, slice_size: int, seed: int
+) -> None:
+    named = parameters({"layer.experts.wi": (experts, rows, columns)}, seed)
+    ((_, parameter),) = named.items()
+    start, drawn = parameter.detach().clone(), gradients(parameter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.training.optimizers.CPU_SLICE", slice_size)
+        run(Adafactor(min_dim_to_factor=1 if factored else 10).build(named), rates())
+    expected = [formula(start[e], [gradient[e] for gradient in drawn], factored) for e in range(experts)]
+    torch.testing.assert_close(parameter.detach(), torch.stack(expected), rtol=1e-5, atol=2e-6)
+
+
+def together_and_alone(spec: OptimizerSpec) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each of three experts after updates in one stacked weight, and after the same ones as a weight of its own."""
+    stacked = parameters({"layer.experts.wi": (3, 140, 129)})
+    alone = [torch.nn.Parameter(weight.clone()) for weight in stacked["layer.experts.wi"].detach()]
+    drawn = gradients(stacked["layer.experts.wi"])
+    run(spec.build(stacked), rates())
+    for expert, parameter in enumerate(alone):
+        optimizer = spec.build({"layer.wi": parameter})
+        for gradient, rate in zip(drawn, rates(), strict=True):
+            parameter.grad = gradient[expert].clone()
+            optimizer.step(rate)
+        yield stacked["layer.experts.wi"][expert], parameter
+
+
+@pytest.mark.parametrize("least", [1, 999], ids=["factored", "whole"])
+def test_an_expert_in_a_slice_of_its_own_moves_bit_by_bit_as_alone(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.training.optimizers.CPU_SLICE", 140 * 129)
+    for together, alone in together_and_alone(Adafactor(min_dim_to_factor=least)):
+        assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("shape", [(130, 200), (7, 5), (40,)])
+def test_adafactor_equals_transformers(shape: tuple[int, ...]) -> None:
+    (ours,), (theirs,) = (list(parameters({"weight": shape}).values()) for _ in range(2))
+    their_optimizer = TheirAdafactor(
+        [theirs], lr=0.0, scale_parameter=True, relative_step=False, warmup_init=False, clip_threshold=1.0, beta1=None
+    )
+    for gradient, rate in zip(gradients(theirs), rates(), strict=True):
+        theirs.grad = gradient.clone()
+        their_optimizer.param_groups[0]["lr"] = rate
+        their_optimizer.step()
+    run(Adafactor(min_dim_to_factor=1).build({"weight": ours}), rates())  # theirs factors every matrix
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [Adafactor(), Adafactor(min_dim_to_factor=1), AdamW(weight_decay=0.1)])
+def test_experts_that_share_a_tensor_do_not_know_of_one_another(spec: OptimizerSpec) -> None:
+    for together, alone in together_and_alone(spec):
+        torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-7)
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=0, max_size=3),
+    least=st.integers(1, 9),
+    stacked=st.booleans(),
+)
+def test_moments_are_factored_exactly_when_both_last_dims_reach_the_minimum(
+    shape: list[int], least: int, stacked: bool
+) -> None:
+    name = "layer.experts.wi" if stacked and len(shape) == 3 else "weight"
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    state = Adafactor(min_dim_to_factor=least).build({name: parameter}).state()
+    state.pop("optimizer/steps")
+    if len(shape) >= 2 and min(shape[-2:]) >= least:
+        assert {slot: list(moment.shape) for slot, moment in state.items()} == {
+            f"{name}/row": shape[:-1],
+            f"{name}/column": [*shape[:-2], shape[-1]],
+        }
+    else:
+        assert [list(moment.shape) for moment in state.values()] == [shape]
+    assert all(moment.dtype == torch.float32 for moment in state.values())
+
+
+@pytest.mark.parametrize(("dim", "factored"), [(127, False), (128, True)])
+def test_the_minimum_is_128_as_in_t5(dim: int, factored: bool) -> None:
+    state = Adafactor().build({"weight": torch.nn.Parameter(torch.ones(300, dim))}).state()
+    assert ("weight/row" in state) is factored
+
+
+def test_adamw_is_torchs() -> None:
+    ours, theirs = parameters(), parameters()
+    spec = AdamW(beta1=0.8, beta2=0.97, epsilon=1e-7, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(theirs.values(), lr=1.0, betas=(0.8, 0.97), eps=1e-7, weight_decay=0.1, foreach=False)
+    drawn = {name: gradients(parameter) for name, parameter in theirs.items()}
+    for step, rate in enumerate(rates()):
+        optimizer.param_groups[0]["lr"] = rate
+        for name, parameter in theirs.items():
+            parameter.grad = drawn[name][step].clone()
+        optimizer.step()
+    run(spec.build(ours), rates())
+    for name in SHAPES:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("spec", [Adafactor(), Adafactor(scale_by_parameter=False), AdamW(weight_decay=0.1)])
+def test_a_restored_state_goes_on_bit_by_bit(spec: OptimizerSpec) -> None:
+    straight = spec.build(parameters())
+    run(straight, rates())
+    before = spec.build(parameters())
+    run(before, rates()[:7])
+    after = spec.build({name: torch.nn.Parameter(p.detach().clone()) for name, p in before.parameters.items()})
+    for name, tensor in before.state().items():
+        after.state()[name].copy_(tensor)
+    run(after, rates()[7:], first=7)
+    for name, parameter in straight.parameters.items():
+        assert torch.equal(parameter, after.parameters[name]), name
+    for name, tensor in straight.state().items():
+        assert torch.equal(tensor, after.state()[name]), name
+
+
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW()])
+def test_a_gradient_of_zero_or_none_moves_nothing_and_makes_no_nan(spec: OptimizerSpec) -> None:
+    named = parameters()
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    optimizer = spec.build(named)
+    optimizer.step(0.01)
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.01)
+    for name, parameter in named.items():
+        assert torch.equal(parameter, starts[name]), name
+
+
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW(weight_decay=0.1)])
+def test_a_learning_rate_of_zero_moves_nothing(spec: OptimizerSpec) -> None:
+    named = parameters()
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    run(spec.build(named), [0.0, 0.0])
+    for name, parameter in named.items():
+        assert torch.equal(parameter, starts[name]), name
+
+
+def test_a_weight_of_zero_still_moves_by_the_smallest_scale() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    Adafactor().build({"weight": weight}).step(0.5)
+    torch.testing.assert_close(weight.detach(), -0.5e-3 * weight.grad)
+
+
+def test_without_the_scale_of_the_weight_the_rate_is_absolute() -> None:
+    weight = torch.nn.Parameter(torch.full((4,), 100.0))
+    weight.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    Adafactor(scale_by_parameter=False).build({"weight": weight}).step(0.5)
+    torch.testing.assert_close(weight.detach(), 100.0 - 0.5 * weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [("encoder.blocks.1.feed_forward.layer.experts.wi", True), ("experts.wi", True), ("my_experts.wi", False)],
+)
+def test_stacked_is_said_by_the_name(name: str, stacked: bool) -> None:
+    assert is_stacked(name) is stacked

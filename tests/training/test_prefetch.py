@@ -1,0 +1,135 @@
+"""Loader: the same microbatches in order with any workers, no further ahead than asked, errors at their step."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+import torch
+from tiny import rows
+
+from switchcli.distributed.context import DistributedContext
+from switchcli.errors import DataError
+from switchcli.training.microbatches import Microbatch, Microbatches
+from switchcli.training.prefetch import Loader
+
+STEPS = 12
+AHEAD = 3
+make = Microbatches(rows, 8, 2, 1, 0, 1)
+
+
+class Pinning:
+    """A runtime that marks what it puts where a device copies it from."""
+
+    def pin_memory(self, micro: Microbatch) -> Microbatch:
+        return micro._replace(number=micro.number + 100)
+
+
+def a_loader(workers: int, made: Callable[[int], Iterable[Microbatch]] = make, ahead: int = AHEAD) -> Loader:
+    return Loader(made, workers, ahead, DistributedContext("cpu", "float32"))
+
+
+class Noted:
+    """Makes batches and notes of which steps; an event may hold it up."""
+
+    def __init__(self, go: threading.Event | None = None) -> None:
+        self.steps: list[int] = []
+        self._go = go
+
+    def __call__(self, step: int) -> Iterator[Microbatch]:
+        self.steps.append(step)
+        if self._go is not None:
+            assert self._go.wait(30)
+        return make(step)
+
+
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_any_workers_make_the_same_microbatches_in_order(workers: int, first: int) -> None:
+    with a_loader(workers) as loader:
+        steps = []
+        for step, micros in loader.from_step(first, STEPS):
+            steps.append(step)
+            for ours, theirs in zip(micros, make(step), strict=True):
+                assert (ours.number, ours.real) == (theirs.number, theirs.real)
+                assert all(torch.equal(*pair) for pair in zip(ours.batch, theirs.batch, strict=True))
+        assert steps == list(range(first, STEPS))
+
+
+def test_each_microbatch_is_put_where_the_device_takes_it_from() -> None:
+    for workers in (0, 2):
+        with Loader(make, workers, AHEAD, Pinning()) as loader:
+            assert [micro.number for micro in next(loader.from_step(3, STEPS))[1]] == [100, 101, 102, 103]
+
+
+def test_one_worker_makes_steps_in_order_as_far_ahead_as_asked_and_no_further_than_the_last() -> None:
+    noted = Noted()
+    with a_loader(1, noted) as loader:
+        next(loader.from_step(0, STEPS))
+    assert noted.steps == [0, 1, 2, 3][: len(noted.steps)]  # what was not begun when it was closed never is
+    noted = Noted()
+    with a_loader(1, noted) as loader:
+        for step, _ in loader.from_step(0, STEPS):
+            assert len(noted.steps) <= step + 1 + AHEAD
+    assert noted.steps == list(range(STEPS))
+
+
+def test_without_workers_nothing_is_made_ahead() -> None:
+    noted = Noted()
+    with a_loader(0, noted) as loader:
+        next(loader.from_step(2, STEPS))
+    assert noted.steps == [2]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_an_error_comes_out_at_its_step_and_not_before(workers: int) -> None:
+    def failing(step: int) -> Iterator[Microbatch]:
+        yield from make(step)
+        if step >= 5:
+            raise DataError(f"step {step}: the file was cut")
+
+    with a_loader(workers, failing) as loader:
+        coming = loader.from_step(0, STEPS)
+        for _ in range(5):
+            assert len(next(coming)[1]) == 4
+        with pytest.raises(DataError, match="step 5: the file was cut"):
+            next(coming)
+
+
+def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
+    go = threading.Event()
+    noted = Noted(go)
+    loader = a_loader(1, noted)
+    asking = threading.Thread(target=lambda: next(loader.from_step(0, STEPS)))
+    asking.start()
+    while not noted.steps:
+        time.sleep(0.001)
+    closing = threading.Thread(target=lambda: loader.__exit__(None, None, None))
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    go.set()
+    closing.join(30)
+    asking.join(30)
+    assert noted.steps == [0]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def slowly(step: int) -> Iterator[Microbatch]:
+    time.sleep(0.05)
+    return make(step)
+
+
+def test_the_time_that_steps_wait_is_added_up() -> None:
+    with a_loader(0, slowly) as loader:
+        for _ in loader.from_step(0, 3):
+            pass
+        assert loader.seconds_waited >= 0.15
+    with a_loader(1, slowly, ahead=2) as loader:
+        coming = loader.from_step(0, 3)
+        next(coming)
+        first = loader.seconds_waited
+        assert first >= 0.05
+        time.sleep(0.5)  # steps 1 and 2 are made meanwhile
+        next(coming)
+        assert loader.seconds_waited - first < 0.05

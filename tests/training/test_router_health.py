@@ -1,0 +1,220 @@
+"""Health of the sparse layers: what becomes a metric, a record, an alarm."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import pytest
+import torch
+from doubles import KeepingConsole
+from messages import naming
+from tiny import DENSE, SPARSE, a_model, rows
+
+from switchcli.data.batch import Batch
+from switchcli.model.moe.losses import AuxiliaryLoss, StackLoss
+from switchcli.model.moe.stats import RouterStats
+from switchcli.model.transformer import ModelOutput
+from switchcli.spec import PAD
+from switchcli.training.metrics import Mean, merge
+from switchcli.training.router_health import RoutingAlarms, record, routing_metrics
+
+BOTH = SPARSE.model_copy(update={"sparse": "both"})
+NAMES = ("encoder.first", "decoder.second")
+
+
+def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = None, **fields: float) -> RouterStats:
+    """Return the statistics of one group with uniform f and P."""
+    uniform, count = torch.full((1, len(load)), 1 / len(load)), sum(load) if tokens is None else tokens
+    return RouterStats(
+        fraction_GE=uniform,
+        probability_GE=uniform,
+        tokens_G=torch.tensor([count]),
+        z_sum=torch.tensor(count * fields.get("z", 0.0)),
+        load_E=torch.tensor(load),
+        dropped=torch.tensor(dropped),
+        entropy=torch.tensor(fields.get("entropy", 0.0)),
+        confidence=torch.tensor(fields.get("confidence", 0.0)),
+    )
+
+
+def an_output(encoder: list[RouterStats], decoder: list[RouterStats]) -> ModelOutput:
+    hidden = torch.zeros(1, 1, 1)
+    auxiliary = AuxiliaryLoss(*(StackLoss(torch.tensor(total), torch.tensor(8.0)) for total in (3.0, 1.0)))
+    return ModelOutput(hidden, hidden[0], auxiliary, tuple(encoder), tuple(decoder))
+
+
+def values(metrics: Mapping[str, Mean]) -> dict[str, object]:
+    return {name: mean.value().tolist() for name, mean in metrics.items()}
+
+
+def test_a_dense_model_has_no_routing_to_tell_of() -> None:
+    metrics = routing_metrics(a_model(DENSE)(*rows(0, 0, 4)))
+    assert metrics == {}
+    assert record({"loss": Mean(torch.tensor(3.0), torch.tensor(2.0))}, ()) == {"loss": 1.5}
+
+
+def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
+    output = an_output(
+        [a_report([6.0, 2.0], dropped=2.0, z=3.0, entropy=4.0, confidence=6.0)],
+        [a_report([0.0, 2.0], dropped=1.0, z=1.0, entropy=0.5, confidence=1.5)],
+    )
+    found = values(routing_metrics(output))
+    assert found.pop("layer_load") == [[6.0, 2.0], [0.0, 2.0]]
+    assert found == {
+        "auxiliary_loss/encoder": 0.375,
+        "auxiliary_loss/decoder": 0.125,
+        "balance": 1.0,
+        "dropped_fraction": pytest.approx(0.3),
+        "encoder_dropped_fraction": 0.25,
+        "decoder_dropped_fraction": 0.5,
+        "layer_balance": [1.0, 1.0],
+        "layer_z": [3.0, 1.0],
+        "layer_dropped_fraction": [0.25, 0.5],
+        "layer_entropy": [0.5, 0.25],
+        "layer_confidence": [0.75, 0.75],
+    }
+    assert record(routing_metrics(output), NAMES)["auxiliary_loss"] == 0.5
+    # Over two microbatches: tokens weigh alike, and loads add up.
+    other = an_output([a_report([2.0, 0.0], dropped=0.0)], [a_report([6.0, 0.0], dropped=5.0)])
+    both = merge(routing_metrics(output), routing_metrics(other))
+    assert values(both)["layer_dropped_fraction"] == [pytest.approx(0.2), pytest.approx(0.75)]
+    assert both["layer_load"].total.tolist() == [[8.0, 2.0], [6.0, 2.0]]
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_without_experts_has_no_metric(stack: str) -> None:
+    one = [a_report([1.0, 1.0])]
+    names = set(routing_metrics(an_output(one, []) if stack == "encoder" else an_output([], one)))
+    other = {"encoder": "decoder", "decoder": "encoder"}[stack]
+    assert f"{stack}_dropped_fraction" in names
+    assert f"{other}_dropped_fraction" not in names
+
+
+def test_a_router_that_is_undecided_has_entropy_log_e_confidence_1_over_e_and_balance_1() -> None:
+    model = a_model(BOTH)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router." in name:
+                parameter.zero_()
+    found = values(routing_metrics(model(*rows(0, 0, 8))))
+    assert found["layer_entropy"] == [pytest.approx(math.log(4))] * 4
+    assert found["layer_confidence"] == [pytest.approx(0.25)] * 4
+    assert found["layer_z"][:2] == [pytest.approx(math.log(4) ** 2)] * 2  # the decoder has groups without a token
+    assert found["layer_balance"][:2] == [pytest.approx(1.0)] * 2
+
+
+def test_rows_of_padding_thin_no_figure() -> None:
+    """They fill up the batches of an evaluation, on some ranks more than on others."""
+    model, batch = a_model(SPARSE).eval(), rows(0, 0, 2)
+    empty = Batch(*(torch.zeros_like(tensor).repeat(3, 1) for tensor in batch))
+    filled = Batch(*(torch.cat(pair) for pair in zip(batch, empty, strict=True)))
+    with torch.no_grad():
+        alone, among, nothing = (routing_metrics(model(*one)) for one in (batch, filled, empty))
+    total = merge(alone, nothing)
+    torch.testing.assert_close(total["layer_load"].total, alone["layer_load"].total)
+    for name in alone.keys() - {"layer_load"}:
+        torch.testing.assert_close(among[name].value(), alone[name].value())
+        torch.testing.assert_close(total[name].value(), alone[name].value())
+
+
+def test_metrics_of_a_model_are_those_of_its_reports() -> None:
+    batch = rows(0, 0, 8)
+    output = a_model(BOTH)(*batch)
+    metrics = routing_metrics(output)
+    sources, targets = (float((ids != PAD).sum()) for ids in batch)
+    assert metrics["layer_dropped_fraction"].weight.tolist() == [sources, sources, targets, targets]
+    assert metrics["layer_load"].total.sum(1).tolist() == [sources, sources, targets, targets]
+    assert record(metrics, BOTH.sparse_layer_names())["auxiliary_loss"] == pytest.approx(output.auxiliary.mean().item())
+    assert 0 < metrics["dropped_fraction"].value() < 1
+    assert not any(part.requires_grad for mean in metrics.values() for part in mean)
+    assert metrics["layer_load"].total.shape == (len(BOTH.sparse_layer_names()), 4)
+
+
+def test_the_record_has_numbers_by_the_name_of_the_layer() -> None:
+    output = an_output([a_report([6.0, 2.0], dropped=2.0)], [a_report([0.0, 2.0], dropped=1.0)])
+    metrics = {"loss": Mean(torch.tensor(3.0), torch.tensor(2.0)), **routing_metrics(output)}
+    twice = merge(metrics, metrics)
+    found = record(twice, NAMES)
+    assert found["loss"] == 1.5
+    assert found["dead_experts"] == 1.0
+    assert list(found["layers"]) == list(NAMES)
+    assert found["layers"]["decoder.second"] == {
+        "balance": 1.0,
+        "z": 0.0,
+        "dropped_fraction": 0.5,
+        "entropy": 0.0,
+        "confidence": 0.0,
+        "load": [0, 4],
+    }
+    assert not any(name.startswith("layer_") for name in found)
+    assert all(isinstance(value, float) for name, value in found.items() if name != "layers")
+
+
+def alarms_of(*outputs: ModelOutput, first: int = 1000) -> list[str]:
+    """What is said when each output is a window of ten steps, from step `first` on."""
+    console = KeepingConsole()
+    alarms = RoutingAlarms(NAMES, console)
+    for index, output in enumerate(outputs, start=1):
+        alarms(routing_metrics(output), 10, first + 10 * index)
+    return console.warnings
+
+
+GOOD = a_report([5.0, 5.0, 5.0, 5.0])
+
+
+def test_nothing_is_said_of_routing_that_is_well_or_of_a_dense_model() -> None:
+    assert alarms_of(an_output([GOOD], [a_report([1.0, 2.0, 3.0, 14.0])])) == []
+    console = KeepingConsole()
+    RoutingAlarms((), console)({}, 10, 10)
+    assert console.warnings == []
+
+
+def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
+    (collapsed,) = alarms_of(an_output([GOOD], [a_report([1.0, 1.0, 96.0, 2.0])]))
+    assert re.search(naming("decoder.second", "expert 2", "96%", "balance_loss_coef"), collapsed)
+    assert re.search("learning.rate", collapsed)
+
+
+def test_experts_without_a_token_are_named_with_the_steps() -> None:
+    two, one = (an_output([a_report([5.0, 0.0, 5.0, dead])], [GOOD]) for dead in (0.0, 5.0))
+    assert alarms_of(*[two] * 9) == []
+    for outputs, dead in (([*[two] * 9, one], "[1]"), ([two] * 11, "[1, 3]")):
+        (said,) = alarms_of(*outputs)
+        assert re.search(naming("encoder.first", "100 steps", dead), said)
+    assert alarms_of(*[two] * 9, an_output([GOOD], [GOOD]), *[two] * 9) == []
+
+
+def test_a_layer_that_drops_half_of_its_tokens_is_named_with_the_way_out() -> None:
+    few, many = (a_report([5.0, 5.0, 5.0, 5.0], dropped=dropped) for dropped in (9.0, 11.0))
+    assert alarms_of(an_output([few], [GOOD])) == []
+    (said,) = alarms_of(an_output([GOOD], [many]))
+    assert re.search(naming("decoder.second", "55%", "capacity_factor", "balance_loss_coef"), said)
+
+
+def test_the_first_100_steps_may_drop_many_tokens() -> None:
+    bad = an_output([GOOD], [a_report([5.0, 5.0, 5.0, 5.0], dropped=11.0)])
+    assert alarms_of(*[bad] * 10, first=0) == []
+    assert len(alarms_of(*[bad] * 11, first=0)) == 1
+
+
+def test_an_alarm_rings_when_it_begins_and_again_when_it_comes_back() -> None:
+    bad = an_output([a_report([5.0, 0.0, 5.0, 5.0])], [GOOD])
+    worse = an_output([a_report([5.0, 0.0, 0.0, 5.0])], [a_report([5.0, 0.0, 5.0, 5.0])])
+    good = an_output([GOOD], [GOOD])
+    assert len(alarms_of(*[bad] * 12)) == 1
+    assert len(alarms_of(*[worse] * 10)) == 2
+    assert len(alarms_of(*[bad] * 10, *[worse] * 10)) == 2
+    assert len(alarms_of(*[bad] * 10, good, *[bad] * 10)) == 2
+
+
+def test_a_share_is_of_the_tokens_however_many_experts_each_of_them_asks() -> None:
+    """All tokens have the same first choice: second choices, or further rounds, hide it in the sum of the loads."""
+    for load in ([99.0, 33.0, 33.0, 33.0], [100.0, 75.0, 50.0, 25.0]):
+        (said,) = alarms_of(an_output([a_report(load, tokens=100.0)], [GOOD]))
+        assert re.search(naming("encoder.first", "expert 0", "balance_loss_coef"), said)
+
+
+def test_experts_that_all_take_nearly_all_tokens_are_no_collapse() -> None:
+    """Two choices of two experts; experts that choose, with slots for all."""
+    for load in ([100.0, 100.0], [95.0, 90.0]):
+        assert alarms_of(an_output([a_report(load, tokens=100.0)], [a_report([5.0, 5.0])])) == []

@@ -1,0 +1,98 @@
+"""Schedules at the values that T5 and their definitions give, and as functions without jumps."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchcli.training.schedules import Constant, Cosine, InverseSquareRoot, Linear, ScheduleSpec
+
+TOTAL = 100_000
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.01), (9_999, 0.01), (10_000, 0.01), (40_000, 0.005), (1_000_000, 0.001)]
+)
+def test_t5_is_constant_for_10000_steps_and_then_falls_with_the_root(step: int, rate: float) -> None:
+    assert InverseSquareRoot()(step, 2_000_000) == pytest.approx(rate, rel=1e-12)
+
+
+@given(step=st.integers(0, TOTAL - 1))
+def test_t5_is_one_over_the_root_of_the_step_at_any_length_of_the_run(step: int) -> None:
+    assert InverseSquareRoot()(step, TOTAL) == pytest.approx(1 / math.sqrt(max(step, 10_000)))
+    assert InverseSquareRoot()(step, TOTAL) == InverseSquareRoot()(step, 2 * TOTAL)
+
+
+def test_the_last_tenth_falls_to_zero_where_it_is_asked_for() -> None:
+    plain, decayed = InverseSquareRoot(), InverseSquareRoot(decay_fraction=0.1)
+    assert decayed(90_000, TOTAL) == plain(90_000, TOTAL)
+    assert decayed(95_000, TOTAL) == pytest.approx(plain(95_000, TOTAL) / 2)
+    assert decayed(TOTAL - 1, TOTAL) == pytest.approx(plain(TOTAL, TOTAL) / 10_000, rel=1e-4)
+    assert decayed(TOTAL, TOTAL) == 0.0
+
+
+def test_constant_after_a_warm_up() -> None:
+    assert {Constant()(step, TOTAL) for step in (0, 1, 50_000, TOTAL)} == {0.001}
+    warm = Constant(learning_rate=0.4, warmup_steps=100)
+    assert [warm(step, TOTAL) for step in (0, 49, 99, 100, 5000)] == pytest.approx([0.004, 0.2, 0.4, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("spec", [Cosine, Linear])
+def test_warm_up_peak_middle_and_end(spec: type[Cosine] | type[Linear]) -> None:
+    schedule = spec(learning_rate=0.4, warmup_steps=100, final_fraction=0.1)
+    assert schedule(0, 1100) == pytest.approx(0.004)  # the first step already learns
+    assert schedule(49, 1100) == pytest.approx(0.2)
+    assert schedule(99, 1100) == schedule(100, 1100) == pytest.approx(0.4)
+    assert schedule(600, 1100) == pytest.approx(0.4 * 0.55)
+    assert schedule(1100, 1100) == schedule(2000, 1100) == pytest.approx(0.04)
+
+
+def test_cosine_and_linear_part_ways_between() -> None:
+    assert Cosine(learning_rate=1.0)(25, 100) == pytest.approx(0.5 * (1 + math.sqrt(0.5)))
+    assert Linear(learning_rate=1.0)(25, 100) == pytest.approx(0.75)
+
+
+schedules = st.one_of(
+    st.builds(
+        InverseSquareRoot,
+        learning_rate=st.floats(1e-6, 1.0),
+        warmup_steps=st.integers(1, 2000),
+        decay_fraction=st.floats(0.0, 0.99),
+    ),
+    *(
+        st.builds(
+            spec,
+            learning_rate=st.floats(1e-6, 1.0),
+            warmup_steps=st.integers(0, 500),
+            final_fraction=st.floats(0.0, 1.0),
+        )
+        for spec in (Cosine, Linear)
+    ),
+)
+
+
+@given(schedule=schedules, total=st.integers(1, 3000), share=st.floats(0.0, 1.0))
+def test_a_rate_is_positive_at_most_the_peak_and_never_jumps(schedule: ScheduleSpec, total: int, share: float) -> None:
+    step = int(share * (total - 1))
+    rate, following = schedule(step, total), schedule(step + 1, total)
+    assert rate >= 0.0
+    assert rate <= schedule.learning_rate * (1 + 1e-12)
+    fastest = 1.0  # a part of one step may be all of a ramp
+    if isinstance(schedule, InverseSquareRoot):
+        # A ramp of `decay_fraction` falls by 1 / its length a step, and the root by half the step over it.
+        ramp = schedule.decay_fraction * total
+        fastest = min(1.0, (1 / ramp if ramp else 0.0) + 0.5 / schedule.warmup_steps)
+    elif step < schedule.warmup_steps:
+        fastest = 1 / schedule.warmup_steps
+    elif total > schedule.warmup_steps:
+        fastest = min(1.0, math.pi / 2 / (total - schedule.warmup_steps))
+    assert abs(following - rate) <= schedule.learning_rate * fastest * (1 + 1e-9)
+
+
+@given(schedule=schedules, total=st.integers(1, 3000))
+def test_the_rate_never_rises_after_the_warm_up(schedule: ScheduleSpec, total: int) -> None:
+    steps = range(min(schedule.warmup_steps, total), total, max(1, total // 50))
+    rates = [schedule(step, total) for step in steps]
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(rates))

@@ -1,0 +1,182 @@
+"""Answering: every example gets the answer that the model gives it alone, whole; figures and averages."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from doubles import StopAfter
+from ranks import MESHES, model_of, on_ranks
+from tiny import SPARSE, a_model
+
+from switchcli.data.objectives.example_packing import RowLengths
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.data.tokenizer.train import VocabSize, train_unigram
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.parallel_spec import ParallelSpec
+from switchcli.distributed.signals import StopTraining
+from switchcli.model.decoding import Decoding
+from switchcli.model.generation import generate, label_log_likelihoods
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.spec import EOS
+from switchcli.tasks.config import CustomTask
+from switchcli.tasks.scores import Score, Scores
+from switchcli.tasks.tokens import ScoredExamples, scored_examples
+from switchcli.training import scoring
+from switchcli.training.scoring import TaskPredictor, score_metrics, suite_scores
+from switchcli.training.scoring_spec import ScoringSpec
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train_unigram(["one two three four five six"], VocabSize(128)), "here")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> SwitchTransformer:
+    return a_model(SPARSE.model_copy(update={"vocab_size": 128}), seed=3)
+
+
+@pytest.fixture
+def exam(tokenizer: Tokenizer, tmp_path: Path) -> ScoredExamples:
+    rows = [{"n": " ".join(["one", "two", "three", "four"][: 1 + n % 4]), "m": "five"} for n in range(11)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = CustomTask(name="mine", input="{n}", target="m", validation=(str(tmp_path / "v.jsonl"),)).tasks()
+    return scored_examples(task, "validation", None, tokenizer, RowLengths(32, 16), None)
+
+
+@pytest.mark.fast("1-11", "3-4")
+@pytest.mark.parametrize("size", [1, 4, 11, 50])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_answer_is_the_one_it_has_alone(
+    size: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: ScoredExamples
+) -> None:
+    settings = ScoringSpec(batch_examples=size, decoding=Decoding(max_tokens=9, beams=beams))
+    answered = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(exam)
+    assert [one.example for one in answered] == list(exam.examples)
+    for number, one in enumerate(answered):
+        ids = torch.from_numpy(exam.padded(torch.tensor([number]).numpy()))
+        with evaluating(model, "dropless"):
+            alone = generate(model, ids, settings.decoding)[0]
+        assert len(alone) > 1  # not cut off at the first token
+        assert one.prediction == tokenizer.decode(alone.tolist())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("tokens", [0, 1, 4, 12])
+def test_a_stop_ends_an_exam_between_two_tokens(
+    tokens: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: ScoredExamples
+) -> None:
+    stop = StopAfter(tokens)
+    settings = ScoringSpec(batch_examples=11, decoding=Decoding(max_tokens=20, beams=beams))
+    with pytest.raises(StopTraining):
+        TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(exam, stop)
+    assert stop.looked == tokens + 1 + (tokens > 0)  # it looks again at the end of a batch
+
+
+LABELS = ("five", "six", "one two three", "four")
+
+
+@pytest.fixture
+def choice(tokenizer: Tokenizer, tmp_path: Path) -> ScoredExamples:
+    """A task with labels of different lengths."""
+    rows = [{"n": " ".join(["one", "two", "three", "four"][: 1 + n % 4]), "m": LABELS[n % 4]} for n in range(11)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = CustomTask(name="mine", input="{n}", target="m", labels=LABELS, validation=(str(tmp_path / "v.jsonl"),))
+    (task,) = spec.tasks()
+    return scored_examples(task, "validation", None, tokenizer, RowLengths(32, 16), None)
+
+
+def log_p(model: SwitchTransformer, tokenizer: Tokenizer, text: str, label: str) -> float:
+    """log p(label, EOS | text), one token at a time."""
+    source = torch.tensor([[*tokenizer.encode(text), EOS]])
+    ids = [*tokenizer.encode(label), EOS]
+    total = 0.0
+    with evaluating(model, "dropless"), torch.no_grad():
+        for position, token in enumerate(ids):
+            output = model(source, torch.tensor([ids[: position + 1]]))
+            logits = output.hidden_BTD[0, position] @ output.vocabulary.weight_VD.T
+            total += float(logits.log_softmax(-1)[token])
+    return total
+
+
+@pytest.mark.parametrize("size", [1, 4, 50])
+def test_by_likelihood_an_answer_is_the_most_probable_label(
+    size: int, model: SwitchTransformer, tokenizer: Tokenizer, choice: ScoredExamples
+) -> None:
+    settings = ScoringSpec(batch_examples=size, by="likelihood")
+    shown: list[int] = []
+    predictor = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")
+    answered = predictor(choice, show=shown.append)
+    assert shown[-1] == len(choice.examples)
+    assert shown == sorted(shown)
+    naive = [{label: log_p(model, tokenizer, one.input, label) for label in LABELS} for one in choice.examples]
+    assert [one.prediction for one in answered] == [max(by_label, key=by_label.__getitem__) for by_label in naive]
+
+    inputs = torch.tensor([[*tokenizer.encode(choice.examples[3].input), EOS]])
+    labels = [torch.tensor([*tokenizer.encode(label), EOS]) for label in LABELS]
+    with evaluating(model, "dropless"):
+        table = label_log_likelihoods(model, inputs, labels)
+    assert table[0].tolist() == pytest.approx(list(naive[3].values()), abs=1e-4)
+
+
+def test_of_equal_labels_the_first_one_is_the_answer(
+    tokenizer: Tokenizer, choice: ScoredExamples, monkeypatch: pytest.MonkeyPatch, model: SwitchTransformer
+) -> None:
+    equal = lambda model, inputs_BS, labels: torch.zeros(len(inputs_BS), len(labels))  # noqa: E731
+    monkeypatch.setattr(scoring, "label_log_likelihoods", equal)
+    settings = ScoringSpec(by="likelihood")
+    answered = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(choice)
+    assert {one.prediction for one in answered} == {"five"}
+
+
+def test_a_stop_ends_a_choice_between_two_batches(
+    model: SwitchTransformer, tokenizer: Tokenizer, choice: ScoredExamples
+) -> None:
+    settings = ScoringSpec(batch_examples=4, by="likelihood")
+    was_training = model.training
+    with pytest.raises(StopTraining):
+        TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(
+            choice, StopAfter(1)
+        )
+    assert model.training is was_training
+
+
+def _chosen(folder: str, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
+    context = DistributedContext("cpu", "float32", mesh)
+    model, _ = model_of(SPARSE.model_copy(update={"vocab_size": 128}), context)
+    tokenizer = Tokenizer.from_json(tokenizer_json)
+    spec = CustomTask(name="mine", input="{n}", target="m", labels=LABELS, validation=(f"{folder}/v.jsonl",))
+    examples = scored_examples(spec.tasks()[0], "validation", None, tokenizer, RowLengths(32, 16), None)
+    settings = ScoringSpec(batch_examples=4, by="likelihood")
+    return [one.prediction for one in TaskPredictor(model, tokenizer, context, settings, "dropless")(examples)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data 2", "expert 2", "model 2", "zero3 2"])
+def test_ranks_choose_the_same_labels(mesh: str, choice: ScoredExamples, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    world, parallel = MESHES[mesh]
+    model = a_model(SPARSE.model_copy(update={"vocab_size": 128}))
+    settings = ScoringSpec(batch_examples=4, by="likelihood")
+    alone = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(choice)
+    for chosen in on_ranks(world, _chosen, str(tmp_path), parallel, tokenizer.to_json()):
+        assert chosen == [one.prediction for one in alone]
+
+
+def scores(name: str, value: float | None) -> Scores:
+    score = None if value is None else Score(value, value, value)
+    return Scores(name, score, {}, {}, 1, 1, 0, None, 0.0, 0.0)
+
+
+def test_figures_leave_out_secret_answers_and_average_the_rest() -> None:
+    named = {name: scores(name, value) for name, value in {"rte": 50.0, "ax": None, "cola": 20.0}.items()}
+    assert score_metrics(named) == {"tasks/rte": 50.0, "tasks/cola": 20.0, "tasks/average": 35.0}
+    assert score_metrics({"ax": scores("ax", None)}) == {}
+
+
+def test_a_suite_is_averaged_when_all_of_it_was_scored() -> None:
+    named = {name: scores(name, 30.0) for name in ("trivia_qa", "natural_questions", "web_questions")}
+    assert suite_scores(named) == {"closed_book_qa": 30.0}
+    del named["trivia_qa"]
+    assert suite_scores(named) == {}

@@ -1,0 +1,162 @@
+"""What an atlas's counts say: against loops, and where the answer is known."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_routing_counts import looked_at
+
+from switchcli.training.routing_counts import (
+    ExpertChoices,
+    ExpertCounts,
+    LayerCounts,
+    StackTokens,
+    count_choices,
+    sum_counts,
+)
+from switchcli.training.specialization import (
+    MIN_COUNT,
+    TOP_TOKENS,
+    information,
+    information_by_chance,
+    specialization_metrics,
+    top_tokens,
+)
+
+CHOICES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=20)
+
+
+def pairs_of(choices: list[tuple[int, int]], num_experts: int) -> ExpertCounts:
+    keys = torch.tensor([value * num_experts + expert for value, expert in choices])
+    return sum_counts(keys, torch.ones_like(keys))
+
+
+@given(CHOICES)
+def test_mutual_information_is_that_of_a_loop(drawn: list[tuple[int, int, int]]) -> None:
+    choices = [(value, expert) for value, expert, times in drawn for _ in range(times)]
+    joint, values, experts = Counter(choices), Counter(v for v, _ in choices), Counter(e for _, e in choices)
+    num = len(choices)
+    nats = sum(c / num * math.log(c * num / (values[v] * experts[e])) for (v, e), c in joint.items())
+    entropy = -sum(c / num * math.log(c / num) for c in experts.values())
+    found = information(pairs_of(choices, 4), 4, num, 0.0)
+    assert found.nats == pytest.approx(nats, abs=1e-9)
+    assert found.experts == pytest.approx(entropy, abs=1e-9)
+    assert -1e-9 <= found.by_chance <= entropy + 1e-9
+    assert found == information(pairs_of(choices[::-1], 4), 4, num, 0.0)
+
+
+def test_a_value_that_decides_says_all_and_one_that_is_dealt_at_random_nothing() -> None:
+    decided = [(value % 40, value % 40 % 8) for value in range(4000)]
+    assert information(pairs_of(decided, 8), 8, 4000, 0.0).share == pytest.approx(1.0)
+    draw = torch.Generator().manual_seed(1)
+    at_random = torch.stack([torch.randint(high, (4000,), generator=draw) for high in (400, 8)], 1)
+    chance = information(pairs_of([(int(a), int(b)) for a, b in at_random], 8), 8, 4000, 0.0)
+    assert chance.nats > 0.3  # rare values: as they come they seem to say a lot
+    assert chance.share == pytest.approx(0.0, abs=0.02)
+    assert chance.experts == pytest.approx(math.log(8), abs=0.01)
+
+
+def of_several(experts_AK: torch.Tensor, id_A: torch.Tensor) -> LayerCounts:
+    """Return the counts of tokens that chose several of 8 experts each."""
+    chosen_AE = torch.zeros(len(id_A), 8).scatter_(1, experts_AK, 1.0)
+    places = StackTokens(torch.ones(1, len(id_A)).bool(), id_A, torch.zeros_like(id_A))
+    return count_choices(places, ExpertChoices(chosen_AE / experts_AK.shape[1], chosen_AE.bool(), chosen_AE.bool()))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_token_that_decides_all_its_experts_says_all_and_one_that_decides_none_nothing(k: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    id_A = torch.randint(400, (4000,), generator=draw)
+    of_each = torch.rand(400, 8, generator=draw).topk(k).indices
+    decided = specialization_metrics({"text": of_several(of_each[id_A], id_A)}, [])["told_by"]["token"]
+    assert decided["share"] == pytest.approx(1.0)
+    assert decided["within"] == pytest.approx(math.log(k))
+    at_random = torch.rand(4000, 8, generator=draw).topk(k).indices
+    chance = specialization_metrics({"text": of_several(at_random, id_A)}, [])["told_by"]["token"]
+    assert chance["share"] == pytest.approx(0.0, abs=0.02)
+
+
+@given(st.lists(st.permutations(range(5)), min_size=1, max_size=12), st.integers(1, 3))
+def test_what_is_dealt_is_each_value_and_each_expert_as_often_and_no_expert_twice_to_a_token(
+    orders: list[list[int]], k: int
+) -> None:
+    """Each value comes once: a pair that is dealt twice would be one expert twice at one token."""
+    choices = [(value, expert) for value, order in enumerate(orders) for expert in order[:k]]
+    found = information_by_chance(pairs_of(choices, 5), 5, len(orders))
+    assert set(found.count_X.tolist()) == {1}
+    again = [divmod(key, 5) for key in found.key_X.tolist()]
+    assert Counter(value for value, _ in again) == Counter(value for value, _ in choices)
+    assert Counter(expert for _, expert in again) == Counter(expert for _, expert in choices)
+
+
+def test_what_cannot_be_told_is_not() -> None:
+    """Values that came once each say everything of any experts; and one expert leaves nothing to say."""
+    assert information(pairs_of([(value, value % 4) for value in range(50)], 4), 4, 50, 0.0).share is None
+    assert information(pairs_of([(value % 5, 2) for value in range(50)], 4), 4, 50, 0.0).share is None
+
+
+@given(CHOICES)
+def test_the_tokens_of_an_expert_are_those_of_a_loop(drawn: list[tuple[int, int, int]]) -> None:
+    choices = [(value, expert) for value, expert, times in drawn for _ in range(times)]
+    joint, values, experts = Counter(choices), Counter(v for v, _ in choices), Counter(e for _, e in choices)
+    for expert, top in enumerate(top_tokens(pairs_of(choices, 4), 4)):
+        mine = {v: c for (v, e), c in joint.items() if e == expert}
+        lift = {v: c / experts[expert] / (values[v] / len(choices)) for v, c in mine.items()}
+        more = {v for v, c in mine.items() if c * len(choices) > experts[expert] * values[v]}
+        often = sorted((v for v in more if values[v] >= MIN_COUNT), key=lambda v: (-round(lift[v], 9), -mine[v], v))
+        assert [one["id"] for one in top.by_count] == sorted(mine, key=lambda v: (-mine[v], v))[:TOP_TOKENS]
+        assert [round(lift[int(one["id"])], 9) for one in top.by_lift] == [
+            round(lift[v], 9) for v in often[:TOP_TOKENS]
+        ]
+        for one in top.by_lift + top.by_count:
+            assert one["count"] == mine[int(one["id"])]
+            assert one["lift"] == pytest.approx(lift[int(one["id"])])
+
+
+@given(st.data())
+def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
+    texts = {name: count_choices(*data.draw(looked_at(3))) for name in ("a", "b")}
+    found = specialization_metrics(texts, [1, 4])
+    chosen = sum(int(one.chosen_E.sum()) for one in texts.values())
+    assert sum(found["load"]) == chosen
+    assert [sum(column) for column in zip(*found["texts"].values(), strict=True)] == found["load"]
+    assert sum(map(sum, found["positions"]["load"])) == chosen
+    assert set(found["sentinels"]) <= {1, 4}
+    assert set(found["told_by"]) == {"token", "position", "text"}
+    for expert, load in enumerate(found["load"]):
+        assert (found["experts"][expert]["confidence"] is None) == (load == 0)
+        assert bool(found["experts"][expert]["by_count"]) == (load > 0)
+
+
+def of_positions(positions: range) -> LayerCounts:
+    """The first half of the places to expert 0, the others to expert 1, none to expert 2."""
+    num = len(positions)
+    chosen = torch.zeros(num, 3, dtype=torch.bool)
+    chosen[: num // 2, 0] = chosen[num // 2 :, 1] = True
+    places = StackTokens(torch.ones(1, num).bool(), torch.arange(num) % 7, torch.tensor(positions))
+    return count_choices(places, ExpertChoices(torch.full((num, 3), 1 / 3), chosen, chosen))
+
+
+def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:
+    once = of_positions(range(64))
+    found = specialization_metrics({"text": once + once + once}, [])
+    assert found["told_by"]["position"]["share"] == pytest.approx(1.0)
+    assert abs(found["told_by"]["token"]["share"]) < 0.1
+    assert "text" not in found["told_by"]
+    assert found["positions"]["firsts"] == list(range(0, 64, 4))
+    assert found["positions"]["last"] == 63
+    assert found["positions"]["load"] == [[12, 0, 0]] * 8 + [[0, 12, 0]] * 8
+    nothing = found["experts"][2]
+    assert nothing == {
+        "share": 0.0,
+        "turned_away_fraction": None,
+        "confidence": None,
+        "by_lift": [],
+        "by_count": [],
+    }
+    assert found["experts"][0]["confidence"] == pytest.approx(1 / 3)
+    assert found["entropy"] == pytest.approx(math.log(3), rel=1e-6)
+    assert found["sentinels"] == {}

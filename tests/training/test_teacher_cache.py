@@ -1,0 +1,205 @@
+"""A teacher's answers on disk: read back equal, whole after a kill, and refused where they are somebody else's."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from faulty_files import Crash, FaultyFiles
+from messages import naming
+from tiny import SPARSE, TARGET, a_model, rows
+
+from switchcli.data.batch import TeacherTopK
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.signals import StopRequest, StopTraining
+from switchcli.errors import CheckpointError
+from switchcli.model.moe.layer import evaluate_by
+from switchcli.report.console import silent
+from switchcli.training.distillation import Teacher
+from switchcli.training.distillation_specs import TeacherCacheSpec
+from switchcli.training.teacher_cache import TeacherCache, bytes_per_step, id_dtype
+from switchcli.training.teacher_cache_writer import TeacherCacheWriter, top_k_probs
+
+ROWS, STEPS = 4, 6
+NO_STOP = StopRequest()
+FACTS = {"teacher": "one", "text": "a", "batches": "b", "top_k": 5, "temperature": 1.0}
+SPEC = TeacherCacheSpec(folder="unused", top_k=5, precision="float32")
+
+
+def teacher() -> Teacher:
+    model = a_model(SPARSE, seed=2)
+    evaluate_by(model, "dropless")
+    return Teacher(model, "float32", 1.0)
+
+
+class StopWhenTwo:
+    """A stop that is requested when two parts are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def requested(self) -> bool:
+        return len(list(self._folder.glob("steps*"))) == 2
+
+
+def fill(
+    store: TeacherCache, parts: list[range], context: DistributedContext, stop: StopRequest | StopWhenTwo = NO_STOP
+) -> bool:
+    """Whether all was answered: False after a stop."""
+    asking = TeacherCacheWriter(teacher(), SPEC, rows, ROWS, 2, packed=False)
+    try:
+        asking.fill(store, parts, context, silent(), stop)
+    except StopTraining:
+        return False
+    return True
+
+
+def opened(folder: Path, facts: dict = FACTS) -> TeacherCache:
+    store = TeacherCache(folder, ROWS)
+    store.begin(facts)
+    return store
+
+
+def filled(folder: Path, steps: int = STEPS) -> TeacherCache:
+    store = opened(folder)
+    assert fill(store, store.missing(0, steps, 1), DistributedContext("cpu", "float32"))
+    return store
+
+
+def expected(step: int, first: int, count: int) -> TeacherTopK:
+    batch = rows(step, first, count)
+    kept = top_k_probs(teacher().predict(batch, packed=False), batch.targets_BT.numel(), SPEC)
+    return TeacherTopK(*(part.view(count, TARGET, *part.shape[1:]) for part in kept))
+
+
+def same(found: TeacherTopK, right: TeacherTopK) -> bool:
+    """Probabilities to their rounding: which rows are asked about together changes the order of sums."""
+    close = torch.allclose(found.probability_BTK, right.probability_BTK, rtol=1e-5)
+    return torch.equal(found.ids_BTK.int(), right.ids_BTK.int()) and close
+
+
+def test_what_is_kept_is_what_the_teacher_says(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a")
+    for step in range(STEPS):
+        assert same(store.read(step, 0, ROWS), expected(step, 0, ROWS))
+        assert same(store.read(step, 1, 2), expected(step, 1, 2))
+    again = opened(tmp_path / "a")
+    assert all(map(torch.equal, again.read(3, 0, ROWS), store.read(3, 0, ROWS)))
+    assert again.missing(0, STEPS, 1) == []
+
+
+def test_probabilities_add_up_and_are_in_order(tmp_path: Path) -> None:
+    ids_BTK, probability_BTK, rest_BT = filled(tmp_path / "a").read(0, 0, ROWS)
+    torch.testing.assert_close(probability_BTK.sum(-1) + rest_BT, torch.ones(ROWS, TARGET))
+    assert (probability_BTK.diff(dim=-1) <= 0).all()
+    assert ids_BTK.dtype == torch.uint16
+    assert id_dtype(1 << 16) == torch.uint16
+    assert id_dtype((1 << 16) + 1) == torch.int32
+
+
+def test_the_size_that_is_foretold_is_that_of_the_files(tmp_path: Path) -> None:
+    filled(tmp_path / "a")
+    parts = list((tmp_path / "a").glob("steps-*"))
+    headers = 1024 * len(parts)
+    size = sum(path.stat().st_size for path in parts)
+    assert 0 <= size - STEPS * bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size) <= headers
+
+
+def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None:
+    store = filled(tmp_path / "a", steps=2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    assert store.missing(0, STEPS, 1) == [range(2, STEPS)]
+    filled(tmp_path / "a")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert same(store.read(5, 0, ROWS), expected(5, 0, ROWS))
+
+
+def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 100)
+    store = opened(tmp_path / "a")
+    assert store.missing(0, 5, 40) == [range(2), range(2, 4), range(4, 5)]
+    assert store.missing(3, 5, 1000) == [range(3, 4), range(4, 5)]
+
+
+def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
+    store, context = opened(tmp_path / "a"), DistributedContext("cpu", "float32")
+    assert not fill(store, store.missing(0, STEPS, 1), context, StopWhenTwo(tmp_path / "a"))
+    left = store.missing(0, STEPS, 1)
+    assert left == [range(step, step + 1) for step in range(2, STEPS)]
+    assert fill(store, left, context)
+    assert same(store.read(4, 0, ROWS), expected(4, 0, ROWS))
+
+
+def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
+    answers = expected(0, 0, ROWS)
+    struck = True
+    for number in range(12):
+        folder, disk = tmp_path / str(number), FaultyFiles(number, crash)
+        with monkeypatch.context() as patch, suppress(Crash):
+            patch.setattr("switchcli.training.teacher_cache.DISK", disk)
+            opened(folder).add(range(1), answers)
+        struck = disk.struck
+        store = opened(folder)
+        if store.missing(0, 1, 1):
+            assert struck
+            store.add(range(1), answers)
+        assert all(map(torch.equal, store.read(0, 0, ROWS), answers))
+        assert not list(folder.glob(".tmp-*"))
+    assert not struck, "more operations than were tried"
+
+
+@pytest.mark.parametrize(
+    ("fact", "tokens"),
+    [
+        ({"teacher": "two"}, ["teacher"]),
+        ({"text": "other"}, ["text"]),
+        ({"batches": "other"}, ["batches", "train.seed", "train.batch_tokens"]),
+        ({"top_k": 6}, ["top_k", "5", "6"]),
+        ({"temperature": 2.0}, ["temperature", "1.0", "2.0"]),
+    ],
+)
+def test_answers_of_something_else_are_refused(tmp_path: Path, fact: dict, tokens: list[str]) -> None:
+    opened(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=naming(*tokens, "distill.cache.folder")) as refused:
+        opened(tmp_path / "a", {**FACTS, **fact})
+    assert ("batches" in str(refused.value)) == ("batches" in fact)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=naming(str(tmp_path), "distill.cache.folder")):
+        opened(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_facts_that_are_broken_are_refused(tmp_path: Path, text: str) -> None:
+    opened(tmp_path)
+    (tmp_path / "answers.json").write_text(text)
+    with pytest.raises(CheckpointError, match=naming("answers.json", "distill.cache.folder")):
+        opened(tmp_path)
+
+
+def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (part,) = tmp_path.glob("steps-*")
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    store = TeacherCache(tmp_path, ROWS)
+    assert store.damaged() == [part]
+    with pytest.raises(CheckpointError, match=naming(part.name, "command")):
+        store.read(0, 0, ROWS)
+    assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
+
+
+def test_answers_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=naming("step 7", "command")):
+        filled(tmp_path).read(7, 0, ROWS)
+
+
+def crash() -> None:
+    raise Crash
