@@ -52,7 +52,9 @@ class _RMSNorm(torch.autograd.Function):
         with torch.autocast(x_BSD.device.type, enabled=False):
             grad_weight_D = scale_BS1.flatten() @ product_ND
             sum_N = product_ND @ weight_D
-        factor_BS1 = sum_N.view_as(scale_BS1) * scale_BS1.pow(3) / -len(weight_D)
+        # r and y are 0 where the sum of squares overflowed. A gradient of NaN lets the check of the step find that.
+        cube_BS1 = scale_BS1.pow(3).masked_fill_(scale_BS1 == 0, float("nan"))
+        factor_BS1 = sum_N.view_as(scale_BS1) * cube_BS1 / -len(weight_D)
         grad_x_BSD = (grad_BSD * weight_D).mul_(scale_BS1).addcmul_(x_BSD, factor_BS1)
         return grad_x_BSD, grad_weight_D, None
 

@@ -104,3 +104,15 @@ def test_the_gradient_of_a_norm_is_float32_under_autocast_and_refuses_a_second_o
     (gradient,) = torch.autograd.grad(norm(x_BSD).square().sum(), x_BSD, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("huge", [1e20, 3e38])
+def test_a_norm_whose_squares_overflow_has_a_gradient_that_the_finite_check_finds(huge: float) -> None:
+    x_BSD = torch.ones(1, 2, 8)
+    x_BSD[0, 0, 3] = huge
+    x_BSD.requires_grad_()
+    norm = RMSNorm(8, 1e-6)
+    torch.nn.init.ones_(norm.weight)
+    (gradient,) = torch.autograd.grad(norm(x_BSD).square().sum(), x_BSD)
+    assert not gradient[0, 0].isfinite().all()
+    assert gradient[0, 1].isfinite().all()  # of a position with common numbers
