@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -66,6 +68,32 @@ def test_a_small_step_is_timed_beside_its_products_alone(benchmark: Import, monk
     assert set(found["seconds"]) == {"step", "forward", "forward and backward", "products alone"}
     assert found["tokens"] == 16 * small.SOURCE
     assert found["operations"] > 500
+
+
+def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = benchmark("busy")
+    monkeypatch.setattr(busy, "SECONDS", 0)
+    monkeypatch.setattr(busy, "ROWS", 16)
+    for work in set(busy.WORK) - {"pretrain --processes 2"}:  # makes process groups
+        job = {**TINY, "section": "busy", "who": "switchcli", "work": work}
+        assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1, work
+
+
+@pytest.mark.slow
+def test_two_ranks_take_turns_as_one_contestant(benchmark: Import) -> None:
+    job = {**TINY, "section": "busy", "who": "switchcli", "work": "pretrain --processes 2", "threads": 2}
+    with benchmark("turns").Live(job) as ranks:
+        assert ranks.turn()["done"] >= 1
+
+
+@pytest.mark.parametrize("other_sessions", [False, True])
+def test_busy_processes_run_meanwhile_and_no_longer(benchmark: Import, other_sessions: bool) -> None:
+    before = set(psutil.Process().children())
+    with benchmark("busy").busy(2, other_sessions):
+        children = set(psutil.Process().children()) - before
+        assert len(children) == 2
+        assert [os.getsid(child.pid) == os.getsid(0) for child in children] == [not other_sessions] * 2
+    assert set(psutil.Process().children()) == before
 
 
 def test_every_implementation_that_transformers_knows_has_a_row(benchmark: Import) -> None:

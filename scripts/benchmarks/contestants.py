@@ -20,7 +20,8 @@ from machine import SIZES, Clock, Job, Sizes, begin, plain
 
 from switchcli.distributed.context import DistributedContext
 
-BUILDERS = {section: f"{section}_against_others" for section in ("layer", "step", "generate")}
+AGAINST_OTHERS = ("layer", "step", "generate")
+BUILDERS = {**{section: f"{section}_against_others" for section in AGAINST_OTHERS}, "busy": "busy_contestant"}
 """Builder of a contestant of each section, in the file of its name."""
 
 
@@ -32,6 +33,7 @@ class Contestant(NamedTuple):
     """Work that takes turns."""
 
     turn: Callable[[], object]
+    """Its result, if it is a number, is the amount of work that was done."""
     notes: dict[str, Any]
     """Figures of this contestant, such as its number of parameters."""
 
@@ -86,10 +88,12 @@ def serve(
         say(refused=reason(error))
         return
     say(warm_up=warm_up, **contestant.notes)
+    results: list[object] = []
     for _ in turns:
         cpu = time.process_time()
-        seconds = wait(contestant.turn)
-        say(seconds=seconds, cpu=time.process_time() - cpu, peak=peak(job))
+        seconds = wait(lambda: results.append(contestant.turn()))
+        done = results[-1] if isinstance(results[-1], int) else 1
+        say(seconds=seconds, cpu=time.process_time() - cpu, peak=peak(job), done=done)
 
 
 def reason(error: Exception) -> str:

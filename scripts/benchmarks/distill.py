@@ -45,7 +45,7 @@ def distill(job: Job) -> Result:
         weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         precision = "float32" if job["precision"] == "float32" else "selective"
         teacher = Teacher(model, precision, 1.0)
-        calls["distilling"] = step(DistillationLoss(DistillSpec(teacher=""), teacher, packed=False))
+        calls["distilling"] = step(DistillationLoss(DistillSpec(teacher="teacher"), teacher, packed=False))
         calls["the teacher's loss alone"] = lambda: _forward(model, here, context)
     if job["who"] != "all":
         calls = {job["who"]: calls[job["who"]]}

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from busy import LOADS, SETTINGS, WORK, busy, with_runtime
 from contestants import Refused, Row
 from data import MODELS
 from machine import SIZES, Job, Result
@@ -335,6 +336,43 @@ def _startup_row(common: Job, row: str) -> list[str]:
     return cells
 
 
+def of_busy(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    """A table for each verb: every setting takes turns with the others, next to each number of busy processes."""
+    settings = [*SETTINGS, *(with_runtime(common["openmp"]) if common["openmp"] else ())]
+    loads = [(0, False), *((count, other) for other in (False, True) for count in LOADS if count)]
+    job = {"section": "busy", "device": common["device"], "precision": "float32", "limit": 300}
+    for work in WORK:
+        with ExitStack() as stack:
+            live = []
+            for setting in settings:
+                changes = {"environment": setting.environment, "threads": setting.threads or common["threads"]}
+                live.append(stack.enter_context(Live({**job, "who": "switchcli", "work": work, **changes})))
+            speeds = {load: _speeds(live, load, common["rounds"]) for load in loads}
+        none = {load: each[0] for load, each in speeds.items()}
+        first = [f"{statistics.median(none[load]):.1f}" for load in loads]
+        rows = [[f"{settings[0].name}, times per second", *first]]
+        for number, setting in enumerate(settings[1:], 1):
+            rows.append([setting.name, *(ratio(each[number], none[load]) for load, each in speeds.items())])
+        print(f"`{work}`, over no variable\n")
+        table(["setting", *(_load_name(*load) for load in loads)], rows)
+
+
+def _speeds(live: Sequence[Live], load: tuple[int, bool], rounds: int) -> list[list[float]]:
+    """How often each does its work per second, in every round."""
+    speeds: list[list[float]] = [[] for _ in live]
+    with busy(*load):
+        for number in range(rounds):
+            order = list(range(len(live)))
+            for each in order if number % 2 else order[::-1]:
+                turn = live[each].turn()
+                speeds[each].append(turn["done"] / turn["seconds"])
+    return speeds
+
+
+def _load_name(count: int, other_sessions: bool) -> str:
+    return f"{count} busy{', of other sessions' if other_sessions else ''}" if count else "quiet"
+
+
 def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     """Processes of one thread, and one of all; the loader beside a model on one thread, in float32."""
     with tempfile.TemporaryDirectory() as folder:
@@ -425,6 +463,7 @@ TABLES = {
     "distill": of_distilling,
     "scaling": of_scaling,
     "saving": of_saving,
+    "busy": of_busy,
     "startup": of_startup,
     "data": of_data,
     "paper": of_the_paper,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 from contestants import Refused
 from machine import Job, Result
 
-from switchcli.startup import limit_spinning
+from switchcli.startup import SPIN_VARIABLES, limit_spinning
 
 FOLDER = Path(__file__).parent
 
@@ -44,7 +44,11 @@ class Live:
 
     def __init__(self, job: Job) -> None:
         environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # its time to compile is reported
-        limit_spinning(environment)
+        if "environment" in job:
+            environment = {key: value for key, value in environment.items() if key not in SPIN_VARIABLES}
+            environment |= job["environment"]
+        else:
+            limit_spinning(environment)
         print(" ".join(str(value) for value in job.values()), file=sys.stderr, flush=True)
         self._ours = job["who"] == "switchcli" and not job.get("compile")
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed on exit

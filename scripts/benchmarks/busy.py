@@ -1,0 +1,213 @@
+"""Work of several verbs next to busy processes, by how long OpenMP's threads spin at a barrier.
+
+A busy process is an endless loop of Python. Linux may share the processors among sessions first (autogroup), so a busy
+process of the same session takes more of them than one that was started in another terminal: both are measured.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from contestants import Contestant
+from machine import Job, begin
+from small import ROWS, SOURCE, SPEC, TARGET
+
+from switchcli.data.batch import Batch
+from switchcli.data.sources.corpus import PythonStdlib
+from switchcli.data.tokenizer.tokenizer import TrainedTokenizer
+from switchcli.model.decoding import Decoding
+from switchcli.model.generation import generate as decode
+from switchcli.model.init import initialize
+from switchcli.model.moe.layer import evaluate_by
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.training.distillation import DistillationLoss, Teacher
+from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import Objective, cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.optimizer_specs import Adafactor
+
+SECONDS = 1.0
+"""A turn begins no further piece of work after this time."""
+LOADS = (0, 1, 2, 8)
+"""Numbers of busy processes."""
+
+
+class Setting(NamedTuple):
+    """Environment variables of a contestant, and its number of threads where it is not the option's."""
+
+    name: str
+    environment: dict[str, str]
+    threads: int | None = None
+
+
+SETTINGS = (
+    Setting("no variable", {}),
+    *(Setting(f"GOMP_SPINCOUNT={count}", {"GOMP_SPINCOUNT": str(count)}) for count in (100000, 10000, 1000, 100)),
+    Setting("OMP_WAIT_POLICY=PASSIVE", {"OMP_WAIT_POLICY": "PASSIVE"}),
+    Setting("one thread", {}, 1),
+)
+
+
+def with_runtime(library: str) -> tuple[Setting, ...]:
+    """Settings of another OpenMP runtime that takes libgomp's place, such as libomp.so.5 or libiomp5.so."""
+    name, preload = Path(library).name, {"LD_PRELOAD": library}
+    times = ("0", "1ms", "100us")
+    return (
+        Setting(f"{name}, no variable", preload),
+        *(Setting(f"{name}, KMP_BLOCKTIME={time}", {**preload, "KMP_BLOCKTIME": time}) for time in times),
+    )
+
+
+@contextmanager
+def busy(count: int, other_sessions: bool) -> Iterator[None]:
+    """Run busy processes meanwhile, each in a session of its own or all in this one."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=other_sessions) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def busy_contestant(job: Job) -> Contestant:
+    """The work of `job["work"]` on the quickstart's model, over and over for a second a turn."""
+    os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # of the tokenizer
+    work = WORK[job["work"]](job)
+
+    def turn() -> int:
+        began, done = time.perf_counter(), 0
+        while not done or time.perf_counter() - began < SECONDS:
+            work()
+            done += 1
+        return done
+
+    return Contestant(turn, {"libraries": openmp()})
+
+
+def openmp() -> list[str]:
+    """The OpenMP runtimes that are loaded."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    files = {Path(line.split()[-1]).name for line in maps.splitlines()}
+    return sorted(name for name in files if name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _step(job: Job, teacher: bool) -> Callable[[], None]:
+    context, _ = begin(job)
+    model = SwitchTransformer(SPEC)
+    initialize(model, 0)
+    optimizer = Adafactor().build(dict(model.named_parameters()))
+    batch = _batch()
+    real = RealTokens.of(batch)
+    objective: Objective = cross_entropy
+    if teacher:
+        teaching = SwitchTransformer(SPEC)
+        initialize(teaching, 1)
+        evaluate_by(teaching, "dropless")
+        objective = DistillationLoss(DistillSpec(teacher="teacher"), Teacher(teaching, "float32", 1.0), packed=False)
+
+    def step() -> None:
+        accumulate_gradients(model.train(), objective, [Microbatch(0, batch, real)], real, context, "0")
+        optimizer.step(1e-3)
+        model.zero_grad()
+
+    return step
+
+
+def _ranks(job: Job) -> Callable[[], object]:
+    """Steps of two ranks with half of the threads each. This process is the first one and starts the other."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    job = {**job, "device": "cpu", "threads": max(1, job["threads"] // 2)}
+    multiprocessing.get_context("spawn").Process(target=_second_rank, args=(job, port), daemon=True).start()
+    step = _step_of_rank(job, 0, port)
+
+    def steps() -> None:
+        dist.broadcast(torch.zeros(()), 0)
+        step()
+
+    return steps
+
+
+def _second_rank(job: Job, port: int) -> None:
+    step = _step_of_rank(job, 1, port)
+    with suppress(RuntimeError):  # the first rank has gone
+        while True:
+            dist.broadcast(torch.zeros(()), 0)  # waits until the first rank begins a step
+            step()
+
+
+def _step_of_rank(job: Job, rank: int, port: int) -> Callable[[], None]:
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    context, _ = begin(job)
+    model = SwitchTransformer(SPEC)
+    initialize(model, 0)
+    wrapped, optimizer = context.wrap(model.train()), Adafactor().build(dict(model.named_parameters()))
+    batch = _batch()
+    own = RealTokens.of(batch)
+    real = RealTokens(own.inputs * context.world, own.targets * context.world)
+
+    def step() -> None:
+        accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, batch, own)], real, context, "0")
+        optimizer.step(1e-3)
+        optimizer.zero_grad()
+
+    return step
+
+
+def _evaluation(job: Job) -> Callable[[], object]:
+    model, batch = _model(job), _batch()
+
+    @torch.no_grad()
+    def evaluation() -> None:
+        cross_entropy(model, batch)
+
+    return evaluation
+
+
+def _answers(job: Job) -> Callable[[], object]:
+    model, inputs_BS = _model(job), _batch().inputs_BS[:16]
+    evaluate_by(model, "dropless")
+    decoding = Decoding(max_tokens=16)
+    return lambda: decode(model, inputs_BS, decoding)
+
+
+def _model(job: Job) -> SwitchTransformer:
+    begin(job)
+    model = SwitchTransformer(SPEC)
+    initialize(model, 0)
+    return model.eval().requires_grad_(False)
+
+
+def _batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch(*(torch.randint(2, SPEC.vocab_size, (ROWS, size), generator=generator) for size in (SOURCE, TARGET)))
+
+
+def _tokenization(job: Job) -> Callable[[], object]:
+    documents = [document.text[:4000] for document in PythonStdlib().documents()][:512]
+    tokenizer = TrainedTokenizer(max_characters=500_000).load(lambda: {"": PythonStdlib().documents()})
+    return lambda: tokenizer.encode_batch(documents)
+
+
+WORK: dict[str, Callable[[Job], Callable[[], object]]] = {
+    "pretrain": lambda job: _step(job, teacher=False),
+    "pretrain --processes 2": _ranks,
+    "distill": lambda job: _step(job, teacher=True),
+    "eval": _evaluation,
+    "generate": _answers,
+    "data prepare": _tokenization,
+}
+"""What a verb does all the time, by the verb. A step of `finetune` is that of `pretrain`."""
