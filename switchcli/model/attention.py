@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 from switchcli.model.config import ModelSpec
 from switchcli.model.flex import FlexBias, flex_attend
-from switchcli.model.layers import compute_dtype, dropout, linear
+from switchcli.model.layers import Linear, compute_dtype, dropout
 from switchcli.model.vocabulary import at_least_float32
 
 MASKED = -1e9
@@ -51,10 +51,10 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         width = spec.num_heads * spec.head_width
-        self.q = linear(spec.d_model, width)
-        self.k = linear(spec.d_model, width)
-        self.v = linear(spec.d_model, width)
-        self.o = linear(width, spec.d_model)
+        self.q = Linear(spec.d_model, width)
+        self.k = Linear(spec.d_model, width)
+        self.v = Linear(spec.d_model, width)
+        self.o = Linear(width, spec.d_model)
         self.head_width = spec.head_width
         self.dropout = spec.dropout
         self.axis = SINGLE_PROCESS
@@ -101,7 +101,8 @@ def attend(
             of a key is the same as dropping its value.
         axis: the processes among which the heads are divided.
 
-    Uses torch's fused kernels, except on a CPU where the bias needs a gradient: there they are slower than products.
+    Uses torch's fused kernels, except on a CPU where the bias needs a gradient or there is one query, as in decoding:
+    there they are slower than products.
     """
     key_BHSK, value_BHSK = memory
     value_BHSK = dropout(value_BHSK, rate, training=True, shared=-1, axis=axis, divided=1)
@@ -119,8 +120,9 @@ def attend(
         return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
     # Autocast would round the bias, and the logits of the plain products, which the compiler fuses.
     with torch.autocast(query_BHTK.device.type, enabled=False):
-        if bias.requires_grad:
-            logits_BHTS = (query_BHTK.float() @ key_BHSK.float().mT).add_(bias)
+        if bias.requires_grad or query_BHTK.shape[2] == 1:
+            exact = at_least_float32(query_BHTK)
+            logits_BHTS = (query_BHTK.to(exact) @ key_BHSK.to(exact).mT).add_(bias)
             return logits_BHTS.softmax(-1).to(value_BHSK.dtype) @ value_BHSK
         # The CPU kernels take a float32 bias with bfloat16 products and add it in float32.
         bias = bias.to(torch.promote_types(bias.dtype, query_BHTK.dtype))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from switchcli.model.cpu_products import linear
 from switchcli.model.decoding import Decoding
 from switchcli.model.kv_cache import DecoderCache
 from switchcli.model.moe.layer import SwitchLayer
@@ -146,18 +147,7 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, activ
     x_R1D = model.embed(last_R.unsqueeze(1))
     hidden_R1D, _ = model.decoder(x_R1D, active_R.unsqueeze(1), source.encoded, source.cache)
     hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
-    return vocabulary.axis.all_gather(_logits(hidden_R1D.squeeze(1), vocabulary.weight_VD))
-
-
-def _logits(hidden_RD: torch.Tensor, vocabulary_VD: torch.Tensor) -> torch.Tensor:
-    """Return hidden @ vocabulary.T, the largest product of a step.
-
-    On a CPU a product with about 8 rows is faster transposed, with the rows on the right; with fewer or many more rows
-    it is not.
-    """
-    if hidden_RD.is_cpu and 8 <= len(hidden_RD) <= 16:
-        return (vocabulary_VD @ hidden_RD.T).T.contiguous()
-    return F.linear(hidden_RD, vocabulary_VD)
+    return vocabulary.axis.all_gather(linear(hidden_R1D.squeeze(1), vocabulary.weight_VD))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from switchcli.model import cpu_products
 from switchcli.model.axis import SINGLE_PROCESS, ModelAxis, local_slice
 from switchcli.model.config import ModelSpec
 
@@ -65,9 +66,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def linear(num_inputs: int, num_outputs: int) -> nn.Linear:
-    """Return a linear layer without bias; its weight is [outputs, inputs]."""
-    return nn.Linear(num_inputs, num_outputs, bias=False)
+class Linear(nn.Linear):
+    """A linear layer without bias; its weight is [outputs, inputs]."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(num_inputs, num_outputs, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cpu_products.linear(x, self.weight)
 
 
 def dropout(
@@ -117,9 +123,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.wi = linear(spec.d_model, spec.d_ff)
-        self.wi_gate = linear(spec.d_model, spec.d_ff) if spec.activation == "geglu" else None
-        self.wo = linear(spec.d_ff, spec.d_model)
+        self.wi = Linear(spec.d_model, spec.d_ff)
+        self.wi_gate = Linear(spec.d_model, spec.d_ff) if spec.activation == "geglu" else None
+        self.wo = Linear(spec.d_ff, spec.d_model)
         self.dropout = spec.dropout
         self.axis = SINGLE_PROCESS
         """The processes among which the hidden units are divided."""

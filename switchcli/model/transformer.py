@@ -27,7 +27,7 @@ from switchcli.model.axis import SINGLE_PROCESS
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.flex import FlexBias
 from switchcli.model.kv_cache import DecoderCache, LayerKVCache
-from switchcli.model.layers import FeedForward, RMSNorm, add_dropout, dropout, linear
+from switchcli.model.layers import FeedForward, Linear, RMSNorm, add_dropout, dropout
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.losses import AuxiliaryLoss, auxiliary_loss
 from switchcli.model.moe.stats import StackStats
@@ -309,7 +309,7 @@ class SwitchTransformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
-        self.head = None if spec.tie_embeddings else linear(spec.d_model, spec.vocab_size)
+        self.head = None if spec.tie_embeddings else Linear(spec.d_model, spec.vocab_size)
         self.axis = SINGLE_PROCESS
         """The processes among which the vocabulary is divided."""
         for module in self.modules():

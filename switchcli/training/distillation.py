@@ -20,6 +20,7 @@ from torch import nn
 from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
 from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
 from switchcli.model.axis import ModelAxis, local_slice
+from switchcli.model.cpu_products import matmul
 from switchcli.model.layers import compute_dtype
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import VocabularyShard
@@ -53,7 +54,7 @@ class FullTeacherProbs:
     @torch.no_grad()
     def log_probs(self, chunk: slice) -> torch.Tensor:
         """Return log q of the whole vocabulary for the targets `chunk`: [C, V], float32 or float64."""
-        logits_CV = self._hidden_ND[chunk] @ self._vocabulary.weight_VD.mT
+        logits_CV = matmul(self._hidden_ND[chunk], self._vocabulary.weight_VD.mT)
         return self._vocabulary.log_softmax(logits_CV, self._temperature)
 
     def local(self, chunk: slice, axis: ModelAxis) -> TeacherProbs:

@@ -13,6 +13,7 @@ from torch import nn
 
 from switchcli.data.batch import AnyBatch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
+from switchcli.model.cpu_products import matmul, matmul_over_rows
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.packing import SegmentIds, segment_ids
@@ -193,15 +194,15 @@ class _SumInChunks(torch.autograd.Function):
                 chunk = slice(start, start + CHUNK)  # the last one may reach beyond N
                 hidden_CD = hidden_ND[chunk].to(dtype)
                 if not (needs_hidden or needs_weight):
-                    sums_M = sums_M + loss(hidden_CD @ weight_VD.mT, chunk)
+                    sums_M = sums_M + loss(matmul(hidden_CD, weight_VD.mT), chunk)
                     continue
-                chunk_sums_M, gradient_CV = _value_and_gradient(loss, hidden_CD @ weight_VD.mT, chunk)
+                chunk_sums_M, gradient_CV = _value_and_gradient(loss, matmul(hidden_CD, weight_VD.mT), chunk)
                 sums_M = sums_M + chunk_sums_M
                 # With logits = hidden weight^T and G the gradient of the logits: G weight, and G^T hidden.
                 if hidden_gradient_ND is not None:
-                    hidden_gradient_ND[chunk] = gradient_CV @ weight_VD
+                    hidden_gradient_ND[chunk] = matmul(gradient_CV, weight_VD)
                 if weight_gradient_VD is not None:
-                    weight_gradient_VD += gradient_CV.mT @ hidden_CD
+                    weight_gradient_VD += matmul_over_rows(gradient_CV, hidden_CD)
                 del gradient_CV  # before the next chunk allocates its own
         return sums_M
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from switchcli.model import cpu_products
 from switchcli.model.axis import SINGLE_PROCESS, local_slice
 from switchcli.model.config import ModelSpec
 from switchcli.model.layers import activate
@@ -89,7 +90,7 @@ def grouped_product(
     `adds_to_grad`: see `Experts`. In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert,
     which waits for `end_E`.
     """
-    is_large = weight_EFD.numel() * x_AD.element_size() > CPU_CACHE
+    is_large = weight_EFD.numel() * x_AD.element_size() > CPU_CACHE or cpu_products.speeds_up(x_AD, weight_EFD)
     if x_AD.is_cpu and is_large and not torch.compiler.is_compiling():
         y_AF: torch.Tensor = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, adds_to_grad)  # type: ignore[no-untyped-call]
         return y_AF
@@ -152,7 +153,7 @@ def _products(x_AD: torch.Tensor, weight_EDF: torch.Tensor, end_E: torch.Tensor)
         weight_DF = weight_EDF[expert]
         if weight_DF.dtype != x_AD.dtype:
             weight_DF = cast_DF.copy_(weight_DF)
-        torch.mm(x_AD[begin:end], weight_DF, out=y_AF[begin:end])
+        cpu_products.write_matmul(x_AD[begin:end], weight_DF, y_AF[begin:end])
         begin = end
     return y_AF
 
@@ -172,11 +173,13 @@ def _weight_gradient(
     parts = zip(_rows_of_experts(grad_AF, end_E), _rows_of_experts(x_AD, end_E), gradient_EFD, strict=True)
     for grad_RF, x_RD, gradient_FD in parts:
         if is_direct:
-            torch.mm(grad_RF.mT, x_RD, out=gradient_FD)
+            cpu_products.write_matmul_over_rows(grad_RF, x_RD, gradient_FD)
         elif sum_EFD is None:
-            gradient_FD.copy_(torch.mm(grad_RF.mT, x_RD, out=product_FD))
+            cpu_products.write_matmul_over_rows(grad_RF, x_RD, product_FD)
+            gradient_FD.copy_(product_FD)
         else:
-            gradient_FD.add_(torch.mm(grad_RF.mT, x_RD, out=product_FD))
+            cpu_products.write_matmul_over_rows(grad_RF, x_RD, product_FD)
+            gradient_FD.add_(product_FD)
     return gradient_EFD
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from switchcli.model.attention import Bias, KeyValue, attend
 from switchcli.model.config import ModelSpec, Stack
-from switchcli.model.layers import linear
+from switchcli.model.layers import Linear
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.stats import RouterStats
 
@@ -24,7 +24,7 @@ class SwitchAttention(nn.Module):
         super().__init__()
         width = spec.num_heads * spec.head_width
         self.switch = SwitchLayer(spec, stack, 2 * width)
-        self.o = linear(width, spec.d_model)
+        self.o = Linear(width, spec.d_model)
         self.num_heads = spec.num_heads
         self.dropout = spec.dropout
 

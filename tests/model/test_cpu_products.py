@@ -1,0 +1,97 @@
+"""Products of oneDNN, forced where MKL would be used, against torch's own: values, gradients, where they apply."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from switchcli.model import cpu_products
+from switchcli.model.cpu_products import MIN_WORK, ROW_BLOCK
+from switchcli.model.layers import Linear
+from switchcli.model.moe.experts import grouped_product
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN operation for a linear layer"
+)
+SIZES = [(700, 24, 40), (700, 40, 24), (1, 600, 500), (ROW_BLOCK + 7, 100, 120)]
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: request.param)
+    torch.manual_seed(0)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
+def test_a_linear_layer_has_the_values_and_gradients_of_float64(
+    onednn: bool, rows: int, inputs: int, outputs: int
+) -> None:
+    assert rows * inputs * outputs >= MIN_WORK
+    layer = Linear(inputs, outputs)
+    x = torch.randn(rows, 1, inputs, requires_grad=True)
+    y = layer(x)
+    assert ("_Linear" in str(y.grad_fn.next_functions)) == onednn  # below the view
+    y.square().sum().backward()
+    exact_x, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (x, layer.weight))
+    exact = F.linear(exact_x, exact_weight)
+    exact.square().sum().backward()
+    for found, expected in ((y, exact), (x.grad, exact_x.grad), (layer.weight.grad, exact_weight.grad)):
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max())
+        )
+    assert layer.weight.grad.is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y)
+
+
+def test_only_the_gradients_that_are_needed_are_computed(onednn: bool) -> None:
+    layer, x = Linear(64, 64), torch.randn(128, 64)
+    layer(x).sum().backward()
+    assert x.grad is None
+    assert layer.weight.grad is not None
+    layer.weight.requires_grad_(False).grad = None
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is None
+
+
+def test_autocast_float64_and_small_products_are_those_of_torch(onednn: bool) -> None:
+    x, layer = torch.randn(512, 64), Linear(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+    few = torch.randn(2, 64)
+    assert torch.equal(layer(few), F.linear(few, layer.weight))
+    layer, x = layer.double(), x.double()
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+def test_the_result_of_a_linear_layer_may_be_overwritten(onednn: bool) -> None:
+    layer, x = Linear(64, 64), torch.randn(16, 8, 64)
+    layer(x).relu_().sum().backward()
+    found, layer.weight.grad = layer.weight.grad, None
+    layer(x).relu().sum().backward()
+    torch.testing.assert_close(found, layer.weight.grad)
+
+
+@pytest.mark.parametrize("adds_to_grad", [False, True])
+def test_experts_with_any_number_of_rows_agree_with_one_product_each(onednn: bool, adds_to_grad: bool) -> None:
+    counts = [0, 1, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 5 * ROW_BLOCK + 3, 400]
+    weight_EFD = torch.randn(len(counts), 96, 64, requires_grad=True)
+    x_AD = torch.randn(sum(counts), 64, requires_grad=True)
+    end_E = torch.tensor(counts).cumsum(0).int()
+    assert cpu_products.speeds_up(x_AD, weight_EFD) == onednn
+    for _ in range(2):
+        grouped_product(x_AD, weight_EFD, end_E, adds_to_grad).square().sum().backward()
+    found = x_AD.grad, weight_EFD.grad
+    x_AD.grad = weight_EFD.grad = None
+    for _ in range(2):
+        parts = zip(x_AD.split(counts), weight_EFD, strict=True)
+        torch.cat([rows @ weight.mT for rows, weight in parts]).square().sum().backward()
+    torch.testing.assert_close(found, (x_AD.grad, weight_EFD.grad), rtol=1e-4, atol=1e-2)
+
+
+def test_matrix_products_and_sums_over_rows(onednn: bool) -> None:
+    left, right, other = torch.randn(300, 64), torch.randn(64, 80), torch.randn(300, 48)
+    torch.testing.assert_close(cpu_products.matmul(left, right), left @ right, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(cpu_products.matmul_over_rows(left, other), left.mT @ other, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(cpu_products.matmul_over_rows(other, left), other.mT @ left, rtol=1e-5, atol=1e-4)
