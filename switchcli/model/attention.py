@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 from switchcli.model.config import ModelSpec
+from switchcli.model.cpu_products import write_bmm
 from switchcli.model.flex import FlexBias, flex_attend
 from switchcli.model.layers import Linear, compute_dtype, dropout
 from switchcli.model.vocabulary import at_least_float32
@@ -162,12 +163,12 @@ class _BiasedAttention(torch.autograd.Function):
             )
             bias_rows = rows if len(bias_BHTS) > 1 else slice(None)
             logits_NTS = (bias_BHTS[bias_rows, heads] + mask_B1TS[rows]).flatten(0, 1).to(exact)
-            logits_NTS.baddbmm_(query_NTK.to(exact), key_NSK.to(exact).mT)
+            write_bmm(query_NTK.to(exact), key_NSK.to(exact).mT, logits_NTS, add=True)
             if weights_NTS.dtype == exact:
                 torch.softmax(logits_NTS, -1, out=weights_NTS)
             else:
                 weights_NTS.copy_(torch.softmax(logits_NTS, -1, out=logits_NTS))
-            torch.bmm(weights_NTS, value_NSK, out=mixed_NTK)
+            write_bmm(weights_NTS, value_NSK, mixed_NTK)
         ctx.save_for_backward(query_PTK, key_PSK, value_PSK, weights_PTS)
         ctx.bias_shape, ctx.bias_dtype = bias_BHTS.shape, bias_BHTS.dtype
         return mixed_PTK.view_as(query_BHTK)
@@ -187,17 +188,19 @@ class _BiasedAttention(torch.autograd.Function):
             query_NTK, key_NSK, value_NSK, weights_NTS, grad_NTK, grad_query_NTK, grad_key_NSK, grad_value_NSK = (
                 x[pairs] for x in (query_PTK, key_PSK, value_PSK, weights_PTS, grad_PTK, *grads)
             )
-            torch.bmm(weights_NTS.mT, grad_NTK, out=grad_value_NSK)
+            write_bmm(weights_NTS.mT, grad_NTK, grad_value_NSK)
             exact_weights_NTS = weights_NTS.to(exact)
-            grad_logits_NTS = torch.bmm(grad_NTK, value_NSK.mT).to(exact).mul_(exact_weights_NTS)
+            grad_logits_NTS = torch.empty_like(weights_NTS)
+            write_bmm(grad_NTK, value_NSK.mT, grad_logits_NTS)
+            grad_logits_NTS = grad_logits_NTS.to(exact).mul_(exact_weights_NTS)
             sum_NT1 = grad_logits_NTS.sum(-1, keepdim=True)
             grad_logits_NTS.addcmul_(exact_weights_NTS, sum_NT1, value=-1.0)
             grad_bias = grad_bias_BHTS[rows if len(grad_bias_BHTS) > 1 else slice(None), heads]
             # [N, T, S] -> [rows, heads, T, S], summed over the rows if they share the bias.
             grad_bias += grad_logits_NTS.view(-1, *grad_bias.shape[1:]).sum_to_size(grad_bias.shape)
             grad_logits_NTS = grad_logits_NTS.to(query_PTK.dtype)
-            torch.bmm(grad_logits_NTS, key_NSK, out=grad_query_NTK)
-            torch.bmm(grad_logits_NTS.mT, query_NTK, out=grad_key_NSK)
+            write_bmm(grad_logits_NTS, key_NSK, grad_query_NTK)
+            write_bmm(grad_logits_NTS.mT, query_NTK, grad_key_NSK)
         grad_query, grad_key, grad_value = (x.view(B, H, *x.shape[1:]) for x in grads)
         return grad_query, grad_key, grad_value, grad_bias_BHTS, None
 
@@ -262,8 +265,8 @@ class RelativePositionBias(nn.Module):
         key_S = torch.arange(num_keys, device=device)
         query_T1 = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
         distance_TS = key_S - query_T1  # positive: the key is later than the query
-        # The table is [buckets, H], so indexing gives [T, S, H].
-        bias_1HTS = self.weight.float()[self._bucket(distance_TS)].permute(2, 0, 1).unsqueeze(0)
+        # The table is [buckets, H], so indexing gives [T, S, H]. A mask is added faster to contiguous heads.
+        bias_1HTS = self.weight.float()[self._bucket(distance_TS)].permute(2, 0, 1).contiguous().unsqueeze(0)
         if self.bidirectional:
             return bias_1HTS
         return bias_1HTS.masked_fill(distance_TS > 0, MASKED)

@@ -3,7 +3,7 @@
 MKL takes AVX-512 on Intel's processors only. oneDNN, which torch has for bfloat16 and for its compiled code, takes it
 on AMD's too: a large product is up to 2.4 times as fast on Zen 5. Elsewhere these functions call torch's products.
 
-Legend: N rows, D inputs, F outputs, R rows of an expert.
+Legend: N rows, D inputs, F outputs, R rows of an expert. Of a batch: N products, T rows, K inputs, S outputs.
 """
 
 import functools
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""
+MIN_WORK_IN_BATCH = 2**22
+"""The same, of each product of a batch, for which MKL has one call."""
 ROW_BLOCK = 32
 """oneDNN compiles a kernel for each shape. Where the number of rows changes with every call, it gets at most this many
 or a multiple of it, so that there are few shapes, and MKL gets the rest."""
@@ -87,6 +89,19 @@ def write_matmul_over_rows(left_RF: torch.Tensor, right_RD: torch.Tensor, out_FD
             out_FD.addmm_(left_RF[blocks:].mT, right_RD[blocks:])
     else:
         torch.mm(left_RF.mT, right_RD, out=out_FD)
+
+
+def write_bmm(left_NTK: torch.Tensor, right_NKS: torch.Tensor, out_NTS: torch.Tensor, *, add: bool = False) -> None:
+    """Write N products left @ right to `out_NTS`, or add them to it."""
+    work = left_NTK[0].numel() * right_NKS.shape[2]
+    if work >= MIN_WORK_IN_BATCH and _applies(left_NTK[0], right_NKS[0].mT):
+        for left_TK, right_KS, out_TS in zip(left_NTK, right_NKS, out_NTS, strict=True):
+            product_TS = matmul(left_TK, right_KS) if left_TK.is_contiguous() else _over_rows(left_TK.mT, right_KS)
+            out_TS.add_(product_TS) if add else out_TS.copy_(product_TS)
+    elif add:
+        out_NTS.baddbmm_(left_NTK, right_NKS)
+    else:
+        torch.bmm(left_NTK, right_NKS, out=out_NTS)
 
 
 class _Linear(torch.autograd.Function):
