@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda"]
+LoadPrecision = Literal["float32", "selective"]
 PathLike = str | os.PathLike[str]
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values by dotted key, or KEY=VALUE texts as on the command line."""
@@ -281,10 +282,11 @@ def resolve_job(
 class Model:
     """A model with its tokenizer, ready to use. Create it with `switchcli.load`."""
 
-    def __init__(self, handle: CheckpointHandle, device: torch.device) -> None:
+    def __init__(self, handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32") -> None:
         """Wrap an open checkpoint. The weights are loaded when they are first needed."""
         self._handle = handle
         self._device = device
+        self._precision: LoadPrecision = precision
         self._loaded: LoadedModel | None = None
 
     @property
@@ -319,7 +321,7 @@ class Model:
     def _load(self) -> LoadedModel:
         """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
         if self._loaded is None:
-            self._loaded = load_model(self._handle, self._device)
+            self._loaded = load_model(self._handle, self._device, self._precision)
         return self._loaded
 
     def __repr__(self) -> str:
@@ -423,19 +425,23 @@ class Model:
         return text_routing.route_texts(self._load(), _as_list(texts), _check_capacity(capacity), main_console())
 
 
-def load(path: PathLike, device: Device = "auto") -> Model:
+def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:
     """Load the model of a checkpoint.
 
     Args:
         path: the folder of a run (its newest checkpoint), of one checkpoint, or in the Hugging Face layout.
         device: where to compute. `auto` is a CUDA device if there is one, else the CPU.
+        precision: `selective` has weights and products in bfloat16, and routers in float32. It takes half of the
+            memory, and answers may differ. On a CPU without bfloat16 instructions it is slow.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or its weights cannot be read.
         DataError: there is no tokenizer.
-        RecipeError: `device` is cuda and there is no CUDA device.
+        RecipeError: `device` is cuda and there is no CUDA device, or `precision` is neither of the two.
     """
-    model = open_checkpoint(path, device)
+    if precision not in ("float32", "selective"):
+        raise RecipeError(f"precision ({precision}) must be float32 or selective")
+    model = open_checkpoint(path, device, precision)
     loaded(model)
     return model
 
@@ -443,10 +449,10 @@ def load(path: PathLike, device: Device = "auto") -> Model:
 # What only the commands use
 
 
-def open_checkpoint(path: PathLike, device: Device = "auto") -> Model:
+def open_checkpoint(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:
     """Return the model of a checkpoint whose weights are loaded when they are first needed. Raises like `load`."""
     join_srun(os.environ)  # each rank takes a device of its own
-    return Model(open_model(Path(path), main_console()), choose_device(device))
+    return Model(open_model(Path(path), main_console()), choose_device(device), precision)
 
 
 def loaded(model: Model) -> LoadedModel:

@@ -59,6 +59,13 @@ def generate(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")
     ] = "auto",
+    precision: Annotated[
+        Literal["float32", "selective"],
+        typer.Option(
+            metavar="float32|selective",
+            help="selective computes in bfloat16, routers in float32: half of the memory, and answers may differ.",
+        ),
+    ] = "float32",
     capacity: Annotated[
         Literal["paper", "dropless"],
         typer.Option(
@@ -86,7 +93,7 @@ def generate(
         decoding = api.make_decoding(settings)
     except RecipeError as error:
         raise RecipeError(*map(_as_option, error.lines)) from None
-    model = api.load(checkpoint, device)
+    model = api.load(checkpoint, device, precision)
     if texts and len(texts) == 1 and beams == 1 and not as_json and sys.stdout.isatty():
         for piece in text_generation.stream(api.loaded(model), texts[0], decoding, capacity, Console()):
             typer.echo(_without_line_breaks(piece), nl=False)

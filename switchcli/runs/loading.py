@@ -18,6 +18,7 @@ from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.errors import CheckpointError, RecipeError, SwitchError
+from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import schema_of
@@ -117,10 +118,17 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def load_model(handle: CheckpointHandle, device: torch.device) -> LoadedModel:
-    """Load the model of an open checkpoint."""
+def load_model(
+    handle: CheckpointHandle, device: torch.device, precision: Literal["float32", "selective"] = "float32"
+) -> LoadedModel:
+    """Load the model of an open checkpoint. `selective` casts all weights to bfloat16 but those of routers."""
     model = empty_model(handle.recipe, device)
     load_weights(unsharded_weights(model), handle.weights())
+    if precision == "selective":
+        for module in model.modules():
+            if not isinstance(module, RouterWeights):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.bfloat16()
     return LoadedModel(handle.path, handle.step, handle.recipe, handle.tokenizer, model)
 
 

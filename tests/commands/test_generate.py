@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from messages import lacking
 from tiny_run import SwitchCLI
 
+from switchcli import api
 from switchcli.checkpoint import manifest
 from switchcli.checkpoint.manifest import NAME
 from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import RecipeError
+from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
 
 GAP = "the red <extra_id_0> is blue"
@@ -54,6 +58,26 @@ def test_the_capacity_is_a_choice(run: Path, monkeypatch: pytest.MonkeyPatch, sw
         assert switchcli("generate", run, GAP, "--max-tokens", 3, *options).code == 0
         assert set(seen) == {policy}
         seen.clear()
+
+
+def test_selective_precision_has_weights_in_bfloat16_and_routers_in_float32(run: Path, switchcli: SwitchCLI) -> None:
+    model = api.load(run, "cpu", "selective").model
+    routers = [name for name, weight in model.named_parameters() if weight.dtype == torch.float32]
+    assert routers
+    assert all(name.endswith("router.weight") for name in routers)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32, torch.bfloat16}
+    exact = api.load(run, "cpu").model
+    inputs, targets = torch.arange(2, 34).view(2, 16), torch.arange(2, 10).view(2, 4)
+    with torch.no_grad(), evaluating(model, "dropless"), evaluating(exact, "dropless"):
+        found, expected = model(inputs, targets).logits_BTV.float(), exact(inputs, targets).logits_BTV
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    assert switchcli("generate", run, GAP, "--max-tokens", 3, "--precision", "selective").code == 0
+
+
+def test_a_precision_that_does_not_exist_is_refused(run: Path, switchcli: SwitchCLI) -> None:
+    assert switchcli("generate", run, GAP, "--precision", "bfloat16").code == 2
+    with pytest.raises(RecipeError, match="selective"):
+        api.load(run, "cpu", "bfloat16")  # type: ignore[arg-type]
 
 
 def test_a_long_text_is_cut_with_a_warning(run: Path, switchcli: SwitchCLI) -> None:
