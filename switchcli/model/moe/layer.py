@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.config import ModelSpec, Stack
+from switchcli.model.cpu_products import linear
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.opaque_ops import random_bits
@@ -38,7 +39,7 @@ class RouterWeights(nn.Module):
             if self.training and self.router_spec.jitter:
                 x_GND = x_GND * jitter(x_GND, self.router_spec.jitter)
             x_GND = F.dropout(x_GND, self.router_spec.input_dropout, self.training)
-            return F.linear(x_GND, self.weight.to(self.dtype))
+            return linear(x_GND, self.weight.to(self.dtype))
 
 
 def jitter(x: torch.Tensor, width: float) -> torch.Tensor:
