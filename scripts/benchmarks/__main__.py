@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 
 from attention import attention
+from busy import WORK
 from contestants import AGAINST_OTHERS
 from data import data
 from distill import distill
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="", help="of `serving`: a dense run on tasks; default: random weights")
     parser.add_argument("--against", default="", metavar="FOLDER", help="of `startup`: another checkout, in turns")
     parser.add_argument("--openmp", default="", metavar="LIBRARY", help="of `busy`: another OpenMP runtime")
+    parser.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK), help="verbs of `busy`")
     parser.add_argument("--shape", default="base", choices=list(SIZES), help="of `layer`, `step` and `generate`")
     parser.add_argument("--optimizers", nargs="+", default=["adafactor", "adamw"], choices=["adafactor", "adamw"])
     parser.add_argument("--dropout", type=float, default=0.1, help="of `step`")
@@ -89,7 +91,7 @@ def main() -> None:
         parser.error(f"no row has {', '.join(unknown)} in its name; --help lists them")
     common = {"device": options.device, "threads": options.threads, "rounds": options.rounds}
     common |= {"megabytes": options.megabytes, "checkpoint": options.checkpoint}
-    common |= {"against": options.against, "openmp": options.openmp}
+    common |= {"against": options.against, "openmp": options.openmp, "work": options.work}
     print(f"{processor()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
     against = {"shape": options.shape, "rows": options.rows}
     against |= {"optimizers": options.optimizers, "dropout": options.dropout, "limit": options.limit}

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from busy import LOADS, SETTINGS, WORK, busy, with_runtime
+from busy import LOADS, SETTINGS, busy, with_runtime
 from contestants import Refused, Row
 from data import MODELS
 from machine import SIZES, Job, Result
@@ -339,9 +339,9 @@ def _startup_row(common: Job, row: str) -> list[str]:
 def of_busy(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     """A table for each verb: every setting takes turns with the others, next to each number of busy processes."""
     settings = [*SETTINGS, *(with_runtime(common["openmp"]) if common["openmp"] else ())]
-    loads = [(0, False), *((count, other) for other in (False, True) for count in LOADS if count)]
+    loads = [*((count, False) for count in LOADS), (2, True)]
     job = {"section": "busy", "device": common["device"], "precision": "float32", "limit": 300}
-    for work in WORK:
+    for work in common["work"]:
         with ExitStack() as stack:
             live = []
             for setting in settings:
