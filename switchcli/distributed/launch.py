@@ -30,7 +30,7 @@ from switchcli.errors import (
     SwitchError,
     training_location,
 )
-from switchcli.startup import LAUNCHER
+from switchcli.startup import LAUNCHER, available_processors
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -70,7 +70,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Exit:
     from torch.distributed.run import get_args_parser, run
 
     logging.disable(logging.CRITICAL)  # the ranks print why they end; torchrun would repeat it
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_processors() // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory() as logs:
         options = [

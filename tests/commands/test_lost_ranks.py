@@ -99,4 +99,4 @@ def test_ranks_end_whose_launcher_is_killed_while_they_start(trained: Path, tmp_
     finally:
         for rank in ranks_of(out):
             os.kill(rank, signal.SIGKILL)
-    assert b"GOMP_SPINCOUNT=10000" in spinning
+    assert b"GOMP_SPINCOUNT=2000" in spinning

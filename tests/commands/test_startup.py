@@ -40,7 +40,7 @@ def seen_by_torch(folder: Path, arguments: list[str], **variables: str) -> str:
 @pytest.mark.fast("pretrain", "eval")
 @pytest.mark.parametrize("verb", VERBS)
 def test_threads_of_openmp_sleep_soon_at_a_barrier(verb: str, tmp_path: Path) -> None:
-    assert seen_by_torch(tmp_path, VERBS[verb]) == "10000"
+    assert seen_by_torch(tmp_path, VERBS[verb]) == "2000"
 
 
 @pytest.mark.fast("OMP_WAIT_POLICY")
