@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 SPIN_COUNT = "2000"
-"""Iterations for which a thread of libgomp spins at a barrier before it sleeps. docs/results/speed.md has the measurement."""
+"""Iterations for which a thread of libgomp spins at a barrier before it sleeps, see docs/results/speed.md."""
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 """Environment variables that set how long OpenMP's threads spin, of GNU, the standard and Intel."""
 LAUNCHER = "SWITCHCLI_LAUNCHER"
