@@ -19,6 +19,8 @@ MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""
 MIN_WORK_IN_BATCH = 2**22
 """The same, of each product of a batch, for which MKL has one call."""
+MIN_WIDTH_OVER_ROWS = 128
+"""The wider operand of a sum over rows below which oneDNN's copy of the other one outweighs its speed."""
 ROW_BLOCK = 32
 """oneDNN compiles a kernel for each shape. Where the number of rows changes with every call, it gets at most this many
 or a multiple of it, so that there are few shapes, and MKL gets the rest."""
@@ -142,6 +144,8 @@ def _onednn(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
 
 def _over_rows(left_NF: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
     """Return left.T @ right, [F, D]: the gradient of a weight."""
-    if left_NF.shape[1] <= right_ND.shape[1]:
-        return _onednn(left_NF.mT, right_ND.mT)
-    return _onednn(right_ND.mT, left_NF.mT).mT  # the shorter side as rows is faster
+    num_left, num_right = left_NF.shape[1], right_ND.shape[1]
+    if max(num_left, num_right) < MIN_WIDTH_OVER_ROWS:
+        return left_NF.mT @ right_ND
+    # The first operand is copied to have its rows contiguous: let it be the narrower one.
+    return _onednn(left_NF.mT, right_ND.mT) if num_left <= num_right else _onednn(right_ND.mT, left_NF.mT).mT
