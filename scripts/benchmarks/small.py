@@ -26,7 +26,7 @@ SPEC = ModelSpec(
     sparse_every=1,
     router=SwitchRouter(group_sequences=16),
 )
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "baddbmm_", "mv", "_grouped_mm")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "baddbmm_", "mv", "_grouped_mm", "_linear_pointwise")
 
 
 class Recorder(TorchDispatchMode):
