@@ -121,7 +121,7 @@ def attend(
         return F.scaled_dot_product_attention(query_BHTK, key_BHSK, value_BHSK, attn_mask=bias, scale=1.0)
     # Autocast would round the bias, and the logits of the plain products, which the compiler fuses.
     with torch.autocast(query_BHTK.device.type, enabled=False):
-        if bias.requires_grad or query_BHTK.shape[2] == 1:
+        if bias.requires_grad or query_BHTK.shape[2] == 1 or key_BHSK.dtype != query_BHTK.dtype:
             exact = at_least_float32(query_BHTK)
             logits_BHTS = (query_BHTK.to(exact) @ key_BHSK.to(exact).mT).add_(bias)
             return logits_BHTS.softmax(-1).to(value_BHSK.dtype) @ value_BHSK
@@ -238,6 +238,11 @@ def cast_bias(bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     # affected.
     """
     return bias if bias.is_cpu else bias.to(compute_dtype(x))
+
+
+def cached_keys(key_BHSK: torch.Tensor) -> torch.Tensor:
+    """Return keys as a decoder caches them: on a CPU in the dtype of logits, so that no step has to cast them."""
+    return key_BHSK.to(at_least_float32(key_BHSK)) if key_BHSK.is_cpu else key_BHSK
 
 
 def padding_bias(real_BS: torch.Tensor) -> torch.Tensor:

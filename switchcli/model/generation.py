@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.cpu_products import linear
+from switchcli.model.cpu_products import linear, packed_linear
 from switchcli.model.decoding import Decoding
 from switchcli.model.kv_cache import DecoderCache
+from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.packing import decoder_inputs
 from switchcli.model.sampling import UniformDraws, pick
@@ -23,6 +24,8 @@ from switchcli.model.transformer import EncoderOutput, SwitchTransformer
 from switchcli.model.vocabulary import at_least_float32
 from switchcli.spec import EOS, PAD
 
+MIN_TOKENS_TO_PACK = 8
+"""Steps after which a packed vocabulary has saved the time to pack it."""
 AllDone = Callable[[torch.Tensor], bool]
 """Returns whether to stop, given which inputs are done, bool [B]. Where a step has collectives, the answer must be the
 same on all ranks: whether all inputs of all ranks are done."""
@@ -76,7 +79,7 @@ def generate_columns(
     if decoding.beams > 1:
         raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: set beams to 1 to read along")
     num_inputs = len(inputs_BS)
-    source = _encode(model, inputs_BS)
+    source = _encode(model, inputs_BS, decoding)
     draws = UniformDraws(decoding.seed, first, len(source.real_B)) if decoding.temperature > 0.0 else None
     active_B = source.real_B  # rows whose answer has not ended
     last_B = torch.full_like(active_B, PAD, dtype=torch.int64)  # PAD starts the decoder
@@ -96,11 +99,18 @@ class _Source(NamedTuple):
     cache: DecoderCache
     real_B: torch.Tensor
     """bool: inputs that are not padding only."""
+    product: Callable[[torch.Tensor], torch.Tensor] | None
+    """The product of hidden states [R, D] with this process's rows of the vocabulary, if they are packed for it."""
 
 
-def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor) -> _Source:
+def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding) -> _Source:
     encoded, real_B = encode_groups(model, inputs_BS)
-    return _Source(encoded, model.decoder.cache(encoded), real_B)
+    product = None
+    if decoding.max_tokens >= MIN_TOKENS_TO_PACK:
+        _, vocabulary = model.vocabulary(encoded.hidden_BSD[:, :1])
+        num_rows = decoding.beams * len(real_B)
+        product = packed_linear(vocabulary.weight_VD, compute_dtype(encoded.hidden_BSD), num_rows)
+    return _Source(encoded, model.decoder.cache(encoded), real_B, product)
 
 
 def encode_groups(model: SwitchTransformer, inputs_BS: torch.Tensor) -> tuple[EncoderOutput, torch.Tensor]:
@@ -147,7 +157,9 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, activ
     x_R1D = model.embed(last_R.unsqueeze(1))
     hidden_R1D, _ = model.decoder(x_R1D, active_R.unsqueeze(1), source.encoded, source.cache)
     hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
-    return vocabulary.axis.all_gather(linear(hidden_R1D.squeeze(1), vocabulary.weight_VD))
+    hidden_RD = hidden_R1D.squeeze(1)
+    logits_RV = source.product(hidden_RD) if source.product else linear(hidden_RD, vocabulary.weight_VD)
+    return vocabulary.axis.all_gather(logits_RV)
 
 
 @torch.no_grad()
@@ -165,7 +177,7 @@ def _beam_search(
     is at most that of `max_tokens`. T5X keeps the K best finished answers, and waits until the worst of them passes
     this test with `max_tokens` + 1. The best one, which is all that is returned here, cannot change in between.
     """
-    source = _encode(model, inputs_BS)
+    source = _encode(model, inputs_BS, decoding)
     real_B = source.real_B
     B, K = len(real_B), decoding.beams
     # The sum of log probabilities of each live beam, the best beam first; -inf: no beam. All beams would begin equal,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from switchcli.model.attention import KeyValue
+from switchcli.model.attention import KeyValue, cached_keys
 
 INITIAL_CAPACITY = 32
 """Number of positions that the first buffers hold; their size doubles when they are full."""
@@ -24,6 +24,7 @@ class LayerKVCache:
 
     def append(self, new: KeyValue) -> KeyValue:
         """Add positions, and return all positions so far as views of the buffers. Later steps write behind them."""
+        new = KeyValue(cached_keys(new.key_BHSK), new.value_BHSK)
         start = self.length
         self.length = start + new.key_BHSK.shape[2]
         if not self._buffers or self._buffers[0].shape[2] < self.length:

@@ -19,6 +19,7 @@ from switchcli.model.attention import (
     Bias,
     KeyValue,
     RelativePositionBias,
+    cached_keys,
     cast_bias,
     padding_bias,
     shared_bias,
@@ -296,7 +297,7 @@ class Decoder(nn.Module):
         for block in cast(Iterable[DecoderBlock], self.blocks):
             source = block.cross_key_value(encoded)
             # Contiguous by head, as every step reads them.
-            sources.append(KeyValue(source.key_BHSK.contiguous(), source.value_BHSK.contiguous()))
+            sources.append(KeyValue(cached_keys(source.key_BHSK).contiguous(), source.value_BHSK.contiguous()))
         return DecoderCache(sources, lambda length: cast_bias(self.position_bias(1, length), encoded.hidden_BSD))
 
 

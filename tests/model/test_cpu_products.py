@@ -95,3 +95,16 @@ def test_matrix_products_and_sums_over_rows(onednn: bool) -> None:
     torch.testing.assert_close(cpu_products.matmul(left, right), left @ right, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(cpu_products.matmul_over_rows(left, other), left.mT @ other, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(cpu_products.matmul_over_rows(other, left), other.mT @ left, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_has_the_products_of_the_weight(onednn: bool, dtype: torch.dtype) -> None:
+    weight_FD, x = torch.randn(3000, 96), torch.randn(8, 96)
+    product = cpu_products.packed_linear(weight_FD, dtype, len(x))
+    if product is None:
+        assert not onednn or dtype == torch.bfloat16  # which this processor lacks
+        return
+    expected = (x.to(dtype).double() @ weight_FD.to(dtype).double().mT).to(dtype)
+    torch.testing.assert_close(product(x), expected, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
+    assert cpu_products.packed_linear(weight_FD[:2], dtype, len(x)) is None
+    assert cpu_products.packed_linear(weight_FD.double(), torch.float64, len(x)) is None
