@@ -22,6 +22,7 @@ from optimizer import optimizer
 from paper import paper
 from parts import parts
 from peers import ROWS, chosen
+from products import products
 from recompute import recompute
 from report import report
 from saving import saving
@@ -35,6 +36,7 @@ SECTIONS = {
     "ceilings": ceilings,
     "layer": layer,
     "parts": parts,
+    "products": products,
     "recompute": recompute,
     "attention": attention,
     "small": small,

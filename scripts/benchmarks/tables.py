@@ -12,6 +12,7 @@ from data import MODELS
 from machine import SIZES, Job, Result
 from paper import EXPERTS as EXPERTS_OF_THE_PAPER
 from peers import DENSE_GENERATE, DENSE_STEP, LAYER, SPARSE_GENERATE, SPARSE_STEP, chosen
+from products import SHAPES
 from report import LINES, RUNS
 from scaling import EXPERTS_A_RANK, estimate
 from startup import COMMANDS, Cost
@@ -336,6 +337,19 @@ def _startup_row(common: Job, row: str) -> list[str]:
     return cells
 
 
+def of_products(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
+    rows = []
+    for row, shape in SHAPES.items():
+        found = run({"section": "products", **common, "row": row})
+        for what, seconds in found["seconds"].items():
+            speeds = [f"{found['flops'] / statistics.median(seconds[way]) / 1e9:.0f}" for way in ("usual", "oneDNN")]
+            rows.append([row, " x ".join(map(str, shape)), what, *speeds, ratio(seconds["usual"], seconds["oneDNN"])])
+    table(
+        ["product", "rows x inputs x outputs", "", "usual, GFLOP/s", "oneDNN, GFLOP/s", "usual time over oneDNN's"],
+        rows,
+    )
+
+
 def of_busy(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     """A table for each verb: every setting takes turns with the others, next to each number of busy processes."""
     settings = [*SETTINGS, *(with_runtime(common["openmp"]) if common["openmp"] else ())]
@@ -453,6 +467,7 @@ TABLES = {
     "layer": of_layers,
     "step": of_steps,
     "parts": of_parts,
+    "products": of_products,
     "recompute": of_recomputing,
     "attention": of_attention,
     "small": of_small_steps,

@@ -171,7 +171,7 @@ def _onednn(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
 def _over_rows(left_NF: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
     """Return left.T @ right, [F, D]: the gradient of a weight."""
     num_left, num_right = left_NF.shape[1], right_ND.shape[1]
-    if max(num_left, num_right) < MIN_WIDTH_OVER_ROWS:
+    if len(left_NF) < ROW_BLOCK or max(num_left, num_right) < MIN_WIDTH_OVER_ROWS:
         return left_NF.mT @ right_ND
     # The first operand is copied to have its rows contiguous: let it be the narrower one.
     return _onednn(left_NF.mT, right_ND.mT) if num_left <= num_right else _onednn(right_ND.mT, left_NF.mT).mT

@@ -3,11 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import SPARSE, a_model
 
-from switchcli.model import cpu_products
+from switchcli.model import cpu_products, generation
 from switchcli.model.cpu_products import MIN_WORK, ROW_BLOCK
+from switchcli.model.decoding import Decoding
 from switchcli.model.layers import Linear
 from switchcli.model.moe.experts import grouped_product
+from switchcli.model.moe.layer import evaluating
+from switchcli.spec import PAD
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN operation for a linear layer"
@@ -108,3 +112,27 @@ def test_a_packed_weight_has_the_products_of_the_weight(onednn: bool, dtype: tor
     torch.testing.assert_close(product(x), expected, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
     assert cpu_products.packed_linear(weight_FD[:2], dtype, len(x)) is None
     assert cpu_products.packed_linear(weight_FD.double(), torch.float64, len(x)) is None
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_are_the_same_with_a_packed_vocabulary(
+    onednn: bool, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = a_model(SPARSE.model_copy(update={"vocab_size": 20_000}))
+    inputs_BS, decoding = torch.randint(2, 20_000, (4, 12)), Decoding(max_tokens=10, beams=beams)
+    with evaluating(model, "dropless"):
+        packed = generation.generate(model, inputs_BS, decoding)
+        monkeypatch.setattr(generation, "MIN_TOKENS_TO_PACK", 11)
+        assert torch.equal(packed, generation.generate(model, inputs_BS, decoding))
+
+
+def test_greedy_tokens_in_bfloat16_are_those_of_a_full_pass() -> None:
+    """Decoding caches keys in float32 on a CPU."""
+    model = a_model(SPARSE).bfloat16()
+    inputs_BS = torch.randint(2, SPARSE.vocab_size, (4, 12))
+    with evaluating(model, "dropless"), torch.no_grad():
+        answers_BT = generation.generate(model, inputs_BS, Decoding(max_tokens=8))
+        logits_BTV = model(inputs_BS, answers_BT).logits_BTV
+    chosen_BT = logits_BTV.gather(2, answers_BT.unsqueeze(2)).squeeze(2)
+    is_real_BT = answers_BT != PAD
+    torch.testing.assert_close(chosen_BT[is_real_BT], logits_BTV.max(2).values[is_real_BT], rtol=0.02, atol=0.02)

@@ -1,0 +1,45 @@
+"""float32 matrix products of a training step: by torch's usual library, and by oneDNN (`model/cpu_products.py`)."""
+
+from collections.abc import Callable
+
+import torch
+from machine import Clock, Job, Result, plain
+
+from switchcli.model import cpu_products
+
+SHAPES = {
+    "projection, quickstart": (8192, 64, 64),
+    "expert, quickstart": (1024, 64, 256),
+    "projection, base": (4096, 768, 768),
+    "feed-forward, base": (4096, 768, 2048),
+    "expert, 64 rows": (64, 768, 2048),
+    "expert, 1 row": (1, 768, 2048),
+    "vocabulary, 8 rows": (8, 768, 32128),
+}
+"""Rows, inputs and outputs."""
+WAYS = {"usual": False, "oneDNN": True}
+
+
+def products(job: Job) -> Result:
+    """Seconds of x @ weight.T, and of the gradient of the weight, in turn, and the multiplications and additions."""
+    clock = Clock(plain(job))
+    rows, inputs, outputs = SHAPES[job["row"]]
+    x_ND, grad_NF, weight_FD = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
+    times = max(1, 2**28 // (rows * inputs * outputs))
+    found = {}
+    for what, call in {
+        "x @ weight.T": lambda: cpu_products.matmul(x_ND, weight_FD.mT),
+        "grad.T @ x": lambda: cpu_products.matmul_over_rows(grad_NF, x_ND),
+    }.items():
+        ways = {way: _by(call, is_onednn, times) for way, is_onednn in WAYS.items()}
+        found[what] = clock.in_turn(ways, job["rounds"])
+    return {"seconds": found, "flops": 2 * rows * inputs * outputs * times}
+
+
+def _by(call: Callable[[], object], is_onednn: bool, times: int) -> Callable[[], None]:
+    def calls() -> None:
+        cpu_products.onednn_is_faster = lambda: is_onednn  # type: ignore[assignment]
+        for _ in range(times):
+            call()
+
+    return calls
