@@ -236,3 +236,14 @@ def test_a_process_that_ends_or_is_not_ready_in_time_is_refused(benchmark: Impor
         live._process.kill()
         with pytest.raises(refused, match="exit code"):
             live.turn()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_products_are_timed_both_ways(benchmark: Import, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    products = benchmark("products")
+    monkeypatch.setattr(products.cpu_products, "onednn_is_faster", products.cpu_products.onednn_is_faster)  # put back
+    monkeypatch.setitem(products.SHAPES, "small", (16, 24, 32))
+    job = {"device": "cpu", "threads": 1, "rounds": 2, "precision": precision, "row": "small"}
+    for seconds in products.products(job)["seconds"].values():
+        assert {"usual", "oneDNN"} <= set(seconds)
+        assert all(len(each) == 2 for each in seconds.values())

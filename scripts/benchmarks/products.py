@@ -1,9 +1,10 @@
-"""float32 matrix products of a training step: by torch's usual library, and by oneDNN (`model/cpu_products.py`)."""
+"""Matrix products on a CPU: by torch's usual library, by oneDNN, and with a packed weight (`model/cpu_products.py`)."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from machine import Clock, Job, Result, plain
+from machine import PRECISIONS, Clock, Job, Result, plain
 
 from switchcli.model import cpu_products
 
@@ -24,7 +25,9 @@ def products(job: Job) -> Result:
     """Seconds of x @ weight.T, and of the gradient of the weight, in turn, and the multiplications and additions."""
     clock = Clock(plain(job))
     rows, inputs, outputs = SHAPES[job["row"]]
-    x_ND, grad_NF, weight_FD = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
+    dtype = PRECISIONS[job["precision"]]
+    shapes = ((rows, inputs), (rows, outputs), (outputs, inputs))
+    x_ND, grad_NF, weight_FD = (torch.randn(shape).to(dtype) for shape in shapes)
     times = max(1, 2**28 // (rows * inputs * outputs))
     found = {}
     for what, call in {
@@ -32,6 +35,9 @@ def products(job: Job) -> Result:
         "grad.T @ x": lambda: cpu_products.matmul_over_rows(grad_NF, x_ND),
     }.items():
         ways = {way: _by(call, is_onednn, times) for way, is_onednn in WAYS.items()}
+        packed = cpu_products.packed_linear(weight_FD, dtype, rows) if what == "x @ weight.T" else None
+        if packed is not None:
+            ways["packed"] = _by(partial(packed, x_ND), True, times)
         found[what] = clock.in_turn(ways, job["rounds"])
     return {"seconds": found, "flops": 2 * rows * inputs * outputs * times}
 

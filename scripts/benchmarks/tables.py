@@ -339,15 +339,15 @@ def _startup_row(common: Job, row: str) -> list[str]:
 
 def of_products(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     rows = []
-    for row, shape in SHAPES.items():
-        found = run({"section": "products", **common, "row": row})
-        for what, seconds in found["seconds"].items():
-            speeds = [f"{found['flops'] / statistics.median(seconds[way]) / 1e9:.0f}" for way in ("usual", "oneDNN")]
-            rows.append([row, " x ".join(map(str, shape)), what, *speeds, ratio(seconds["usual"], seconds["oneDNN"])])
-    table(
-        ["product", "rows x inputs x outputs", "", "usual, GFLOP/s", "oneDNN, GFLOP/s", "usual time over oneDNN's"],
-        rows,
-    )
+    for precision in precisions:
+        for name, shape in SHAPES.items():
+            found = run({"section": "products", **common, "precision": precision, "row": name})
+            for what, seconds in found["seconds"].items():
+                speeds = [f"{found['flops'] / statistics.median(each) / 1e9:.0f}" for each in seconds.values()]
+                row = [precision, name, " x ".join(map(str, shape)), what, ratio(seconds["usual"], seconds["oneDNN"])]
+                rows.append([*row, *speeds, *[""] * (3 - len(speeds))])
+    heads = ["precision", "product", "rows x inputs x outputs", "", "usual time over oneDNN's"]
+    table([*heads, *(f"{way}, GFLOP/s" for way in ("usual", "oneDNN", "packed"))], rows)
 
 
 def of_busy(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
