@@ -406,7 +406,8 @@ class Model:
         if tasks is not None:
             texts.append(_override("tasks", _as_list(tasks)))
         job = resolve_evaluation(self, recipe, texts)
-        return eval_job.measure(job, None if out is None else Path(out), quiet, self._loaded)
+        exact = self._loaded if self._precision == "float32" else None  # else the weights are read again
+        return eval_job.measure(job, None if out is None else Path(out), quiet, exact)
 
     def routing(self, texts: Sequence[str], *, capacity: Policy = "dropless") -> list[TextRouting]:
         """Return which experts each token of each text goes to, in each sparse layer of the encoder.
@@ -431,8 +432,9 @@ def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "fl
     Args:
         path: the folder of a run (its newest checkpoint), of one checkpoint, or in the Hugging Face layout.
         device: where to compute. `auto` is a CUDA device if there is one, else the CPU.
-        precision: `selective` has weights and products in bfloat16, and routers in float32. It takes half of the
-            memory, and answers may differ. On a CPU without bfloat16 instructions it is slow.
+        precision: `selective` has weights and products in bfloat16, and routers in float32. Loaded weights take half of
+            the memory, and answers may differ. On a CPU without bfloat16 instructions it is slow. `Model.evaluate`
+            reads the weights again, in float32.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or its weights cannot be read.

@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("no variable", {}),
-    *(Setting(f"GOMP_SPINCOUNT={count}", {"GOMP_SPINCOUNT": str(count)}) for count in (10000, 2000, 100)),
+    *(Setting(f"GOMP_SPINCOUNT={count}", {"GOMP_SPINCOUNT": str(count)}) for count in (10000, 5000, 3000, 2000)),
     Setting("OMP_WAIT_POLICY=PASSIVE", {"OMP_WAIT_POLICY": "PASSIVE"}),
     Setting("one thread", {}, 1),
 )

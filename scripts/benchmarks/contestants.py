@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -88,12 +89,16 @@ def serve(
         say(refused=reason(error))
         return
     say(warm_up=warm_up, **contestant.notes)
-    results: list[object] = []
     for _ in turns:
+        results: list[object] = []
         cpu = time.process_time()
-        seconds = wait(lambda: results.append(contestant.turn()))
+        seconds = wait(partial(_keep, contestant.turn, results))
         done = results[-1] if isinstance(results[-1], int) else 1
         say(seconds=seconds, cpu=time.process_time() - cpu, peak=peak(job), done=done)
+
+
+def _keep(turn: Callable[[], object], results: list[object]) -> None:
+    results.append(turn())
 
 
 def reason(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """float32 matrix products on a CPU by oneDNN, where MKL, which torch calls, leaves half of the vector width unused.
 
-MKL takes AVX-512 on Intel's processors only. oneDNN, which torch has for bfloat16 and for its compiled code, takes it
-on AMD's too: a large product is up to 2.4 times as fast on Zen 5. Elsewhere these functions call torch's products.
+MKL uses AVX-512 on Intel's processors only. oneDNN, which torch has for bfloat16 and for its compiled code, uses it on
+AMD's too. Elsewhere, and where `torch.backends.mkldnn` is disabled, these functions call torch's products.
+docs/results/speed.md has measurements.
 
 Legend: N rows, D inputs, F outputs, R rows of an expert. Of a batch: N products, T rows, K inputs, S outputs.
 """
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""
 MIN_WORK_IN_BATCH = 2**22
-"""The same, of each product of a batch, for which MKL has one call."""
+"""Multiplications of each product of a batch below which MKL's one call for the batch is faster."""
 MIN_WIDTH_OVER_ROWS = 128
 """The wider operand of a sum over rows below which oneDNN's copy of the other one outweighs its speed."""
 ROW_BLOCK = 32
@@ -29,9 +30,9 @@ or a multiple of it, so that there are few shapes, and MKL gets the rest."""
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return whether this processor is one with AVX-512 on which MKL does not use it."""
-    has_op = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if sys.platform != "linux" or not has_op or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    """Return whether torch has MKL, and this processor has AVX-512, which MKL does not use on it."""
+    has_libraries = torch._C.has_mkl and _has_operations()
+    if sys.platform != "linux" or not has_libraries or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
         processors = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -41,14 +42,22 @@ def onednn_is_faster() -> bool:
 
 
 def speeds_up(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
-    """Return whether these functions speed up the products of A rows with the matrix of each row's expert."""
+    """Return whether these functions speed up the products of A rows with the matrix of each row's expert.
+
+    Args:
+        x_AD: the rows.
+        weight_EFD: the matrices of the experts.
+    """
     num_experts, num_outputs, _ = weight_EFD.shape
     is_float32 = x_AD.dtype == weight_EFD.dtype == torch.float32
-    return is_float32 and x_AD.numel() * num_outputs >= MIN_WORK * num_experts and onednn_is_faster()
+    return is_float32 and x_AD.numel() * num_outputs >= MIN_WORK * num_experts and _is_enabled()
 
 
 def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
-    """Return x @ weight.T, [..., F], with gradients, in autocast's dtype where it is on."""
+    """Return x @ weight.T, [..., F], with gradients, in autocast's dtype where it is on.
+
+    By oneDNN it has no forward-mode and no second derivatives.
+    """
     if not _applies(x, weight_FD) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight_FD)
     if torch.is_grad_enabled() and (x.requires_grad or weight_FD.requires_grad):
@@ -63,50 +72,60 @@ def packed_linear(
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return the function x -> x @ weight.T for many x of `num_rows` rows, without gradients; None if it is no faster.
 
-    It keeps a copy of the weight in oneDNN's layout, in the dtype of the products. With few rows it takes half of the
-    time: without the copy, oneDNN arranges the weight anew in every call.
+    It keeps a copy of the weight in oneDNN's layout, so the weight must not change. Without the copy, oneDNN arranges
+    the weight anew in every call, which takes long where there are few rows.
+
+    Args:
+        weight_FD: the weight.
+        dtype: the dtype of the product, float32 or bfloat16. The function casts x to it.
+        num_rows: the rows of x, [num_rows, D].
     """
-    is_faster = onednn_is_faster() if dtype == torch.float32 else _has_bfloat16_products() and dtype == torch.bfloat16
-    if weight_FD.numel() < MIN_WORK or not weight_FD.is_cpu or not _is_plain(weight_FD) or not is_faster:
+    if torch.compiler.is_compiling() or not weight_FD.is_cpu or not _is_plain(weight_FD):
+        return None
+    is_faster = _is_enabled() if dtype == torch.float32 else dtype == torch.bfloat16 and _has_bfloat16_products()
+    if weight_FD.numel() < MIN_WORK or not is_faster:
         return None
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_FD.detach().to(dtype), num_rows)
     return lambda x: _onednn(x.to(dtype), packed)
 
 
 def matmul(left_ND: torch.Tensor, right_DF: torch.Tensor) -> torch.Tensor:
-    """Return left @ right, [N, F], outside autograd. Autocast does not change its dtype if `left` is float32."""
+    """Return left @ right, [N, F], outside autograd. The caller disables autocast."""
     if _applies(left_ND, right_DF.mT):
         return _onednn(left_ND, right_DF.mT)
     return left_ND @ right_DF
 
 
 def matmul_over_rows(left_NF: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
-    """Return left.T @ right, [F, D], outside autograd: the gradient of a weight."""
+    """Return left.T @ right, [F, D], outside autograd: the gradient of a weight. The caller disables autocast."""
     if _applies(left_NF.mT, right_ND.mT):
         return _over_rows(left_NF, right_ND)
     return left_NF.mT @ right_ND
 
 
 def write_matmul(left_RD: torch.Tensor, right_DF: torch.Tensor, out_RF: torch.Tensor) -> None:
-    """Write left @ right to `out_RF`. The number of rows changes with every call."""
-    blocks = len(left_RD) if len(left_RD) <= ROW_BLOCK else len(left_RD) // ROW_BLOCK * ROW_BLOCK
-    if blocks and _applies(left_RD[:blocks], right_DF.mT):
-        out_RF[:blocks] = _onednn(left_RD[:blocks], right_DF.mT)
-    else:
-        blocks = 0
-    if blocks < len(left_RD):
-        torch.mm(left_RD[blocks:], right_DF, out=out_RF[blocks:])
+    """Write left @ right to `out_RF`, also under autocast. The number of rows changes with every call."""
+    num_rows = len(left_RD)  # those of oneDNN
+    if num_rows > ROW_BLOCK:
+        num_rows -= num_rows % ROW_BLOCK
+    if not _applies(left_RD[:num_rows], right_DF.mT):
+        num_rows = 0
+    if num_rows:
+        out_RF[:num_rows] = _onednn(left_RD[:num_rows], right_DF.mT)
+    if num_rows < len(left_RD):
+        torch.mm(left_RD[num_rows:], right_DF, out=out_RF[num_rows:])
 
 
 def write_matmul_over_rows(left_RF: torch.Tensor, right_RD: torch.Tensor, out_FD: torch.Tensor) -> None:
-    """Write left.T @ right to `out_FD`. The number of rows changes with every call."""
-    blocks = len(right_RD) // ROW_BLOCK * ROW_BLOCK
-    if blocks and _applies(left_RF[:blocks].mT, right_RD[:blocks].mT):
-        out_FD.copy_(_over_rows(left_RF[:blocks], right_RD[:blocks]))
-        if blocks < len(right_RD):
-            out_FD.addmm_(left_RF[blocks:].mT, right_RD[blocks:])
-    else:
+    """Write left.T @ right to `out_FD`, also under autocast. The number of rows changes with every call."""
+    num_rows = len(right_RD) // ROW_BLOCK * ROW_BLOCK  # those of oneDNN
+    left_NF, right_ND = left_RF[:num_rows], right_RD[:num_rows]
+    if not (_applies(left_NF.mT, right_ND.mT) and _is_wide(left_NF, right_ND)):
         torch.mm(left_RF.mT, right_RD, out=out_FD)
+        return
+    out_FD.copy_(_over_rows(left_NF, right_ND))
+    if num_rows < len(right_RD):
+        torch.addmm(out_FD, left_RF[num_rows:].mT, right_RD[num_rows:], out=out_FD)
 
 
 def write_bmm(left_NTK: torch.Tensor, right_NKS: torch.Tensor, out_NTS: torch.Tensor, *, add: bool = False) -> None:
@@ -115,7 +134,10 @@ def write_bmm(left_NTK: torch.Tensor, right_NKS: torch.Tensor, out_NTS: torch.Te
     if work >= MIN_WORK_IN_BATCH and _applies(left_NTK[0], right_NKS[0].mT):
         for left_TK, right_KS, out_TS in zip(left_NTK, right_NKS, out_NTS, strict=True):
             product_TS = matmul(left_TK, right_KS) if left_TK.is_contiguous() else _over_rows(left_TK.mT, right_KS)
-            out_TS.add_(product_TS) if add else out_TS.copy_(product_TS)
+            if add:
+                out_TS.add_(product_TS)
+            else:
+                out_TS.copy_(product_TS)
     elif add:
         out_NTS.baddbmm_(left_NTK, right_NKS)
     else:
@@ -143,14 +165,19 @@ class _Linear(torch.autograd.Function):
 def _applies(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
     """Return whether oneDNN is to compute x @ weight.T."""
     return (
-        x.dtype == weight_FD.dtype == torch.float32
+        not torch.compiler.is_compiling()  # first, so that the compiler adds no conditions on sizes
         and x.is_cpu
+        and x.dtype == weight_FD.dtype == torch.float32
+        and x.dim() > 1
         and _is_plain(x)
         and _is_plain(weight_FD)
         and x.numel() * len(weight_FD) >= MIN_WORK
-        and not torch.compiler.is_compiling()
-        and onednn_is_faster()
+        and _is_enabled()
     )
+
+
+def _is_enabled() -> bool:
+    return onednn_is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
 def _is_plain(x: torch.Tensor) -> bool:
@@ -159,8 +186,16 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 
 @functools.cache
+def _has_operations() -> bool:
+    """Return whether this torch has oneDNN with the operations of its compiled code, which are no public interface."""
+    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+@functools.cache
 def _has_bfloat16_products() -> bool:
-    return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Return whether oneDNN computes bfloat16 products on this processor."""
+    return _has_operations() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _onednn(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
@@ -168,10 +203,15 @@ def _onednn(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def _is_wide(left_NF: torch.Tensor, right_ND: torch.Tensor) -> bool:
+    """Return whether oneDNN is faster than MKL for left.T @ right."""
+    return len(left_NF) >= ROW_BLOCK and max(left_NF.shape[1], right_ND.shape[1]) >= MIN_WIDTH_OVER_ROWS
+
+
 def _over_rows(left_NF: torch.Tensor, right_ND: torch.Tensor) -> torch.Tensor:
     """Return left.T @ right, [F, D]: the gradient of a weight."""
     num_left, num_right = left_NF.shape[1], right_ND.shape[1]
-    if len(left_NF) < ROW_BLOCK or max(num_left, num_right) < MIN_WIDTH_OVER_ROWS:
+    if not _is_wide(left_NF, right_ND):
         return left_NF.mT @ right_ND
     # The first operand is copied to have its rows contiguous: let it be the narrower one.
     return _onednn(left_NF.mT, right_ND.mT) if num_left <= num_right else _onednn(right_ND.mT, left_NF.mT).mT

@@ -73,6 +73,8 @@ def generate_columns(
 ) -> Iterator[torch.Tensor]:
     """Yield the columns of the answer of `generate` as they are decoded, int64 [B], for streaming output.
 
+    Weights must not change before the last column.
+
     Raises:
         ValueError: `decoding` is a beam search, whose answer is known only at the end.
     """

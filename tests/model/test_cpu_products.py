@@ -1,15 +1,21 @@
 """Products of oneDNN, forced where MKL would be used, against torch's own: values, gradients, where they apply."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import SPARSE, a_model
 
 from switchcli.model import cpu_products, generation
+from switchcli.model.attention import KeyValue, attend
+from switchcli.model.block_execution import compile_blocks
+from switchcli.model.config import ModelSpec
 from switchcli.model.cpu_products import MIN_WORK, ROW_BLOCK
 from switchcli.model.decoding import Decoding
 from switchcli.model.layers import Linear
-from switchcli.model.moe.experts import grouped_product
+from switchcli.model.moe.experts import _ProductPerExpert, grouped_product
 from switchcli.model.moe.layer import evaluating
 from switchcli.spec import PAD
 
@@ -105,9 +111,9 @@ def test_matrix_products_and_sums_over_rows(onednn: bool) -> None:
 def test_a_packed_weight_has_the_products_of_the_weight(onednn: bool, dtype: torch.dtype) -> None:
     weight_FD, x = torch.randn(3000, 96), torch.randn(8, 96)
     product = cpu_products.packed_linear(weight_FD, dtype, len(x))
-    if product is None:
-        assert not onednn or dtype == torch.bfloat16  # which this processor lacks
-        return
+    if product is None and (dtype == torch.bfloat16 or not onednn):
+        pytest.skip("no packed product on this processor")
+    assert product is not None
     expected = (x.to(dtype).double() @ weight_FD.to(dtype).double().mT).to(dtype)
     torch.testing.assert_close(product(x), expected, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
     assert cpu_products.packed_linear(weight_FD[:2], dtype, len(x)) is None
@@ -136,3 +142,77 @@ def test_greedy_tokens_in_bfloat16_are_those_of_a_full_pass() -> None:
     chosen_BT = logits_BTV.gather(2, answers_BT.unsqueeze(2)).squeeze(2)
     is_real_BT = answers_BT != PAD
     torch.testing.assert_close(chosen_BT[is_real_BT], logits_BTV.max(2).values[is_real_BT], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_batches_of_products(onednn: bool, add: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "MIN_WORK_IN_BATCH", MIN_WORK)
+    left, right = torch.randn(3, 64, 160), torch.randn(3, 160, 48)
+    if transposed:
+        left = left.mT.contiguous().mT
+    out = torch.randn(3, 64, 48)
+    expected = left @ right + (out if add else 0.0)
+    cpu_products.write_bmm(left, right, out, add=add)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_attention_with_a_learned_bias_has_the_gradients_of_float64(
+    onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "MIN_WORK_IN_BATCH", MIN_WORK)
+    inputs = [torch.randn(2, 3, 96, 32) for _ in range(3)] + [torch.randn(1, 3, 96, 96)]
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        query, key, value, bias = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+        mixed = attend(query, KeyValue(key, value), bias, 0.0)
+        return [mixed, *torch.autograd.grad(mixed.square().sum(), [query, key, value, bias])]
+
+    for found, expected in zip(results(torch.float32), results(torch.float64), strict=True):
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max())
+        )
+
+
+def test_the_gradients_of_experts_are_float32_under_autocast(onednn: bool) -> None:
+    counts, end_E = [500, 3], torch.tensor([500, 503], dtype=torch.int32)
+    weight_EFD = torch.randn(2, 64, 48, requires_grad=True)
+    x_AD = torch.randn(503, 48)
+    y_AF = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, False)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", torch.bfloat16):
+        y_AF.sum().backward()
+    expected = torch.stack([rows.sum(0).expand(64, -1) for rows in x_AD.split(counts)])
+    torch.testing.assert_close(weight_EFD.grad, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+def test_a_sparse_model_of_large_products_compiles_to_whole_graphs(onednn: bool) -> None:
+    shape = {"vocab_size": 64, "d_model": 64, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_experts": 4}
+    model = a_model(ModelSpec(**shape, sparse_every=1)).train()
+    inputs_BS, targets_BT = torch.randint(2, 64, (32, 32)), torch.randint(2, 64, (32, 8))
+    compile_blocks(model, "eager", fullgraph=True)
+    hidden_BTD = model(inputs_BS, targets_BT).hidden_BTD
+    hidden_BTD.sum().backward()
+    assert hidden_BTD.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)],
+)
+def test_onednn_is_for_processors_of_amd_with_avx512(
+    vendor: str, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform != "linux" or not torch._C.has_mkl:
+        pytest.skip("oneDNN is used on Linux, where torch has MKL")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(Path, "read_text", lambda *arguments, **named: f"vendor_id : {vendor}\n")
+    assert cpu_products.onednn_is_faster.__wrapped__() is expected
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, which sets all flags
+def test_onednn_can_be_disabled(onednn: bool) -> None:
+    x, layer = torch.randn(512, 64), Linear(64, 64)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "_Linear" not in str(layer(x).grad_fn.next_functions)
+        assert cpu_products.packed_linear(torch.randn(3000, 96), torch.float32, 8) is None

@@ -90,8 +90,7 @@ def grouped_product(
     `adds_to_grad`: see `Experts`. In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert,
     which waits for `end_E`.
     """
-    is_large = weight_EFD.numel() * x_AD.element_size() > CPU_CACHE or cpu_products.speeds_up(x_AD, weight_EFD)
-    if x_AD.is_cpu and is_large and not torch.compiler.is_compiling():
+    if x_AD.is_cpu and not torch.compiler.is_compiling() and _is_computed_per_expert(x_AD, weight_EFD):
         y_AF: torch.Tensor = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, adds_to_grad)  # type: ignore[no-untyped-call]
         return y_AF
     num_outputs, D = weight_EFD.shape[1:]
@@ -106,8 +105,12 @@ def grouped_product(
     return y_AF[:, :num_outputs] if pad_outputs else y_AF
 
 
+def _is_computed_per_expert(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
+    return weight_EFD.numel() * x_AD.element_size() > CPU_CACHE or cpu_products.speeds_up(x_AD, weight_EFD)
+
+
 class _ProductPerExpert(torch.autograd.Function):
-    """`grouped_product` on a CPU, for stacks that do not fit into its cache: one product per expert.
+    """`grouped_product` on a CPU, one product per expert: for stacks that do not fit into its cache, and for oneDNN.
 
     torch's grouped product is a loop over experts too. Here an expert's matrix is cast to the dtype of x just before
     its product, and its gradient is cast back and added just after its product. So these copies stay in the cache, and
