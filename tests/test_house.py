@@ -42,6 +42,7 @@ PACKAGES = {
     "credentials": "",
     "errors": "",
     "metric_names": "",
+    "processor": "",
     "publish": "",
     "spec": "pydantic",
     "startup": "",

@@ -63,7 +63,7 @@ def generate(
         Literal["float32", "selective"],
         typer.Option(
             metavar="float32|selective",
-            help="selective: weights in bfloat16, half as large, and routers in float32. Answers may differ.",
+            help="Selective: weights in bfloat16, half as large, and routers in float32; answers may differ.",
         ),
     ] = "float32",
     capacity: Annotated[

@@ -8,14 +8,14 @@ Legend: N rows, D inputs, F outputs, R rows of an expert. Of a batch: N products
 """
 
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from switchcli.processor import is_amd_with_avx512
 
 MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""
@@ -30,15 +30,8 @@ or a multiple of it, so that there are few shapes, and MKL gets the rest."""
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return whether torch has MKL, and this processor has AVX-512, which MKL does not use on it."""
-    has_libraries = torch._C.has_mkl and _has_operations()
-    if sys.platform != "linux" or not has_libraries or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    try:
-        processors = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "AuthenticAMD" in processors
+    """Return whether torch has MKL and oneDNN, and this processor has AVX-512, which MKL does not use on it."""
+    return torch._C.has_mkl and _has_operations() and is_amd_with_avx512()
 
 
 def speeds_up(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
@@ -58,7 +51,7 @@ def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
 
     By oneDNN it has no forward-mode and no second derivatives.
     """
-    if not _applies(x, weight_FD) or torch.is_autocast_enabled("cpu"):
+    if not _applies(x, weight_FD) or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_FD)
     if torch.is_grad_enabled() and (x.requires_grad or weight_FD.requires_grad):
         # Flat, because the result of a function of autograd must not be a view if it is to be overwritten.
@@ -189,7 +182,7 @@ def _is_plain(x: torch.Tensor) -> bool:
 def _has_operations() -> bool:
     """Return whether this torch has oneDNN with the operations of its compiled code, which are no public interface."""
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
-    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return torch._C._has_mkldnn and all(torch._C._dispatch_has_kernel(f"mkldnn::{name}") for name in names)
 
 
 @functools.cache

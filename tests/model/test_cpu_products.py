@@ -1,8 +1,5 @@
 """Products of oneDNN, forced where MKL would be used, against torch's own: values, gradients, where they apply."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,9 +16,7 @@ from switchcli.model.moe.experts import _ProductPerExpert, grouped_product
 from switchcli.model.moe.layer import evaluating
 from switchcli.spec import PAD
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN operation for a linear layer"
-)
+pytestmark = pytest.mark.skipif(not cpu_products._has_operations(), reason="this torch has no oneDNN")
 SIZES = [(700, 24, 40), (700, 40, 24), (1, 600, 500), (ROW_BLOCK + 7, 100, 120)]
 
 
@@ -194,20 +189,6 @@ def test_a_sparse_model_of_large_products_compiles_to_whole_graphs(onednn: bool)
     hidden_BTD = model(inputs_BS, targets_BT).hidden_BTD
     hidden_BTD.sum().backward()
     assert hidden_BTD.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("vendor", "capability", "expected"),
-    [("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)],
-)
-def test_onednn_is_for_processors_of_amd_with_avx512(
-    vendor: str, capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if sys.platform != "linux" or not torch._C.has_mkl:
-        pytest.skip("oneDNN is used on Linux, where torch has MKL")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(Path, "read_text", lambda *arguments, **named: f"vendor_id : {vendor}\n")
-    assert cpu_products.onednn_is_faster.__wrapped__() is expected
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, which sets all flags
