@@ -74,7 +74,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "out below a file": (["--out", "text.txt/run"], CHECKPOINT, "text.txt/run/run.lock --out"),
     "out where nothing can be made": (["--out", "/proc/run"], CHECKPOINT, "/proc/run/run.lock --out"),
 }
-"""By the name of a case: arguments of `pretrain` beside a sound recipe, the exit code, and words of its one line."""
+"""Cases by name: arguments of `pretrain` beside a sound recipe, the exit code, and words of its one line."""
 
 _LAUGHS = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in pairwise("abcdefghi"))
 

@@ -15,13 +15,13 @@ from drill import kill_one, ranks_of
 RANKS, STEPS = 4, 24
 FIGURE = "held_out/neg_log_perplexity"
 SECONDS = 30
-"""Within which the others must have ended."""
+"""The other ranks must have ended after this many seconds."""
 KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every_steps=4", "parallel.expert=2", "-q")
 
 
 @pytest.mark.slow
 def test_the_others_do_not_wait_for_a_save_beside_them(recipe: str, tmp_path: Path) -> None:
-    """Without one: tests/trust/rank_deaths.py."""
+    """tests/trust/rank_deaths.py has deaths without a save."""
     run = str(tmp_path / "run")
     keys = (*KEYS, "checkpoint.background=true", "--processes", str(RANKS))
     command = [sys.executable, "-m", "switchcli", "pretrain", recipe, *keys, "--out", run]
