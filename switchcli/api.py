@@ -38,7 +38,14 @@ from switchcli.runs.distill_job import Models
 from switchcli.runs.distilling import Distillation
 from switchcli.runs.eval_job import EvalJob, Evaluation
 from switchcli.runs.finetuning import Finetuning
-from switchcli.runs.loading import CheckpointHandle, LoadedModel, choose_device, load_model, open_model
+from switchcli.runs.loading import (
+    CheckpointHandle,
+    LoadedModel,
+    LoadPrecision,
+    choose_device,
+    load_model,
+    open_model,
+)
 from switchcli.runs.pretraining import Pretraining
 from switchcli.runs.text_generation import Answer
 from switchcli.runs.text_routing import LayerRouting, TextRouting
@@ -61,7 +68,6 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda"]
-LoadPrecision = Literal["float32", "selective"]
 PathLike = str | os.PathLike[str]
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values by dotted key, or KEY=VALUE texts as on the command line."""

@@ -170,6 +170,7 @@ def _applies(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
 
 
 def _is_enabled() -> bool:
+    """Return whether oneDNN is faster, and the user has not disabled it."""
     return onednn_is_faster() and bool(torch.backends.mkldnn.enabled)
 
 
@@ -192,6 +193,7 @@ def _has_bfloat16_products() -> bool:
 
 
 def _onednn(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
+    """Return x @ weight.T, [..., F], without a gradient. The weight may be packed."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_FD, None, "none", [], "")
     return y
 

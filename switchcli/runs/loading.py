@@ -61,6 +61,10 @@ class CheckpointHandle(NamedTuple):
         return digest.hexdigest()
 
 
+LoadPrecision = Literal["float32", "selective"]
+"""Of a loaded model: `selective` has all weights in bfloat16 but those of routers."""
+
+
 class LoadedModel(NamedTuple):
     """A model in evaluation mode, with its recipe and tokenizer."""
 
@@ -118,9 +122,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def load_model(
-    handle: CheckpointHandle, device: torch.device, precision: Literal["float32", "selective"] = "float32"
-) -> LoadedModel:
+def load_model(handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32") -> LoadedModel:
     """Load the model of an open checkpoint. `selective` casts all weights to bfloat16 but those of routers."""
     model = empty_model(handle.recipe, device)
     load_weights(unsharded_weights(model), handle.weights())

@@ -106,6 +106,7 @@ def grouped_product(
 
 
 def _is_computed_per_expert(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
+    """Return whether a CPU computes x @ weight.T of each expert by itself."""
     return weight_EFD.numel() * x_AD.element_size() > CPU_CACHE or cpu_products.speeds_up(x_AD, weight_EFD)
 
 
