@@ -93,45 +93,41 @@ def busy_contestant(job: Job) -> Contestant:
             done += 1
         return done
 
-    return Contestant(turn, {"libraries": openmp()})
+    return Contestant(turn, {})
 
 
-def openmp() -> list[str]:
-    """The OpenMP runtimes that are loaded."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    files = {Path(line.split()[-1]).name for line in maps.splitlines()}
-    return sorted(name for name in files if name.startswith(("libgomp", "libomp", "libiomp")))
-
-
-def _step(job: Job, teacher: bool) -> Callable[[], None]:
+def _step(job: Job, objective: Objective = cross_entropy) -> Callable[[], None]:
+    """A training step of this process, which may be one of several ranks."""
     context, _ = begin(job)
-    model = SwitchTransformer(SPEC)
-    initialize(model, 0)
-    optimizer = Adafactor().build(dict(model.named_parameters()))
+    model = _model()
+    wrapped, optimizer = context.wrap(model.train()), Adafactor().build(dict(model.named_parameters()))
     batch = _batch()
-    real = RealTokens.of(batch)
-    objective: Objective = cross_entropy
-    if teacher:
-        teaching = SwitchTransformer(SPEC)
-        initialize(teaching, 1)
-        evaluate_by(teaching, "dropless")
-        objective = DistillationLoss(DistillSpec(teacher="teacher"), Teacher(teaching, "float32", 1.0), packed=False)
+    of_rank = RealTokens.of(batch)
+    of_all_ranks = RealTokens(of_rank.inputs * context.world, of_rank.targets * context.world)
 
     def step() -> None:
-        accumulate_gradients(model.train(), objective, [Microbatch(0, batch, real)], real, context, "0")
+        accumulate_gradients(wrapped, objective, [Microbatch(0, batch, of_rank)], of_all_ranks, context, "0")
         optimizer.step(1e-3)
-        model.zero_grad()
+        optimizer.zero_grad()
 
     return step
 
 
-def _ranks(job: Job) -> Callable[[], object]:
+def _distillation(job: Job) -> Callable[[], None]:
+    teacher = _model(seed=1)
+    evaluate_by(teacher, "dropless")
+    spec = DistillSpec(teacher="teacher")
+    return _step(job, DistillationLoss(spec, Teacher(teacher, "float32", 1.0), packed=False))
+
+
+def _ranks(job: Job) -> Callable[[], None]:
     """Steps of two ranks with half of the threads each. This process is the first one and starts the other."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     job = {**job, "device": "cpu", "threads": max(1, job["threads"] // 2)}
     multiprocessing.get_context("spawn").Process(target=_second_rank, args=(job, port), daemon=True).start()
-    step = _step_of_rank(job, 0, port)
+    _join(0, port)
+    step = _step(job)
 
     def steps() -> None:
         dist.broadcast(torch.zeros(()), 0)
@@ -141,34 +137,23 @@ def _ranks(job: Job) -> Callable[[], object]:
 
 
 def _second_rank(job: Job, port: int) -> None:
-    step = _step_of_rank(job, 1, port)
+    _join(1, port)
+    step = _step(job)
     with suppress(RuntimeError):  # the first rank has gone
         while True:
             dist.broadcast(torch.zeros(()), 0)  # waits until the first rank begins a step
             step()
 
 
-def _step_of_rank(job: Job, rank: int, port: int) -> Callable[[], None]:
+def _join(rank: int, port: int) -> None:
+    """Set the environment of a rank, as torchrun does."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    context, _ = begin(job)
-    model = SwitchTransformer(SPEC)
-    initialize(model, 0)
-    wrapped, optimizer = context.wrap(model.train()), Adafactor().build(dict(model.named_parameters()))
-    batch = _batch()
-    own = RealTokens.of(batch)
-    real = RealTokens(own.inputs * context.world, own.targets * context.world)
-
-    def step() -> None:
-        accumulate_gradients(wrapped, cross_entropy, [Microbatch(0, batch, own)], real, context, "0")
-        optimizer.step(1e-3)
-        optimizer.zero_grad()
-
-    return step
 
 
 def _evaluation(job: Job) -> Callable[[], object]:
-    model, batch = _model(job), _batch()
+    begin(job)
+    model, batch = _model().eval(), _batch()
 
     @torch.no_grad()
     def evaluation() -> None:
@@ -178,17 +163,17 @@ def _evaluation(job: Job) -> Callable[[], object]:
 
 
 def _answers(job: Job) -> Callable[[], object]:
-    model, inputs_BS = _model(job), _batch().inputs_BS[:16]
+    begin(job)
+    model, inputs_BS = _model(), _batch().inputs_BS[:16]
     evaluate_by(model, "dropless")
     decoding = Decoding(max_tokens=16)
     return lambda: decode(model, inputs_BS, decoding)
 
 
-def _model(job: Job) -> SwitchTransformer:
-    begin(job)
+def _model(seed: int = 0) -> SwitchTransformer:
     model = SwitchTransformer(SPEC)
-    initialize(model, 0)
-    return model.eval().requires_grad_(False)
+    initialize(model, seed)
+    return model
 
 
 def _batch() -> Batch:
@@ -203,9 +188,9 @@ def _tokenization(job: Job) -> Callable[[], object]:
 
 
 WORK: dict[str, Callable[[Job], Callable[[], object]]] = {
-    "pretrain": lambda job: _step(job, teacher=False),
+    "pretrain": _step,
     "pretrain --processes 2": _ranks,
-    "distill": lambda job: _step(job, teacher=True),
+    "distill": _distillation,
     "eval": _evaluation,
     "generate": _answers,
     "data prepare": _tokenization,

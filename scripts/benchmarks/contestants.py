@@ -13,7 +13,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -89,16 +88,21 @@ def serve(
         say(refused=reason(error))
         return
     say(warm_up=warm_up, **contestant.notes)
+    done: object = None
+
+    def turn() -> None:
+        nonlocal done
+        done = contestant.turn()
+
     for _ in turns:
-        results: list[object] = []
         cpu = time.process_time()
-        seconds = wait(partial(_keep, contestant.turn, results))
-        done = results[-1] if isinstance(results[-1], int) else 1
-        say(seconds=seconds, cpu=time.process_time() - cpu, peak=peak(job), done=done)
-
-
-def _keep(turn: Callable[[], object], results: list[object]) -> None:
-    results.append(turn())
+        seconds = wait(turn)
+        say(
+            seconds=seconds,
+            cpu=time.process_time() - cpu,
+            peak=peak(job),
+            done=done if isinstance(done, int) else 1,
+        )
 
 
 def reason(error: Exception) -> str:

@@ -29,7 +29,7 @@ def products(job: Job) -> Result:
     shapes = ((rows, inputs), (rows, outputs), (outputs, inputs))
     x_ND, grad_NF, weight_FD = (torch.randn(shape).to(dtype) for shape in shapes)
     times = max(1, 2**28 // (rows * inputs * outputs))
-    found = {}
+    seconds = {}
     for what, call in {
         "x @ weight.T": lambda: cpu_products.matmul(x_ND, weight_FD.mT),
         "grad.T @ x": lambda: cpu_products.matmul_over_rows(grad_NF, x_ND),
@@ -38,8 +38,8 @@ def products(job: Job) -> Result:
         packed = cpu_products.packed_linear(weight_FD, dtype, rows) if what == "x @ weight.T" else None
         if packed is not None:
             ways["packed"] = _by(partial(packed, x_ND), True, times)
-        found[what] = clock.in_turn(ways, job["rounds"])
-    return {"seconds": found, "flops": 2 * rows * inputs * outputs * times}
+        seconds[what] = clock.in_turn(ways, job["rounds"])
+    return {"seconds": seconds, "flops": 2 * rows * inputs * outputs * times}
 
 
 def _by(call: Callable[[], object], is_onednn: bool, times: int) -> Callable[[], None]:
