@@ -92,13 +92,18 @@ def main() -> None:
     if unknown := [name for name in options.rows if not chosen(ROWS, [name])]:
         parser.error(f"no row has {', '.join(unknown)} in its name; --help lists them")
     common = {"device": options.device, "threads": options.threads, "rounds": options.rounds}
-    common |= {"megabytes": options.megabytes, "checkpoint": options.checkpoint}
-    common |= {"against": options.against, "openmp": options.openmp, "work": options.work}
     print(f"{processor()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
     against = {"shape": options.shape, "rows": options.rows}
     against |= {"optimizers": options.optimizers, "dropout": options.dropout, "limit": options.limit}
+    settings = {
+        **dict.fromkeys(AGAINST_OTHERS, against),
+        "data": {"megabytes": options.megabytes},
+        "serving": {"checkpoint": options.checkpoint},
+        "startup": {"against": options.against},
+        "busy": {"openmp": options.openmp, "work": options.work},
+    }
     for name in options.sections or TABLES:
-        TABLES[name]({**common, **(against if name in AGAINST_OTHERS else {})}, options.precision, options.experts)
+        TABLES[name]({**common, **settings.get(name, {})}, options.precision, options.experts)
 
 
 def processor() -> str:

@@ -19,8 +19,6 @@ from startup import COMMANDS, Cost
 from turns import Live, in_turns, ratio, run, table
 
 EXPERTS = (8, 32, 64, 128)
-OF_OTHER_SECTIONS = ("rows", "optimizers", "megabytes", "checkpoint", "against", "openmp", "work")
-"""Keys of a job that the comparisons with others do not read."""
 
 
 def of_ceilings(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
@@ -72,7 +70,7 @@ def of_steps(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> No
 
 def against(case: Job, rows: Sequence[Row]) -> None:
     """One table: each row in turn with this project's code, in processes of their own; a refused one says why."""
-    job = {key: value for key, value in case.items() if key not in OF_OTHER_SECTIONS}
+    job = {key: value for key, value in case.items() if key not in ("rows", "optimizers")}
     section, printed = job["section"], []
     heads = ["theirs and ours", "time over ours", "CPU time over ours", "seconds", "compiles in, s", "peak GiB"]
     heads += ["M parameters", *{"layer": ["kept"], "generate": ["same tokens"]}.get(section, [])]
