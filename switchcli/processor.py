@@ -1,8 +1,60 @@
-"""What is known of this machine's processor."""
+"""What is known of this machine's processors, and how many this process may use."""
 
 import functools
+import math
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def available_processors() -> int:
+    """Return how many processors this process may use.
+
+    That is the number that it may run on, or the limit of its container if that is lower. A part of a processor counts
+    as a whole one. macOS does not tell which may be used; there it is all of the machine's.
+    """
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:
+        count = os.cpu_count() or 1
+    return max(1, math.ceil(min(count, processor_limit())))
+
+
+def processor_limit() -> float:
+    """Return the number of processors whose time this process may take, or infinity without a limit.
+
+    A container or a service has such a limit: `docker run --cpus`, `limits.cpu` of Kubernetes, `CPUQuota` of systemd.
+    Its threads may run on all processors. Linux stops all of them for the rest of a period, mostly 100 ms, when
+    together they have run for the limit. The lowest limit of the process's group and of the groups around it counts.
+    """
+    limits = [math.inf]
+    with suppress(OSError, ValueError):  # not Linux
+        for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            # Version 1 of control groups names its controllers. Version 2 names none, and may be beside version 1.
+            for root in (controllers, "cpu") if controllers else ("", "unified"):
+                # In a container the path may be that of the host. The container's own group is then at the root.
+                group = CGROUPS / root / path.strip("/")
+                limits += [_limit_of(each) for each in (group, *group.parents) if each.is_relative_to(CGROUPS)]
+    return min(limits)
+
+
+def _limit_of(group: Path) -> float:
+    """Return the limit of one control group, in processors."""
+    with suppress(OSError, ValueError):  # ValueError: it is `max`, no limit
+        microseconds, period = (group / "cpu.max").read_text(encoding="utf-8").split()
+        return int(microseconds) / int(period)
+    with suppress(OSError):  # version 1, where -1 is no limit
+        quota = int((group / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+        if quota > 0:
+            return quota / int((group / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+    return math.inf
 
 
 @functools.cache

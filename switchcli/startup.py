@@ -1,4 +1,4 @@
-"""Process setup before any large import: processors, rank, OpenMP's spinning, the launcher's death, a broken stderr.
+"""Process setup before any large import: rank, OpenMP's spinning, the launcher's death, a broken stderr.
 
 This module imports the standard library only, so that it takes effect within the first milliseconds.
 """
@@ -18,14 +18,6 @@ SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 LAUNCHER = "SWITCHCLI_LAUNCHER"
 """The environment variable that gives a rank of `--processes` the process ID of its launcher."""
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
-
-
-def available_processors() -> int:
-    """Return how many processors this process may use. macOS does not tell; there it is all of the machine's."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
 
 
 def is_main_rank(environment: Mapping[str, str]) -> bool:

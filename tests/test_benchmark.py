@@ -14,6 +14,8 @@ import psutil
 import pytest
 import torch
 
+from switchcli.data.sources.python_stdlib import PythonStdlib
+
 pytest.importorskip("transformers")
 FOLDER = Path(__file__).resolve().parent.parent / "scripts/benchmarks"
 TINY: dict[str, Any] = {"device": "cpu", "threads": 1, "shape": "tiny", "precision": "float32", "limit": 300}
@@ -77,6 +79,20 @@ def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monke
     for work in set(busy.WORK) - {"pretrain --processes 2"}:  # makes process groups
         job = {**TINY, "section": "busy", "who": "switchcli", "work": work}
         assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1, work
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_steps_take_their_batches_from_a_text(
+    benchmark: Import, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
+) -> None:
+    busy = benchmark("busy")
+    monkeypatch.setattr(busy, "SECONDS", 0)
+    monkeypatch.setattr(busy, "ROWS", 16)
+    monkeypatch.setattr(busy, "TEXT", PythonStdlib())
+    job = {**TINY, "section": "busy", "who": "switchcli", "work": busy.FROM_TEXT}
+    job |= {"folder": str(tmp_path), "workers": workers}
+    assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1
+    assert {setting.job.get("workers") for setting in busy.SOURCES_OF_BATCHES} >= {None, 0, 1}
 
 
 @pytest.mark.slow

@@ -1,15 +1,23 @@
-"""What is known of the processor, from what Linux tells."""
+"""What is known of the processors, from what Linux tells, and how many are used."""
 
+import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from switchcli.processor import is_amd_with_avx512
+from switchcli import processor
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.cpu_settings import limit_threads
+from switchcli.processor import available_processors, is_amd_with_avx512, processor_limit
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 
 
+@linux
 @pytest.mark.parametrize(
     ("vendor", "flags", "expected"),
     [
@@ -26,6 +34,94 @@ def test_the_vendor_and_the_width_count(
     assert is_amd_with_avx512.__wrapped__() is expected
 
 
+@linux
 def test_a_machine_that_tells_nothing_is_no_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *arguments, **named: "processor : 0\nBogoMIPS : 48\n")
     assert not is_amd_with_avx512.__wrapped__()
+
+
+@pytest.mark.parametrize(("count", "processors"), [(3, 3), (None, 1)])
+def test_processors_where_a_system_does_not_say_which_may_be_used(
+    count: int | None, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert available_processors() == processors
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Eight threads of torch, which OMP_NUM_THREADS did not ask for, on eight processors."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+def control_groups(monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, **files: str) -> None:
+    """Stand in for the control groups: the lines of /proc/self/cgroup, and files under /sys/fs/cgroup."""
+    (folder / "own").write_text(own, encoding="utf-8")
+    for name, text in files.items():
+        path = folder / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(processor, "OWN_CGROUPS", folder / "own")
+    monkeypatch.setattr(processor, "CGROUPS", folder / "groups")
+
+
+VERSION_1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n3:cpuset:/docker/a\n0::/system\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # a container
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/\n", {}, math.inf),  # the machine itself
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000\n", "a/b/cpu.max": "max 100000\n"}, 2),  # systemd: around it
+        ("0::/a/b\n", {"a/cpu.max": "200000 100000\n", "a/b/cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/../other\n", {"cpu.max": "300000 100000\n"}, 3),  # a process from outside of the container
+        (VERSION_1, {"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        (VERSION_1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        (VERSION_1, {"memory/cpu.cfs_quota_us": "400000\n", "memory/cpu.cfs_period_us": "100000\n"}, math.inf),
+        (
+            VERSION_1,
+            {"cpu,cpuacct/docker/a/cpu.cfs_quota_us": "50000", "cpu,cpuacct/docker/a/cpu.cfs_period_us": "25000"},
+            2,
+        ),
+        (VERSION_1, {"unified/system/cpu.max": "100000 100000\n"}, 1),
+        ("nonsense\n", {}, math.inf),
+    ],
+)
+def test_the_lowest_limit_of_the_groups_around_a_process_counts(
+    own: str, files: dict[str, str], limit: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_groups(monkeypatch, tmp_path, own, **files)
+    assert processor_limit() == limit
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 8), ("900000", 8), ("150000", 2), ("20000", 1)])
+def test_a_run_uses_as_many_threads_as_its_container_may(
+    threads: None, limit: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": f"{limit} 100000\n"})
+    DistributedContext("cpu", "float32")
+    assert torch.get_num_threads() == available_processors() == expected
+
+
+def test_threads_that_the_user_chose_are_kept(threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": "200000 100000\n"})
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    limit_threads()
+    assert torch.get_num_threads() == 8
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    limit_threads()
+    assert torch.get_num_threads() == 1
+
+
+def test_a_system_without_control_groups_has_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "OWN_CGROUPS", tmp_path / "missing")
+    assert processor_limit() == math.inf

@@ -32,6 +32,8 @@ from small import small
 from startup import startup
 from tables import EXPERTS, TABLES
 
+from switchcli.processor import available_processors
+
 SECTIONS = {
     "ceilings": ceilings,
     "layer": layer,
@@ -58,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(TABLES)}; all when none is named")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=available_processors())
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--experts", type=int, nargs="+", default=[1, *EXPERTS], help="1 is the dense model, of `step`")
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))

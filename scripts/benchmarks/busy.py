@@ -12,16 +12,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from contestants import Contestant
+from data import stream, unshown, untracked
 from machine import Job, begin
 from small import ROWS, SOURCE, SPEC, TARGET
 
-from switchcli.data.batch import Batch
+from switchcli.data.batch import Batch, BatchSource
+from switchcli.data.config import DataSpec
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.pipeline import prepare
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.sources.corpus import PythonStdlib
 from switchcli.data.tokenizer.tokenizer import TrainedTokenizer
 from switchcli.model.decoding import Decoding
@@ -29,25 +35,32 @@ from switchcli.model.generation import generate as decode
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.startup import SPIN_COUNT
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import Objective, cross_entropy
-from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
 from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.prefetch import Loader
 
 SECONDS = 1.0
 """A turn begins no further piece of work after this time."""
+TEXT = PythonStdlib(sources=True)
+"""What batches are made of, as in the quickstart."""
 LOADS = (0, 1, 2, 8)
 """Numbers of busy processes."""
 
 
 class Setting(NamedTuple):
-    """Environment variables of a contestant, and its number of threads where it is not the option's."""
+    """What distinguishes one contestant from the others."""
 
     name: str
     environment: dict[str, str]
     threads: int | None = None
+    """Its number of threads where that is not the option's."""
+    job: Job = {}  # noqa: RUF012  # of a named tuple, and never changed
+    """Keys of its job."""
 
 
 SETTINGS = (
@@ -56,6 +69,18 @@ SETTINGS = (
     Setting("OMP_WAIT_POLICY=PASSIVE", {"OMP_WAIT_POLICY": "PASSIVE"}),
     Setting("one thread", {}, 1),
 )
+FROM_TEXT = "pretrain, batches from text"
+AS_NOW = {"GOMP_SPINCOUNT": SPIN_COUNT}
+SOURCES_OF_BATCHES = (
+    Setting("one batch over and over", AS_NOW),
+    Setting("train.workers=0", AS_NOW, job={"workers": 0}),
+    Setting("train.workers=1, as now", AS_NOW, job={"workers": 1}),
+    Setting("train.workers=2", AS_NOW, job={"workers": 2}),
+    Setting("one thread, one batch", AS_NOW, 1),
+    Setting("one thread, train.workers=0", AS_NOW, 1, {"workers": 0}),
+    Setting("one thread, train.workers=1", AS_NOW, 1, {"workers": 1}),
+)
+"""Where the batches of a step come from."""
 
 
 def with_runtime(library: str) -> tuple[Setting, ...]:
@@ -97,16 +122,23 @@ def busy_contestant(job: Job) -> Contestant:
 
 
 def _step(job: Job, objective: Objective = cross_entropy) -> Callable[[], None]:
-    """A training step of this process, which may be one of several ranks."""
+    """A training step of this process, which may be one of several ranks.
+
+    Its batch is always the same, unless the job has `workers`: then it comes from a text, as in a run.
+    """
     context, _ = begin(job)
     model = _model()
     wrapped, optimizer = context.wrap(model.train()), Adafactor().build(dict(model.named_parameters()))
     batch = _batch()
-    of_rank = RealTokens.of(batch)
-    of_all_ranks = RealTokens(of_rank.inputs * context.world, of_rank.targets * context.world)
+    microbatches = repeat([Microbatch(0, batch, RealTokens.of(batch))])
+    if "workers" in job:
+        loader = Loader(Microbatches(_text_batches(job), ROWS, None, 1, 0, 1), job["workers"], 2, context)
+        microbatches = (each for _, each in loader.from_step(0, 10**9))
 
     def step() -> None:
-        accumulate_gradients(wrapped, objective, [Microbatch(0, batch, of_rank)], of_all_ranks, context, "0")
+        (microbatch,) = next(microbatches)
+        of_all_ranks = RealTokens(*(count * context.world for count in microbatch.real))
+        accumulate_gradients(wrapped, objective, [microbatch], of_all_ranks, context, "0")
         optimizer.step(1e-3)
         optimizer.zero_grad()
 
@@ -176,6 +208,13 @@ def _model(seed: int = 0) -> SwitchTransformer:
     return model
 
 
+def _text_batches(job: Job) -> BatchSource:
+    """Span corruption, as in the quickstart. The first contestant prepares the text in the job's folder."""
+    data = DataSpec(corpora=(TEXT,), tokenizer=TrainedTokenizer(vocab_size=SPEC.vocab_size))
+    texts = prepare(data, PrepareContext(Path(job["folder"]), untracked, unshown, 1))
+    return stream(texts, SpanCorruption(inputs_length=SOURCE), ROWS)
+
+
 def _batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     return Batch(*(torch.randint(2, SPEC.vocab_size, (ROWS, size), generator=generator) for size in (SOURCE, TARGET)))
@@ -189,6 +228,7 @@ def _tokenization(job: Job) -> Callable[[], object]:
 
 WORK: dict[str, Callable[[Job], Callable[[], object]]] = {
     "pretrain": _step,
+    FROM_TEXT: _step,
     "pretrain --processes 2": _ranks,
     "distill": _distillation,
     "eval": _evaluation,

@@ -100,17 +100,15 @@ def _specs(folder: Path) -> dict[str, DataSpec]:
 
 
 def _prepared(spec: DataSpec, folder: Path, cache: Path, processes: int | None) -> PreparedTexts:
-    return prepare(
-        spec, PrepareContext(cache, _untracked, _unshown, processes), Tokenizer.read(_tokenizer_file(folder))
-    )
+    return prepare(spec, PrepareContext(cache, untracked, unshown, processes), Tokenizer.read(_tokenizer_file(folder)))
 
 
-def _untracked(items: Iterable[Any], label: str, total: int | None) -> Iterator[Any]:
+def untracked(items: Iterable[Any], label: str, total: int | None) -> Iterator[Any]:
     return iter(items)
 
 
 @contextmanager
-def _unshown(label: str, pieces: int, size: int | None) -> Iterator[Callable[[PrepareProgress], None]]:
+def unshown(label: str, pieces: int, size: int | None) -> Iterator[Callable[[PrepareProgress], None]]:
     yield lambda progress: None
 
 
@@ -169,11 +167,11 @@ def _loader(job: Job) -> Result:
     ahead = iter(range(0, 10**9, BATCHES))  # no batch twice
 
     def batches(name: str, objective: ObjectiveSpec, workers: int = 0) -> Callable[[], None]:
-        stream = _stream(texts[name], objective, rows)
+        batches_of_text = stream(texts[name], objective, rows)
 
         def call() -> None:
             first = next(ahead)
-            microbatches = Microbatches(stream, rows, None, 1, 0, 1)
+            microbatches = Microbatches(batches_of_text, rows, None, 1, 0, 1)
             with Loader(microbatches, workers, 2, context) as loader:
                 for _ in loader.from_step(first, first + BATCHES):
                     pass
@@ -197,7 +195,7 @@ def _loader(job: Job) -> Result:
     }
 
 
-def _stream(text: PreparedTexts, objective: ObjectiveSpec, rows: int) -> PreparedTextSource:
+def stream(text: PreparedTexts, objective: ObjectiveSpec, rows: int) -> PreparedTextSource:
     chunks = [TokenDataset(one.shards[TRAIN], objective, 0) for one in text.texts.values()]
     mixture = None if len(chunks) == 1 else TextMixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0)
     return PreparedTextSource(chunks, text.tokenizer, objective, 0, rows, mixture)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from busy import LOADS, SETTINGS, busy, with_runtime
+from busy import FROM_TEXT, LOADS, SETTINGS, SOURCES_OF_BATCHES, busy, with_runtime
 from contestants import Refused, Row
 from data import MODELS
 from machine import SIZES, Job, Result
@@ -352,22 +352,26 @@ def of_products(common: Job, precisions: Sequence[str], sizes: Sequence[int]) ->
 
 def of_busy(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
     """A table for each verb: every setting takes turns with the others, next to each number of busy processes."""
-    settings = [*SETTINGS, *(with_runtime(common["openmp"]) if common["openmp"] else ())]
     loads = [*((count, False) for count in LOADS), (2, True)]
     job = {"section": "busy", "device": common["device"], "precision": "float32", "limit": 300}
     for work in common["work"]:
+        settings = [*SETTINGS, *(with_runtime(common["openmp"]) if common["openmp"] else ())]
+        if work == FROM_TEXT:
+            settings = [*SOURCES_OF_BATCHES]
         with ExitStack() as stack:
+            job["folder"] = stack.enter_context(tempfile.TemporaryDirectory())
             live = []
             for setting in settings:
                 changes = {"environment": setting.environment, "threads": setting.threads or common["threads"]}
-                live.append(stack.enter_context(Live({**job, "who": "switchcli", "work": work, **changes})))
+                changes |= {"who": "switchcli", "work": work, **setting.job}
+                live.append(stack.enter_context(Live({**job, **changes})))
             speeds = {load: _speeds(live, load, common["rounds"]) for load in loads}
         none = {load: each[0] for load, each in speeds.items()}
         first = [f"{statistics.median(none[load]):.1f}" for load in loads]
         rows = [[f"{settings[0].name}, times per second", *first]]
         for number, setting in enumerate(settings[1:], 1):
             rows.append([setting.name, *(ratio(each[number], none[load]) for load, each in speeds.items())])
-        print(f"`{work}`, over no variable\n")
+        print(f"`{work}`, over {settings[0].name}\n")
         table(["setting", *(_load_name(*load) for load in loads)], rows)
 
 

@@ -8,10 +8,8 @@ Methods import accelerate and torch's fully_shard: a dry run needs neither, and 
 as importing torch.
 """
 
-import ctypes
 import hashlib
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -27,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed import expert_parallel, parallelize
 from switchcli.distributed.collectives import HostGroup, explain_lost_ranks
+from switchcli.distributed.cpu_settings import keep_freed_memory, limit_threads
 from switchcli.distributed.deterministic_reduce import DeterministicReduce
 from switchcli.distributed.expert_parallel import ExpertGradients
 from switchcli.distributed.launch import is_rank
@@ -62,8 +61,6 @@ IGNORED_VARIABLES = (
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 """Variables of `accelerate launch` that are hidden from accelerate, because the recipe decides what they ask for."""
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 T = TypeVar("T")
 
@@ -120,8 +117,9 @@ class DistributedContext:
             or not torch.cuda.is_available()
             or (device == "auto" and is_set(os.environ, "ACCELERATE_USE_CPU"))
         )
+        limit_threads()
         if on_cpu:
-            _keep_freed_memory()
+            keep_freed_memory()
         with explain_lost_ranks(), announce_waiting():
             _init_process_group("gloo" if on_cpu else "nccl")
             self._accelerator = _create_accelerator(on_cpu)
@@ -453,16 +451,3 @@ def _exclude_from_ddp(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
     assert all("." in name for name in parameters)
     ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(model, list(parameters))  # type: ignore[no-untyped-call]
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory that tensors free for the next ones. With other C libraries nothing changes.
-
-    By default glibc gives each large tensor fresh pages and returns them afterwards. The kernel must clear fresh pages,
-    which takes longer than computing the tensor. The price is fragmentation: freed pieces that no later tensor fits
-    into stay with the process.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never trim; the largest number, 2**31 - 1, is less than a step frees

@@ -30,7 +30,8 @@ from switchcli.errors import (
     SwitchError,
     training_location,
 )
-from switchcli.startup import LAUNCHER, available_processors
+from switchcli.processor import available_processors
+from switchcli.startup import LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -16,6 +16,7 @@ from switchcli.checkpoint import checkpoint, manifest
 from switchcli.convert import hub
 from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.cpu_settings import limit_threads
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.errors import CheckpointError, RecipeError, SwitchError
 from switchcli.model.moe.layer import RouterWeights
@@ -124,6 +125,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 def load_model(handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32") -> LoadedModel:
     """Load the model of an open checkpoint. `selective` casts all weights to bfloat16 but those of routers."""
+    limit_threads()
     model = empty_model(handle.recipe, device)
     load_weights(unsharded_weights(model), handle.weights())
     if precision == "selective":

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from switchcli.distributed.signals import stop_signals
 from switchcli.errors import Interrupted
+from switchcli.processor import available_processors
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.sweep_list import SweepRun
-from switchcli.startup import available_processors
 
 RESULT = "result.json"
 _COMPLETED = "completed: "

@@ -176,6 +176,8 @@ class Trainer:
             self.data.source.restore_state(self.state.step, self.state.position, self.state.branch.row_offset)
         if recipe.train.compile:
             context.compile(self.model)
+            if context.device.type == "cpu":
+                console.message("train.compile is meant for GPUs: on a CPU compiled steps are seldom faster")
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
 

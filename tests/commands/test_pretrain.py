@@ -14,6 +14,7 @@ from tiny_run import SwitchCLI
 from typer.testing import CliRunner
 
 from switchcli.cli import app
+from switchcli.distributed.context import DistributedContext
 from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.program import program_name
 from switchcli.runs import pretraining as verb
@@ -140,6 +141,15 @@ def test_without_a_compiler_compiling_is_refused_with_the_way_out(
     assert done.code == 2
     assert "no g++ here" in done.err
     assert not lacking(done.err, "error: train.compile train.compile=false")
+
+
+def test_on_a_cpu_a_compiled_run_says_what_it_is_meant_for(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DistributedContext, "compile", lambda *_: None)
+    done = switchcli("pretrain", recipe, "train.compile=true", "train.steps=1", "train.device=cpu", "--out", "runs/a")
+    assert done.code == 0
+    assert not lacking(done.err, "train.compile GPUs CPU")
 
 
 def test_without_json_stdout_is_empty_and_quiet_says_nothing(recipe: str, switchcli: SwitchCLI) -> None:

@@ -54,7 +54,6 @@ from switchcli.data.sources.document import is_held_out
 from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer
 from switchcli.errors import CheckpointError, DataError, OutOfMemory
-from switchcli.startup import available_processors
 
 NUM_FILES = 6
 FRACTION = 0.1
@@ -1135,15 +1134,6 @@ def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
 
 
 # Files
-
-
-@pytest.mark.parametrize(("count", "processors"), [(3, 3), (None, 1)])
-def test_processors_where_a_system_does_not_say_which_may_be_used(
-    count: int | None, processors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: count)
-    assert available_processors() == processors
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
 from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError
+from switchcli.processor import available_processors
 
 WHOLE_BYTES: Final = 2**34
 """Bytes of a stream's files above which samples of them are digested: reading all would delay the first step."""
@@ -160,7 +161,7 @@ class Digests:
         with (
             data_errors("data: a file cannot be read", "check that it is there and may be read"),
             # Threads are enough, because hashing releases the interpreter lock.
-            ThreadPoolExecutor(min(_HASH_THREADS, len(paths), os.cpu_count() or 1)) as pool,
+            ThreadPoolExecutor(min(_HASH_THREADS, len(paths), available_processors())) as pool,
         ):
             entries = pool.map(lambda path: _digest(path, kind), paths)
             shown = self._track(paths, "reading sources", len(paths)) if size >= _PROGRESS_BYTES else iter(paths)

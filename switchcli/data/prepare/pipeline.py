@@ -45,7 +45,7 @@ from switchcli.data.sources.corpus import Corpus
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
-from switchcli.startup import available_processors
+from switchcli.processor import available_processors
 
 PROCESSES_FROM = 2**23
 """Bytes of sources above which starting more than one process saves time."""

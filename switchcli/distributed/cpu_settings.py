@@ -1,0 +1,35 @@
+"""How a process uses the CPU: its threads, and the memory that it frees."""
+
+import ctypes
+import os
+import platform
+
+import torch
+
+from switchcli.processor import available_processors
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
+
+
+def limit_threads() -> None:
+    """Have torch use no more threads than `available_processors`, unless OMP_NUM_THREADS sets their number.
+
+    OpenMP does not know the limit of a container. More threads than that are slower than as many as it allows: while
+    they wait for one another, they spend what the container may use.
+    """
+    count = available_processors()
+    if "OMP_NUM_THREADS" not in os.environ and count < torch.get_num_threads():
+        torch.set_num_threads(count)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that tensors free for the next ones. With other C libraries nothing changes.
+
+    By default glibc gives each large tensor fresh pages and returns them afterwards. The kernel must clear fresh pages,
+    which takes longer than computing the tensor. The price is fragmentation: freed pieces that no later tensor fits
+    into stay with the process.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never trim; the largest number, 2**31 - 1, is less than a step frees
