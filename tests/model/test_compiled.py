@@ -114,8 +114,12 @@ def test_under_autocast_recomputed_and_packed_too(recompute: bool, packed: bool,
 @needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
 def test_loss_and_gradients_are_those_of_eager_execution(autocast: bool) -> None:
-    """Compilation for a CPU takes minutes, so one model stands for those that the tests above trace."""
-    check(SPECS["switch"], "inductor", autocast)
+    """Compilation for a CPU takes minutes, so one model stands for those that the tests above trace.
+
+    Under autocast it is without noise: compiled code of torch 2.11 draws other masks in bfloat16.
+    """
+    silent = spec_of(router=SwitchRouter(**BARE, jitter=0.0), dropout=0.0)
+    check(silent if autocast else SPECS["switch"], "inductor", autocast)
 
 
 @pytest.mark.slow

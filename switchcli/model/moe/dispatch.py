@@ -91,8 +91,12 @@ class _WeightedScatterAdd(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(y_AO if ctx.needs_input_grad[1] else None, weight_A, source_A)
         weighted_AO = y_AO * weight_A.unsqueeze(1).to(y_AO.dtype)
-        # index_add_ sums the rows of a token that several experts computed.
-        return weighted_AO.new_zeros(num_tokens, y_AO.shape[1]).index_add_(0, source_A, weighted_AO)
+        zeros_TO = weighted_AO.new_zeros(num_tokens, y_AO.shape[1])
+        # index_add sums the rows of a token that several experts computed. torch 2.11 compiles a function that returns
+        # what it has changed in place to one without gradients.
+        if torch.compiler.is_compiling():
+            return zeros_TO.index_add(0, source_A, weighted_AO)
+        return zeros_TO.index_add_(0, source_A, weighted_AO)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
