@@ -61,11 +61,15 @@ def test_the_issue_forms_are_valid() -> None:
         assert all(field["attributes"]["label"] for field in fields)
 
 
-def test_the_workflow_runs_ci_on_the_pythons_that_the_package_names() -> None:
+def test_the_workflow_runs_ci_on_the_pythons_and_the_oldest_torch_that_the_package_names() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     (job,) = workflow["jobs"].values()
-    classifiers = re.findall(r'Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert job["strategy"]["matrix"]["python"] == classifiers
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    matrix = job["strategy"]["matrix"]
+    assert matrix["python"] == re.findall(r'Python :: (3\.\d+)"', project)
+    assert [row["torch"] for row in matrix["include"]] == [
+        f"{oldest}.0" for oldest in re.findall(r'"torch>=([\d.]+)', project)
+    ]
     assert job["steps"][-1]["run"] == ".ci/run"
 
 
