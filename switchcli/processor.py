@@ -1,4 +1,4 @@
-"""What is known of this machine's processors, and how many this process may use."""
+"""Facts about this machine's processors, and the number of them that this process may use."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ def available_processors() -> int:
     """Return how many processors this process may use.
 
     That is the number that it may run on, or the limit of its container if that is lower. A part of a processor counts
-    as a whole one. macOS does not tell which may be used; there it is all of the machine's.
+    as a whole one. macOS does not tell which ones may be used; there all processors of the machine count.
     """
     try:
         count = len(os.sched_getaffinity(0))
@@ -29,32 +29,41 @@ def processor_limit() -> float:
 
     A container or a service has such a limit: `docker run --cpus`, `limits.cpu` of Kubernetes, `CPUQuota` of systemd.
     Its threads may run on all processors. Linux stops all of them for the rest of a period, mostly 100 ms, when
-    together they have run for the limit. The lowest limit of the process's group and of the groups around it counts.
+    together they have run for the limit. The lowest limit of the process's control group and of those around it counts.
     """
-    limits = [math.inf]
-    with suppress(OSError, ValueError):  # not Linux
-        for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            # Version 1 of control groups names its controllers. Version 2 names none, and may be beside version 1.
-            for root in (controllers, "cpu") if controllers else ("", "unified"):
-                # In a container the path may be that of the host. The container's own group is then at the root.
-                group = CGROUPS / root / path.strip("/")
-                limits += [_limit_of(each) for each in (group, *group.parents) if each.is_relative_to(CGROUPS)]
-    return min(limits)
+    try:
+        lines = OWN_CGROUPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    groups = set()
+    for line in lines:
+        controllers, colon, path = line.partition(":")[2].partition(":")
+        if not colon or (controllers and "cpu" not in controllers.split(",")):
+            continue
+        # Version 1 of control groups names its controllers. Version 2 names none, and may be beside version 1.
+        for root in (controllers, "cpu") if controllers else ("", "unified"):
+            # In a container the path may be that of the host. The container's own group is then at the root.
+            group = CGROUPS / root / path.strip("/")
+            groups |= {each for each in (group, *group.parents) if each.is_relative_to(CGROUPS)}
+    return min((_limit_of(group) for group in groups), default=math.inf)
 
 
 def _limit_of(group: Path) -> float:
     """Return the limit of one control group, in processors."""
-    with suppress(OSError, ValueError):  # ValueError: it is `max`, no limit
-        microseconds, period = (group / "cpu.max").read_text(encoding="utf-8").split()
-        return int(microseconds) / int(period)
-    with suppress(OSError):  # version 1, where -1 is no limit
-        quota = int((group / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
-        if quota > 0:
-            return quota / int((group / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+    with suppress(OSError):
+        return _ratio(*(group / "cpu.max").read_text(encoding="utf-8", errors="replace").split()[:2])
+    with suppress(OSError):  # version 1
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        return _ratio(*((group / name).read_text(encoding="utf-8", errors="replace") for name in names))
     return math.inf
+
+
+def _ratio(quota: str = "", period: str = "") -> float:
+    """Return quota / period, both in microseconds. Without a limit the quota is `max`, or -1 in version 1."""
+    try:
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (ValueError, ZeroDivisionError):
+        return math.inf
 
 
 @functools.cache

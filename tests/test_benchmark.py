@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from switchcli.data.sources.python_stdlib import PythonStdlib
+from switchcli.distributed import cpu_settings
 
 pytest.importorskip("transformers")
 FOLDER = Path(__file__).resolve().parent.parent / "scripts/benchmarks"
@@ -76,7 +77,7 @@ def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monke
     busy = benchmark("busy")
     monkeypatch.setattr(busy, "SECONDS", 0)
     monkeypatch.setattr(busy, "ROWS", 16)
-    for work in set(busy.WORK) - {"pretrain --processes 2"}:  # makes process groups
+    for work in set(busy.WORK) - {"pretrain --processes 2", busy.FROM_TEXT}:  # the first makes process groups
         job = {**TINY, "section": "busy", "who": "switchcli", "work": work}
         assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1, work
 
@@ -92,7 +93,16 @@ def test_steps_take_their_batches_from_a_text(
     job = {**TINY, "section": "busy", "who": "switchcli", "work": busy.FROM_TEXT}
     job |= {"folder": str(tmp_path), "workers": workers}
     assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1
-    assert {setting.job.get("workers") for setting in busy.SOURCES_OF_BATCHES} >= {None, 0, 1}
+    assert list(tmp_path.iterdir()), "the text is prepared there"
+
+
+def test_a_limit_of_the_container_does_not_change_the_threads_of_a_contestant(
+    benchmark: Import, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu_settings, "available_processors", lambda: 1)
+    benchmark("machine").begin({**TINY, "threads": 2})
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What is known of the processors, from what Linux tells, and how many are used."""
+"""Facts about the processors, from what Linux tells, and the number of threads that follows."""
 
 import math
 import os
@@ -45,6 +45,7 @@ def test_processors_where_a_system_does_not_say_which_may_be_used(
     count: int | None, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(processor, "OWN_CGROUPS", Path("/missing"))
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert available_processors() == processors
 
@@ -92,7 +93,13 @@ VERSION_1 = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n3:cpuset:/docker/a\n0:
             2,
         ),
         (VERSION_1, {"unified/system/cpu.max": "100000 100000\n"}, 1),
-        ("nonsense\n", {}, math.inf),
+        ("nonsense\n0::/\n", {"cpu.max": "100000 100000\n"}, 1),
+        ("0::/a\n", {"cpu.max": "100000 100000\n", "a/cpu.max": "100000 0\n"}, 1),
+        ("0::/a\n", {"cpu.max": "100000 100000\n", "a/cpu.max": "nonsense\n"}, 1),
+        ("0::/a\n", {"cpu.max": "100000 100000\n", "a/cpu.max": ""}, 1),
+        ("0::/\n", {"cpu.max": "-1 100000\n"}, math.inf),
+        (VERSION_1, {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "0\n"}, math.inf),
+        (VERSION_1, {"cpu/cpu.cfs_quota_us": "100000\n"}, math.inf),
     ],
 )
 def test_the_lowest_limit_of_the_groups_around_a_process_counts(
@@ -111,12 +118,16 @@ def test_a_run_uses_as_many_threads_as_its_container_may(
     assert torch.get_num_threads() == available_processors() == expected
 
 
-def test_threads_that_the_user_chose_are_kept(threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_that_the_environment_sets_is_kept(
+    threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": "200000 100000\n"})
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     limit_threads()
     assert torch.get_num_threads() == 8
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    limit_threads()
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     limit_threads()
     assert torch.get_num_threads() == 1

@@ -47,7 +47,7 @@ from switchcli.training.prefetch import Loader
 SECONDS = 1.0
 """A turn begins no further piece of work after this time."""
 TEXT = PythonStdlib(sources=True)
-"""What batches are made of, as in the quickstart."""
+"""The text that batches are made of, as in the quickstart."""
 LOADS = (0, 1, 2, 8)
 """Numbers of busy processes."""
 
@@ -80,7 +80,7 @@ SOURCES_OF_BATCHES = (
     Setting("one thread, train.workers=0", AS_NOW, 1, {"workers": 0}),
     Setting("one thread, train.workers=1", AS_NOW, 1, {"workers": 1}),
 )
-"""Where the batches of a step come from."""
+"""Contestants that differ in where the batches of a step come from."""
 
 
 def with_runtime(library: str) -> tuple[Setting, ...]:
@@ -209,7 +209,8 @@ def _model(seed: int = 0) -> SwitchTransformer:
 
 
 def _text_batches(job: Job) -> BatchSource:
-    """Span corruption, as in the quickstart. The first contestant prepares the text in the job's folder."""
+    """Span corruption, as in the quickstart. The first contestant with `workers` prepares the
+    text in the job's folder."""
     data = DataSpec(corpora=(TEXT,), tokenizer=TrainedTokenizer(vocab_size=SPEC.vocab_size))
     texts = prepare(data, PrepareContext(Path(job["folder"]), untracked, unshown, 1))
     return stream(texts, SpanCorruption(inputs_length=SOURCE), ROWS)

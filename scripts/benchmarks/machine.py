@@ -87,6 +87,7 @@ def plain(job: Job) -> torch.device:
 def begin(job: Job) -> tuple[DistributedContext, Clock]:
     plain(job)
     context = DistributedContext(job["device"], "float32" if job["precision"] == "float32" else "selective")
+    torch.set_num_threads(job["threads"])  # whatever the limit of this container is
     return context, Clock(context.device)
 
 

@@ -355,9 +355,8 @@ def of_busy(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> Non
     loads = [*((count, False) for count in LOADS), (2, True)]
     job = {"section": "busy", "device": common["device"], "precision": "float32", "limit": 300}
     for work in common["work"]:
-        settings = [*SETTINGS, *(with_runtime(common["openmp"]) if common["openmp"] else ())]
-        if work == FROM_TEXT:
-            settings = [*SOURCES_OF_BATCHES]
+        runtimes = with_runtime(common["openmp"]) if common["openmp"] else ()
+        settings = SOURCES_OF_BATCHES if work == FROM_TEXT else (*SETTINGS, *runtimes)
         with ExitStack() as stack:
             job["folder"] = stack.enter_context(tempfile.TemporaryDirectory())
             live = []

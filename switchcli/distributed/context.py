@@ -272,7 +272,9 @@ class DistributedContext:
                 f"train.compile: torch.compile does not work here ({reason}): it needs a C++ compiler (g++), and "
                 "no space in the path of torch; or take train.compile=false"
             ) from error
-        torch._inductor.config.fallback_random = True  # the same dropout masks as without compilation
+        torch._inductor.config.fallback_random = (
+            True  # the same dropout masks as without compilation, in bfloat16 from torch 2.12 on
+        )
         # A graph for each kind of block, for training and evaluation, and for each shape of a batch.
         torch._dynamo.config.recompile_limit = 64
         # The gradient of flex_attention's bias does not repeat bit for bit. On a CPU it has no gradient.

@@ -1,4 +1,4 @@
-"""How a process uses the CPU: its threads, and the memory that it frees."""
+"""Settings of this process on a CPU: the number of its threads, and what happens to memory that it frees."""
 
 import ctypes
 import os
@@ -14,11 +14,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 def limit_threads() -> None:
     """Have torch use no more threads than `available_processors`, unless OMP_NUM_THREADS sets their number.
 
-    OpenMP does not know the limit of a container. More threads than that are slower than as many as it allows: while
-    they wait for one another, they spend what the container may use.
+    OpenMP does not know the limit of a container. More threads than the limit has processors slow a run down: while
+    they wait for one another, they spend what the container may use. The number holds for the whole process.
     """
     count = available_processors()
-    if "OMP_NUM_THREADS" not in os.environ and count < torch.get_num_threads():
+    if not os.environ.get("OMP_NUM_THREADS") and count < torch.get_num_threads():
         torch.set_num_threads(count)
 
 

@@ -71,7 +71,8 @@ def launch(processes: int, arguments: Sequence[str]) -> Exit:
     from torch.distributed.run import get_args_parser, run
 
     logging.disable(logging.CRITICAL)  # the ranks print why they end; torchrun would repeat it
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_processors() // processes)))
+    if not os.environ.get("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_processors() // processes))
     os.environ[LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory() as logs:
         options = [

@@ -19,6 +19,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
 from switchcli.distributed.parallel_spec import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.processor import available_processors
 from switchcli.recipe.resolve import Difference, differences, dump
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
@@ -222,6 +223,7 @@ def machine_info(context: DistributedContext) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(context.device) if cuda else platform.machine(),
             "ranks": context.world,
             "cores": os.cpu_count(),
+            "available_processors": available_processors(),
             "threads_per_rank": torch.get_num_threads(),
         },
         "versions": {

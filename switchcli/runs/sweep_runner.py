@@ -194,7 +194,7 @@ def available_slots(jobs: int | None) -> list[dict[str, str]]:
     gpus = _visible_gpus()
     cores = available_processors()
     count = jobs or len(gpus) or cores
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    threads = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not gpus:
         return [dict(threads) for _ in range(count)]
     return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]

@@ -177,7 +177,7 @@ class Trainer:
         if recipe.train.compile:
             context.compile(self.model)
             if context.device.type == "cpu":
-                console.message("train.compile is meant for GPUs: on a CPU compiled steps are seldom faster")
+                console.message("train.compile is meant for GPUs: on a CPU compiled steps are not faster")
         if recipe.train.activation_checkpointing == "blocks":
             recompute_blocks(self.model)
 

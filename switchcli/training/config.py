@@ -47,11 +47,10 @@ class TrainSpec(Spec):
     compile: bool = False
     """Apply torch.compile to every block, sparse layers included; the first steps take longer.
 
-    It is meant for GPUs. On a CPU compiling takes up to minutes, and no compiled step that was measured is faster: they
-    take 1.0 to 1.6 times as long.
-    Where a sparse layer or the model axis sends tensors to other ranks, only sublayers without experts are compiled.
-    On CUDA, blocks that are compiled whole and have heads of at least 16 train with torch's flex_attention, unless
-    `parallel.reduction` is `ordered` or torch is deterministic.
+    It is meant for GPUs: on a CPU compiled steps are not faster. Where a sparse layer or the model axis sends tensors
+    to other ranks, only sublayers without experts are compiled. On CUDA, blocks that are compiled whole and have heads
+    of at least 16 train with torch's flex_attention, unless `parallel.reduction` is `ordered` or torch is
+    deterministic.
     """
     activation_checkpointing: Literal["none", "blocks"] = "none"
     """`blocks` stores only the inputs of each block and recomputes the rest in the backward pass with the same noise:

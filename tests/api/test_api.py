@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import switchcli
 from switchcli import errors
 from switchcli.cli import app
+from switchcli.distributed import cpu_settings
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.recipe.schema import EvalRecipe
@@ -286,6 +287,20 @@ def test_a_model_has_its_parts(model: switchcli.Model, trained: Path) -> None:
     assert not model.model.training
     assert model.recipe.model.num_experts == 4
     assert model.tokenizer.decode(model.tokenizer.encode("red")).strip() == "red"
+
+
+def test_a_loaded_model_uses_as_many_threads_as_its_container_may(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cpu_settings, "available_processors", lambda: 2)
+    try:
+        torch.set_num_threads(8)
+        switchcli.load(trained)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import DENSE, SHAPE, a_model, rows, step_total
+from torch.torch_version import TorchVersion
 
 from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
@@ -116,10 +117,11 @@ def test_under_autocast_recomputed_and_packed_too(recompute: bool, packed: bool,
 def test_loss_and_gradients_are_those_of_eager_execution(autocast: bool) -> None:
     """Compilation for a CPU takes minutes, so one model stands for those that the tests above trace.
 
-    Under autocast it is without noise: compiled code of torch 2.11 draws other masks in bfloat16.
+    Compiled by torch 2.11, masks in bfloat16 are others than uncompiled ones, so there the model has no noise.
     """
     silent = spec_of(router=SwitchRouter(**BARE, jitter=0.0), dropout=0.0)
-    check(silent if autocast else SPECS["switch"], "inductor", autocast)
+    has_other_noise = autocast and TorchVersion(torch.__version__) < "2.12"
+    check(silent if has_other_noise else SPECS["switch"], "inductor", autocast)
 
 
 @pytest.mark.slow

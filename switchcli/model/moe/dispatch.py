@@ -92,8 +92,8 @@ class _WeightedScatterAdd(torch.autograd.Function):
         ctx.save_for_backward(y_AO if ctx.needs_input_grad[1] else None, weight_A, source_A)
         weighted_AO = y_AO * weight_A.unsqueeze(1).to(y_AO.dtype)
         zeros_TO = weighted_AO.new_zeros(num_tokens, y_AO.shape[1])
-        # index_add sums the rows of a token that several experts computed. torch 2.11 compiles a function that returns
-        # what it has changed in place to one without gradients.
+        # index_add sums the rows of a token that several experts computed. Compiled by torch 2.11, a function of
+        # autograd has no gradients if it returns a tensor that it changed in place.
         if torch.compiler.is_compiling():
             return zeros_TO.index_add(0, source_A, weighted_AO)
         return zeros_TO.index_add_(0, source_A, weighted_AO)
