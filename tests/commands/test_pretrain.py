@@ -111,7 +111,9 @@ def test_compiled_it_ends_about_where_it_does_uncompiled(recipe: str, switchcli:
         done = subprocess.run(
             [*command, "--json", "--out", f"runs/{compiled}"], capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stderr) == (0, "")
+        # torch built for CUDA logs that there is none.
+        said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+        assert (done.returncode, said) == (0, [])
         figures.append(json.loads(done.stdout)["held_out/neg_log_perplexity"])
     assert figures[0] == pytest.approx(figures[1], abs=1e-3)
 
