@@ -435,6 +435,10 @@ class Model:
 def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:
     """Load the model of a checkpoint.
 
+    torch then uses no more threads than the process may use processors; the limit of a container counts. That holds for
+    the whole process, and replaces what `torch.set_num_threads` was told before. OMP_NUM_THREADS, set before torch is
+    imported, wins over it. `train` does the same.
+
     Args:
         path: the folder of a run (its newest checkpoint), of one checkpoint, or in the Hugging Face layout.
         device: where to compute. `auto` is a CUDA device if there is one, else the CPU.

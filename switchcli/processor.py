@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,11 @@ def available_processors() -> int:
     except AttributeError:
         count = os.cpu_count() or 1
     return max(1, math.ceil(min(count, processor_limit())))
+
+
+def is_thread_count_set() -> bool:
+    """Return whether OMP_NUM_THREADS sets the number of OpenMP's threads. libgomp ignores all but positive integers."""
+    return re.match(r"\s*\+?0*[1-9]", os.environ.get("OMP_NUM_THREADS", "")) is not None
 
 
 def processor_limit() -> float:

@@ -125,12 +125,32 @@ def test_the_number_that_the_environment_sets_is_kept(
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     limit_threads()
     assert torch.get_num_threads() == 8
-    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
     limit_threads()
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 8
     torch.set_num_threads(1)
     limit_threads()
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "abc", " "])
+def test_what_openmp_ignores_is_no_number_of_threads(
+    text: str, threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": "200000 100000\n"})
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    limit_threads()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [("2", 3), ("16", 1), ("x", 6), ("0", 6)])
+def test_the_ranks_of_a_machine_share_its_processors(
+    ranks: str, expected: int, threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": "600000 100000\n"})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    limit_threads()
+    assert torch.get_num_threads() == expected
 
 
 def test_a_system_without_control_groups_has_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

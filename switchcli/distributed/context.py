@@ -10,6 +10,7 @@ as importing torch.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -117,12 +118,12 @@ class DistributedContext:
             or not torch.cuda.is_available()
             or (device == "auto" and is_set(os.environ, "ACCELERATE_USE_CPU"))
         )
-        limit_threads()
         if on_cpu:
             keep_freed_memory()
         with explain_lost_ranks(), announce_waiting():
             _init_process_group("gloo" if on_cpu else "nccl")
             self._accelerator = _create_accelerator(on_cpu)
+        limit_threads()  # after accelerate, which gives ranks on a CPU all cores of the machine
         self.rank: int = self._accelerator.process_index
         self.world: int = self._accelerator.num_processes
         self.device: torch.device = self._accelerator.device
@@ -405,11 +406,13 @@ def _create_accelerator(on_cpu: bool) -> "Accelerator":
         AcceleratorState._reset_state(reset_partial_state=True)
     hidden = {name: os.environ.pop(name) for name in IGNORED_VARIABLES if name in os.environ}
     try:
-        return Accelerator(
-            cpu=on_cpu,
-            mixed_precision="no",  # see `autocast`; accelerate's own would copy the logits to float32
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # of a number of threads that `limit_threads` changes
+            return Accelerator(
+                cpu=on_cpu,
+                mixed_precision="no",  # see `autocast`; accelerate's own would copy the logits to float32
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
+            )
     except ValueError as error:
         raise RecipeError(f"an environment variable cannot be used by accelerate ({error}): unset it") from error
     finally:

@@ -30,7 +30,7 @@ from switchcli.errors import (
     SwitchError,
     training_location,
 )
-from switchcli.processor import available_processors
+from switchcli.processor import available_processors, is_thread_count_set
 from switchcli.startup import LAUNCHER
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Exit:
     from torch.distributed.run import get_args_parser, run
 
     logging.disable(logging.CRITICAL)  # the ranks print why they end; torchrun would repeat it
-    if not os.environ.get("OMP_NUM_THREADS"):
+    if not is_thread_count_set():
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_processors() // processes))
     os.environ[LAUNCHER] = str(os.getpid())
     with tempfile.TemporaryDirectory() as logs:

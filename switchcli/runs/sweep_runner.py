@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from switchcli.distributed.signals import stop_signals
 from switchcli.errors import Interrupted
-from switchcli.processor import available_processors
+from switchcli.processor import available_processors, is_thread_count_set
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.sweep_list import SweepRun
@@ -194,7 +194,7 @@ def available_slots(jobs: int | None) -> list[dict[str, str]]:
     gpus = _visible_gpus()
     cores = available_processors()
     count = jobs or len(gpus) or cores
-    threads = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    threads = {} if is_thread_count_set() else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not gpus:
         return [dict(threads) for _ in range(count)]
     return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]

@@ -67,8 +67,9 @@ def test_globs_go_down_in_order_and_give_each_file_once(tmp_path: Path) -> None:
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
     for name in ("b.txt", "a.txt", "deep/deeper/c.txt"):
         (tmp_path / name).write_text(name)
-    corpus = FilesCorpus(paths=(str(tmp_path / "b.txt"), str(tmp_path / "**" / "*.txt")))
-    assert [document.text for document in corpus.documents()] == ["b.txt", "a.txt", "deep/deeper/c.txt"]
+    for everything in ("**/*.txt", "**"):
+        corpus = FilesCorpus(paths=(str(tmp_path / "b.txt"), str(tmp_path / everything)))
+        assert [document.text for document in corpus.documents()] == ["b.txt", "a.txt", "deep/deeper/c.txt"]
 
 
 def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def test_every_file_that_a_recipe_names_must_be_regular(name: str, pipe: Path) -
     ("path", "words"),
     [
         ("~nosuchuser/x.txt", r"\bhome\b"),
-        ("a**/*.txt", r"a/\*\*/\*\.txt"),
+        ("a**/*.txt", r"a\*/\*\*/\*\.txt"),
+        ("memory://a**/*.txt", r"a\*/\*\*/\*\.txt"),
         ("n" * 300, "too long"),
         ("loop", r"\bloop: .*\bpath\b"),
     ],

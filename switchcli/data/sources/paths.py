@@ -120,8 +120,9 @@ def _expand_path(pattern: str, key: str) -> list[SourceFile]:
         return [SourceFile.local(path)]
     if not set(pattern) & set("*?["):
         raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): fix the path")
-    if any("**" in part and part != "**" for part in path.parts):  # Python 3.13 would take it for *
-        raise DataError(f"{key}: {pattern}: ** is only a part of a name: write ** between slashes, as in a/**/*.txt")
+    _check_stars(pattern, key)
+    if path.name == "**":  # all files below, which Python before 3.13 takes for all folders
+        path = path / "*"
     anchor = Path(path.anchor)
     try:
         files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
@@ -132,7 +133,14 @@ def _expand_path(pattern: str, key: str) -> list[SourceFile]:
     return [SourceFile.local(file) for file in files]
 
 
+def _check_stars(pattern: str, key: str) -> None:
+    """Raise DataError where `**` is only a part of a name: Python 3.13 would take it for `*`."""
+    if any("**" in part and part != "**" for part in pattern.split("/")):
+        raise DataError(f"{key}: {pattern}: ** is only a part of a name: write ** between slashes, as in a*/**/*.txt")
+
+
 def _expand_url(pattern: str, key: str) -> list[SourceFile]:
+    _check_stars(pattern, key)
     with data_errors(f"{key}: {pattern}: cannot be listed", "check the address, the network and your rights to it"):
         filesystem, path = _filesystem(pattern)
         # One listing reports names, sizes and versions. A request per file would take an hour for some corpora.
