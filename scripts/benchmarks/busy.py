@@ -209,8 +209,7 @@ def _model(seed: int = 0) -> SwitchTransformer:
 
 
 def _text_batches(job: Job) -> BatchSource:
-    """Span corruption, as in the quickstart. The first contestant with `workers` prepares the
-    text in the job's folder."""
+    """Return span corruption of TEXT. The first contestant with `workers` prepares it in the job's folder."""
     data = DataSpec(corpora=(TEXT,), tokenizer=TrainedTokenizer(vocab_size=SPEC.vocab_size))
     texts = prepare(data, PrepareContext(Path(job["folder"]), untracked, unshown, 1))
     return stream(texts, SpanCorruption(inputs_length=SOURCE), ROWS)

@@ -273,9 +273,8 @@ class DistributedContext:
                 f"train.compile: torch.compile does not work here ({reason}): it needs a C++ compiler (g++), and "
                 "no space in the path of torch; or take train.compile=false"
             ) from error
-        torch._inductor.config.fallback_random = (
-            True  # the same dropout masks as without compilation, in bfloat16 from torch 2.12 on
-        )
+        # The dropout masks are those of a model that is not compiled, in bfloat16 from torch 2.12 on.
+        torch._inductor.config.fallback_random = True
         # A graph for each kind of block, for training and evaluation, and for each shape of a batch.
         torch._dynamo.config.recompile_limit = 64
         # The gradient of flex_attention's bias does not repeat bit for bit. On a CPU it has no gradient.
@@ -407,7 +406,7 @@ def _create_accelerator(on_cpu: bool) -> "Accelerator":
     hidden = {name: os.environ.pop(name) for name in IGNORED_VARIABLES if name in os.environ}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # of a number of threads that `limit_threads` changes
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # `limit_threads` decides on the number of threads
             return Accelerator(
                 cpu=on_cpu,
                 mixed_precision="no",  # see `autocast`; accelerate's own would copy the logits to float32

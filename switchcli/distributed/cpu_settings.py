@@ -12,15 +12,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 
 
 def limit_threads() -> None:
-    """Have torch use no more threads than this rank's share of `available_processors`, unless OMP_NUM_THREADS sets it.
+    """Have torch use no more threads than this rank's share of the processors, unless OMP_NUM_THREADS sets the number.
 
     OpenMP does not know the limit of a container. More threads than the limit has processors slow a run down: while
     they wait for one another, they spend what the container may use. The number holds for the whole process.
     """
-    num_ranks = os.environ.get("LOCAL_WORLD_SIZE", "")  # on this machine
-    count = max(1, available_processors() // max(1, int(num_ranks) if num_ranks.isdecimal() else 1))
-    if not is_thread_count_set() and count < torch.get_num_threads():
-        torch.set_num_threads(count)
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    num_ranks = int(ranks) if ranks.isdecimal() else 1  # on this machine
+    share = max(1, available_processors() // max(1, num_ranks))
+    if not is_thread_count_set() and share < torch.get_num_threads():
+        torch.set_num_threads(share)
 
 
 def keep_freed_memory() -> None:

@@ -63,7 +63,7 @@ class CheckpointHandle(NamedTuple):
 
 
 LoadPrecision = Literal["float32", "selective"]
-"""Of a loaded model: `selective` has all weights in bfloat16 but those of routers."""
+"""The precision of a loaded model: `selective` has all weights in bfloat16 but those of routers."""
 
 
 class LoadedModel(NamedTuple):

@@ -58,7 +58,7 @@ class Trial(NamedTuple):
     rank: int
     broken: str
     seconds: float
-    """From the fault until nothing was left."""
+    """The time from the fault until nothing was left."""
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
