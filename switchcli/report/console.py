@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, TextIO, TypeVar
 
 from rich import console as rich_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -232,12 +232,14 @@ class Console:
     ) -> None:
         """Print a table with a heading per column, and its caption. `justify` aligns all columns but the first.
 
-        In a terminal that is too narrow for columns of numbers, which are aligned right, each row becomes several
-        lines: its first cell, then a heading and a value per line. No number is folded.
+        A row may leave out its last cells. In a terminal that is too narrow for columns of numbers, which are aligned
+        right, each row becomes several lines: its first cell, then a heading and a value per line. No number is folded.
         """
+        # With and without a terminal, so that no table fails in one of them alone.
+        rows = [[*row, *[""] * (len(headings) - len(row))] for row in rows]
+        assert all(len(row) == len(headings) for row in rows), f"{title}: a row has more cells than headings"
         if self._quiet:
             return
-        rows = [*rows]
         self._rich.print()
         self._print(title, "bold", wrap=True)
         numbers = justify == "right" and any(headings)
@@ -320,16 +322,20 @@ class Console:
 
     @contextmanager
     def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[AdvanceTo]:
-        """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested."""
+        """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested.
+
+        A bar over nothing is not shown.
+        """
+        task: TaskID | None = None
 
         def advance(count: int, description: str | None = None, seconds_left: float | None = None) -> None:
-            if self._live:
+            if task is not None:
                 line = None if description is None else one_line(description)
                 self._progress.update(task, completed=count, description=line)
                 if seconds_left is not None:
                     self._progress.update(task, end=time.monotonic() + seconds_left)
 
-        if not self._live:
+        if not self._live or total == 0:
             yield advance
             return
         task = self._progress.add_task(one_line(description), total=total, completed=first)

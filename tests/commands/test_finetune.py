@@ -14,6 +14,7 @@ import torch
 from drill import CLOCKS, fingerprint
 from messages import lacking
 from safetensors.torch import load_file
+from terminal import in_terminal
 from tiny_run import SwitchCLI, lay_out_tuning
 from typer.testing import CliRunner
 
@@ -60,6 +61,14 @@ def test_a_run_end_to_end(trained: Path, tuning: str, switchcli: SwitchCLI) -> N
     assert "expert_dropout: 0.3" in resolved
     for seen in ("colour", "macro_f1", "chance", "which colour:", "generate a", "eval a"):
         assert seen in done.err
+
+
+def test_a_terminal_shows_the_scores_of_a_task_with_two_metrics_and_what_to_do_next(trained: Path, tuning: str) -> None:
+    command = [sys.executable, "-m", "switchcli", "finetune", tuning, "--model", trained, "--out", "a"]
+    shown = in_terminal(command, 80)
+    assert (shown.code, shown.cut) == (0, []), shown.text
+    for seen in ("accuracy", "macro_f1", "95 % interval", "Next:", "generate a", "eval a"):
+        assert seen in shown.text, shown.text
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from switchcli.report.comparison import Comparison, compare
 from switchcli.report.run_report import highlights, quality_table
 from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import group_by_recipe
-from switchcli.report.significance import Verdict, t_95
+from switchcli.report.significance import Verdict, gain, t_95
 
 
 def a_made_run(
@@ -150,6 +150,33 @@ def test_runs_are_compared_within_a_seed_and_without_common_seeds_by_their_means
     assert high - low > 4  # 2 x 2.78 (4 degrees of freedom) x (1.00 + 1.01) ** 0.5 / 3 ** 0.5
     assert row.verdict == Verdict.NO_DIFFERENCE
     assert row.speed.factors[0].verdict in (Verdict.NO_PAIRS, Verdict.SOME_SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("first", "is_paired", "mean", "margin"),
+    [
+        (1, True, 1.1, 12.7062 * 0.1),  # seeds 1 and 2: pairs that differ by 1.0 and 1.2, 1 degree of freedom
+        (2, False, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),  # one shared seed says less than three of each
+        (3, False, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),
+    ],
+    ids=["two shared seeds of three", "one shared seed of three", "none"],
+)
+def test_runs_are_paired_from_two_shared_seeds_on(first: int, is_paired: bool, mean: float, margin: float) -> None:
+    theirs = {0: 1.0, 1: 2.0, 2: 3.0}
+    ours = dict(enumerate((3.0, 4.2, 5.1), start=first))
+    found = gain(ours, theirs)
+    assert found is not None
+    assert found.interval is not None
+    assert found.is_paired == is_paired
+    assert found.spread.mean == pytest.approx(mean)
+    assert found.interval == pytest.approx((mean - margin, mean + margin), abs=1e-3)
+
+
+def test_one_shared_seed_is_a_pair_where_a_series_has_no_other() -> None:
+    for ours, theirs in (({0: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}), ({0: 5.0, 1: 2.0, 2: 3.0}, {0: 1.0})):
+        found = gain(ours, theirs)
+        assert found is not None
+        assert (found.is_paired, found.spread.mean, found.verdict) == (True, 4.0, Verdict.ONE_SEED)
 
 
 def test_a_run_that_was_repeated_with_its_seed_is_one_seed() -> None:

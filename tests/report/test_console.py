@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 from messages import lacking
@@ -168,6 +168,27 @@ def test_no_number_of_a_table_is_folded(columns: int, monkeypatch: pytest.Monkey
     assert sum(not lacking(line, "series verdict loss steps") for line in lines) == (columns > 120)
 
 
+@pytest.mark.parametrize(("columns", "justify"), [(200, "left"), (200, "right"), (20, "right")])
+def test_a_row_may_lack_cells_and_not_have_too_many_in_a_terminal_as_without_one(
+    columns: int, justify: Literal["left", "right"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    rows = [("colour", "12.50", "3 to 25"), ("  accuracy", "12.50"), ("last",), ()]
+    reader, writer = pty.openpty()
+    without, plain_stream = plain()
+    with os.fdopen(writer, "w") as stream:
+        for console in (Console(stream=stream), without, plain(quiet=True)[0]):
+            console.rows("scores", ("task", "score", "95 % interval"), rows, justify=justify)
+            with pytest.raises(AssertionError, match="scores"):
+                console.rows("scores", ("task",), rows)
+        shown = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", read(reader))
+    os.close(reader)
+    words = [word for row in rows for cell in row for word in cell.split()]
+    assert not Counter(words) - Counter(shown.split())
+    assert not Counter(words) - Counter(plain_stream.getvalue().split())
+
+
 def test_a_held_out_figure_has_its_own_line() -> None:
     (line,) = logged({"step": 500.0, "held_out/neg_log_perplexity": -5.25})
     assert not lacking(line, "500/1000 held-out loss 5.2500 perplexity -5.2500")
@@ -299,6 +320,14 @@ def test_preparing_in_a_terminal_has_its_rate_beside_the_bar(terminal: tuple[Con
         show(Done(1, 0, 2_000_000))
         console._progress.refresh()
     assert re.search(r"tokenizing: 2.00M tokens, \S+ tokens/s .*1/4", read(reader))
+
+
+@pytest.mark.parametrize(("total", "is_shown"), [(0, False), (1, True), (None, True)])
+def test_a_bar_over_nothing_is_not_shown(terminal: tuple[Console, int], total: int | None, is_shown: bool) -> None:
+    console, reader = terminal
+    with console.counting("answering examples", total):
+        pass
+    assert ("answering examples" in read(reader)) == is_shown
 
 
 def test_a_bar_is_taken_down_when_the_run_fails(terminal: tuple[Console, int]) -> None:
