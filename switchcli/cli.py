@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_group
 
-from switchcli import __version__, commands, startup
+from switchcli import __version__, commands, credentials, startup
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import USAGE_ERROR, CheckedGroup, extend_command
@@ -104,6 +104,12 @@ def _require_working_directory() -> None:
         ) from error
 
 
+def _refuse_secret_endpoint() -> None:
+    """Raise RecipeError if HF_ENDPOINT holds credentials: huggingface_hub prints the addresses that do not answer."""
+    if secret := credentials.find_credentials(os.environ.get("HF_ENDPOINT", "")):
+        raise RecipeError(f"HF_ENDPOINT: holds {secret}, and logs would keep it: leave it out, and log in by HF_TOKEN")
+
+
 _python_showwarning = warnings.showwarning
 
 
@@ -127,6 +133,7 @@ def main() -> None:
     try:
         try:
             _require_working_directory()
+            _refuse_secret_endpoint()
             app()
         finally:
             sys.stdout.flush()

@@ -67,8 +67,8 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
         RecipeError: no such file, or no such shipped recipe; the message has the nearest name.
     """
     path = (beside or Path()) / name_or_path
-    if beside is None and _OVERRIDE.match(name_or_path) and not os.path.lexists(path):
-        raise RecipeError(f"{display_key(name_or_path)}: is no recipe: the recipe comes first, then KEY=VALUE")
+    if beside is None and (override := _OVERRIDE.match(name_or_path)) and not os.path.lexists(path):
+        raise RecipeError(f"{override[0]}...: is no recipe: the recipe comes first, then KEY=VALUE")
     try:
         exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered

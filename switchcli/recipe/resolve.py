@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from switchcli import credentials
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, messages, renames, sizes, yaml_nodes
 from switchcli.recipe.yaml_nodes import Node
@@ -338,12 +337,9 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
 
 
 def _parse_override(override: str) -> tuple[tuple[str, ...], Node]:
-    """Return the path and the value of KEY=VALUE, with the override, without credentials, as the source."""
+    """Return the path and the value of KEY=VALUE. The source names the key alone: a value may hold a secret."""
     dotted, separator, value = override.partition("=")
-    redacted = credentials.redact(override)
-    if credentials.find_credentials(value):
-        redacted = f"{dotted}={credentials.HIDDEN}"
-    where = f"override {redacted!r}"
+    where = f"override {yaml_nodes.display_key(dotted)}"
     path = tuple(dotted.split("."))
     if not separator or not all(path):
         raise RecipeError(f"{where}: must be KEY=VALUE with a dotted key, such as train.steps=1000")

@@ -50,7 +50,7 @@ def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: 
         (["pretrain", "none.yaml"], "none.yaml switchcli recipes list"),
         (["pretrain", "quickstart/swich"], "quickstart/swich quickstart/switch"),
         (["pretrain", "."], "folder .yaml"),
-        (["pretrain", "train.steps=10", "quickstart/switch"], "train.steps=10 recipe first KEY=VALUE"),
+        (["pretrain", "train.steps=10", "quickstart/switch"], "train.steps=... recipe first KEY=VALUE"),
         *(
             ([*words.split(), "--out", "text.txt"], "--out text.txt folder file")
             for words in ("finetune tiny.yaml", "distill tiny.yaml", "eval none", "sweep pretrain tiny.yaml")
@@ -69,6 +69,19 @@ def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
     assert (done.code, done.out) == (RECIPE, "")
     assert not lacking(done.err, words)
     assert "Traceback" not in done.err
+
+
+def test_credentials_in_the_address_of_the_hub_are_refused(
+    switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub would print them at each attempt to reach the hub."""
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:c4n4ry@hub.org")
+    done = switchcli("recipes", "list")
+    assert (done.code, done.out) == (RECIPE, "")
+    assert not lacking(done.err, "HF_ENDPOINT HF_TOKEN")
+    assert "c4n4ry" not in done.err
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.org")
+    assert switchcli("recipes", "list").code == 0
 
 
 def test_every_wrong_key_has_its_line_and_json_its_object(recipe: str, switchcli: SwitchCLI) -> None:

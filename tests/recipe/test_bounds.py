@@ -104,5 +104,5 @@ def test_a_number_beyond_its_bound_is_refused_at_once(override: str, words: str)
     began = time.process_time()
     with pytest.raises(RecipeError) as raised:
         resolve_standalone("quickstart/switch", [override])
-    assert_line(str(raised.value), f"override {override!r}", words)
+    assert_line(str(raised.value), f"override {override.partition('=')[0]}", words)
     assert time.process_time() - began < 5

@@ -83,14 +83,14 @@ def test_parts_that_do_not_fit(recipe, overrides, where, words):
     with pytest.raises(RecipeError) as raised:
         recipe(*overrides)
     (line,) = str(raised.value).splitlines()
-    assert_line(line, where if isinstance(where, str) else f"override {overrides[where]!r}", words)
+    assert_line(line, where if isinstance(where, str) else f"override {overrides[where].partition('=')[0]}", words)
 
 
 def test_the_line_is_that_of_the_key(recipe):
     with pytest.raises(RecipeError) as raised:
         recipe("data.objective.inputs_length=100", "model.vocab_size=200")
     places = [line.split(": ")[0] for line in str(raised.value).splitlines()]
-    assert places == ["mine.yaml:6", "override 'model.vocab_size=200'"]
+    assert places == ["mine.yaml:6", "override model.vocab_size"]
 
 
 def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
 def test_objectives_that_cannot_be(recipe, override, words):
     with pytest.raises(RecipeError) as raised:
         recipe(override)
-    assert_line(str(raised.value), f"override {override!r}", words)
+    assert_line(str(raised.value), f"override {override.partition('=')[0]}", words)
 
 
 RENAMED = [
@@ -179,7 +179,7 @@ def test_a_key_under_both_of_its_names_is_refused(recipe):
     override = "data={lanes: 4, stream_shards: 4}"
     with pytest.raises(RecipeError) as raised:
         recipe(override)
-    assert_line(str(raised.value), f"override {override!r}", "data.lanes data.stream_shards")
+    assert_line(str(raised.value), f"override {override.partition('=')[0]}", "data.lanes data.stream_shards")
 
 
 EARLIER = """\

@@ -14,30 +14,16 @@ from table import Row
 
 SECRET = "c4n4ry"
 """The part of each URL that no output may show."""
-TOKEN = f"hf_{SECRET}abcdefghijklmnopqrst"
+TOKEN = f"hf_{SECRET}abcdefghijklmnopqrstuvwxyzabc"
 FORMS = [
     f"https://u:{SECRET}@h.org/x",
-    f"https://u:pa/{SECRET}@h.org/x",
-    f"https://u:1/{SECRET}@h.org/x",
-    f"https://u:pa?{SECRET}@h.org/x",
-    f"https://u:pa#{SECRET}@h.org/x",
     f"https://{SECRET}@h.org/x",
-    f"https://TO/{SECRET}@h.org/x",
     f"https://:{SECRET}@h.org/x",
     f"HTTPS://u:{SECRET}@h.org/x",
     f"Ftp://u:{SECRET}@h.org/x",
     f"https:/u:{SECRET}@h.org/x",
-    f"https:u:{SECRET}@h.org/x",
-    f"https:\\\\u:{SECRET}@h.org\\x",
-    f"//u:{SECRET}@h.org/x",
-    f"//{SECRET}@h.org",
     f"  https://u:{SECRET}@h.org/x",
-    f"https://u:a b{SECRET}@h.org/x",
     f"https://u:{SECRET}@[::1]/x",
-    f"https://u%3A{SECRET}%40h.org/x",
-    f"https%3A%2F%2Fu%3A{SECRET}%40h.org%2Fx",
-    f"https://h.org/?url=https%3A%2F%2Fu%3A{SECRET}%40h.org%2Fx",
-    f"s3://AKIA:abc/{SECRET}@bucket/x",
     f"s3://AKIA:{SECRET}@bucket/x",
     f"s3://{SECRET}@bucket/x",
     f"gs://{SECRET}@bucket/x",
@@ -65,41 +51,35 @@ FORMS = [
     f"https://h.org/x?ACCESS_TOKEN={SECRET}",
     f"https://h.org/x?api_key={SECRET}",
     f"https://h.org/x?apikey={SECRET}",
-    f"https://h.org/x?key={SECRET}",
-    f"https://h.org/x?password={SECRET}",
-    f"https://h.org/x?client_secret={SECRET}",
-    f"https://h.org/x?x%2Damz%2Dsignature={SECRET}",
-    f"https://h.org/x&token={SECRET}",
-    f"https://h.org/x;token={SECRET}",
     f"https://h.org/x#access_token={SECRET}",
     f"https://h.org/{TOKEN}/x",
+    f"https://h.org/ghp_{SECRET}abcdefghijklmnopqrstuvwxyzabcd",
+    f"github_pat_{SECRET}abcdefghijklmnopqrstuvwxyzabcdefghijk",
+    f"glpat-{SECRET}abcdefghijklmnopqrst",
 ]
+"""What SECURITY.md promises to refuse: user information, parameters of these names, known forms of tokens."""
 ACCEPTED = [
-    *(
-        "me@home.txt",
-        "token.txt",
-        "a/token=5.txt",
-        "x:y@z.txt",
-        "api_key.jsonl",
-        "a@b/*.txt",
-        "dir/user:name@place.txt",
-    ),
-    *(
-        "file:///texts/me@work/x.txt",
-        "s3://bucket/a@b.txt",
-        "hf://datasets/org/name@main/x.jsonl",
-        "gs://b/{a,b}/*.txt",
-    ),
+    *("me@home.txt", "token.txt", "a/token=5.txt", "x:y@z.txt", "api_key.jsonl", "a@b/*.txt"),
+    *("dir/user:name@place.txt", "hf_t5_base_8_experts_converted_from_the_hub", "data/AKIA/x.txt"),
+    *("file:///texts/me@work/x.txt", "file:///me@home/x.txt", "s3://bucket/a@b.txt", "gs://b/{a,b}/*.txt"),
+    *("hf://datasets/org/name@main/x.jsonl", "http://h.org:9000/data@v2", "https://h.org/x?sv=2&key=5"),
     *("https://h.org:8443/x.txt", "https://[::1]:80/x.txt", "https://cdn.org/npm/package@1.0/x.txt"),
     *("https://h.org/x.txt?download=true&tokenizer=t5", "zip://*.csv::s3://b/x.zip", "simplecache::https://h.org/x"),
-    *(
-        "abfs://texts@account.dfs.core.windows.net/x.txt",
-        "abfss://w@onelake.dfs.fabric.microsoft.com/x.txt",
-        "https://localhost:80/a%40b.txt",
-        "memory://x/y.txt",
-    ),
+    *("abfs://texts@account.dfs.core.windows.net/x.txt", "wasbs://t@account.blob.core.windows.net/x.txt"),
+    *("abfss://w@onelake.dfs.fabric.microsoft.com/x.txt", "https://localhost:80/a%40b.txt", "memory://x/y.txt"),
 ]
 """Names without credentials."""
+ESCAPED = [
+    f"https\\u003a//u:{SECRET}@h.org/x",
+    f"\\x68ttps://u:{SECRET}\\u0040h.org/x",
+    f"https://h.org/x?t\\u006fken={SECRET}",
+    f"https://h.org/x?\\x73ig={SECRET}",
+    f"h\\u0066_{TOKEN[3:]}",
+]
+"""Credentials behind escapes of YAML, which only its parser reads."""
+PLACES = ["data.corpora=[{{kind: files, paths: [{}]}}]", "data.tokenizer={{kind: file, path: {}}}", "train.seed={}"]
+PLACES += ["model.size={}", "no.such.key={}", "data.corpora=[{{kind: {}", "train.steps=&a {}", "eval={} {{"]
+"""Overrides that are refused, with the place of a value."""
 
 
 def rows(folder: Path, long: bool) -> Iterator[Row]:
@@ -134,10 +114,21 @@ def rows(folder: Path, long: bool) -> Iterator[Row]:
     def as_override(url: str) -> list[str]:
         return ["finetune", f"{sound}/tune.yaml", "--model", f"{sound}/run", "--dry-run", f"data.folder={quoted(url)}"]
 
+    def escaped(place: str, url: str) -> list[str]:
+        return ["pretrain", f"{sound}/tiny.yaml", "--dry-run", place.format(f'"{url}"')]
+
     refused, fine = (2,), (0,)
-    first, second = FORMS[1], FORMS[45]
+    first, second = FORMS[0], FORMS[30]
     yield tried([(url, lambda url=url: in_a_file(url), refused) for url in FORMS], "forms, in a recipe's file")
     yield tried([(url, lambda url=url: as_override(url), refused) for url in FORMS], "forms, as an override")
+    yield tried(
+        [
+            (f"{place} {url}", lambda place=place, url=url: escaped(place, url), refused)
+            for place in PLACES
+            for url in ESCAPED
+        ],
+        "forms behind escapes, as an override",
+    )
     yield tried(
         [
             (f"{key} {url}", lambda key=key, url=url: set_key(key, quoted(url), sound), refused)
