@@ -124,6 +124,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *args: Any, *
 def main() -> None:
     """Run the command line. An error that a user can fix ends in one line and the exit code of its kind."""
     startup.limit_spinning(os.environ)  # before torch is imported
+    startup.keep_modules_of_current_folder_out(os.environ)
     startup.end_with_launcher()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell: `>&-`

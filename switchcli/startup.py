@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 SPIN_COUNT = "2000"
@@ -18,6 +19,9 @@ SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 LAUNCHER = "SWITCHCLI_LAUNCHER"
 """The environment variable that gives a rank of `--processes` the process ID of its launcher."""
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
+SAFE_PATH = "PYTHONSAFEPATH"
+"""The environment variable of every Python process that this program starts: `python -m` and `-c` would put the current
+folder first on the module path, and that folder may hold a stranger's `typer.py`."""
 
 
 def is_main_rank(environment: Mapping[str, str]) -> bool:
@@ -33,6 +37,15 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
     """
     if not any(name in environment for name in SPIN_VARIABLES):
         environment["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def keep_modules_of_current_folder_out(environment: MutableMapping[str, str]) -> None:
+    """Let no process that this one starts import modules from the current folder.
+
+    The exception is `python -m switchcli` in a folder that holds this package, from which all of them import it.
+    """
+    if sys.path[0] != str(Path(__file__).parents[1]):
+        environment[SAFE_PATH] = "1"
 
 
 def end_with_launcher() -> None:

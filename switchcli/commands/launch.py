@@ -109,4 +109,4 @@ def launch(
     if print_only:
         typer.echo(shell_words(*command))
         return
-    os.execve(command[0], command, cluster.torchrun_environment())
+    os.execvp(command[0], command)

@@ -3,7 +3,6 @@
 A job script runs the command with srun. It saves and goes back into the queue before its time is over.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import NamedTuple
 from switchcli.report.safe_text import shell_word, shell_words
 from switchcli.runs.sweep_list import SweepRun
 from switchcli.runs.sweep_runner import command
+from switchcli.startup import SAFE_PATH
 
 
 class Nodes(NamedTuple):
@@ -133,7 +133,10 @@ def torchrun_command(
         import torch
 
         ranks = max(1, torch.cuda.device_count())
+    # With `env` the command has the variables when it is pasted, too. Ranks that restart must not meet where those
+    # before them did.
     return [
+        *("env", f"{SAFE_PATH}=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
         *(sys.executable, "-m", "torch.distributed.run"),
         f"--nnodes={nodes}",
         f"--nproc-per-node={ranks}",
@@ -145,7 +148,3 @@ def torchrun_command(
         *arguments,
     ]
 
-
-def torchrun_environment() -> dict[str, str]:
-    """Return the environment for `torchrun_command`: ranks that restart must not meet where those before them did."""
-    return {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -27,6 +27,7 @@ from switchcli.data.sources.corpus import Corpus, SourceShard
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import OutOfMemory, disk_errors
+from switchcli.startup import SAFE_PATH
 
 if TYPE_CHECKING:
     from ctypes import Array, c_int64
@@ -117,11 +118,11 @@ def _build_in_processes(
     num_complete = size = 0
     waiting = iter(enumerate(jobs))
     pending: dict[Future[None], TokenizeJob] = {}
-    with _stop_signals_blocked():  # this starts multiprocessing's resource tracker, which must not be stopped either
+    with _starting_processes():  # this starts multiprocessing's resource tracker, which must not be stopped either
         executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
     try:
         while True:
-            with _stop_signals_blocked():  # `submit` starts the processes
+            with _starting_processes():  # `submit` starts the processes
                 for number, job in islice(waiting, _JOBS_PER_PROCESS * processes - len(pending)):
                     pending[executor.submit(_build_in_worker, number, job)] = job
             if not pending:
@@ -148,15 +149,22 @@ def _build_in_processes(
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Let stop signals wait. Processes that start meanwhile block them for good.
+def _starting_processes() -> Iterator[None]:
+    """Let stop signals wait. Processes that start meanwhile block them for good, and import no module of the folder.
 
-    A terminal sends a signal to all processes, but this one alone decides what to do.
+    A terminal sends a signal to all processes, but this one alone decides what to do. The command line has set
+    SAFE_PATH for all its processes; a program that calls the Python API has not.
     """
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
     try:
         yield
     finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = "1"
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
