@@ -1,15 +1,23 @@
-"""Products of oneDNN, forced where MKL would be used, against torch's own: values, gradients, where they apply."""
+"""Products of oneDNN, forced where MKL would be used, against float64: values, gradients, where they apply.
+
+oneDNN's float32 products run on any x86 processor from SSE4.1 on, so that these tests run them on almost any machine.
+Its bfloat16 products need AVX-512 (BW, VL and DQ) or AVX-NE-CONVERT; their test is skipped elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import SPARSE, a_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchcli.model import cpu_products, generation
 from switchcli.model.attention import KeyValue, attend
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
-from switchcli.model.cpu_products import MIN_WORK, ROW_BLOCK
+from switchcli.model.cpu_products import MIN_WIDTH_OVER_ROWS, MIN_WORK, ROW_BLOCK
 from switchcli.model.decoding import Decoding
 from switchcli.model.layers import Linear
 from switchcli.model.moe.experts import _ProductPerExpert, grouped_product
@@ -18,6 +26,26 @@ from switchcli.spec import PAD
 
 pytestmark = pytest.mark.skipif(not cpu_products._has_operations(), reason="this torch has no oneDNN")
 SIZES = [(700, 24, 40), (700, 40, 24), (1, 600, 500), (ROW_BLOCK + 7, 100, 120)]
+# oneDNN sums over rows, for the gradient of the weight, only where a width is real. Rows are no multiple of a block.
+SIZES += [(3 * ROW_BLOCK + 5, MIN_WIDTH_OVER_ROWS, 160), (ROW_BLOCK + 1, 520, 132), (1111, 24, 768), (333, 768, 24)]
+
+
+class _OneDnnCalls(TorchDispatchMode):
+    """Records the shape of the first operand of each of oneDNN's products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def _assert_equals_float64(found: torch.Tensor, expected: torch.Tensor) -> None:
+    largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
@@ -41,9 +69,7 @@ def test_a_linear_layer_has_the_values_and_gradients_of_float64(
     exact = F.linear(exact_x, exact_weight)
     exact.square().sum().backward()
     for found, expected in ((y, exact), (x.grad, exact_x.grad), (layer.weight.grad, exact_weight.grad)):
-        torch.testing.assert_close(
-            found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max())
-        )
+        _assert_equals_float64(found, expected)
     assert layer.weight.grad.is_contiguous()
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)
@@ -79,27 +105,73 @@ def test_the_result_of_a_linear_layer_may_be_overwritten(onednn: bool) -> None:
 
 
 @pytest.mark.parametrize("adds_to_grad", [False, True])
-def test_experts_with_any_number_of_rows_agree_with_one_product_each(onednn: bool, adds_to_grad: bool) -> None:
-    counts = [0, 1, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 1, 5 * ROW_BLOCK + 3, 400]
-    weight_EFD = torch.randn(len(counts), 96, 64, requires_grad=True)
-    x_AD = torch.randn(sum(counts), 64, requires_grad=True)
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(64, 96), (MIN_WIDTH_OVER_ROWS, 160), (260, 136), (40, 200), (200, 40)]
+)
+def test_experts_with_any_number_of_rows_have_the_values_and_gradients_of_float64(
+    onednn: bool, inputs: int, outputs: int, adds_to_grad: bool
+) -> None:
+    counts = [0, 1, ROW_BLOCK - 1, ROW_BLOCK, 0, ROW_BLOCK + 1, 5 * ROW_BLOCK + 3, 400, 13 * ROW_BLOCK - 1, 0]
+    weight_EFD = torch.randn(len(counts), outputs, inputs, requires_grad=True)
+    x_AD = torch.randn(sum(counts), inputs, requires_grad=True)
     end_E = torch.tensor(counts).cumsum(0).int()
     assert cpu_products.speeds_up(x_AD, weight_EFD) == onednn
     for _ in range(2):
-        grouped_product(x_AD, weight_EFD, end_E, adds_to_grad).square().sum().backward()
-    found = x_AD.grad, weight_EFD.grad
-    x_AD.grad = weight_EFD.grad = None
-    for _ in range(2):
-        parts = zip(x_AD.split(counts), weight_EFD, strict=True)
-        torch.cat([rows @ weight.mT for rows, weight in parts]).square().sum().backward()
-    torch.testing.assert_close(found, (x_AD.grad, weight_EFD.grad), rtol=1e-4, atol=1e-2)
+        y_AF = grouped_product(x_AD, weight_EFD, end_E, adds_to_grad)
+        y_AF.square().sum().backward()
+    exact_AD, exact_EFD = (tensor.detach().double().requires_grad_() for tensor in (x_AD, weight_EFD))
+    parts = zip(exact_AD.split(counts), exact_EFD, strict=True)
+    exact_AF = torch.cat([rows @ weight.mT for rows, weight in parts])
+    (2 * exact_AF.square().sum()).backward()
+    found = (y_AF, x_AD.grad, weight_EFD.grad)
+    # Each expert against its own largest number, so that an expert with many rows does not hide one with few.
+    for tensor, exact, sizes in zip(found, (exact_AF, exact_AD.grad, exact_EFD.grad), (counts, counts, 1), strict=True):
+        for expert, expected in zip(tensor.split(sizes), exact.split(sizes), strict=True):
+            _assert_equals_float64(expert, expected)
 
 
-def test_matrix_products_and_sums_over_rows(onednn: bool) -> None:
-    left, right, other = torch.randn(300, 64), torch.randn(64, 80), torch.randn(300, 48)
-    torch.testing.assert_close(cpu_products.matmul(left, right), left @ right, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(cpu_products.matmul_over_rows(left, other), left.mT @ other, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(cpu_products.matmul_over_rows(other, left), other.mT @ left, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize(
+    ("rows", "left", "right", "is_onednn"),
+    [
+        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 64, True),
+        (ROW_BLOCK, 64, MIN_WIDTH_OVER_ROWS, True),
+        (2 * ROW_BLOCK - 1, MIN_WIDTH_OVER_ROWS, 64, True),
+        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 63, False),  # too little work
+        (ROW_BLOCK - 1, 2 * MIN_WIDTH_OVER_ROWS, 64, False),
+        (2 * ROW_BLOCK, MIN_WIDTH_OVER_ROWS - 1, MIN_WIDTH_OVER_ROWS - 1, False),
+    ],
+)
+def test_onednn_sums_over_a_block_of_rows_or_more_where_a_width_is_large(
+    onednn: bool, rows: int, left: int, right: int, is_onednn: bool
+) -> None:
+    assert MIN_WORK == ROW_BLOCK * MIN_WIDTH_OVER_ROWS * 64
+    left_NF, right_ND, out_FD = torch.randn(rows, left), torch.randn(rows, right), torch.full((left, right), torch.nan)
+    with _OneDnnCalls() as calls:
+        product_FD = cpu_products.matmul_over_rows(left_NF, right_ND)
+        cpu_products.write_matmul_over_rows(left_NF, right_ND, out_FD)
+    assert len(calls.shapes) == (2 if is_onednn and onednn else 0)
+    for found in (product_FD, out_FD):
+        _assert_equals_float64(found, left_NF.double().mT @ right_ND.double())
+
+
+@pytest.mark.parametrize(
+    ("rows", "of_onednn"),
+    [(1, 1), (ROW_BLOCK, ROW_BLOCK), (ROW_BLOCK + 1, ROW_BLOCK), (3 * ROW_BLOCK - 1, 2 * ROW_BLOCK)],
+)
+def test_onednn_gets_at_most_one_block_of_rows_or_whole_blocks(onednn: bool, rows: int, of_onednn: int) -> None:
+    left_RD, right_DF, out_RF = torch.randn(rows, 700), torch.randn(700, 400), torch.full((rows, 400), torch.nan)
+    with _OneDnnCalls() as calls:
+        cpu_products.write_matmul(left_RD, right_DF, out_RF)
+    assert calls.shapes == ([(of_onednn, 700)] if onednn else [])
+    _assert_equals_float64(out_RF, left_RD.double() @ right_DF.double())
+
+
+@pytest.mark.parametrize("inputs", [MIN_WIDTH_OVER_ROWS, 300])
+@pytest.mark.parametrize("outputs", [80, 256])
+def test_matrix_products_equal_those_of_float64(onednn: bool, inputs: int, outputs: int) -> None:
+    left, right, other = torch.randn(301, inputs), torch.randn(inputs, outputs), torch.randn(301, outputs)
+    _assert_equals_float64(cpu_products.matmul(left, right), left.double() @ right.double())
+    _assert_equals_float64(cpu_products.matmul_over_rows(left, other), left.double().mT @ other.double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -107,7 +179,7 @@ def test_a_packed_weight_has_the_products_of_the_weight(onednn: bool, dtype: tor
     weight_FD, x = torch.randn(3000, 96), torch.randn(8, 96)
     product = cpu_products.packed_linear(weight_FD, dtype, len(x))
     if product is None and (dtype == torch.bfloat16 or not onednn):
-        pytest.skip("no packed product on this processor")
+        pytest.skip("MKL packs no weights, and bfloat16 needs AVX-512 or AVX-NE-CONVERT")
     assert product is not None
     expected = (x.to(dtype).double() @ weight_FD.to(dtype).double().mT).to(dtype)
     torch.testing.assert_close(product(x), expected, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
@@ -141,15 +213,18 @@ def test_greedy_tokens_in_bfloat16_are_those_of_a_full_pass() -> None:
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_batches_of_products(onednn: bool, add: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outputs", [48, MIN_WIDTH_OVER_ROWS])
+def test_batches_of_products(
+    onednn: bool, outputs: int, add: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu_products, "MIN_WORK_IN_BATCH", MIN_WORK)
-    left, right = torch.randn(3, 64, 160), torch.randn(3, 160, 48)
+    left, right = torch.randn(3, 64, 161), torch.randn(3, 161, outputs)
     if transposed:
         left = left.mT.contiguous().mT
-    out = torch.randn(3, 64, 48)
-    expected = left @ right + (out if add else 0.0)
+    out = torch.randn(3, 64, outputs)
+    expected = left.double() @ right.double() + (out.double() if add else 0.0)
     cpu_products.write_bmm(left, right, out, add=add)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    _assert_equals_float64(out, expected)
 
 
 def test_attention_with_a_learned_bias_has_the_gradients_of_float64(
@@ -171,13 +246,13 @@ def test_attention_with_a_learned_bias_has_the_gradients_of_float64(
 
 def test_the_gradients_of_experts_are_float32_under_autocast(onednn: bool) -> None:
     counts, end_E = [500, 3], torch.tensor([500, 503], dtype=torch.int32)
-    weight_EFD = torch.randn(2, 64, 48, requires_grad=True)
+    weight_EFD = torch.randn(2, 160, 48, requires_grad=True)
     x_AD = torch.randn(503, 48)
     y_AF = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, False)  # type: ignore[no-untyped-call]
     with torch.autocast("cpu", torch.bfloat16):
         y_AF.sum().backward()
-    expected = torch.stack([rows.sum(0).expand(64, -1) for rows in x_AD.split(counts)])
-    torch.testing.assert_close(weight_EFD.grad, expected, rtol=1e-4, atol=1e-3)
+    for found, rows in zip(weight_EFD.grad, x_AD.double().split(counts), strict=True):
+        _assert_equals_float64(found, rows.sum(0).expand(160, -1))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
