@@ -5,6 +5,7 @@ without code.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -70,7 +71,8 @@ class CustomTask(Spec):
     target: str
     """Name of the field with the right answer, or with a list of right answers."""
     labels: Texts = ()
-    """All possible right answers; a number in the target field is an index from 0. Without labels, any text is one."""
+    """All possible right answers; an integer in the target field is an index from 0, and is refused if a label is an
+    integer too. Without labels, any text is one."""
     metrics: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = ("exact_match",)
     """Names of metrics; the task's score is their mean."""
 
@@ -166,17 +168,46 @@ def tasks_of(specs: Sequence[ShippedTask | CustomTask]) -> dict[str, Task]:
     return {task.name: task for spec in specs for task in spec.tasks()}
 
 
-def _answers(value: Any, field: str, labels: Sequence[str]) -> Iterator[str]:
+def _answers(value: Any, field: str, labels: tuple[str, ...]) -> Iterator[str]:
     """Yield the right answers in a field: a value, a list of values, or null for none. Raises ValueError."""
     if value is None:
         return
     for answer in value if isinstance(value, list) else [value]:
-        if labels and isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(labels):
-            yield labels[answer]
+        if labels and isinstance(answer, int) and not isinstance(answer, bool):
+            yield _label_at(answer, field, labels)
         elif labels and _text(answer, field) not in labels:
             raise ValueError(f"{field}: {answer!r} is not one of the labels {', '.join(labels)}")
         else:
             yield _text(answer, field)
+
+
+def _label_at(index: int, field: str, labels: tuple[str, ...]) -> str:
+    """Return the label with an index from 0. Raises ValueError if there is none, or the index may be a label."""
+    if not _are_indexed(labels):
+        raise ValueError(
+            f"{field}: the integer {index} may be a label or an index from 0, because labels are integers too "
+            f"({', '.join(labels)}): quote the number if it is the label, or else write the label itself"
+        )
+    if not 0 <= index < len(labels):
+        raise ValueError(
+            f"{field}: {index} is not one of the labels {', '.join(labels)}, nor an index of them, from 0 to "
+            f"{len(labels) - 1}: write the label itself"
+        )
+    return labels[index]
+
+
+@functools.cache
+def _are_indexed(labels: tuple[str, ...]) -> bool:
+    """Return whether integers are indices of the labels: no label is an integer, or the labels are 0, 1, 2, ..."""
+    return not any(map(_is_integer, labels)) or labels == tuple(map(str, range(len(labels))))
+
+
+def _is_integer(label: str) -> bool:
+    """Return whether a label is the text of an integer. `1.0` is: some programs write this number as 1."""
+    try:
+        return float(label).is_integer()
+    except ValueError:
+        return False
 
 
 def _text(value: Any, field: str) -> str:

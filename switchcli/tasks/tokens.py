@@ -24,7 +24,7 @@ from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, fingerprint, read_examples
 from switchcli.tasks.task import Example, Task
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Version of the cached files. It must increase whenever the same cache key would give different ids."""
 INPUTS, TARGETS = "inputs", "targets"
 CHUNK_EXAMPLES: Final = 1024

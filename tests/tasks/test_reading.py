@@ -140,6 +140,7 @@ def test_a_task_of_ones_own(row: dict[str, Any], labels: tuple[str, ...], asked:
         ({"a": {"x": 1}, "b": "y", "c": 1}, r"^a: .*\{'x': 1\}"),
         ({"a": "x", "b": "y", "c": 2}, r"^c: .*\b2\b.*\bno, yes\b"),
         ({"a": "x", "b": "y", "c": -1}, r"^c: .*-1\b.*\bno, yes\b"),
+        ({"a": "x", "b": "y", "c": ["no", 2]}, r"^c: .*\b2\b.*\bno, yes\b"),
         ({"a": "x", "b": "y", "c": "maybe"}, r"^c: .*'maybe'.*\bno, yes\b"),
     ],
 )
@@ -147,6 +148,38 @@ def test_its_bad_rows(row: dict[str, Any], pattern: str) -> None:
     (task,) = own(labels=("no", "yes")).tasks()
     with pytest.raises(ValueError, match=pattern):
         list(task.examples(row, "training"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "are_indexed"),
+    [
+        (("no", "yes"), True),
+        (("0", "1", "2"), True),
+        (("one", "1st", "-", "0x1", "nan"), True),
+        (("1", "2", "3", "4", "5"), False),
+        (("1", "0"), False),
+        (("0", "1", "3"), False),
+        (("0", "01"), False),
+        (("-1", "0", "1"), False),
+        (("other", "2"), False),
+        (("0.5", "1.0"), False),
+    ],
+)
+def test_an_integer_answer_is_an_index_unless_it_may_be_a_label(labels: tuple[str, ...], are_indexed: bool) -> None:
+    (task,) = own(labels=labels).tasks()
+
+    def targets(answer: object) -> tuple[str, ...]:
+        (example,) = task.examples({"a": "x", "b": "y", "c": answer}, "training")
+        return example.targets
+
+    fixes = r".*\bwrite the label\b" if are_indexed else r".*\bquote the number\b.*\bwrite the label\b"
+    for number in range(-2, len(labels) + 2):
+        if are_indexed and 0 <= number < len(labels):
+            assert targets(number) == (labels[number],)
+        else:
+            with pytest.raises(ValueError, match=rf"^c: .*(?<!\d){number}\b{fixes}"):
+                targets(number)
+    assert [targets(label) for label in labels] == [(label,) for label in labels]
 
 
 @pytest.mark.parametrize(
