@@ -9,6 +9,7 @@ as importing torch.
 """
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -346,6 +347,15 @@ class DistributedContext:
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
         return not self.any_rank(digest != self.from_main(digest))
 
+    def first_difference(self, values: Mapping[str, str]) -> tuple[str, int] | None:
+        """Return the first name whose value is not the main rank's on some rank, and the lowest such rank.
+
+        None if all values are equal; the same answer on all ranks. All ranks must give the same names.
+        """
+        main, *others = (json.loads(text) for text in self._patient.all_gather_text(json.dumps(values)))
+        different = ((name, rank) for name in main for rank, other in enumerate(others, 1) if other[name] != main[name])
+        return next(different, None)
+
     def all_gather_text(self, text: str) -> list[str]:
         """Return the texts of all ranks, in the order of the ranks, on every rank."""
         return self._control.all_gather_text(text)
@@ -375,12 +385,14 @@ class DistributedContext:
         return self._patient.main_only(action)
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """Return what `action` returns on this rank. The main rank calls it before the others do.
+        """Return what `action` returns on this rank, once it has returned on all ranks. The main rank calls it first.
 
-        So the main rank alone fills a cache, and an error is reported once.
+        So the main rank alone fills a shared cache, and ranks with caches of their own wait for each other, however
+        long that takes. Raises as `HostGroup.on_all_ranks`.
         """
         result = self.main_only(action)
-        return result if self.is_main else action()  # type: ignore[return-value]  # None on other ranks only
+        # None is the result of other ranks only
+        return self._patient.on_all_ranks(lambda: result if self.is_main else action())  # type: ignore[return-value]
 
     def on_all_ranks(self, action: Callable[[], T]) -> T:
         """Return what `action` returns on this rank, once it has returned on all of them.

@@ -22,7 +22,8 @@ from switchcli.runs import text_sets
 from switchcli.runs.loading import LoadedModel
 from switchcli.runs.pretraining import text_loss
 from switchcli.runs.score_tables import task_results
-from switchcli.runs.task_sets import report_task_sets, scored_examples_of
+from switchcli.runs.task_sets import digests_of, report_task_sets, scored_examples_of
+from switchcli.runs.train_data import check_same_data
 from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.scores import Scores, score
@@ -87,6 +88,7 @@ class Evaluator:
         self.scored = context.main_first(
             lambda: scored_examples_of(self.tasks.values(), recipe.data, recipe.scoring, model.tokenizer)
         )
+        check_same_data(digests_of(self.scored, model.tokenizer), context)
         self._objective: Objective = cross_entropy
         self._prepared: PreparedTexts | None = None
         self._texts = self._held_out_texts()
@@ -169,6 +171,7 @@ class Evaluator:
         self._prepared = self._context.main_first(
             lambda: text_sets.prepare_texts(data, text.sequences, self._console, self._model.tokenizer)
         )
+        check_same_data(self._prepared.digests(), self._context)
         return text_sets.held_out_rows(self._prepared, data.rows, text.sequences)
 
     def _warn_about_new_tasks(self, names: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import FinetuneRecipe, TaskRecipe
 from switchcli.report.console import Console
 from switchcli.runs import warm_start
-from switchcli.runs.task_sets import report_task_sets, report_truncation, scored_examples_of
-from switchcli.runs.train_data import NUM_SAMPLES, TrainData
+from switchcli.runs.task_sets import digests_of, report_task_sets, report_truncation, scored_examples_of
+from switchcli.runs.train_data import NUM_SAMPLES, TrainData, check_same_data
 from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
 from switchcli.tasks import reading, tokens
@@ -78,7 +78,7 @@ def build_task_data(
     """Return the training rows, held-out rows and scored examples of the recipe's tasks.
 
     Raises:
-        DataError: a task's examples cannot be read, or none has a label.
+        DataError: a task's examples cannot be read, none has a label, or the ranks read different examples.
     """
     tasks = tasks_of(recipe.tasks).values()
     lengths = RowLengths(recipe.inputs_length, recipe.targets_length)
@@ -105,6 +105,8 @@ def build_task_data(
     packed_rows = {name: task.packed for name, task in train_tasks.items()}
     source = TaskMixtureSource(packed_rows, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step)
     scored = context.main_first(lambda: scored_examples_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True))
+    trained = {f"the training examples of {name}": task.identity for name, task in train_tasks.items()}
+    check_same_data({**digests_of(scored, tokenizer), **trained}, context)
     if context.is_main:
         _report_training_tasks(source.rates, train_tasks, tasks, console)
         report_task_sets(tasks, scored, recipe.scoring.split, tokenizer, console)

@@ -15,7 +15,7 @@ from switchcli.model.packing import segment_ids
 from switchcli.recipe.schema import PretrainRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets, warm_start
-from switchcli.runs.train_data import NUM_SAMPLES, TrainData
+from switchcli.runs.train_data import NUM_SAMPLES, TrainData, check_same_data
 from switchcli.runs.training_task import TrainingTask
 from switchcli.runs.warm_start import TrainJob
 from switchcli.spec import PAD
@@ -71,8 +71,9 @@ def build_text_data(
     With a stream, `prepared` is only the held-out text.
 
     Raises:
-        DataError: the text cannot be used.
+        DataError: the text cannot be used, or the ranks read different texts.
     """
+    check_same_data(prepared.digests(), context)
     build_rows = text_sets.streamed_rows if recipe.data.access == "stream" else text_sets.prepared_rows
     rows = build_rows(recipe, prepared, context, console)
     held_out = text_sets.held_out_rows(prepared, recipe.data.rows, recipe.eval.sequences)

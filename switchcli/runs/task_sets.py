@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from switchcli.data.objectives.example_packing import RowLengths
+from switchcli.data.prepare.store import digest_of_lines
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.report.console import Console
@@ -37,6 +38,15 @@ def scored_examples_of(
             f"that has some, or give {scoring.split}: to a task of your own"
         )
     return scored
+
+
+def digests_of(scored: Sequence[tokens.ScoredExamples], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return digests of the tokenizer and of the examples of each task to score, by what they are of."""
+    digests = {
+        f"the examples of {examples.task.name} to score": digest_of_lines(map(repr, examples.examples))
+        for examples in scored
+    }
+    return {"the tokenizer": tokenizer.sha256, **digests}
 
 
 def report_task_sets(

@@ -32,6 +32,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
+from switchcli.runs.train_data import check_same_data
 from switchcli.training.validation import HeldOutText
 
 HELD_OUT_SEED = 0
@@ -111,7 +112,7 @@ def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
     """Return training rows that are read and tokenized during training. `text` is the prepared held-out text.
 
     Raises:
-        DataError: the mixture depends on the sizes of texts, and one is not known.
+        DataError: the mixture depends on the sizes of texts, and one is not known; or the ranks read different texts.
         RecipeError: as `StreamedTextSource` says.
     """
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
@@ -126,6 +127,12 @@ def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
     # Bytes stand for tokens, and for rows per epoch, which are not known before the text is read.
     text_sizes = [max(1, sum(size or 0 for size in sizes)) for sizes in shard_sizes.values()]
     mixture = data.build_mixture(text_sizes, text_sizes, recipe.train.steps * batch_rows, seed)
+    strict_data, prepare_with = _without_unreadable(data), with_digests(data, prepare_context(console))
+    if context.world > 1:
+        # The text will be read, so far only its held-out part was. Times do not count: machines may hold copies.
+        without_times = Digests(prepare_with.cache, sampled=True, times=False, track=prepare_with.track)
+        content = source_digest(strict_data, text.tokenizer, prepare_with._replace(digests=without_times))
+        check_same_data({"the streamed text": content}, context)
     _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
     source = StreamedTextSource(
         data,
@@ -139,7 +146,6 @@ def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
     )
     # A checkpoint holds this identity, so its keys keep the names of earlier versions.
     identity = {"mixture": mixture and mixture.identity, "lanes": data.stream_shards}
-    strict_data, prepare_with = _without_unreadable(data), with_digests(data, prepare_context(console))
     digest = source_digest(strict_data, text.tokenizer, prepare_with)
     former_digest = legacy_source_digest(strict_data, text.tokenizer)
     return TrainRows(

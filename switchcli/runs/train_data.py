@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
+from switchcli.errors import DataError
 from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.training_rules import TrainingRecipe
@@ -117,6 +118,23 @@ class RunEvaluation(NamedTuple):
             name = examples.task.name
             scores[name] = score(examples.task, answers[name], 0)  # 0 draws: without an interval
         return measured._replace(metrics={**measured.metrics, **score_metrics(scores)})
+
+
+def check_same_data(digests: Mapping[str, str], context: DistributedContext) -> None:
+    """Raise DataError if the ranks read different data, by digests of its content. Collective.
+
+    The name of each digest says what it is of, for the message. Paths and times do not count: machines may hold copies.
+    """
+    if difference := context.first_difference(digests):
+        name, rank = difference
+        context.main_only(lambda: _raise_ranks_read_different(name, rank))
+
+
+def _raise_ranks_read_different(name: str, rank: int) -> None:
+    raise DataError(
+        f"{name}: rank {rank} reads other content than rank 0, and all ranks must read the same: copy the files again "
+        "from the machine of rank 0, or name files on a disk that all machines share"
+    )
 
 
 def microbatch_rows(recipe: TrainingRecipe, context: DistributedContext) -> int:

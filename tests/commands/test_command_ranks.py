@@ -3,18 +3,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from messages import lacking
-from ranks import free_port
-from tiny_run import SwitchCLI
+from ranks import free_port, on_ranks
+from tiny_run import RECIPE, SwitchCLI, lay_out_tuning, write_text
 
-from switchcli.cli import main
+from switchcli.cli import app, main
 from switchcli.distributed.launch import Exit
-from switchcli.errors import DataError, OtherRankError, RecipeError
+from switchcli.errors import DataError, OtherRankError, RecipeError, SwitchError
 
 
 def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -160,6 +162,71 @@ def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
     assert not lacking(said[0], "error: ranks same recipe KEY=VALUE")
     assert said[1] == ""
     assert not Path("run/checkpoints").exists()
+
+
+def end_of_rank(arguments: list[str]) -> tuple[str, int]:
+    """How a command ends on a rank that reads from a folder of its own, as on a machine of its own: error and code."""
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    os.chdir(f"machine{os.environ['RANK']}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", leave)
+        try:
+            app(arguments, standalone_mode=False)
+        except OtherRankError as error:
+            return "", error.exit_code
+        except SwitchError as error:
+            return str(error), error.exit_code
+        except SystemExit as end:
+            return "", int(end.code or 0)
+    return "", 0
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of two machines with equal copies of all data, which differ in their times."""
+    monkeypatch.chdir(tmp_path)
+    folders = [tmp_path / "machine0", tmp_path / "machine1"]
+    for seconds, folder in enumerate(folders):
+        folder.mkdir()
+        write_text(folder / "text.txt")
+        (folder / "tiny.yaml").write_text(RECIPE)
+        lay_out_tuning(folder)
+        for path in folder.iterdir():
+            os.utime(path, (seconds, seconds))
+    return folders
+
+
+OWN_TEXT = "text.corpora=[{kind: files, paths: [text.txt], sample_by: line}]"
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "name"),
+    [
+        (["pretrain", "tiny.yaml"], "text.txt", "the text"),
+        (["pretrain", "tiny.yaml", "data.access=stream"], "text.txt", "text"),
+        (["finetune", "tune.yaml"], "last.train.jsonl", "the training examples of last"),
+        (["finetune", "tune.yaml"], "colour.validation.jsonl", "the examples of colour to score"),
+        (["eval", OWN_TEXT], "text.txt", "the text"),
+    ],
+)
+@pytest.mark.slow
+def test_ranks_that_read_different_data_end_before_the_first_step(
+    command: list[str], file: str, name: str, machines: list[Path], trained: Path, tmp_path: Path
+) -> None:
+    verb, *arguments = command
+    model = {"pretrain": [], "finetune": ["--model", str(trained)], "eval": [str(trained)]}[verb]
+    arguments = [verb, *model, *arguments, "--out", str(tmp_path / "out"), "--quiet"]
+    assert on_ranks(2, end_of_rank, arguments) == [("", 0), ("", 0)]
+    shutil.rmtree(tmp_path / "out")
+    path = machines[1] / file
+    path.write_text("RED".join(path.read_text().rsplit("red", 1)))
+    (error, code), other = on_ranks(2, end_of_rank, arguments)
+    assert (code, other) == (3, ("", 3))
+    assert not lacking(error, f"{name}: rank 1 rank 0 copy")
+    assert not list(tmp_path.glob("out/checkpoints/*"))
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,8 +163,12 @@ def test_samples_see_a_change_of_time_and_of_what_they_cover(text: Path, monkeyp
     change_quietly(text, b"one two THREE")
     (changed,) = Digests(sampled=True).of([text])
     assert changed != sampled
+    (content,) = Digests(sampled=True, times=False).of([text])
     text.touch()
     assert Digests(sampled=True).of([text]) != [changed]
+    assert Digests(sampled=True, times=False).of([text]) == [content]  # of copies
+    change_quietly(text, b"one two other")
+    assert Digests(sampled=True, times=False).of([text]) != [content]
 
 
 def test_a_file_that_changes_while_it_is_in_use_is_named(text: Path) -> None:

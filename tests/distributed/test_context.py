@@ -136,8 +136,8 @@ def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.Monke
         DistributedContext("cpu", "float32")
 
 
-def every_rank_writes(failing: int | None) -> tuple[str, str, int]:
-    """How a rank leaves `on_every`: by what it returned or raised, with which words and code."""
+def every_rank_writes(failing: int | None, method: str) -> tuple[str, str, int]:
+    """How a rank leaves a method of the context: by what it returned or raised, with which words and code."""
     context = DistributedContext("cpu", "float32")
 
     def write() -> str:
@@ -146,20 +146,32 @@ def every_rank_writes(failing: int | None) -> tuple[str, str, int]:
         return f"written by {context.rank}"
 
     try:
-        return "", context.on_all_ranks(write), 0
+        return "", getattr(context, method)(write), 0
     except SwitchError as error:
         return type(error).__name__, str(error), error.exit_code
 
 
-def test_what_a_rank_fails_with_is_said_by_the_main_one() -> None:
-    assert on_ranks(2, every_rank_writes, None) == [("", "written by 0", 0), ("", "written by 1", 0)]
-    main, other = on_ranks(2, every_rank_writes, 1)
+@pytest.mark.parametrize("method", ["on_all_ranks", "main_first"])
+def test_what_a_rank_fails_with_is_said_by_the_main_one(method: str) -> None:
+    assert on_ranks(2, every_rank_writes, None, method) == [("", "written by 0", 0), ("", "written by 1", 0)]
+    main, other = on_ranks(2, every_rank_writes, 1, method)
     assert (main[0], main[2]) == ("RankError", 4)
     assert re.search(r"\brank 1\b.*no space left: free some", main[1])
     assert (other[0], other[2]) == ("OtherRankError", 4)
-    main, other = on_ranks(2, every_rank_writes, 0)
+    main, other = on_ranks(2, every_rank_writes, 0, method)
     assert main == ("CheckpointError", "no space left: free some", 4)
     assert (other[0], other[2]) == ("OtherRankError", 4)
+
+
+def differences_of_ranks(*values_by_rank: dict[str, str]) -> list[tuple[str, int] | None]:
+    context = DistributedContext("cpu", "float32")
+    return [context.first_difference(values_by_rank[context.rank]), context.first_difference({"a": "equal"})]
+
+
+def test_the_first_difference_among_ranks_has_its_name_and_its_lowest_rank() -> None:
+    values = {"a": "1", "b": "2", "c": "3"}
+    others = [{**values, "c": "4"}, {**values, "b": "4", "c": "4"}]
+    assert on_ranks(3, differences_of_ranks, values, *others) == [[("b", 2), None]] * 3
 
 
 def steps_of_shards() -> list[int]:

@@ -25,6 +25,8 @@ WHOLE_BYTES: Final = 2**34
 SAMPLES: Final = 64
 """Samples of a file, at equal distances from its beginning to its end."""
 SAMPLE_BYTES: Final = 2**16
+_WHOLE, _SAMPLES, _SAMPLES_WITHOUT_TIMES = "sha256", "samples", "samples without times"
+"""What a digest covers: all of a file; its size, samples and time of modification; or its size and samples."""
 _BLOCK_BYTES: Final = 2**20
 _FRESH_NS: Final = 2 * 10**9
 """Nanoseconds after a change during which another change may not show in the file's times: file systems keep times to
@@ -74,6 +76,7 @@ class Digests:
         cache: Path | None = None,
         *,
         sampled: bool = False,
+        times: bool = True,
         check: bool = False,
         warn: Callable[[str], None] = lambda text: None,
         track: Track = lambda paths, label, total: iter(paths),
@@ -82,22 +85,25 @@ class Digests:
         Args:
             cache: the folder that keeps the record; None: no record.
             sampled: digest samples of files that have more than WHOLE_BYTES together.
+            times: the digest of samples covers the time of modification. Copies of a file differ in it.
             check: read every file, whatever the record holds.
             warn: called with a line for each file whose content differs from the record's.
             track: shows progress over the paths.
         """
-        self._cache, self._sampled, self._check, self._warn, self._track = cache, sampled, check, warn, track
+        self._cache, self._check, self._warn, self._track = cache, check, warn, track
+        self._sampled_kind = (_SAMPLES if times else _SAMPLES_WITHOUT_TIMES) if sampled else _WHOLE
         self._returned: dict[str, _FileDigest] = {}
         """Digests that this object returned, by KIND:PATH."""
 
     def of(self, paths: Sequence[Path]) -> list[str]:
         """Return KIND:DIGEST of each file, where the kind is sha256, or samples. Raises DataError for unreadable files.
 
-        Samples do not cover all of the content, so that their digest covers the time of modification too.
+        Samples do not cover all of the content, so their digest covers the time of modification too, unless `times` is
+        false.
         """
         with data_errors("data: a file cannot be read", "check that it is there and may be read"):
             stats = {path: FileStat.of(path.stat()) for path in paths}
-        kind = "samples" if self._sampled and sum(stat.size for stat in stats.values()) > WHOLE_BYTES else "sha256"
+        kind = self._sampled_kind if sum(stat.size for stat in stats.values()) > WHOLE_BYTES else _WHOLE
         names = {path: f"{kind}:{path.absolute()}" for path in paths}
         if not all(_matches(self._returned, names[path], stats[path]) for path in paths):
             self._add_missing(names, stats, kind)
@@ -179,8 +185,8 @@ def _digest(path: Path, kind: str) -> _FileDigest:
         now = time.time_ns()
         stat = FileStat.of(os.fstat(file.fileno()))
         digest = hashlib.sha256()
-        if kind == "samples":
-            digest.update(f"{stat.size} {stat.mtime_ns}".encode())
+        if kind != _WHOLE:
+            digest.update(f"{stat.size} {stat.mtime_ns if kind == _SAMPLES else ''}".encode())
             for number in range(SAMPLES):
                 # From 0 for the first sample to size - SAMPLE_BYTES for the last: it ends with the file.
                 file.seek(number * max(0, stat.size - SAMPLE_BYTES) // (SAMPLES - 1))

@@ -65,6 +65,11 @@ class PreparedTexts(NamedTuple):
             return next(iter(self.texts.values())).identity
         return digest_of({label: text.identity for label, text in self.texts.items()})
 
+    def digests(self) -> dict[str, str]:
+        """Return digests of the tokenizer and of the ids of each text, by what they are of."""
+        texts = {f"the text{_suffix(label)}": text.identity for label, text in self.texts.items()}
+        return {"the tokenizer": self.tokenizer.sha256, **texts}
+
     def check(self) -> None:
         """Raise DataError if data that was read from the texts has changed since it was prepared."""
         for text in self.texts.values():
