@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import notebook_page
 import pages
 import planner_page
 import recipe_keys
@@ -15,6 +16,7 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/exit-codes.md": pages.exit_codes,
     "docs/reference/python-api.md": pages.python_api,
     "docs/what-can-i-train.md": planner_page.what_can_i_train,
+    "docs/notebooks/first-model.md": notebook_page.first_model,
 }
 """The text of each generated file, by its path from the root. Later files are made from earlier ones."""
 

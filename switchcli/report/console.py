@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,33 @@ class Console:
         seconds = timer.seconds()
         if seconds >= 1:
             self.message(f"{description}: {last:,} in {clock(seconds)}")
+
+    @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        """Show that work goes on which tells no progress: a bar without an end, or a line every half minute.
+
+        One line with the time remains, unless it took less than a second or did not come to an end.
+        """
+        timer = _Timer(self._live)
+        ended = threading.Event()
+
+        def tell() -> None:
+            while not ended.wait(_SECONDS_BETWEEN_PLAIN_LINES):
+                self.message(f"{description}: {clock(timer.seconds())} so far")
+
+        thread = threading.Thread(target=tell, name="waiting", daemon=True)
+        with self._bar(description, None):
+            if not self._live:
+                thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                if not self._live:
+                    thread.join()
+        seconds = timer.seconds()
+        if seconds >= 1:
+            self.message(f"{description}: {clock(seconds)}")
 
     @contextmanager
     def preparing(self, label: str, source_shards: int, size: int | None) -> Iterator[Callable[[Preparation], None]]:

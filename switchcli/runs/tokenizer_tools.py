@@ -72,7 +72,7 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
             f"{recipe}: data.tokenizer.kind ({data.tokenizer.kind}) must be train to train one: set "
             "data.tokenizer={kind: train, vocab_size: N}"
         )
-    tokenizer = data.tokenizer.load(lambda: iter_documents(data, console.track, held_out=False))
+    tokenizer = data.tokenizer.load(lambda: iter_documents(data, console.track, held_out=False), console.waiting)
     with disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     publish_file(out, tokenizer.to_json())

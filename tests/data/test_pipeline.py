@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import active_children
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +52,7 @@ from switchcli.data.sources import files
 from switchcli.data.sources.corpus import FilesCorpus
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.text_mixture import WeightedMixing
-from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer, Wait
 from switchcli.errors import CheckpointError, DataError, OutOfMemory
 
 NUM_FILES = 6
@@ -201,10 +201,10 @@ def test_a_vocabulary_is_trained_on_what_is_not_held_out_and_once(
     spec = corpus.spec.model_copy(update={"tokenizer": trained})
     load = TrainedTokenizer.load
 
-    def noted(self: TrainedTokenizer, found: Callable[[], dict[str, Iterable[store.Any]]]) -> Tokenizer:
+    def noted(self: TrainedTokenizer, found: Callable[[], dict[str, Iterable[store.Any]]], wait: Wait) -> Tokenizer:
         texts = {label: list(of_text) for label, of_text in found().items()}
         seen.extend(document.identity for of_text in texts.values() for document in of_text)
-        return load(self, lambda: texts)
+        return load(self, lambda: texts, wait)
 
     monkeypatch.setattr(TrainedTokenizer, "load", noted)
     first = module.prepare(spec, corpus.context(track=track))
@@ -235,6 +235,20 @@ def test_the_identity_is_of_the_text_alone(corpus: Corpus) -> None:
     assert corpus.prepare().identity != first.identity
     other = corpus.spec.model_copy(update={"held_out_fraction": 0.2})
     assert corpus._replace(spec=other).prepare().identity != first.identity
+
+
+def test_a_vocabulary_is_shown_while_it_is_trained_and_not_when_it_is_read(corpus: Corpus) -> None:
+    told: list[str] = []
+
+    def wait(description: str) -> nullcontext[None]:
+        told.append(description)
+        return nullcontext()
+
+    spec = corpus.spec.model_copy(update={"tokenizer": TrainedTokenizer(vocab_size=200)})
+    for _ in range(2):
+        module.load_tokenizer(spec, corpus.context()._replace(wait=wait))
+    (only,) = told
+    assert "200 ids" in only
 
 
 def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(corpus: Corpus) -> None:

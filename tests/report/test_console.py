@@ -239,6 +239,31 @@ def test_track_without_a_terminal_says_how_far_and_the_sum(monkeypatch: pytest.M
     assert not lacking(done, "reading [/x] 3 0:01:15")
 
 
+def test_waiting_without_a_terminal_says_now_and_then_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console_module, "_SECONDS_BETWEEN_PLAIN_LINES", 0.01)
+    console, stream = plain()
+    with console.waiting("training a vocabulary [/x]"):
+        while not stream.getvalue():
+            time.sleep(0.01)
+    assert not lacking(stream.getvalue().splitlines()[0], "training a vocabulary [/x] 0:00:00 so far")
+    assert "waiting" not in {thread.name for thread in threading.enumerate()}, "nothing may print later"
+
+
+def test_waiting_ends_with_its_time_unless_it_was_short_or_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ended, printed in ((75.0, ["a wait: 0:01:15"]), (0.9, [])):
+        clock = iter([0.0, ended])
+        monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))  # noqa: B023
+        console, stream = plain()
+        with console.waiting("a wait"):
+            pass
+        assert stream.getvalue().splitlines() == printed
+    monkeypatch.undo()
+    console, stream = plain()
+    with pytest.raises(ValueError, match="no"), console.waiting("a wait"):
+        raise ValueError("no")
+    assert stream.getvalue() == ""
+
+
 def test_forced_colours_do_not_reach_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     console, stream = plain()

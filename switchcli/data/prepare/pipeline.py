@@ -135,14 +135,15 @@ def prepare_share(
 def load_tokenizer(spec: DataSpec, context: PrepareContext) -> Tokenizer:
     """Return the tokenizer of `spec`. A trained one is in the cache if it was trained on the same text before."""
 
-    def load() -> Tokenizer:
-        return spec.tokenizer.load(lambda: iter_documents(spec, context.track, held_out=False))
+    def documents() -> dict[str, Iterator[Document]]:
+        return iter_documents(spec, context.track, held_out=False)
 
-    if spec.tokenizer.kind != "train":
-        return load()
-    lines = [spec.tokenizer.fingerprint(), *_text_fingerprints(spec, _all_corpora(spec), context)]
+    trained = spec.tokenizer
+    if trained.kind != "train":
+        return trained.load(documents)
+    lines = [trained.fingerprint(), *_text_fingerprints(spec, _all_corpora(spec), context)]
     folder = context.cache / "vocabularies" / digest_of_lines(lines)
-    with get_or_build(folder, lambda built: _write_tokenizer(built, load())):
+    with get_or_build(folder, lambda built: _write_tokenizer(built, trained.load(documents, context.wait))):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         return Tokenizer.from_json(text, str(folder / "tokenizer.json"))
 

@@ -1,13 +1,13 @@
 """PrepareContext: the machine that prepares data: its cache, its processes, and what shows progress and warnings."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.shards import PrepareProgress
-from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
 
 
 class ShowProgress(Protocol):
@@ -32,6 +32,8 @@ class PrepareContext(NamedTuple):
     """Whether to compare all data in the cache with its digests, however large it is."""
     warn: Callable[[str], None] = lambda text: None
     """Called with one line about each damaged folder, and about each file that changed since it was prepared."""
+    wait: Wait = nullcontext
+    """Shows that a vocabulary is being trained, which takes minutes and tells no progress."""
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None
     """Raises an error if the run cannot use a tokenizer. It is called before any text is tokenized."""
     digests: Digests | None = None

@@ -9,10 +9,10 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import tokenizers
@@ -39,6 +39,8 @@ _ENCODING_FAILED: Final = "fails on this text"
 _PATH_KEY: Final = "data.tokenizer.path"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]
+Wait = Callable[[str], AbstractContextManager[Any]]
+"""Opens a display of work whose end is not known, by its description."""
 """Function that returns the training documents of each component, a corpus or a language. It is called only if a
 vocabulary is trained."""
 
@@ -214,10 +216,12 @@ class TrainedTokenizer(Spec):
     def fingerprint(self) -> str:
         return f"train {self.model_dump_json()} tokenizers {tokenizers.__version__}"
 
-    def load(self, documents: Documents) -> Tokenizer:
+    def load(self, documents: Documents, wait: Wait = nullcontext) -> Tokenizer:
         """Train on `documents()`. Raises DataError if there is no text, or if it has too many distinct characters."""
         texts = sample_texts(documents(), self.max_characters, self.alpha)
-        return Tokenizer(train_unigram(texts, self._size, self.character_coverage), "data.tokenizer")
+        characters = sum(map(len, texts))
+        with wait(f"training a vocabulary of {self.vocab_size:,} ids on {characters:,} characters"):
+            return Tokenizer(train_unigram(texts, self._size, self.character_coverage), "data.tokenizer")
 
 
 class TokenizerFile(Spec):
