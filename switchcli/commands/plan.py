@@ -30,6 +30,8 @@ _DEFAULT_MEMORY = 80 * 2**30
 """Bytes of one device without --gpu and --memory."""
 _LEAST_MEMORY = 10**6
 """Bytes of --memory from which on it is believed. `80` alone would be 80 bytes."""
+_OWN_RECIPE = "RECIPE"
+"""Stands for the user's recipe in the command behind which the keys of a size belong."""
 _CONSOLE_ROWS = 12
 """The number of meshes that the console shows. --json and --html have all."""
 
@@ -39,6 +41,7 @@ _FIT_HEADINGS = (
     *("seconds", "bound by"),
 )
 _COLLECTIVE_HEADINGS = ("what", "kind", "axis", "ranks", "calls a step", "each", "sent a step")
+_LAPTOP_HEADINGS = ("key", "value", "try", "reason")
 _SIZE_HEADINGS = ("size", "parameters", "fits", "needs", "mesh", "expert", "shard", "GiB", "tokens/s", "days")
 
 
@@ -195,15 +198,16 @@ def _size_tables(plans: "SizePlans") -> Iterator["HtmlTable"]:
     )
     title = "Sizes on their fastest mesh, GiB a device"
     yield HtmlTable(title, _SIZE_HEADINGS, map(_size_row, plans.rows), caption)
-    yield from _keys_to_paste(SIZES_RECIPE, plans.recipe.verb, machine, plans.rows)
+    yield from _keys_to_paste(_OWN_RECIPE, plans.recipe.verb, machine, plans.rows)
 
 
 def _keys_to_paste(recipe: str, verb: str, machine: "Machine", plans: Iterable["StepPlan"]) -> Iterator["HtmlTable"]:
     """Yield a table of the keys of each plan that fits, under the command that starts a rank for each device."""
     from switchcli.report.html_page import HtmlTable
 
+    title = f"Keys for your {_OWN_RECIPE}, to paste after" if recipe == _OWN_RECIPE else "Keys to paste after"
     if keys := [(shell_words(*plan.overrides),) for plan in plans if plan.best]:
-        yield HtmlTable(f"Keys to paste after: switchcli {_start(recipe, verb, machine)}", ("",), keys)
+        yield HtmlTable(f"{title}: switchcli {_start(recipe, verb, machine)}", ("",), keys)
 
 
 def _start(recipe: str, verb: str, machine: "Machine") -> str:
@@ -236,17 +240,21 @@ def _devices_needed(plan: "StepPlan") -> str:
 
 def _step_tables(step_plan: "StepPlan", max_rows: int | None) -> Iterator["HtmlTable"]:
     """Yield the tables of one plan, those of meshes and reasons with at most `max_rows` rows if that is not None."""
+    from switchcli.recipe.sizes import SIZES
     from switchcli.report.html_page import HtmlTable
 
     machine, fits, rejected = step_plan.machine, *step_plan.plan
     caption = _assumptions(machine, step_plan.product_bytes)
     yield HtmlTable(step_plan.name, ("", ""), [*_summary(step_plan)], caption)
+    if settings := step_plan.laptop_settings:
+        yield HtmlTable("Keys that this recipe sets for a laptop", _LAPTOP_HEADINGS, settings)
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_truncation(fits, max_rows)}"
         yield HtmlTable(title, _FIT_HEADINGS, map(_fit_row, fits[:max_rows]))
         if collectives := [*map(_collective_row, fits[0].collectives)]:
             yield HtmlTable(f"Collectives of {fits[0].mesh}, on each device", _COLLECTIVE_HEADINGS, collectives)
-        yield from _keys_to_paste(step_plan.base, step_plan.recipe.verb, machine, [step_plan])
+        recipe = _OWN_RECIPE if step_plan.name in SIZES else step_plan.name
+        yield from _keys_to_paste(recipe, step_plan.recipe.verb, machine, [step_plan])
     if rejected:
         reasons = [(reason, str(meshes)) for reason, meshes in step_plan.plan.reasons()]
         yield HtmlTable(f"Refused{_truncation(reasons, max_rows)}", ("why", "meshes"), reasons[:max_rows])

@@ -1,6 +1,7 @@
 """The size of a recipe's model and run, and the plan of a training step on given devices."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.units import si
 from switchcli.runs.step_planner import StepPlanner
 
 SIZES_RECIPE = "pretrain/base"
@@ -26,6 +28,9 @@ TIMES = (
 )
 """The statement of a plan on how far its times are from measurements."""
 _SECONDS_PER_DAY = 24 * 60 * 60
+_BUSY_TOKENS = 8192
+"""Tokens of a step on each device, below which starting the kernels is assumed to take longer than their work. It is an
+assumption: no step was measured on a GPU."""
 
 
 def describe(recipe: TrainingRecipe) -> dict[str, Any]:
@@ -57,6 +62,15 @@ def describe_as_yaml(recipe: TrainingRecipe) -> str:
     return "".join([*comments, resolve.dump(recipe)])
 
 
+class LaptopSetting(NamedTuple):
+    """A key of a recipe whose value suits a laptop, with a value for GPUs."""
+
+    key: str
+    value: str
+    instead: str
+    reason: str
+
+
 class StepPlan(NamedTuple):
     """The plan of a training step, with the recipe and the devices that it is for."""
 
@@ -76,20 +90,19 @@ class StepPlan(NamedTuple):
         return self.plan.fits[0] if self.plan.fits else None
 
     @property
-    def base(self) -> str:
-        """The recipe that `overrides` belong behind."""
-        return SIZES_RECIPE if self.name in SIZES else self.name
-
-    @property
     def overrides(self) -> list[str]:
-        """The KEY=VALUE that make `base` this step on its fastest mesh; none if it does not fit."""
+        """The KEY=VALUE that give this step on its fastest mesh: behind the planned recipe, or behind any recipe of
+        `switchcli pretrain` if a size was planned. None if it does not fit."""
         if self.best is None:
             return []
         recipe, mesh, keys = self.recipe, self.best.mesh, {}
         if self.name in SIZES:
             keys["model.size"] = self.name
-            if recipe.model.group_sequences > 1:
+            if recipe.model.num_experts > 1:
                 keys["model.router.group_sequences"] = str(recipe.model.group_sequences)
+            keys["data.objective.inputs_length"] = str(recipe.inputs_length)
+            keys["train.batch_tokens"] = str(recipe.train.batch_tokens)
+            keys["train.precision"] = recipe.train.precision
         keys |= {key: value for key, _, value in (override.partition("=") for override in self.given)}
         keys["train.microbatch_tokens"] = str(self.best.microbatch * recipe.inputs_length)
         if recipe.parallel.auto:  # the keys below are the mesh that it would choose
@@ -102,6 +115,24 @@ class StepPlan(NamedTuple):
             if getattr(mesh, key) != getattr(recipe.parallel, key):
                 keys[f"parallel.{key}"] = str(getattr(mesh, key))
         return [f"{key}={value}" for key, value in keys.items()]
+
+    @property
+    def laptop_settings(self) -> list[LaptopSetting]:
+        """The settings of the recipe that suit a laptop and waste these devices."""
+        train, machine, found = self.recipe.train, self.machine, []
+        if train.device == "cpu":
+            return []
+        fast, slow = machine.product_flops(2), machine.product_flops(self.product_bytes)
+        if train.precision == "float32" and (machine.gpu is None or fast > slow):
+            reached = f": {si(slow)} instead of {si(fast)} FLOP/s a device" if fast > slow else ""
+            reason = f"products in float32, not in bfloat16{reached}"
+            found.append(LaptopSetting("train.precision", train.precision, "selective", reason))
+        tokens = train.batch_tokens / machine.devices
+        if tokens < _BUSY_TOKENS:
+            enough = train.batch_tokens * 2 ** math.ceil(math.log2(_BUSY_TOKENS / tokens))
+            reason = f"{tokens:,.0f} tokens a device; {_BUSY_TOKENS:,} keep one busy, by assumption"
+            found.append(LaptopSetting("train.batch_tokens", str(train.batch_tokens), str(enough), reason))
+        return found
 
     @property
     def flops_per_step(self) -> int:
@@ -131,6 +162,7 @@ class StepPlan(NamedTuple):
             "times": TIMES,
             "devices_needed": self.devices_needed,
             "overrides": self.overrides,
+            "laptop_settings": [setting._asdict() for setting in self.laptop_settings],
             "fits": [self._fit_to_json(fit) for fit in self.plan.fits],
             "refused": [
                 {**rejection.mesh._asdict(), "kind": rejection.kind, "reason": rejection.reason}

@@ -295,6 +295,33 @@ def test_the_keys_of_one_recipe_give_its_fastest_mesh(keys: tuple[str, ...], swi
     assert shlex.split(line) == found["overrides"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ((), {"train.precision": "selective", "train.batch_tokens": "65536"}),
+        (("train.precision=selective",), {"train.batch_tokens": "65536"}),
+        (("train.batch_tokens=65536",), {"train.precision": "selective"}),
+        (("train.batch_tokens=63488", "train.precision=bfloat16"), {"train.batch_tokens": "126976"}),
+        (("train.batch_tokens=65536", "train.precision=bfloat16"), {}),
+        (("train.device=cpu",), {}),
+    ],
+)
+def test_what_suits_a_laptop_is_told_with_a_value_for_gpus(
+    keys: tuple[str, ...], told: dict[str, str], switchcli: SwitchCLI
+) -> None:
+    devices = ("--gpu", "h100", "--devices", 8)
+    found = planned(switchcli, "quickstart/switch", *keys, *devices)["laptop_settings"]
+    assert {setting["key"]: setting["instead"] for setting in found} == told
+    shown = switchcli("plan", "quickstart/switch", *keys, *devices).out
+    assert ("laptop" in shown) == bool(told)
+    assert planned(switchcli, "quickstart/switch", *[f"{key}={value}" for key, value in told.items()], *devices)
+
+
+def test_float32_is_no_fault_of_a_device_without_bfloat16(switchcli: SwitchCLI) -> None:
+    found = planned(switchcli, "quickstart/switch", "train.batch_tokens=65536", "--gpu", "v100-32gb")
+    assert found["laptop_settings"] == []
+
+
 def test_nodes_have_equally_many_ranks(switchcli: SwitchCLI) -> None:
     done = switchcli("plan", "quickstart/switch", "train.batch_tokens=12288", "--devices", 12)
     assert "switchcli launch --slurm --nodes 2 --ranks 6 -- pretrain quickstart/switch" in done.out
@@ -304,13 +331,13 @@ def test_nodes_have_equally_many_ranks(switchcli: SwitchCLI) -> None:
 
 
 def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
-    """Check that the keys of a size, pasted behind the recipe, give its mesh and its numbers."""
-    (fit,) = plan_step("pretrain/base", row["overrides"], Machine.of_gpu(devices, gpu)).plan.fits
-    assert (fit.mesh._asdict(), fit.bytes.total, fit.step_seconds) == (
-        row["mesh"],
-        row["device_bytes"],
-        row["step_seconds"],
-    )
+    """Check that the keys of a size, pasted behind any recipe, give its mesh and its numbers."""
+    vocab_size = plan_step(row["size"], [], Machine.of_gpu(devices, gpu)).recipe.model.vocab_size
+    own = [*row["overrides"], f"model.vocab_size={vocab_size}"]  # where the tokenizer of the recipe is another one
+    for recipe, keys in (("pretrain/base", row["overrides"]), ("quickstart/switch", own), ("pretrain/local", own)):
+        (fit,) = plan_step(recipe, keys, Machine.of_gpu(devices, gpu)).plan.fits
+        assert (fit.mesh._asdict(), fit.bytes.total) == (row["mesh"], row["device_bytes"]), recipe
+        assert fit.step_seconds == row["step_seconds"], recipe
 
 
 def test_every_size_with_keys(few_sizes: list[str], switchcli: SwitchCLI) -> None:
@@ -329,7 +356,13 @@ def test_what_people_see_of_every_size(few_sizes: list[str], switchcli: SwitchCL
     done = switchcli("plan", "--gpu", "l4", "--devices", 8)
     assert done.code == 0
     assert done.err == "" or re.fullmatch("planning: .*\n", done.err)
-    for words in ("tiny yes 1", "switch-base-64 yes", "switch-xxl no", "8 l4", "switchcli pretrain pretrain/base"):
+    for words in (
+        "tiny yes 1",
+        "switch-base-64 yes",
+        "switch-xxl no",
+        "8 l4",
+        "switchcli pretrain RECIPE --processes 8",
+    ):
         assert not lacking(done.out, words), words
     (line,) = re.findall("^model.size=tiny .*$", done.out, re.MULTILINE)
     planned(switchcli, "pretrain/base", *line.split(), "--gpu", "l4")
