@@ -147,4 +147,3 @@ def torchrun_command(
         *("-m", "switchcli"),
         *arguments,
     ]
-

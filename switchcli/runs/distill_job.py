@@ -1,6 +1,7 @@
 """Resolve the command line of `switchcli distill`: its recipe, with the teacher, the student and the baseline."""
 
 import difflib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ def resolve_job(
             spec, student_path = student.recipe.model, str(student.path)
         overrides += ["student.kind=checkpoint", resolve.override(_STUDENT_KEY, student_path)]
     if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
+        _check_trained_tokenizer(tree, teacher)
         tokenizer = {"kind": "file", "path": _tokenizer_path(teacher)}
         overrides.append(resolve.override("data.tokenizer", tokenizer))
 
@@ -195,6 +197,23 @@ def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict
     if "tasks" not in defaults and not on_tasks:
         defaults.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
     return defaults
+
+
+def _check_trained_tokenizer(tree: Node, teacher: CheckpointHandle) -> None:
+    """Raise RecipeError if the vocabulary that the recipe `tree` would train certainly differs from the teacher's."""
+    tokenizer = teacher.tokenizer
+    properties = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_sentinels": len(tokenizer.sentinels),
+        "byte_fallback": bool(tokenizer.is_byte_V.any()),
+    }
+    for name, value in properties.items():
+        key = f"data.tokenizer.{name}"
+        if (named := resolve.stated(tree, key)) not in (None, value):
+            raise RecipeError(
+                f"{key} ({json.dumps(named)}): a student shares the tokenizer of its teacher {teacher.path}: "
+                f"leave {key} out, or take {key}={json.dumps(value)}"
+            )
 
 
 def _tokenizer_path(teacher: CheckpointHandle) -> str:

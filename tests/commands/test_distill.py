@@ -15,7 +15,7 @@ import transformers
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
-from tiny_run import SwitchCLI, lay_out_tuning
+from tiny_run import RECIPE, SwitchCLI, lay_out_tuning, write_text
 from typer.testing import CliRunner
 
 from switchcli.checkpoint.lock import lock
@@ -487,6 +487,17 @@ def test_two_ranks_distil_what_one_does_and_resume_exactly(trained: Path, here: 
         (["--teacher", "SPARSE", "distill.temperature=0"], 2, "distill.temperature"),
         (["--teacher", "SPARSE", "distill.start_step=2"], 2, "distill.start_step train.steps 2"),
         (["--teacher", "SPARSE", "data.tokenizer={kind: file, path: other.json}"], 2, "data.tokenizer tokenizer"),
+        (["tiny.yaml", "--teacher", "SPARSE", "data.tokenizer.vocab_size=480"], 2, "data.tokenizer.vocab_size 480 512"),
+        (
+            ["tiny.yaml", "--teacher", "SPARSE", "data.tokenizer.num_sentinels=9"],
+            2,
+            "data.tokenizer.num_sentinels 9 100",
+        ),
+        (
+            ["tiny.yaml", "--teacher", "SPARSE", "data.tokenizer.byte_fallback=true"],
+            2,
+            "data.tokenizer.byte_fallback true",
+        ),
         (["--teacher", "SPARSE", "--student", "OTHER"], 2, "--student tokenizer tokenizer.json"),
         (["--teacher", "SPARSE", "--baseline", "OTHER"], 2, "--baseline tokenizer tokenizer.json"),
         (["--teacher", "SPARSE", "--student", "t5-bse"], 2, "--student t5-bse size t5-base"),
@@ -517,6 +528,7 @@ def test_bad_input_is_told_with_its_place_and_way_out(
     if "OTHER" in arguments:
         path = dense / "recipe.yaml"
         assert switchcli("pretrain", path, "data.tokenizer.vocab_size=480", "--out", "OTHER", "-q").code == 0
+    Path("tiny.yaml").write_text(RECIPE)
     if "." in arguments:
         Path("SPARSE").unlink()
         shutil.copytree(trained, "SPARSE")
@@ -525,6 +537,20 @@ def test_bad_input_is_told_with_its_place_and_way_out(
     assert done.code == code, done.err
     assert not lacking(done.err, words)
     assert not Path("a/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "tokenizer", ["{kind: train, vocab_size: 512}", "{kind: train}", "{kind: file, path: copy.json}"]
+)
+def test_the_tokenizer_of_the_teacher_may_be_named(
+    tokenizer: str, trained: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    write_text(Path("text.txt"))
+    shutil.copy(trained / "tokenizer.json", "copy.json")
+    Path("tiny.yaml").write_text(RECIPE.replace("{kind: train, vocab_size: 512}", tokenizer))
+    done = switchcli("distill", "tiny.yaml", "--teacher", trained, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["recipe"]["data"]["tokenizer"]["kind"] == "file"
 
 
 def test_answers_of_another_teacher_or_of_other_batches_are_refused(
