@@ -1,4 +1,7 @@
-"""Open files that a user names. Only regular files are opened: a pipe or a device could block forever."""
+"""Open files that come from outside: that a user names, or that lie in a folder of someone else.
+
+Only regular files are opened: a pipe or a device could block forever.
+"""
 
 import errno
 import io
@@ -28,15 +31,21 @@ def _other_kind(mode: int) -> str:
     return "" if kind == stat.S_IFREG else _KINDS.get(kind, "a special file")
 
 
-def open_regular(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> "io.BufferedReader[io.FileIO]":
-    """Open a regular file, or a link to one, for reading bytes.
+def open_regular(
+    path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE, *, follow_links: bool = True
+) -> "io.BufferedReader[io.FileIO]":
+    """Open a regular file for reading bytes; a link to one too, unless `follow_links` is false.
 
     Raises OSError for anything else, with a `strerror` that says what it is and what to do. Never blocks.
     """
-    _refuse(other_kind(path), path)
+    mode = path.stat(follow_symlinks=follow_links).st_mode
+    if stat.S_ISLNK(mode):
+        raise OSError(errno.ELOOP, "it is a link, not a file; replace it by the file", str(path))
+    _refuse(_other_kind(mode), path)
     # Another process may have replaced the file since: do not wait for the writer of a pipe (O_NONBLOCK), and check the
     # file that was opened.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
     file = io.BufferedReader(io.FileIO(descriptor), buffer_bytes)
     try:
         _refuse(_other_kind(os.fstat(file.fileno()).st_mode), path)

@@ -13,16 +13,15 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Final, final
 
-from switchcli import publish
 from switchcli.errors import CheckpointError
+from switchcli.user_files import open_regular
 
 NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"
@@ -30,8 +29,8 @@ _FORMAT: Final = "switchcli checkpoint 1"
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES: Final = 1 << 28
-_DAMAGE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO, errno.ENXIO)
-"""Errors of opening a file that mean damage. All others (permission, descriptors, memory) concern the machine."""
+_DAMAGE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
+"""Errors of `open_regular` that mean damage. All others (permission, descriptors, memory) concern the machine."""
 
 
 @final
@@ -84,14 +83,14 @@ class Manifest:
     def verify(self, folder: Path) -> None:
         """Read every file and raise DamagedError at the first that is missing or differs from what was saved."""
         for entry in self.entries:
-            with _open_regular(folder / entry.name) as (stream, size):
+            with _open(folder / entry.name) as (stream, size):
                 digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == entry.num_bytes else ""
             _check_entry(folder / entry.name, entry, size, digest)
 
     def check_sizes(self, folder: Path) -> None:
         """Raise DamagedError at the first file that is missing or has another length, without reading any."""
         for entry in self.entries:
-            with _open_regular(folder / entry.name) as (_, size):
+            with _open(folder / entry.name) as (_, size):
                 _check_entry(folder / entry.name, entry, size, entry.sha256)
 
     def read(self, folder: Path, name: str) -> bytes:
@@ -139,31 +138,28 @@ def load(folder: Path) -> Manifest:
 
 def read_small(path: Path) -> bytes:
     """Return the content of a file of at most 256 MiB (MANIFEST, JSON, YAML)."""
-    with _open_regular(path) as (stream, size):
+    with _open(path) as (stream, size):
         if size > _MAX_BYTES:
             raise DamagedError(path, "size", f"has {size:,} bytes, where {_MAX_BYTES:,} are allowed")
         return stream.read()
 
 
 @contextmanager
-def _open_regular(path: Path) -> Iterator[tuple[FileIO, int]]:
+def _open(path: Path) -> Iterator[tuple["BufferedReader[FileIO]", int]]:
     """Open a regular file, not a link, and yield it with its size in bytes.
 
     An OSError, of the `with` block too, is raised as a DamagedError, or as another CheckpointError if it is about the
     machine.
     """
     try:
-        with open(path, "rb", buffering=0, opener=publish.open_without_links) as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise DamagedError(path, "link", "is not a regular file")
-            yield stream, status.st_size
+        with open_regular(path, follow_links=False) as stream:
+            yield stream, os.fstat(stream.fileno()).st_size
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise CheckpointError(
                 f"{path}: {error.strerror}: make it readable, then run the same command again."
             ) from error
-        why = {errno.ELOOP: "link", errno.EIO: "unreadable"}.get(error.errno or 0, "missing")
+        why = {errno.EINVAL: "link", errno.ELOOP: "link", errno.EIO: "unreadable"}.get(error.errno or 0, "missing")
         raise DamagedError(path, why, str(error.strerror)) from error
 
 

@@ -4,15 +4,16 @@ The safetensors library reads the files, and refuses overlapping, missing and tr
 """
 
 import json
-import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import Any, BinaryIO, Final, NamedTuple, final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from switchcli.user_files import open_regular
 
 _DTYPES: Final = {
     "I64": torch.int64,
@@ -80,10 +81,8 @@ def read_tensor_specs(path: Path) -> dict[str, TensorSpec]:
     Raises ValueError if the file is invalid.
     """
     specs: dict[str, TensorSpec] = {}
-    # The library opens the path twice; another process may remove the file in between. A descriptor keeps it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with safe_open(f"/dev/fd/{descriptor}", framework="pt") as stream:
+        with open_regular(path, follow_links=False) as file, open_tensors(file) as stream:
             for name in stream.keys():  # noqa: SIM118 (not a mapping)
                 header = stream.get_slice(name)
                 specs[name] = TensorSpec(_DTYPES[header.get_dtype()], tuple(header.get_shape()))
@@ -91,9 +90,16 @@ def read_tensor_specs(path: Path) -> dict[str, TensorSpec]:
         raise ValueError(str(error)) from error
     except KeyError as error:
         raise ValueError(f"a tensor of type {error}") from error
-    finally:
-        os.close(descriptor)
     return specs
+
+
+def open_tensors(file: BinaryIO) -> Any:
+    """Return a `safe_open` of an open file, which may be closed then.
+
+    The library opens a path twice. Another process may remove or replace the file in between, so it gets a path of the
+    descriptor.
+    """
+    return safe_open(f"/dev/fd/{file.fileno()}", framework="pt")
 
 
 @final
@@ -106,28 +112,28 @@ class LazyTensors(Mapping[str, Tensor]):
     def __init__(self, paths: Mapping[str, Path]) -> None:
         """`paths` gives the file of each tensor name."""
         self._paths = paths
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, BinaryIO] = {}
         for path in {*paths.values()}:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._descriptors[path])
-        self._open: tuple[int, safe_open] | None = None
+            self._files[path] = open_regular(path, follow_links=False)
+            weakref.finalize(self, self._files[path].close)
+        self._open: tuple[Path, Any] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file(name).get_tensor(name)  # type: ignore[no-untyped-call]
+        tensor: Tensor = self._file(name).get_tensor(name)
         return tensor.clone()
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """Return `tensor[index]` of the tensor called `name`, without reading the rest of it."""
         if not index:
             return self[name]
-        tensor: Tensor = self._file(name).get_slice(name)[index]  # type: ignore[no-untyped-call]
+        tensor: Tensor = self._file(name).get_slice(name)[index]
         return tensor.clone()
 
-    def _file(self, name: str) -> safe_open:
-        """Return the open file of a tensor. The file of the last access stays open."""
-        descriptor = self._descriptors[self._paths[name]]
-        if self._open is None or self._open[0] != descriptor:
-            self._open = descriptor, safe_open(f"/dev/fd/{descriptor}", framework="pt")
+    def _file(self, name: str) -> Any:
+        """Return the `safe_open` of a tensor's file. That of the last access is kept."""
+        path = self._paths[name]
+        if self._open is None or self._open[0] != path:
+            self._open = path, open_tensors(self._files[path])
         return self._open[1]
 
     def __iter__(self) -> Iterator[str]:

@@ -19,17 +19,18 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import Final, NamedTuple, final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from switchcli.checkpoint.tensor_file import open_tensors
 from switchcli.convert import config as configs
 from switchcli.convert.config import Config
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, transformers_names
 from switchcli.errors import CheckpointError
-from switchcli.user_files import read_regular
+from switchcli.user_files import open_regular, other_kind, read_regular
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX: Final = ".index.json"
@@ -159,7 +160,8 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file, which stays open."""
     tensors = {}
     try:
-        stream: Any = safe_open(path, framework="pt")
+        with open_regular(path) as file:
+            stream = open_tensors(file)
         for name in stream.keys():  # noqa: SIM118 (not a mapping)
             header = stream.get_slice(name)
             read = partial(stream.get_tensor, name)
@@ -180,14 +182,15 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: the file holds other objects, or it is damaged.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open_regular(path) as file:
             warnings.simplefilter("ignore")  # torch's remarks on the format are for programmers
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            opened = f"/dev/fd/{file.fileno()}"  # torch maps only files that it opens itself
+            state = torch.load(opened, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(opened))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}): {_FIX}") from error
     except Exception as error:
         # UnpicklingError is known by its name, for this package never imports the module pickle.
-        if isinstance(error, RuntimeError | ValueError | EOFError | OSError) or (
-            type(error).__name__ in _UNPICKLING_ERRORS
-        ):
+        if isinstance(error, RuntimeError | ValueError | EOFError) or (type(error).__name__ in _UNPICKLING_ERRORS):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if type(error).__name__ == "UnpicklingError":  # torch's own text advises to load the file unsafely
                 reason = "it holds other objects, or is damaged"
@@ -203,17 +206,9 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
 
 def _read_shards(folder: Path, index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """Return the tensors of all files in an index. Each must be in the file that the index names, and in no other."""
-    try:
-        files = json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"]
-        pairs = list(files.items())
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_FIX}") from error
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of tensors (weight_map): {_FIX}") from error
+    pairs = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(file for _, file in pairs):
-        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
-            raise CheckpointError(f"{index}: names {file!r}, which is no file of its folder: do not use these weights")
         for name, tensor in read(folder / file).items():
             if name in tensors:
                 raise CheckpointError(f"{folder}: {name}: in {file} and in {tensors[name].path.name}: {_FIX}")
@@ -222,3 +217,30 @@ def _read_shards(folder: Path, index: Path, read: Callable[[Path], dict[str, Sto
         if name not in tensors or tensors[name].path.name != file:
             raise CheckpointError(f"{index}: says that {file} holds {name}, which it does not: {_FIX}")
     return tensors
+
+
+def _read_index(index: Path) -> list[tuple[str, str]]:
+    """Return the names of the tensors in an index, each with its file, which lies in the folder of the index."""
+    try:
+        pairs = list(json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"].items())
+    except OSError as error:
+        raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_FIX}") from error
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of tensors (weight_map): {_FIX}") from error
+    for _, file in pairs:
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise CheckpointError(f"{index}: names {file!r}, which is no file of its folder: do not use these weights")
+    return pairs
+
+
+def check_files(folder: Path) -> None:
+    """Raise CheckpointError if transformers may read more in a folder than its files: through an index, or a pipe."""
+    for path in folder.iterdir():
+        try:
+            kind = other_kind(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}): {_FIX}") from error
+        if kind not in ("", "a folder"):
+            raise CheckpointError(f"{path}: it is {kind}, not a file: {_FIX}")
+        if path.name.endswith(INDEX):
+            _read_index(path)

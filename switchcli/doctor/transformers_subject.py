@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from switchcli.convert import config as configs
+from switchcli.convert import weight_files
 from switchcli.doctor.subject import (
     ForwardTrace,
     ProbeText,
@@ -174,6 +175,7 @@ def load(folder: Path) -> TransformersSubject:
             f"{pickles[0]}: a pickle, which can run code when it is read: save the model as safetensors, or remove the "
             "weights to probe only the configuration"
         )
+    weight_files.check_files(folder)
     config = _config(settings, path)
     model = _read_model(folder, config) if has_weights else _initial_model(folder, config)
     return TransformersSubject(model, initialized=not has_weights)

@@ -18,7 +18,6 @@ from messages import naming
 from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, wanted
 from torch import Tensor
 
-from switchcli import publish
 from switchcli.checkpoint import checkpoint as checkpoints
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
@@ -459,10 +458,10 @@ def test_a_manifest_must_be_in_its_one_form(tmp_path: Path) -> None:
 def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_step(tmp_path, 4)
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(publish, "open_without_links", refuse)
+    monkeypatch.setattr(manifests, "open_regular", refuse)
     with pytest.raises(CheckpointError, match=naming("MANIFEST", "Permission denied", "readable")):
         latest(tmp_path, fail)
     assert path.exists()

@@ -1,6 +1,7 @@
 """Folders and options that are not what they should be: one line with the way out, and nothing left behind."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -122,6 +123,18 @@ def shard(weight_map: Callable[[dict[str, str]], object], twice: bool = False) -
     return act
 
 
+def special(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The index names one file that is a pipe or a device."""
+
+    def act(folder: Path) -> None:
+        shard(lambda files: files)(folder)
+        path = folder / "model-00002-of-00002.safetensors"
+        path.unlink()
+        make(path)
+
+    return act
+
+
 def pickled(folder: Path) -> None:
     theirs.as_version_4(folder, pickled=True)
 
@@ -206,6 +219,11 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("model.safetensors.index.json", "'/etc/passwd'"),
     ),
     "number in index": (shard(lambda files: {**files, WI: 3}), ("model.safetensors.index.json", "3")),
+    "pipe in index": (special(os.mkfifo), ("model-00002-of-00002.safetensors", "pipe", "save_pretrained")),
+    "device in index": (
+        special(lambda path: path.symlink_to("/dev/zero")),
+        ("model-00002-of-00002.safetensors", "device", "save_pretrained"),
+    ),
     "missing shard": (
         shard(lambda files: {**files, WI: "model-3.safetensors"}),
         ("model-3.safetensors", "No such file", "save_pretrained"),
@@ -282,6 +300,15 @@ def test_a_pickle_of_anything_but_tensors_is_refused_and_not_run(
     said = refused(folder, "ours", "--to", "switchcli", "--unpickle")
     assert re.search(r"pytorch_model\.bin: .*\btensors\b", said)
     assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
+
+
+def test_an_index_of_pickles_that_names_a_pipe(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"shared.weight": "pytorch_model-00001-of-00001.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    os.mkfifo(folder / "pytorch_model-00001-of-00001.bin")
+    said = refused(folder, folder.parent / "ours", "--to", "switchcli", "--unpickle")
+    assert not missing(("pytorch_model-00001-of-00001.bin", "pipe"), said)
 
 
 def test_destinations(folder: Path, tmp_path: Path) -> None:

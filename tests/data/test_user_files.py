@@ -22,6 +22,10 @@ def test_a_regular_file_and_a_link_to_one_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     assert read_regular(tmp_path / "file", 7) == read_regular(tmp_path / "link", 7) == b"content"
+    with open_regular(tmp_path / "file", follow_links=False) as file:
+        assert file.read() == b"content"
+    with pytest.raises(OSError, match="link"):
+        open_regular(tmp_path / "link", follow_links=False)
     with pytest.raises(OSError, match=r"\b6 bytes\b"):
         read_regular(tmp_path / "file", 6)
 

@@ -1,6 +1,7 @@
 """What doctor finds in transformers' SwitchTransformers: peers' bugs, as far as they can be seen from outside."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_folders_that_cannot_be_probed(folder: Path) -> None:
         error = refused(folder, CheckpointError)
         assert "config.json" in error
         assert said in error
+
+
+def test_an_index_that_names_a_pipe_or_a_file_elsewhere_is_refused(folder: Path) -> None:
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    weights.rename(folder.parent / "outside.safetensors")
+    names = theirs(d_model=32).parameters
+    for file in ("../outside.safetensors", str(folder.parent / "outside.safetensors"), "part.safetensors"):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
+        if file == "part.safetensors":
+            os.mkfifo(folder / file)
+        else:
+            (folder / "other.safetensors").touch()
+        assert re.search(r"index\.json: .*outside|part\.safetensors: .*\bpipe\b", refused(folder, CheckpointError))
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

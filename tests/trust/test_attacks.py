@@ -16,7 +16,7 @@ import shown
 import torch
 from forked import Done, command
 
-from switchcli import credentials, publish
+from switchcli import credentials
 from switchcli.checkpoint import manifest, tensor_file
 from switchcli.commands import _exit, _tokenizers
 from switchcli.commands import recipes as recipes_verb
@@ -27,6 +27,7 @@ from switchcli.data.tokenizer import tokenizer
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.report import console, html_page
 from switchcli.runs import trainer
+from switchcli.user_files import open_regular
 
 ANY_NAME = re.compile(r".*", re.DOTALL)
 
@@ -73,7 +74,6 @@ LOAD, READ, MACHINE, STORED = torch.load, store._read, trainer.machine_info, wei
 UNPICKLE = [
     (manifest, "read_small", unpickling(manifest.read_small)),
     (tensor_file, "safe_open", unpickling(tensor_file.safe_open)),
-    (weight_files, "safe_open", unpickling(weight_files.safe_open)),
     (configs, "read_json", unpickling(configs.read_json)),
     (tokenizer, "read_file", unpickling(tokenizer.read_file)),
     (torch, "load", lambda path, **words: LOAD(path, **{**words, "weights_only": False, "mmap": False})),
@@ -96,7 +96,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
     "no links": (
         attacks.PATHS,
         ["weights that are a link", "a manifest that is a link"],
-        [(publish, "open_without_links", os.open)],
+        [(module, "open_regular", lambda path, follow_links: open_regular(path)) for module in (manifest, tensor_file)],
     ),
     "files that the manifest names": (
         attacks.PATHS,

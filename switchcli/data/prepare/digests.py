@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, Protocol, Self, TypeVar
 from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError
 from switchcli.processor import available_processors
+from switchcli.user_files import open_regular
 
 WHOLE_BYTES: Final = 2**34
 """Bytes of a stream's files above which samples of them are digested: reading all would delay the first step."""
@@ -181,7 +182,7 @@ def _matches(entries: dict[str, _FileDigest], name: str, stat: FileStat) -> bool
 
 def _digest(path: Path, kind: str) -> _FileDigest:
     """Digest a file. Raises DataError if it changes meanwhile."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         now = time.time_ns()
         stat = FileStat.of(os.fstat(file.fileno()))
         digest = hashlib.sha256()
