@@ -46,7 +46,8 @@ class TextRecipe(TrainingRecipe, ABC):
         if tokenizer.kind == "train" and tokenizer.vocab_size > model_vocab_size:
             yield (
                 f"data.tokenizer.vocab_size ({tokenizer.vocab_size}) must be at most the {model_vocab_size} rows of "
-                "model.vocab_size: leave model.vocab_size out, or take more."
+                f"model.vocab_size: take at most {model_vocab_size}, or leave model.vocab_size out of a run from "
+                "scratch."
             )
         shards = self.data.stream_shards
         if self.data.access == "stream" and self.rows_per_step % shards:

@@ -181,6 +181,7 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
         is_safe = difference.key.startswith(RESUME_SAFE_KEYS) or difference.key.endswith(".unreadable")
         if not is_safe:
             changed.append(difference)
+    changed.sort(key=lambda difference: difference.key == "model.vocab_size")  # it may follow from the tokenizer
     if changed:
         key, old, new = changed[0]
         if saved.branch is not None and recipe.branch is None:

@@ -105,7 +105,7 @@ def resolve_job(
 def _vocab_size(tree: Node, schema: type[R], begun: TrainingRecipe | None) -> int | None:
     """Return the number for `model.vocab_size: auto` in a run from scratch; None where the recipe itself says it.
 
-    A run that has begun keeps its number. Otherwise a tokenizer that is not to be trained is read.
+    A run that has begun keeps its number with its tokenizer. Otherwise a tokenizer that is not to be trained is read.
 
     Raises:
         RecipeError: the recipe breaks a rule.
@@ -113,12 +113,13 @@ def _vocab_size(tree: Node, schema: type[R], begun: TrainingRecipe | None) -> in
     """
     if not resolve.has_auto_vocab_size(tree):
         return None
-    if begun is not None:
-        return begun.model.vocab_size
     recipe = resolve.validate(tree, schema)
-    if not isinstance(recipe, TextRecipe) or recipe.data.tokenizer.kind == "train":
+    if not isinstance(recipe, TextRecipe):
         return None
-    return resolve.padded_vocab_size(recipe.data.tokenizer.load(dict).vocab_size)
+    tokenizer = recipe.data.tokenizer
+    if isinstance(begun, TextRecipe) and begun.data.tokenizer == tokenizer:
+        return begun.model.vocab_size
+    return None if tokenizer.kind == "train" else resolve.padded_vocab_size(tokenizer.load(dict).vocab_size)
 
 
 def _branched_job(

@@ -55,6 +55,33 @@ def test_a_run_that_has_begun_keeps_its_number(auto: str, switchcli: SwitchCLI) 
     assert not lacking(refused.err, "model.vocab_size 1000 1024")
 
 
+@pytest.mark.parametrize("pieces", [400, 511, 512, 513, 2000])
+def test_a_run_whose_tokenizer_is_to_have_another_size_is_not_resumed(
+    pieces: int, auto: str, switchcli: SwitchCLI
+) -> None:
+    assert switchcli("pretrain", auto, "--out", "run", "-q").code == 0
+    refused = switchcli("pretrain", auto, f"data.tokenizer.vocab_size={pieces}", "--out", "run")
+    assert refused.code == 2
+    assert not lacking(refused.err, f"run data.tokenizer.vocab_size 500 {pieces} --out --no-resume")
+
+
+def test_a_tokenizer_of_another_kind_is_not_resumed(auto: str, trained: Path, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", auto, "--out", "run", "-q").code == 0
+    refused = switchcli(
+        "pretrain", auto, f"data.tokenizer={{kind: file, path: {trained / 'tokenizer.json'}}}", "--out", "run"
+    )
+    assert refused.code == 2
+    assert not lacking(refused.err, "run data.tokenizer.kind train file --out --no-resume")
+
+
+@pytest.mark.parametrize("option", ["--model", "--branch-from"])
+def test_weights_hold_no_larger_tokenizer(option: str, auto: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", auto, "--out", "old", "-q").code == 0
+    refused = switchcli("pretrain", auto, "data.tokenizer.vocab_size=513", "train.steps=3", option, "old")
+    assert refused.code == 2
+    assert not lacking(refused.err, "data.tokenizer.vocab_size 513 512 scratch")
+
+
 @pytest.mark.parametrize("stated", [(), ("model.vocab_size=auto",)])
 def test_a_checkpoint_keeps_its_number(stated: tuple[str, ...], auto: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", auto, "model.vocab_size=1000", "--out", "old", "-q").code == 0
