@@ -21,7 +21,7 @@ from switchcli import __version__, commands, credentials, startup
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import USAGE_ERROR, CheckedGroup, extend_command
-from switchcli.errors import CheckpointError, RecipeError, RenamedWarning, SwitchError, path_error
+from switchcli.errors import CheckpointError, RecipeError, RenamedWarning, SwitchError, memory_error, path_error
 from switchcli.report.console import main_console
 
 ORDER = (
@@ -126,9 +126,7 @@ def main() -> None:
     startup.limit_spinning(os.environ)  # before torch is imported
     startup.keep_modules_of_current_folder_out(os.environ)
     startup.end_with_launcher()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell: `>&-`
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of the process
+    startup.reopen_closed_streams()
     startup.make_stderr_lenient()
     warnings.showwarning = _show_warning
     try:
@@ -149,7 +147,7 @@ def main() -> None:
             _exit.exit_with_error(
                 CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there")
             )
-        if (known := path_error(error)) is not None:
+        if (known := path_error(error) or memory_error(error)) is not None:
             _exit.exit_with_error(known)
         _exit.exit_with_traceback(error)
         raise

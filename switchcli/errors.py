@@ -179,6 +179,28 @@ def path_error(error: Exception) -> RecipeError | None:
     return None
 
 
+_NO_MEMORY: Final = re.compile(
+    "failed to map segment|cannot allocate memory|can't allocate memory|can't start new thread|bad_alloc", re.IGNORECASE
+)
+"""Messages of libraries that the system refused memory, as under `ulimit -v`."""
+
+
+def memory_error(error: Exception) -> OutOfMemory | None:
+    """Return an OutOfMemory error if the system refused memory, as one of the causes of `error` says; else None.
+
+    The command line calls this for every unexpected exception.
+    """
+    for cause in cause_chain(error):
+        is_refused = isinstance(cause, ImportError | OSError | RuntimeError) and _NO_MEMORY.search(str(cause))
+        if isinstance(cause, MemoryError) or is_refused:
+            reason = (str(cause) or "MemoryError").strip().splitlines()[-1]
+            return OutOfMemory(
+                f"out of memory ({reason}): raise the limit of this process (`ulimit -v`, or a container's), or end "
+                "other programs"
+            )
+    return None
+
+
 def _shorten(path: str) -> str:
     return path if len(path) <= 200 else f"{path[:100]}...{path[-60:]}"
 

@@ -63,6 +63,18 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def reopen_closed_streams() -> None:
+    """Open /dev/null as stdin, stdout or stderr where the shell has closed it: `<&-`, `>&-`.
+
+    Otherwise the next file that is opened gets the free descriptor, and what a child process prints goes into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode))
+
+
 class _LenientFile(io.FileIO):
     """A file that ignores write errors and drops the data."""
 

@@ -55,7 +55,7 @@ def doctor(
 
     if checkpoint_files:
         if overrides:
-            raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0]}): leave it out")
+            raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out")
         verified = diagnosis.verify(model)
         if as_json:
             print_json(verified)

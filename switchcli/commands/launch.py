@@ -1,6 +1,7 @@
 """`switchcli launch`: a run on several machines, by SLURM or by torchrun. Imports no torch."""
 
 import os
+import re
 import shutil
 import subprocess
 from typing import Annotated
@@ -16,6 +17,13 @@ from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster
 
 app = typer.Typer()
+
+
+def _check_time(time: str) -> str:
+    """Return the value of --time. Raises RecipeError for anything that is no time limit of sbatch."""
+    if not re.fullmatch("[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}|UNLIMITED", time):
+        raise RecipeError("--time: must be hours:minutes:seconds or days-hours, such as 24:00:00")
+    return time
 
 
 @app.command(
@@ -48,7 +56,10 @@ def launch(
         ),
     ] = None,
     time: Annotated[
-        str, typer.Option(metavar="TIME", help="With --slurm: time limit of the job, as hours:minutes:seconds.")
+        str,
+        typer.Option(
+            metavar="TIME", help="With --slurm: time limit of the job, as hours:minutes:seconds.", callback=_check_time
+        ),
     ] = "24:00:00",
     cpus: Annotated[int, typer.Option(metavar="N", min=1, help="With --slurm: processors per rank.")] = 8,
     gpus: Annotated[bool, typer.Option(help="With --slurm: ask for one GPU per rank.")] = True,

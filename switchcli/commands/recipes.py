@@ -1,5 +1,6 @@
 """`switchcli recipes`: list, print, copy, check and explain recipes. Results go to stdout; errors are raised."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -110,7 +111,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check recipes, with KEY=VALUE set in each, and report every error, without opening what they name."""
-    overrides = [argument for argument in files if OVERRIDE.match(argument) and not Path(argument).exists()]
+    overrides = [argument for argument in files if OVERRIDE.match(argument) and not os.path.lexists(argument)]
     names = [argument for argument in files if argument not in overrides]
     if not names:
         raise RecipeError("FILE: missing: name the recipe that the keys are to be set in")

@@ -1,5 +1,6 @@
 """`switchcli report`: compare runs, or the routing of checkpoints. Imports torch only for the routing."""
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def _report_routing(
     from switchcli.report.html_page import write_page
     from switchcli.runs.routing_survey import survey_checkpoints
 
-    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
+    overrides = [argument for argument in arguments if "=" in argument and not os.path.lexists(argument)]
     paths = [Path(argument) for argument in arguments if argument not in overrides]
     survey = survey_checkpoints(paths, overrides, console)
     if html is not None:

@@ -47,7 +47,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
     """Raise a RecipeError for variables, set by a launcher or a user, with which ranks cannot meet."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if name in environment and not _is_number(environment[name]):
-            raise RecipeError(f"{name} is {environment[name]!r} and must be a number: {UNSET}")
+            raise RecipeError(f"{name} is {environment[name]!r} and must be a number without leading zeros: {UNSET}")
     world, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
     if "RANK" in environment and "WORLD_SIZE" not in environment:
         raise RecipeError(f"RANK is {rank} and WORLD_SIZE is not set: {UNSET}")
@@ -65,7 +65,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,9}", text) is not None
+    return re.fullmatch("0|[1-9][0-9]{0,8}", text) is not None
 
 
 def _check_host(address: str) -> None:

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from switchcli.metric_names import (
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.sinks import is_count, parse, read_lines, step_of
+from switchcli.report.sinks import LONGEST_LINE, is_count, parse, read_lines, step_of
 
 Floats = NDArray[np.float64]
 LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
@@ -34,6 +34,10 @@ MAX_METRIC = 1e100
 
 _LAYERS_START, _LAYERS_END = b'"layers": {', b"}}, "
 _ELSEWHERE = "name another run's"
+_MAX_LINE: Final = 4 * LONGEST_LINE
+"""Bytes of a line after which a file is taken for none of metrics, and is not read to its end."""
+_MAX_FILE: Final = 2**28
+"""Bytes of the largest result.json and tokenizer.json that are read."""
 
 
 class Curve(NamedTuple):
@@ -198,19 +202,19 @@ class _Points:
         self.texts: Mapping[str, Mapping[str, float]] = {}
         self._values: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self._loads: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
-        self._left_out: dict[str, list[int]] = defaultdict(list)
-        """Numbers of lines by what is wrong with them."""
+        self._left_out: dict[str, tuple[int, int]] = {}
+        """The first line and the number of lines, by what is wrong with them."""
         self._skipped: Any = []
 
     def add(self, number: int, record: Mapping[str, Any] | None) -> None:
         """Add the record of a line, None for a line that is not whole."""
         if record is None:
-            self._left_out["not a whole line"].append(number)
+            self._leave_out("not a whole line", number)
             return
         step = step_of(record)
         self._skipped = record.get("left_out", self._skipped)
         if step is None:
-            self._left_out["a record without a step"].append(number)
+            self._leave_out("a record without a step", number)
             return
         values: dict[str, Any] = {name: value for name, value in record.items() if name in LOGGED or "/" in name}
         max_entropies: dict[str, float] = {}
@@ -225,7 +229,7 @@ class _Points:
         floats = {name: value for name, value in values.items() if isinstance(value, float)}
         large = [name for name, value in floats.items() if not abs(value) < MAX_METRIC]  # NaN is not less either
         if large:
-            self._left_out[f"{large[0]} is not a finite number"].append(number)
+            self._leave_out(f"{large[0]} is not a finite number", number)
         for name, value in floats.items():
             maximum = max_entropies.get(name, 1.0)
             if name not in large and maximum:
@@ -233,12 +237,16 @@ class _Points:
         if "texts" in record:
             self.texts = as_mapping(record["texts"])
 
+    def _leave_out(self, reason: str, number: int) -> None:
+        first, count = self._left_out.get(reason, (number, 0))
+        self._left_out[reason] = (first, count + 1)
+
     def unreadable_lines_note(self, path: Path) -> list[str]:
         """Return a note on the lines and values that were left out, if there are any."""
         reasons = []
-        for reason, numbers in self._left_out.items():
-            others = f" (and {len(numbers) - 1:,} more)" if len(numbers) > 1 else ""
-            reasons.append(f"line {numbers[0]:,}: {reason}{others}")
+        for reason, (first, count) in self._left_out.items():
+            others = f" (and {count - 1:,} more)" if count > 1 else ""
+            reasons.append(f"line {first:,}: {reason}{others}")
         return [f"{path}: left out: {'; '.join(reasons)}"] if reasons else []
 
     def skipped_steps_note(self, folder: Path) -> list[str]:
@@ -274,9 +282,11 @@ def _columns(points: Sequence[tuple[int, Any]]) -> tuple[Floats, Floats]:
 def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Yield the number and the record of each line; None for a line that is not whole.
 
+    Raises CheckpointError for a line of more than _MAX_LINE bytes.
+
     The metrics of layers are most of a line. In a long file all but about LAYER_LINES lines are parsed without them.
     """
-    interval = num_logged = last = 0
+    interval = num_logged = last = line_bytes = 0
     for line in read_lines(path):
         record, start = None, line.content.find(_LAYERS_START)
         if start >= 0 and (end := line.content.find(_LAYERS_END, start)) >= 0:
@@ -289,7 +299,11 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
             record = parse(line.content)
         if line.number != last:  # a line that is read in several pieces counts once
             yield line.number, record
+            line_bytes = 0
         last = line.number
+        line_bytes += len(line.content)
+        if line_bytes > _MAX_LINE:
+            raise CheckpointError(f"{path}: line {last:,} has more than {_MAX_LINE:,} bytes: not a file of metrics")
 
 
 def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -297,9 +311,9 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     with disk_errors(path, _ELSEWHERE):
-        result = parse(path.read_bytes())
+        result = parse(path.read_bytes()) if path.stat().st_size <= _MAX_FILE else None
     if result is None:
-        notes.append(f"{path}: not a JSON object, left out")
+        notes.append(f"{path}: not a JSON object of at most {_MAX_FILE:,} bytes, left out")
         return {}
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
     if large := [name for name, value in numbers.items() if not abs(value) < MAX_METRIC]:
@@ -319,7 +333,7 @@ def number(value: Any) -> float | None:
 
 
 def _digest(path: Path) -> str | None:
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > _MAX_FILE:
         return None
     with disk_errors(path, _ELSEWHERE):
         return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -93,7 +93,9 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
         return switchcli_subject.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
-        raise RecipeError(f"{name}: an existing model takes no KEY=VALUE ({overrides[0]}): leave it out")
+        raise RecipeError(
+            f"{name}: an existing model takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out"
+        )
     if is_hugging_face_folder(path):
         return transformers_subject.load(path)
     model = load_checkpoint(path, torch.device("cpu"), console).model

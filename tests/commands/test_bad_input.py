@@ -4,12 +4,14 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from bad_inputs import CASES, CHECKPOINT, FILES, RECIPE, corpus, lay_out_bad
@@ -17,6 +19,7 @@ from messages import lacking
 from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.recipe import library
 
 
 @pytest.fixture
@@ -82,6 +85,42 @@ def test_credentials_in_the_address_of_the_hub_are_refused(
     assert "c4n4ry" not in done.err
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.org")
     assert switchcli("recipes", "list").code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_memory_that_the_system_refuses_is_told_in_one_line(
+    error: Exception, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names() -> NoReturn:
+        try:
+            raise error
+        except type(error) as cause:
+            raise ImportError("numpy could not be imported") from cause
+
+    monkeypatch.setattr(library, "recipe_names", names)
+    done = switchcli("recipes", "list")
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch("error: .*\n", done.err)
+    assert not lacking(done.err, "memory ulimit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [60_000, 150_000, 400_000, 1_000_000])
+@pytest.mark.parametrize("command", ["recipes validate tiny.yaml", "pretrain tiny.yaml", "plan tiny.yaml --devices 1"])
+@pytest.mark.usefixtures("recipe")
+def test_no_limit_of_memory_ends_in_a_traceback(command: str, kilobytes: int) -> None:
+    limited = f"ulimit -v {kilobytes}; exec {shlex.quote(sys.executable)} -m switchcli {command}"
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 1)
 
 
 def test_every_wrong_key_has_its_line_and_json_its_object(recipe: str, switchcli: SwitchCLI) -> None:

@@ -135,6 +135,24 @@ def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytes
     assert {"--signal=USR1@300", "--requeue"} <= {*lines}
 
 
+@pytest.mark.parametrize("time", ["30", "30:00", "24:00:00", "2-12", "2-12:00:00", "UNLIMITED"])
+def test_a_time_of_sbatch_is_taken(time: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"\n#SBATCH --time={time}\n" in job_script("--time", time, "--", "pretrain", "x").read_text()
+
+
+@pytest.mark.parametrize("verb", [("pretrain",), ("data", "prepare")])
+def test_no_word_adds_a_line_to_a_job_script(
+    verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = job_script("--sbatch=--comment=a", "--", *verb, "a", "description=a").read_text()
+    evil = "a\nreboot\r\nJOB\n$(reboot) `reboot` ; reboot"
+    script = job_script(f"--sbatch=--comment={evil}", "--", *verb, evil, f"description={evil}").read_text()
+    assert script.count("\n") == plain.count("\n")
+    assert not [line for line in script.splitlines() if line.startswith(("reboot", "JOB", "$"))]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -145,6 +163,10 @@ def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytes
         (("--slurm", "--head", "h"), "--head --slurm"),
         (("--torchrun", "--time", "1:00"), "--time --torchrun"),
         (("--slurm", "--sbatch=--array=1-3"), "--sbatch --array"),
+        *(
+            (("--slurm", "--time", time), "--time hours:minutes:seconds")
+            for time in ("1:00\nreboot", "1:00\r", "1 --wrap=x", "1:2:3:4", "-1", "\u0661")
+        ),
         (("--slurm", "--partition=a", "--print"), "--partition=a --sbatch"),
         (("--torchrun", "--", "prune"), "prune pretrain"),
     ],

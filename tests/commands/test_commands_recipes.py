@@ -92,6 +92,11 @@ def test_validate_reports_every_error_of_every_file(tmp_path):
     assert isinstance(result.exception, RecipeError)
 
 
+@pytest.mark.parametrize("length", [200, 300, 5000])
+def test_validate_takes_an_override_that_is_too_long_for_a_path(length):
+    assert run("validate", "quickstart/switch", "description=" + "x" * length) == "quickstart/switch: ok\n"
+
+
 def test_validate_imports_nothing_slow():
     script = f"""
 import sys

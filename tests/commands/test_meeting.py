@@ -24,6 +24,8 @@ REJECTED = {
     "a rank outside the world": ({**TWO, "RANK": "5"}, "RANK 5 WORLD_SIZE 2"),
     "a rank that is text": ({**TWO, "RANK": "x"}, "RANK 'x'"),
     "a rank that is negative": ({**TWO, "RANK": "-1"}, "RANK '-1'"),
+    "a rank with a leading zero": ({**TWO, "RANK": "00"}, "RANK '00'"),
+    "a world with a leading zero": ({"RANK": "0", "WORLD_SIZE": "01"}, "WORLD_SIZE '01'"),
     "a world that is text": ({**TWO, "WORLD_SIZE": "two"}, "WORLD_SIZE 'two'"),
     "an empty world": ({**TWO, "WORLD_SIZE": "0"}, "RANK 0 WORLD_SIZE"),
     "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK ''"),

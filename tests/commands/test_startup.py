@@ -48,3 +48,25 @@ def test_threads_of_openmp_sleep_soon_at_a_barrier(verb: str, tmp_path: Path) ->
 def test_a_user_who_says_how_long_threads_spin_is_obeyed(variable: str, tmp_path: Path) -> None:
     expected = "200" if variable == "GOMP_SPINCOUNT" else "default"
     assert seen_by_torch(tmp_path, VERBS["plan"], **{variable: "200"}) == expected
+
+
+STREAMS = """
+import os, sys
+from pathlib import Path
+from switchcli import startup
+startup.reopen_closed_streams()
+with Path("first").open("w") as file:
+    print("to stdout")
+    os.write(1, b"to descriptor 1")
+    print("to stderr", file=sys.stderr)
+    file.write(f"{sys.stdin.read()!r}, {sorted(map(os.get_inheritable, range(3)))}")
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-", ""])
+def test_a_stream_that_the_shell_closed_is_empty_and_no_file_takes_its_place(closed: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, STREAMS]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "first").read_text() == "'', [True, True, True]"

@@ -147,3 +147,38 @@ def test_a_tokenizer_that_the_disk_does_not_give(tmp_path: Path) -> None:
     (folder / "tokenizer.json").symlink_to("/proc/self/mem")  # a file whose start cannot be read
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: Input/output error"):
         read(folder, RECIPE)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "tokenizer.json"])
+def test_a_file_of_terabytes_is_not_read_to_its_end(tmp_path: Path, name: str) -> None:
+    folder = a_run(tmp_path / "a", experts=2)
+    (folder / "tokenizer.json").touch()
+    with (folder / name).open("r+b") as file:
+        file.truncate(200 << 30)  # a sparse file: it takes no room
+    if name == "metrics.jsonl":
+        with pytest.raises(CheckpointError) as raised:
+            read(folder, RECIPE)
+        assert not lacking(str(raised.value), f"{folder}/metrics.jsonl bytes metrics")
+        return
+    run = read(folder, RECIPE)
+    assert run.curves.keys() == read(a_run(tmp_path / "b", experts=2), RECIPE).curves.keys()
+    assert name == "tokenizer.json" or not lacking("\n".join(run.notes), f"{folder}/result.json JSON bytes left")
+
+
+@pytest.mark.parametrize(("bytes_more", "is_read"), [(2**25, True), (2**27, False)])
+def test_a_long_line_is_left_out_and_one_longer_than_any_ends_the_file(
+    tmp_path: Path, bytes_more: int, is_read: bool
+) -> None:
+    folder = a_run(tmp_path / "a", experts=2)
+    whole = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b"")
+    with (folder / "metrics.jsonl").open("r+b") as file:
+        file.truncate(bytes_more)
+        file.seek(bytes_more)
+        file.write(b"\n" + whole)
+    if is_read:
+        (note,) = read(folder, RECIPE).notes
+        assert not lacking(note, f"{folder}/metrics.jsonl line 1 whole")
+    else:
+        with pytest.raises(CheckpointError):
+            read(folder, RECIPE)
