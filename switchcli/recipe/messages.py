@@ -16,6 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
 
 from switchcli import credentials
+from switchcli.recipe import foreign_words
+from switchcli.recipe.foreign_words import PRECISIONS
 from switchcli.recipe.yaml_nodes import Node, display_key
 
 Keys = tuple[str | int, ...]
@@ -125,7 +127,7 @@ def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iter
         yield from _explain_own_rules(details["ctx"]["error"].args, node, tree)
         return
     if error_type == "extra_forbidden":
-        rule = _unknown_key(_schema_node(schema, details["loc"][:-1]), str(path[-1]), schema)
+        rule = _unknown_key(_schema_node(schema, details["loc"][:-1]), str(path[-1]), details["input"], schema)
     elif error_type in ("union_tag_invalid", "union_tag_not_found"):
         rule = _kind_rule(node.models, details)
         path = (*path, "kind")
@@ -159,7 +161,9 @@ def _value_rule(details: ErrorDetails, node: _SchemaNode, schema: type[BaseModel
         return f"{rule}: add it, as {dotted(node.path)}=VALUE on the command line or in the recipe"
     value = details["input"]
     if error_type == "literal_error":
-        fix = _did_you_mean(str(value), [str(choice) for choice in _choices(node.annotation)])
+        choices = [str(choice) for choice in _choices(node.annotation)]
+        meant = PRECISIONS.get(display_value(value).strip("'").lower())
+        fix = f". Did you mean {meant}?" if meant in choices else _did_you_mean(str(value), choices)
     else:
         key = f"{dotted(node.path)}=" if is_override else ""
         needs_list = error_type in ("tuple_type", "list_type")
@@ -214,11 +218,11 @@ def _default_hint(schema: type[BaseModel], location: Keys) -> str:
     return f"; leave it out for the default{default}"
 
 
-def _unknown_key(node: _SchemaNode, key: str, schema: type[BaseModel]) -> str:
+def _unknown_key(node: _SchemaNode, key: str, value: Any, schema: type[BaseModel]) -> str:
     """Return the message for a key that `node` does not have.
 
     It suggests, in this order: a very similar key of `node`, another kind that has the key, a very similar key
-    anywhere, a similar key of `node`.
+    anywhere, the key for a word of another tool, a similar key of `node`.
     """
     siblings = _keys_of(node.models)
     if suggestion := _did_you_mean(key, siblings, cutoff=_VERY_SIMILAR):
@@ -230,6 +234,9 @@ def _unknown_key(node: _SchemaNode, key: str, schema: type[BaseModel]) -> str:
     if close := difflib.get_close_matches(key, [str(path[-1]) for path in all_paths], n=1, cutoff=_VERY_SIMILAR):
         shortest = min((path for path in all_paths if path[-1] == close[0]), key=len)
         return f"no such key. Did you mean {dotted(shortest)}?"
+    names = {dotted(path) for path in all_paths}
+    if known := foreign_words.hint(key, display_value(value).strip("'"), names):
+        return f"no such key: use {known}"
     return f"no such key{_did_you_mean(key, siblings) or '; the keys are ' + ', '.join(siblings)}"
 
 

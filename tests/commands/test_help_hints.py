@@ -2,15 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from test_help import COMMANDS
 from tiny_run import SwitchCLI
 
-from switchcli.commands._flag_hints import HINTS, VERBS, _accepted_names, hint
+from switchcli.commands._flag_hints import VERBS, accepted_names
+from switchcli.recipe.foreign_words import WORDS, hint
 
 NAMES = {
-    f"switchcli {words}": _accepted_names(command.make_context(f"switchcli {words}", [], resilient_parsing=True))
+    f"switchcli {words}": accepted_names(command.make_context(f"switchcli {words}", [], resilient_parsing=True))
     for words, command in COMMANDS.items()
 }
 CASES = {
@@ -58,6 +60,49 @@ def test_the_answer_to_a_flag_of_another_tool(line: str, switchcli: SwitchCLI) -
     assert f": use {CASES[line]}" in done.err, done.err
 
 
+KEYS = {
+    "bf16=true": "train.precision=selective",
+    "fp16=true": "train.precision=selective",
+    "train.bf16=true": "train.precision=selective",
+    "train.precision=bf16": "selective",
+    "train.precision=fp16": "selective",
+    "train.precision=16": "selective",
+    "train.precision=fp32": "float32",
+    "lr=1e-3": "schedule.learning_rate=0.001",
+    "optimizer.lr=1e-3": "schedule.learning_rate=0.001",
+    "batch_size=8": "train.batch_tokens=N",
+    "train.per_device_train_batch_size=8": "train.batch_tokens=N",
+    "epochs=3": "train.steps=N",
+    "num_train_epochs=3": "train.steps=N",
+    "max_steps=10": "train.steps=10",
+    "gradient_accumulation=4": "train.microbatch_tokens=N",
+    "train.gradient_accumulation_steps=4": "train.microbatch_tokens=N",
+    "warmup_ratio=0.1": "schedule.warmup_steps=N",
+    "data.block_size=64": "data.objective.inputs_length=64",
+    "max_grad_norm=1": "train.clip_norm=1",
+    "save_total_limit=2": "checkpoint.keep_last=2",
+    "gradient_checkpointing=true": "train.activation_checkpointing=blocks",
+    "fsdp=true": "parallel.shard=zero3",
+}
+"""Keys and values of other tools, as an override."""
+
+
+@pytest.mark.parametrize("override", KEYS)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_answer_to_a_key_of_another_tool(
+    override: str, in_file: bool, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    key, _, value = override.partition("=")
+    text = "extends: quickstart/switch\n"
+    for depth, part in enumerate(key.split(".") if in_file else []):
+        text += f"{'  ' * depth}{part}:" + ("\n" if "." in key and depth == 0 else f" {value}\n")
+    (tmp_path / "mine.yaml").write_text(text)
+    done = switchcli("recipes", "validate", tmp_path / "mine.yaml", *([] if in_file else [override]))
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(r"error: .*\n", done.err)
+    assert re.search(rf"(use|Did you mean) {re.escape(KEYS[override])}\b", done.err), done.err
+
+
 @pytest.mark.parametrize("value", ["https://user:secret-word@host/x", "two words", "$(reboot)", "a\nb", "\x1b[31m"])
 def test_a_value_that_cannot_be_repeated_is_left_out(value: str, switchcli: SwitchCLI) -> None:
     done = switchcli("finetune", "a", "--dataset", value)
@@ -89,8 +134,8 @@ def test_a_misspelled_option_of_the_verb_is_not_taken_for_a_key(switchcli: Switc
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_every_answer_names_keys_and_options_that_the_verb_has(verb: str) -> None:
-    for flag in HINTS:
-        answer = hint(f"--{flag}", "1", verb, NAMES[verb])
+    for flag in WORDS:
+        answer = hint(f"--{flag}", "1", NAMES[verb], verb)
         for key in re.findall(r"[a-z]\w*(?:\.\w+)+(?=[= ,]|$)", answer or ""):
             assert key in NAMES[verb], f"{verb} --{flag}: {key}"
         for option in re.findall(r"(?<![\w-])--[a-z-]+", (answer or "").partition(" launch ")[0]):
@@ -99,7 +144,7 @@ def test_every_answer_names_keys_and_options_that_the_verb_has(verb: str) -> Non
 
 def test_every_suggestion_is_for_some_verb() -> None:
     known = set().union(*NAMES.values())
-    for flag, suggestions in HINTS.items():
+    for flag, suggestions in WORDS.items():
         for suggestion in suggestions:
             assert suggestion.needs in known, f"{flag}: {suggestion}"
 
