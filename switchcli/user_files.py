@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -61,6 +61,15 @@ def expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:  # no such user, or no HOME
         raise OSError(errno.ENOENT, f"the home folder of {path.parts[0]} is not known", str(path)) from error
+
+
+def is_within_folder(name: str) -> bool:
+    """Return whether a path that a file of a folder names stays in this folder: it is relative, without `..`.
+
+    Links in the folder are followed: in the hub's cache all files are links to the `blobs` beside the folder.
+    """
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "://" not in name
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:

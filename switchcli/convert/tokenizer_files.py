@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from switchcli.data.tokenizer.tokenizer import cached_file
 from switchcli.spec import EOS
-from switchcli.user_files import read_regular
+from switchcli.user_files import is_within_folder, read_regular
 
 FILES: Final = ("tokenizer.json", "spiece.model")
 """Names of tokenizer files. The first that exists is used, as in transformers."""
@@ -57,22 +57,19 @@ def tokenizer_documents(tokenizer: str, sentinels: Sequence[str], max_length: in
 def find_tokenizer(folder: Path) -> Path | None:
     """Return the tokenizer file that belongs to a folder in the Hugging Face layout, or None.
 
-    The first of: tokenizer.json or spiece.model in the folder; a file that tokenizer_config.json names; a file in a
-    local folder that tokenizer_config.json or config.json names; a file of a repository that they name, if it is in the
-    local Hugging Face cache. Nothing is downloaded.
+    The first of: tokenizer.json or spiece.model in the folder; a file that tokenizer_config.json names; a file of a
+    repository that tokenizer_config.json or config.json names, if it is in the local Hugging Face cache. Nothing is
+    downloaded. A file outside of the folder is not read, because whoever made the folder named it.
     """
     if (file := _in_folder(folder)) is not None:
         return file
     configs = [_read_config(folder / name) for name in ("tokenizer_config.json", "config.json")]
     for key in ("tokenizer_file", "vocab_file"):
         path = configs[0].get(key)
-        if isinstance(path, str) and (file := _regular_file(folder / path)) is not None:
+        if isinstance(path, str) and is_within_folder(path) and (file := _regular_file(folder / path)) is not None:
             return file
     names = [config.get(key) for config in configs for key in ("name_or_path", "_name_or_path")]
     for name in dict.fromkeys(name for name in names if isinstance(name, str) and name):
-        for other_folder in (folder / name, Path(name)):
-            if (file := _in_folder(other_folder)) is not None:
-                return file
         if (file := _in_cache(name)) is not None:
             return file
     return None

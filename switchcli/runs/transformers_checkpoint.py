@@ -45,8 +45,9 @@ def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False)
     file = tokenizer or find_tokenizer(folder)
     if file is None:
         raise DataError(
-            f"{folder}: no tokenizer: neither {' nor '.join(FILES)} is there, nor a tokenizer that its configuration "
-            "names: put one of these files there, or give the model's own by `switchcli convert ... --tokenizer FILE`"
+            f"{folder}: no tokenizer: neither {' nor '.join(FILES)} is there, nor does its configuration name one in "
+            "this folder or a repository in the hub's cache: put one of these files there, or give the model's own by "
+            "`switchcli convert ... --tokenizer FILE`"
         )
     recipe = recipe_from_config(config, path, file)
     loaded_tokenizer = _read_tokenizer(file)

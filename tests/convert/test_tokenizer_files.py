@@ -99,7 +99,32 @@ def own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
 
 
-WAYS = [own_spiece, vocab_file, absolute_vocab_file, local_folder, relative_folder, hub_cache]
+def links_of_the_hubs_cache(folder: Path) -> None:
+    """The layout of `snapshot_download`."""
+    snapshot = folder.parent / "repository/snapshots/0123"
+    (folder.parent / "repository/blobs").mkdir(parents=True)
+    own_spiece(folder)
+    folder.rename(folder.parent / "files")
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate((folder.parent / "files").iterdir()):
+        file.rename(folder.parent / "repository/blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    folder.symlink_to(snapshot)
+
+
+WAYS = [own_spiece, vocab_file, hub_cache, links_of_the_hubs_cache]
+ELSEWHERE = [absolute_vocab_file, local_folder, relative_folder]
+
+
+@pytest.mark.usefixtures("own_hub_cache")
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_tokenizer_that_a_folder_names_elsewhere_is_not_read(name: Callable[[Path], None], folder: Path) -> None:
+    name(folder)
+    for arguments in (["convert", "theirs", "ours", "--to", "switchcli"], ["generate", "theirs", "ab"]):
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, DataError), done.exception
+        assert "--tokenizer" in str(done.exception)
+    assert not Path("ours").exists()
 
 
 @pytest.mark.usefixtures("own_hub_cache")

@@ -234,6 +234,72 @@ def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     assert corpus.fingerprint(Digests()) != before
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        "configs: [{config_name: default, data_files: ../outside.jsonl}]",
+        "configs: [{config_name: default, data_files: [train.jsonl, ../outside.jsonl]}]",
+        "configs: [{config_name: default, data_files: [{split: train, path: ../*.jsonl}]}]",
+        "configs: [{config_name: default, data_files: [{split: train, path: [train.jsonl, en/../../*.jsonl]}]}]",
+        "configs: [{config_name: default, data_files: FOLDER/outside.jsonl}]",
+        "configs: [{config_name: default, data_files: 'file://FOLDER/outside.jsonl'}]",
+        "configs: [{config_name: default, data_files: 'https://localhost:1/outside.jsonl'}]",
+        "configs: [{config_name: default, data_files: 'zip://outside.jsonl::FOLDER/outside.zip'}]",
+        "configs: [{config_name: a, data_files: train.jsonl}, {config_name: b, data_dir: ..}]",
+        "configs: [{config_name: default, data_dir: FOLDER}]",
+    ],
+)
+def test_a_folder_whose_card_names_files_elsewhere_is_refused(card: str, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for path in (folder / "train.jsonl", tmp_path / "outside.jsonl"):
+        path.write_text(json.dumps({"text": path.stem}) + "\n")
+    card = card.replace("FOLDER", str(tmp_path))
+    (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {folder}/README.md data_files")):
+        list(HubCorpus(path=str(folder)).documents())
+    (folder / "README.md").rename(folder / ".huggingface.yaml")
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {folder}/.huggingface.yaml README.md")):
+        list(HubCorpus(path=str(folder)).documents())
+
+
+@pytest.mark.parametrize("data_files", ["../outside.jsonl", "FOLDER/outside.jsonl", "file://FOLDER/outside.jsonl"])
+def test_files_that_a_recipe_names_elsewhere_are_in_the_fingerprint(data_files: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"text": "train"}\n')
+    (tmp_path / "outside.jsonl").write_text('{"text": "outside"}\n')
+    corpus = HubCorpus(path=str(tmp_path / "set"), data_files=data_files.replace("FOLDER", str(tmp_path)))
+    assert [document.text for document in corpus.documents()] == ["outside"]
+    before = corpus.fingerprint(Digests())
+    (tmp_path / "outside.jsonl").write_text('{"text": "OUTSIDE"}\n')
+    assert corpus.fingerprint(Digests()) != before
+
+
+def test_a_folder_of_the_hubs_cache_is_read_and_its_fingerprint_follows_its_blobs(tmp_path: Path) -> None:
+    """In the layout of `snapshot_download`: all files are links to `blobs`, and folders may be links as well."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots/0123"
+    blobs.mkdir()
+    (snapshot / "data").mkdir(parents=True)
+    (blobs / "1").write_text("---\nconfigs: [{config_name: default, data_files: data/*.jsonl}]\n---\n")
+    (blobs / "2").write_text('{"text": "a"}\n')
+    (snapshot / "README.md").symlink_to("../../blobs/1")
+    (snapshot / "data/part.jsonl").symlink_to("../../../blobs/2")
+    corpus = HubCorpus(path=str(snapshot))
+    assert [document.text for document in corpus.documents()] == ["a"]
+    before = corpus.fingerprint(Digests())
+    (blobs / "2").write_text('{"text": "b"}\n')
+    assert corpus.fingerprint(Digests()) != before
+    (snapshot / "data").rename(tmp_path / "linked")
+    (snapshot / "data").symlink_to("../../linked")
+    (tmp_path / "linked/part.jsonl").unlink()
+    (tmp_path / "linked/part.jsonl").write_text('{"text": "c"}\n')
+    (tmp_path / "linked/loop").symlink_to("..")
+    before = corpus.fingerprint(Digests())
+    assert [document.text for document in corpus.documents()] == ["c"]
+    (tmp_path / "linked/part.jsonl").write_text('{"text": "d"}\n')
+    assert corpus.fingerprint(Digests()) != before
+
+
 def test_a_subset_for_each_language(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = _Dataset(rows("a"))
     monkeypatch.setattr("datasets.load_dataset", dataset)

@@ -4,12 +4,13 @@ A corpus is read in source shards (`source_shards`, `read`) or completely (`docu
 `fingerprint()` changes when its text may have changed.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from glob import glob
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -24,12 +25,16 @@ from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
 from switchcli.spec import LIMITS, PathOrUrl
+from switchcli.user_files import is_within_folder, read_regular
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 __all__ = ["Corpus", "CorpusSpec", "Document", "FilesCorpus", "HubCorpus", "PythonStdlib", "SourceShard"]
 
+_CARD, _CARD_OF_YAML = "README.md", ".huggingface.yaml"
+"""Files of a dataset that may name its data files. The second one is not read."""
+_MAX_CARD_BYTES: Final = 2**24
 MAX_SHARDS: Final = 4096
 """Source shards of a dataset. A dataset of more shards is read in groups of consecutive ones."""
 
@@ -98,11 +103,17 @@ class HubCorpus(RowCorpus):
     def _local_files(self) -> dict[str, Path]:
         """Return the local files that the dataset may read, by the names from which `datasets` infers splits."""
         folder = Path(self.path)
-        if folder.is_dir():
-            return {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+        files = {path.relative_to(folder).as_posix(): path for path in _files_below(folder)}
+        below = {*files.values()}
         patterns = (self.data_files,) if isinstance(self.data_files, str) else self.data_files or ()
-        paths = (Path(name) for pattern in patterns for name in sorted(glob(pattern, recursive=True)))  # noqa: PTH207
-        return {path.as_posix(): path for path in paths if path.is_file()}
+        for pattern in patterns:
+            # `datasets` takes paths from the data set's folder, and of zip://MEMBER::ARCHIVE from the current one.
+            is_in_archive = "::" in pattern
+            local = pattern.rpartition("::")[2].removeprefix("file://")
+            local = local if is_in_archive or not folder.is_dir() else str(folder / local)
+            paths = (Path(name) for name in sorted(glob(local, recursive=True)))  # noqa: PTH207
+            files |= {path.as_posix(): path for path in paths if path.is_file() and path not in below}
+        return files
 
     def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
@@ -125,7 +136,14 @@ class HubCorpus(RowCorpus):
 
 
 def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    """Return the files below a folder, also those behind links; each folder is entered once, so that loops end."""
+    files, entered = list[Path](), {os.path.realpath(folder)}
+    for name, folders, names in os.walk(folder, followlinks=True):
+        files += (path for path in map(Path(name).joinpath, names) if path.is_file())
+        real_paths = {each: os.path.realpath(Path(name, each)) for each in sorted(folders)}
+        folders[:] = [each for each, real_path in real_paths.items() if real_path not in entered]
+        entered.update(real_paths.values())
+    return sorted(files)
 
 
 def hub_rows(path: str, name: str | None, split: str, key: str, fix: str) -> Iterator[Mapping[str, Any]]:
@@ -162,8 +180,42 @@ def _open_dataset(
 ) -> "IterableDataset":
     from datasets import load_dataset
 
+    if data_files is None:
+        _check_card(Path(path))
     files = list(data_files) if isinstance(data_files, tuple) else data_files
     return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
+
+
+def _check_card(folder: Path) -> None:
+    """Raise DataError if the description of a local dataset names files outside of its folder.
+
+    Whoever made the folder wrote it. OSError and ValueError are raised for a description that cannot be read.
+    """
+    from huggingface_hub import DatasetCard
+
+    if (other := folder / _CARD_OF_YAML).exists():
+        raise DataError(
+            f"data.corpora: {other}: may name files outside of its folder: remove it, and put its keys into {_CARD}"
+        )
+    path = folder / _CARD
+    if not path.exists():
+        return
+    card = DatasetCard(read_regular(path, _MAX_CARD_BYTES).decode("utf-8"))
+    for config in card.data.get("configs") or ():
+        if not isinstance(config, Mapping):
+            continue  # `datasets` refuses it, as the other values that are skipped here
+        entries = _as_list(config.get("data_files"))
+        names = [_as_list(entry.get("path") if isinstance(entry, Mapping) else entry) for entry in entries]
+        for name in chain(*names, _as_list(config.get("data_dir"))):
+            if isinstance(name, str) and not is_within_folder(name):
+                raise DataError(
+                    f"data.corpora: {path}: names {name!r}, which lies outside of its folder: copy these files into "
+                    "the folder, or name them by data_files of the corpus"
+                )
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 def _group_names(num_shards: int) -> list[str]:

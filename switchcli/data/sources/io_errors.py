@@ -10,7 +10,19 @@ from switchcli.errors import DataError
 
 _ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
 _PACKAGES = frozenset(
-    {"adlfs", "aiohttp", "azure", "botocore", "datasets", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub"}
+    {
+        "adlfs",
+        "aiohttp",
+        "azure",
+        "botocore",
+        "datasets",
+        "gcsfs",
+        "google",
+        "httpx",
+        "httpx2",
+        "huggingface_hub",
+        "yaml",
+    }
 )
 """Packages whose errors have no base class among `_ERRORS`."""
 
