@@ -119,6 +119,10 @@ _DISK_FIX: Final = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
     **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),
 }
+_FEW_INODES: Final = 64
+"""More than the files of a checkpoint or a run that are written together."""
+_SOME_BYTES: Final = 2**20
+"""Free bytes from which on a disk is not full."""
 _OCCUPIED: Final = (errno.ELOOP, errno.ENXIO)
 """A link, a pipe or a device has the name of an output (`publish.check_file`); the error's own path says which."""
 
@@ -135,12 +139,13 @@ def disk_errors(
     try:
         yield
     except OSError as error:
-        space = ""
-        if bytes_needed is not None:
+        space, fix = "", _DISK_FIX.get(error.errno or 0, "check the disk")
+        if error.errno == errno.ENOSPC and _lacks_inodes(path, bytes_needed or _SOME_BYTES):
+            space, fix = f": no inodes are left for new files ({_free_bytes(path)} bytes free)", "remove some files"
+        elif bytes_needed is not None:
             space = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             space = f" ({_free_bytes(path)} bytes free)"
-        fix = _DISK_FIX.get(error.errno or 0, "check the disk")
         location = error.filename if error.filename and error.errno in _OCCUPIED else path
         raise CheckpointError(f"{location}: {error.strerror or error}{space}: {fix}, or {alternative}") from error
 
@@ -236,8 +241,24 @@ def machine_bytes() -> int:
 
 def _free_bytes(path: Path) -> str:
     """Return the free bytes of the disk that holds `path`, which need not exist, as text."""
-    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
-        return f"{shutil.disk_usage(nearest).free:,}"
+        return f"{shutil.disk_usage(_existing(path)).free:,}"
     except OSError:
         return "an unknown number of bytes"
+
+
+def _lacks_inodes(path: Path, bytes_needed: int) -> bool:
+    """Return whether the disk that holds `path` has the bytes but no inodes for new files.
+
+    A few inodes are free again where what was begun has been removed. btrfs counts none.
+    """
+    try:
+        disk = os.statvfs(_existing(path))
+    except OSError:
+        return False
+    return disk.f_files > 0 and disk.f_favail < _FEW_INODES and disk.f_bavail * disk.f_frsize >= bytes_needed
+
+
+def _existing(path: Path) -> Path:
+    """Return the path itself or the nearest folder above that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

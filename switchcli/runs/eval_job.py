@@ -28,6 +28,7 @@ from switchcli.tasks.registry import SUITES, TASKS
 from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
 from switchcli.training import memory
+from switchcli.training.checkpointer import DATA, TEXT
 from switchcli.user_files import read_regular
 
 MAX_RESULT_BYTES = 2**28
@@ -153,6 +154,7 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
             found = model.model.embedding.device
             raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
         evaluator = Evaluator(model, recipe, context, console)
+        _warn_about_other_text(handle, evaluator.training_identities(), console)
         with explain_changed_data(evaluator.check):
             passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
         for eval_pass in passes:
@@ -172,6 +174,18 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
         context.main_only(lambda: _write(out, result, passes, evaluator.scored, console))
     context.close()
     return Evaluation(result, passes)
+
+
+def _warn_about_other_text(handle: CheckpointHandle, identities: set[str], console: Console) -> None:
+    """Print a warning if the text, with one of these digests as training rows, is not that of the checkpoint's run."""
+    if not identities or handle.native is None or not handle.has_training_recipe:
+        return
+    seen = json.loads(handle.native.document(DATA)).get(TEXT)
+    if seen not in identities:
+        console.warning(
+            f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
+            "now may have been trained on"
+        )
 
 
 def _is_on(model: LoadedModel, device: torch.device) -> bool:

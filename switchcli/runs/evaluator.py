@@ -12,12 +12,12 @@ from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.task_batches import InterleavedRows
 from switchcli.distributed.context import DistributedContext
-from switchcli.errors import RecipeError
+from switchcli.errors import DataError, RecipeError
 from switchcli.metric_names import AUXILIARY_LOSS
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
-from switchcli.report.console import Console
+from switchcli.report.console import Console, silent
 from switchcli.runs import text_sets
 from switchcli.runs.loading import LoadedModel
 from switchcli.runs.pretraining import text_loss
@@ -99,6 +99,22 @@ class Evaluator:
         """Raise DataError if the prepared text that the model was measured on has changed."""
         if self._prepared is not None:
             self._prepared.check()
+
+    def training_identities(self) -> set[str]:
+        """Return the digests, one for each version, of training rows made of this text as the model's were. Collective.
+
+        Empty if the recipe names other text than that of the model's own recipe.
+        """
+        trained, text = self._model.recipe, self._recipe.text
+        if self._prepared is None or not isinstance(trained, TextRecipe):
+            return set()
+        if any(getattr(trained.data, key) != getattr(text, key) for key in TEXT_KEYS):
+            return set()
+        try:
+            rows = text_sets.train_rows(trained, self._prepared, self._context, silent())
+        except (DataError, RecipeError):  # no such rows can be made of this text
+            return {""}
+        return {rows.identity, rows.former_identity or rows.identity}
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
         """Return the pairs of capacity policies to measure with: one for text, and one for tasks."""

@@ -74,8 +74,7 @@ def build_text_data(
         DataError: the text cannot be used, or the ranks read different texts.
     """
     check_same_data(prepared.digests(), context)
-    build_rows = text_sets.streamed_rows if recipe.data.access == "stream" else text_sets.prepared_rows
-    rows = build_rows(recipe, prepared, context, console)
+    rows = text_sets.train_rows(recipe, prepared, context, console)
     held_out = text_sets.held_out_rows(prepared, recipe.data.rows, recipe.eval.sequences)
     first_text = next(iter(held_out.values()))
     return TrainData(

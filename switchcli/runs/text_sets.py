@@ -87,7 +87,18 @@ def _described(data: DataSpec, with_tokenizer: bool) -> str:
     return f"{what} ({kinds}){', and training a tokenizer on it' if trains else ''}; the cache keeps what is prepared"
 
 
-def prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
+def train_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
+    """Return the training rows of the recipe's text. With a stream, `text` is only the held-out text. Collective.
+
+    Raises:
+        DataError: the text cannot be used, or the ranks read different texts.
+        RecipeError: the mixture or the stream cannot be made of these texts.
+    """
+    build = _streamed_rows if recipe.data.access == "stream" else _prepared_rows
+    return build(recipe, text, context, console)
+
+
+def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
     """Return training rows of prepared text.
 
     Raises:
@@ -108,7 +119,7 @@ def prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedC
     return TrainRows(source, identity)
 
 
-def streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
+def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
     """Return training rows that are read and tokenized during training. `text` is the prepared held-out text.
 
     Raises:

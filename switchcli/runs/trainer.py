@@ -57,7 +57,7 @@ from switchcli.training.callbacks import (
     SaveCallback,
     ValidationCallback,
 )
-from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, Checkpointer, preflight
+from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
 from switchcli.training.loop import call, fit
 from switchcli.training.loss import packed_cross_entropy
 from switchcli.training.microbatches import Microbatches
@@ -186,7 +186,7 @@ class Trainer:
         identities = {TEXT: self.data.identity, **self.task.identity, **self._examples_identity()}
         documents = {
             "recipe.yaml": dump(self.recipe).encode(),
-            "tokenizer.json": self.data.tokenizer.to_json().encode(),
+            TOKENIZER: self.data.tokenizer.to_json().encode(),
             DATA: json.dumps(identities).encode(),
         }
         return Checkpointer(

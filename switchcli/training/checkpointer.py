@@ -29,6 +29,7 @@ from switchcli.training.router_health import NONFINITE_FIX
 from switchcli.training.state import TrainState
 from switchcli.training.validation import reduce
 
+TOKENIZER = "tokenizer.json"
 DATA = "data.json"
 """The document that identifies what a run learns from: its text and its teacher. A run resumes only with the same."""
 TEXT = "tokens_sha256"
@@ -243,6 +244,11 @@ class Checkpointer:
             return
         difference = "by another teacher"
         if before.get(TEXT) != now[TEXT]:
+            if newest.document(TOKENIZER) != self._documents[TOKENIZER]:  # the run's own, as it is read at each start
+                raise CheckpointError(
+                    f"{newest.path} was trained with another tokenizer than {self._folder.parent / TOKENIZER} is now: "
+                    f"copy {newest.path / TOKENIZER} over it, or --no-resume to archive this run and start anew"
+                )
             difference = "on other text"
         elif before.get(EVALUATION) != now.get(EVALUATION):
             difference = "and scored on other examples of its tasks"

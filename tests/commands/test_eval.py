@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +85,34 @@ def test_a_pre_trained_run_is_measured_on_its_text(
     last = json.loads((trained / "result.json").read_text())["held_out/neg_log_perplexity"]
     assert one["text"]["neg_log_perplexity"] == pytest.approx(last, rel=1e-6)
     assert one["tasks"] == {}
+
+
+@pytest.mark.parametrize("access", ["prepared", "stream"])
+def test_other_text_than_the_checkpoint_saw_is_told(
+    access: str, recipe: str, text: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where the recipe's own text has changed: text of another name is meant to be other text."""
+    monkeypatch.chdir(tmp_path)
+    own = Path("own.txt")
+    shutil.copy(text, own)
+    corpora = "data.corpora=[{kind: files, paths: [own.txt], sample_by: line}]"
+    keys = (corpora, f"data.access={access}", "train.steps=1")
+    assert switchcli("pretrain", recipe, *keys, "--out", "run").code == 0
+
+    def told(*arguments: str) -> bool:
+        done = switchcli("eval", "run", *arguments, "--out", "measured")
+        assert done.code == 0, done.err
+        return "the text is not the one" in done.err
+
+    assert not told()
+    os.utime(own, ns=(0, 0))
+    assert not told(), "a copy is the same text"
+    shutil.copy(own, "other.txt")
+    with Path("other.txt").open("a") as stream:
+        stream.write("\n\none more paragraph\n")
+    assert not told("text.corpora=[{kind: files, paths: [other.txt], sample_by: line}]")
+    Path("other.txt").replace(own)
+    assert told()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,25 @@ def test_stopped_after_the_last_step(recipe: str, switchcli: SwitchCLI, monkeypa
     assert not Path("run/result.json").exists()
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
     assert Path("run/result.json").exists()
+
+
+def test_a_run_whose_tokenizer_or_text_has_changed_says_which(recipe: str, text: Path, switchcli: SwitchCLI) -> None:
+    tokenizer, own = Path("run/tokenizer.json"), Path("own.txt")
+    shutil.copy(text, own)
+    keys = ("data.corpora=[{kind: files, paths: [own.txt], sample_by: line}]", "--out", "run")
+    assert switchcli("pretrain", recipe, *keys).code == 0
+    with own.open("a") as stream:
+        stream.write("one more line of the text\n")
+    done = switchcli("pretrain", recipe, *keys, "train.steps=3")
+    assert (done.code, "other text" in done.err, "tokenizer" in done.err) == (CHECKPOINT, True, False), done.err
+    shutil.copy(text, own)
+    edited = json.loads(tokenizer.read_text())
+    edited["model"]["vocab"][3:] = reversed(edited["model"]["vocab"][3:])
+    tokenizer.write_text(json.dumps(edited))
+    done = switchcli("pretrain", recipe, *keys, "train.steps=3")
+    assert (done.code, "other text" in done.err, "another tokenizer" in done.err) == (CHECKPOINT, False, True), done.err
+    shutil.copy("run/checkpoints/step-00000002/tokenizer.json", tokenizer)  # the fix that the message names
+    assert switchcli("pretrain", recipe, *keys, "train.steps=3").code == 0
 
 
 def test_a_folder_in_use_is_refused_by_name(recipe: str, switchcli: SwitchCLI) -> None:
