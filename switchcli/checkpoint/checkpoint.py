@@ -313,6 +313,8 @@ def preflight(
                 raise OSError(errno.ENOSPC, "not enough space")
         finally:
             files.remove_tree(probe)
+            with suppress(OSError):
+                folder.rmdir()  # unless it holds something
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

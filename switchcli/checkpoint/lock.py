@@ -28,11 +28,15 @@ _HOLDER_TIMEOUT = 0.2
 def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
     """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
 
+    At the end, a folder that holds nothing but the lock becomes what it was: empty, or not there.
+
     Raises CheckpointError, without waiting, when another run holds the lock, or the folder cannot be written or locked;
     RecipeError when it is a file.
     `alternative` is the last fix that the message offers.
     """
     path = run_folder / "run.lock"
+    resolved = run_folder.resolve()
+    missing = [folder for folder in (resolved, *resolved.parents) if not os.path.lexists(folder)]  # the innermost first
     descriptor = _open(path, alternative)
     try:
         with disk_errors(path, alternative):
@@ -45,6 +49,10 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
         finally:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
+                if [file.name for file in run_folder.iterdir()] == [path.name]:
+                    path.unlink()
+                    for folder in missing:
+                        folder.rmdir()
     finally:
         os.close(descriptor)
 

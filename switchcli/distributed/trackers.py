@@ -11,20 +11,9 @@ class Trackers:
     """The trackers that a recipe names. They get the records of metrics.jsonl. Only the main rank creates one."""
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        """Start the trackers. TensorBoard writes to `folder`/tensorboard, W&B where its own settings say.
-
-        Raises:
-            RecipeError: the package of a tracker is not installed.
-        """
+        """Start the trackers. TensorBoard writes to `folder`/tensorboard, W&B where its own settings say."""
         from accelerate.tracking import TensorBoardTracker, WandBTracker
-        from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-        is_available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
-        for name in names:
-            if not is_available[name]():
-                raise RecipeError(
-                    f"log.trackers: {name} is not installed: pip install 'switchcli[{name}]', or leave it out"
-                )
         self._trackers: list[TensorBoardTracker | WandBTracker] = []
         if "tensorboard" in names:
             self._trackers.append(TensorBoardTracker("tensorboard", logging_dir=str(folder)))
@@ -44,6 +33,18 @@ class Trackers:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raise RecipeError if the package of a tracker is not installed."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    is_available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    for name in names:
+        if not is_available[name]():
+            raise RecipeError(
+                f"log.trackers: {name} is not installed: pip install 'switchcli[{name}]', or leave it out"
+            )
 
 
 def _flatten(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -99,8 +99,8 @@ class Distillation(TrainingTask):
     def __init__(
         self, job: DistillJob, folder: RunFolder | None, context: DistributedContext, console: Console
     ) -> None:
-        """`folder` is the run's, or None if only the teacher cache is filled."""
-        self._job, self._folder, self._context, self._console = job, folder, context, console
+        """`folder` is the run's, or None if only the teacher cache is filled. It is not used."""
+        self._job, self._context, self._console = job, context, console
         self._recipe = recipe = job.recipe
         self._settings = recipe.distill
         self._teacher_sha256 = job.teacher.identity()
@@ -149,9 +149,7 @@ class Distillation(TrainingTask):
     def build_data(self) -> TrainData:
         """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
         recipe, context, console = self._recipe, self._context, self._console
-        tokenizer, folder = self._job.teacher.tokenizer, self._folder
-        if folder is not None:
-            context.main_only(lambda: folder.write_tokenizer(tokenizer.to_json()))
+        tokenizer = self._job.teacher.tokenizer
         if isinstance(recipe, DistillTasksRecipe):
             data = finetuning.build_task_data(recipe, tokenizer, context, console)
         else:

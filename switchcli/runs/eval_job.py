@@ -242,7 +242,8 @@ def _check_writable(out: Path) -> None:
 
     Making the temporary folder also restores a folder that a killed command was replacing.
     """
-    if out.exists() and not (out / "result.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_empty and _existing(out / "result.json").get("verb") != "eval":
         raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -273,9 +274,14 @@ def _is_same_evaluation(path: Path, result: Mapping[str, Any]) -> bool:
     """Return whether the result at `path` is of the same checkpoint and recipe. No result counts as the same one."""
     if not path.exists():
         return True  # an empty folder
+    existing = _existing(path)
+    return all(existing.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))
+
+
+def _existing(path: Path) -> dict[str, Any]:
+    """Return the result at `path`, or an empty one where there is none that can be read."""
     try:
         existing = json.loads(read_regular(path, MAX_RESULT_BYTES))
-    except (OSError, ValueError):
-        return False
-    keys = ("checkpoint", "step", "recipe")
-    return isinstance(existing, dict) and all(existing.get(key) == result[key] for key in keys)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return existing if isinstance(existing, dict) else {}

@@ -46,7 +46,7 @@ class Finetuning(TrainingTask):
         check_tasks(recipe)
 
     def build_data(self) -> TrainData:
-        tokenizer = warm_start.start_tokenizer(self._job.start, self._folder, self._context)
+        tokenizer = warm_start.start_tokenizer(self._job, self._folder)
         return build_task_data(self._job.recipe, tokenizer, self._context, self._console)
 
     def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:

@@ -34,10 +34,16 @@ class Pretraining(TrainingTask):
 
     def build_data(self) -> TrainData:
         recipe, context, console = self._job.recipe, self._context, self._console
-        if recipe.start is None:
-            prepared = context.main_first(self._prepared)
+        is_from_scratch = recipe.start is None and self._job.branch is None
+        # A resumed run uses the tokenizer in its folder, because one that is trained again may differ.
+        if is_from_scratch and not (self._folder.is_resumed and self._folder.tokenizer.exists()):
+            prepared = context.main_first(
+                lambda: text_sets.prepare_texts(
+                    recipe.data, recipe.eval.sequences, console, accept=partial(check_tokenizer_fits, recipe)
+                )
+            )
         else:
-            tokenizer = warm_start.start_tokenizer(self._job.start, self._folder, context)
+            tokenizer = warm_start.start_tokenizer(self._job, self._folder)
             prepared = context.main_first(lambda: prepare_with_tokenizer(tokenizer, recipe, console))
         return build_text_data(recipe, prepared, context, console)
 
@@ -47,20 +53,6 @@ class Pretraining(TrainingTask):
             weights.load_full(initial_weights(recipe.model, recipe.train.seed, weights.experts))
         else:
             warm_start.load_start(recipe.start, self._job.start, weights, optimizer, self._console)
-
-    def _prepared(self) -> PreparedTexts:
-        """Return the tokenized text of a run that starts from scratch.
-
-        A resumed run uses the tokenizer in its folder, because one that is trained again may differ.
-        """
-        recipe, folder, console = self._job.recipe, self._folder, self._console
-        if folder.tokenizer.exists():
-            return prepare_with_tokenizer(Tokenizer.read(folder.tokenizer), recipe, console)
-        prepared = text_sets.prepare_texts(
-            recipe.data, recipe.eval.sequences, console, accept=partial(check_tokenizer_fits, recipe)
-        )
-        folder.write_tokenizer(prepared.tokenizer.to_json())
-        return prepared
 
 
 def build_text_data(

@@ -14,7 +14,8 @@ import torch
 from switchcli import __version__
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.lock import lock
-from switchcli.checkpoint.run_folder import FolderBefore, RunFolder
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
 from switchcli.distributed.parallel_spec import ALONE, check_world
@@ -101,51 +102,53 @@ def run_name(checkpoint: Path) -> Path:
 
 
 @contextmanager
-def lock_run_dir(
-    out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext, console: Console
-) -> Iterator[RunFolder]:
-    """Lock the run's folder, check that its run can be resumed, and write the recipe into it. Collective.
-
-    Without `resume`, a run that is in the folder is archived first. If this block fails before the run has begun, the
-    folder becomes what it was before.
+def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext) -> Iterator[RunFolder]:
+    """Lock the run's folder, and check that its run can be resumed. Nothing is written into it. Collective.
 
     Raises:
         CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
-        RecipeError: the folder holds a run of another recipe, or the ranks have different recipes.
+        RecipeError: the folder holds a run of another recipe or no run, or the ranks have different recipes.
     """
     check_ranks_agree(recipe, context)
-    folder = RunFolder(out)
-    before = context.main_only(lambda: FolderBefore(folder))
+    folder = RunFolder(out, resume)
 
-    def lock_and_write_recipe() -> None:
-        if not resume:
-            with lock(out):
-                archived = folder.archive()
-            if archived and before:
-                before.archived = archived
-                console.message(f"the run that was in {out} is now in {archived}")
+    def lock_and_check() -> bool:
+        folder.check_free()
         locks.enter_context(lock(out))
-        if before:
-            before.is_locked = True
+        if not resume:
+            return False
         folder.check_links()
         latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
         if latest is not None:
             # The recipe in the checkpoint, because a user may have edited that of the folder.
             _check_resumable(latest, recipe, out)
-        folder.write_recipe(dump(recipe))
-        if latest is None:
-            # An earlier start failed before it saved anything, so its tokenizer does not bind this one.
-            folder.tokenizer.unlink(missing_ok=True)
+        return latest is not None
 
     with ExitStack() as locks:
-        try:
-            context.main_only(lock_and_write_recipe)
-            context.on_all_ranks(lambda: _check_shared(out))
-            yield folder
-        except BaseException:  # also a stop: whatever ends a start before its first step leaves the folder as it was
-            if before is not None and not folder.has_begun:
-                before.restore()
-            raise
+        folder.is_resumed = bool(context.from_main(int(context.main_only(lock_and_check) or 0)))
+        context.on_all_ranks(lambda: _check_shared(out))
+        yield folder
+
+
+@contextmanager
+def begin_run(
+    folder: RunFolder, recipe: TrainingRecipe, tokenizer: Tokenizer, context: DistributedContext, console: Console
+) -> Iterator[None]:
+    """Write the first files of the run: a start that fails before leaves the folder as it was. Collective.
+
+    An earlier run that is not resumed is archived, and the new folder locked.
+    """
+
+    def begin() -> None:
+        if not folder.resume and (archived := folder.archive()):
+            console.message(f"the run that was in {folder.path} is now in {archived}")
+            locks.enter_context(lock(folder.path))
+        folder.write_recipe(dump(recipe))
+        folder.write_tokenizer(tokenizer.to_json())
+
+    with ExitStack() as locks:
+        context.main_only(begin)
+        yield
 
 
 def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:

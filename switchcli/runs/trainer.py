@@ -15,7 +15,7 @@ from switchcli.data.prepare.verified import explain_changed_data
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.signals import StopRequest, StopTraining
-from switchcli.distributed.trackers import Trackers
+from switchcli.distributed.trackers import Trackers, check_installed
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.metric_names import (
     FIRST_HELD_OUT,
@@ -42,7 +42,7 @@ from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.next_steps import show_next_steps
 from switchcli.runs.planning import describe
-from switchcli.runs.run_dir import lock_run_dir, machine_info
+from switchcli.runs.run_dir import begin_run, lock_run_dir, machine_info
 from switchcli.runs.score_tables import explain_malformed, show_scores, show_texts, task_results
 from switchcli.runs.train_data import RunEvaluation, microbatch_rows
 from switchcli.runs.training_task import TrainingTask
@@ -80,7 +80,7 @@ def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: boo
     recipe: TrainingRecipe = job.recipe
     context = build_context(recipe)
     console = Console(quiet=quiet or not context.is_main)
-    with lock_run_dir(out, resume, recipe, context, console) as folder:
+    with lock_run_dir(out, resume, recipe, context) as folder:
         task = task_type(job, folder, context, console)
         with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
             yield Trainer(recipe, task, folder, context, console, job.branch)
@@ -134,17 +134,18 @@ class Trainer:
         self.console = console
         # Cheap checks come first. The data comes last, because preparing it may take hours.
         rows = context.main_first(lambda: microbatch_rows(recipe, context))
-        no_trackers = Trackers((), folder.path)
-        self.trackers = context.main_only(lambda: Trackers(recipe.log.trackers, folder.path)) or no_trackers
+        context.main_only(lambda: check_installed(recipe.log.trackers))
         with torch.device("meta"):
             self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
         weights = context.parallelize(self.model)
         freeze(self.model, task.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
-        preflight(folder.checkpoints, weights, self.optimizer, context, recipe.checkpoint, task.num_metrics)
+        num_present = len(checkpoint.saved_checkpoints(folder.checkpoints)) if folder.is_resumed else 0
+        preflight(
+            folder.checkpoints, weights, self.optimizer, context, recipe.checkpoint, task.num_metrics, num_present
+        )
         if branch is not None:  # before the data, because that run may remove the checkpoint meanwhile
             branching.load(branch, weights, self.optimizer)
-            context.main_only(lambda: folder.write_tokenizer(branch.tokenizer.to_json()))
         self.data = task.build_data()
         self.microbatches = Microbatches(
             self.data.source,
@@ -160,7 +161,7 @@ class Trainer:
         self.state = TrainState()
         if recipe.parallel.auto:
             console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in context.mesh.items())}")
-        if self.checkpointer.restore(self.state, console):
+        if folder.is_resumed and self.checkpointer.restore(self.state, console):
             context.main_only(self._check_steps)
             console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
         elif branch is not None:
@@ -221,11 +222,13 @@ class Trainer:
         Raises:
             Interrupted: stopped by a signal, after a checkpoint was saved.
         """
-        with self._explain_errors():
+        begun = begin_run(self.folder, self.recipe, self.data.tokenizer, self.context, self.console)
+        with self._explain_errors(), begun:
             recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
             # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
             self._rewind(state.step - state.is_at_start)
             run_messages.announce(recipe, state, self.data, self.folder.path, self.context, self.console)
+            trackers = Trackers(recipe.log.trackers if self.context.is_main else (), self.folder.path)
             nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
             with (
                 StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
@@ -233,7 +236,7 @@ class Trainer:
                 self._loader() as loader,
                 self.console.training(steps, state.step, run_messages.not_measured(self.data)) as progress,
             ):
-                log = RunLog(self.metrics, self.trackers, progress)
+                log = RunLog(self.metrics, trackers, progress)
                 validation, task_eval = self._validation(log, stop), self._task_eval(log, stop)
                 save = SaveCallback(recipe.checkpoint.save_every_steps, self)
                 evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
@@ -273,7 +276,7 @@ class Trainer:
                     # of `background_saves` raises its error.
                     if self.checkpointer.step != state.step:
                         call([save], state, nonfinite)
-            self.trackers.close()
+            trackers.close()
             if is_stopped:
                 raise Interrupted(
                     f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: the same command goes "
@@ -307,15 +310,12 @@ class Trainer:
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
         """Add the number of the step to an error in this block, and raise DataError if changed data caused it."""
-        first_step = self.state.step
         try:
             with explain_changed_data(self.data.check):
                 yield
         except Exception as error:
             error.add_note(f"after step {self.state.step}")  # read by `training_location`
             raise
-        finally:
-            self.folder.has_begun |= self.state.step > first_step
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. Raises DataError instead if the data is not that of its identity any more."""
@@ -327,7 +327,6 @@ class Trainer:
         self.context.on_all_ranks(self.data.check)
         self.context.main_only(self.metrics.sync)
         self.checkpointer.save(state)
-        self.folder.has_begun = True
 
     def restore(self, state: TrainState) -> bool:
         """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""

@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
@@ -183,19 +182,16 @@ def load_start(
     load_optimizer_state(optimizer, start.native, weights.experts)
 
 
-def start_tokenizer(start: CheckpointHandle | None, folder: RunFolder, context: DistributedContext) -> Tokenizer:
-    """Return the tokenizer of the checkpoint that the run starts from. Each checkpoint of the run holds a copy of it.
-
-    A new run writes it into its folder.
-    """
-    if start is None:
-        if folder.tokenizer.exists():  # also that of a branch, which has no checkpoint yet
-            return Tokenizer.read(folder.tokenizer)
-        latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
-        assert latest is not None, "the run had begun when its recipe was resolved"
-        return read_documents(latest)[1]
-    context.main_only(lambda: folder.write_tokenizer(start.tokenizer.to_json()))
-    return start.tokenizer
+def start_tokenizer(job: TrainJob[Any], folder: RunFolder) -> Tokenizer:
+    """Return the tokenizer of the checkpoint that the run starts from, continues as a branch, or resumes."""
+    opened = job.branch or job.start
+    if opened is not None:
+        return opened.tokenizer
+    if folder.tokenizer.exists():
+        return Tokenizer.read(folder.tokenizer)
+    latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
+    assert latest is not None, "the run had begun when its recipe was resolved"
+    return read_documents(latest)[1]
 
 
 def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:

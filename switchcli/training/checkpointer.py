@@ -265,10 +265,12 @@ def preflight(
     context: DistributedContext,
     settings: CheckpointSpec,
     num_metrics: int = 1,
+    num_present: int = 0,
 ) -> None:
     """Raise a CheckpointError if the disk has no room for the checkpoints that are kept and one more being written.
 
-    `num_metrics` is the number of evaluation metrics: each may have a best checkpoint of its own.
+    `num_metrics` is the number of evaluation metrics: each may have a best checkpoint of its own. `num_present` is the
+    number of the run's checkpoints that are on the disk already.
     """
     expert_factor = weights.num_experts // len(weights.experts)  # all experts over those on this rank
     tensors = {**full_tensors(weight_parts(weights)), **full_tensors(optimizer_parts(optimizer, weights.experts))}
@@ -276,7 +278,6 @@ def preflight(
     for name, tensor in tensors.items():
         is_expert = bool(tensor_names.expert_numbers([name]))
         checkpoint_bytes += tensor_file.num_bytes([tensor]) * (expert_factor if is_expert else 1)
-    num_present = sum(path.is_dir() for path in folder.glob("step-*"))
     num_kept = settings.keep_last + settings.keep_best * num_metrics
     num_new = max(1, num_kept + 1 - num_present)
     context.main_only(lambda: checkpoint.preflight(folder, checkpoint_bytes * num_new))

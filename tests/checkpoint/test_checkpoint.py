@@ -320,7 +320,7 @@ def test_steps_beyond_eight_digits_are_still_in_order(tmp_path: Path) -> None:
 
 def test_preflight(tmp_path: Path) -> None:
     preflight(tmp_path / "run", 1000)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
     with pytest.raises(CheckpointError, match=naming(str(tmp_path / "run"), "1,000,000,000,000,000 bytes", "--out")):
         preflight(tmp_path / "run", 10**15)
     (tmp_path / "file").write_text("")

@@ -39,9 +39,19 @@ def test_the_folder_is_made_and_the_file_says_by_whom(tmp_path: Path) -> None:
     with lock(run):
         said = json.loads((run / "run.lock").read_text())
         assert (said["host"], said["pid"]) == (platform.node(), os.getpid())
+        (run / "recipe.yaml").touch()
     assert (run / "run.lock").read_text() == ""
     with lock(run):
         pass
+
+
+@pytest.mark.parametrize("was_there", [0, 1, 2])
+def test_a_folder_in_which_nothing_was_written_is_as_it_was(was_there: int, tmp_path: Path) -> None:
+    folders = [tmp_path, tmp_path / "runs", tmp_path / "runs" / "a"]
+    folders[was_there].mkdir(exist_ok=True, parents=True)
+    with lock(folders[-1]):
+        assert folders[-1].exists()
+    assert [folder.exists() for folder in folders] == [number <= was_there for number in range(3)]
 
 
 def test_a_second_run_is_refused_at_once_by_name_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""A start that fails leaves no folder, and one that was there as it was."""
+"""A start that fails before training leaves no folder, and one that was there as it was."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from messages import lacking
 from tiny_run import SwitchCLI
 
 from switchcli.errors import CheckpointError, OutOfMemory
@@ -40,14 +42,57 @@ def out_of_memory(*arguments: Any) -> None:
     raise torch.OutOfMemoryError("out of memory")
 
 
-@pytest.mark.parametrize(("module", "name"), [(trainer, "preflight"), (pretraining, "cross_entropy")])
-def test_none_after_a_failure_of_the_machine_before_the_first_step(
-    module: Any, name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["preflight", "microbatch_rows", "begin_run"])
+def test_none_after_a_failure_of_the_machine_before_training(
+    name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, name, out_of_memory)
+    monkeypatch.setattr(trainer, name, out_of_memory)
     done = switchcli("pretrain", recipe, "log.trackers=[tensorboard]", "--out", "run")
     assert done.code == OutOfMemory.exit_code, done.err
     assert not Path("run").exists()
+
+
+def test_after_a_failure_of_the_first_step_the_folder_takes_another_recipe(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "cross_entropy", out_of_memory)
+        assert switchcli("pretrain", recipe, "--out", "run").code == OutOfMemory.exit_code
+    assert Path("run/recipe.yaml").exists()
+    done = switchcli("pretrain", recipe, "train.microbatch_tokens=64", "data.tokenizer.vocab_size=400", "--out", "run")
+    assert done.code == 0, done.err
+    assert "microbatch_tokens: 64" in Path("run/recipe.yaml").read_text()
+    assert json.loads(Path("run/result.json").read_text())["step"] == 2
+
+
+THEIRS = {
+    "recipe.yaml": b"\xff",
+    "tokenizer.json": b"\xff\xfe",
+    "metrics.jsonl": b"",
+    "result.json": b"{}",
+    "notes.txt": b"mine",
+    ".hidden": b"",
+    "run.lock/file": b"",
+    "checkpoints/mine": b"",
+    "tensorboard/mine": b"",
+}
+
+
+@pytest.mark.parametrize("option", ["--resume", "--no-resume"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_folder_with_files_of_somebody_else_is_refused(
+    name: str, option: str, recipe: str, switchcli: SwitchCLI
+) -> None:
+    file = Path("theirs", name)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(THEIRS[name])
+    before = content(Path())
+    for overrides in ([], ["data.corpora.0.paths=[none.txt]"]):
+        done = switchcli("pretrain", recipe, *overrides, option, "--out", "theirs")
+        assert done.code == 2, done.err
+        assert not lacking(done.err, "theirs --out empty")
+        assert done.err.count("\n") == 1
+        assert content(Path()) == before
 
 
 @pytest.mark.parametrize("option", ["--resume", "--no-resume"])
