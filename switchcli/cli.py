@@ -133,7 +133,8 @@ def main() -> None:
         try:
             _require_working_directory()
             _refuse_secret_endpoint()
-            app()
+            with _exit.interruptible(saves_nothing=True):  # verbs that save something use their own
+                app()
         finally:
             sys.stdout.flush()
     except SystemExit as ended:

@@ -1,14 +1,19 @@
 """`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
 
+import importlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_group
 
-from switchcli.commands import _completion
+from switchcli.commands import _completion, _exit
 from switchcli.commands._help import epilog
-from switchcli.commands._options import Json, Quiet, check_folder
-from switchcli.errors import Interrupted, RecipeError
+from switchcli.commands._options import USAGE_ERROR, Json, Quiet, check_folder, extend_command, split_arguments
+from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import RECIPES, resolve_standalone
 from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster, sweep_list
@@ -58,6 +63,8 @@ def sweep(
     if slurm and as_json:
         raise RecipeError("--json: cannot be used with --slurm, which prints a shell script")
     runs = sweep_list.parse_sweep(arguments, out)
+    if errors := [*_errors(runs, out), *([] if print_only else sweep_list.missing_runs(runs, out))]:
+        raise RecipeError(*errors)
     if print_only and as_json:
         print_json({"out": str(out), "runs": [{"name": run.name, "command": command(run, out)} for run in runs]})
         return
@@ -65,22 +72,83 @@ def sweep(
         for run in runs:
             typer.echo(shell_words(*command(run, out)))
         return
-    if errors := list(sweep_list.missing_runs(runs, out)):
-        raise RecipeError(*errors)
     if slurm:
         typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
         return
     console = Console(quiet=quiet)
-    started = Sweep(runs, out, available_slots(jobs), console)
-    started.run()
+    started = Sweep(runs, out, available_slots(jobs, len(runs)), console)
+    with _exit.interruptible():
+        started.run()
     has_failed = False
     for name, outcome in started.outcomes.items():
         if outcome.status in ("failed", "not started") and outcome.reason != STOPPED:
             has_failed = True
             console.warning(f"failed: {name}: {outcome.reason}")
+    if started.killed:
+        raise InterruptedByForce(_exit.FORCED)
     if started.stopped:
         raise Interrupted("stopped: the same command resumes")
     if as_json:
         print_json(started.to_json())
     if has_failed:
         raise typer.Exit(1)
+
+
+def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:
+    """Yield what is wrong with the commands of runs, before any starts. An error that several share is told once."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        try:
+            _check(run, out)
+        except RecipeError as error:
+            for line in error.lines:
+                names.setdefault(line, []).append(run.name)
+    for line, (first, *others) in names.items():
+        yield f"{first}: {line}" + (f" (and {len(others)} more)" if others else "")
+
+
+def _check(run: sweep_list.SweepRun, out: Path) -> None:
+    """Check the options and the recipe of a run. A checkpoint that it starts from is not opened: it may not exist yet.
+
+    Raises:
+        RecipeError: the command line or the recipe is wrong, or an option names a checkpoint that does not exist, and
+            is not in `out`.
+    """
+    verb, *arguments = run.arguments
+    given = _parse(verb, arguments)
+    recipe, overrides = given.get("recipe"), given.get("overrides") or []
+    if "arguments" in given:  # [RECIPE] [KEY=VALUE ...]
+        recipe, overrides = split_arguments(given["arguments"] or [])
+    for option in ("model", "teacher", "checkpoint"):
+        path = given.get(option)
+        if path is not None and not Path(path).exists() and not str(path).startswith(f"{out}/"):
+            raise RecipeError(f"{option} ({path}): no such folder: name a checkpoint, or a run of an earlier stage")
+    try:
+        resolve_standalone(recipe, [*overrides, f"verb={verb}"])
+    except RecipeError as error:
+        if recipe is not None:
+            resolve.check_verb(resolve.load(recipe, overrides), RECIPES[verb])  # the reason of most other errors
+        lines = error.lines
+        if recipe is None or verb == "eval":  # the checkpoint has the other keys, and perhaps tasks of its own
+            lines = tuple(line for line in lines if "no such key" in line)
+        if lines:
+            raise RecipeError(*(_with_fix(line, overrides) for line in lines)) from error
+
+
+def _parse(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the options and arguments of a command by name. Raises RecipeError for wrong usage."""
+    (command,) = get_group(importlib.import_module(f"switchcli.commands.{verb}").app).commands.values()
+    extend_command(command)
+    try:
+        return command.make_context(f"switchcli {verb}", list(arguments)).params
+    except USAGE_ERROR as error:
+        raise RecipeError(error.format_message()) from error
+
+
+def _with_fix(line: str, overrides: Sequence[str]) -> str:
+    """Add how to write several values to an error about a key whose value is a list."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if f"{key}:" in line and value.startswith("[") and value.endswith("]"):
+            return f"{line}; for a run of each value write {key}={value[1:-1].replace(' ', '')}"
+    return line

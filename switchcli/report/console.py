@@ -71,9 +71,15 @@ _FOLDED_WIDTH = 16
 
 
 class AdvanceTo(Protocol):
-    """A function that moves a bar to a count, and sets its description and its time left if they are given."""
+    """A function that moves a bar to a count, and sets its description, time left and total if they are given."""
 
-    def __call__(self, count: int, description: str | None = None, seconds_left: float | None = None) -> None: ...
+    def __call__(
+        self,
+        count: int,
+        description: str | None = None,
+        seconds_left: float | None = None,
+        total: int | None = None,
+    ) -> None: ...
 
 
 class Preparation(Protocol):
@@ -104,6 +110,7 @@ class Console:
             emoji=False,
         )
         self._live = terminal and not quiet and not self._rich.is_dumb_terminal
+        self._bars_lock = threading.Lock()
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -202,6 +209,25 @@ class Console:
         seconds = timer.seconds()
         if seconds >= 1:
             self.message(f"{description}: {clock(seconds)}")
+
+    @contextmanager
+    def stepping(self, description: str) -> Iterator[Callable[[int, int, float | None], None]]:
+        """Yield a function to call with the step of a run, its steps and its loss: a bar, or ten lines. For any thread.
+
+        The number of steps is 0 where it is not known.
+        """
+        tenth = 0
+        with self._bar(description, None) as advance:
+
+            def show(step: int, steps: int, loss: float | None) -> None:
+                nonlocal tenth
+                line = description if loss is None else f"{description}: loss {loss:.4f}"
+                advance(step, line, total=steps or None)
+                if not self._live and steps and 10 * step // steps > tenth:
+                    tenth = 10 * step // steps
+                    self.message(f"{line}, step {step:,} of {steps:,}")
+
+            yield show
 
     @contextmanager
     def preparing(self, label: str, source_shards: int, size: int | None) -> Iterator[Callable[[Preparation], None]]:
@@ -350,30 +376,37 @@ class Console:
 
     @contextmanager
     def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[AdvanceTo]:
-        """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested.
+        """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested, or of threads.
 
         A bar over nothing is not shown.
         """
         task: TaskID | None = None
 
-        def advance(count: int, description: str | None = None, seconds_left: float | None = None) -> None:
+        def advance(
+            count: int,
+            description: str | None = None,
+            seconds_left: float | None = None,
+            total: int | None = None,
+        ) -> None:
             if task is not None:
                 line = None if description is None else one_line(description)
-                self._progress.update(task, completed=count, description=line)
+                self._progress.update(task, completed=count, description=line, total=total)
                 if seconds_left is not None:
                     self._progress.update(task, end=time.monotonic() + seconds_left)
 
         if not self._live or total == 0:
             yield advance
             return
-        task = self._progress.add_task(one_line(description), total=total, completed=first)
-        self._progress.start()
+        with self._bars_lock:
+            task = self._progress.add_task(one_line(description), total=total, completed=first)
+            self._progress.start()
         try:
             yield advance
         finally:
-            self._progress.remove_task(task)
-            if not self._progress.tasks:
-                self._progress.stop()
+            with self._bars_lock:
+                self._progress.remove_task(task)
+                if not self._progress.tasks:
+                    self._progress.stop()
 
 
 def main_console() -> Console:

@@ -16,14 +16,22 @@ all runs above it have ended. Text after `#` is a comment.
 """
 
 import itertools
+import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.errors import RecipeError
 from switchcli.recipe.key_index import VERBS
+from switchcli.user_files import read_regular
+
+MAX_RUNS = 1_000
+"""A sweep has at most this many runs: each is resolved before the first one starts."""
+MAX_BYTES = 2**20
+"""Bytes that a list may have."""
 
 
 class SweepRun(NamedTuple):
@@ -43,7 +51,7 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
     `arguments` are a list's file and overrides for each of its training runs, or a verb, a recipe, options and keys.
 
     Raises:
-        RecipeError: the file cannot be read, a line is not a run, or two runs have the same name.
+        RecipeError: the file cannot be read, a line is not a run, two runs have the same name, or there are too many.
     """
     path = Path(arguments[0])
     runs = parse_list(path, arguments[1:], out) if path.is_file() else list(expand_grid("", arguments, out))
@@ -57,8 +65,7 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
                 f"{run.arguments[0]}: must be a file that lists runs, or {', '.join(VERBS)} with a recipe"
             )
     runs = [run._replace(name=run.name or Path(run.arguments[1]).stem) for run in runs]
-    names = [run.name for run in runs]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1):
         raise RecipeError(f"two runs have the same name: {', '.join(repeated)}: give their lines different names")
     return runs
 
@@ -70,9 +77,10 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
         RecipeError: the file cannot be read, or a line is not a run.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, MAX_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"{path}: cannot be read as a list of runs: {reason}") from error
     runs: list[SweepRun] = []
     stage = 0
     for number, line in enumerate(lines, start=1):
@@ -90,7 +98,11 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
         name, *command = words
         if "/" in name or name in (".", ".."):
             raise RecipeError(f"{path}:{number}: {name!r} must be the name of a new folder in {out}, without a /")
-        runs += expand_grid(name, command, out, stage, () if command[0] == "eval" else overrides)
+        try:
+            runs += expand_grid(name, command, out, stage, () if command[0] == "eval" else overrides)
+        except RecipeError as error:
+            raise RecipeError(f"{path}:{number}: {error}") from error
+        _check_number(len(runs))
     return runs
 
 
@@ -101,12 +113,18 @@ def expand_grid(
 
     An override replaces the value of its key. A key with several values in `command` is part of the names of the runs
     even when an override leaves one value.
+
+    Raises:
+        RecipeError: a key is given twice, or there are too many combinations.
     """
+    _check_given_once(command)
+    _check_given_once(overrides)
     replaced = {override.partition("=")[0]: override for override in overrides}
     current = [replaced.pop(argument.partition("=")[0], argument) for argument in command]
     original = [*command, *replaced.values()]
     current += replaced.values()
     values = [split_values(argument.partition("=")[2]) if is_key(argument) else [argument] for argument in current]
+    _check_number(math.prod(map(len, values)))
     is_in_name = [
         max(len(now), len(split_values(before)) if is_key(before) else 1) > 1
         for before, now in zip(original, values, strict=True)
@@ -122,6 +140,23 @@ def expand_grid(
             tuple(_substitute(argument, known) for argument in arguments),
             stage,
         )
+
+
+def _check_given_once(arguments: Sequence[str]) -> None:
+    given: dict[str, list[str]] = {}
+    for argument in filter(is_key, arguments):
+        key, _, value = argument.partition("=")
+        given.setdefault(key, []).append(value)
+    for key, values in given.items():
+        if len(values) > 1:
+            raise RecipeError(
+                f"{key}: given {len(values)} times: write {key}={','.join(values)} for a run of each value, or keep one"
+            )
+
+
+def _check_number(count: int) -> None:
+    if count > MAX_RUNS:
+        raise RecipeError(f"{count:,} runs are more than the {MAX_RUNS:,} that a sweep may have: make several sweeps")
 
 
 def split_values(text: str) -> list[str]:

@@ -15,22 +15,31 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
+from switchcli import metric_names as metric
+from switchcli import publish
 from switchcli.distributed.signals import stop_signals
-from switchcli.errors import Interrupted
+from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.processor import available_processors, is_thread_count_set
+from switchcli.recipe import resolve
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
+from switchcli.report.sinks import parse, step_of
 from switchcli.runs.sweep_list import SweepRun
+from switchcli.startup import LAUNCHER
+from switchcli.user_files import open_regular
 
 RESULT = "result.json"
 _COMPLETED = "completed: "
 """The beginning of the line of a log that has the command of a run that is complete."""
 STOPPED = "the sweep was stopped"
 """The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
+_POLL_SECONDS = 0.5
+_TAIL_BYTES = 2**20
+"""Bytes at the end of a log or of metrics that are read: a log may be as long as its run likes."""
 Status = Literal["done", "skipped", "failed", "not started"]
 
 
@@ -54,16 +63,22 @@ class Sweep:
         self.runs, self._out, self._console = runs, out, console
         self._free_slots = list(slots)
         self._num_slots = len(slots)
-        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._processes: set[subprocess.Popen[str]] = set()
+        """The processes of the runs that go on."""
         self._lock = threading.Lock()
         self._num_started = 0
         self.stopped = False
         """Whether a signal has stopped the sweep."""
+        self.killed = False
+        """Whether a Ctrl-C after that signal has ended the runs at once, without saving."""
         self.outcomes: dict[str, Outcome] = {}
         """How each run ended, by name."""
 
     def run(self) -> None:
-        """Run everything that is not complete, stage by stage. After a signal (`stopped`) all runs have saved."""
+        """Run everything that is not complete, stage by stage.
+
+        After a signal (`stopped`) all runs have saved, unless a Ctrl-C followed (`killed`).
+        """
         self._out.mkdir(parents=True, exist_ok=True)
         with self._stopped_by_signals():
             for _, group in itertools.groupby(self.runs, key=lambda run: run.stage):
@@ -104,7 +119,7 @@ class Sweep:
             slot = self._free_slots.pop()
         try:
             return self._run_on(slot, run, label)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             return Outcome("failed", str(error))
         finally:
             with self._lock:
@@ -114,20 +129,35 @@ class Sweep:
         log, line = self._log(run), shell_words(*command(run, self._out))
         self._console.message(f"{label}: {line}")
         started = time.monotonic()
-        with log.open("ab") as file:
+        with disk_errors(log, "give another folder by --out"):
+            file = publish.open_append(log)
+        with file:
             with self._start(run, file, {**os.environ, **slot}) as process:
-                code = process.wait()
+                code = self._wait(process, run, label)
+            self._processes.discard(process)
             if code == 0:
-                file.write(f"{_COMPLETED}{line}\n".encode())
+                file.write(f"{_COMPLETED}{line}\n")
         minutes = (time.monotonic() - started) / 60
         end = "done" if code == 0 else f"exit code {code}"
         self._console.message(f"{label}: {end} after {minutes:.1f} minutes")
         if code == 0:
             return Outcome("done", minutes=minutes)
         # A run that is stopped while Python still starts dies of the signal itself: it has nothing to save.
-        if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM):
+        if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGKILL):
             return Outcome("not started", STOPPED, minutes)
         return Outcome("failed", f"exit code {code}: {_last_line(log)} ({log})", minutes)
+
+    def _wait(self, process: subprocess.Popen[str], run: SweepRun, label: str) -> int:
+        """Return the exit code of a run. Until it ends, show its last logged step."""
+        folder, steps = self._out / run.name, 0
+        with self._console.stepping(label) as show:
+            while True:
+                try:
+                    return process.wait(_POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    if (logged := _last_record(folder / "metrics.jsonl")) is not None:
+                        steps = steps or _steps(folder / "recipe.yaml")
+                        show(step_of(logged) or 0, steps, logged.get(metric.LOSS))
 
     def _is_complete(self, run: SweepRun) -> bool:
         """Return whether the run has a result that this command has made. Without a log, any result counts."""
@@ -144,34 +174,35 @@ class Sweep:
         folder = re.compile(rf"(?<![\w./-]){re.escape(str(self._out / other))}(?![\w.-])")
         return any(folder.search(argument) for argument in run.arguments)
 
-    def _start(self, run: SweepRun, log: BinaryIO, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C then reaches the sweep alone, which forwards it once.
+    def _start(self, run: SweepRun, log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        # A session of its own: Ctrl-C then reaches the sweep alone, which forwards it. If the sweep is killed, its run
+        # gets a signal (LAUNCHER). The kernel sends it when the thread ends that made the process, so that thread waits
+        # for the process.
         process = subprocess.Popen(
             [sys.executable, "-m", *command(run, self._out)],
             stdout=log,
             stderr=log,
-            env=environment,
+            text=True,
+            env={**environment, LAUNCHER: str(os.getpid())},
             start_new_session=True,
         )
         self._processes.add(process)
-        if self.stopped:
-            self._signal(process)
+        if self.stopped:  # before the process was in the set
+            process.terminate()
         return process
-
-    def _signal(self, process: subprocess.Popen[bytes]) -> None:
-        """Ask a run to save and end, once: a second signal would end it without saving."""
-        if process in self._processes:
-            self._processes.discard(process)
-            process.send_signal(signal.SIGTERM)
 
     @contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        """Let the first stopping signal ask every run to save and end. No further run starts."""
+        """Let the first stopping signal ask every run to save and end, and a later Ctrl-C kill them. None starts."""
 
-        def stop(*_: object) -> None:
-            self.stopped = True
+        def stop(number: int, frame: object) -> None:
+            self.killed |= self.stopped and number == signal.SIGINT
+            is_first, self.stopped = not self.stopped, True
             for process in list(self._processes):
-                self._signal(process)
+                if self.killed:
+                    _kill_all(process)
+                elif is_first:
+                    process.terminate()
 
         previous = {number: signal.signal(number, stop) for number in stop_signals()}
         try:
@@ -186,18 +217,19 @@ def command(run: SweepRun, out: Path) -> list[str]:
     return ["switchcli", *run.arguments, "--out", str(out / run.name), "--quiet"]
 
 
-def available_slots(jobs: int | None) -> list[dict[str, str]]:
+def available_slots(jobs: int | None, num_runs: int) -> list[dict[str, str]]:
     """Return the environment of each slot: one per GPU that is visible, else one per processor; or `jobs` slots.
 
-    Several slots share a GPU if there are more jobs than GPUs. OpenMP threads are divided among the slots.
+    Several slots share a GPU if there are more jobs than GPUs. OpenMP threads are divided among the slots. No more than
+    `num_runs` slots are returned.
     """
     gpus = _visible_gpus()
     cores = available_processors()
     count = jobs or len(gpus) or cores
     threads = {} if is_thread_count_set() else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not gpus:
-        return [dict(threads) for _ in range(count)]
-    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]
+        return [dict(threads) for _ in range(min(count, num_runs))]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(min(count, num_runs))]
 
 
 def _visible_gpus() -> list[str]:
@@ -213,14 +245,47 @@ def _visible_gpus() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
+def _kill_all(process: subprocess.Popen[str]) -> None:
+    """Kill a run and the ranks that it has started."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid)
+        for member in (*family.children(recursive=True), family):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def _tail(path: Path) -> list[str]:
+    """Return the last lines of a file, or none if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _last_record(metrics: Path) -> dict[str, Any] | None:
+    """Return the newest record of a training step, or None if there is none yet."""
+    records = (parse(line.encode()) for line in reversed(_tail(metrics)))
+    return next((record for record in records if record is not None and metric.LOSS in record), None)
+
+
+def _steps(recipe: Path) -> int:
+    """Return the number of steps of a run, or 0 if it is not known."""
+    with suppress(RecipeError):
+        steps = resolve.stated(resolve.load(str(recipe)), "train.steps")
+        return steps if isinstance(steps, int) else 0
+    return 0
+
+
 def _completed_command(log: Path) -> str | None:
     """Return the last command line that a sweep has completed by its log, or None if there is none."""
-    if not log.is_file():
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.removeprefix(_COMPLETED) for line in reversed(lines) if line.startswith(_COMPLETED)), None)
+    lines = reversed(_tail(log))
+    return next((line.removeprefix(_COMPLETED) for line in lines if line.startswith(_COMPLETED)), None)
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].encode("unicode_escape").decode() if lines else "no message"
+    lines = [line for line in _tail(log) if line.strip()]
+    return lines[-1].strip().encode("unicode_escape").decode() if lines else "no message"

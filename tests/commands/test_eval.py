@@ -331,6 +331,9 @@ def test_where_it_cannot_be_written_is_known_before_the_work(
     monkeypatch.setattr("switchcli.training.scoring.generate", None)
     done = switchcli("eval", "tuned", "--out", tmp_path / "mine")
     assert (done.code, lacking(done.err, f"{tmp_path}/mine evaluation --out")) == (4, [])
+    run = sorted(Path("tuned").rglob("*"))
+    done = switchcli("eval", "tuned", "--out", "tuned")
+    assert (done.code, lacking(done.err, "tuned evaluation --out"), sorted(Path("tuned").rglob("*"))) == (4, [], run)
     done = switchcli("eval", "tuned", "--out", tmp_path / "mine/thesis.tex/below")
     assert (done.code, "--out" in done.err) == (4, True)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]

@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from messages import lacking
 
 from switchcli.report.console import Console
 from switchcli.runs import sweep_list, sweep_runner
 
+FAILS = "'data.corpora=[{kind: files, paths: [none.txt]}]'"
+"""What lets a run end with exit code 3."""
 SWEEP = (sys.executable, "-m", "switchcli", "sweep")
 
 
@@ -72,24 +75,66 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(tmp_path):
         ("a/b pretrain x\n", "runs:1 'a/b' folder"),
         (".. pretrain x\n", "runs:1 '..' folder"),
         ("a pretrain x train.seed=0,\n", "train.seed= value"),
+        ("a pretrain quickstart/dense train.seed=0 train.seed=1\n", "runs:1 train.seed=0,1"),
+        ("a pretrain quickstart/dense train.sed=0\n", "a: train.sed seed"),
+        ("a pretrain quickstart/dens\n", "a: quickstart/dense"),
+        ("a pretrain quickstart/dense train.steps=no\n", "a: train.steps integer"),
+        ("a pretrain quickstart/dense train.seed=[2,4]\n", "a: train.seed=2,4"),
+        ("a pretrain quickstart/dense --modle x\n", "a: --modle --model"),
+        ("b pretrain quickstart/dense\n---\na finetune quickstart/dense --model {out}/b\n", "a: pretrain finetune"),
+        ("a finetune quickstart/finetune --model nowhere\n", "a: nowhere"),
+        ("a distill --teacher . train.sed=0\n", "a: train.sed seed"),
+        ("a eval . scorin.draws=1\n", "a: scorin scoring"),
+        (
+            "a pretrain quickstart/dense\n---\nb finetune quickstart/finetune --model {out}/a train.sed=0\n",
+            "b: train.sed",
+        ),
+        (f"a pretrain quickstart/dense train.seed={','.join(map(str, range(1001)))}\n", "runs:1 1,001 1,000"),
+        ("#" * 2**20 + "\n", "runs 1,048,576"),
     ],
 )
-def test_a_list_that_says_no_runs_is_refused(text, words, tmp_path):
+def test_a_list_that_says_no_runs_is_refused(text, words, tmp_path, switchcli):
     path = tmp_path / "runs"
     path.write_text(text)
-    ended = _sweep(path, tmp_path)
-    assert ended.returncode == 2
-    assert not lacking(ended.stderr, words)
+    ended = switchcli("sweep", path, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert not lacking(ended.err, words)
+    assert ended.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    if "list" not in words:
+        assert switchcli("sweep", path, "--out", tmp_path / "out", "--print").code == 2
+
+
+def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):
+    """bash makes three words of train.seed={0..2}."""
+    done = switchcli("sweep", "pretrain", "quickstart/dense", "train.seed=0", "train.seed=1", "train.seed=2", "--print")
+    assert done.code == 2
+    assert not lacking(done.err, "train.seed=0,1,2")
+
+
+def test_a_thousand_runs_are_a_sweep_with_any_number_of_jobs(switchcli):
+    twenty = ",".join(map(str, range(20)))
+    grid = ("train.seed=" + twenty, "train.steps=" + ",".join(map(str, range(1, 51))))
+    done = switchcli("sweep", "pretrain", "quickstart/dense", *grid, "--print", "--jobs", "1000000000")
+    assert (done.code, done.out.count("\n")) == (0, 1000)
+    assert len(sweep_runner.available_slots(10**9, 3)) == 3
+
+
+def test_keys_with_many_values_end_at_once(switchcli):
+    grid = [f"{key}=1,2,3,4,5,6,7,8,9" for key in "abcdefghijkl"]
+    done = switchcli("sweep", "pretrain", "quickstart/dense", *grid)
+    assert done.code == 2
+    assert not lacking(done.err, "282,429,536,481 1,000")
 
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path):
     path = tmp_path / "runs"
     short = "train.steps=2 schedule.warmup_steps=1 eval.sequences=16"
-    path.write_text(f"bad pretrain quickstart/dense train.steps=no\n---\ngood pretrain quickstart/dense {short}\n")
+    path.write_text(f"bad pretrain quickstart/dense {FAILS}\n---\ngood pretrain quickstart/dense {short}\n")
     first = _sweep(path, tmp_path)
     assert first.returncode == 1
-    assert not lacking(first.stderr, "failed: bad: code 2 train.steps")
+    assert not lacking(first.stderr, "failed: bad: code 3 none.txt")
     assert json.loads((tmp_path / "out/good/result.json").read_text())["step"] == 2
     assert not lacking((tmp_path / "out/good.log").read_text(), f"completed: switchcli pretrain {tmp_path}/out/good")
     again = _sweep(path, tmp_path)
@@ -101,11 +146,11 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
 def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     (tmp_path / "out/blocked.log").mkdir(parents=True)
     path = tmp_path / "runs"
-    path.write_text("blocked pretrain quickstart/dense\nother pretrain quickstart/dense train.steps=no\n")
+    path.write_text(f"blocked pretrain quickstart/dense\nother pretrain quickstart/dense {FAILS}\n")
     ended = _sweep(path, tmp_path)
     assert ended.returncode == 1
-    assert "failed: blocked: [Errno 21]" in ended.stderr
-    assert not lacking(ended.stderr, "failed: other: code 2")
+    assert not lacking(ended.stderr, "failed: blocked: blocked.log --out")
+    assert not lacking(ended.stderr, "failed: other: code 3")
 
 
 def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
@@ -135,7 +180,7 @@ def test_a_run_that_none_makes_is_asked_for_before_any_begins(tmp_path):
 def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
     path = tmp_path / "runs"
     path.write_text(
-        "one    pretrain quickstart/dense train.steps=no\n---\n"
+        f"one    pretrain quickstart/dense {FAILS}\n---\n"
         "tuned  finetune quickstart/finetune --model {out}/one/checkpoints/step-2\n"
         "other  finetune quickstart/finetune --model {out}-other\n---\n"
         "scores eval {out}/tuned\n"
@@ -169,6 +214,60 @@ def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
     assert list((tmp_path / "out/one/checkpoints").glob("step-*"))
 
 
+def begin(tmp_path, *options):
+    """A sweep of one run, and the process of the run."""
+    path = tmp_path / "runs"
+    path.write_text("one pretrain quickstart/dense train.steps=100000 eval.sequences=16 log.every_steps=1\n")
+    command = [*SWEEP, "--out", str(tmp_path / "out"), "--jobs", "1", str(path), *options]
+    going = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    return going, until(lambda: (tmp_path / "out/one.log").exists() and going.children())[0]
+
+
+def until(condition):
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+def test_the_run_of_a_killed_sweep_saves_and_ends(tmp_path):
+    going, run = begin(tmp_path)
+    metrics = tmp_path / "out/one/metrics.jsonl"
+    until(lambda: metrics.exists() and '"seconds"' in metrics.read_text())
+    going.kill()
+    going.communicate()
+    until(lambda: not run.is_running())
+    assert "stopped and saved" in (tmp_path / "out/one.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_kills_a_run_that_hangs(number, tmp_path):
+    going, run = begin(tmp_path)
+    run.suspend()
+    going.send_signal(number)
+    time.sleep(1)
+    assert going.poll() is None
+    going.send_signal(signal.SIGINT)
+    _, printed = going.communicate(timeout=30)
+    assert going.returncode == 130
+    assert not lacking(printed, "without saving sweep --out")
+    assert "Traceback" not in printed
+    assert not run.is_running()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("victim")])
+def test_a_log_that_is_no_file_fails_its_run(make, tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    make(tmp_path / "a.log")
+    sweep = sweep_runner.Sweep([sweep_list.SweepRun("a", ("pretrain", "x"))], tmp_path, [{}], Console(quiet=True))
+    sweep.run()
+    assert sweep.outcomes["a"].status == "failed"
+    assert not lacking(sweep.outcomes["a"].reason, f"{tmp_path}/a.log --out")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("log", "status"),
     [
@@ -196,24 +295,24 @@ def test_a_complete_run_of_another_command_is_not_skipped(log, status, tmp_path)
 def test_slots_are_gpus_else_processors(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(None)] == ["0", "2"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(3)] == ["0", "2", "0"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(None, 9)] == ["0", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(3, 9)] == ["0", "2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(sweep_runner, "available_processors", lambda: 3)
-    assert sweep_runner.available_slots(None) == [{"OMP_NUM_THREADS": "1"}] * 3
+    assert sweep_runner.available_slots(None, 9) == [{"OMP_NUM_THREADS": "1"}] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert sweep_runner.available_slots(2) == [{}, {}]
+    assert sweep_runner.available_slots(2, 9) == [{}, {}]
 
 
 @pytest.mark.slow
 def test_the_result_for_scripts_has_command_and_status_of_each_run(tmp_path):
     short = ("train.steps=2", "schedule.warmup_steps=1", "eval.sequences=16")
-    grid = ("pretrain", "quickstart/dense", *short, "train.seed=0,no", "--jobs", "1", "--json", "--quiet")
+    grid = ("pretrain", "quickstart/dense", *short, "train.device=cpu,cuda", "--jobs", "1", "--json", "--quiet")
     done = subprocess.run([*SWEEP, "--out", "out", *grid], check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     first, second = json.loads(done.stdout)["runs"]
-    assert (first["name"], first["status"]) == ("0", "done")
-    assert (second["name"], second["status"]) == ("no", "failed")
+    assert (first["name"], first["status"]) == ("cpu", "done")
+    assert (second["name"], second["status"]) == ("cuda", "failed")
     assert first["command"][:3] == ["switchcli", "pretrain", "quickstart/dense"]
 
 
@@ -221,14 +320,14 @@ def test_a_run_that_needs_one_of_its_stage_that_failed_does_not_start(tmp_path):
     """The folder of the failed run exists already, as on a second attempt."""
     (tmp_path / "out/a").mkdir(parents=True)
     path = tmp_path / "runs"
-    path.write_text("a pretrain quickstart/dense train.steps=no\nb finetune quickstart/finetune --model {out}/a\n")
+    path.write_text(f"a pretrain quickstart/dense {FAILS}\nb finetune quickstart/finetune --model {{out}}/a\n")
     ended = _sweep(path, tmp_path)
     assert re.search(r"failed: b: needs a$", ended.stderr, re.M)
 
 
 def test_a_sweep_for_slurm_needs_its_runs_too(tmp_path):
     path = tmp_path / "runs"
-    path.write_text("b distill y --teacher {out}/a\n")
+    path.write_text("b distill quickstart/distill --teacher {out}/a\n")
     done = subprocess.run([*SWEEP, str(path), "--slurm"], check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert not lacking(done.stderr, "runs/sweep/a")
@@ -236,22 +335,27 @@ def test_a_sweep_for_slurm_needs_its_runs_too(tmp_path):
 
 def test_the_commands_of_a_sweep_are_printed_for_scripts(tmp_path):
     done = subprocess.run(
-        [*SWEEP, "pretrain", "x", "train.seed=0,1", "--print", "--json"], check=True, capture_output=True, text=True
+        [*SWEEP, "pretrain", "quickstart/dense", "train.seed=0,1", "--print", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert [run["name"] for run in json.loads(done.stdout)["runs"]] == ["0", "1"]
 
 
 def test_the_commands_of_a_sweep_are_printed_for_a_shell(tmp_path):
     path = tmp_path / "runs"
-    path.write_text("a pretrain x 'student={kind: b}'\n")
+    path.write_text("a pretrain quickstart/dense 'model={size: tiny}'\n")
     done = subprocess.run([*SWEEP, str(path), "--print", "--out", "o"], check=True, capture_output=True, text=True)
-    assert done.stdout == "switchcli pretrain x 'student={kind: b}' --out o/a --quiet\n"
+    assert done.stdout == "switchcli pretrain quickstart/dense 'model={size: tiny}' --out o/a --quiet\n"
 
 
 def test_a_sweep_for_slurm_is_a_script_with_an_array_for_each_stage(tmp_path):
     """`sbatch` writes down its arguments and the job; a task of an array runs its own run."""
     path = tmp_path / "runs"
-    path.write_text("a pretrain x train.seed=0,1\n---\nb distill y --teacher {out}/a-0\n")
+    path.write_text(
+        "a pretrain quickstart/dense train.seed=0,1\n---\nb distill quickstart/distill --teacher {out}/a-0\n"
+    )
     script = subprocess.run([*SWEEP, str(path), "--slurm", "--out", "o"], check=True, capture_output=True, text=True)
     tools = {
         "sbatch": 'n=$(ls | grep -c "^job"); echo "$@" >"arguments-$n"; cat >"job-$n"; echo "$((40 + n))"',
