@@ -246,6 +246,7 @@ def test_the_run_of_a_killed_sweep_saves_and_ends(tmp_path):
 def test_a_second_interrupt_kills_a_run_that_hangs(number, tmp_path):
     going, run = begin(tmp_path)
     run.suspend()
+    until(lambda: run.status() == psutil.STATUS_STOPPED)
     going.send_signal(number)
     time.sleep(1)
     assert going.poll() is None
