@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 from switchcli import metric_names as metric
 from switchcli import publish
-from switchcli.distributed.signals import stop_signals
+from switchcli.distributed.signals import kill_with_children, stop_signals
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.processor import available_processors, is_thread_count_set
 from switchcli.recipe import resolve
@@ -200,7 +200,7 @@ class Sweep:
             is_first, self.stopped = not self.stopped, True
             for process in list(self._processes):
                 if self.killed:
-                    _kill_all(process)
+                    kill_with_children(process.pid)
                 elif is_first:
                     process.terminate()
 
@@ -243,17 +243,6 @@ def _visible_gpus() -> list[str]:
     except OSError:
         return []
     return done.stdout.split() if done.returncode == 0 else []
-
-
-def _kill_all(process: subprocess.Popen[str]) -> None:
-    """Kill a run and the ranks that it has started."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid)
-        for member in (*family.children(recursive=True), family):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
 
 
 def _tail(path: Path) -> list[str]:
