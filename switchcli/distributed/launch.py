@@ -153,6 +153,17 @@ def _forward_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def kill_with_children(pid: int) -> None:
+    """Kill a process and all that it has started, such as the ranks of a run."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
 def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:
     """Return how the rank ended that made all others end.
 

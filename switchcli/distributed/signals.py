@@ -29,17 +29,6 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in STOPPING if not (ignores_hangup and number == signal.SIGHUP))
 
 
-def kill_with_children(pid: int) -> None:
-    """Kill a process and all that it has started, such as the ranks of a run."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for member in (*process.children(recursive=True), process):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-
-
 class StopTraining(Exception):
     """A stop was requested on some rank. All ranks raise it together.
 

@@ -21,7 +21,8 @@ from typing import IO, Any, Literal, NamedTuple
 
 from switchcli import metric_names as metric
 from switchcli import publish
-from switchcli.distributed.signals import kill_with_children, stop_signals
+from switchcli.distributed.launch import kill_with_children
+from switchcli.distributed.signals import stop_signals
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.processor import available_processors, is_thread_count_set
 from switchcli.recipe import resolve
