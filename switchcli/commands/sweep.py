@@ -1,6 +1,5 @@
 """`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_group
 
-from switchcli.commands import _completion, _exit
+from switchcli.commands import _completion, _exit, distill, finetune, pretrain
+from switchcli.commands import eval as evaluate
 from switchcli.commands._help import epilog
 from switchcli.commands._options import USAGE_ERROR, Json, Quiet, check_folder, extend_command, split_arguments
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
@@ -19,6 +19,8 @@ from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster, sweep_list
 
 app = typer.Typer()
+_APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.app, "eval": evaluate.app}
+"""The commands of the verbs that a run of a sweep may have."""
 
 
 @app.command(
@@ -137,7 +139,7 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
 
 def _parse(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options and arguments of a command by name. Raises RecipeError for wrong usage."""
-    (command,) = get_group(importlib.import_module(f"switchcli.commands.{verb}").app).commands.values()
+    (command,) = get_group(_APPS[verb]).commands.values()
     extend_command(command)
     try:
         return command.make_context(f"switchcli {verb}", list(arguments)).params
