@@ -24,9 +24,13 @@ class Shown(NamedTuple):
     text: str
 
     @property
-    def cut(self) -> list[str]:
-        """The lines that were cut at the width."""
-        return [line for line in self.text.splitlines() if ELLIPSIS in line]
+    def faults(self) -> list[str]:
+        """What no user should see: another exit code than 0, a traceback, cut lines, a bar over nothing."""
+        faults = [f"exit code {self.code}"] if self.code else []
+        if "Traceback" in self.text:
+            faults.append("a traceback")
+        faults += [f"cut: {line}" for line in self.text.splitlines() if ELLIPSIS in line or " 0/0 " in line]
+        return faults
 
 
 def in_terminal(

@@ -1,14 +1,14 @@
 """The commands of README.md and docs/: each is one of switchcli's, and the pages run as they are written.
 
-A page runs in an empty folder. Blocks with a title become files, and shell blocks run in order, with a `switchcli` that
-adds overrides for a few steps at the end of a training command. `<!-- not run: REASON -->` above a block leaves it out.
+A page runs in an empty folder, in a terminal. Blocks with a title become files, and shell blocks run in order, with a
+`switchcli` that adds overrides for a few steps at the end of a training command. `<!-- not run: REASON -->` above a
+block leaves it out.
 """
 
 import ast
 import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import typer
 from blocks import ROOT, Block, Command, blocks_in, blocks_of, commands_of, overrides_in, pages
+from terminal import in_terminal
 
 from switchcli.cli import app
 from switchcli.errors import RecipeError, RenamedWarning, SwitchError
@@ -237,8 +238,8 @@ def script_folder(folder: Path) -> Path:
     return folder
 
 
-def run(block: Block, folder: Path, scripts: Path) -> None:
-    """Run a shell block, and fail with its page, line, command and the end of its output."""
+def run(block: Block, folder: Path, scripts: Path, columns: int) -> None:
+    """Run a shell block in a terminal, and fail with its page, line, command and the end of its output."""
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(scripts), os.environ["PATH"]]),
@@ -246,28 +247,23 @@ def run(block: Block, folder: Path, scripts: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     }
-    done = subprocess.run(
-        ["bash", "-euxo", "pipefail", "-c", block.text],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode:
-        traced = [line for line in done.stderr.splitlines() if line.startswith("+ ")]
-        last = traced[-1].removeprefix("+ ") if traced else ""
-        errors = "\n".join(line for line in done.stderr.splitlines()[-25:] if not line.startswith("+ "))
-        pytest.fail(f"{block.page}:{block.line}: exit code {done.returncode}\n  {last}\n{errors}", pytrace=False)
+    shown = in_terminal(["bash", "-euxo", "pipefail", "-c", block.text], columns, folder, environment)
+    if shown.faults:
+        last = [line for line in shown.text.splitlines() if line.startswith("+ ")][-1:]
+        end = "\n".join(shown.text.splitlines()[-40:])
+        pytest.fail(f"{block.page}:{block.line}: {'; '.join(shown.faults)}\n  {last}\n{end}", pytrace=False)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [page for page in PAGES if any(
-    block.language == "bash" and block.not_run is None for block in blocks_of(page)
-)])  # fmt: skip
-def test_a_page_runs_as_it_is_written(page: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "columns"), [
+    *((page, 80) for page in PAGES if any(
+        block.language == "bash" and block.not_run is None for block in blocks_of(page)
+    )),
+    ("README.md", 120),
+    ("docs/tutorial.md", 120),
+])  # fmt: skip
+def test_a_page_runs_in_a_terminal_as_it_is_written(page: str, columns: int, tmp_path: Path) -> None:
     scripts, folder = script_folder(tmp_path / "scripts"), tmp_path / "reader"
     folder.mkdir()
     for block in blocks_of(page):
@@ -276,7 +272,7 @@ def test_a_page_runs_as_it_is_written(page: str, tmp_path: Path) -> None:
         if block.title is not None:
             _write(block, folder)
         elif block.language == "bash":
-            run(block, folder, scripts)
+            run(block, folder, scripts, columns)
 
 
 def test_small_overrides_are_keys_of_their_verbs() -> None:
