@@ -388,7 +388,7 @@ class Model:
         out: PathLike | None = None,
         quiet: bool = False,
     ) -> Evaluation:
-        """Measure task scores with intervals, held-out neg. log perplexity and routing health, as `switchcli eval`.
+        """Measure task scores with intervals, held-out loss and routing health, as `switchcli eval`.
 
         The model is measured as it is in memory, on its own device. Under torchrun, call it on every rank; each returns
         the same.

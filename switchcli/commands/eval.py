@@ -1,4 +1,4 @@
-"""`switchcli eval`: task scores, held-out neg. log perplexity, routing health. Imports torch only when it runs."""
+"""`switchcli eval`: task scores, held-out loss, routing health. Imports torch only when it runs."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import typer
 from switchcli.commands import _exit, _training
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
-from switchcli.metric_names import BALANCE, BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, NEG_LOG_PERPLEXITY
+from switchcli.metric_names import BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, MAX_LOAD
 from switchcli.report.console import Console
 from switchcli.startup import is_main_rank
 
@@ -22,11 +22,10 @@ app = typer.Typer()
 
 _SHOWN_METRICS = {
     LOSS: "loss",
-    NEG_LOG_PERPLEXITY: "neg. log perplexity",
     BITS_PER_BYTE: "bits per byte",
     "sequences": "sequences",
     DROPPED_FRACTION: "dropped tokens",
-    BALANCE: "balance",
+    MAX_LOAD: "largest load over the mean",
     DEAD_EXPERTS: "dead experts",
 }
 """The metrics in a table, and their names there."""
@@ -55,7 +54,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a checkpoint: task scores with intervals, held-out neg. log perplexity, and routing health."""
+    """Measure a checkpoint: task scores with intervals, held-out loss, and routing health."""
     with _exit.interruptible(saves_nothing=True):
         from switchcli import api
         from switchcli.runs import eval_job

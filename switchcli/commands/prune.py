@@ -81,7 +81,7 @@ def _show(result: Mapping[str, Any]) -> None:
     headings = ("", "before", "after")
     rows = [[name, *(f"{result[name][when]:,}" for when in headings[1:])] for name in ("experts", "parameters")]
     for name, held_out in result["held_out"].items():
-        rows.append([f"neg. log perplexity of {name}", *(f"{held_out[when]:.4f}" for when in headings[1:])])
+        rows.append([f"loss of {name}", *(f"{-held_out[when]:.4f}" for when in headings[1:])])
     console.rows(f"{result['destination']}: by {result['by']}, capacity {result['capacity']}", headings, rows)
     layer_rows = [
         [name, f"{layer['lost_fraction']:.1%}", f"{layer['wo']:.3f}", " ".join(map(str, layer["kept"]))]

@@ -170,7 +170,7 @@ class EvalRecipe(Spec):
     data: TaskDataSpec = TaskDataSpec()
     """Where the examples are, the lengths of rows in tokens, and the mixture of the tasks."""
     text: TextSpec | None = None
-    """Held-out text to measure negative log perplexity on; absent: if `tasks` is too, the text of the run."""
+    """Held-out text to measure the loss on; absent: if `tasks` is too, the text of the run."""
     scoring: ScoringSpec = ScoringSpec()
     """How answers are generated and scored, on how many examples."""
     capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None

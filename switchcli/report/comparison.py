@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT, TOKENS_PER_SECOND
+from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
 from switchcli.report.significance import Gain, Interval, Verdict, gain
@@ -28,8 +28,6 @@ class SeriesRow(NamedTuple):
     steps: SeedSpread | None
     final: SeedSpread | None
     """The quality metric at the end of each run."""
-    loss: SeedSpread | None
-    """The cross-entropy in nats at the end of each run; None where bits per byte are compared."""
     over: Gain | None
     """Gain over the baseline, at the last evaluation that all runs have; positive is better."""
     verdict: Verdict | None
@@ -43,7 +41,7 @@ class SeriesRow(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return the row for scripts."""
-        spreads = ("steps", "final", "loss", "at_common", TOKENS_PER_SECOND, "dropped")
+        spreads = ("steps", "final", "at_common", TOKENS_PER_SECOND, "dropped")
         costs = zip(Cost._fields, self.speed.costs, self.speed.factors, strict=True)
         return {
             "series": self.label,
@@ -171,7 +169,6 @@ def _row(
         sizes={name: values[0] if values else None for name, values in sizes.items()},
         steps=seed_spread(run.step for run in runs),
         final=final,
-        loss=None if final is None or metric.name != HELD_OUT else SeedSpread(-final.mean, -final.most, -final.least),
         over=over,
         verdict=Verdict.BASELINE if series is baseline else verdict,
         at_common=None
@@ -203,7 +200,7 @@ def _notes(
     tokenizers = _num_tokenizers(series)
     if tokenizers > 1:
         yield (
-            f"The runs use {tokenizers} tokenizers: neg. log perplexities over different tokens cannot be compared, so "
+            f"The runs use {tokenizers} tokenizers: losses over different tokens cannot be compared, so "
             "the runs are compared by bits per byte alone, of which fewer are better."
         )
     text_key = re.compile(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b")

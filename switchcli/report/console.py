@@ -50,7 +50,6 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column(metric.LOSS, "loss", 7, "{:.4f}".format, 0),
-    Column(metric.NEG_LOG_PERPLEXITY, "neg log ppl", 11, "{:.4f}".format, 3),
     Column(metric.TOKENS_PER_SECOND, "tokens/s", 8, si, 2),
     Column(metric.FLOPS_PER_SECOND, "FLOP/s", 6, si, 11),
     Column(metric.LEARNING_RATE, "lr", 8, "{:.2e}".format, 9),
@@ -61,7 +60,7 @@ TEACHER_COLUMNS = (Column(metric.TEACHER_DIVERGENCE, "to teacher", 10, "{:.4f}".
 SPARSE_COLUMNS = (
     Column("encoder_dropped_fraction", "enc drop", 8, percent, 5),
     Column("decoder_dropped_fraction", "dec drop", 8, percent, 6),
-    Column(metric.BALANCE, "balance", 7, "{:.3f}".format, 8),
+    Column(metric.MAX_LOAD, "max load", 8, "{:.2f}".format, 8),
     Column(metric.DEAD_EXPERTS, "dead", 4, "{:.0f}".format, 7),
 )
 _COLUMN_GAP = 2
@@ -480,7 +479,7 @@ class TrainingDisplay:
         """
         number = int(metrics.get("step", 0))
         step = f"{number}/{self._steps}".rjust(2 * len(str(self._steps)) + 1)
-        if metric.NEG_LOG_PERPLEXITY in metrics:
+        if metric.LOSS in metrics:
             self._estimate(number, metrics.get("seconds_left", math.nan))
             columns = self._console.columns_that_fit(_columns(metrics), len(step))
             if self._rows % _ROWS_BETWEEN_HEADERS == 0 or columns != self._columns:
@@ -500,9 +499,8 @@ class TrainingDisplay:
                 scores.append(f"{task} {score:.1f}{note}")
         if scores:
             self._console.message(f"{step}  {'  '.join(scores)}", "bold")
-        if metric.HELD_OUT in metrics:
-            value = metrics[metric.HELD_OUT]
-            self._console.message(f"{step}  held-out loss {-value:.4f}  neg. log perplexity {value:.4f}", "bold")
+        if metric.HELD_OUT_LOSS in metrics:
+            self._console.message(f"{step}  held-out loss {metrics[metric.HELD_OUT_LOSS]:.4f}", "bold")
 
     def _estimate(self, step: int, seconds_left: float) -> None:
         """Show the time left in the bar and, the first time that it is known, in a line."""

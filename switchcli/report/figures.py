@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import DROPPED_FRACTION, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
+from switchcli.metric_names import DROPPED_FRACTION, LOSS, TOKENS_PER_SECOND
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table
 from switchcli.report.comparison import Comparison
@@ -42,7 +42,7 @@ def training(comparison: Comparison) -> list[Figure]:
     if comparison.num_tokenizers > 1:
         return []
     caption = "The mean over the training batches since the previous logged step."
-    return _against(comparison, "training", "training neg. log perplexity", caption, _metric(NEG_LOG_PERPLEXITY))
+    return _against(comparison, "training", "training loss", caption, _metric(LOSS))
 
 
 def routing(comparison: Comparison) -> list[Figure]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, NEG_LOG_PERPLEXITY
+from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, LOSS
 from switchcli.report import figures, html_page, task_results
 from switchcli.report.charts import Figure, Table
 from switchcli.report.comparison import Comparison
@@ -69,14 +69,12 @@ def quality_table(comparison: Comparison) -> HtmlTable:
     series_rows = comparison.rows
     columns: dict[str, list[str]] = {"series": [row.label for row in series_rows]}
     if len(series_rows) > 1:
-        over = f"over {baseline}" if step is None else f"over {baseline} at step {step:,}"
+        over = f"gain over {baseline}" if step is None else f"gain over {baseline} at step {step:,}"
         columns["verdict"] = [row.verdict or "-" for row in series_rows]
         columns[over] = [
             "" if row.verdict == Verdict.BASELINE else _with_interval(row.over, "+z.4f") for row in series_rows
         ]
     columns["at the end"] = [_spread(row.final, ".4f") for row in series_rows]
-    if any(row.loss for row in series_rows):
-        columns["loss"] = [_spread(row.loss, ".4f") for row in series_rows]
     if step is not None:
         columns[f"at step {step:,}"] = [_spread(row.at_common, ".4f") for row in series_rows]
     columns["seeds"] = [
@@ -99,7 +97,7 @@ def _quality_caption(comparison: Comparison) -> Iterator[str]:
     if methods:
         how = {True: "run by run of the same seed (Student)", False: "of the means (Welch)"}
         ways = " or, where no seeds match, ".join(how[paired] for paired in sorted(methods, reverse=True))
-        yield f"Over {baseline}: the mean difference with its 95 % interval, {ways}."
+        yield f"Gain over {baseline}: how much lower the {metric.title} is, with its 95 % interval, {ways}."
     if any(row.verdict == Verdict.NO_DIFFERENCE for row in rows):
         yield f"{capitalize(Verdict.NO_DIFFERENCE)}: the interval contains 0."
     if any(row.verdict == Verdict.ONE_SEED for row in rows):
@@ -229,7 +227,7 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
     if scores := task_results.tasks(runs):
         caption = f"Scores from 0 to 100{_over_seeds(scores)}."
         yield ScoreTable("tasks", "Tasks", "task", ".2f", scores, caption)
-    titles = {NEG_LOG_PERPLEXITY: "Neg. log perplexity by text"} if task_results.by_tokens(runs) else {}
+    titles = {LOSS: "Loss by text"} if task_results.by_tokens(runs) else {}
     for metric, title in {**titles, BITS_PER_BYTE: "Bits per byte by text"}.items():
         if scores := task_results.texts(runs, metric):
             caption = f"Held-out text of each language or corpus{_over_seeds(scores)}."
@@ -267,18 +265,13 @@ def _run_table(report: Report) -> HtmlTable:
                 run.verb or "-",
                 "-" if run.seed is None else str(run.seed),
                 f"{step:,}" if run.steps in (None, step) else f"{step:,} of {run.steps:,}",
-                *(("-", "-") if final is None else (f"{final:.4f}", f"{-final:.4f}")),
+                "-" if final is None else f"{-final:.4f}",
                 clock(float(run.seconds.values[-1]) if seconds is None else seconds),
                 str(as_mapping(run.result.get("hardware")).get("device", "-")),
                 ", ".join(f"{name} {versions[name]}" for name in ("switchcli", "torch") if name in versions) or "-",
             ]
         )
-    results = ("held-out neg. log perplexity", "loss", "time")
-    return HtmlTable(
-        "",
-        ("folder", "verb", "seed", "steps", *results, "device", "versions"),
-        rows,
-    )
+    return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out loss", "time", "device", "versions"), rows)
 
 
 def _spread(value: SeedSpread | None, write: str | Callable[[float], str]) -> str:
@@ -361,8 +354,7 @@ def highlights(comparison: Comparison) -> list[tuple[str, str]]:
         else:
             facts.append((top, f"is best {where}: better than {_listed([*gains])}, by 95 % intervals"))
             shown = top
-    loss = f", a loss of {-means[shown]:.4f}" if metric.name == HELD_OUT else ""
-    facts.append((f"{means[shown]:.4f}", f"{metric.title} of {shown} {where}{loss}"))
+    facts.append((f"{means[shown]:.4f}", f"{metric.title} of {shown} {where}"))
     for index, unit in enumerate(("steps", "time")):
         faster = [
             (factor, row.label)

@@ -18,7 +18,10 @@ from switchcli.errors import CheckpointError, disk_errors
 from switchcli.metric_names import (
     DROPPED_FRACTION,
     FLOPS_PER_SECOND,
+    HELD_OUT,
+    HELD_OUT_LOSS,
     INPUT_TOKENS,
+    LOSS,
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
@@ -260,8 +263,12 @@ class _Points:
         return [note] if spans else []
 
     def curves(self) -> dict[str, Curve]:
-        """Return the curve of every metric."""
-        return {name: Curve(*_columns(points)) for name, points in self._values.items()}
+        """Return the curve of every metric. Those of losses are made here, since older runs logged none."""
+        curves = {name: Curve(*_columns(points)) for name, points in self._values.items()}
+        for name, loss in ((NEG_LOG_PERPLEXITY, LOSS), (HELD_OUT, HELD_OUT_LOSS)):
+            if name in curves:
+                curves[loss] = Curve(curves[name].steps, -curves[name].values)
+        return curves
 
     def loads(self) -> dict[str, Loads]:
         """Return the loads of every layer."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import HELD_OUT, HELD_OUT_BITS
+from switchcli.metric_names import HELD_OUT_BITS, HELD_OUT_LOSS
 from switchcli.report.runs import Curve, Run
 from switchcli.report.series import SeedSpread, Series, by_seed, seed_spread, smooth
 from switchcli.report.significance import Interval, Verdict, mean_interval
@@ -60,7 +60,7 @@ def quality_metric(num_tokenizers: int, evaluations: int) -> QualityMetric:
     """Return the metric that compares runs of so many tokenizers: bits per byte where there are several."""
     if num_tokenizers > 1:
         return QualityMetric(HELD_OUT_BITS, "held-out bits per byte", -1, evaluations)
-    return QualityMetric(HELD_OUT, "held-out neg. log perplexity", 1, evaluations)
+    return QualityMetric(HELD_OUT_LOSS, "held-out loss", -1, evaluations)
 
 
 class Cost(NamedTuple):

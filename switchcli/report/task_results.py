@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from switchcli.metric_names import NEG_LOG_PERPLEXITY
-from switchcli.report.runs import Run, as_mapping
+from switchcli.metric_names import LOSS, NEG_LOG_PERPLEXITY
+from switchcli.report.runs import Run, as_mapping, number
 from switchcli.report.series import SeedSpread, seed_spread
 
 RunsByLabel = Mapping[str, Sequence[Run]]
@@ -18,14 +18,14 @@ def tasks(runs: RunsByLabel) -> Scores:
 
 
 def texts(runs: RunsByLabel, metric: str) -> Scores:
-    """Return `neg_log_perplexity` or `bits_per_byte` of each held-out text."""
+    """Return `loss` or `bits_per_byte` of each held-out text."""
     return _over_runs(runs, lambda run: _text_metrics(run, metric))
 
 
 def by_tokens(runs: RunsByLabel) -> bool:
-    """Return whether neg. log perplexities of texts can be compared: all runs with some have one known tokenizer."""
-    columns = texts(runs, NEG_LOG_PERPLEXITY)
-    tokenizers = {run.tokenizer for label in columns for run in runs[label] if _text_metrics(run, NEG_LOG_PERPLEXITY)}
+    """Return whether losses of texts can be compared: all runs with some have one known tokenizer."""
+    columns = texts(runs, LOSS)
+    tokenizers = {run.tokenizer for label in columns for run in runs[label] if _text_metrics(run, LOSS)}
     return len(columns) < 2 or (len(tokenizers) == 1 and None not in tokenizers)
 
 
@@ -62,7 +62,11 @@ def _text_metrics(run: Run, metric: str) -> dict[str, object]:
         texts = as_mapping(passes[0].get("texts")) or {"text": passes[0].get("text")}
     else:
         texts = as_mapping(run.result.get("texts")) or run.texts
-    return {name: as_mapping(metrics).get(metric) for name, metrics in texts.items()}
+    found = {name: as_mapping(metrics) for name, metrics in texts.items()}
+    if metric != LOSS:
+        return {name: metrics.get(metric) for name, metrics in found.items()}
+    known = {name: number(metrics.get(NEG_LOG_PERPLEXITY)) for name, metrics in found.items()}
+    return {name: -value for name, value in known.items() if value is not None}
 
 
 def _passes(run: Run) -> list[Mapping[str, object]]:

@@ -35,6 +35,7 @@ from switchcli.runs import finetuning, pretraining, run_messages, transformers_c
 from switchcli.runs.loading import CheckpointHandle, load_model
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.run_dir import check_ranks_agree, machine_info
+from switchcli.runs.score_tables import shown_metric
 from switchcli.runs.train_data import HeldOutMeasurement, RunEvaluation, TrainData, microbatch_rows
 from switchcli.runs.trainer import Trainer
 from switchcli.runs.training_task import TrainingTask
@@ -266,7 +267,8 @@ class Distillation(TrainingTask):
                 properties.append(f"{model['parameters']:,} parameters")
             if model.get(TOKENS_PER_SECOND):
                 properties.append(f"{si(model[TOKENS_PER_SECOND])} tokens/s forward")
-            rows[f"{role} ({', '.join(properties)})" if properties else role] = model["figures"][metric]
+            label, value = shown_metric(metric, model["figures"][metric])
+            rows[f"{role} ({', '.join(properties)})" if properties else role] = value
         rows["compression"] = f"{distillation['compression']:.1%}"
         if "gain_kept" in distillation:
             fraction = distillation["gain_kept"]
@@ -274,7 +276,7 @@ class Distillation(TrainingTask):
             if fraction is not None and fraction > 1:
                 text += ", as it is better than its teacher"
             rows["of the teacher's gain over the baseline kept"] = text
-        self._console.table(f"distilled: {metric}", rows)
+        self._console.table(f"distilled: {label}", rows)
 
     def _load_teacher(self) -> SwitchTransformer:
         """Return the teacher's model, which is loaded on the first call."""

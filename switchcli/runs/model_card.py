@@ -15,13 +15,14 @@ from pydantic import BaseModel
 
 from switchcli.convert.hub import is_repository_id
 from switchcli.data.sources.corpus import CorpusSpec, HubCorpus, PythonStdlib
-from switchcli.metric_names import FIRST_HELD_OUT, HELD_OUT, HELD_OUT_BITS
+from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS
 from switchcli.recipe.schema import DistillRecipe, TaskRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.runs import as_mapping, number
 from switchcli.report.safe_text import one_line
 from switchcli.report.sinks import parse
 from switchcli.runs.loading import CheckpointHandle
+from switchcli.runs.score_tables import shown_metric
 from switchcli.user_files import read_regular
 
 NAME: Final = "README.md"
@@ -226,10 +227,9 @@ def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
         return f"No result of step {handle.step:,} was found next to the checkpoint.\n" if handle.step else ""
     branched_at = number(as_mapping(result.get("branch")).get("step"))
     first = "before training" if branched_at is None else f"at step {branched_at:,.0f}, before the branch"
-    labels = {HELD_OUT: "held-out neg. log perplexity", FIRST_HELD_OUT: first, HELD_OUT_BITS: "bits per byte"}
+    loss = "held-out loss, nats a target token"
+    labels = {HELD_OUT_LOSS: loss, FIRST_HELD_OUT_LOSS: first, HELD_OUT_BITS: "bits per byte"}
     rows = [(label, f"{value:.4f}") for key, label in labels.items() if (value := number(result.get(key))) is not None]
-    if (loss := number(result.get(HELD_OUT))) is not None:
-        rows.insert(1, ("held-out loss, nats a target token", f"{-loss:.4f}"))
     rows += _distillation_rows(as_mapping(result.get("distillation")))
     counts = {"input_tokens": "input tokens in all", "seconds": "seconds of training"}
     rows += [
@@ -248,7 +248,8 @@ def _distillation_rows(distillation: Mapping[str, Any]) -> Iterator[tuple[str, s
         if value is not None:
             parameters = number(model.get("parameters"))
             count = "" if parameters is None else f", {parameters:,.0f} parameters"
-            yield f"{role}{count}: {escape(metric)}", f"{value:.4f}"
+            label, value = shown_metric(metric, value)
+            yield f"{role}{count}: {escape(label)}", f"{value:.4f}"
     for key, label in {"compression": "compression", "gain_kept": "of the teacher's gain kept"}.items():
         if (value := number(distillation.get(key))) is not None:
             yield label, f"{value:.1%}"

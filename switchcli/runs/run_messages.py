@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
+from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.units import si
@@ -66,7 +66,6 @@ def show_result(result: Mapping[str, Any], state: TrainState, console: Console) 
         {
             "held-out loss": result[HELD_OUT_LOSS],
             first: result[FIRST_HELD_OUT_LOSS],
-            "held-out neg. log perplexity": result[HELD_OUT],
             **({"held-out bits per byte": result[HELD_OUT_BITS]} if HELD_OUT_BITS in result else {}),
             "parameters": f"{result['parameters']:,}",
             "active for a token": f"{result['active_parameters']:,}",

@@ -5,7 +5,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from switchcli.checkpoint.saved_state import Best
-from switchcli.metric_names import BITS_PER_BYTE, LOSS, NEG_LOG_PERPLEXITY, TASKS_AVERAGE, suite_score, task_score
+from switchcli.metric_names import (
+    BITS_PER_BYTE,
+    HELD_OUT,
+    LOSS,
+    NEG_LOG_PERPLEXITY,
+    TASKS_AVERAGE,
+    suite_score,
+    task_score,
+)
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shorten
 from switchcli.tasks.scores import Score, Scores
@@ -42,6 +50,11 @@ def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[st
         console.message(f"{name}: {mean:.2f}", "bold")
 
 
+def shown_metric(name: str, value: float) -> tuple[str, float]:
+    """Return the name and the value of a metric for people, who see a loss in place of a neg. log perplexity."""
+    return ("held-out loss", -value) if name == HELD_OUT else (name, value)
+
+
 def explain_malformed(
     console: Console,
     scored: Iterable[ScoredExamples],
@@ -71,7 +84,7 @@ def explain_malformed(
 
 def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> None:
     """Print a table with a row for each held-out text."""
-    headings = {LOSS: "loss", NEG_LOG_PERPLEXITY: "neg. log perplexity", BITS_PER_BYTE: "bits per byte"}
+    headings = {LOSS: "loss", BITS_PER_BYTE: "bits per byte"}
     rows = []
     for name, metrics in texts.items():
         values = {LOSS: -metrics[NEG_LOG_PERPLEXITY], **metrics}

@@ -257,7 +257,7 @@ class ValidationCallback(EvaluationCallback):
         neg_log_perplexity = values[HELD_OUT]
         if not math.isfinite(neg_log_perplexity):
             raise NumericsError(
-                f"step {state.step}: the held-out neg. log perplexity is {neg_log_perplexity}",
+                f"step {state.step}: the held-out loss is {-neg_log_perplexity}",
                 router_health.NONFINITE_FIX,
             )
         state.record_evaluation({HELD_OUT: neg_log_perplexity})

@@ -88,7 +88,7 @@ def test_without_a_recipe_the_dense_student_is_trained_as_its_teacher_was(
     recipe = Path("a/recipe.yaml").read_text()
     assert "num_experts: 1" in recipe
     assert f"teacher: {trained}/checkpoints/step-00000002" in recipe
-    for words in ("43 teacher's", "compression", "teacher's gain"):
+    for words in ("43 teacher's", "distilled: held-out loss", "compression", "teacher's gain"):
         assert not lacking(done.err, words)
 
 

@@ -51,7 +51,7 @@ def copied(trained: Path, here: Path) -> Path:
 def test_a_card_has_the_figures_of_the_run(trained: Path, card_of: Any) -> None:
     card = card_of(trained, "--license", "apache-2.0")
     result = json.loads((trained / "result.json").read_text())
-    assert f"{result['held_out/neg_log_perplexity']:.4f}" in card
+    assert f"{result['held_out/loss']:.4f}" in card
     assert f"{result['parameters']:,}" in card
     header, kinds, titles = parsed(card)
     assert (header["license"], header["library_name"]) == ("apache-2.0", "transformers")

@@ -44,20 +44,16 @@ def test_what_people_see(runs: list[str], switchcli: SwitchCLI) -> None:
         assert not lacking(done.out, words)
     rows = [line.split() for line in done.out.splitlines()]
     quality = next(row for row in rows if row[:1] == ["switch"])
-    assert quality[1:4] == ["better", "+1.0000", "-2.9500"]
-    assert quality[7] == "2.9500"  # the loss
+    assert quality[1:4] == ["better", "+1.0000", "2.9500"]  # of the loss
+    assert "perplexity" not in done.out
     speed = [row for row in rows if row[:1] == ["switch"]][1]
     assert speed[1:7] == ["2.00", "2.00", "2.00", "2", "of", "2"]
 
 
 def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
-    done = switchcli("report", *runs, "--json", "--baseline", "switch-0", "--quality", -4.5)
+    done = switchcli("report", *runs, "--json", "--baseline", "switch-0", "--quality", 4.5)
     found = json.loads(done.out)
-    assert (found["baseline"], found["measure"], found["common_step"]) == (
-        "switch",
-        "held_out/neg_log_perplexity",
-        None,
-    )
+    assert (found["baseline"], found["measure"], found["common_step"]) == ("switch", "held_out/loss", None)
     dense, switch = found["series"]
     assert (dense["series"], dense["seeds"], dense["going_on"], dense["parameters"]) == ("dense", 2, 0, 1_000_000)
     assert dense["over"]["mean"] == pytest.approx(-1)
@@ -66,7 +62,7 @@ def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
     assert (dense["verdict"], dense["to_quality"]["seconds"]["verdict"]) == ("worse", "slower")
     assert dense["over"]["low"] == dense["over"]["high"] == pytest.approx(-1)
     assert dense["to_quality"]["steps"]["speed_up"]["high"] == pytest.approx(0.5, abs=0.2)
-    assert dense["loss"]["mean"] == pytest.approx(3.95)
+    assert dense["final"]["mean"] == pytest.approx(3.95)
     assert (switch["verdict"], switch["to_quality"]["flops"]["verdict"]) == ("baseline", "baseline")
     unknown = {"low": None, "high": None}
     assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1, **unknown}
@@ -228,7 +224,7 @@ def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
     assert done.code == 0, done.err
     assert not lacking(done.err, words and f"switch-0/{file} {words}")
     assert bool(done.err) == bool(words)
-    assert json.loads(done.out)["series"][1]["final"]["mean"] == pytest.approx(-2.95)
+    assert json.loads(done.out)["series"][1]["final"]["mean"] == pytest.approx(2.95)
     assert Path("page.html").exists()
 
 
@@ -252,7 +248,7 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
         done = switchcli("report", *arguments, "--html", "page.html")
         assert (done.code, done.err) == (0, "wrote page.html\n")
         assert "61.25" in done.out
-        assert "-2.5000" in done.out
+        assert re.search(r"de .* 2\.5000", done.out)
         assert "61.25" in Path("page.html").read_text(encoding="utf-8")
 
 
@@ -311,7 +307,7 @@ def test_texts_are_compared_by_tokens_where_the_tokens_are_the_same(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = switchcli("report", an_evaluation("a", "one"), an_evaluation("b", other), "--html", "page.html")
-    assert ("-2.5000" in done.out) == alike
+    assert ("2.5000" in done.out) == alike
     assert "1.2500" in done.out
     assert (not lacking(" ".join(done.err.split()), "tokenizers bits byte")) != alike
     assert "2 evaluations</h1>" in Path("page.html").read_text(encoding="utf-8")
@@ -343,7 +339,7 @@ def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str]
         {"series": "dense", "task": "'=cmd", "value": "60.5", "least": "60.0", "most": "61.0"},
         {"series": "'@b", "task": "'=cmd", "value": "61.25", "least": "61.25", "most": "61.25"},
     ]
-    assert rows_of(Path("figures/texts_neg_log_perplexity.csv"))[0]["value"] == "-2.5"
+    assert rows_of(Path("figures/texts_loss.csv"))[0]["value"] == "2.5"
     recipes = {(row["key"], row["series"]): row["value"] for row in rows_of(Path("figures/recipes.csv"))}
     assert recipes["model.num_experts", "switch-0"] == "4"
     assert recipes["train.steps", "switch-0"] == ""
@@ -426,7 +422,7 @@ def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: Switc
     assert done.code == 0, done.err
     first, second = json.loads(done.out)["series"]
     whole = json.loads((trained / "result.json").read_text())
-    assert second["final"]["mean"] == whole["held_out/neg_log_perplexity"]
+    assert second["final"]["mean"] == whole["held_out/loss"]
     assert second["active_parameters"] == whole["active_parameters"]
     assert first["dropped"]["mean"] is None
     text = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import pytest
 from messages import lacking
 from report_folders import TOKENS, a_run
 
-from switchcli.metric_names import HELD_OUT
+from switchcli.metric_names import HELD_OUT_LOSS
 from switchcli.report import figures
 from switchcli.report.comparison import Comparison, compare
 from switchcli.report.run_report import highlights, quality_table
@@ -25,8 +25,8 @@ def a_made_run(
     steps = np.arange(10.0, end + 1, 10)
     rates = {f"{what}_per_second": Curve(steps, np.full(len(steps), 1e3)) for what in ("tokens", "flops")}
     curves = {"seconds": Curve(steps, pace * steps), **rates} if len(steps) else {}
-    if held_out:
-        curves[HELD_OUT] = Curve(np.array([*held_out], dtype=float), np.array([*held_out.values()]))
+    if held_out:  # neg. log perplexities by step
+        curves[HELD_OUT_LOSS] = Curve(np.array([*held_out], dtype=float), -np.array([*held_out.values()], dtype=float))
     recipe = {"name": name.partition("-")[0], "train": {"seed": seed, "batch_tokens": TOKENS}}
     return Run(name, recipe, {}, curves, {}, {}, None, ())
 
@@ -90,11 +90,11 @@ def test_the_common_step_is_the_last_evaluation_smoothing_included() -> None:
     assert compare(group_by_recipe([long, short]), None, None, 1).common_step == 100
     found = compare(group_by_recipe([long, short]), None, None, 3)
     assert found.common_step == 80  # the mean of 60, 80 and 100
-    assert [row.at_common for row in found.rows] == [pytest.approx((-4.2,) * 3), pytest.approx((-3.4,) * 3)]
+    assert [row.at_common for row in found.rows] == [pytest.approx((4.2,) * 3), pytest.approx((3.4,) * 3)]
     assert found.rows[1].over.spread == pytest.approx((0.8,) * 3)
     headings = quality_table(found).headings
     assert "at step 80" in headings
-    assert not lacking(headings[2], "over a-0 step 80")
+    assert not lacking(headings[2], "gain over a-0 step 80")
 
 
 @pytest.mark.parametrize("begun", [{}, {0: -4.0}])
@@ -258,7 +258,7 @@ def test_runs_are_compared_at_the_last_step_at_which_all_were_evaluated() -> Non
     often = [a_made_run(f"b-{seed}", seed, {0: -10, 20: -6, 50: -4 + seed, 70: -1}) for seed in (0, 1)]
     found = compare(group_by_recipe([*rare, *often]), None, None, 1)
     assert found.common_step == 50, "not 70, where only one was evaluated"
-    assert [row.at_common for row in found.rows] == [(-4.5, -5, -4), (-3.5, -4, -3)]
+    assert [row.at_common for row in found.rows] == [(4.5, 4, 5), (3.5, 3, 4)]
     assert (found.rows[1].over.spread, found.rows[1].verdict) == ((1, 1, 1), Verdict.BETTER)
 
 

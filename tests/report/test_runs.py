@@ -9,7 +9,7 @@ from messages import lacking
 from report_folders import FLOPS, LAYERS, TOKENS, a_run, logged
 
 from switchcli.errors import CheckpointError
-from switchcli.metric_names import HELD_OUT
+from switchcli.metric_names import HELD_OUT, HELD_OUT_LOSS, LOSS
 from switchcli.metric_names import HELD_OUT_BITS as BITS
 from switchcli.report import runs
 from switchcli.report.runs import read
@@ -23,6 +23,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert (run.verb, run.step, run.steps, run.seed) == ("pretrain", 100, 100, 3)
     assert run.curves[HELD_OUT].steps.tolist() == [*range(0, 101, 10)]
     assert run.curves[HELD_OUT].values[-1] == -3.0
+    assert run.curves[HELD_OUT_LOSS].values[-1] == run.curves[LOSS].values[-1] == 3.0  # although no loss was logged
     assert run.curves[BITS].values[-1] == 1.5
     assert run.flops_per_step == FLOPS
     assert run.seconds.at(run.curves[HELD_OUT].steps).tolist() == [step / 2 for step in range(0, 101, 10)]

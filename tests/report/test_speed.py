@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from messages import lacking
 from report_folders import FLOPS, a_run
 
-from switchcli.metric_names import HELD_OUT
 from switchcli.metric_names import HELD_OUT_BITS as BITS
+from switchcli.metric_names import HELD_OUT_LOSS
 from switchcli.report.comparison import compare
 from switchcli.report.runs import Curve, Run, read
 from switchcli.report.series import SeedSpread, group_by_recipe
@@ -38,7 +38,7 @@ def test_by_hand(tmp_path: Path) -> None:
     assert steps == flops == pytest.approx((3, 2, 4))  # the quality of 100 steps after 50 and after 25
     assert time == pytest.approx((1.5, 1, 2))  # at half the speed
     assert quick.over.spread == pytest.approx((2, 1, 3))
-    assert quick.final == SeedSpread(-2, -3, -1)
+    assert quick.final == SeedSpread(2, 1, 3)
     assert never.speed.reached == 0
     assert never.speed.factors == (None, None, None)
     assert never.over.spread == pytest.approx((-0.5, -0.5, -0.5))
@@ -46,7 +46,7 @@ def test_by_hand(tmp_path: Path) -> None:
 
 def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
     dense, fast = a_seed(tmp_path, "dense", 0, 0.01), a_seed(tmp_path, "fast", 0, 0.02)
-    found = compare(group_by_recipe([dense, fast]), fast.name, -4.5, 1)
+    found = compare(group_by_recipe([dense, fast]), fast.name, 4.5, 1)
     assert found.baseline.label == "fast-0"
     assert [row.speed.costs[0] for row in found.rows] == [(50, 50, 50), (25, 25, 25)]
     assert [row.speed.factors[0].spread for row in found.rows] == [(0.5, 0.5, 0.5), (1, 1, 1)]
@@ -67,7 +67,7 @@ def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) 
     path = a_run(tmp_path / "short", steps=40)
     found = compare(group_by_recipe([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)]), None, None, 1)
     assert found.common_step == 40
-    assert [row.at_common for row in found.rows] == [pytest.approx((-4.6,) * 3), pytest.approx((-4.2,) * 3)]
+    assert [row.at_common for row in found.rows] == [pytest.approx((4.6,) * 3), pytest.approx((4.2,) * 3)]
     assert not lacking(found.notes[0], "step 40")
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_gets_everywhere_in_half_the_steps_is_twice_as_fast(values: l
     for apart, seconds in ((20.0, 1.0), (10.0, pace)):
         steps = np.arange(len(values)) * apart
         curves = {
-            HELD_OUT: Curve(steps, np.array(values, dtype=float)),
+            HELD_OUT_LOSS: Curve(steps, -np.array(values, dtype=float)),
             "seconds": Curve(steps[1:], steps[1:] * seconds),
         }
         for name in ("flops", "tokens"):
@@ -113,8 +113,9 @@ def test_a_run_that_gets_everywhere_in_half_the_steps_is_twice_as_fast(values: l
 @pytest.mark.parametrize("evaluations", [1, 2])
 def test_nothing_is_interpolated_from_step_0(evaluations: int) -> None:
     def a_seed_of(name: str, seed: int, held_out: dict[float, float]) -> Run:
-        curve = Curve(np.array([*held_out]), np.array([*held_out.values()]))
-        return Run(f"{name}-{seed}", {"name": name, "train": {"seed": seed}}, {}, {HELD_OUT: curve}, {}, {}, None, ())
+        curve = Curve(np.array([*held_out]), -np.array([*held_out.values()]))
+        recipe = {"name": name, "train": {"seed": seed}}
+        return Run(f"{name}-{seed}", recipe, {}, {HELD_OUT_LOSS: curve}, {}, {}, None, ())
 
     slow = [a_seed_of("slow", seed, {0.0: -9.0, 50.0: -5.0, 100.0: -4.0, 150.0: -4.0}) for seed in (0, 1)]
     fast = [a_seed_of("fast", seed, {0.0: -9.0, 50.0: -2.0, 100.0: -2.0, 150.0: -2.0}) for seed in (0, 1)]
@@ -122,5 +123,6 @@ def test_nothing_is_interpolated_from_step_0(evaluations: int) -> None:
     assert row.speed.reached == 2
     assert row.speed.costs == row.speed.factors == (None, None, None)
     assert row.verdict == Verdict.BETTER
-    slow, fast = (first_step_reaching(one[0].curves[HELD_OUT], -2.0) for one in (slow, fast))
-    assert (slow, fast) == (None, 50), "a value that was measured is no interpolation"
+    losses = [one[0].curves[HELD_OUT_LOSS] for one in (slow, fast)]
+    reached = [first_step_reaching(Curve(curve.steps, -curve.values), -2.0) for curve in losses]
+    assert reached == [None, 50], "a value that was measured is no interpolation"

@@ -124,6 +124,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
             "neg_log_perplexity": -3.0,
             "loss": 3.0,
             "gradient_norm": 0.5,
+            "max_load": 2.0,
             "dead_experts": 1.0,
             "layers": {name: {"load": load, "dropped_fraction": 0.0} for name, load in loads.items()},
             "learning_rate": 0.01,

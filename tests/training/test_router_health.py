@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from doubles import KeepingConsole
@@ -12,10 +13,11 @@ from tiny import DENSE, SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.model.moe.losses import AuxiliaryLoss, StackLoss
+from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.moe.stats import RouterStats
 from switchcli.model.transformer import ModelOutput
 from switchcli.spec import PAD
-from switchcli.training.metrics import Mean, merge
+from switchcli.training.metrics import Mean, Metrics, merge
 from switchcli.training.router_health import RoutingAlarms, record, routing_metrics
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
@@ -68,6 +70,9 @@ def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
         "encoder_dropped_fraction": 0.25,
         "decoder_dropped_fraction": 0.5,
         "layer_balance": [1.0, 1.0],
+        "layer_fraction_cv_squared": [0.0, 0.0],
+        "layer_probability_cv_squared": [0.0, 0.0],
+        "layer_fraction_probability_correlation": [0.0, 0.0],
         "layer_z": [3.0, 1.0],
         "layer_dropped_fraction": [0.25, 0.5],
         "layer_entropy": [0.5, 0.25],
@@ -101,6 +106,70 @@ def test_a_router_that_is_undecided_has_entropy_log_e_confidence_1_over_e_and_ba
     assert found["layer_confidence"] == [pytest.approx(0.25)] * 4
     assert found["layer_z"][:2] == [pytest.approx(math.log(4) ** 2)] * 2  # the decoder has groups without a token
     assert found["layer_balance"][:2] == [pytest.approx(1.0)] * 2
+
+
+ROUTERS = {
+    "switch": SwitchRouter(group_sequences=2),
+    "top_k": TopKRouter(k=2),
+    "no_token_left_behind": NoTokenLeftBehindRouter(k=2),
+    "expert_choice": ExpertChoiceRouter(),
+}
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 7])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_a_layer_says_how_unequal_loads_and_probabilities_are_and_their_correlation(
+    kind: str, num_experts: int
+) -> None:
+    """Compared with the formulas of the documentation, in float64."""
+    torch.manual_seed(num_experts)
+    G, N, E = 5, 40, num_experts
+    means, weights, losses = [], [], []
+    total: Metrics = {}
+    for _ in range(2):  # microbatches
+        real_GN = torch.arange(N) < torch.randint(1, N + 1, (G, 1))
+        real_GN[-1] = False
+        logits_GNE = torch.randn(G, N, E) + torch.randn(E)
+        stats = ROUTERS[kind].assign(logits_GNE, real_GN, "training").stats
+        for *both, tokens in zip(*(field.double().numpy() for field in stats[:3]), strict=True):
+            f_E, P_E = (x_E / max(1e-9, x_E.sum()) for x_E in both)  # 3 x 0.33333334 is not 1
+            a, b = (E * np.sum(x_E**2) - 1 for x_E in (f_E, P_E))
+            r = np.corrcoef(f_E, P_E)[0, 1] if tokens and a > 1e-9 else 0.0
+            means.append((a, b, r))
+            weights.append(tokens)
+            losses.append(1 + r * math.sqrt(a * b) if tokens else 0.0)
+        total = merge(total, routing_metrics(an_output([stats], [])))
+    layer = record(total, NAMES[:1])["layers"]["encoder.first"]
+    names = ("fraction_cv_squared", "probability_cv_squared", "fraction_probability_correlation")
+    expected = np.average(means, axis=0, weights=weights)
+    assert [layer[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+    assert layer["balance"] == pytest.approx(np.average(losses, weights=weights), rel=1e-5)
+    assert (layer["fraction_cv_squared"] == 0) == (
+        kind == "expert_choice" or (kind == "no_token_left_behind" and E == 2)
+    )
+
+
+@pytest.mark.parametrize(("distance", "correlation"), [(0.0, 0.0), (1e-7, 0.0), (1e-5, 1.0), (1e-2, 1.0)])
+def test_the_correlation_of_equal_numbers_is_0_and_not_that_of_their_rounding(
+    distance: float, correlation: float
+) -> None:
+    unequal = torch.tensor([[1 / 3 - distance, 1 / 3, 1 / 3 + distance]])
+    report = a_report([1.0, 1.0, 1.0])._replace(fraction_GE=torch.tensor([[0.2, 0.3, 0.5]]), probability_GE=unequal)
+    found = values(routing_metrics(an_output([report], [])))
+    assert found["layer_fraction_probability_correlation"][0] == pytest.approx(correlation, abs=0.03)
+    assert found["layer_probability_cv_squared"][0] == pytest.approx(6 * distance**2, rel=1e-2, abs=1e-13)
+
+
+def test_the_loss_of_unequal_loads_is_below_1_where_busy_experts_have_a_low_mean_probability() -> None:
+    report = a_report([5.0, 1.0])._replace(
+        fraction_GE=torch.tensor([[5 / 6, 1 / 6]]), probability_GE=torch.tensor([[0.4, 0.6]])
+    )
+    found = record(routing_metrics(an_output([report], [])), NAMES[:1])
+    layer = found["layers"]["encoder.first"]
+    assert found["max_load"] == pytest.approx(5 / 3)
+    assert found["balance"] == pytest.approx(13 / 15)
+    assert layer["fraction_probability_correlation"] == pytest.approx(-1)
+    assert (layer["fraction_cv_squared"], layer["probability_cv_squared"]) == pytest.approx((4 / 9, 0.04))
 
 
 def test_rows_of_padding_thin_no_figure() -> None:
@@ -137,9 +206,13 @@ def test_the_record_has_numbers_by_the_name_of_the_layer() -> None:
     found = record(twice, NAMES)
     assert found["loss"] == 1.5
     assert found["dead_experts"] == 1.0
+    assert found["max_load"] == 2.0  # of the second layer; that of the first is 1.5
     assert list(found["layers"]) == list(NAMES)
     assert found["layers"]["decoder.second"] == {
         "balance": 1.0,
+        "fraction_cv_squared": 0.0,
+        "probability_cv_squared": 0.0,
+        "fraction_probability_correlation": 0.0,
         "z": 0.0,
         "dropped_fraction": 0.5,
         "entropy": 0.0,
