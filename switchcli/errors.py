@@ -68,6 +68,12 @@ class NumericsError(SwitchError):
         self.problem, self.fix = problem, fix
 
 
+class SavedNumericsError(NumericsError):
+    """A value in the file of a checkpoint is NaN or infinite. A rank that does not read the value does not fail."""
+
+    on_every_rank = False
+
+
 class DistributedError(SwitchError):
     """A rank or the network between ranks failed."""
 

@@ -50,9 +50,14 @@ def save_step(
     return save_with(folder, {"step": step, "figures": figures or {}, "evaluated_step": evaluated}, files)
 
 
+def state_json(**state: Any) -> bytes:
+    """A state.json with the keys that every version wrote, and `state`."""
+    return json.dumps({"targets_seen": 0, "seconds": 0.0, **state}).encode()
+
+
 def save_with(folder: Path, state: Mapping[str, Any], files: FileOperations = DISK) -> Path:
     step = state["step"]
-    documents = {"state.json": json.dumps(state).encode(), "recipe.yaml": f"step: {step}\n".encode()}
+    documents = {"state.json": state_json(**state), "recipe.yaml": f"step: {step}\n".encode()}
     return save(
         folder,
         step,

@@ -1,6 +1,5 @@
 """The layout of a run's folder, and the writing of its small files."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from switchcli import publish
 from switchcli.checkpoint import checkpoint
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.report.sinks import publish_file
+from switchcli.report.sinks import publish_file, to_json
 
 
 class RunFolder:
@@ -62,7 +61,7 @@ class RunFolder:
         publish_file(self.tokenizer, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        publish_file(self.result, json.dumps(result, indent=1) + "\n")
+        publish_file(self.result, to_json(result, indent=1) + "\n")
 
     def archive(self) -> Path | None:
         """Rename the folder of an earlier run, so that a new run can begin here. Return its new path, or None if none.

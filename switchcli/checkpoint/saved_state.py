@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from switchcli.metric_names import HELD_OUT
 from switchcli.spec import Spec
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Best(NamedTuple):
@@ -15,16 +17,16 @@ class Best(NamedTuple):
 
     value: float
     """The value. Higher is better for every metric."""
-    step: int
+    step: Count
     """The optimizer step of the evaluation."""
 
 
 class BranchPoint(NamedTuple):
     """Where a run that was branched from another began. The defaults are those of a run from its own beginning."""
 
-    step: int = 0
+    step: Count = 0
     """The step of the checkpoint that it began from."""
-    input_tokens: int = 0
+    input_tokens: Count = 0
     """Input tokens that the model was trained on up to that step."""
     row_offset: int = 0
     """Added to a row's number: step * rows per step + offset is the first row of a step in the order of the data."""
@@ -33,19 +35,21 @@ class BranchPoint(NamedTuple):
 
 
 FROM_BEGINNING = BranchPoint()
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Sums = float | list[float] | list[list[float]]
 
 
 class SavedState(Spec):
-    """The content of a state.json. Unknown keys are those of a later version, and are ignored."""
+    """The content of a state.json. Unknown keys are those of a later version, and are ignored.
+
+    Keys without a default are those that every version wrote.
+    """
 
     model_config = ConfigDict(extra="ignore")
-    step: Count = 0
+    step: Count
     """Optimizer steps taken."""
-    targets_seen: Count = 0
+    targets_seen: Count
     """Target tokens without padding that the run learned from."""
-    seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    seconds: Annotated[float, Field(ge=0.0, lt=1e10)]
     """Seconds spent in training steps."""
     eval_metrics: dict[str, float] = Field(default_factory=dict)
     """Metrics of the last evaluation, by name; higher is better."""
@@ -68,6 +72,18 @@ class SavedState(Spec):
     metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)
     """Total and weight of each training metric since the last log record, summed over ranks."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Raise ValueError for what happened after the step, and for sums that are no tensors."""
+        past = [self.branch.step, self.evaluated_step or 0, *(best.step for best in self.best.values())]
+        if max(past) > self.step or any(first > last for first, last in self.skipped_steps):
+            raise ValueError("a step after the last one")
+        for total, weight in self.metrics_since_log.values():
+            shape, weight_shape = _shape(total), _shape(weight)
+            if weight_shape not in ((), shape):
+                raise ValueError("the weight of a metric has neither one number nor the shape of its total")
+        return self
+
     @classmethod
     def read(cls, text: bytes) -> "SavedState":
         """Return the state in the JSON `text`. Raises ValueError or RecursionError if no run wrote it."""
@@ -76,6 +92,16 @@ class SavedState(Spec):
     def metrics_at_step(self) -> Mapping[str, float]:
         """Return the evaluation metrics of this checkpoint's weights. Empty if they were not evaluated at its step."""
         return self.eval_metrics if self.evaluated_step == self.step else {}
+
+
+def _shape(sums: _Sums) -> tuple[int, ...]:
+    """Return the shape of nested lists of numbers. Raises ValueError if their lengths differ."""
+    if not isinstance(sums, list):
+        return ()
+    shapes = {_shape(inner) for inner in sums}
+    if len(shapes) > 1:
+        raise ValueError("rows of different lengths")
+    return (len(sums), *shapes.pop()) if shapes else (0,)
 
 
 _RENAMED = {

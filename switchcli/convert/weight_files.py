@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from switchcli.checkpoint.tensor_file import open_tensors
+from switchcli.checkpoint.tensor_file import check_finite, open_tensors
 from switchcli.convert import config as configs
 from switchcli.convert.config import Config
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, transformers_names
@@ -129,16 +129,12 @@ def _check(folder: Path, stored: Mapping[str, StoredTensor], name: str, shape: t
 
 
 def _read_finite(name: str, stored: StoredTensor) -> Tensor:
-    """Return the values of a tensor in float32. Raises CheckpointError for NaN and infinity."""
+    """Return the values of a tensor in float32. Raises SavedNumericsError for NaN and infinity."""
     try:
         tensor = stored.read().float()
     except SafetensorError as error:
         raise CheckpointError(f"{stored.path}: {name}: {error}: {_FIX}") from error
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(
-            f"{stored.path}: {name}: holds NaN or infinity: take a checkpoint from before it diverged"
-        )
-    return tensor
+    return check_finite(tensor, name, stored.path)
 
 
 def _stored(folder: Path, unpickle: bool) -> dict[str, StoredTensor]:

@@ -6,7 +6,6 @@ and `rich.text.Text`, never through markup.
 """
 
 import io
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from switchcli import metric_names as metric
 from switchcli.report.safe_text import one_line, shorten
+from switchcli.report.sinks import to_json
 from switchcli.report.units import clock, number, percent, si
 from switchcli.startup import is_main_rank
 
@@ -420,7 +420,7 @@ def silent() -> Console:
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object and a newline on stdout, in ASCII, so that no terminal acts on what a text holds."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.write(to_json(value) + "\n")
 
 
 class _TimeLeft(TimeRemainingColumn):

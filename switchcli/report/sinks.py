@@ -25,8 +25,8 @@ class JsonLines:
         self.path = path
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line and hand it to the system. NaN and infinity, which JSON does not have, become null."""
-        line = json.dumps(_finite(record), allow_nan=False)
+        """Append one line and hand it to the system."""
+        line = to_json(record)
         with disk_errors(self.path), publish.open_append(self.path) as file:
             file.write(line + "\n")
 
@@ -163,7 +163,14 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None and step_of(record) is not None]
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON in ASCII. NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

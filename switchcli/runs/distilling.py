@@ -29,7 +29,7 @@ from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, TextRecipe
 from switchcli.report.console import Console
-from switchcli.report.sinks import publish_file
+from switchcli.report.sinks import publish_file, to_json
 from switchcli.report.units import si
 from switchcli.runs import finetuning, pretraining, run_messages, transformers_checkpoint
 from switchcli.runs.loading import CheckpointHandle, load_model
@@ -212,7 +212,7 @@ class Distillation(TrainingTask):
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
         recipe, teacher, _, baseline, _ = self._job
-        metric = TASKS_AVERAGE if isinstance(recipe, DistillTasksRecipe) else HELD_OUT
+        metric = self._metric
         teacher_measured = self._measure_teacher(with_tasks=True)
         self._teacher_model = self._loss = None  # frees the memory of the teacher for the baseline
         student_parameters, teacher_parameters = (
@@ -278,6 +278,11 @@ class Distillation(TrainingTask):
             rows["of the teacher's gain over the baseline kept"] = text
         self._console.table(f"distilled: {label}", rows)
 
+    @property
+    def _metric(self) -> str:
+        """The name of the metric by which teacher, student and baseline are compared."""
+        return TASKS_AVERAGE if isinstance(self._recipe, DistillTasksRecipe) else HELD_OUT
+
     def _load_teacher(self) -> SwitchTransformer:
         """Return the teacher's model, which is loaded on the first call."""
         if self._teacher_model is None:
@@ -317,7 +322,9 @@ class Distillation(TrainingTask):
             if saved["on"] != self._evaluation_identity():
                 return None
             is_same_machine = saved["hardware"] == machine_info(self._context)["hardware"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if self._metric not in measured.metrics:
             return None
         return measured if is_same_machine else measured._replace(tokens_per_second=None)
 
@@ -344,11 +351,10 @@ class Distillation(TrainingTask):
         rows, first_step, end_step = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
         first_batch_sha256 = _digest(data.source.batch(0, 0, rows)).hexdigest()
         facts = cache_facts(self._job, self._teacher_sha256, data.identity, first_batch_sha256)
-        cache = TeacherCache(folder, rows)
-        step_bytes = bytes_per_step(cache_spec, rows, recipe.targets_length, recipe.model.vocab_size)
+        cache = TeacherCache(folder, cache_spec, rows, recipe.targets_length, recipe.model.vocab_size)
 
         def is_incomplete() -> bool:
-            if not cache.is_begun(facts) or cache.missing(first_step, end_step, step_bytes):
+            if not cache.is_begun(facts) or cache.missing(first_step, end_step):
                 return True
             if self._saved_measurement(cache_spec) is None:
                 return True
@@ -361,13 +367,13 @@ class Distillation(TrainingTask):
         with ExitStack() as locks:
             context.main_only(lambda: locks.enter_context(lock(folder, ELSEWHERE)))
             context.main_only(lambda: cache.begin(facts))
-            missing = cache.missing(first_step, end_step, step_bytes)
+            missing = cache.missing(first_step, end_step)
             if not context.all_equal(repr(missing)):
                 raise DistributedError(
                     f"the ranks see different files in {folder}: keep it on a disk that all of them share"
                 )
             if missing:
-                self._fill(cache, missing, step_bytes, data, cache_spec)
+                self._fill(cache, missing, data, cache_spec)
             assert self._evaluation is not None
             measured = self._evaluation.held_out_and_tasks(self._load_teacher())
             saved = {
@@ -375,22 +381,23 @@ class Distillation(TrainingTask):
                 "hardware": machine_info(context)["hardware"],
                 "measured": measured.to_json(),
             }
-            context.main_only(lambda: publish_file(folder / TEACHER_METRICS, json.dumps(saved, indent=1) + "\n"))
+            context.main_only(lambda: publish_file(folder / TEACHER_METRICS, to_json(saved, indent=1) + "\n"))
         self._teacher_model = None  # frees its memory: the cache has all that training needs
         return cache
 
-    def _fill(
-        self, cache: TeacherCache, missing: list[range], step_bytes: int, data: TrainData, cache_spec: TeacherCacheSpec
-    ) -> None:
+    def _fill(self, cache: TeacherCache, missing: list[range], data: TrainData, cache_spec: TeacherCacheSpec) -> None:
         """Run the teacher on the missing ranges of steps, and save its probabilities."""
         context, console, rows = self._context, self._console, self._recipe.rows_per_step
+        num_bytes = sum(map(len, missing)) * bytes_per_step(
+            cache_spec, rows, self._recipe.targets_length, self._recipe.model.vocab_size
+        )
         steps = sum(map(len, missing))
         top_k = min(cache_spec.top_k, self._recipe.model.vocab_size)
         console.message(
             f"running the teacher once: {steps:,} steps of {rows} rows, {top_k} probabilities of each target: "
-            f"{si(steps * step_bytes)}B in {cache_spec.folder}"
+            f"{si(num_bytes)}B in {cache_spec.folder}"
         )
-        context.main_only(lambda: preflight(Path(cache_spec.folder), steps * step_bytes, ELSEWHERE))
+        context.main_only(lambda: preflight(Path(cache_spec.folder), num_bytes, ELSEWHERE))
         writer = TeacherCacheWriter(self._teacher(), cache_spec, data.source, rows, self._microbatch_rows, self._packed)
         try:
             with StopRequest(console.for_watchers(run_messages.STOPPING)) as stop:

@@ -17,6 +17,7 @@ from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
 from switchcli.report.console import Console
+from switchcli.report.sinks import to_json
 from switchcli.runs.evaluator import TEXT_KEYS, EvalPass, Evaluator
 from switchcli.runs.loading import CheckpointHandle, LoadedModel, load_model
 from switchcli.runs.mesh_choice import build_context
@@ -210,12 +211,12 @@ def _write(
     console: Console,
 ) -> None:
     """Write the result and the predictions of an evaluation as the folder `out`."""
-    files = {"result.json": json.dumps(result, indent=1) + "\n"}
+    files = {"result.json": to_json(result, indent=1) + "\n"}
     for eval_pass in passes:
         subfolder = f"capacity-{eval_pass.capacity['tasks']}/" if len(passes) > 1 else ""
         for examples in scored:
             task = examples.task.name
-            lines = [json.dumps(line) + "\n" for line in _predictions(examples, eval_pass.answers[task])]
+            lines = [to_json(line) + "\n" for line in _predictions(examples, eval_pass.answers[task])]
             files[f"{subfolder}predictions/{task}.jsonl"] = "".join(lines)
     # If `out` is a link, the folder that it points to is replaced, and the link stays.
     archived = _publish(out.resolve(), files, result)

@@ -4,6 +4,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, Self
 
+from pydantic import ConfigDict, TypeAdapter
+
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -73,8 +75,9 @@ class HeldOutMeasurement(NamedTuple):
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """Return the measurement that `to_json` wrote. Raises KeyError if a key is missing."""
-        return cls(saved["figures"], saved[TOKENS_PER_SECOND], saved["load"])
+        """Return the measurement that `to_json` wrote. Raises KeyError, TypeError or ValueError if it did not."""
+        finite = TypeAdapter(cls, config=ConfigDict(allow_inf_nan=False))
+        return finite.validate_python((saved["figures"], saved[TOKENS_PER_SECOND], saved["load"]))
 
 
 class RunEvaluation(NamedTuple):

@@ -204,7 +204,8 @@ class Checkpointer:
         """Restore weights, optimizer state and `state` from the newest sound checkpoint. Return False if there is none.
 
         Raises:
-            CheckpointError: the checkpoint has another architecture, optimizer, text or teacher.
+            CheckpointError: the checkpoint has another architecture, optimizer, text or teacher, or an optimizer state
+                that no run wrote.
         """
         newest = self._context.main_only(lambda: checkpoint.latest(self._folder, console.warning))
         step = self._context.from_main(-1 if newest is None else newest.step)
@@ -217,6 +218,7 @@ class Checkpointer:
         num_experts = self._weights.num_experts
         load_parts(weights, newest.read("model", full_tensors(weights), num_experts=num_experts))
         load_parts(optimizer_state, newest.read("optimizer", full_tensors(optimizer_state), num_experts=num_experts))
+        _check_optimizer_state(self._optimizer, optimizer_state, newest)
         state.restore(newest.document("state.json"), self._context.device, with_metrics=self._context.dp_rank == 0)
         self.step = state.step
         return True
@@ -301,6 +303,17 @@ def load_optimizer_state(optimizer: Optimizer, start: checkpoint.Checkpoint, exp
     if not saved.keys() & parts.keys():
         raise CheckpointError(f"{start.path}: its optimizer is of another kind than the recipe's: {fix}")
     load_parts(parts, start.read("optimizer", full_tensors(parts), allow_extra=True, fix=fix))
+    _check_optimizer_state(optimizer, parts, start)
+
+
+def _check_optimizer_state(optimizer: Optimizer, parts: Mapping[str, LocalPart], loaded: checkpoint.Checkpoint) -> None:
+    """Raise a CheckpointError if the state that was `loaded` holds a number that no optimizer of this kind makes."""
+    for name, (tensor, _) in parts.items():
+        if name.rpartition("/")[2] in optimizer.nonnegative_slots and tensor.numel() and tensor.min() < 0:
+            raise CheckpointError(
+                f"{loaded.path}: optimizer: {name}: is {float(tensor.min()):g} and cannot be negative: use another "
+                "checkpoint of the run"
+            )
 
 
 def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -33,6 +33,9 @@ GPU_SLICE = 2**27
 class Optimizer(ABC):
     """Updates `parameters` in place, and holds float32 state for each of them."""
 
+    nonnegative_slots: frozenset[str] = frozenset()
+    """The slots of the state that are never negative: counts and means of squares. Loading a state checks it."""
+
     def __init__(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> None:
         self.parameters = dict(parameters)
         self.layouts = {name: layouts[name] for name in self.parameters if name in layouts}
@@ -80,6 +83,8 @@ class AdafactorOptimizer(Optimizer):
     In the methods below tensors have a leading dim E: the experts of a stacked parameter, or 1. `new_weight` is the
     weight of the new squares in the second moments, 1 - decay_t.
     """
+
+    nonnegative_slots = frozenset({"steps", "moment", "row", "column"})
 
     def __init__(self, spec: Adafactor, parameters: NamedParameters, layouts: Layouts) -> None:
         super().__init__(parameters, layouts)
@@ -248,6 +253,8 @@ def _inner_dims(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 class AdamWOptimizer(Optimizer):
+    nonnegative_slots = frozenset({"step", "exp_avg_sq"})
+
     def __init__(self, spec: AdamW, parameters: NamedParameters, layouts: Layouts) -> None:
         super().__init__(parameters, layouts)
         # Plain tensors that share memory with this rank's values: torch's fused kernel refuses a mix of DTensors and

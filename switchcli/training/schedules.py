@@ -37,7 +37,8 @@ class InverseSquareRoot(Schedule):
     warmup_steps: int = Field(default=10_000, ge=1, le=LIMITS["steps"])
     """Steps of the constant part; 10,000 as in T5."""
     decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Last fraction of the run over which the rate also falls linearly to 0: 0.1 in Mesh-TensorFlow, off in T5."""
+    """Last fraction of the run over which the rate also falls linearly, to 0 after the last update: 0.1 in
+    Mesh-TensorFlow, off in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         rate = self.learning_rate * math.sqrt(self.warmup_steps / max(step, self.warmup_steps))
@@ -63,7 +64,10 @@ class Constant(Schedule):
 
 
 class Cosine(Schedule):
-    """Linear warm-up from 0, then half a cosine down to `final_fraction` of the peak at the last step."""
+    """Linear warm-up from 0, then half a cosine down to `final_fraction` of the peak after the last update.
+
+    The last update itself is one step above that end, as the rate is a function of the steps taken before.
+    """
 
     kind: Literal["cosine"] = "cosine"
     """`cosine` falls along half a cosine after an optional warm-up."""
@@ -72,7 +76,7 @@ class Cosine(Schedule):
     warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
     """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate that is reached after the last update, as a fraction of the peak."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         if step < self.warmup_steps:
@@ -85,7 +89,10 @@ class Cosine(Schedule):
 
 
 class Linear(Schedule):
-    """Linear warm-up from 0, then a straight line down to `final_fraction` of the peak at the last step."""
+    """Linear warm-up from 0, then a straight line down to `final_fraction` of the peak after the last update.
+
+    The last update itself is one step above that end: 0.109 of the peak with a `final_fraction` of 0.1 and 100 steps.
+    """
 
     kind: Literal["linear"] = "linear"
     """`linear` falls along a straight line after an optional warm-up."""
@@ -94,7 +101,7 @@ class Linear(Schedule):
     warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
     """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Learning rate at the last step, as a fraction of the peak."""
+    """Learning rate that is reached after the last update, as a fraction of the peak."""
 
     def __call__(self, step: int, total_steps: int) -> float:
         if step < self.warmup_steps:

@@ -4,15 +4,17 @@
       answers.json                                    what the answers depend on: teacher, text, batches, settings
       steps-00000000-00000064-<digest>.safetensors    answers to all rows of steps 0 to 63: ids, probability, rest
 
-Files appear complete, by a rename. The name of a file holds the first half of its SHA-256, which is checked when the
-file is first read. The next start computes the answers that are missing, after a stop or when the run has more steps.
-A batch is a function of its step, so any number of ranks can compute the answers and any other number can read them.
+Files appear complete, by a rename. The name of a file holds the first half of its SHA-256. When the file is first read,
+that is checked, and so are its values, because anybody can give a file the name of its digest. The next start computes
+the answers that are missing, after a stop or when the run has more steps. A batch is a function of its step, so any
+number of ranks can compute the answers and any other number can read them.
 
 Legend: R rows of a step, T target, K cached probabilities of a target.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ from safetensors import SafetensorError
 from switchcli import publish
 from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
 from switchcli.checkpoint.fsops import DISK
+from switchcli.checkpoint.tensor_file import TensorSpec, tensor_spec
 from switchcli.data.batch import TeacherTopK
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.training.distillation_specs import TeacherCacheSpec
@@ -35,6 +38,10 @@ MAX_FACTS_BYTES = 1 << 20
 """Largest `answers.json` that is read."""
 MAX_FILE_BYTES = 1 << 23
 """Largest file of answers, unless one step is larger."""
+MAX_HEADER_BYTES = 1 << 16
+"""Most bytes of a file besides those of its tensors."""
+SUM_TOLERANCE = 0.01
+"""Distance of a target's probabilities from a sum of 1 that rounding explains: bfloat16 has an error of 0.004."""
 ELSEWHERE = "name another folder by distill.cache.folder"
 _FILE_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
 _DIFFERENCES: Mapping[str, str] = {
@@ -62,8 +69,17 @@ class _CacheFile(NamedTuple):
 class TeacherCache:
     """A folder with a teacher's answers to the batches of a run, R rows a step."""
 
-    def __init__(self, folder: Path, rows: int) -> None:
-        self._folder, self._rows = folder, rows
+    def __init__(self, folder: Path, settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> None:
+        """A step has R rows with T targets each. The ids are those of a `vocabulary` of so many tokens."""
+        self._folder, self._rows, self._vocabulary = folder, rows, vocabulary
+        self._step_bytes = bytes_per_step(settings, rows, targets, vocabulary)
+        top_k = min(settings.top_k, vocabulary)
+        self._specs = {
+            "ids_BTK": TensorSpec(id_dtype(vocabulary), (targets, top_k)),
+            "probability_BTK": TensorSpec(settings.dtype, (targets, top_k)),
+            "rest_BT": TensorSpec(settings.dtype, (targets,)),
+        }
+        """Dtype and shape of each tensor of a file, without its first dim: the rows of its steps."""
         self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
 
     def is_begun(self, facts: Facts) -> bool:
@@ -96,19 +112,23 @@ class TeacherCache:
                 publish.write_file(self._folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 
     def damaged(self) -> list[Path]:
-        """Return the files whose bytes do not match their digest. All files are read."""
+        """Return the files that are not what the teacher answered. All files are read."""
+        damaged = []
         with disk_errors(self._folder, ELSEWHERE):
-            files = self._files() if self._folder.exists() else []
-            return [file.path for file in files if not _matches_digest(file)]
+            for file in self._files() if self._folder.exists() else []:
+                try:
+                    self._tensors(file)
+                except ValueError:
+                    damaged.append(file.path)
+        return damaged
 
-    def missing(self, first: int, stop: int, step_bytes: int) -> list[range]:
-        """Return the steps from `first` to `stop` - 1 without answers, as one range of steps for each file to write.
-
-        `step_bytes` are the bytes of one step.
-        """
+    def missing(self, first: int, stop: int) -> list[range]:
+        """Return the steps from `first` to `stop` - 1 without answers, as one range of steps for each file to write."""
         with disk_errors(self._folder, ELSEWHERE):
-            cached = {step for file in self._files() for step in range(file.first, file.stop)}
-        steps_per_file = max(1, MAX_FILE_BYTES // step_bytes)
+            files = self._files()
+        # Within the bounds, as the name of a file may claim any number of steps.
+        cached = {step for file in files for step in range(max(first, file.first), min(stop, file.stop))}
+        steps_per_file = max(1, MAX_FILE_BYTES // self._step_bytes)
         ranges: list[range] = []
         for step in range(first, stop):
             if step in cached:
@@ -144,26 +164,53 @@ class TeacherCache:
             return TeacherTopK(*(tensors[name][start : start + count].clone() for name in TeacherTopK._fields))
 
     def _load(self, step: int) -> tuple[_CacheFile, Mapping[str, torch.Tensor]]:
-        """Return the file with a step, and its tensors in memory. The last file stays in memory.
-
-        The tensors come from the very bytes whose digest was checked, so a file that changes later does no harm.
-        """
+        """Return the file with a step, and its tensors in memory. The last file stays in memory."""
         if self._loaded is not None and self._loaded[0].first <= step < self._loaded[0].stop:
             return self._loaded
         file = next((file for file in self._files() if file.first <= step < file.stop), None)
         if file is None:
             raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to get them")
         try:
-            with open_regular(file.path) as opened:
-                content = opened.read()
-            if not hashlib.sha256(content).hexdigest().startswith(file.digest):
-                raise SafetensorError("its SHA-256 is not that of its name")
-            self._loaded = file, safetensors.torch.load(content)
-        except SafetensorError as error:
+            self._loaded = file, self._tensors(file)
+        except ValueError as error:
             raise CheckpointError(
                 f"{file.path}: is damaged ({error}): the same command asks the teacher again"
             ) from error
         return self._loaded
+
+    def _tensors(self, file: _CacheFile) -> Mapping[str, torch.Tensor]:
+        """Return the tensors of a file. Raises ValueError if they are not a teacher's answers to its steps.
+
+        The tensors come from the very bytes whose digest was checked, so a file that changes later does no harm.
+        """
+        num_steps = file.stop - file.first
+        with open_regular(file.path) as opened:
+            if os.fstat(opened.fileno()).st_size > num_steps * self._step_bytes + MAX_HEADER_BYTES:
+                raise ValueError(f"it is larger than the answers to {num_steps} steps")
+            content = opened.read()
+        if not hashlib.sha256(content).hexdigest().startswith(file.digest):
+            raise ValueError("its SHA-256 is not that of its name")
+        try:
+            tensors = safetensors.torch.load(content)
+        except (SafetensorError, KeyError) as error:  # KeyError: an unknown dtype
+            raise ValueError(str(error)) from error
+        specs = {
+            name: TensorSpec(dtype, (num_steps * self._rows, *shape)) for name, (dtype, shape) in self._specs.items()
+        }
+        found = {name: tensor_spec(tensor) for name, tensor in tensors.items()}
+        if wrong := next((name for name in {**specs, **found} if found.get(name) != specs.get(name)), None):
+            raise ValueError(
+                f"{wrong} is {found.get(wrong, 'missing')}, where {specs.get(wrong, 'nothing')} is expected"
+            )
+        ids_BTK, probability_BTK, rest_BT = (tensors[name] for name in TeacherTopK._fields)
+        if bool((ids_BTK.int() < 0).any()) or bool((ids_BTK.int() >= self._vocabulary).any()):
+            raise ValueError(f"an id is not below {self._vocabulary}, the size of the vocabulary")
+        # Comparisons with NaN are false, so a sound value is one for which they hold.
+        sum_BT = probability_BTK.float().sum(-1) + rest_BT.float()
+        is_sound_BT = ((probability_BTK >= 0).all(-1)) & (rest_BT >= 0) & ((sum_BT - 1).abs() <= SUM_TOLERANCE)
+        if not is_sound_BT.all():
+            raise ValueError("the probabilities of a target are negative, or do not sum to 1")
+        return tensors
 
     def _files(self) -> list[_CacheFile]:
         files = []
@@ -177,7 +224,7 @@ class TeacherCache:
         """Raise a CheckpointError if the facts of the folder are not `facts`."""
         try:
             written = json.loads(read_regular(self._folder / FACTS, MAX_FACTS_BYTES))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             written = None
         if not isinstance(written, dict):
             raise CheckpointError(f"{self._folder / FACTS}: is damaged: {ELSEWHERE}")
@@ -190,11 +237,6 @@ class TeacherCache:
 def _is_leftover(path: Path) -> bool:
     """Return whether the name is that of a temporary file, or of a probe of the disk."""
     return bool(publish.TEMPORARY.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
-
-
-def _matches_digest(file: _CacheFile) -> bool:
-    with open_regular(file.path) as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest().startswith(file.digest)
 
 
 def bytes_per_step(settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
+from switchcli.errors import NumericsError
 from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
@@ -91,10 +92,18 @@ def evaluate_rows(
 
     A batch has `rows_each` rows, rounded up to a multiple of the model's groups. For the other parameters see
     `evaluate`.
+
+    Raises:
+        NumericsError: the neg. log perplexity is not finite. All ranks raise it.
     """
     group = model.spec.group_sequences
     batch_rows = -(-rows_each // group) * group
-    return evaluate(model, objective, rank_batches(text, batch_rows, context.dp_rank, context.dp_size), context, policy)
+    batches = rank_batches(text, batch_rows, context.dp_rank, context.dp_size)
+    metrics = evaluate(model, objective, batches, context, policy)
+    neg_log_perplexity = float(metrics[NEG_LOG_PERPLEXITY].value())
+    if not math.isfinite(neg_log_perplexity):
+        raise NumericsError(f"the held-out neg. log perplexity is {neg_log_perplexity}", "take an older checkpoint")
+    return metrics
 
 
 def reduce(metrics: Metrics, context: DistributedContext) -> Metrics:

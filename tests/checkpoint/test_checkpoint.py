@@ -1,13 +1,18 @@
 """Checkpoints: what is saved is what is read, in every kind of tensor, and what must not be read is refused."""
 
+import builtins
+import errno
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,7 +20,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from messages import naming
-from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, wanted
+from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, state_json, wanted
 from torch import Tensor
 
 from switchcli.checkpoint import checkpoint as checkpoints
@@ -23,7 +28,7 @@ from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, NumericsError
 
 
 def fail(text: str) -> None:
@@ -65,7 +70,7 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": b'{"step": 1}'})
+    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": state_json(step=1)})
     assert Checkpoint.open(path).read("optimizer", {}) == {}
     assert not list(path.glob("optimizer-*"))
 
@@ -94,9 +99,9 @@ def test_any_tensors_are_encoded_as_by_the_library(named: dict[str, Tensor]) -> 
     assert tensor_file.encode(named, {"format": "pt"}) == safetensors.torch.save(contiguous, {"format": "pt"})
 
 
-def test_not_a_number_is_kept_bit_for_bit(tmp_path: Path) -> None:
-    odd = {"a": torch.tensor([0x7FC00001, -1, 1], dtype=torch.int32).view(torch.float32)}
-    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": b'{"step": 1}'})
+def test_the_smallest_and_the_largest_numbers_are_kept_bit_for_bit(tmp_path: Path) -> None:
+    odd = {"a": torch.tensor([1, -(1 << 31), 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)}  # 1e-45, -0.0, 3e38
+    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": state_json(step=1)})
     assert torch.equal(Checkpoint.open(path).read("model", odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
 
 
@@ -109,7 +114,7 @@ def test_tensors_are_spread_over_files_of_bounded_size() -> None:
 
 
 def test_files_may_be_written_by_several(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": b'{"step": 1}'})
+    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": state_json(step=1)})
     safetensors.torch.save_file({"experts.3.wi": torch.zeros(3)}, path / "model-00007.safetensors")
     reseal(path)
     read = Checkpoint.open(path).read("model", {"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
@@ -119,7 +124,7 @@ def test_files_may_be_written_by_several(tmp_path: Path) -> None:
 
 def test_a_step_is_saved_again_in_place_of_the_first(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
-    path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": b'{"step": 4}'})
+    path = save(tmp_path, 4, model={"a": torch.ones(1)}, optimizer={}, documents={"state.json": state_json(step=4)})
     assert torch.equal(Checkpoint.open(path).read("model", {"a": torch.ones(1)})["a"], torch.ones(1))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -368,6 +373,48 @@ def test_links_pipes_and_folders_are_not_read(tmp_path: Path, target: str) -> No
         Checkpoint.open(path)
 
 
+@pytest.mark.parametrize("file", ["state.json", "model-00000.safetensors", "MANIFEST"])
+@pytest.mark.parametrize("call", ["open", "read"])
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        *((errno.EIO, "unreadable"), (errno.ENOENT, "missing"), (errno.ENXIO, "missing"), (errno.ELOOP, "link")),
+        *((errno.EACCES, ""), (errno.EMFILE, ""), (errno.ENOMEM, ""), (errno.ESTALE, "")),
+    ],
+)
+def test_a_sector_that_cannot_be_read_is_damage_and_a_machine_that_refuses_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, why: str, call: str, file: str
+) -> None:
+    save_step(tmp_path, 4)
+    path, warnings = save_step(tmp_path, 8), []
+
+    class Stream(io.FileIO):
+        def refuse(self, *arguments: object) -> Any:
+            raise OSError(number, os.strerror(number))
+
+        read = readinto = readall = refuse  # type: ignore[assignment]
+
+    def refuse_open(name: Any, *arguments: Any, **settings: Any) -> Any:
+        if Path(name) != path / file:
+            return builtins.open(name, *arguments, **settings)  # noqa: PTH123
+        if call == "open":
+            raise OSError(number, os.strerror(number))
+        return Stream(name)
+
+    monkeypatch.setattr(manifests, "open", refuse_open, raising=False)
+    if not why:
+        with pytest.raises(CheckpointError, match=naming(file, os.strerror(number), "make it readable")) as raised:
+            latest(tmp_path, warnings.append)
+        assert not isinstance(raised.value, DamagedError)
+        assert path.exists()
+        return
+    found = latest(tmp_path, warnings.append)
+    assert found is not None
+    assert found.step == 4
+    assert file in warnings[0]
+    assert [each.name for each in sorted(tmp_path.iterdir())] == ["step-00000004", f"step-00000008.bad-{why}"]
+
+
 def test_files_that_the_manifest_does_not_name_are_ignored(tmp_path: Path) -> None:
     path = save_step(tmp_path, 4)
     (path / "model-00009.safetensors").write_bytes(b"garbage")
@@ -404,12 +451,19 @@ def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: byt
             b"[" * 100_000,
             b"\xff",
             b"{}",
-            b'{"step": 3}',
-            b'{"step": "4"}',
-            b'{"step": 1e400}',
+            b'{"step": 4}',
+            b'{"step": 4, "targets_seen": 0}',
+            b'{"step": 4, "seconds": 0.0}',
         ),
-        *(b'{"step": 4, "best": [1]}', b'{"step": 4, "window": {"loss": [1]}}', b'{"step": 4, "figures": {"a": NaN}}'),
-        *(b'{"step": 4, "targets_seen": 9223372036854775808}', b'{"step": 4, "position": [-1]}'),
+        *(state_json(step=step) for step in (3, "4", 1e400, -4, None, True)),
+        *(state_json(step=4, targets_seen=targets) for targets in (-1, 2**63, 1.5, None)),
+        *(state_json(step=4, seconds=seconds) for seconds in (-1.0, 1e10, "1", math.inf)),
+        *(state_json(step=4, figures=metrics) for metrics in ([1], {"a": math.nan}, {"a": "1"})),
+        *(state_json(step=4, best=best) for best in ([1], {"a": [1.0]}, {"a": [1.0, -1]}, {"a": [1.0, 5]})),
+        *(state_json(step=4, branch=branch) for branch in ([-1, 0, 0, True], [0, -1, 0, True], [5, 0, 0, True])),
+        *(state_json(step=4, window={"loss": loss}) for loss in ([1], [1, [2]], [[1, 2], [1]], [[[1], [1, 2]], 1])),
+        *(state_json(step=4, skipped_steps=[skipped]) for skipped in ([3, 1], [-1, 1], [1])),
+        *(state_json(step=4, evaluated_step=5), state_json(step=4, position=[-1])),
     ],
 )
 def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -420,9 +474,46 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) ->
         Checkpoint.open(path)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"best": {"a": [1.0, 4]}, "evaluated_step": 4, "skipped_steps": [[1, 1], [3, 9]], "branch": [4, 0, -8, True]},
+        {"window": {"loss": [1.0, 2], "load": [[[1], [2]], 3], "each": [[1, 2], [3, 4]]}, "seconds": 9.9e9},
+    ],
+)
+def test_a_state_at_its_limits_is_read(tmp_path: Path, state: dict[str, Any]) -> None:
+    path = save_step(tmp_path, 4)
+    (path / "state.json").write_bytes(state_json(step=4, **state))
+    reseal(path)
+    assert Checkpoint.open(path).step == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("group", ["model", "optimizer"])
+def test_a_number_that_is_not_finite_is_refused_where_it_is_read(
+    tmp_path: Path, group: checkpoints.TensorGroup, value: float, dtype: torch.dtype
+) -> None:
+    tensors = {
+        "sound": torch.full((3,), torch.finfo(dtype).max, dtype=dtype),
+        "empty": torch.ones(0),
+        "ids": torch.ones(2, dtype=torch.int64),
+    }
+    bad_AB = torch.zeros(4, 5, dtype=dtype)
+    bad_AB[2, 4] = value
+    groups = {"model": {}, "optimizer": {}} | {group: tensors | {"bad": bad_AB}}
+    save(tmp_path, 1, **groups, documents={"state.json": state_json(step=1)})
+    read = Checkpoint.open(tmp_path / "step-00000001").read(group, wanted(groups[group]))
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    for access in (lambda: read["bad"], lambda: read.read_slice("bad", (slice(2, 3), slice(0, 5)))):
+        with pytest.raises(NumericsError, match=naming("step-00000001", f"{group}-00000.safetensors", "bad", "NaN")):
+            access()
+    assert torch.equal(read.read_slice("bad", (slice(0, 2), slice(0, 5))), bad_AB[:2])  # a rank reads its part alone
+
+
 def test_what_a_later_version_adds_to_a_state_is_no_damage(tmp_path: Path) -> None:
     path = save_step(tmp_path, 4)
-    (path / "state.json").write_bytes(b'{"step": 4, "other": 1}')
+    (path / "state.json").write_bytes(state_json(step=4, other=1))
     reseal(path)
     assert Checkpoint.open(path).step == 4
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from faulty_files import Crash, FaultyFiles, LossyFiles, crash
 from messages import naming
-from saved import MODEL, OPTIMIZER, equal, numbered, save_step, wanted
+from saved import MODEL, OPTIMIZER, equal, numbered, save_step, state_json, wanted
 
 from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
 from switchcli.checkpoint.fsops import DISK, FileOperations
@@ -208,8 +208,8 @@ def test_a_limit_on_the_size_of_files_is_met_as_a_full_disk_is(tmp_path: Path) -
     for limit in (0, 1, 100, 20_000, 40_000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(CheckpointError, match=naming("File too large", "40,011 bytes", "ulimit -f")):
-                save(tmp_path, 8, model=big, optimizer={}, documents={"state.json": b'{"step": 8}'})
+            with pytest.raises(CheckpointError, match=naming("File too large", "40,046 bytes", "ulimit -f")):
+                save(tmp_path, 8, model=big, optimizer={}, documents={"state.json": state_json(step=8)})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

@@ -418,8 +418,11 @@ def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
     kept = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
     assert switchcli(*kept, "--cache-only").code == 0
     note = Path("answers/teacher.json")
-    before = json.loads(note.read_text())["measured"]["figures"]
-    for broken in ("", "{}", '{"measured": {"figures": 1}}'):
+    written = json.loads(note.read_text())
+    before = written["measured"]["figures"]
+    wrong_figures = ({}, {"held_out/neg_log_perplexity": float("nan")}, {"held_out/neg_log_perplexity": "best"})
+    wrong = [json.dumps({**written, "measured": {**written["measured"], "figures": one}}) for one in wrong_figures]
+    for broken in ("", "{}", '{"measured": {"figures": 1}}', "[" * 100_000, *wrong):
         note.write_text(broken)
         assert switchcli(*kept, "--cache-only").code == 0
         assert json.loads(note.read_text())["measured"]["figures"] == before

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.convert import config as configs
-from switchcli.errors import CheckpointError, DataError, RecipeError, SwitchError
+from switchcli.errors import CheckpointError, DataError, NumericsError, RecipeError, SwitchError
 from switchcli.runs.loading import load_checkpoint
 
 WI = "encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"
@@ -148,8 +148,6 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "other shape": (change(WI, torch.zeros(41, 24)), (WI, "[41, 24]", "[40, 24]", "config.json")),
     "other type": (change(WI, torch.zeros(40, 24, dtype=torch.int8)), (WI, "I8", "float32, bfloat16")),
     "float64": (change(WI, torch.zeros(40, 24, dtype=torch.float64)), (WI, "F64", "float32, bfloat16")),
-    "NaN": (change(WI, torch.full((40, 24), float("nan"))), (WI, "NaN")),
-    "infinity": (change(WI, torch.full((40, 24), float("-inf"))), (WI, "infinity")),
     "unknown tensor": (change("encoder.extra.weight", torch.zeros(1)), ("encoder.extra.weight", "config.json")),
     "untied embedding": (
         change("encoder.embed_tokens.weight", torch.zeros(61, 24)),
@@ -255,6 +253,14 @@ def test_what_is_not_whole_is_refused_and_nothing_is_written(case: str, folder: 
     with pytest.raises(CheckpointError) as refusal:
         load_checkpoint(folder, torch.device("cpu"), NoWarnings())
     assert not missing(words, str(refusal.value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_refused_and_nothing_is_written(value: float, folder: Path) -> None:
+    change(WI, torch.full((40, 24), value))(folder)
+    said = refused(folder, folder.parent / "ours", "--to", "switchcli", kind=NumericsError)
+    assert not missing(("model.safetensors", WI, "NaN or infinity"), said), said
+    assert [path.name for path in folder.parent.iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff"])

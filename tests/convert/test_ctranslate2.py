@@ -76,6 +76,34 @@ def test_it_computes_the_same_there(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(log_p_T, expected_T[: len(log_p_T)], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gates_of_every_size_are_computed_there(tied: bool, tmp_path: Path) -> None:
+    """Initial gates are so small that GELU is nearly linear: here they reach from -5 to 5."""
+    spec = ModelSpec(**OURS, activation="geglu", tie_embeddings=tied)
+    source = ours(tmp_path, spec, feed_forward_scale=4.0)
+    model = opened(source)
+    inputs_BS, answers_BT = rows(model, TEXTS), rows(model, ["abc", "zz", "a b", "h"])
+    gates: list[torch.Tensor] = []
+    gate = model.model.encoder.blocks[0].feed_forward.layer.wi_gate
+    hook = gate.register_forward_hook(lambda module, arguments, output: gates.append(output))
+    with torch.no_grad():
+        log_p_BTV = model.model(inputs_BS, answers_BT).logits_BTV.log_softmax(-1)
+    hook.remove()
+    assert gates[0].min() < -3
+    assert gates[0].max() > 3
+
+    assert convert(source, tmp_path / "there", "--to", "ctranslate2").exit_code == 0
+    tokens = json.loads((tmp_path / "there/shared_vocabulary.json").read_text())
+    inputs, answers = (
+        [[tokens[index] for index in row if index not in left_out] for row in ids.tolist()]
+        for ids, left_out in ((inputs_BS, (PAD,)), (answers_BT, (PAD, EOS)))
+    )
+    expected_BT = log_p_BTV.gather(2, answers_BT.unsqueeze(2)).squeeze(2)
+    for expected_T, score in zip(expected_BT, translator(tmp_path / "there").score_batch(inputs, answers), strict=True):
+        log_p_T = torch.tensor(score.log_probs)
+        torch.testing.assert_close(log_p_T, expected_T[: len(log_p_T)], rtol=1e-4, atol=1e-4)
+
+
 def test_its_tokenizer_gives_the_tokens_of_an_input_and_the_text_of_an_answer(tmp_path: Path) -> None:
     source = ours(tmp_path, SPECS["T5 1.0"])
     assert convert(source, tmp_path / "there", "--to", "ctranslate2").exit_code == 0

@@ -64,10 +64,14 @@ def from_pretrained(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def ours(folder: Path, spec: ModelSpec) -> Path:
-    """A checkpoint of random weights."""
+def ours(folder: Path, spec: ModelSpec, feed_forward_scale: float = 1.0) -> Path:
+    """A checkpoint of random weights. Those of feed-forwards are initial ones times `feed_forward_scale`."""
     model = SwitchTransformer(spec)
     initialize(model, 5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".feed_forward.layer.w" in name:
+                weight.mul_(feed_forward_scale)
     recipe = PretrainRecipe(
         model=spec,
         data=DataSpec(tokenizer=TokenizerFile(path="tokenizer.json")),

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ranks import on_ranks
-from tiny import SPARSE, a_model, rows
+from tiny import SPARSE, TARGET, a_model, rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest
@@ -14,24 +14,28 @@ from switchcli.training.distillation_specs import TeacherCacheSpec
 from switchcli.training.teacher_cache import TeacherCache
 from switchcli.training.teacher_cache_writer import TeacherCacheWriter
 
-ROWS, STEPS, BYTES = 4, 6, 1 << 22
+ROWS = 4
+SETTINGS = TeacherCacheSpec(folder="unused", top_k=5)
+
+
+def cache(folder: Path) -> TeacherCache:
+    return TeacherCache(folder, SETTINGS, ROWS, TARGET, SPARSE.vocab_size)
 
 
 def ask(folder: Path) -> list[str]:
     """The names of the files, which hold their digests."""
-    store = TeacherCache(folder, ROWS)
+    store = cache(folder)
     context = DistributedContext("cpu", "float32")
     model = a_model(SPARSE, seed=2)
     evaluate_by(model, "dropless")
-    settings = TeacherCacheSpec(folder=str(folder), top_k=5)
-    asking = TeacherCacheWriter(Teacher(model, "float32", 1.0), settings, rows, ROWS, 2, packed=False)
-    asking.fill(store, store.missing(0, STEPS, BYTES), context, silent(), StopRequest())
+    asking = TeacherCacheWriter(Teacher(model, "float32", 1.0), SETTINGS, rows, ROWS, 2, packed=False)
+    asking.fill(store, [range(2), range(2, 4), range(4, 6)], context, silent(), StopRequest())
     return sorted(path.name for path in folder.iterdir())
 
 
 def test_ranks_share_the_asking_and_the_answers_are_those_of_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        TeacherCache(tmp_path / name, ROWS).begin({"teacher": "one"})
+        cache(tmp_path / name).begin({"teacher": "one"})
     (alone,) = on_ranks(1, ask, tmp_path / "one")
-    assert len(alone) == 1 + STEPS // 2
+    assert len(alone) == 1 + 3
     assert on_ranks(2, ask, tmp_path / "two") == [alone, alone]

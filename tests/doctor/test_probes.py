@@ -1,6 +1,8 @@
 """Each probe passes a sound model, and finds by itself the one thing that is broken in another."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -9,11 +11,12 @@ from subjects import findings, ours, verdicts
 from torch import nn
 
 from switchcli.doctor import texts
-from switchcli.doctor.probes import PROBES
-from switchcli.doctor.subject import Subject
+from switchcli.doctor.probes import EQUAL_LOGITS, PROBES, idle_gradients, padding, router_balance
+from switchcli.doctor.subject import ForwardTrace, ProbeText, Subject
 from switchcli.model import transformer
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer
-from switchcli.model.moe.router import Routing, SwitchRouter, TokenChoiceRouter
+from switchcli.model.moe.router import Mode, Routing, SwitchRouter, TokenChoiceRouter
+from switchcli.spec import PAD
 
 Patch = pytest.MonkeyPatch
 SWITCH = {"kind": "switch"}
@@ -120,6 +123,17 @@ def padding_is_routed(patch: Patch) -> Subject:
     return ours()
 
 
+def padding_takes_slots(patch: Patch) -> Subject:
+    """Wrong only where a capacity counts."""
+    assign = TokenChoiceRouter.assign
+
+    def blind(self: SwitchRouter, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str) -> Routing:
+        return assign(self, logits_GNE, torch.ones_like(real_GN) if mode == "paper" else real_GN, mode)
+
+    patch.setattr(TokenChoiceRouter, "assign", blind)
+    return ours()
+
+
 def rows_are_mixed(patch: Patch) -> Subject:
     forward = transformer.Encoder.forward
     patch.setattr(transformer.Encoder, "forward", lambda self, x, *rest: forward(self, x + x.mean(0), *rest))
@@ -170,6 +184,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = 
         set(),
     ),
     "padding is routed": (padding_is_routed, "fail", {"padding"}, set()),
+    "padding takes slots": (padding_takes_slots, "fail", {"padding"}, set()),
     "rows are mixed": (rows_are_mixed, "fail", {"batch neighbours"}, set()),
     "always a capacity": (a_capacity_whatever_the_policy, "fail", {"cached decoding"}, set()),
     "always the paper's": (
@@ -190,7 +205,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = 
 }
 
 
-@pytest.mark.fast("collapsed", "renormalized gate")
+@pytest.mark.fast("collapsed", "renormalized gate", "padding takes slots")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, verdict, named, also_warned = BROKEN[case]
@@ -203,6 +218,64 @@ def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pyte
 
 def test_every_probe_is_shown_to_fail() -> None:
     assert {probe.name for probe in PROBES} == {name for _, _, named, _ in BROKEN.values() for name in named}
+
+
+@pytest.mark.parametrize("mode", ["paper", "dropless"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("factor", "verdict"), [(0.8, "pass"), (1.3, "fail")])
+def test_padding_may_change_the_logits_by_rounding_alone(mode: Mode, side: str, factor: float, verdict: str) -> None:
+    subject = ours()
+    forward = subject.forward
+
+    def padded_is_off(text: ProbeText, of: Mode = "paper", autocast: bool = False) -> ForwardTrace:
+        trace = forward(text, of, autocast)
+        if of == mode and (text.inputs_BS[:, 0 if side == "left" else -1] == PAD).all():
+            trace.logits_BTV[0, 0, 0] += factor * EQUAL_LOGITS * trace.logits_BTV.std()
+        return trace
+
+    subject.forward = padded_is_off  # type: ignore[method-assign]
+    assert padding(subject).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "loss", "verdict"),
+    [
+        *(
+            (2, 1.0, "pass"),
+            (2, 1.49, "pass"),
+            (2, 1.5, "warn"),
+            (2, 1.79, "warn"),
+            (2, 1.81, "fail"),
+            (2, 2.0, "fail"),
+        ),
+        *((3, 1.99, "pass"), (3, 2.0, "warn"), (3, 2.59, "warn"), (3, 2.61, "fail")),
+        *((8, 1.99, "pass"), (8, 2.01, "warn"), (8, 6.59, "warn"), (8, 6.61, "fail")),
+    ],
+)
+@pytest.mark.parametrize("worst", [0, 1])
+def test_a_layer_is_judged_by_its_balance_loss(num_experts: int, loss: float, verdict: str, worst: int) -> None:
+    stats = [SimpleNamespace(load_balancing_loss=torch.tensor(loss if layer == worst else 1.0)) for layer in range(2)]
+    subject = SimpleNamespace(
+        num_experts=num_experts,
+        layers=("first", "second"),
+        vocab_size=211,
+        batch_multiple=1,
+        initialized=True,
+        forward=lambda text: SimpleNamespace(router_stats=stats),
+    )
+    result = router_balance(cast("Subject", subject))
+    assert (result.verdict, result.value) == (verdict, pytest.approx(loss))
+    assert subject.layers[worst] in result.measured or loss == 1.0
+
+
+def test_a_frozen_weight_needs_no_gradient() -> None:
+    subject = ours()
+    frozen = next(weight for name, weight in subject.parameters.items() if "experts" in name)
+    frozen.requires_grad_(False)
+    assert (idle_gradients(subject).verdict, idle_gradients(subject).value) == ("pass", 0)
+    subject.model.encoder.unused = nn.Parameter(torch.zeros(1))
+    result = idle_gradients(subject)
+    assert (result.verdict, result.value, "encoder.unused" in result.advice) == ("warn", 1, True)
 
 
 @pytest.mark.slow

@@ -109,3 +109,16 @@ def test_compiled_code_computes_all_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     arguments = x_AD, weight_EFD, torch.tensor([2, 6], dtype=torch.int32)
     compiled = torch.compile(grouped_product, backend="eager", fullgraph=True)
     assert torch.equal(compiled(*arguments), grouped_product(*arguments))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (700, 600)])
+def test_float64_is_computed_in_float64_on_a_cpu(inputs: int, outputs: int) -> None:
+    """Also where the weights fit into the cache, and torch's grouped product, which has no float64, would be called."""
+    torch.manual_seed(0)
+    counts = [3, 0, 9]
+    x_AD = torch.randn(sum(counts), inputs, dtype=torch.float64, requires_grad=True)
+    weight_EFD = torch.randn(len(counts), outputs, inputs, dtype=torch.float64, requires_grad=True)
+    y_AF = grouped_product(x_AD, weight_EFD, torch.tensor(counts).cumsum(0).int())
+    found = y_AF, *torch.autograd.grad(y_AF.square().sum(), (x_AD, weight_EFD))
+    y_AF = torch.cat([rows @ weight.mT for rows, weight in zip(x_AD.split(counts), weight_EFD, strict=True)])
+    torch.testing.assert_close(found, (y_AF, *torch.autograd.grad(y_AF.square().sum(), (x_AD, weight_EFD))))

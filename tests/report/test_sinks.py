@@ -30,8 +30,12 @@ def test_one_object_a_line_read_back_exactly(tmp_path: Path) -> None:
 
 
 def test_what_json_does_not_have_becomes_null(tmp_path: Path) -> None:
-    JsonLines(tmp_path / "m").write({"step": 1, "loss": math.nan, "norm": math.inf})
-    assert (tmp_path / "m").read_text() == '{"step": 1, "loss": null, "norm": null}\n'
+    JsonLines(tmp_path / "m").write(
+        {"step": 1, "loss": math.nan, "norm": math.inf, "loads": [[1.0, -math.inf], {"a": math.nan}]}
+    )
+    assert (
+        tmp_path / "m"
+    ).read_text() == '{"step": 1, "loss": null, "norm": null, "loads": [[1.0, null], {"a": null}]}\n'
 
 
 def test_an_interrupted_file_ends_like_one_never_stopped(tmp_path: Path) -> None:

@@ -172,9 +172,41 @@ def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
 def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path: Path) -> None:
     parts = Parts(tmp_path, NOISY, Adafactor(), seed=0)
     weights = logical_tensors(parts.model)
-    path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": b"{}"})
+    path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": TrainState().to_json({})})
     with pytest.raises(CheckpointError, match=naming("step-00000000", "optimizer state", "start.optimizer=reset")):
         load_optimizer_state(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
+
+
+@pytest.mark.parametrize(
+    ("spec", "slot", "is_refused"),
+    [
+        (Adafactor(), "optimizer/steps", True),
+        (Adafactor(), "embedding/moment", True),
+        (Adafactor(min_dim_to_factor=1), "embedding/row", True),
+        (Adafactor(min_dim_to_factor=1), "embedding/column", True),
+        (AdamW(), "embedding/step", True),
+        (AdamW(), "embedding/exp_avg_sq", True),
+        (AdamW(), "embedding/exp_avg", False),  # a mean of gradients
+    ],
+)
+def test_an_optimizer_state_that_no_run_wrote_is_refused(
+    tmp_path: Path, spec: OptimizerSpec, slot: str, is_refused: bool
+) -> None:
+    before, after = (Parts(tmp_path, NOISY, spec, seed=0) for _ in range(2))
+    before.train(1)
+    before.optimizer.state()[slot].view(-1)[-1] = -1
+    before.saver.save(before.state)
+    saved = checkpoint.Checkpoint.open(tmp_path / "step-00000001")
+    restores = (
+        lambda: after.saver.restore(after.state, NoWarnings()),
+        lambda: load_optimizer_state(after.optimizer, saved, range(NOISY.num_experts)),
+    )
+    for restore in restores:
+        if not is_refused:
+            restore()
+            continue
+        with pytest.raises(CheckpointError, match=naming("step-00000001", slot, "-1")):
+            restore()
 
 
 def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:

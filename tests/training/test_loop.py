@@ -98,6 +98,41 @@ def test_every_step_is_taken_once_with_its_own_data_and_rate() -> None:
     assert run.state.seconds > 0.0
 
 
+class Gradients(Optimizer):
+    """Notes the gradients, and moves nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(dict(model.named_parameters()))
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self, learning_rate: float) -> None:
+        gradients = [weight.grad.flatten() for weight in self.parameters.values() if weight.grad is not None]
+        self.gradients.append(torch.cat(gradients))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def gradient(clip_norm: float | None) -> tuple[torch.Tensor, float]:
+    """The gradient that the optimizer gets in the first step, and the norm that the run reports."""
+    run = Run()
+    run.optimizer = Gradients(run.model)
+    run.fit(steps=1, clip_norm=clip_norm)
+    return run.optimizer.gradients[0], float(run.state.metrics_since_log["gradient_norm"].value())
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 0.999, 1.001, 2.0, 100.0])
+def test_a_gradient_is_scaled_down_to_the_bound_and_never_up(ratio: float) -> None:
+    plain, norm = gradient(None)
+    assert norm == pytest.approx(float(plain.norm()), rel=1e-5)
+    clipped, reported = gradient(ratio * norm)
+    assert reported == pytest.approx(norm, rel=1e-6)  # the norm before clipping
+    if ratio > 1:
+        assert torch.equal(clipped, plain)
+    else:
+        torch.testing.assert_close(clipped, ratio * plain, rtol=1e-4, atol=0)
+
+
 def test_callbacks_are_called_in_their_order_after_the_steps_that_they_are_due_at() -> None:
     calls: list[tuple[str, int]] = []
     run = Run()

@@ -54,6 +54,15 @@ def test_cosine_and_linear_part_ways_between() -> None:
     assert Linear(learning_rate=1.0)(25, 100) == pytest.approx(0.75)
 
 
+def test_the_end_value_is_reached_after_the_last_update() -> None:
+    end = {"learning_rate": 1.0, "final_fraction": 0.1}
+    assert Linear(**end)(99, 100) == pytest.approx(0.109)
+    assert 0.1 < Cosine(**end)(99, 100) < 0.101
+    assert InverseSquareRoot(decay_fraction=0.1)(99, 100) == pytest.approx(0.01 / 10)
+    assert Linear(**end)(100, 100) == Cosine(**end)(100, 100) == pytest.approx(0.1)
+    assert InverseSquareRoot(decay_fraction=0.1)(100, 100) == 0
+
+
 schedules = st.one_of(
     st.builds(
         InverseSquareRoot,

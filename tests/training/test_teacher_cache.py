@@ -1,9 +1,13 @@
 """A teacher's answers on disk: read back equal, whole after a kill, and refused where they are somebody else's."""
 
+import hashlib
+import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from faulty_files import Crash, FaultyFiles
 from messages import naming
@@ -55,15 +59,19 @@ def fill(
     return True
 
 
+def cache(folder: Path) -> TeacherCache:
+    return TeacherCache(folder, SPEC, ROWS, TARGET, SPARSE.vocab_size)
+
+
 def opened(folder: Path, facts: dict = FACTS) -> TeacherCache:
-    store = TeacherCache(folder, ROWS)
+    store = cache(folder)
     store.begin(facts)
     return store
 
 
 def filled(folder: Path, steps: int = STEPS) -> TeacherCache:
     store = opened(folder)
-    assert fill(store, store.missing(0, steps, 1), DistributedContext("cpu", "float32"))
+    assert fill(store, store.missing(0, steps), DistributedContext("cpu", "float32"))
     return store
 
 
@@ -86,7 +94,7 @@ def test_what_is_kept_is_what_the_teacher_says(tmp_path: Path) -> None:
         assert same(store.read(step, 1, 2), expected(step, 1, 2))
     again = opened(tmp_path / "a")
     assert all(map(torch.equal, again.read(3, 0, ROWS), store.read(3, 0, ROWS)))
-    assert again.missing(0, STEPS, 1) == []
+    assert again.missing(0, STEPS) == []
 
 
 def test_probabilities_add_up_and_are_in_order(tmp_path: Path) -> None:
@@ -109,24 +117,26 @@ def test_the_size_that_is_foretold_is_that_of_the_files(tmp_path: Path) -> None:
 def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None:
     store = filled(tmp_path / "a", steps=2)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    assert store.missing(0, STEPS, 1) == [range(2, STEPS)]
+    assert store.missing(0, STEPS) == [range(2, STEPS)]
     filled(tmp_path / "a")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert same(store.read(5, 0, ROWS), expected(5, 0, ROWS))
 
 
 def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 100)
+    step_bytes = bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size)
     store = opened(tmp_path / "a")
-    assert store.missing(0, 5, 40) == [range(2), range(2, 4), range(4, 5)]
-    assert store.missing(3, 5, 1000) == [range(3, 4), range(4, 5)]
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 3 * step_bytes - 1)
+    assert store.missing(0, 5) == [range(2), range(2, 4), range(4, 5)]
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", step_bytes - 1)
+    assert store.missing(3, 5) == [range(3, 4), range(4, 5)]
 
 
 def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
     store, context = opened(tmp_path / "a"), DistributedContext("cpu", "float32")
-    assert not fill(store, store.missing(0, STEPS, 1), context, StopWhenTwo(tmp_path / "a"))
-    left = store.missing(0, STEPS, 1)
+    assert not fill(store, store.missing(0, STEPS), context, StopWhenTwo(tmp_path / "a"))
+    left = store.missing(0, STEPS)
     assert left == [range(step, step + 1) for step in range(2, STEPS)]
     assert fill(store, left, context)
     assert same(store.read(4, 0, ROWS), expected(4, 0, ROWS))
@@ -143,7 +153,7 @@ def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, mon
             opened(folder).add(range(1), answers)
         struck = disk.struck
         store = opened(folder)
-        if store.missing(0, 1, 1):
+        if store.missing(0, 1):
             assert struck
             store.add(range(1), answers)
         assert all(map(torch.equal, store.read(0, 0, ROWS), answers))
@@ -175,7 +185,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "null"])
 def test_facts_that_are_broken_are_refused(tmp_path: Path, text: str) -> None:
     opened(tmp_path)
     (tmp_path / "answers.json").write_text(text)
@@ -189,10 +199,105 @@ def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Pa
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
-    store = TeacherCache(tmp_path, ROWS)
+    store = cache(tmp_path)
     assert store.damaged() == [part]
     with pytest.raises(CheckpointError, match=naming(part.name, "command")):
         store.read(0, 0, ROWS)
+    assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
+
+
+def rewritten(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[bytes], bytes]:
+    """Return the function that changes the tensors of a file."""
+
+    def change_content(content: bytes) -> bytes:
+        tensors = safetensors.torch.load(content)
+        change(tensors)
+        return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+    return change_content
+
+
+def value(name: str, number: float) -> Callable[[bytes], bytes]:
+    """Return the function that sets the last value of a tensor."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[-1:] = torch.tensor([number]).to(tensors[name].dtype)
+
+    return rewritten(change)
+
+
+WRONG: dict[str, Callable[[bytes], bytes]] = {
+    "no tensors": lambda content: safetensors.torch.save({}),
+    "no safetensors": lambda content: b"no safetensors",
+    "empty": lambda content: b"",
+    "larger than its steps": lambda content: content + bytes(1 << 17),
+    **{f"no {name}": rewritten(lambda tensors, name=name: tensors.pop(name)) for name in TeacherTopK._fields},
+    "one more tensor": rewritten(lambda tensors: tensors.update(more=torch.zeros(1))),
+    **{
+        f"{why} {name}": rewritten(lambda tensors, name=name, act=act: tensors.update({name: act(tensors[name])}))
+        for name in TeacherTopK._fields
+        for why, act in {
+            "flat": torch.flatten,
+            "short": lambda tensor: tensor[:-1],
+            "narrow": lambda tensor: tensor[:, :-1],
+            "other dtype of": lambda tensor: tensor.double(),
+        }.items()
+    },
+    "id of the vocabulary's size": value("ids_BTK", SPARSE.vocab_size),
+    "large id": value("ids_BTK", 65_535),
+    **{
+        f"{name} of {number}": value(name, number)
+        for name in ("probability_BTK", "rest_BT")
+        for number in (100.0, 1.1, -0.5, -1e-6, math.nan, math.inf, -math.inf)
+    },
+    "probabilities of 0": rewritten(lambda tensors: tensors["probability_BTK"].zero_()),
+    "halves": rewritten(lambda tensors: tensors["probability_BTK"].mul_(0.5)),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_answers_that_no_teacher_gave_are_refused_and_asked_for_again(tmp_path: Path, case: str) -> None:
+    filled(tmp_path)
+    (part,) = tmp_path.glob("steps-*")
+    content = WRONG[case](part.read_bytes())
+    part.unlink()
+    named = part.with_name(f"{part.name[:24]}{hashlib.sha256(content).hexdigest()[:32]}.safetensors")
+    assert len(named.name) == len(part.name)
+    named.write_bytes(content)
+    assert cache(tmp_path).damaged() == [named]
+    with pytest.raises(CheckpointError, match=naming(named.name, "command")):
+        cache(tmp_path).read(0, 0, ROWS)
+    assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
+    assert not named.exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rounded_probabilities_are_accepted(tmp_path: Path, dtype: str) -> None:
+    settings = SPEC.model_copy(update={"precision": dtype})
+    store = TeacherCache(tmp_path, settings, 1, 3, SPARSE.vocab_size)
+    store.begin(FACTS)
+    for step, largest in enumerate((1.0, 0.2, 0.99, 0.30001)):
+        probability_BTK = torch.full((1, 3, 5), largest) if largest == 0.2 else torch.zeros(1, 3, 5)
+        probability_BTK[..., 0] = largest
+        rest_BT = 1 - probability_BTK.sum(-1)
+        ids_BTK = torch.full((1, 3, 5), SPARSE.vocab_size - 1).to(id_dtype(SPARSE.vocab_size))
+        store.add(
+            range(step, step + 1),
+            TeacherTopK(ids_BTK, probability_BTK.to(settings.dtype), rest_BT.clamp(min=0).to(settings.dtype)),
+        )
+        store.read(step, 0, 1)
+    assert store.damaged() == []
+
+
+def test_a_name_may_claim_any_number_of_steps(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (part,) = tmp_path.glob("steps-*")
+    claims = part.with_name(part.name.replace("00000000-00000006", f"00000000-{10**12}"))
+    part.rename(claims)
+    assert cache(tmp_path).missing(0, 10) == []
+    assert cache(tmp_path).damaged() == [claims]
+    with pytest.raises(CheckpointError, match=naming(claims.name, "command")):
+        cache(tmp_path).read(0, 0, ROWS)
     assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
 
 

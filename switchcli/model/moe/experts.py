@@ -85,7 +85,7 @@ class Experts(nn.Module):
 def grouped_product(
     x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor, adds_to_grad: bool = False
 ) -> torch.Tensor:
-    """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, at most float32.
+    """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, float64 only on a CPU.
 
     `adds_to_grad`: see `Experts`. In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert,
     which waits for `end_E`.
@@ -106,8 +106,9 @@ def grouped_product(
 
 
 def _is_computed_per_expert(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
-    """Return whether a CPU computes x @ weight.T of each expert by itself."""
-    return weight_EFD.numel() * x_AD.element_size() > CPU_CACHE or cpu_products.speeds_up(x_AD, weight_EFD)
+    """Return whether a CPU computes x @ weight.T of each expert by itself. torch's grouped product has no float64."""
+    is_large = weight_EFD.numel() * x_AD.element_size() > CPU_CACHE
+    return is_large or x_AD.dtype == torch.float64 or cpu_products.speeds_up(x_AD, weight_EFD)
 
 
 class _ProductPerExpert(torch.autograd.Function):
