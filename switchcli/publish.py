@@ -75,7 +75,7 @@ def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
                 os.close(descriptor)
         for name in contents:
             (temporary / name).rename(folder / name)
-    _sync_folder(folder)
+        _sync_folder(folder)  # before the temporary folder goes
 
 
 def _write_and_sync(descriptor: int, content: Content, target: Path) -> None:

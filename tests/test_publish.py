@@ -4,9 +4,10 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -229,3 +230,60 @@ def test_a_file_is_replaced_on_a_file_system_without_permissions(
     for text in ("old", "new"):
         publish.write_file(tmp_path / "page", text)
     assert (tmp_path / "page").read_text() == "new"
+
+
+def restore_after_a_kill(target: Path) -> None:
+    with held(HOLD, str(target), "target.rename(folder / 'old')"):
+        pass
+    publish.remove_stale(target)
+
+
+def restore_after_a_failure(target: Path) -> None:
+    with suppress(ZeroDivisionError), publish.temporary_folder(target) as folder:
+        target.rename(folder / "old")
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        publish_a_folder,
+        restore_after_a_kill,
+        restore_after_a_failure,
+        lambda target: publish.write_file(target / "file", "new"),
+        lambda target: publish.write_files(target, {"file": "new", "other": "new"}),
+    ],
+)
+def test_a_power_cut_loses_no_name(
+    change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not synced may be lost, and what is removed later may be gone all the same."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "file").write_text("old")
+    unsynced: set[Path] = set()
+    fsync, rename = os.fsync, Path.rename
+
+    def record_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        unsynced.discard(Path(os.readlink(f"/proc/self/fd/{descriptor}")))  # noqa: PTH115 - may name a removed file
+
+    def record_rename(self: Path, other: Path) -> Path:
+        if other == target or target in other.parents:
+            unsynced.add(other.parent)
+        return rename(self, other)
+
+    def check_before(remove: Callable[..., None]) -> Callable[..., None]:
+        def checked(path: Path, *args: Any, **options: Any) -> None:
+            assert not unsynced or not os.path.lexists(path), f"{path} goes before {unsynced} is synced"
+            remove(path, *args, **options)
+
+        return checked
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    monkeypatch.setattr(Path, "unlink", check_before(Path.unlink))
+    monkeypatch.setattr(Path, "rmdir", check_before(Path.rmdir))
+    change(target)
+    assert not unsynced
+    assert target.exists()

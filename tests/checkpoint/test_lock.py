@@ -1,5 +1,6 @@
 """One run folder, one run: who wins, what the loser is told, and that the dead hold nothing."""
 
+import fcntl
 import json
 import os
 import platform
@@ -117,6 +118,24 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError), lock(tmp_path):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_lock_file_that_another_start_removes_meanwhile_is_no_lock(
+    is_made_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was opened, and is locked after the other start has failed and cleaned up."""
+    path, flock = tmp_path / "run.lock", fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        path.unlink()
+        if is_made_again:
+            path.touch()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match="again"), lock(tmp_path):
+        pytest.fail("two starts would have the folder")
 
 
 @pytest.mark.slow
