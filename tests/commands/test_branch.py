@@ -129,6 +129,17 @@ def test_another_batch_goes_on_at_the_next_row(branch: Callable[..., dict[str, A
     assert result["branch"]["data"] == "continued"
 
 
+def test_a_branch_of_a_branch_goes_on_at_the_next_row(
+    branch: Callable[..., dict[str, Any]], recipe: str, rows_read: list[int], switchcli: SwitchCLI
+) -> None:
+    """Four steps of eight rows and four of four were read: the next is row 48."""
+    branch("train.batch_tokens=128")
+    rows_read.clear()
+    settings = ("train.steps=10", "train.batch_tokens=512", KEPT, *CONSTANT, "--branch-from", "new@8", "--out", "newer")
+    assert switchcli("pretrain", recipe, *settings, "-q").code == 0
+    assert [row for row in rows_read if row >= 8] == list(range(48, 48 + 2 * 16))
+
+
 def test_its_messages_and_records_count_the_tokens_of_both_runs(run: Path, recipe: str, switchcli: SwitchCLI) -> None:
     settings = (f"train.steps={STEPS}", *CONSTANT, "train.batch_tokens=128", "log.every_steps=1")
     done = switchcli("pretrain", recipe, *settings, "--branch-from", "run@4", "--out", "new")

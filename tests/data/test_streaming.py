@@ -327,6 +327,36 @@ def test_a_rank_reads_its_own_lanes_alone_which_have_other_pieces_in_other_epoch
     assert of_rank[1]
 
 
+def test_a_mixture_goes_on_at_the_next_row_in_branches_with_other_batches(folder: Path) -> None:
+    """And in a branch of a branch. Each stream shard makes its rows in the order of a run that is never branched."""
+    spec = a_spec(folder)
+    pieces = {label: source_shards_of(corpora) for label, corpora in spec.texts().items()}
+
+    def a_stream(batch_rows: int) -> StreamedTextSource:
+        return StreamedTextSource(spec, pieces, TOKENIZER, TextMixture(SHARES, 5, LANES), 5, batch_rows, (0, 1), 4)
+
+    def rows(stream: StreamedTextSource, batch_rows: int, steps: range) -> list[list[set[int]]]:
+        """The words of each row that each stream shard makes: inputs and targets share them out."""
+        lanes: list[list[set[int]]] = [[] for _ in range(LANES)]
+        for step in steps:
+            inputs, targets = stream.batch(step, 0, batch_rows)
+            for row, ids in enumerate(torch.cat([inputs, targets], dim=1).tolist()):
+                lanes[row * LANES // batch_rows].append({word for word in ids if 2 < word < NUM_WORDS + 3})
+        return lanes
+
+    straight = rows(a_stream(8), 8, range(20))
+    run, branch, branch_of_branch = a_stream(8), a_stream(4), a_stream(16)
+    found = [rows(run, 8, range(4))]
+    branch.restore_state(4, run.state(4), row_offset=4 * (8 - 4))
+    found.append(rows(branch, 4, range(4, 15)))
+    branch_of_branch.restore_state(15, branch.state(15), row_offset=4 * (8 - 4) + 15 * (4 - 16))
+    found.append(rows(branch_of_branch, 16, range(15, 18)))
+    for lane in range(LANES):
+        made = [row for part in found for row in part[lane]]
+        assert made == straight[lane][: len(made)]
+        assert len(made) == 4 * 2 + 11 + 3 * 4
+
+
 def test_rows_are_asked_for_in_order(folder: Path) -> None:
     run = Run(a_spec(folder))
     run.step(0)
