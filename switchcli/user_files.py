@@ -81,6 +81,12 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     return data
 
 
+def to_utf8(data: bytes) -> str:
+    """Return the command that converts a file that begins with `data`, which is not UTF-8: from UTF-16 or Latin-1."""
+    is_utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data
+    return f"`iconv -f {'utf-16' if is_utf_16 else 'latin1'} -t utf-8`"
+
+
 def _refuse(kind: str, path: Path) -> None:
     """Raise OSError if `kind`, as returned by `other_kind`, is not that of a regular file."""
     if kind == "a folder":

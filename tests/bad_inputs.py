@@ -13,7 +13,7 @@ def corpus(file: str) -> str:
 CASES: dict[str, tuple[list[str], int, str]] = {
     "misspelt key": (["train.stps=3"], RECIPE, "train.stps steps"),
     "misspelt key of the model": (["model.dmodel=3"], RECIPE, "model.dmodel d_model"),
-    "key of another system": (["optimizer.lr=1"], RECIPE, "optimizer.lr keys kind clip_threshold"),
+    "key of another system": (["optimizer.lr=1"], RECIPE, "optimizer.lr use schedule.learning_rate=1"),
     "misspelt key of a choice": (
         ["model.router.capasity_factor=1"],
         RECIPE,
@@ -76,12 +76,12 @@ CASES: dict[str, tuple[list[str], int, str]] = {
 }
 """Cases by name: arguments of `pretrain` beside a sound recipe, the exit code, and words of its one line."""
 
-_LAUGHS = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in pairwise("abcdefghi"))
+_LAUGHS = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in pairwise("abcdefghijklmn"))
 
 FILES: dict[str, tuple[str, str]] = {
     "twice.yaml": ("train: {steps: 1}\ntrain: {steps: 2}\n", "twice.yaml:2 train twice.yaml:1"),
-    "laughs.yaml": (_LAUGHS, "laughs.yaml:1 anchors &a"),
-    "alias.yaml": ("a: *b\n", "alias.yaml:1 aliases *b"),
+    "laughs.yaml": (_LAUGHS, "laughs.yaml:1 10000"),
+    "alias.yaml": ("a: *b\n", "alias.yaml:1 alias 'b'"),
     "tag.yaml": ("a: 1\nb: !!python/object/apply:os.system [id]\n", "tag.yaml:2 tags os.system"),
     "merge.yaml": ("<<: {train: {steps: 1}}\n", "merge.yaml:1 merge << extends"),
     "colon.yaml": ("a: 1\nb: source: {text}\n", "colon.yaml:2 YAML ': ' quotes"),

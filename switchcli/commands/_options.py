@@ -1,8 +1,10 @@
 """Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
@@ -13,7 +15,7 @@ from switchcli import credentials
 from switchcli.commands import _completion, _flag_hints
 from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
-from switchcli.recipe import library
+from switchcli.recipe import library, yaml_nodes
 from switchcli.report.safe_text import one_line
 
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
@@ -73,6 +75,9 @@ DryRun = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 
+_RECIPES: Final = ("recipe", "arguments", "files")
+"""The parameters that name a recipe or a list of runs."""
+_SHELL_PIPE: Final = re.compile(r"/dev/fd/[0-9]+|/proc/self/fd/[0-9]+|/dev/stdin")
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
 OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
@@ -167,9 +172,30 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, str):
                 _check_value(name, item)
+        if parameter.name in _RECIPES:
+            value = [*map(_kept, value)] if isinstance(value, list | tuple) else _kept(value)
         return process_value(context, value)
 
     return check
+
+
+def _kept(value: Any) -> Any:
+    """Return the path of a file in memory with the content of a pipe that the shell made, `<(...)`; else the value.
+
+    A pipe can be read once, and by this process only. A recipe is read several times, and by each rank: its path takes
+    the pipe's place in `sys.argv` too. The file exists as long as this process.
+    """
+    with suppress(OSError):
+        if sys.platform == "linux" and _SHELL_PIPE.fullmatch(str(value)) and Path(value).is_fifo():
+            with Path(value).open("rb") as pipe:
+                content = pipe.read(yaml_nodes.MAX_BYTES + 1)
+            descriptor = os.memfd_create("recipe", 0)
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(content)
+            path = f"/proc/{os.getpid()}/fd/{descriptor}"
+            sys.argv[:] = [path if word == value else word for word in sys.argv]
+            return path
+    return value
 
 
 def _check_value(name: str, value: str) -> None:

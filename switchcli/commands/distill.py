@@ -59,9 +59,7 @@ def distill(
     ] = None,
     cache_only: Annotated[
         bool,
-        typer.Option(
-            "--cache-only", "--answers-only", help="Save the teacher's probabilities to distill.cache, and stop."
-        ),
+        typer.Option("--cache-only", help="Save the teacher's probabilities to distill.cache, and stop."),
     ] = False,
     out: Annotated[
         Path | None,

@@ -30,6 +30,10 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+_MAX_DEFAULT = 28
+_MIN_MEANING = 40
+"""Columns that the meaning of a key needs at least, to stand in a column of its own."""
+
 Name = Annotated[
     str,
     typer.Argument(help="The name of a shipped recipe, such as quickstart/switch.", autocompletion=_completion.recipes),
@@ -50,9 +54,12 @@ def list_recipes(as_json: Json = False) -> None:
     if as_json:
         print_json({"recipes": [{"name": name, "description": description} for name, description in rows]})
         return
-    width = max((len(name) for name, _ in rows), default=0)
+    name_width = max((len(name) for name, _ in rows), default=0)
+    width = _width() if sys.stdout.isatty() else None  # a line each for a program that reads them
     for name, description in rows:
-        typer.echo(f"{name:{width}}  {description}".rstrip())
+        start = f"{name:{name_width}}  "
+        lines = [f"{start}{description}"] if width is None else _wrapped(start, description or " ", width)
+        typer.echo("\n".join(lines).rstrip())
 
 
 @app.command(
@@ -181,9 +188,14 @@ def explain(
         rows = [{**info._asdict(), "example": key_index.example(info)} for info in meanings]
         print_json({"key": name, "meanings": rows, "below": [info._asdict() for info in below]})
         return
-    width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
+    width = _width()
     blocks = [*(_explanation(alike, width) for alike in _alike(meanings)), *([_table(below, width)] if below else [])]
     typer.echo("\n\n".join("\n".join(block) for block in blocks))
+
+
+def _width() -> int:
+    """Return the columns of the terminal, or 120 where the output is no terminal."""
+    return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
 
 
 def _unknown_key(key: str) -> str:
@@ -226,22 +238,31 @@ def _explanation(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
 
 
 def _table(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
-    """Yield the lines of a table of keys: name, default, and a short form of the meaning."""
+    """Yield the lines of a table of keys: name, default and meaning, the meaning below where the width is too small."""
     names = [info.key for info in infos]
-    defaults = [textwrap.shorten(info.default or "required", 28, placeholder=" ...") for info in infos]
+    defaults = ["" if _is_long(info) else info.default or "required" for info in infos]
     key_width, default_width = max(map(len, names)), max(map(len, defaults))
     for info, default in zip(infos, defaults, strict=True):
         condition = key_index.kinds(info)
         if not condition and names.count(info.key) > 1:
             condition = info.verbs
-        meaning = f"one of {', '.join(info.choices)}" if info.key.endswith(".kind") else key_index.short_meaning(info)
-        text = f"{', '.join(condition)}: {meaning}" if condition else meaning
-        yield from _wrapped(f"{info.key:{key_width}}  {default:{default_width}}  ", text, width)
+        meaning = f"one of {', '.join(info.choices)}" if info.key.endswith(".kind") else info.description
+        if _is_long(info):
+            meaning += f" Default: {info.default}"
+        start = f"{info.key:{key_width}}  {default:{default_width}}  "
+        if len(start) + _MIN_MEANING > width:
+            yield start.rstrip()
+            start = "    "
+        yield from _wrapped(start, f"{', '.join(condition)}: {meaning}" if condition else meaning, width)
+
+
+def _is_long(info: KeyInfo) -> bool:
+    """Return whether the default is too long for a column of a table."""
+    return len(info.default or "") > _MAX_DEFAULT
 
 
 def _wrapped(start: str, text: str, width: int) -> list[str]:
     indent = " " * len(start)
-    width = max(width, len(start) + 30)
     return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 
 

@@ -114,11 +114,6 @@ def kinds(info: KeyInfo) -> tuple[str, ...]:
     return tuple(condition.partition("=")[2] for condition in info.when)
 
 
-def short_meaning(info: KeyInfo) -> str:
-    """Return the beginning of the description, up to its first full stop or semicolon."""
-    return re.split(r"; |(?<!eq)\. |\.$", info.description)[0]
-
-
 EXAMPLES = {
     "extends": "quickstart/switch",
     "model.size": "switch-base-8",

@@ -1,23 +1,24 @@
 """Parse YAML text to nodes that know their line, and write plain data as YAML text.
 
 Scalars follow the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Some features
-are refused, because a recipe does not need them and each can hide a mistake or an attack: aliases, anchors, tags, merge
-keys, keys that are not text, duplicate keys, a second document, nesting beyond 32, more than 1 MiB or 10,000 values
-(which would take long to read), bytes that are not UTF-8.
+are refused, because a recipe does not need them and each can hide a mistake or an attack: tags, merge keys, keys that
+are not text, duplicate keys, a second document, nesting beyond 32, more than 1 MiB or 10,000 values (which would take
+long to read; an alias counts as what it stands for), bytes that are not UTF-8.
 
 This module knows nothing about recipes: `resolve` and the schema give keys their meaning.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from switchcli.errors import RecipeError
-from switchcli.user_files import open_regular
+from switchcli.user_files import open_regular, to_utf8
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
@@ -57,6 +58,20 @@ _PLAIN_SCALARS: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Scalar]],
         lambda text: float(text.replace(".", "")),
     ),
 )
+
+
+_FIXES = {
+    "mapping values are not allowed here": "put a value that contains ': ' in quotes, or begin this line in the column "
+    "of its neighbors",
+    r"'\t'": "indent by spaces, not by tabs",
+    **dict.fromkeys(
+        ("expected <block end>", "expected '<document start>'"),
+        "lines of one mapping or list must begin in the same column",
+    ),
+    "could not find expected ':'": "a key is followed by a colon and a space",
+    "undefined alias": "write an anchor (&NAME) before its alias, or put text that begins with * in quotes",
+}
+"""Fixes for problems that the YAML parser reports, by a part of its message."""
 
 
 def plain(node: Node) -> Any:
@@ -100,11 +115,14 @@ def read_bytes(data: bytes, name: str) -> Node:
     """Return the root node of the YAML in `data`, which messages call `name`. Raises RecipeError like `read_file`."""
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{name}: more than the {MAX_BYTES} bytes that a recipe may have: is it a recipe?")
+    fix = f"save the file as UTF-8, for example with {to_utf8(data)}"
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise RecipeError(f"{name}:{line}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
+        raise RecipeError(f"{name}:{line}: byte {error.start} is not UTF-8: {fix}") from error
+    if "\0" in text:
+        raise RecipeError(f"{name}:1: a NUL byte, which is not text in UTF-8: {fix}")
     return read(text, lambda line: f"{name}:{line}")
 
 
@@ -117,22 +135,22 @@ def read(text: str, where: Callable[[int], str]) -> Node:
     try:
         _refuse(text, where)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        return _node(root, where) if root else Node(None, where(1))
+        return _node(root, where, itertools.count(1)) if root else Node(None, where(1))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(f"{where(line)}: the character {chr(error.character)!r} is not allowed in YAML") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem).split())
-        if problem == "mapping values are not allowed here":
-            problem += ": put a value that contains ': ' in quotes"
+        fix = next((fix for start, fix in _FIXES.items() if start in problem), "")
+        problem += f": {fix}" if fix else ""
         raise RecipeError(f"{where(mark.line + 1 if mark else 1)}: not YAML: {problem}") from error
     except (ValueError, OverflowError) as error:  # PyYAML passes "\U00110000" to chr
         raise RecipeError(f"{where(1)}: not YAML: an escape names no character ({error})") from error
 
 
 def _refuse(text: str, where: Callable[[int], str]) -> None:
-    """Raise RecipeError for a feature that is refused. Events are read one by one, so that no bomb is expanded."""
+    """Raise RecipeError for a feature that is refused, before the whole text is read. `_node` expands aliases."""
     depth = documents = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         rule = None
@@ -140,36 +158,41 @@ def _refuse(text: str, where: Callable[[int], str]) -> None:
             documents += 1
             if documents > 1:
                 rule = "a second document: a recipe is one; remove the line '---' above"
-        elif isinstance(event, yaml.AliasEvent):
-            rule = f"aliases (*{event.anchor}) are not allowed: write the value out"
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             depth += isinstance(event, yaml.CollectionStartEvent)
             values += 1
-            if event.anchor is not None:
-                rule = f"anchors (&{event.anchor}) are not allowed: remove it"
-            elif event.tag is not None:
+            if event.tag is not None:
                 rule = f"tags ({event.tag}) are not allowed: remove it"
-            elif depth > MAX_DEPTH:
-                rule = f"nested more than {MAX_DEPTH} deep"
-            elif values > MAX_VALUES:
-                rule = f"more than the {MAX_VALUES} keys and values that a recipe may have: is it a recipe?"
         if rule:
             raise RecipeError(f"{where(_line(event))}: {rule}")
+        _check_bounds(depth, values, where(_line(event)))
 
 
-def _node(node: yaml.Node, where: Callable[[int], str]) -> Node:
+def _check_bounds(depth: int, values: int, source: str) -> None:
+    if depth > MAX_DEPTH:
+        raise RecipeError(f"{source}: nested more than {MAX_DEPTH} deep")
+    if values > MAX_VALUES:
+        raise RecipeError(
+            f"{source}: more than the {MAX_VALUES} keys and values that a recipe may have: is it a recipe?"
+        )
+
+
+def _node(node: yaml.Node, where: Callable[[int], str], values: Iterator[int], depth: int = 0) -> Node:
+    """Return a node with its aliases expanded. `values` counts keys and values."""
     source = where(_line(node))
+    depth += not isinstance(node, yaml.ScalarNode)
+    _check_bounds(depth, next(values), source)
     if isinstance(node, yaml.MappingNode):
-        return Node(_mapping(node, where), source)
+        return Node(_mapping(node, where, values, depth), source)
     if isinstance(node, yaml.SequenceNode):
-        return Node([_node(child, where) for child in node.value], source)
+        return Node([_node(child, where, values, depth) for child in node.value], source)
     assert isinstance(node, yaml.ScalarNode)
     return Node(_scalar(node, source), source)
 
 
-def _mapping(node: yaml.MappingNode, where: Callable[[int], str]) -> dict[str, Node]:
+def _mapping(node: yaml.MappingNode, where: Callable[[int], str], values: Iterator[int], depth: int) -> dict[str, Node]:
     children: dict[str, Node] = {}
     for name, child in node.value:
         source = where(_line(name))
@@ -181,7 +204,8 @@ def _mapping(node: yaml.MappingNode, where: Callable[[int], str]) -> dict[str, N
         if key in children:
             first = children[key].where
             raise RecipeError(f"{source}: {display_key(key)}: given twice, first at {first}: remove one")
-        children[key] = _node(child, where)._replace(where=source)
+        next(values)
+        children[key] = _node(child, where, values, depth)._replace(where=source)
     return children
 
 

@@ -74,6 +74,26 @@ def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("recipes validate <(cat tiny.yaml)", ": ok"),
+        ("pretrain <(cat tiny.yaml) --out run --processes 2 --json", '"verb": "pretrain"'),
+        ("sweep <(echo one pretrain tiny.yaml) --print", "one"),
+        ("sweep pretrain <(cat tiny.yaml) train.seed=0,1 --jobs 1 --json", '"status": "done"'),
+        ("pretrain /dev/stdin --dry-run < <(cat tiny.yaml)", "d_model: 32"),
+    ],
+)
+@pytest.mark.usefixtures("recipe")
+def test_a_recipe_or_a_list_may_be_what_another_command_prints(command: str, word: str) -> None:
+    line = f"{shlex.quote(sys.executable)} -m switchcli {command}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert word in done.stdout
+
+
 def test_credentials_in_the_address_of_the_hub_are_refused(
     switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -270,7 +270,7 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
         ("=3", "KEY=VALUE"),
         ("a..b=3", "KEY=VALUE"),
         ("train.steps=[1", "YAML ']'"),
-        ("train.note=&x y", "anchors &x"),
+        ("train.note=*x", "alias 'x'"),
         ("extends=x", "extends file"),
         ("a." * 40 + "b=1", "32"),
         ("corpora.2.path=x", "corpora 2 1 0"),

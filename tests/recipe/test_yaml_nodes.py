@@ -52,13 +52,36 @@ def test_scalars_are_those_of_yaml_1_2(source, value):
     assert type(read_back) is type(value)
 
 
+def many(aliases):
+    """Return YAML whose aliases stand for a hundred values each."""
+    return f"a: &a [{', '.join(['x'] * 99)}]\nb: [{', '.join(['*a'] * aliases)}]"
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("a: &x 2\nb: *x", {"a": 2, "b": 2}),
+        ("a: &x {b: &y [1], c: *y}\nd: *x\ne: [*x, *y]", "{'a': X, 'd': X, 'e': [X, [1]]}"),
+        ("&k a: 1\nb: *k", {"a": 1, "b": "a"}),
+    ],
+)
+def test_an_alias_stands_for_its_anchors_value(source, value):
+    expected = eval(value, {"X": {"b": [1], "c": [1]}}) if isinstance(value, str) else value
+    assert yaml_nodes.plain(read(source)) == expected
+
+
 @pytest.mark.parametrize(
     ("source", "where", "words"),
     [
         ("a: 1\nb: 2\na: 3", "f:3", "a f:1"),
-        ("a: 1\nb: &x 2", "f:2", "anchors &x"),
-        ("a: *x", "f:1", "aliases *x"),
-        ("? *x\n: 1", "f:1", "aliases *x"),
+        ("a: *x", "f:1", "alias 'x' &NAME quotes"),
+        ("? *x\n: 1", "f:1", "alias 'x' &NAME quotes"),
+        ("a: &x [*x]", "f:1", "32"),
+        ("a: &x {b: *x}", "f:1", "32"),
+        ("&x [&y [*x, *y]]", "f:1", "32"),
+        (f"a: &x {'[' * 20}{']' * 20}\nb: {'[' * 13}*x{']' * 13}", "f:1", "32"),
+        (many(99), "f:1", "10000"),
+        ("<<: &x {a: 1}", "f:1", "<< extends"),
         ("a: !!str 3", "f:1", "tags tag:yaml.org,2002:str"),
         ("a: !python/object:os.system {}", "f:1", "tags !python/object:os.system"),
         ("!x a: 1", "f:1", "tags !x"),
@@ -71,8 +94,16 @@ def test_scalars_are_those_of_yaml_1_2(source, value):
         ("[" * 3000, "f:1", "32"),
         ("{a: " * 3000, "f:1", "32"),
         ("a: 1\nb: [1", "f:2", "YAML ']'"),
-        ("a: b: c", "f:1", "YAML mapping"),
-        ("a: 1\n\tb: 2", "f:2", r"YAML '\t'"),
+        ("a: b: c", "f:1", "YAML mapping quotes column"),
+        ("a: 1\n\tb: 2", "f:2", r"YAML '\t' spaces"),
+        ("a:\n\tb: 2", "f:2", r"YAML '\t' spaces"),
+        ("a:\n  b: 1\n\t c: 2", "f:3", r"YAML '\t' spaces"),
+        ("a: 1\n  b: 2", "f:2", "YAML mapping column"),
+        ("a:\n  b: 1\n c: 2", "f:3", "YAML column"),
+        ("  a: 1\nb: 2", "f:2", "YAML column"),
+        ("a:\n  - 1\n - 2", "f:3", "YAML column"),
+        ("a: [1]\n- 2", "f:2", "YAML column"),
+        ("a: 1\nb\nc: 2", "f:3", "YAML colon"),
         ("a: \x01", "f:1", r"'\x01'"),
         ("a: 1\nb: \ud800", "f:2", r"'\ud800'"),
         ('a: "\\ud800"', "f:1", "surrogate"),
@@ -103,6 +134,10 @@ def test_as_many_values_as_there_may_be_are_read():
     assert len(read("- 1\n" * 9_999).value) == 9_999
 
 
+def test_aliases_for_as_many_values_as_there_may_be_are_read():
+    assert len(read(many(98)).value["b"].value) == 98
+
+
 def test_nesting_of_32_is_read():
     assert read("[" * 32 + "]" * 32)
 
@@ -110,8 +145,9 @@ def test_nesting_of_32_is_read():
 @pytest.mark.parametrize(
     ("content", "where", "words"),
     [
-        (b"a: 1\nb: \xff", "mine.yaml:2", "8 UTF-8"),
-        ("a: 1".encode("utf-16"), "mine.yaml:1", "0 UTF-8"),
+        (b"a: 1\nb: \xff", "mine.yaml:2", "8 UTF-8 iconv latin1"),
+        ("a: 1".encode("utf-16"), "mine.yaml:1", "0 UTF-8 iconv utf-16"),
+        ("a: 1".encode("utf-16-le"), "mine.yaml:1", "NUL iconv utf-16"),
         (b"#" * (2**20 + 1), "mine.yaml", "1048576 bytes"),
     ],
 )

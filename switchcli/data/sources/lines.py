@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 from switchcli.data.sources.paths import SourceFile
 from switchcli.data.sources.records import UnreadableRow
+from switchcli.user_files import to_utf8
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 2**16
@@ -68,7 +69,7 @@ def decode(raw: bytes, offset: int = 0) -> str:
     """Decode UTF-8 bytes that begin at `offset`. Raises UnreadableRow, with the position of a NUL or invalid byte."""
     if b"\0" in raw:
         position = offset + raw.index(b"\0")
-        message = f"a NUL byte at offset {position}: this is not a text file; leave it out or clean it"
+        message = f"a NUL byte at offset {position}: convert a file in UTF-16 by {to_utf8(raw)}, and leave out another"
         raise UnreadableRow("a NUL byte", message)
     try:
         return raw.decode("utf-8")
@@ -76,8 +77,7 @@ def decode(raw: bytes, offset: int = 0) -> str:
         byte, position = raw[error.start], offset + error.start
         raise UnreadableRow(
             "not UTF-8",
-            f"byte 0x{byte:02x} at offset {position} is not UTF-8: convert the file, for example with "
-            "`iconv -f latin1 -t utf-8`",
+            f"byte 0x{byte:02x} at offset {position} is not UTF-8: convert the file, for example with {to_utf8(raw)}",
         ) from error
 
 
