@@ -4,11 +4,12 @@ The names of the Python API are imported from `switchcli.api` when they are firs
 """
 
 import os
-from typing import TYPE_CHECKING, Any
 
-from switchcli import errors, startup
-
+TYPE_CHECKING = False  # not from typing: until __main__ has run, a Ctrl-C ends in a traceback of the module in import
 if TYPE_CHECKING:
+    from typing import Any
+
+    from switchcli import errors
     from switchcli.api import (
         Best,
         Evaluation,
@@ -40,10 +41,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a name of the API. Python calls this for names that the module does not have yet."""
     if name not in __all__:
         raise AttributeError(f"module 'switchcli' has no attribute {name!r}")
+    if name == "errors":
+        import switchcli.errors  # which sets the name
+
+        return switchcli.errors
+    from switchcli import startup
+
     startup.limit_spinning(os.environ)  # before torch is imported, as in the command line
     from switchcli import api
 

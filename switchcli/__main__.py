@@ -1,15 +1,25 @@
 """The entry point of `switchcli`, and of `python`, `torchrun` and `accelerate launch` with `-m switchcli`."""
 
-from switchcli import startup
+import os
+import signal
 
 
 def main() -> None:
     """Run the command line."""
+    signal.signal(signal.SIGINT, _exit_at_once)  # until a verb has its own handlers
+    from switchcli import startup
+
     startup.end_with_launcher()  # before the imports, which take seconds
-    startup.exit_at_interrupt()
     from switchcli import cli
 
     cli.main()
+
+
+def _exit_at_once(*_: object) -> None:
+    """End this process in one line at a Ctrl-C during the imports, before anything has been done."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"stopped before it began: run the same command again\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,6 @@ def reopen_closed_streams() -> None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
             os.set_inheritable(descriptor, True)
             setattr(sys, name, os.fdopen(descriptor, mode))
-
-
-def exit_at_interrupt() -> None:
-    """Let a Ctrl-C during the imports, before anything has been done, end this process in one line."""
-
-    def exit_at_once(*_: object) -> None:
-        if is_main_rank(os.environ):
-            with suppress(OSError):
-                os.write(2, b"stopped before it began: run the same command again\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, exit_at_once)
 
 
 class _LenientFile(io.FileIO):

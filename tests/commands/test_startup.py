@@ -70,3 +70,30 @@ def test_a_stream_that_the_shell_closed_is_empty_and_no_file_takes_its_place(clo
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0
     assert (tmp_path / "first").read_text() == "'', [True, True, True]"
+
+
+INTERRUPT = """
+import os, signal, sys
+from switchcli import __main__
+module = sys.argv.pop(1)
+class Interrupting:
+    def find_spec(self, name, *rest):
+        if name == module:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+__main__.main()
+"""
+"""A command at whose import of a module Ctrl-C comes twice."""
+
+
+@pytest.mark.fast("typer-pretrain", "typer-sweep")
+@pytest.mark.parametrize("verb", ["pretrain", "sweep"])
+@pytest.mark.parametrize("module", ["typer", "switchcli.commands.pretrain", "switchcli.recipe.schema"])
+def test_two_interrupts_during_the_imports_end_in_one_line(module: str, verb: str, tmp_path: Path) -> None:
+    arguments = ["pretrain", "quickstart/dense", "train.steps=1", "--out", "runs"]
+    command = [sys.executable, "-c", INTERRUPT, module, *([verb] if verb == "sweep" else []), *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode in (75, 130), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

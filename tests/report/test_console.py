@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import pytest
@@ -377,3 +378,32 @@ def test_a_terminal_wraps_sentences_between_words_but_no_command(monkeypatch: py
         lines = read(reader).splitlines()
     os.close(reader)
     assert lines == ["four score and seven", "years ago", "  switchcli pretrain recipe.yaml --out run"]
+
+
+def test_a_log_has_a_line_for_each_tenth_of_a_run() -> None:
+    stream = io.StringIO()
+    with Console(stream=stream).stepping("[1/2] a") as show:
+        for step in range(0, 1001, 5):
+            show(step, 1000, 3.25)
+        show(1000, 0, None)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "[1/2] a: loss 3.2500, step 100 of 1,000"
+
+
+def test_a_terminal_has_a_bar_for_each_run_of_several_threads(terminal: tuple[Console, int]) -> None:
+    console, reader = terminal
+
+    def run(number: int) -> None:
+        with console.stepping(f"run {number}") as show:
+            show(5, 10, 1.5)
+            both.wait()
+            time.sleep(0.5)
+
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", read(reader))
+    assert "run 0: loss 1.5000" in shown
+    assert "run 1: loss 1.5000" in shown
+    assert "5/10" in shown
