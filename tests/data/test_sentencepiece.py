@@ -130,6 +130,12 @@ def test_odd_characters(model: Model, text: str) -> None:
     assert is_same(model, text)
 
 
+def test_a_joiner_stays_behind_a_character_that_is_rewritten(model: Model) -> None:
+    befores = [*ODD, *"a²™", "क्", "\U0001f468"]
+    texts = [f"x{before}\u200d{after}" for before in befores for after in ("", "a", " b", "ष", "\U0001f469", "\u200d")]
+    assert [text for text in texts if not is_same(model, text)] == []
+
+
 def test_what_it_says_again(model: Model) -> None:
     for line in lines(3, 100):
         ids = model.theirs.encode(line)

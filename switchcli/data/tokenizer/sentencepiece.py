@@ -4,9 +4,10 @@ The packages sentencepiece and protobuf parse the file. They are an extra: runs 
 
 A text gets the ids that SentencePiece gives it, with four exceptions:
 - A special or byte piece spelled out in the text (`<unk>`, `<0x41>`) becomes that piece.
-- `tokenizers` drops a combining mark on a character that is rewritten, such as `²` or a no-break space, and the `\\n`
-  after a `\\r`.
-- Combining marks that are not in Unicode's order are put in it. SentencePiece keeps their order.
+- `tokenizers` drops a combining mark, a variation selector or a zero-width non-joiner on a character that is rewritten,
+  such as `²` or a no-break space, and the `\\n` after a `\\r`.
+- Combining marks that are not in Unicode's order are put in it. SentencePiece keeps their order. Of FLORES-200, this
+  concerns 7.5 % of the lines in Yoruba, 0.15 % in Hindi and none in 30 other languages.
 - Of two segmentations that are equally likely but for rounding, either may win: SentencePiece adds up in float32.
 """
 
@@ -25,6 +26,9 @@ _SENTINEL: Final = re.compile(rf"{SPACE}?(<extra_id_\d{{1,6}}>)")
 # Shadda, dagesh, shin dot and sin dot are written before vowels that Unicode's canonical order puts before them. Each
 # has a stand-in, a private-use code point that NFC does not move.
 _STAND_INS: Final = {mark: chr(0x10FFF0 + index) for index, mark in enumerate("\u0651\u05bc\u05c1\u05c2")}
+_JOINER: Final = "\u200d"
+"""The zero-width joiner, which forms ligatures, in emoji and in Indic scripts."""
+_JOINER_STAND_IN: Final = "\U0010ffef"
 _MAX_BYTES: Final = 2**25  # a million pieces take about 2^24
 _MAX_PIECES: Final = 2**21
 _MAX_CHARSMAP_BYTES: Final = 2**22  # the charsmaps that SentencePiece ships have about 2^18
@@ -159,12 +163,17 @@ def _charsmap_normalizers(data: bytes) -> list[normalizers.Normalizer]:
     if not data:
         return []
     _check_charsmap(data)
-    rules = normalizers.Precompiled(data)
-    if rules.normalize_str("e\u0301") != "\u00e9":  # the charsmap does not compose
-        return [rules]
+    precompiled = normalizers.Precompiled(data)
+    rules: list[normalizers.Normalizer] = [precompiled]
+    if precompiled.normalize_str(_JOINER) == _JOINER:
+        # `tokenizers` would drop the joiner with which a character that a rule rewrites is one grapheme.
+        hidden, shown = normalizers.Replace(_JOINER, _JOINER_STAND_IN), normalizers.Replace(_JOINER_STAND_IN, _JOINER)
+        rules = [hidden, precompiled, shown]
+    if precompiled.normalize_str("e\u0301") != "\u00e9":  # the charsmap does not compose
+        return rules
     to_stand_ins = [normalizers.Replace(mark, stand_in) for mark, stand_in in _STAND_INS.items()]
     from_stand_ins = [normalizers.Replace(stand_in, mark) for mark, stand_in in _STAND_INS.items()]
-    return [*to_stand_ins, normalizers.NFC(), *from_stand_ins, rules]
+    return [*to_stand_ins, normalizers.NFC(), *from_stand_ins, *rules]
 
 
 def _check_charsmap(data: bytes) -> None:
