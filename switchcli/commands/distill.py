@@ -61,7 +61,9 @@ def distill(
         bool,
         typer.Option("--cache-only", help="Save the teacher's probabilities to distill.cache, and stop."),
     ] = False,
-    answers_only: Annotated[bool, typer.Option("--answers-only", hidden=True)] = False,  # its old name
+    answers_only: Annotated[
+        bool, typer.Option("--answers-only", hidden=True, help="The old name of --cache-only.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
