@@ -31,9 +31,16 @@ def recipe_keys(command: str) -> tuple[str, ...]:
     )
 
 
-def recipes(incomplete: str) -> list[str]:
-    """Complete the name of a shipped recipe, one part of it at a time."""
-    return _next_parts(library.recipe_names(), incomplete, "/")
+def recipes(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete the name of a shipped recipe, one part of it at a time: after a verb with recipes, of its own ones."""
+    return _recipes(context.command.name or "", incomplete)
+
+
+def _recipes(command: str, incomplete: str) -> list[str]:
+    names = [name for name in library.recipe_names() if name.startswith(incomplete)]
+    if command in key_index.VERBS:
+        names = [name for name in names if library.verb(name) == command]
+    return _next_parts(names, incomplete, "/")
 
 
 def gpus(incomplete: str) -> list[str]:
@@ -64,7 +71,7 @@ def overrides(context: typer.Context, incomplete: str) -> list[str]:
 def recipe_and_overrides(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `[RECIPE] [KEY=VALUE ...]`."""
     words = context.params.get("arguments") or ()
-    names = recipes(incomplete) if not words else []
+    names = recipes(context, incomplete) if not words else []
     return [*names, *_override(context.command.name or "", words, incomplete)]
 
 
@@ -77,7 +84,7 @@ def checkpoints_and_overrides(context: typer.Context, incomplete: str) -> list[s
 def size_or_recipe_and_overrides(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `[RECIPE|SIZE] [KEY=VALUE ...]`."""
     words = context.params.get("arguments") or ()
-    names = [*model_sizes(incomplete), *recipes(incomplete)] if not words else []
+    names = [*model_sizes(incomplete), *recipes(context, incomplete)] if not words else []
     return [*names, *_override(context.command.name or "", words, incomplete)]
 
 
@@ -86,7 +93,7 @@ def command_words(context: typer.Context, incomplete: str) -> list[str]:
     words = context.params.get("arguments") or ()
     if not words:
         return recipe_verbs(incomplete)
-    return recipes(incomplete) if len(words) == 1 else _override(words[0], words, incomplete)
+    return _recipes(words[0], incomplete) if len(words) == 1 else _override(words[0], words, incomplete)
 
 
 def _override(command: str, words: Sequence[str], incomplete: str) -> list[str]:

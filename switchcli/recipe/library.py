@@ -11,7 +11,7 @@ from pathlib import Path
 
 from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.recipe.yaml_nodes import display_key, read_file
+from switchcli.recipe.yaml_nodes import Node, display_key, read_file
 
 SUFFIXES = (".yaml", ".yml")
 _OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
@@ -41,6 +41,27 @@ def recipe_file(name: str) -> Path:
     if name not in recipe_names():
         raise RecipeError(f"{display_key(name)}: no such recipe ships.{_hint(name)}")
     return recipes_folder() / f"{name}.yaml"
+
+
+def verb(name: str) -> str:
+    """Return the verb of the shipped recipe `name`, which it or a recipe that it extends states."""
+    path, keys = recipe_file(name), dict[str, Node]()
+    while True:
+        root = read_file(path).value
+        assert isinstance(root, dict)
+        keys = {**root, **keys}
+        if "verb" in keys:
+            return str(keys["verb"].value)
+        if "extends" not in root:
+            return "distill" if "distill" in keys else "finetune" if "tasks" in keys else "pretrain"
+        path = locate(str(root["extends"].value), beside=path.parent)
+
+
+def list_file(name_or_path: str) -> Path:
+    """Return the file of a list of runs: the path itself, or else the list that ships: `paper/table1/small.runs`."""
+    shipped = {path.relative_to(recipes_folder()).as_posix(): path for path in recipes_folder().rglob("*.runs")}
+    path = Path(name_or_path)
+    return path if os.path.lexists(path) else shipped.get(name_or_path.removeprefix("recipes/"), path)
 
 
 def shipped_name(path: str) -> str | None:

@@ -7,8 +7,10 @@ everything else is a key of the recipe.
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from switchcli.distributed.context import DistributedContext, is_set
 from switchcli.recipe.schema import EvalRecipe
@@ -23,15 +25,31 @@ def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: Distribute
     """Print one line on the main rank that names the settings of accelerate that the recipe overrides."""
     if not context.is_main:
         return
+    environment = {**_launch_options(_parents_words()), **os.environ}
     if isinstance(recipe, TrainingRecipe):
         conflicts = _conflicts(os.environ, recipe.train.device, recipe.train.precision, "train.")
-        conflicts |= _training_conflicts(os.environ, recipe, context.parallel.shard, context.dp_size)
+        conflicts |= _training_conflicts(environment, recipe, context.parallel.shard, context.dp_size)
     else:
         conflicts = _conflicts(os.environ, recipe.device, recipe.precision)
     if conflicts:
         requested = ", ".join(conflicts)
         decided_by = ", ".join(dict.fromkeys(conflicts.values()))  # several settings may depend on one key
         Console().warning(f"accelerate asks for {requested}, which is ignored: the recipe decides ({decided_by})")
+
+
+def _launch_options(words: Sequence[str]) -> dict[str, str]:
+    """Return variables for options of `accelerate launch` that it passes on with DeepSpeed alone."""
+    if not any("accelerate" in word for word in words):
+        return {}
+    found = re.findall(r" --(gradient[_-](?:accumulation[_-]steps|clipping))[ =](\S+)", " ".join(words))
+    return {f"ACCELERATE_{name.replace('-', '_').upper()}": value for name, value in found}
+
+
+def _parents_words() -> list[str]:
+    """Return the command line of the process that started this one; empty where the system does not show it."""
+    with suppress(OSError):
+        return Path(f"/proc/{os.getppid()}/cmdline").read_text("utf-8", "replace").split("\0")
+    return []
 
 
 def warn_about_ranks(context: DistributedContext) -> None:

@@ -175,7 +175,7 @@ def locate(path: Path) -> tuple[Path, bool]:
 
 def on_the_hub(name: str) -> str:
     """Return a hint for a `name` that may be a repository on the hub; empty if it cannot be, or is a local path."""
-    if Path(name).exists() or not hub.is_repository_id(name):
+    if name.startswith("runs/") or Path(name).parent.is_dir() or not hub.is_repository_id(name):
         return ""
     return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.errors import RecipeError
+from switchcli.recipe import library
 from switchcli.recipe.key_index import VERBS
 from switchcli.user_files import read_regular
 
@@ -53,7 +54,7 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
     Raises:
         RecipeError: the file cannot be read, a line is not a run, two runs have the same name, or there are too many.
     """
-    path = Path(arguments[0])
+    path = library.list_file(arguments[0])
     runs = parse_list(path, arguments[1:], out) if path.is_file() else list(expand_grid("", arguments, out))
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")

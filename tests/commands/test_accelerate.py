@@ -132,6 +132,18 @@ PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "many-gpus.md").read_tex
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_options_that_accelerate_does_not_pass_on_are_said_to_be_ignored(ranks: int, recipe: str) -> None:
+    options = f"{'--multi_gpu' if ranks > 1 else '--cpu'} --num_processes {ranks}"
+    done = launched(
+        f"{options} --gradient_accumulation_steps 8 --gradient-clipping=2", "pretrain", recipe, "--out", "run"
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: accelerate")]
+    assert not lacking(line, "8 accumulation clipping 2 train.microbatch_tokens=128 train.clip_norm=null")
+
+
+@pytest.mark.slow
 def test_the_launcher_and_its_configuration_file_do_not_change_a_run(recipe: str) -> None:
     Path("accelerate.yaml").write_text(
         "{compute_environment: LOCAL_MACHINE, distributed_type: FSDP, fsdp_config: {fsdp_version: 2}, "

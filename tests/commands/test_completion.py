@@ -49,7 +49,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 Ask = Callable[[str, str], list[str]]
 CASES: dict[str, Callable[[list[str]], bool]] = {
     "pre": lambda found: found == ["pretrain"],
-    "pretrain quick": lambda found: found[:2] == ["quickstart/dense", "quickstart/distill"],
+    "pretrain quick": lambda found: found == ["quickstart/dense", "quickstart/switch"],
     "pretrain ": lambda found: {"quickstart/", "pretrain/", "paper/"} <= {*found},
     "pretrain mine.yaml train.st": lambda found: found[0] == "train.steps=" and len(found) == 2,
     "pretrain mine.yaml model.router.": lambda found: "model.router.kind=" in found,
@@ -66,6 +66,10 @@ CASES: dict[str, Callable[[list[str]], bool]] = {
     "sweep pretrain quickstart/switch train.se": lambda found: "train.seed=" in found,
     "launch --slurm -- pretrain quickstart/sw": lambda found: found == ["quickstart/switch"],
     "convert a b --to h": lambda found: found == ["huggingface", "hf"],
+    "pretrain fine": lambda found: not found,
+    "pretrain quickstart/": lambda found: found == ["quickstart/dense", "quickstart/switch"],
+    "finetune quickstart/": lambda found: found == ["quickstart/finetune"],
+    "sweep distill quickstart/": lambda found: found == ["quickstart/distill"],
     "recipes show quickstart/sw": lambda found: found == ["quickstart/switch"],
     "recipes schema fine": lambda found: found == ["finetune"],
     "recipes explain train.batch_t": lambda found: found == ["train.batch_tokens"],

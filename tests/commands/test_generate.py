@@ -136,6 +136,18 @@ def test_a_name_on_the_hub_is_to_be_converted_first(
     assert done.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", ["generate {} x", "convert {} out --to hf", "eval {}", "doctor {}"])
+@pytest.mark.parametrize("name", ["runs/none", "here/none"])
+def test_a_missing_run_is_no_name_on_the_hub(
+    words: str, name: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    done = switchcli(*words.format(name).split())
+    assert done.code in (2, 4)
+    assert "switchcli convert" not in done.err
+
+
 @pytest.mark.parametrize("file", ["model-00000.safetensors", "tokenizer.json", "recipe.yaml", "state.json", NAME])
 def test_a_damaged_checkpoint_is_refused_by_file(file: str, run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     copy = tmp_path / "copy"

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from messages import lacking
+from tiny_run import SwitchCLI
 
 from switchcli.report.console import Console
 from switchcli.runs import sweep_list, sweep_runner
@@ -386,3 +387,14 @@ def test_a_sweep_for_slurm_is_a_script_with_an_array_for_each_stage(tmp_path):
 def _sweep(path, tmp_path):
     command = [*SWEEP, "--out", str(tmp_path / "out"), "--jobs", "1", str(path)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["paper/table1/small.runs", "recipes/paper/table1/small.runs"])
+def test_a_list_that_ships_is_found_by_its_name_from_any_folder(
+    name: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = switchcli("sweep", name, "--print")
+    assert done.code == 0, done.err
+    assert done.out.count("\n") >= 2
+    assert switchcli("sweep", "paper/table1/smal.runs", "--print").code == 2
