@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initialize
+from switchcli.model.init import initial_weights, initialize
 from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
 
@@ -117,6 +117,12 @@ def test_an_expert_does_not_depend_on_how_many_there_are(sparse: str) -> None:
     for name, weight in few.items():
         if ".router." not in name:
             assert torch.equal(weight, many[name][:5] if ".experts." in name else many[name]), name
+
+
+def test_a_process_that_stores_some_experts_has_the_weights_of_those() -> None:
+    whole = weights()
+    for name, weight in initial_weights(SPEC, 0, range(2, 4)):
+        assert torch.equal(weight, whole[name][2:4] if ".experts." in name else whole[name]), name
 
 
 @pytest.mark.parametrize("num_experts", [8, 128])

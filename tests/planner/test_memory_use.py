@@ -41,6 +41,8 @@ SPARSE: dict[str, Any] = {"num_experts": 8, "sparse_every": 1}
 TOLERANCE = 0.07
 """Where tokens are dropped the prediction is that none is: a mesh must not fail where the router is balanced. For a
 top-2 router that drops it is 6.2 % too high."""
+CLOSER = {"dense": 0.01, "geglu": 0.01, "switch": 0.02, "dropless": 0.02, "top_k": 0.02}
+"""Where nothing is dropped and there is no dropout: no tensor that counts is left out."""
 
 # fmt: off
 MODELS: Mapping[str, dict[str, Any]] = {
@@ -226,7 +228,7 @@ def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, 
     batch = Batch(*(torch.randint(2, spec.vocab_size, (sequences, length)) for length in (source, target)))
     step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False)
     seen = kept_by_autograd(a_model(spec), batch, bfloat16)
-    assert predicted(spec, step) == pytest.approx(seen, rel=TOLERANCE)
+    assert predicted(spec, step) == pytest.approx(seen, rel=CLOSER.get(model, TOLERANCE))
 
 
 @pytest.mark.fast("top_k-(8, 24, 12)-bfloat16", "expert choice-(8, 24, 12)-float32")
