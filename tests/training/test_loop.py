@@ -23,8 +23,9 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 from switchcli.training.callbacks import Callback
 from switchcli.training.config import TrainSpec
+from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import StepLoss, cross_entropy
-from switchcli.training.microbatches import Microbatches
+from switchcli.training.microbatches import Microbatches, RealTokens
 from switchcli.training.nonfinite import ALWAYS_STOP
 from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.optimizers import Optimizer
@@ -191,6 +192,17 @@ def test_noise_depends_on_the_seed() -> None:
     other.fit(seed=2)
     assert torch.equal(weights(one), weights(same))
     assert not torch.equal(weights(one), weights(other))
+
+
+def test_noise_goes_by_the_number_of_a_microbatch_among_those_of_all_ranks() -> None:
+    def gradient(first: int, last: int) -> torch.Tensor:
+        model, microbatches = a_model(NOISY).train(), Microbatches(rows, 4, 2, 1, 0, 1)(0)[first:last]
+        context, real = DistributedContext("cpu", "float32"), RealTokens(40, 20)
+        accumulate_gradients(model, cross_entropy, microbatches, real, context, "seed")
+        assert model.embedding.grad is not None
+        return model.embedding.grad
+
+    torch.testing.assert_close(gradient(0, 1) + gradient(1, 2), gradient(0, 2))
 
 
 def test_a_stop_before_the_first_step_does_nothing() -> None:

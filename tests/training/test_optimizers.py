@@ -180,6 +180,12 @@ def test_adamw_is_torchs() -> None:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_the_settings_of_adamw_are_torchs_but_for_no_decay() -> None:
+    torchs = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).defaults
+    assert (AdamW().beta1, AdamW().beta2, AdamW().epsilon) == (*torchs["betas"], torchs["eps"])
+    assert AdamW().weight_decay == 0.0
+
+
 @pytest.mark.parametrize("spec", [Adafactor(), Adafactor(scale_by_parameter=False), AdamW(weight_decay=0.1)])
 def test_a_restored_state_goes_on_bit_by_bit(spec: OptimizerSpec) -> None:
     straight = spec.build(parameters())

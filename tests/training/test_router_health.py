@@ -246,6 +246,9 @@ def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
     (collapsed,) = alarms_of(an_output([GOOD], [a_report([1.0, 1.0, 96.0, 2.0])]))
     assert re.search(naming("decoder.second", "expert 2", "96%", "balance_loss_coef"), collapsed)
     assert re.search("learning.rate", collapsed)
+    most, nearly = (a_report([*[(100 - load) / 3] * 3, load]) for load in (92.0, 88.0))
+    assert len(alarms_of(an_output([GOOD], [most]))) == 1
+    assert alarms_of(an_output([GOOD], [nearly])) == []
 
 
 def test_experts_without_a_token_are_named_with_the_steps() -> None:
@@ -258,8 +261,9 @@ def test_experts_without_a_token_are_named_with_the_steps() -> None:
 
 
 def test_a_layer_that_drops_half_of_its_tokens_is_named_with_the_way_out() -> None:
-    few, many = (a_report([5.0, 5.0, 5.0, 5.0], dropped=dropped) for dropped in (9.0, 11.0))
+    few, half, many = (a_report([5.0, 5.0, 5.0, 5.0], dropped=dropped) for dropped in (9.0, 10.0, 11.0))
     assert alarms_of(an_output([few], [GOOD])) == []
+    assert len(alarms_of(an_output([half], [GOOD]))) == 1
     (said,) = alarms_of(an_output([GOOD], [many]))
     assert re.search(naming("decoder.second", "55%", "capacity_factor", "balance_loss_coef"), said)
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import lacking
 
 from switchcli.training.schedules import Constant, Cosine, InverseSquareRoot, Linear, ScheduleSpec
 
@@ -31,6 +32,12 @@ def test_the_last_tenth_falls_to_zero_where_it_is_asked_for() -> None:
     assert decayed(95_000, TOTAL) == pytest.approx(plain(95_000, TOTAL) / 2)
     assert decayed(TOTAL - 1, TOTAL) == pytest.approx(plain(TOTAL, TOTAL) / 10_000, rel=1e-4)
     assert decayed(TOTAL, TOTAL) == 0.0
+
+
+@pytest.mark.parametrize("schedule", [Constant, Cosine, Linear])
+def test_a_warm_up_may_last_to_the_end_and_no_longer(schedule: type[Constant | Cosine | Linear]) -> None:
+    assert schedule(warmup_steps=100).incompatibility(100) is None
+    assert lacking(schedule(warmup_steps=101).incompatibility(100) or "", "warmup_steps 101 100") == []
 
 
 def test_constant_after_a_warm_up() -> None:

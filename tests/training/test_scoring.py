@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
 from switchcli.tasks.config import CustomTask
 from switchcli.tasks.scores import Score, Scores
+from switchcli.tasks.suites import MNLI, PAPER
 from switchcli.tasks.tokens import ScoredExamples, scored_examples
 from switchcli.training import scoring
 from switchcli.training.scoring import TaskPredictor, score_metrics, suite_scores
@@ -124,7 +126,10 @@ def test_by_likelihood_an_answer_is_the_most_probable_label(
 def test_of_equal_labels_the_first_one_is_the_answer(
     tokenizer: Tokenizer, choice: ScoredExamples, monkeypatch: pytest.MonkeyPatch, model: SwitchTransformer
 ) -> None:
-    equal = lambda model, inputs_BS, labels: torch.zeros(len(inputs_BS), len(labels))  # noqa: E731
+    def equal(model: SwitchTransformer, inputs_BS: torch.Tensor, labels: list[torch.Tensor]) -> torch.Tensor:
+        assert all(label[-1] == EOS for label in labels)
+        return torch.zeros(len(inputs_BS), len(labels))
+
     monkeypatch.setattr(scoring, "label_log_likelihoods", equal)
     settings = ScoringSpec(by="likelihood")
     answered = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(choice)
@@ -141,6 +146,35 @@ def test_a_stop_ends_a_choice_between_two_batches(
             choice, StopAfter(1)
         )
     assert model.training is was_training
+
+
+class OneOfTwo(DistributedContext):
+    """A rank of two that run one after another: the sum over ranks is that of the tables so far."""
+
+    def __init__(self, rank: int, tables: list[torch.Tensor]) -> None:
+        super().__init__("cpu", "float32")
+        self._of_two, self._tables = rank, tables
+
+    dp_rank = property(lambda self: self._of_two)
+    dp_size = property(lambda self: 2)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._tables.append(tensor)
+        return torch.stack(self._tables).sum(0)
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+def test_two_ranks_share_the_batches_and_each_has_all_answers(
+    by: Literal["generation", "likelihood"], model: SwitchTransformer, tokenizer: Tokenizer, choice: ScoredExamples
+) -> None:
+    """Of three batches the second rank has one, and in the last round none of its own."""
+    settings = ScoringSpec(batch_examples=4, by=by, decoding=Decoding(max_tokens=5))
+    tables: list[torch.Tensor] = []
+    alone, _, both = (
+        TaskPredictor(model, tokenizer, context, settings, "dropless")(choice)
+        for context in (DistributedContext("cpu", "float32"), OneOfTwo(0, tables), OneOfTwo(1, tables))
+    )
+    assert both == alone
 
 
 def _chosen(folder: str, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
@@ -175,8 +209,14 @@ def test_figures_leave_out_secret_answers_and_average_the_rest() -> None:
     assert score_metrics({"ax": scores("ax", None)}) == {}
 
 
+def test_the_two_sets_of_mnli_count_once() -> None:
+    named = {name: scores(name, value) for name, value in zip((*MNLI.tasks(), "cola"), (40.0, 60.0, 20.0), strict=True)}
+    assert score_metrics(named)["tasks/average"] == (50.0 + 20.0) / 2
+
+
 def test_a_suite_is_averaged_when_all_of_it_was_scored() -> None:
     named = {name: scores(name, 30.0) for name in ("trivia_qa", "natural_questions", "web_questions")}
     assert suite_scores(named) == {"closed_book_qa": 30.0}
+    assert PAPER.name not in suite_scores({name: scores(name, 30.0) for name in PAPER.tasks()})
     del named["trivia_qa"]
     assert suite_scores(named) == {}
