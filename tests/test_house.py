@@ -66,6 +66,25 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
     "switchcli/tasks/text_metrics.py": "sacrebleu",
 }
+READ_BY_PATH = {
+    "switchcli/checkpoint/tensor_file.py": "of a descriptor",
+    "switchcli/commands/_options.py": "a pipe of the user's shell",
+    "switchcli/commands/recipes.py": "of the package",
+    "switchcli/data/prepare/digests.py": "of the cache",
+    "switchcli/data/prepare/pipeline.py": "of the cache",
+    "switchcli/data/prepare/shards.py": "of the cache",
+    "switchcli/data/prepare/store.py": "of the cache",
+    "switchcli/data/prepare/verified.py": "of the cache",
+    "switchcli/data/sources/python_stdlib.py": "of Python",
+    "switchcli/distributed/launch.py": "of the launcher itself",
+    "switchcli/processor.py": "of the system",
+    "switchcli/recipe/key_index.py": "of the package",
+    "switchcli/recipe/library.py": "of the package",
+    "switchcli/report/html_page.py": "of the package",
+    "switchcli/runs/accelerate_settings.py": "of the system",
+    "switchcli/tasks/stdlib_tasks.py": "of Python",
+}
+"""The files that read others by their paths, and whose files these are: no stranger made them."""
 READS_PICKLES = "switchcli/convert/weight_files.py"
 FINDS_MODULES = {"switchcli/tasks/registry.py": "switchcli.tasks.", "switchcli/cli.py": "switchcli.commands."}
 """The files that import modules by their names, and the package that these modules are in."""
@@ -207,6 +226,18 @@ def _imports_from(package: str, call: ast.Call) -> bool:
     parts = call.args[0].values if len(call.args) == 1 and isinstance(call.args[0], ast.JoinedStr) else []
     literal = isinstance(parts[0], ast.Constant) and parts[0].value == package if parts else False
     return dotted(call.func) == "importlib.import_module" and literal and not call.keywords
+
+
+def files_from_outside_are_opened_by_user_files(module: Module) -> Iterator[Fault]:
+    """A pipe or a device of a stranger would be waited for: `open_regular` and `read_regular` refuse them."""
+    if module.path not in READ_BY_PATH:
+        for call in calls(module.tree):
+            name = dotted(call.func)
+            modes = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "mode")]
+            reads = any(isinstance(mode, ast.Constant) and str(mode.value).startswith("r") for mode in modes)
+            whole = name.endswith(".read_text") or (name.endswith(".read_bytes") and not call.args)
+            if whole or (name.endswith(".open") and reads) or name == "safe_open":
+                yield call.lineno, f"{name}: take switchcli.user_files"
 
 
 def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
@@ -392,6 +423,19 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (CLI, f"import importlib, pkgutil\nimportlib.{A_VERB}"),
             ("switchcli/tasks/registry.py", f"import importlib\nimportlib.{A_TASK}"),
             (DATA, "from importlib.metadata import version"),
+        ],
+    ),
+    files_from_outside_are_opened_by_user_files: (
+        [
+            (DATA, "path.read_text()"),
+            (DATA, "(folder / name).read_bytes()"),
+            (DATA, "path.open('rb')"),
+            (DATA, "path.open(mode='r')"),
+            (TRAIN, "safe_open(path, framework='pt')"),
+        ],
+        [
+            (DATA, "open_regular(path)\nread_regular(path, 9)\npath.open('wb')\nshard.open()"),
+            ("switchcli/processor.py", "path.read_text()"),
         ],
     ),
     yaml_is_read_safely: (

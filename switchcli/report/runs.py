@@ -26,6 +26,7 @@ from switchcli.metric_names import (
     TOKENS_PER_SECOND,
 )
 from switchcli.report.sinks import LONGEST_LINE, is_count, parse, read_lines, step_of
+from switchcli.user_files import read_regular
 
 Floats = NDArray[np.float64]
 LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
@@ -318,7 +319,7 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     with disk_errors(path, _ELSEWHERE):
-        result = parse(path.read_bytes()) if path.stat().st_size <= _MAX_FILE else None
+        result = parse(read_regular(path, _MAX_FILE)) if path.stat().st_size <= _MAX_FILE else None
     if result is None:
         notes.append(f"{path}: not a JSON object of at most {_MAX_FILE:,} bytes, left out")
         return {}
@@ -343,4 +344,4 @@ def _digest(path: Path) -> str | None:
     if not path.is_file() or path.stat().st_size > _MAX_FILE:
         return None
     with disk_errors(path, _ELSEWHERE):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(read_regular(path, _MAX_FILE)).hexdigest()
