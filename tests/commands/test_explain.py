@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from terminal import in_terminal
 from typer.testing import CliRunner
 
 from switchcli.commands.recipes import app
@@ -82,3 +83,13 @@ finally:
     assert done.returncode == 0, done.stderr
     assert "model.router.kind" in done.stdout
     assert {*done.stderr.split()} <= {"pydantic"}
+
+
+@pytest.mark.parametrize("arguments", [("explain", "model"), ("explain", "data"), ("list",)])
+def test_a_terminal_of_80_columns_breaks_no_word_and_cuts_no_meaning(arguments: tuple[str, ...]) -> None:
+    shown = in_terminal([sys.executable, "-m", "switchcli", "recipes", *arguments], 80)
+    assert not shown.faults
+    assert max(map(len, shown.text.splitlines())) <= 80
+    told = " ".join(shown.text.split())
+    for info in key_index.below(arguments[1]) if arguments[0] == "explain" else ():
+        assert info.key.endswith(".kind") or " ".join(info.description.split()) in told, info.key
