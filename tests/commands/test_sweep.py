@@ -186,6 +186,7 @@ def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
         "other  finetune quickstart/finetune --model {out}-other\n---\n"
         "scores eval {out}/tuned\n"
     )
+    (tmp_path / "out-other").mkdir()
     ended = _sweep(path, tmp_path)
     assert ended.returncode == 1
     assert re.search(r"failed: tuned: .*\bneeds one$", ended.stderr, re.M)
