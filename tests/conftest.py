@@ -3,6 +3,7 @@
 import importlib.util
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,10 @@ LONGEST_FIRST = (
     "report/test_page.py",
 )
 """The files that take longest, the longest first."""
+
+# A script's background job ignores SIGINT, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch and the hub's client are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
