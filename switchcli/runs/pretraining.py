@@ -37,10 +37,14 @@ class Pretraining(TrainingTask):
         is_from_scratch = recipe.start is None and self._job.branch is None
         # A resumed run uses the tokenizer in its folder, because one that is trained again may differ.
         if is_from_scratch and not (self._folder.is_resumed and self._folder.tokenizer.exists()):
+            accept = partial(check_tokenizer_fits, recipe)
+            main = context.main_only(
+                lambda: text_sets.prepare_texts(recipe.data, recipe.eval.sequences, console, accept=accept)
+            )
+            # One rank trains the vocabulary: another training may order words of equal frequency otherwise.
+            tokenizer_text = context.all_gather_text(main.tokenizer.to_json() if main else "")[0]
             prepared = context.main_first(
-                lambda: text_sets.prepare_texts(
-                    recipe.data, recipe.eval.sequences, console, accept=partial(check_tokenizer_fits, recipe)
-                )
+                lambda: main or prepare_with_tokenizer(Tokenizer.from_json(tokenizer_text), recipe, console)
             )
         else:
             tokenizer = warm_start.start_tokenizer(self._job, self._folder)
