@@ -11,7 +11,7 @@ from typing import NamedTuple
 from switchcli.report.safe_text import shell_word, shell_words
 from switchcli.runs.sweep_list import SweepRun
 from switchcli.runs.sweep_runner import command
-from switchcli.startup import SAFE_PATH
+from switchcli.startup import keep_modules_of_current_folder_out
 
 
 class Nodes(NamedTuple):
@@ -135,8 +135,10 @@ def torchrun_command(
         ranks = max(1, torch.cuda.device_count())
     # With `env` the command has the variables when it is pasted, too. Ranks that restart must not meet where those
     # before them did.
+    variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    keep_modules_of_current_folder_out(variables)
     return [
-        *("env", f"{SAFE_PATH}=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        *("env", *(f"{name}={value}" for name, value in variables.items())),
         *(sys.executable, "-m", "torch.distributed.run"),
         f"--nnodes={nodes}",
         f"--nproc-per-node={ranks}",

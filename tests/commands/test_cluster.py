@@ -136,9 +136,20 @@ def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("time", ["30", "30:00", "24:00:00", "2-12", "2-12:00:00", "UNLIMITED"])
-def test_a_time_of_sbatch_is_taken(time: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_limit_in_any_form_of_sbatch_is_in_the_job_script(time: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert f"\n#SBATCH --time={time}\n" in job_script("--time", time, "--", "pretrain", "x").read_text()
+
+
+def test_ranks_of_torchrun_import_the_package_from_a_clone_that_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clone is the current folder. From any other folder no module is imported."""
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    command = (*LAUNCH, "--torchrun", "--print", "--", "pretrain", "x")
+    for folder, is_safe in ((Path(__file__).parents[2], False), (tmp_path, True)):
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
+        assert ("PYTHONSAFEPATH=1" in printed.split()) == is_safe
 
 
 @pytest.mark.parametrize("verb", [("pretrain",), ("data", "prepare")])
