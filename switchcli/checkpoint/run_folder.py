@@ -41,7 +41,7 @@ class RunFolder:
             raise RecipeError(
                 f"--out {self.path}: holds {names[0]} and no run of switchcli: give a new or an empty folder by --out"
             )
-        if names and not self.resume and Path.cwd().is_relative_to(self.path.resolve()):
+        if self.is_to_archive() and Path.cwd().is_relative_to(self.path.resolve()):
             raise RecipeError(
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
@@ -63,13 +63,17 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         publish_file(self.result, to_json(result, indent=1) + "\n")
 
+    def is_to_archive(self) -> bool:
+        """Return whether the folder holds an earlier run, with a recipe or checkpoints, that is not resumed."""
+        return not self.resume and (os.path.lexists(self.recipe) or os.path.lexists(self.checkpoints))
+
     def archive(self) -> Path | None:
-        """Rename the folder of an earlier run, so that a new run can begin here. Return its new path, or None if none.
+        """Rename the folder of an earlier run that is not resumed. Return its new path, or None if there is none.
 
         If the run folder is a link, the folder that it names is renamed, and the link stays: the new run will be where
         the earlier one was.
         """
-        if not os.path.lexists(self.recipe) and not os.path.lexists(self.checkpoints):
+        if not self.is_to_archive():
             return None
         path = self.path.resolve() if self.path.is_symlink() else self.path
         number = 1

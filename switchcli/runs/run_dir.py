@@ -115,9 +115,10 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
     def lock_and_check() -> bool:
         folder.check_free()
         locks.enter_context(lock(out))
+        if not folder.is_to_archive():
+            folder.check_links()
         if not resume:
             return False
-        folder.check_links()
         latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
         if latest is not None:
             # The recipe in the checkpoint, because a user may have edited that of the folder.
@@ -140,7 +141,7 @@ def begin_run(
     """
 
     def begin() -> None:
-        if not folder.resume and (archived := folder.archive()):
+        if archived := folder.archive():
             console.message(f"the run that was in {folder.path} is now in {archived}")
             locks.enter_context(lock(folder.path))
         folder.write_recipe(dump(recipe))

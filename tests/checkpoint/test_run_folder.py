@@ -13,7 +13,7 @@ from switchcli.errors import CheckpointError
 
 def a_folder(path: Path) -> RunFolder:
     path.mkdir()
-    return RunFolder(path)
+    return RunFolder(path, resume=False)
 
 
 def test_files_are_written_whole(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_a_folder_without_a_run_stays(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "run")
     (folder.path / "notes.txt").write_text("mine")
     assert folder.archive() is None
-    assert RunFolder(tmp_path / "absent").archive() is None
+    assert RunFolder(tmp_path / "absent", resume=False).archive() is None
 
 
 def test_what_the_disk_refuses_is_told_in_one_line(tmp_path: Path) -> None:

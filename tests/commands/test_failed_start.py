@@ -43,7 +43,7 @@ def out_of_memory(*arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["preflight", "microbatch_rows", "begin_run"])
-def test_none_after_a_failure_of_the_machine_before_training(
+def test_no_folder_is_left_when_memory_runs_out_before_training(
     name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, name, out_of_memory)
@@ -93,6 +93,18 @@ def test_a_folder_with_files_of_somebody_else_is_refused(
         assert not lacking(done.err, "theirs --out empty")
         assert done.err.count("\n") == 1
         assert content(Path()) == before
+
+
+@pytest.mark.parametrize("option", ["--resume", "--no-resume"])
+def test_a_link_where_a_new_run_would_write_is_refused(option: str, recipe: str, switchcli: SwitchCLI) -> None:
+    Path("elsewhere").mkdir()
+    Path("run").mkdir()
+    Path("run/run.lock").touch()
+    Path("run/tensorboard").symlink_to("../elsewhere")
+    done = switchcli("pretrain", recipe, "log.trackers=[tensorboard]", option, "--out", "run")
+    assert done.code == 4, done.err
+    assert not lacking(done.err, "run/tensorboard link remove")
+    assert not [*Path("elsewhere").iterdir()]
 
 
 @pytest.mark.parametrize("option", ["--resume", "--no-resume"])
