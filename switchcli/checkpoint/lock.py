@@ -28,7 +28,7 @@ _HOLDER_TIMEOUT = 0.2
 def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
     """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
 
-    At the end, a folder that holds nothing but the lock becomes what it was: empty, or not there.
+    At the end, a folder in which nothing but the lock is new becomes what it was: it has no lock, or is not there.
 
     Raises CheckpointError, without waiting, when another run holds the lock, or the folder cannot be written or locked;
     RecipeError when it is a file.
@@ -36,6 +36,9 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
     """
     path = run_folder / "run.lock"
     resolved = run_folder.resolve()
+    before = set[str]()
+    with suppress(OSError):
+        before = {file.name for file in run_folder.iterdir()}
     missing = [folder for folder in (resolved, *resolved.parents) if not os.path.lexists(folder)]  # the innermost first
     descriptor = _open(path, alternative)
     try:
@@ -49,7 +52,8 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
         finally:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
-                if [file.name for file in run_folder.iterdir()] == [path.name]:
+                others = {file.name for file in run_folder.iterdir()} - {path.name}
+                if (not others or others == before) and _is_there(path, descriptor):
                     path.unlink()
                     for folder in missing:
                         folder.rmdir()

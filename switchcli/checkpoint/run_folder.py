@@ -25,21 +25,24 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.result = path / "result.json"
-        self.trackers = (path / "tensorboard", path / "wandb")
+        self._files = (self.recipe, self.tokenizer, self.metrics, self.result)
+        self._folders = (self.checkpoints, path / "tensorboard", path / "wandb")
 
     def check_free(self) -> None:
         """Check that a run may be here.
 
         Raises:
-            RecipeError: the folder holds files and no run, so they are somebody else's; or the run that is to be
-                archived lies around the current folder.
+            RecipeError: the folder holds a name that a run writes and no run, so it is somebody else's; or the run that
+                is to be archived lies around the current folder.
         """
+        lock = self.path / "run.lock"
         with disk_errors(self.path):
-            names = sorted(file.name for file in self.path.iterdir()) if self.path.is_dir() else []
-            is_run = (self.path / "run.lock").is_file() or checkpoint.saved_checkpoints(self.checkpoints)
-        if names and not is_run:
+            occupied = [path.name for path in (*self._files, *self._folders, lock) if os.path.lexists(path)]
+            is_run = lock.is_file() or checkpoint.saved_checkpoints(self.checkpoints)
+        if occupied and not is_run:
             raise RecipeError(
-                f"--out {self.path}: holds {names[0]} and no run of switchcli: give a new or an empty folder by --out"
+                f"--out {self.path}: holds {occupied[0]} and no run of switchcli: give a new or an empty folder by "
+                "--out"
             )
         if self.is_to_archive() and Path.cwd().is_relative_to(self.path.resolve()):
             raise RecipeError(
@@ -49,9 +52,9 @@ class RunFolder:
     def check_links(self) -> None:
         """Raise CheckpointError if a link, or another file that no run makes, is where the run would write."""
         with disk_errors(self.path):
-            for file in (self.recipe, self.tokenizer, self.metrics, self.result):
+            for file in self._files:
                 publish.check_file(file)
-            for folder in (self.checkpoints, *self.trackers):
+            for folder in self._folders:
                 publish.check_folder(folder)
 
     def write_recipe(self, text: str) -> None:

@@ -70,11 +70,10 @@ THEIRS = {
     "tokenizer.json": b"\xff\xfe",
     "metrics.jsonl": b"",
     "result.json": b"{}",
-    "notes.txt": b"mine",
-    ".hidden": b"",
     "run.lock/file": b"",
     "checkpoints/mine": b"",
     "tensorboard/mine": b"",
+    "wandb/mine": b"",
 }
 
 
@@ -93,6 +92,24 @@ def test_a_folder_with_files_of_somebody_else_is_refused(
         assert not lacking(done.err, "theirs --out empty")
         assert done.err.count("\n") == 1
         assert content(Path()) == before
+
+
+@pytest.mark.parametrize("name", ["train.log", ".hidden", "lost+found/file", "metrics.json"])
+def test_a_run_begins_beside_files_of_other_names_and_leaves_them_alone(
+    name: str, recipe: str, switchcli: SwitchCLI
+) -> None:
+    file = Path("run", name)
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    before = content(Path("run"))
+    failed = switchcli("pretrain", recipe, "data.corpora.0.paths=[none.txt]", "--out", "run")
+    assert failed.code == 3, failed.err
+    assert content(Path("run")) == before
+    for option in ("--no-resume", "--resume"):
+        done = switchcli("pretrain", recipe, option, "--out", "run")
+        assert done.code == 0, done.err
+        assert content(Path("run")).items() >= before.items()
+    assert not Path("run.before-1").exists()
 
 
 @pytest.mark.parametrize("option", ["--resume", "--no-resume"])
