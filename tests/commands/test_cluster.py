@@ -136,7 +136,9 @@ def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("time", ["30", "30:00", "24:00:00", "2-12", "2-12:00:00", "UNLIMITED"])
-def test_a_time_limit_in_any_form_of_sbatch_is_in_the_job_script(time: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_time_limit_in_any_form_of_sbatch_is_in_the_job_script(
+    time: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert f"\n#SBATCH --time={time}\n" in job_script("--time", time, "--", "pretrain", "x").read_text()
 
