@@ -24,7 +24,8 @@ CASES = {
     "pretrain a --lr 1e-4": "schedule.learning_rate=1e-4",
     "pretrain a --learning_rate": "schedule.learning_rate=VALUE",
     "distill a --num-train-epochs 3": "train.steps=N",
-    "pretrain a --per-device-train-batch-size 8": "train.batch_tokens=N",
+    "pretrain a --batch-size 8": "train.batch_tokens=N",
+    "pretrain a --per-device-train-batch-size 8": "train.microbatch_tokens=N",
     "pretrain a --gradient-accumulation-steps 4": "train.microbatch_tokens=N",
     "pretrain a --seed 1": "train.seed=1",
     "pretrain a --bf16": "train.precision=selective",
@@ -49,6 +50,14 @@ CASES = {
     "pretrain a --capacity-factor 2": "model.router.capacity_factor=2",
     "pretrain a --train.steps 3": "train.steps=3",
     "upcycle a b --num-experts 8": "--experts 8",
+    "pretrain a --report-to tensorboard": "log.trackers=[tensorboard]",
+    "pretrain a --report-to none": "log.trackers=[]",
+    "pretrain a --overwrite-output-dir": "--no-resume",
+    "pretrain a --save-interval 5": "checkpoint.save_every_steps=5",
+    "pretrain a --max-epochs 3": "train.steps=N",
+    "pretrain a --use-fp16": "train.precision=selective",
+    "pretrain a --nnodes 2": "switchcli launch --torchrun --nodes 2 -- pretrain ...",
+    "finetune a --tasks rte": "tasks=[rte]",
 }
 
 
@@ -58,6 +67,19 @@ def test_the_answer_to_a_flag_of_another_tool(line: str, switchcli: SwitchCLI) -
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(r"error: .*\n", done.err)
     assert f": use {CASES[line]}" in done.err, done.err
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("eval-accumulation-steps", "eval-iters", "data-seed", "hub-model-id", "model-revision", "generation-config"),
+        *("bf16-full-eval", "load-best-model-at-end", "auto-find-batch-size", "min-lr", "sp-size"),
+    ],
+)
+def test_a_flag_that_only_contains_a_known_word_has_no_answer(flag: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", "a", f"--{flag}", "4")
+    assert done.code == 2
+    assert ": use " not in done.err, done.err
 
 
 KEYS = {
@@ -71,7 +93,7 @@ KEYS = {
     "lr=1e-3": "schedule.learning_rate=0.001",
     "optimizer.lr=1e-3": "schedule.learning_rate=0.001",
     "batch_size=8": "train.batch_tokens=N",
-    "train.per_device_train_batch_size=8": "train.batch_tokens=N",
+    "train.per_device_train_batch_size=8": "train.microbatch_tokens=N",
     "epochs=3": "train.steps=N",
     "num_train_epochs=3": "train.steps=N",
     "max_steps=10": "train.steps=10",
