@@ -191,9 +191,10 @@ def path_error(error: Exception) -> RecipeError | None:
 
 
 _NO_MEMORY: Final = re.compile(
-    "failed to map segment|cannot allocate memory|can't allocate memory|can't start new thread|bad_alloc", re.IGNORECASE
+    "failed to map segment(?!.*(not permitted|denied))|can(not|'t) allocate memory|can't start new thread|bad_alloc",
+    re.IGNORECASE,
 )
-"""Messages of libraries that the system refused memory, as under `ulimit -v`."""
+"""Messages of libraries that the system refused memory, as under `ulimit -v`. A noexec mount is "not permitted"."""
 
 
 def memory_error(error: Exception) -> OutOfMemory | None:
