@@ -387,7 +387,7 @@ def _speeds(live: Sequence[Live], load: tuple[int, bool], rounds: int) -> list[l
 
 
 def _load_name(count: int, other_sessions: bool) -> str:
-    return f"{count} busy{', of other sessions' if other_sessions else ''}" if count else "quiet"
+    return f"{count} busy{' in sessions of their own (setsid)' if other_sessions else ''}" if count else "quiet"
 
 
 def of_data(common: Job, precisions: Sequence[str], sizes: Sequence[int]) -> None:
