@@ -64,12 +64,13 @@ def expanded(path: Path) -> Path:
 
 
 def is_within_folder(name: str) -> bool:
-    """Return whether a path that a file of a folder names stays in this folder: it is relative, without `..`.
+    """Return whether a path that a file of a folder names stays in this folder: it is relative, without `..` or `:`.
 
+    A name with a colon may be a URL: fsspec opens `file:/x`, `local:/x` and `zip://x::/y`.
     Links in the folder are followed: in the hub's cache all files are links to the `blobs` beside the folder.
     """
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "://" not in name
+    return not path.is_absolute() and ".." not in path.parts and ":" not in name
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:

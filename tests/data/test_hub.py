@@ -243,6 +243,8 @@ def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
         "configs: [{config_name: default, data_files: [{split: train, path: [train.jsonl, en/../../*.jsonl]}]}]",
         "configs: [{config_name: default, data_files: FOLDER/outside.jsonl}]",
         "configs: [{config_name: default, data_files: 'file://FOLDER/outside.jsonl'}]",
+        "configs: [{config_name: default, data_files: 'file:FOLDER/outside.jsonl'}]",
+        "configs: [{config_name: default, data_files: 'local:FOLDER/outside.jsonl'}]",
         "configs: [{config_name: default, data_files: 'https://localhost:1/outside.jsonl'}]",
         "configs: [{config_name: default, data_files: 'zip://outside.jsonl::FOLDER/outside.zip'}]",
         "configs: [{config_name: a, data_files: train.jsonl}, {config_name: b, data_dir: ..}]",
@@ -263,7 +265,16 @@ def test_a_folder_whose_card_names_files_elsewhere_is_refused(card: str, tmp_pat
         list(HubCorpus(path=str(folder)).documents())
 
 
-@pytest.mark.parametrize("data_files", ["../outside.jsonl", "FOLDER/outside.jsonl", "file://FOLDER/outside.jsonl"])
+@pytest.mark.parametrize(
+    "data_files",
+    [
+        "../outside.jsonl",
+        "FOLDER/outside.jsonl",
+        "file://FOLDER/outside.jsonl",
+        "file:FOLDER/outside.jsonl",
+        "local:FOLDER/outside.jsonl",
+    ],
+)
 def test_files_that_a_recipe_names_elsewhere_are_in_the_fingerprint(data_files: str, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.jsonl").write_text('{"text": "train"}\n')

@@ -5,6 +5,7 @@ A corpus is read in source shards (`source_shards`, `read`) or completely (`docu
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -109,7 +110,7 @@ class HubCorpus(RowCorpus):
         for pattern in patterns:
             # `datasets` takes paths from the data set's folder, and of zip://MEMBER::ARCHIVE from the current one.
             is_in_archive = "::" in pattern
-            local = pattern.rpartition("::")[2].removeprefix("file://")
+            local = re.sub("^(file|local):(//)?", "", pattern.rpartition("::")[2])  # as fsspec does
             local = local if is_in_archive or not folder.is_dir() else str(folder / local)
             paths = (Path(name) for name in sorted(glob(local, recursive=True)))  # noqa: PTH207
             files |= {path.as_posix(): path for path in paths if path.is_file() and path not in below}
@@ -209,8 +210,8 @@ def _check_card(folder: Path) -> None:
         for name in chain(*names, _as_list(config.get("data_dir"))):
             if isinstance(name, str) and not is_within_folder(name):
                 raise DataError(
-                    f"data.corpora: {path}: names {name!r}, which lies outside of its folder: copy these files into "
-                    "the folder, or name them by data_files of the corpus"
+                    f"data.corpora: {path}: names {name!r}, which may lie outside of its folder: copy these files "
+                    "into the folder, or name them by data_files of the corpus"
                 )
 
 
