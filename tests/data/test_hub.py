@@ -266,6 +266,26 @@ def test_a_folder_whose_card_names_files_elsewhere_is_refused(card: str, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "card",
+    [
+        "configs: 5",
+        "configs: true",
+        "configs: [3]",
+        "configs: [{config_name: default, data_files: [{split: train, path: [3]}]}]",
+        "configs: [{config_name: default, data_dir: 3}]",
+        "dataset_info: [3]",
+        "dataset_info: {splits: 3}",
+        "5: 5",
+    ],
+)
+def test_a_card_with_values_of_other_types_is_an_error_of_the_data(card: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}")):
+        HubCorpus(path=str(tmp_path)).source_shards()
+
+
+@pytest.mark.parametrize(
     "data_files",
     [
         "../outside.jsonl",

@@ -181,10 +181,16 @@ def _open_dataset(
 ) -> "IterableDataset":
     from datasets import load_dataset
 
-    if data_files is None:
-        _check_card(Path(path))
     files = list(data_files) if isinstance(data_files, tuple) else data_files
-    return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
+    try:
+        if data_files is None:
+            _check_card(Path(path))
+        return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
+    except (TypeError, AttributeError, LookupError) as error:  # `datasets` checks few types of the values of a card
+        raise DataError(
+            f"data.corpora: {path}: the dataset cannot be opened ({reason(error)}): check the types of the values in "
+            f"its {_CARD}"
+        ) from error
 
 
 def _check_card(folder: Path) -> None:
@@ -202,7 +208,7 @@ def _check_card(folder: Path) -> None:
     if not path.exists():
         return
     card = DatasetCard(read_regular(path, _MAX_CARD_BYTES).decode("utf-8"))
-    for config in card.data.get("configs") or ():
+    for config in _as_list(card.data.get("configs")):
         if not isinstance(config, Mapping):
             continue  # `datasets` refuses it, as the other values that are skipped here
         entries = _as_list(config.get("data_files"))
