@@ -155,7 +155,7 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
             found = model.model.embedding.device
             raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
         evaluator = Evaluator(model, recipe, context, console)
-        _warn_about_other_text(handle, evaluator.training_identities(), console)
+        context.main_only(lambda: _warn_about_other_text(handle, evaluator, console))
         with explain_changed_data(evaluator.check):
             passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
         for eval_pass in passes:
@@ -177,12 +177,12 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
     return Evaluation(result, passes)
 
 
-def _warn_about_other_text(handle: CheckpointHandle, identities: set[str], console: Console) -> None:
-    """Print a warning if the text, with one of these digests as training rows, is not that of the checkpoint's run."""
-    if not identities or handle.native is None or not handle.has_training_recipe:
+def _warn_about_other_text(handle: CheckpointHandle, evaluator: Evaluator, console: Console) -> None:
+    """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
+    if handle.native is None or not handle.has_training_recipe:
         return
-    seen = json.loads(handle.native.document(DATA)).get(TEXT)
-    if seen not in identities:
+    identities = evaluator.training_identities()
+    if identities and json.loads(handle.native.document(DATA)).get(TEXT) not in identities:
         console.warning(
             f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
             "now may have been trained on"

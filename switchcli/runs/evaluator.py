@@ -101,7 +101,7 @@ class Evaluator:
             self._prepared.check()
 
     def training_identities(self) -> set[str]:
-        """Return the digests, one for each version, of training rows made of this text as the model's were. Collective.
+        """Return the digests, one for each version, of training rows made of this text as the model's were.
 
         Empty if the recipe names other text than that of the model's own recipe.
         """
@@ -111,10 +111,9 @@ class Evaluator:
         if any(getattr(trained.data, key) != getattr(text, key) for key in TEXT_KEYS):
             return set()
         try:
-            rows = text_sets.train_rows(trained, self._prepared, self._context, silent())
+            return text_sets.training_identities(trained, self._prepared, silent())
         except (DataError, RecipeError):  # no such rows can be made of this text
             return {""}
-        return {rows.identity, rows.former_identity or rows.identity}
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
         """Return the pairs of capacity policies to measure with: one for text, and one for tasks."""

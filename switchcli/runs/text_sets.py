@@ -24,7 +24,7 @@ from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN
 from switchcli.data.prepare.store import digest_of
 from switchcli.data.sources.records import RowCorpus
-from switchcli.data.streaming import StreamedTextSource, source_shards_of
+from switchcli.data.streaming import CorpusShards, StreamedTextSource, source_shards_of
 from switchcli.data.text_batches import PreparedTextSource, text_fraction
 from switchcli.data.text_mixture import TextMixture
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -98,6 +98,28 @@ def train_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedCont
     return build(recipe, text, context, console)
 
 
+def training_identities(recipe: TextRecipe, text: PreparedTexts, console: Console) -> set[str]:
+    """Return the identities, one for each version, of the rows that `train_rows` makes of the recipe's text.
+
+    They do not depend on the number of ranks.
+
+    Raises:
+        DataError: the text cannot be used.
+        RecipeError: the mixture cannot be made of these texts.
+    """
+    data = recipe.data
+    if data.access == "prepared":
+        return {
+            _prepared_identity(
+                text, _prepared_mixture(recipe, text, _datasets(text, TRAIN, data.rows, recipe.train.seed))
+            )
+        }
+    # The shards of a hub's dataset are asked of the hub, which may be out of reach.
+    mixture = None if data.mixture.kind == "joined" else _stream_mixture(recipe, _stream_source_shards(data))
+    prepare_with = with_digests(data, prepare_context(console))
+    return {*_stream_identities(data, text.tokenizer, mixture, prepare_with)}
+
+
 def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
     """Return training rows of prepared text.
 
@@ -108,15 +130,25 @@ def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
     data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
     _raise_open_files_limit()  # two for each shard of the windows of each text
     datasets = _datasets(text, TRAIN, data.rows, seed)
-    num_rows = recipe.train.steps * batch_rows
+    mixture = _prepared_mixture(recipe, text, datasets)
+    if context.is_main:
+        _report_training_text(text, datasets, mixture, recipe.train.steps * batch_rows, console)
+    source = PreparedTextSource([*datasets.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
+    return TrainRows(source, _prepared_identity(text, mixture))
+
+
+def _prepared_mixture(
+    recipe: TextRecipe, text: PreparedTexts, datasets: Mapping[str, TokenDataset]
+) -> TextMixture | None:
+    """Return the mixture of the training rows. Raises RecipeError if it cannot be made of these texts."""
     rows_per_epoch = [dataset.rows_per_epoch for dataset in datasets.values()]
     tokens = [prepared.counts[TRAIN].tokens for prepared in text.texts.values()]
-    mixture = data.build_mixture(tokens, rows_per_epoch, num_rows, seed)
-    if context.is_main:
-        _report_training_text(text, datasets, mixture, num_rows, console)
-    source = PreparedTextSource([*datasets.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
-    identity = text.identity if mixture is None else digest_of({"text": text.identity, "mixture": mixture.identity})
-    return TrainRows(source, identity)
+    num_rows = recipe.train.steps * recipe.rows_per_step
+    return recipe.data.build_mixture(tokens, rows_per_epoch, num_rows, recipe.train.seed)
+
+
+def _prepared_identity(text: PreparedTexts, mixture: TextMixture | None) -> str:
+    return text.identity if mixture is None else digest_of({"text": text.identity, "mixture": mixture.identity})
 
 
 def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
@@ -126,8 +158,43 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
         DataError: the mixture depends on the sizes of texts, and one is not known; or the ranks read different texts.
         RecipeError: as `StreamedTextSource` says.
     """
-    data, seed, batch_rows = recipe.data, recipe.train.seed, recipe.rows_per_step
-    shards = {label: source_shards_of(corpora) for label, corpora in data.texts().items()}
+    data = recipe.data
+    shards = _stream_source_shards(data)
+    mixture = _stream_mixture(recipe, shards)
+    prepare_with = with_digests(data, prepare_context(console))
+    if context.world > 1:
+        # The text will be read, so far only its held-out part was. Times do not count: machines may hold copies.
+        without_times = Digests(prepare_with.cache, sampled=True, times=False, track=prepare_with.track)
+        content = source_digest(_without_unreadable(data), text.tokenizer, prepare_with._replace(digests=without_times))
+        check_same_data({"the streamed text": content}, context)
+    _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
+    source = StreamedTextSource(
+        data,
+        shards,
+        text.tokenizer,
+        mixture,
+        recipe.train.seed,
+        recipe.rows_per_step,
+        (context.dp_rank, context.dp_size),
+        kept_steps=recipe.train.batches_ahead + 2,
+    )
+    return TrainRows(
+        source, *_stream_identities(data, text.tokenizer, mixture, prepare_with), files=prepare_with.digests
+    )
+
+
+def _stream_source_shards(data: DataSpec) -> dict[str, CorpusShards]:
+    return {label: source_shards_of(corpora) for label, corpora in data.texts().items()}
+
+
+def _stream_mixture(recipe: TextRecipe, shards: Mapping[str, CorpusShards]) -> TextMixture | None:
+    """Return the mixture of the training rows.
+
+    Raises:
+        DataError: the mixture depends on the sizes of texts, and one is not known.
+        RecipeError: the mixture cannot be made of these texts.
+    """
+    data = recipe.data
     shard_sizes = {label: [shard.size for _, shard in text_shards] for label, text_shards in shards.items()}
     unknown = [label for label, sizes in shard_sizes.items() if None in sizes]
     if data.mixture.uses_sizes and unknown:
@@ -137,34 +204,19 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
         )
     # Bytes stand for tokens, and for rows per epoch, which are not known before the text is read.
     text_sizes = [max(1, sum(size or 0 for size in sizes)) for sizes in shard_sizes.values()]
-    mixture = data.build_mixture(text_sizes, text_sizes, recipe.train.steps * batch_rows, seed)
-    strict_data, prepare_with = _without_unreadable(data), with_digests(data, prepare_context(console))
-    if context.world > 1:
-        # The text will be read, so far only its held-out part was. Times do not count: machines may hold copies.
-        without_times = Digests(prepare_with.cache, sampled=True, times=False, track=prepare_with.track)
-        content = source_digest(strict_data, text.tokenizer, prepare_with._replace(digests=without_times))
-        check_same_data({"the streamed text": content}, context)
-    _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
-    source = StreamedTextSource(
-        data,
-        shards,
-        text.tokenizer,
-        mixture,
-        seed,
-        batch_rows,
-        (context.dp_rank, context.dp_size),
-        kept_steps=recipe.train.batches_ahead + 2,
-    )
+    return data.build_mixture(text_sizes, text_sizes, recipe.train.steps * recipe.rows_per_step, recipe.train.seed)
+
+
+def _stream_identities(
+    data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None, prepare_with: PrepareContext
+) -> tuple[str, str]:
+    """Return the identity of a stream's rows, and the one in versions up to 0.1."""
+    strict_data = _without_unreadable(data)
     # A checkpoint holds this identity, so its keys keep the names of earlier versions.
     identity = {"mixture": mixture and mixture.identity, "lanes": data.stream_shards}
-    digest = source_digest(strict_data, text.tokenizer, prepare_with)
-    former_digest = legacy_source_digest(strict_data, text.tokenizer)
-    return TrainRows(
-        source,
-        digest_of({**identity, "text": digest}),
-        digest_of({**identity, "text": former_digest}),
-        prepare_with.digests,
-    )
+    digests = source_digest(strict_data, tokenizer, prepare_with), legacy_source_digest(strict_data, tokenizer)
+    current, former = (digest_of({**identity, "text": digest}) for digest in digests)
+    return current, former
 
 
 def _raise_open_files_limit() -> None:

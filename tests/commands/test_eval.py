@@ -16,6 +16,7 @@ from tiny_run import SwitchCLI, lay_out_tuning
 from typer.testing import CliRunner
 
 from switchcli.cli import app
+from switchcli.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,12 @@ def test_other_text_than_the_checkpoint_saw_is_told(
         assert done.code == 0, done.err
         return "the text is not the one" in done.err
 
-    assert not told()
+    def out_of_reach(corpora: object) -> None:
+        raise DataError("no network")
+
+    with monkeypatch.context() as patch:  # the shards of a hub are not needed
+        patch.setattr("switchcli.runs.text_sets.source_shards_of", out_of_reach)
+        assert not told()
     os.utime(own, ns=(0, 0))
     assert not told(), "a copy is the same text"
     shutil.copy(own, "other.txt")
@@ -113,6 +119,26 @@ def test_other_text_than_the_checkpoint_saw_is_told(
     assert not told("text.corpora=[{kind: files, paths: [other.txt], sample_by: line}]")
     Path("other.txt").replace(own)
     assert told()
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_divide_a_stream_tell_of_other_text_once_and_only_then(
+    recipe: str, text: Path, switchcli: SwitchCLI
+) -> None:
+    Path("text.txt").unlink()
+    shutil.copy(text, "text.txt")
+    assert switchcli("pretrain", recipe, "data.access=stream", "train.steps=1", "--out", "run").code == 0
+
+    def told() -> int:
+        command = (sys.executable, "-m", "switchcli", "eval", "run", "--processes", "3", "--out", "measured")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stderr.count("the text is not the one")
+
+    assert told() == 0
+    with Path("text.txt").open("a") as stream:
+        stream.write("\n\none more paragraph\n")
+    assert told() == 1
 
 
 @pytest.mark.slow
