@@ -426,6 +426,12 @@ def test_a_killed_worker_is_told_of_and_the_rest_goes_on(corpus: Corpus) -> None
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
+def test_processes_leave_the_environment_as_it_was(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # off, as if it were not set
+    corpus.prepare(processes=2)
+    assert os.environ["PYTHONSAFEPATH"] == ""
+
+
 def kill_one() -> None:
     active_children()[0].kill()
 

@@ -164,7 +164,7 @@ def _starting_processes() -> Iterator[None]:
         if before is None:
             del os.environ[SAFE_PATH]
         else:
-            os.environ[SAFE_PATH] = "1"
+            os.environ[SAFE_PATH] = before  # which is off if it is empty
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
