@@ -94,15 +94,15 @@ def evaluate_rows(
     `evaluate`.
 
     Raises:
-        NumericsError: the neg. log perplexity is not finite. All ranks raise it.
+        NumericsError: the loss is not finite. All ranks raise it.
     """
     group = model.spec.group_sequences
     batch_rows = -(-rows_each // group) * group
     batches = rank_batches(text, batch_rows, context.dp_rank, context.dp_size)
     metrics = evaluate(model, objective, batches, context, policy)
-    neg_log_perplexity = float(metrics[NEG_LOG_PERPLEXITY].value())
-    if not math.isfinite(neg_log_perplexity):
-        raise NumericsError(f"the held-out neg. log perplexity is {neg_log_perplexity}", "take an older checkpoint")
+    loss = -float(metrics[NEG_LOG_PERPLEXITY].value())
+    if not math.isfinite(loss):
+        raise NumericsError(f"the held-out loss is {loss}", "take an older checkpoint")
     return metrics
 
 
