@@ -22,7 +22,7 @@ class Best(NamedTuple):
 
 
 class BranchPoint(NamedTuple):
-    """Where a run that was branched from another began. The defaults are those of a run from its own beginning."""
+    """Where a run that was branched from another run began. The defaults describe a run that is no branch."""
 
     step: Count = 0
     """The step of the checkpoint that it began from."""
@@ -31,7 +31,7 @@ class BranchPoint(NamedTuple):
     row_offset: int = 0
     """Added to a row's number: step * rows per step + offset is the first row of a step in the order of the data."""
     is_data_continued: bool = True
-    """Whether the data goes on from where the other run was. If not, it begins anew at the branch."""
+    """Whether the data goes on from the position of that checkpoint. If not, it begins anew at the branch."""
 
 
 FROM_BEGINNING = BranchPoint()
@@ -39,9 +39,9 @@ _Sums = float | list[float] | list[list[float]]
 
 
 class SavedState(Spec):
-    """The content of a state.json. Unknown keys are those of a later version, and are ignored.
+    """The content of a state.json. Unknown keys are keys of a later version, and are ignored.
 
-    Keys without a default are those that every version wrote.
+    Every version wrote the keys that have no default.
     """
 
     model_config = ConfigDict(extra="ignore")

@@ -141,7 +141,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return check_finite(tensor.clone(), name, self._paths[name])
 
     def _file(self, name: str) -> Any:
-        """Return the `safe_open` of a tensor's file. That of the last access is kept."""
+        """Return the `safe_open` of a tensor's file. The last one that was asked for stays open."""
         path = self._paths[name]
         if self._open is None or self._open[0] != path:
             self._open = path, open_tensors(self._files[path])

@@ -264,7 +264,7 @@ class _Points:
         return [note] if spans else []
 
     def curves(self) -> dict[str, Curve]:
-        """Return the curve of every metric. Those of losses are made here, since older runs logged none."""
+        """Return the curve of every metric. Curves of losses are made here, since older runs logged no losses."""
         curves = {name: Curve(*_columns(points)) for name, points in self._values.items()}
         for name, loss in ((NEG_LOG_PERPLEXITY, LOSS), (HELD_OUT, HELD_OUT_LOSS)):
             if name in curves:

@@ -102,8 +102,8 @@ def _variation(stats: StackStats) -> dict[str, torch.Tensor]:
 def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]:
     """Return the metrics as numbers for the log, with the loss beside the neg. log perplexity.
 
-    Those of sparse layers are under `layers`, by the names given. A layer's load is the number of tokens of each
-    expert, summed over microbatches, and `MAX_LOAD` that of the layer in which it is largest.
+    Metrics of sparse layers are under `layers`, by the names given. A layer's load is the number of tokens of each
+    expert, summed over microbatches. `MAX_LOAD` has the value of the layer in which it is largest.
     """
     values = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith((LAYER, AUXILIARY))}
     if NEG_LOG_PERPLEXITY in values:

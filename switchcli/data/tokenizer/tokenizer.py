@@ -39,10 +39,10 @@ _ENCODING_FAILED: Final = "fails on this text"
 _PATH_KEY: Final = "data.tokenizer.path"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]
-Wait = Callable[[str], AbstractContextManager[Any]]
-"""Opens a display of work whose end is not known, by its description."""
 """Function that returns the training documents of each component, a corpus or a language. It is called only if a
 vocabulary is trained."""
+Wait = Callable[[str], AbstractContextManager[Any]]
+"""Opens a display of work whose end is not known, by its description."""
 
 
 class Tokenizer:
