@@ -72,7 +72,7 @@ app = typer.Typer(
     epilog=epilog(
         "index",
         "switchcli pretrain quickstart/switch",
-        'switchcli generate runs/quickstart/switch "A list <extra_id_0> by commas."',
+        "switchcli eval runs/quickstart/switch",
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -213,6 +213,8 @@ def _check_value(name: str, value: str) -> None:
 def default_out(recipe: str) -> Path:
     """Return runs/NAME for a shipped recipe, runs/STEM for a file, and runs/FOLDER for the recipe.yaml of a run."""
     path = Path(recipe)
+    if path.is_relative_to("/proc"):
+        raise RecipeError("a recipe from a pipe has no name: give a folder for its run by --out")
     if recipe in library.recipe_names() and not path.is_file():
         return Path("runs") / recipe
     if path.name == "recipe.yaml":

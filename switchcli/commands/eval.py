@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
 from switchcli.metric_names import BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, MAX_LOAD
 from switchcli.report.console import Console
+from switchcli.report.units import number, percent
 from switchcli.startup import is_main_rank
 
 if TYPE_CHECKING:
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-_SHOWN_METRICS = {
-    LOSS: "loss",
-    BITS_PER_BYTE: "bits per byte",
-    "sequences": "sequences",
-    DROPPED_FRACTION: "dropped tokens",
-    MAX_LOAD: "largest load over the mean",
-    DEAD_EXPERTS: "dead experts",
+_SHOWN_METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    LOSS: ("loss", "{:.4f}".format),
+    BITS_PER_BYTE: ("bits per byte", "{:.4f}".format),
+    "sequences": ("sequences", number),
+    DROPPED_FRACTION: ("dropped tokens", percent),
+    MAX_LOAD: ("largest load over the mean", "{:.2f}".format),
+    DEAD_EXPERTS: ("dead experts", number),
 }
-"""The metrics in a table, and their names there."""
+"""The metrics in a table, their names there and how their values are written."""
 
 
 @app.command(
@@ -85,7 +86,8 @@ def _show_pass(eval_pass: "EvalPass", console: Console) -> None:
     for name, metrics in {"text": held_out.text, **held_out.tasks}.items():
         if metrics is not None:
             console.table(
-                f"held-out {name}", {label: metrics[key] for key, label in _SHOWN_METRICS.items() if key in metrics}
+                f"held-out {name}",
+                {label: write(metrics[key]) for key, (label, write) in _SHOWN_METRICS.items() if key in metrics},
             )
     if held_out.texts:
         show_texts(console, held_out.texts)

@@ -19,8 +19,8 @@ app = typer.Typer()
 @app.command(
     epilog=epilog(
         "how-to/generate",
-        'switchcli generate runs/quickstart/switch "A list <extra_id_0> by commas."',
-        "switchcli generate runs/quickstart/switch --beams 4 < inputs.txt",
+        'switchcli generate runs/tickets "ticket: I was charged twice"',
+        "switchcli generate runs/tickets --beams 4 < inputs.txt",
     )
 )
 def generate(

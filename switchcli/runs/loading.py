@@ -157,8 +157,9 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
         native = checkpoint.latest_read_only(folder, console.warning)
     if native is None:
         hint = on_the_hub(str(path))
+        missing = "no checkpoint there" if folder.exists() else "no such folder"
         raise CheckpointError(
-            f"{path}: no checkpoint there: name a run's folder, or one of its checkpoints/step-*{hint and f'; {hint}'}"
+            f"{path}: {missing}: name the folder of a run or of a checkpoint, checkpoints/step-*{hint and f'; {hint}'}"
         )
     return native
 

@@ -64,14 +64,14 @@ def show_result(result: Mapping[str, Any], state: TrainState, console: Console) 
     console.table(
         "done",
         {
-            "held-out loss": result[HELD_OUT_LOSS],
-            first: result[FIRST_HELD_OUT_LOSS],
-            **({"held-out bits per byte": result[HELD_OUT_BITS]} if HELD_OUT_BITS in result else {}),
+            "held-out loss": f"{result[HELD_OUT_LOSS]:.4f}",
+            first: f"{result[FIRST_HELD_OUT_LOSS]:.4f}",
+            **({"held-out bits per byte": f"{result[HELD_OUT_BITS]:.4f}"} if HELD_OUT_BITS in result else {}),
             "parameters": f"{result['parameters']:,}",
             "active for a token": f"{result['active_parameters']:,}",
             **({"steps left out": f"{num_skipped:,} of {state.step:,}"} if num_skipped else {}),
             "input tokens": f"{result['input_tokens']:,}",
-            "tokens/s": result[TOKENS_PER_SECOND],
+            "tokens/s": si(result[TOKENS_PER_SECOND]),
         },
     )
     if num_skipped and num_skipped == state.step:

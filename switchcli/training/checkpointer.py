@@ -255,7 +255,7 @@ class Checkpointer:
         elif before.get(EVALUATION) != now.get(EVALUATION):
             difference = "and scored on other examples of its tasks"
         raise CheckpointError(
-            f"{newest.path} was trained {difference} than the recipe gives now: restore the recipe, give another "
+            f"{newest.path} was trained {difference} than the recipe gives now: restore what has changed, give another "
             "folder by --out, or --no-resume to archive this run and start anew"
         )
 

@@ -83,7 +83,7 @@ def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
         ("pretrain <(cat tiny.yaml) --out run --processes 2 --json", '"verb": "pretrain"'),
         ("sweep <(echo one pretrain tiny.yaml) --print", "one"),
         ("sweep pretrain <(cat tiny.yaml) train.seed=0,1 --jobs 1 --json", '"status": "done"'),
-        ("pretrain /dev/stdin --dry-run < <(cat tiny.yaml)", "d_model: 32"),
+        ("pretrain /dev/stdin --out run --dry-run < <(cat tiny.yaml)", "d_model: 32"),
     ],
 )
 @pytest.mark.usefixtures("recipe")

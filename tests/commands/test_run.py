@@ -12,6 +12,7 @@ from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
+from switchcli.errors import RecipeError
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.runs import loading
@@ -35,6 +36,11 @@ def test_a_run_goes_below_runs(recipe: str, out: str, tmp_path: Path, monkeypatc
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert default_out(recipe) == Path("runs") / out
+
+
+def test_a_recipe_from_a_pipe_needs_a_folder_for_its_run() -> None:
+    with pytest.raises(RecipeError, match="--out"):
+        default_out("/proc/7/fd/3")
 
 
 def test_a_file_comes_before_a_name_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
