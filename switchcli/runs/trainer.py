@@ -15,7 +15,7 @@ from switchcli.data.prepare.verified import explain_changed_data
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.signals import StopRequest, StopTraining
-from switchcli.distributed.trackers import Trackers, check_installed
+from switchcli.distributed.trackers import Trackers, check_usable
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.metric_names import (
     FIRST_HELD_OUT,
@@ -134,7 +134,7 @@ class Trainer:
         self.console = console
         # Cheap checks come first. The data comes last, because preparing it may take hours.
         rows = context.main_first(lambda: microbatch_rows(recipe, context))
-        context.main_only(lambda: check_installed(recipe.log.trackers))
+        context.main_only(lambda: check_usable(recipe.log.trackers))
         with torch.device("meta"):
             self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
         weights = context.parallelize(self.model)
@@ -228,7 +228,9 @@ class Trainer:
             # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
             self._rewind(state.step - state.is_at_start)
             run_messages.announce(recipe, state, self.data, self.folder.path, self.context, self.console)
-            trackers = Trackers(recipe.log.trackers if self.context.is_main else (), self.folder.path)
+            # Not earlier: they write into the folder of the new run.
+            started = self.context.main_only(lambda: Trackers(recipe.log.trackers, self.folder.path))
+            trackers = started or Trackers((), self.folder.path)
             nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
             with (
                 StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,

@@ -2,9 +2,11 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +137,28 @@ def test_a_folder_that_was_there_stays_as_it_was(option: str, recipe: str, switc
     assert done.code == 3, done.err
     assert content(Path("run")) == before
     assert sorted(path.name for path in Path().iterdir() if path.name.startswith("run")) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["login", "init"])
+def test_a_run_that_wandb_does_not_let_in_is_refused_in_one_line(
+    name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a login the earlier run stays where it is, although it is to be archived."""
+
+    def refuse(**settings: Any) -> None:
+        raise ValueError("no API key")
+
+    wandb = SimpleNamespace(login=lambda: True, init=lambda **settings: None)
+    setattr(wandb, name, refuse)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: True)
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("mine")
+    Path("run/run.lock").touch()
+    done = switchcli("pretrain", recipe, "log.trackers=[wandb]", "--out", "run", "--no-resume", "--quiet")
+    assert done.code == 2, done.err
+    assert not lacking(done.err.splitlines()[-1], "log.trackers wandb no API key WANDB_MODE=offline")
+    assert (Path("run/recipe.yaml").read_text() == "mine") == (name == "login")
 
 
 def test_an_empty_folder_stays_empty(recipe: str, switchcli: SwitchCLI) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.distributed.trackers import Trackers, check_installed
+from switchcli.distributed.trackers import Trackers, check_usable
 from switchcli.errors import RecipeError
 
 
@@ -26,7 +26,7 @@ def test_tensorboard_writes_each_figure_at_its_step(tmp_path: Path) -> None:
 def test_a_missing_package_is_a_recipe_error_with_the_way_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"accelerate.utils.is_{name}_available", lambda: False)
     with pytest.raises(RecipeError, match=rf"log.trackers: {name} .*pip install 'switchcli\[{name}\]'") as raised:
-        check_installed((name,))
+        check_usable((name,))
     assert raised.value.exit_code == 2
 
 
