@@ -1,5 +1,6 @@
 """`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,9 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import USAGE_ERROR, Json, Quiet, check_folder, extend_command, split_arguments
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
 from switchcli.recipe import resolve
+from switchcli.recipe.messages import UnknownKey
 from switchcli.recipe.schema import RECIPES, resolve_standalone
+from switchcli.recipe.sizes import SIZES
 from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster, sweep_list
@@ -121,20 +124,33 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
     recipe, overrides = given.get("recipe"), given.get("overrides") or []
     if "arguments" in given:  # [RECIPE] [KEY=VALUE ...]
         recipe, overrides = split_arguments(given["arguments"] or [])
-    for option in ("model", "teacher", "checkpoint"):
-        path = given.get(option)
-        if path is not None and not Path(path).exists() and not str(path).startswith(f"{out}/"):
-            raise RecipeError(f"{option} ({path}): no such folder: name a checkpoint, or a run of an earlier stage")
+    for option in ("model", "teacher", "checkpoint", "student", "baseline", "branch_from"):
+        value = given.get(option)
+        if value is not None and not _is_found(option, str(value), out):
+            name = option.replace("_", "-")
+            raise RecipeError(f"{name} ({value}): no such folder: name a checkpoint, or a run of an earlier stage")
     try:
         resolve_standalone(recipe, [*overrides, f"verb={verb}"])
     except RecipeError as error:
         if recipe is not None:
             resolve.check_verb(resolve.load(recipe, overrides), RECIPES[verb])  # the reason of most other errors
-        lines = error.lines
+        lines = error.args
         if recipe is None or verb == "eval":  # the checkpoint has the other keys, and perhaps tasks of its own
-            lines = tuple(line for line in lines if "no such key" in line)
+            lines = tuple(line for line in lines if isinstance(line, UnknownKey))
         if lines:
             raise RecipeError(*(_with_fix(line, overrides) for line in lines)) from error
+
+
+def _is_found(option: str, value: str, out: Path) -> bool:
+    """Return whether an option names a folder that exists or will be in `out`, or is a size or a metric instead."""
+    if sweep_list.named_run(value, out) is not None or Path(value).exists():
+        return True
+    if option == "student":
+        return value in SIZES
+    if option == "baseline":
+        return re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value, re.IGNORECASE) is not None
+    run_of_step = re.fullmatch("(.+)@[0-9]+", value) if option == "branch_from" else None
+    return run_of_step is not None and Path(run_of_step[1]).exists()
 
 
 def _parse(verb: str, arguments: Sequence[str]) -> dict[str, Any]:

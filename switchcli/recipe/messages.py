@@ -57,6 +57,12 @@ _BOOLEANS: Mapping[str, str] = MappingProxyType(
 """Booleans of YAML 1.1, which YAML 1.2 reads as text."""
 
 
+class UnknownKey(str):
+    """The line of an error about a key that the schema does not have."""
+
+    __slots__ = ()
+
+
 class _SchemaNode(NamedTuple):
     """A position in the schema: the specs allowed there (several for a choice by `kind`), its annotation and path."""
 
@@ -133,7 +139,8 @@ def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iter
         path = (*path, "kind")
     else:
         rule = _value_rule(details, node, schema, is_override=_where(tree, path).startswith("override "))
-    yield path, f"{_where(tree, path)}: {dotted(path)}: {rule}"
+    line = f"{_where(tree, path)}: {dotted(path)}: {rule}"
+    yield path, UnknownKey(line) if error_type == "extra_forbidden" else line
 
 
 def _explain_own_rules(rules: Sequence[str], node: _SchemaNode, tree: Node) -> Iterator[tuple[Keys, str]]:

@@ -189,12 +189,19 @@ def missing_runs(runs: Sequence[SweepRun], out: Path) -> Iterator[str]:
     stages = {run.name: run.stage for run in runs}
     for run in runs:
         for argument in run.arguments:
-            if not argument.startswith(f"{out}/"):
+            needed = named_run(argument, out)
+            if needed is None:
                 continue
-            needed = argument.removeprefix(f"{out}/").partition("/")[0]
             if stages.get(needed, run.stage) >= run.stage and not (out / needed).exists():
                 folder = out / needed
                 yield f"{run.name}: needs {folder}, which does not exist: run it first, or list it above a line of ---"
+
+
+def named_run(argument: str, out: Path) -> str | None:
+    """Return the name of the run in `out` that PATH, PATH@STEP or OPTION=PATH lies in, or None for another argument."""
+    path = Path(re.sub("^-?-?[a-z_.-]+=|@[0-9]+$", "", argument)).absolute()
+    folder = out.absolute()
+    return path.relative_to(folder).parts[0] if folder in path.parents else None
 
 
 def _as_name(value: str) -> str:

@@ -172,7 +172,9 @@ class Sweep:
 
     def _needs(self, run: SweepRun, other: str) -> bool:
         """Return whether an argument of the run is the other run's folder, or lies in it."""
-        folder = re.compile(rf"(?<![\w./-]){re.escape(str(self._out / other))}(?![\w.-])")
+        path = self._out / other
+        paths = "|".join(re.escape(str(form)) for form in (path, path.absolute()))
+        folder = re.compile(rf"(?<![\w./-])({paths})(?![\w.-])")
         return any(folder.search(argument) for argument in run.arguments)
 
     def _start(self, run: SweepRun, log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:

@@ -84,6 +84,9 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(tmp_path):
         ("a pretrain quickstart/dense --modle x\n", "a: --modle --model"),
         ("b pretrain quickstart/dense\n---\na finetune quickstart/dense --model {out}/b\n", "a: pretrain finetune"),
         ("a finetune quickstart/finetune --model nowhere\n", "a: nowhere"),
+        ("a finetune quickstart/finetune --model . --branch-from nowhere@3\n", "a: branch-from nowhere@3"),
+        ("a distill --teacher . --baseline nowhere\n", "a: baseline nowhere"),
+        ("a distill --teacher . --student nowhere\n", "a: student nowhere"),
         ("a distill --teacher . train.sed=0\n", "a: train.sed seed"),
         ("a eval . scorin.draws=1\n", "a: scorin scoring"),
         (
@@ -104,6 +107,28 @@ def test_a_list_that_says_no_runs_is_refused(text, words, tmp_path, switchcli):
     assert not (tmp_path / "out").exists()
     if "list" not in words:
         assert switchcli("sweep", path, "--out", tmp_path / "out", "--print").code == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "finetune quickstart/finetune --model {absolute}/one",
+        "finetune quickstart/finetune --model={out}/one",
+        "pretrain quickstart/dense --branch-from {out}/one@3",
+        "pretrain quickstart/dense --branch-from .@3",
+        "distill --teacher {out}/one --student tiny --baseline -1.5",
+        "distill --teacher {out}/one --student {absolute}/one --baseline {out}/one/checkpoints/step-3",
+    ],
+)
+def test_a_run_may_name_one_of_an_earlier_stage_a_size_or_a_metric(
+    command: str, tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text(
+        f"one pretrain quickstart/dense\n---\ntwo {command.replace('{absolute}', str(tmp_path / 'out'))}\n"
+    )
+    done = switchcli("sweep", "runs", "--out", "out", "--slurm")
+    assert done.code == 0, done.err
 
 
 def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):
