@@ -77,7 +77,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 
 _RECIPES: Final = ("recipe", "arguments", "files")
 """The parameters that name a recipe or a list of runs."""
-_SHELL_PIPE: Final = re.compile(r"/dev/fd/[0-9]+|/proc/self/fd/[0-9]+|/dev/stdin")
+_SHELL_PIPE: Final = re.compile("/dev/stdin|/dev/fd/[0-9]+|/proc/(self|[0-9]+)/fd/[0-9]+")
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
 OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
@@ -196,6 +196,14 @@ def _kept(value: Any) -> Any:
             sys.argv[:] = [path if word == value else word for word in sys.argv]
             return path
     return value
+
+
+def refuse_pipes(arguments: Sequence[str]) -> None:
+    """Raise RecipeError if the arguments of a command that runs later name a pipe of the shell, which is gone then."""
+    if any(map(_SHELL_PIPE.fullmatch, arguments)):
+        raise RecipeError(
+            "RECIPE: a pipe, such as <(...), is gone when a run reads it: write it to a file, and name that"
+        )
 
 
 def _check_value(name: str, value: str) -> None:

@@ -11,7 +11,15 @@ from typer.main import get_group
 from switchcli.commands import _completion, _exit, distill, finetune, pretrain
 from switchcli.commands import eval as evaluate
 from switchcli.commands._help import epilog
-from switchcli.commands._options import USAGE_ERROR, Json, Quiet, check_folder, extend_command, split_arguments
+from switchcli.commands._options import (
+    USAGE_ERROR,
+    Json,
+    Quiet,
+    check_folder,
+    extend_command,
+    refuse_pipes,
+    split_arguments,
+)
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
 from switchcli.recipe import resolve
 from switchcli.recipe.messages import UnknownKey
@@ -119,6 +127,7 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
         RecipeError: the command line or the recipe is wrong, or an option names a checkpoint that does not exist, and
             is not in `out`.
     """
+    refuse_pipes(run.arguments)
     verb, *arguments = run.arguments
     given = _parse(verb, arguments)
     recipe, overrides = given.get("recipe"), given.get("overrides") or []

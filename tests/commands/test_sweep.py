@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -129,6 +130,24 @@ def test_a_run_may_name_one_of_an_earlier_stage_a_size_or_a_metric(
     )
     done = switchcli("sweep", "runs", "--out", "out", "--slurm")
     assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("sweep pretrain <(cat tiny.yaml) train.seed=0,1 --slurm", 2),
+        ("sweep pretrain <(cat tiny.yaml) train.seed=0,1 --print", 2),
+        ("sweep <(echo a pretrain /dev/stdin) --print", 2),
+        ("sweep <(echo a pretrain tiny.yaml) --print", 0),
+        ("launch --slurm --print -- pretrain <(cat tiny.yaml)", 2),
+    ],
+)
+def test_a_pipe_is_a_list_of_runs_and_no_recipe_of_a_later_run(command: str, code: int, recipe: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.join(SWEEP[:-1])} {command}"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert code == 0 or not lacking(done.stderr, "pipe file")
 
 
 def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):
