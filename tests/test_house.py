@@ -63,6 +63,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/convert/ctranslate2_spec.py": "ctranslate2",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
+    "switchcli/distributed/trackers.py": "wandb",
     "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
     "switchcli/tasks/text_metrics.py": "sacrebleu",
 }

@@ -1,6 +1,5 @@
 """Experiment trackers: TensorBoard and Weights & Biases, through accelerate."""
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +54,9 @@ def check_usable(names: Sequence[str]) -> None:
             )
     if "wandb" in names:
         with _errors_of("wandb"):
-            importlib.import_module("wandb").login()  # asks nothing with WANDB_MODE=offline
+            import wandb
+
+            wandb.login()  # asks nothing with WANDB_MODE=offline
 
 
 @contextmanager
@@ -63,9 +64,9 @@ def _errors_of(name: str) -> Iterator[None]:
     """Raise an error of a tracker's package in this block as a RecipeError."""
     try:
         yield
-    except SwitchError:
-        raise
     except Exception as error:
+        if isinstance(error, SwitchError):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         login = "log in by `wandb login`, set WANDB_MODE=offline, " if name == "wandb" else ""
         raise RecipeError(f"log.trackers: {name} cannot start ({reason}): {login}or leave it out") from error
