@@ -372,10 +372,12 @@ def test_dropout_falls_on_the_weights_of_both_paths(dtype: torch.dtype) -> None:
 def test_the_weights_dropped_are_the_same_for_all_queries_as_in_t5() -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, bias = (torch.randn(shape, generator=generator) for shape in [(2, 3, 5, 4), (2, 3, 7, 4), (1, 3, 5, 7)])
-    one_hot = torch.eye(7).expand(2, 3, 7, 7)  # values that show the weights
+    one_hot = torch.eye(7).tile(2).expand(2, 3, 7, 14)  # values that show the weights, twice
     weights = (query @ key.mT + bias).softmax(-1)
     torch.manual_seed(0)
     dropped = attend(query, KeyValue(key, one_hot), bias, 0.5)
+    dropped, again = dropped.chunk(2, dim=-1)
+    assert torch.equal(dropped, again)
     kept = dropped != 0
     assert torch.equal(kept, kept[:, :, :1].expand_as(kept))
     assert 0 < kept.sum() < kept.numel()

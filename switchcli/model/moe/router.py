@@ -198,8 +198,8 @@ class TokenChoiceRouter(Router, ABC):
         gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
         order_GN = self._order(probability_GNK[..., 0], training)
 
-        filled_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)  # slots taken so far, at most C
-        load_GE = filled_GE  # tokens that have queued so far, including those beyond the capacity
+        # Tokens that have queued so far, including tokens beyond the capacity.
+        load_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)
         assigned_GN = torch.zeros_like(real_GN)  # tokens that have a slot
         slots = []
         for choice in range(K):
@@ -207,12 +207,11 @@ class TokenChoiceRouter(Router, ABC):
             if choice > 0:
                 eligible_GN = real_GN & self._eligible(gate_GNK[..., choice], assigned_GN, training)
             queue_GN = expert_GNK[..., choice].masked_fill(~eligible_GN, E)  # E: in no queue
-            position_GN, queued_GE = _positions_in_expert(queue_GN, filled_GE, order_GN)
+            position_GN, queued_GE = _positions_in_expert(queue_GN, load_GE, order_GN)
             fits_GN = eligible_GN & (position_GN < C)
             # Slot number expert * C + position, or E * C for a choice without a slot.
             slots.append((queue_GN * C + position_GN).where(fits_GN, E * C))
             assigned_GN = assigned_GN | fits_GN
-            filled_GE = (filled_GE + queued_GE).clamp(max=C)
             load_GE = load_GE + queued_GE
 
         slot_GA = torch.cat(slots, dim=1)
@@ -448,31 +447,31 @@ RouterSpec = Annotated[
 
 
 def _positions_in_expert(
-    queue_GN: torch.Tensor, filled_GE: torch.Tensor, order_GN: torch.Tensor | None
+    queue_GN: torch.Tensor, load_GE: torch.Tensor, order_GN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's place among its expert's slots and queue, int64 [G, N], and the queue lengths, int64 [G, E].
 
-    Positions count from the first slot of the expert, behind the slots that are filled already. They may exceed the
+    Positions count from the first slot of the expert, behind the tokens of earlier choices. They may exceed the
     capacity. The position of a token that is in no queue means nothing.
 
     Args:
         queue_GN: int64, the expert for which a token queues; E for none.
-        filled_GE: int64, the slots of each expert that are filled already.
+        load_GE: int64, the tokens that have queued for each expert by earlier choices.
         order_GN: int64, the tokens of each group in the order in which they queue; None: by position.
     """
     import torch
     import torch.nn.functional as F
 
-    E = filled_GE.shape[1]
+    E = load_GE.shape[1]
     if order_GN is not None:
         queue_GN = queue_GN.gather(1, order_GN)  # column i is now the i-th token to queue, not token i
     length_GX = count_per_group(queue_GN, E + 1)  # X: the E queues, and the tokens in none of them
     # A stable sort by queue puts the queues end to end, and keeps the order within each.
     queue_GN, token_GN = queue_GN.sort(dim=1, stable=True)
     # The token at index i of the sorted row is number i - start in its queue, where start is the length of all queues
-    # before it, and sits behind `filled` tokens of earlier choices: position = i - start + filled.
+    # before it, and sits behind `load` tokens of earlier choices: position = i - start + load.
     start_GX = length_GX.cumsum(1) - length_GX
-    shift_GX = F.pad(filled_GE, (0, 1)) - start_GX
+    shift_GX = F.pad(load_GE, (0, 1)) - start_GX
     position_GN = torch.arange(queue_GN.shape[1], device=queue_GN.device) + shift_GX.gather(1, queue_GN)
     if order_GN is not None:
         token_GN = order_GN.gather(1, token_GN)  # from the number in the queueing order back to the token's index
