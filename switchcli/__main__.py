@@ -6,7 +6,7 @@ import signal
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGINT, _exit_at_once)  # until a verb has its own handlers
+    signal.signal(signal.SIGINT, _exit_at_once)  # before and after the handlers of a verb
     from switchcli import startup
 
     startup.end_with_launcher()  # before the imports, which take seconds
@@ -16,9 +16,9 @@ def main() -> None:
 
 
 def _exit_at_once(*_: object) -> None:
-    """End this process in one line at a Ctrl-C during the imports, before anything has been done."""
+    """End this process in one line at a Ctrl-C during the imports, or at the exit."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"stopped before it began: run the same command again\n")
+        os.write(2, b"stopped: run the same command again\n")
     os._exit(130)
 
 

@@ -51,7 +51,7 @@ def interruptible(saves_nothing: bool = False) -> Iterator[None]:
     def error_for(number: int) -> SwitchError:
         name = signal.Signals(number).name
         if saves_nothing:
-            return InterruptedByForce(f"stopped by {name}: nothing was written; run it again")
+            return InterruptedByForce(f"stopped by {name}: run the same command again")
         return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
 
     def handle_signal(number: int, frame: FrameType | None) -> None:

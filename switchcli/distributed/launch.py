@@ -107,6 +107,17 @@ def launch(processes: int, arguments: Sequence[str]) -> Exit:
     return Exit(0, None)
 
 
+def kill_with_children(pid: int) -> None:
+    """Kill a process and all that it has started, such as the ranks of a run."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
 def saving_seconds() -> int:
     """Return how many seconds the ranks have to save after a signal; it depends on the version of torch."""
     return SAVING_SECONDS if _has_shutdown_timeout() else TORCHRUN_SAVING_SECONDS
@@ -151,17 +162,6 @@ def _forward_signals() -> Iterator[None]:
         has_ended = True
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def kill_with_children(pid: int) -> None:
-    """Kill a process and all that it has started, such as the ranks of a run."""
-    import psutil
-
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for member in (*process.children(recursive=True), process):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
 
 
 def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:

@@ -100,7 +100,7 @@ class Distillation(TrainingTask):
     def __init__(
         self, job: DistillJob, folder: RunFolder | None, context: DistributedContext, console: Console
     ) -> None:
-        """`folder` is the run's, or None if only the teacher cache is filled. It is not used."""
+        """`folder` is the run's, or None if only the teacher cache is filled. Every `TrainingTask` takes one."""
         self._job, self._context, self._console = job, context, console
         self._recipe = recipe = job.recipe
         self._settings = recipe.distill

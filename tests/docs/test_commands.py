@@ -199,7 +199,7 @@ def test_faults_are_found() -> None:
     assert "quickstart/switch" in faults[4][0]
 
 
-def test_the_keys_beside_those_of_other_tools_exist() -> None:
+def test_the_page_for_users_of_other_tools_names_keys_that_exist_here_and_there() -> None:
     text = (ROOT / "docs/how-to/other-tools.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) > 40
