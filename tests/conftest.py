@@ -13,6 +13,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 LONGEST_FIRST = (
+    "docs/test_commands.py",
+    "commands/test_terminals.py",
     "journeys/test_journeys.py",
     "distributed/test_ranks.py",
     "planner/test_memory_use.py",
