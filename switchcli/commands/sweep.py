@@ -21,10 +21,6 @@ from switchcli.commands._options import (
     split_arguments,
 )
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
-from switchcli.recipe import resolve
-from switchcli.recipe.messages import UnknownKey
-from switchcli.recipe.schema import RECIPES, resolve_standalone
-from switchcli.recipe.sizes import SIZES
 from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster, sweep_list
@@ -128,6 +124,10 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
             is not in `out`.
     """
     refuse_pipes(run.arguments)
+    from switchcli.recipe import resolve  # here: the schema takes a second, and --help lists this verb
+    from switchcli.recipe.messages import UnknownKey
+    from switchcli.recipe.schema import RECIPES, resolve_standalone
+
     verb, *arguments = run.arguments
     given = _parse(verb, arguments)
     recipe, overrides = given.get("recipe"), given.get("overrides") or []
@@ -155,6 +155,8 @@ def _is_found(option: str, value: str, out: Path) -> bool:
     if sweep_list.named_run(value, out) is not None or Path(value).exists():
         return True
     if option == "student":
+        from switchcli.recipe.sizes import SIZES
+
         return value in SIZES
     if option == "baseline":
         return re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value, re.IGNORECASE) is not None

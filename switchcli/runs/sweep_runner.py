@@ -25,7 +25,6 @@ from switchcli.distributed.launch import kill_with_children
 from switchcli.distributed.signals import stop_signals
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.processor import available_processors, is_thread_count_set
-from switchcli.recipe import resolve
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.sinks import parse, step_of
@@ -266,6 +265,8 @@ def _last_record(metrics: Path) -> dict[str, Any] | None:
 
 def _steps(recipe: Path) -> int:
     """Return the number of steps of a run, or 0 if it is not known."""
+    from switchcli.recipe import resolve
+
     with suppress(RecipeError):
         steps = resolve.stated(resolve.load(str(recipe)), "train.steps")
         return steps if isinstance(steps, int) else 0
