@@ -365,10 +365,10 @@ def test_where_it_cannot_be_written_is_known_before_the_work(
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
 
 
-def test_stopped_it_says_that_nothing_was_written(
+def test_stopped_it_writes_nothing_and_says_how_to_start_again(
     here: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.training.scoring.generate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     done = switchcli("eval", "tuned", "--out", tmp_path / "a")
-    assert (done.code, lacking(done.err, "SIGTERM nothing written")) == (130, [])
+    assert (done.code, lacking(done.err, "SIGTERM same command again")) == (130, [])
     assert not list(tmp_path.iterdir())
