@@ -125,6 +125,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def module_path() -> Iterator[None]:
+    """A command that a test calls in this process sets PYTHONSAFEPATH for all processes that it starts, to the end."""
+    yield
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """A connection to anything but this machine is a failure of the test. RuntimeError: no client retries after it."""
