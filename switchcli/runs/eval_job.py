@@ -181,8 +181,12 @@ def _warn_about_other_text(handle: CheckpointHandle, evaluator: Evaluator, conso
     """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
     if handle.native is None or not handle.has_training_recipe:
         return
+    try:
+        trained_text = json.loads(handle.native.document(DATA)).get(TEXT)
+    except CheckpointError:  # its run has removed the checkpoint since the weights were read
+        return
     identities = evaluator.training_identities()
-    if identities and json.loads(handle.native.document(DATA)).get(TEXT) not in identities:
+    if identities and trained_text not in identities:
         console.warning(
             f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
             "now may have been trained on"

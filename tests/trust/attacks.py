@@ -335,12 +335,11 @@ def yaml(text: str, rule: str, sound: str = TINY) -> Attack:
 
 LAUGHS = "a0: &a0 [ha]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
 YAML: dict[str, Attack] = {
-    "a billion laughs": yaml(LAUGHS, "anchors"),
+    "a billion laughs": yaml(LAUGHS, r"\b10000\b"),
     "a tag that calls": yaml("description: !!python/object/apply:pathlib.Path.touch [ran]\n", "tags"),
     "a tag that imports": yaml("description: !!python/name:os.system\n", "tags"),
     "a tag of YAML's own": yaml("description: !!binary aGVsbG8=\n", "tags"),
-    "an anchor": yaml("description: &a word\n", "anchors"),
-    "an alias of itself": yaml("description: &a [*a]\n", "anchors"),
+    "an alias of itself": yaml("description: &a [*a]\n", r"\bnested\b.*\b32\b"),
     "merged keys": yaml("<<: {verb: pretrain}\n", "merge keys"),
     "keys given twice": yaml("verb: pretrain\nverb: pretrain\n", r"\bverb\b.*\btwice\b"),
     "a second document": yaml(f"---\n{TINY}", r"\bdocument\b"),
