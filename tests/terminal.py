@@ -53,9 +53,10 @@ def in_terminal(
     )
     os.close(writer)
     written = b"".join(iter(lambda: _read(reader), b""))
-    os.close(reader)
+    code = process.wait()
+    os.close(reader)  # not before the process has ended: its terminal would hang up
     lines = ERASED.sub("\n", written.decode(errors="replace"))
-    return Shown(process.wait(), ESCAPE.sub("", lines))
+    return Shown(code, ESCAPE.sub("", lines))
 
 
 def _read(reader: int) -> bytes:

@@ -290,7 +290,7 @@ def _columns(points: Sequence[tuple[int, Any]]) -> tuple[Floats, Floats]:
 def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Yield the number and the record of each line; None for a line that is not whole.
 
-    Raises CheckpointError for a line of more than _MAX_LINE bytes.
+    A line of more than _MAX_LINE bytes ends the file. If it is the first, CheckpointError is raised.
 
     The metrics of layers are most of a line. In a long file all but about LAYER_LINES lines are parsed without them.
     """
@@ -311,6 +311,8 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
         last = line.number
         line_bytes += len(line.content)
         if line_bytes > _MAX_LINE:
+            if last > 1:  # a damaged end: what comes before it is the run
+                return
             raise CheckpointError(f"{path}: line {last:,} has more than {_MAX_LINE:,} bytes: not a file of metrics")
 
 

@@ -82,7 +82,6 @@ def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
         ("recipes validate <(cat tiny.yaml)", ": ok"),
         ("pretrain <(cat tiny.yaml) --out run --processes 2 --json", '"verb": "pretrain"'),
         ("sweep <(echo one pretrain tiny.yaml) --print", "one"),
-        ("sweep pretrain <(cat tiny.yaml) train.seed=0,1 --jobs 1 --json", '"status": "done"'),
         ("pretrain /dev/stdin --out run --dry-run < <(cat tiny.yaml)", "d_model: 32"),
     ],
 )
@@ -92,6 +91,15 @@ def test_a_recipe_or_a_list_may_be_what_another_command_prints(command: str, wor
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert word in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recipe")
+def test_a_pipe_is_no_recipe_of_a_run_that_begins_later() -> None:
+    line = f"{shlex.quote(sys.executable)} -m switchcli sweep pretrain <(cat tiny.yaml) train.seed=0,1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (RECIPE, "")
+    assert not lacking(done.stderr, "RECIPE pipe")
 
 
 def test_credentials_in_the_address_of_the_hub_are_refused(

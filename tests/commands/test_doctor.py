@@ -81,7 +81,7 @@ def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
     assert newest.out.splitlines()[1:] == done.out.splitlines()[1:]
     refused = switchcli("doctor", run, "model.num_experts=2")
     assert (refused.code, refused.out) == (2, "")
-    assert not lacking(refused.err, f"{run} KEY=VALUE model.num_experts=2")
+    assert not lacking(refused.err, f"{run} KEY=VALUE model.num_experts")
 
 
 @pytest.mark.slow
