@@ -11,40 +11,7 @@ from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent
-LONGEST_FIRST = (
-    "docs/test_commands.py",
-    "commands/test_terminals.py",
-    "journeys/test_journeys.py",
-    "distributed/test_ranks.py",
-    "planner/test_memory_use.py",
-    "commands/test_prepare_verb.py",
-    "checkpoint/test_checkpoint_faults.py",
-    "data/test_pipeline.py",
-    "commands/test_resume.py",
-    "commands/test_cluster.py",
-    "commands/test_distill.py",
-    "distributed/test_checkpoints_of_meshes.py",
-    "commands/test_command_ranks.py",
-    "trust/test_odd_paths.py",
-    "test_few_packages.py",
-    "test_adding.py",
-    "trust/test_rank_deaths.py",
-    "trust/test_links.py",
-    "commands/test_lost_ranks.py",
-    "trust/test_all_signals.py",
-    "commands/test_finetune.py",
-    "planner/test_traffic.py",
-    "distributed/test_deterministic_reduce.py",
-    "commands/test_eval.py",
-    "trust/test_stops.py",
-    "commands/test_pretrain.py",
-    "trust/test_nonfinite.py",
-    "trust/test_environments.py",
-    "model/test_compiled.py",
-    "report/test_page.py",
-)
-"""The files that take longest, the longest first."""
+pytest_plugins = ["cpu_budget"]
 
 # A script's background job ignores SIGINT, and so would every process that a test starts and interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -63,8 +30,9 @@ if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it, and the
         derandomize=bool(os.environ.get("CI")),
         suppress_health_check=[HealthCheck.too_slow],
     )
-    settings.register_profile("fast", settings.get_profile("all"), max_examples=25)
-    settings.load_profile("fast")
+    settings.register_profile("unit", settings.get_profile("all"), max_examples=25)
+    settings.register_profile("nightly", settings.get_profile("all"), max_examples=1000, derandomize=False)
+    settings.load_profile("unit")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -80,19 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark as slow the cases that a test's `fast` marker does not name, and put the files that take longest first.
-
-    A worker of xdist that is given a long file last keeps the others waiting. Where slow tests run too, those marked
-    `repeated` are left out: slow ones include what they do.
-    """
-    if "slow or not slow" in config.getoption("markexpr"):
-        items[:] = [item for item in items if not item.get_closest_marker("repeated")]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as integration the cases that a test's `unit` marker does not name."""
     for item in items:
-        if (fast := item.get_closest_marker("fast")) and item.callspec.id not in fast.args:  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.slow)
-    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).as_posix(), len(order)))
+        if (unit := item.get_closest_marker("unit")) and item.callspec.id not in unit.args:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.integration)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

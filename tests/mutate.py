@@ -41,7 +41,15 @@ PRELOADED = (
     "transformers.models.switch_transformers.modeling_switch_transformers",
 )
 OPTIONS = (
-    *("-x", "-q", "-m", "not slow", "--hypothesis-profile=fast", "--hypothesis-seed=0", "--basetemp=../temporary"),
+    *(
+        "-x",
+        "-q",
+        "-m",
+        "not (integration or nightly)",
+        "--hypothesis-profile=unit",
+        "--hypothesis-seed=0",
+        "--basetemp=../temporary",
+    ),
     *("-p", "no:cacheprovider", "--assert=plain"),  # assertions are not rewritten: that takes time and explains more
 )
 SURVIVED = (0, 5)

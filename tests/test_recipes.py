@@ -38,7 +38,7 @@ def test_the_quickstarts_differ_in_their_experts_alone():
     assert count(switch.model).flops == count(dense.model).flops
 
 
-@pytest.mark.fast(
+@pytest.mark.unit(
     "appendix_b-full",
     "appendix_b-small",
     "appendix_d-full",

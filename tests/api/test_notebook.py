@@ -25,7 +25,7 @@ def test_the_notebook_is_stored_with_its_outputs() -> None:
     assert all(part.get("name") == "stdout" for cell in notebook.cells for part in cell.get("outputs", ()))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning", "ignore::ResourceWarning")
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

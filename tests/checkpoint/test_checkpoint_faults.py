@@ -176,7 +176,7 @@ def refusal(scene: Callable[[Path, FileOperations], None], folder: Path, files: 
     return None
 
 
-@pytest.mark.fast("28-False", "5-True")
+@pytest.mark.unit("28-False", "5-True")
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES])
 def test_a_disk_that_refuses_any_operation_keeps_what_was_saved(tmp_path: Path, number: int, for_good: bool) -> None:
@@ -239,7 +239,7 @@ for at in range(1000):
 """
 
 
-@pytest.mark.fast("12")
+@pytest.mark.unit("12")
 @pytest.mark.parametrize("step", [8, 12])
 def test_a_process_killed_at_any_operation_loses_nothing(tmp_path: Path, step: int) -> None:
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(HERE.parent), str(step)], check=True)

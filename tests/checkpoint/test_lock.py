@@ -138,7 +138,7 @@ def test_a_lock_file_that_another_start_removes_meanwhile_is_no_lock(
         pytest.fail("two starts would have the folder")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_of_many_that_start_together_one_wins(tmp_path: Path) -> None:
     for attempt in range(5):
         command = [sys.executable, "-c", HOLD, str(tmp_path / str(attempt))]

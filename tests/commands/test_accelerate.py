@@ -114,7 +114,7 @@ def launched(options: str, *arguments: str) -> "subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", DOCUMENTED)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_each_documented_command_starts_its_ranks(name: str, device: str, recipe: str) -> None:
@@ -131,7 +131,7 @@ def test_each_documented_command_starts_its_ranks(name: str, device: str, recipe
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "many-gpus.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_options_that_accelerate_does_not_pass_on_are_said_to_be_ignored(ranks: int, recipe: str) -> None:
     options = f"{'--multi_gpu' if ranks > 1 else '--cpu'} --num_processes {ranks}"
@@ -143,7 +143,7 @@ def test_options_that_accelerate_does_not_pass_on_are_said_to_be_ignored(ranks: 
     assert not lacking(line, "8 accumulation clipping 2 train.microbatch_tokens=128 train.clip_norm=null")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_launcher_and_its_configuration_file_do_not_change_a_run(recipe: str) -> None:
     Path("accelerate.yaml").write_text(
         "{compute_environment: LOCAL_MACHINE, distributed_type: FSDP, fsdp_config: {fsdp_version: 2}, "

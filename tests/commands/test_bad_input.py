@@ -75,7 +75,7 @@ def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("command", "word"),
     [
@@ -93,7 +93,7 @@ def test_a_recipe_or_a_list_may_be_what_another_command_prints(command: str, wor
     assert word in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("recipe")
 def test_a_pipe_is_no_recipe_of_a_run_that_begins_later() -> None:
     line = f"{shlex.quote(sys.executable)} -m switchcli sweep pretrain <(cat tiny.yaml) train.seed=0,1"
@@ -151,7 +151,7 @@ def test_a_library_that_may_not_be_mapped_is_not_called_out_of_memory(
         switchcli("recipes", "list")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("kilobytes", [60_000, 150_000, 400_000, 1_000_000])
 @pytest.mark.parametrize("command", ["recipes validate tiny.yaml", "pretrain tiny.yaml", "plan tiny.yaml --devices 1"])
 @pytest.mark.usefixtures("recipe")
@@ -210,7 +210,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("saves", ["checkpoint.background=false", "checkpoint.background=true"])
 def test_a_full_disk_loses_nothing(saves: str, recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "--out", "a").code == 0
@@ -248,7 +248,7 @@ exec "$0" -m switchcli pretrain tiny.yaml --out shut/run
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_read_only_file_system(recipe: str) -> None:
     Path("shut").mkdir()
     user = ["unshare", "--user", "--map-root-user", "--mount"]

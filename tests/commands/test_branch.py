@@ -351,7 +351,7 @@ def test_distill_with_another_temperature(trained: Path, recipe: str, switchcli:
     assert weights_of(Path("same")) == weights_of(Path("run")) != weights_of(Path("new"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_on_two_ranks(run: Path, recipe: str, branch: Callable[..., dict[str, Any]]) -> None:
     """Two ranks add up other sums than one, so the comparison is with the two ranks that resume."""
     settings = (recipe, f"train.steps={STEPS}", KEPT, *CONSTANT, "--quiet", "--processes", "2")

@@ -64,7 +64,7 @@ def two_machines(*arguments: str) -> list["subprocess.Popen[str]"]:
     return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
     machines = two_machines("pretrain", recipe, *KEYS)
     said = [machine.communicate(timeout=120)[1] for machine in machines]
@@ -76,7 +76,7 @@ def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
     assert figure() == pytest.approx(done["held_out/neg_log_perplexity"], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     keys = (*KEYS[:-1], run, "train.steps=24", "checkpoint.save_every_steps=4")
@@ -87,7 +87,7 @@ def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str
     assert json.loads(Path("run/result.json").read_text())["step"] == 24
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, job: dict[str, str]) -> None:
     command = ("--ranks", "2", "--nodes", "2", "--", "pretrain", recipe, *KEYS)
     done = subprocess.run([job_script(*command)], env=job, capture_output=True, text=True, timeout=120, check=False)
@@ -101,7 +101,7 @@ def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, j
     assert not lacking(refused.stderr, "error: run train.seed 0 9 --out --no-resume")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str, job: dict[str, str]) -> None:
     script = job_script("--", "pretrain", recipe, *KEYS, "train.steps=100000", "checkpoint.save_every_steps=5")
     process = subprocess.Popen([script], env=job, stderr=subprocess.PIPE, text=True)
@@ -198,7 +198,7 @@ def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
     assert task["envs"]["ARGUMENTS"].split()[0] == "pretrain"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_tasks_of_a_slurm_array_prepare_a_share_each(recipe: str, job: dict[str, str], tmp_path: Path) -> None:
     corpora = ", ".join("{kind: files, paths: [text.txt], sample_by: line}" for _ in range(2))
     keys = (recipe, f"data.corpora=[{corpora}]", "--json")

@@ -50,7 +50,7 @@ def test_ranks_of_an_older_torch_say_how_long_a_save_may_take(
         (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, "data.corpora none.txt no such"),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.integration
 def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, recipe: str) -> None:
     done = two_ranks(recipe, *arguments, "--out", "run", "--json")
     assert done.returncode == code
@@ -115,7 +115,7 @@ def test_a_model_axis_does_not_divide_experts_of_an_attention(recipe: str, switc
     assert not lacking(done.err, "parallel.model 2 attention model.sparse")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_whose_mesh_is_chosen_by_the_plan(recipe: str) -> None:
     """On two ranks, with a text filled in at the end by all of them; on one it goes on."""
     keys = ["parallel=auto", "--out", "run", "--json"]
@@ -140,7 +140,7 @@ def test_no_mesh_fits(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("other", ["train.seed=1", "parallel.expert=2", "parallel.model=2"])
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
     """Each started by hand, as on two machines."""
     port = free_port()
@@ -212,7 +212,7 @@ OWN_TEXT = "text.corpora=[{kind: files, paths: [text.txt], sample_by: line}]"
         (["eval", OWN_TEXT], "text.txt", "the text"),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_that_read_different_data_end_before_the_first_step(
     command: list[str], file: str, name: str, machines: list[Path], trained: Path, tmp_path: Path
 ) -> None:

@@ -55,7 +55,7 @@ def trapped(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return ran
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "command",
     [
@@ -79,7 +79,7 @@ def test_no_module_of_the_current_folder_runs(command: tuple[str, ...], trapped:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_module_of_the_current_folder_runs_when_a_program_of_the_users_prepares_text(trapped: Path) -> None:
     program = trapped / "program.py"
     program.write_text(PROGRAM)

@@ -102,7 +102,7 @@ def test_with_a_soft_fraction_of_0_a_fresh_student_is_pretrained_bit_for_bit(
     assert equal(weights("a", 2), weights(dense, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_whole_documents_are_read_as_in_pretraining(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     dense = ("model.num_experts=1", "data.packing=documents", "--out", "dense", "-q")
     assert switchcli("pretrain", trained / "recipe.yaml", *dense).code == 0
@@ -113,7 +113,7 @@ def test_whole_documents_are_read_as_in_pretraining(trained: Path, here: Path, s
     assert switchcli("distill", "--teacher", trained, *soft).code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_student_whose_blocks_are_computed_again_learns_the_same_bit_for_bit(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
@@ -142,7 +142,7 @@ def test_until_its_start_step_it_is_pretraining_and_then_it_is_not(
     assert not equal(weights("now", 1), weights("none", 1))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_noise_of_a_student_is_that_of_its_pretraining(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +164,7 @@ def hard_part(call):
     return without_the_teacher
 
 
-@pytest.mark.fast("mean")
+@pytest.mark.unit("mean")
 @pytest.mark.parametrize("experts", ["random_init", "mean", "most_used"])
 def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
     experts: str, trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -187,7 +187,7 @@ def test_kept_answers_of_all_tokens_teach_what_the_teacher_does(
         torch.testing.assert_close(weights("offline", 3)[name], weight, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_kept_answers_serve_another_start_and_more_steps(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     kept = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
     assert switchcli(*kept, "--out", "a").code == 0
@@ -199,7 +199,7 @@ def test_kept_answers_serve_another_start_and_more_steps(trained: Path, here: Pa
     assert len(sorted(Path("answers").glob("steps-*"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_on_tasks_the_teachers_own_by_default(tuned: Path, trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("distill", "--teacher", tuned, "--baseline", "12.5", "train.steps=4", "--out", "a", "--json")
     assert done.code == 0, done.err
@@ -238,7 +238,7 @@ def test_a_student_from_a_checkpoint_begins_where_that_ended(
     assert "inherited" not in json.loads(done.out)["distillation"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_student_of_a_size_and_a_smaller_sparse_one(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     sparse = switchcli(
         "distill", "--teacher", trained, "model.num_experts=2", "student.experts=most_used", "--out", "s", "--json"
@@ -294,7 +294,7 @@ class Stopped:
         return call
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("answers", [[], ["distill.cache.folder=answers"]], ids=["online", "offline"])
 def test_stopped_it_ends_with_the_same_bits(
     answers: list[str], trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -311,7 +311,7 @@ def test_stopped_it_ends_with_the_same_bits(
     assert equal(weights("whole", 6), weights("parts", 6))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_stopped_while_the_teacher_is_asked_it_goes_on(
     trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +335,7 @@ def test_stopped_while_the_teacher_is_asked_it_goes_on(
     assert len(list(Path("answers").glob("steps-*"))) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_that_has_begun_keeps_its_teacher(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     shutil.copytree(trained, "teacher")
     command = ("distill", "--teacher", "teacher", "--out", "a", "-q")
@@ -352,7 +352,7 @@ def test_a_run_that_has_begun_keeps_its_teacher(trained: Path, here: Path, switc
     assert not lacking(gone.err, "teacher/checkpoints/step-00000002 checkpoint.keep_last --no-resume")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     """Groups of 4 sequences, microbatches of 2: it may be asked droplessly alone, and is measured by its capacity."""
     train = ("train.microbatch_tokens=256", "model.router.group_sequences=4", "train.steps=1", "-q")
@@ -370,7 +370,7 @@ def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Pa
     assert (trains.code, "distill.mode=evaluation" in trains.err) == (2, True)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_most_used_experts_of_attentions_too(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     both = ("model.sparse=both", "train.steps=1", "-q")
     assert switchcli("pretrain", trained / "recipe.yaml", *both, "--out", "teacher").code == 0
@@ -381,7 +381,7 @@ def test_the_most_used_experts_of_attentions_too(trained: Path, here: Path, swit
     assert (more.code, lacking(more.err, "model.num_experts 5 4 student.experts=mean")) == (2, [])
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_baseline_may_be_named_when_the_run_is_done(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     command = ("distill", "--teacher", trained, "--out", "a", "--json")
     first = switchcli(*command)
@@ -394,7 +394,7 @@ def test_a_baseline_may_be_named_when_the_run_is_done(trained: Path, here: Path,
     assert said["gain_kept"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: Path, switchcli: SwitchCLI) -> None:
     pooled = ("model.balance_reduction=pooled", "train.steps=1", "-q")
     assert switchcli("pretrain", trained / "recipe.yaml", *pooled, "--out", "ours").code == 0
@@ -411,7 +411,7 @@ def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: P
     assert (again.code, lacking(again.err, "step 2 3")) == (0, []), again.err
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
     trained: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
@@ -435,7 +435,7 @@ def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
         assert not lacking(more.err, "answers in use distill.cache.folder")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_part_that_is_damaged_is_asked_for_again(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     kept = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
     assert switchcli(*kept, "--cache-only").code == 0
@@ -457,7 +457,7 @@ def test_asking_touches_no_runs_folder(trained: Path, here: Path, switchcli: Swi
     assert (Path("run") / "tokenizer.json").read_text() == "mine"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(240)
 def test_two_ranks_distil_what_one_does_and_resume_exactly(trained: Path, here: Path) -> None:
     def run(*arguments: str) -> None:

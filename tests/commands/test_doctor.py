@@ -72,7 +72,7 @@ def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
     assert len(routers) == sum(probe.needs_routers for probe in PROBES)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", run)
     assert done.code == 0
@@ -84,7 +84,7 @@ def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
     assert not lacking(refused.err, f"{run} KEY=VALUE model.num_experts")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hugging_face_configuration_fails(configuration: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", configuration)
     assert done.code == 1
@@ -116,7 +116,7 @@ def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
         assert bool(finding["advice"]) == (finding["verdict"] in ("warn", "fail"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_name_cannot_act_on_the_terminal(configuration: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     evil = tmp_path / "a\x1b[2J[bold]"
     evil.symlink_to(configuration)
@@ -152,7 +152,7 @@ def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_papers_bfloat16_arm_fails_by_its_routers_precision(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/switch", "train.precision=bfloat16", "--json")
     failed = [finding["probe"] for finding in json.loads(done.out)["findings"] if finding["verdict"] == "fail"]
@@ -200,7 +200,7 @@ def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli:
     assert switchcli("doctor", FILES, "a").code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_files_without_a_manifest_and_no_files(run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     lost = tmp_path / "checkpoints/step-00000002"
     shutil.copytree(run / "checkpoints/step-00000002", lost)

@@ -121,7 +121,7 @@ def test_other_text_than_the_checkpoint_saw_is_told(
     assert told()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_that_do_not_divide_a_stream_tell_of_other_text_once_and_only_then(
     recipe: str, text: Path, switchcli: SwitchCLI
 ) -> None:
@@ -141,7 +141,7 @@ def test_ranks_that_do_not_divide_a_stream_tell_of_other_text_once_and_only_then
     assert told() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_raw_model_is_told_to_be_one(trained: Path, here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     done = switchcli(
         "eval",
@@ -164,7 +164,7 @@ def test_text_that_is_named(here: Path, text: Path, switchcli: SwitchCLI, tmp_pa
     assert one["tasks"].keys() == {"colour", "last"}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hugging_face_folder(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     assert switchcli("convert", "tuned", tmp_path / "theirs", "--to", "huggingface").code == 0
     assert switchcli("convert", tmp_path / "theirs", tmp_path / "ours", "--to", "switchcli").code == 0
@@ -176,7 +176,7 @@ def test_a_hugging_face_folder(here: Path, switchcli: SwitchCLI, tmp_path: Path)
     assert done.code == 0, done.err
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_rows_of_text_have_the_length_that_is_asked_for(
     trained: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +230,7 @@ def rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(120)
 def test_two_ranks_and_a_second_time_give_identical_predictions(here: Path, tmp_path: Path) -> None:
     written = []
@@ -305,7 +305,7 @@ def test_the_runs_settings_hold_unless_others_are_given(here: Path, switchcli: S
         assert result["passes"][0]["capacity"]["tasks"] == capacity
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_task_of_the_runs_own_by_its_name(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     overrides = ["tasks=[last, python_modules]", "scoring.examples=3"]
     done = switchcli("eval", "tuned", *overrides, "--out", tmp_path / "a", "--json")

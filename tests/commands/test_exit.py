@@ -95,7 +95,7 @@ def test_other_errors_pass() -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("rank", "code", "then"), [(ON_ITS_WAY_OUT, DataError.exit_code, "tidied\n"), (IN_A_LIBRARY, 75, "")]
 )
@@ -135,7 +135,7 @@ def test_one_that_was_swallowed_before_training_stops_it() -> None:
             assert stop.requested
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again() -> None:
     tidied: list[str] = []
 

@@ -71,7 +71,7 @@ def test_a_terminal_shows_the_scores_of_a_task_with_two_metrics_and_what_to_do_n
         assert seen in shown.text, shown.text
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_same_command_and_the_folders_own_recipe_go_on(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     first = switchcli("finetune", tuning, "--model", trained, "--out", "a", "--quiet")
     assert first.code == 0, first.err
@@ -118,7 +118,7 @@ def straight(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return fingerprint(folder / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stops", [[0], [1, 4], [3, 4, 7]])
 def test_stopped_it_ends_with_the_same_bits(
     stops: list[int],
@@ -139,7 +139,7 @@ def test_stopped_it_ends_with_the_same_bits(
     assert fingerprint(Path("run")) == straight
 
 
-@pytest.mark.fast("expert-<lambda>")
+@pytest.mark.unit("expert-<lambda>")
 @pytest.mark.parametrize(
     ("group", "learns"),
     [
@@ -177,7 +177,7 @@ def test_a_hugging_face_folder_is_a_start_too(trained: Path, tuning: str, switch
     assert json.loads(done.out)["step"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_started_run_keeps_its_start(trained: Path, tuning: str, switchcli: SwitchCLI, tmp_path: Path) -> None:
     """The folder of the pre-training may have newer checkpoints by then, or be gone."""
     shutil.copytree(trained, "pre")
@@ -273,7 +273,7 @@ def test_characters_that_the_vocabulary_lacks_are_a_warning(trained: Path, tunin
     assert "warning: last" not in done.err
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(180)
 def test_two_ranks_learn_what_one_does(trained: Path, tuning: str) -> None:
     """The ranks' gradients are added in another order, hence not the same bits."""
@@ -346,7 +346,7 @@ def test_a_recipe_of_another_verb(trained: Path, tuning: str, switchcli: SwitchC
     assert (done.code, done.err.count("\n")) == (2, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("at", [4, 8, 9])
 def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
     at: int,
@@ -391,7 +391,7 @@ def test_a_key_of_a_schedule_leaves_its_kind(trained: Path, tuning: str, switchc
     assert (schedule["kind"], schedule["learning_rate"]) == ("constant", 0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("key", ["eval.sequences", "eval.capacity", "scoring.examples", "scoring.decoding.beams"])
 def test_what_the_best_checkpoint_is_chosen_by_does_not_change_within_a_run(
     key: str, trained: Path, tuning: str, switchcli: SwitchCLI
@@ -407,7 +407,7 @@ def test_what_the_best_checkpoint_is_chosen_by_does_not_change_within_a_run(
     assert switchcli(*command, "train.steps=3", *free).code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_is_not_resumed_with_other_examples_to_score(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     command = ("finetune", tuning, "--model", trained, "--out", "a")
     assert switchcli(*command, "train.steps=2").code == 0
@@ -421,7 +421,7 @@ def test_a_run_is_not_resumed_with_other_examples_to_score(trained: Path, tuning
     assert switchcli(*command, "train.steps=3").code == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_whose_checkpoints_do_not_know_their_examples_is_resumed(
     trained: Path, tuning: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

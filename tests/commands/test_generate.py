@@ -103,7 +103,7 @@ def test_a_blank_line_read_has_an_empty_answer(
     assert done.out.splitlines() == ["words", "", "words", ""]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_a_model_says_cannot_act_on_the_terminal(
     run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +202,7 @@ def test_no_cuda(run: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatc
     assert switchcli("generate", run, GAP, "--device", "tpu").code == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_reader_that_goes_away_is_no_error(run: Path) -> None:
     command = shlex.join([sys.executable, "-m", "switchcli", "generate", str(run), GAP, GAP]) + " | head -n 0"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
@@ -218,7 +218,7 @@ def test_a_text_that_is_not_utf8_is_refused(run: Path, switchcli: SwitchCLI) -> 
 TEXTS = f"{GAP}\n\na green <extra_id_0>\nthe <extra_id_0> of alpha is <extra_id_1> not\n \n{GAP}\n"
 
 
-@pytest.mark.fast("options0")
+@pytest.mark.unit("options0")
 @pytest.mark.parametrize("options", [(), ("--beams", 3), ("--temperature", 1.5, "--top-p", 0.95, "--seed", 7)])
 def test_lines_answered_together_have_the_answers_that_they_have_alone(
     options: tuple[object, ...], run: Path, switchcli: SwitchCLI
@@ -298,7 +298,7 @@ def test_pieces_are_whole_characters_that_cannot_act_on_the_terminal(
     assert switchcli("generate", run, GAP, *options).out == "a\u00e9\\x1b[2J  other\n"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_pipe_has_each_answer_before_the_next_line(run: Path) -> None:
     command = [sys.executable, "-m", "switchcli", "generate", str(run), "--max-tokens", "3"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
@@ -312,7 +312,7 @@ def test_a_pipe_has_each_answer_before_the_next_line(run: Path) -> None:
     assert process.returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_lines_that_are_not_utf8_are_refused(run: Path) -> None:
     command = [sys.executable, "-X", "utf8", "-m", "switchcli", "generate", str(run)]
     done = subprocess.run(command, input=b"caf\xe9 \n", capture_output=True, check=False)

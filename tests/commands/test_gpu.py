@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from devices import DEVICES, on_devices
 from tiny_run import SwitchCLI
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 BOUND = {"float32": 1e-4, "bfloat16": 0.02, "selective": 0.02}
 QUIET = ("model.dropout=0", "model.router.jitter=0", "log.every_steps=1")

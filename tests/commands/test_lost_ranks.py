@@ -19,7 +19,7 @@ SECONDS = 30
 KEYS = (f"train.steps={STEPS}", "train.batch_tokens=512", "checkpoint.save_every_steps=4", "parallel.expert=2", "-q")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_others_do_not_wait_for_a_save_beside_them(recipe: str, tmp_path: Path) -> None:
     """tests/trust/rank_deaths.py has deaths without a save."""
     run = str(tmp_path / "run")
@@ -36,7 +36,7 @@ def test_the_others_do_not_wait_for_a_save_beside_them(recipe: str, tmp_path: Pa
     assert not ranks_of(run)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     arguments = ["-m", "switchcli", "pretrain", recipe, *KEYS, "--json", "--out"]
@@ -55,7 +55,7 @@ def test_ranks_that_torchrun_starts_again_go_on_from_the_last_save(recipe: str, 
     assert result[FIGURE] == pytest.approx(whole[FIGURE], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
 def test_ranks_whose_launcher_was_killed_save_and_end(recipe: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
@@ -73,7 +73,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(recipe: str, tmp_path: Pat
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
 @pytest.mark.parametrize("delay", [0.0, 1.5, 5.0])
 def test_ranks_end_whose_launcher_is_killed_while_they_start(trained: Path, tmp_path: Path, delay: float) -> None:

@@ -58,7 +58,7 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
     assert time.monotonic() - began < SECONDS
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", b""])
 def test_a_rank_that_meets_another_program_says_so(
     answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -106,7 +106,7 @@ def meeting(rank: str, port: str) -> dict[str, str]:
     return {**os.environ, **here}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("rank", "words"),
     [("0", "1 3 ranks rank 2 missing"), ("1", "rank 0 not answer")],
@@ -127,7 +127,7 @@ def test_a_rank_says_what_it_waits_for_and_ends_when_it_is_asked(
     assert not lacking(said, f"'127.0.0.1' port {port} {words}")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")
 def test_a_rank_that_waits_for_others_ends_with_its_launcher(recipe: str, port: str, tmp_path: Path) -> None:
     arguments = ["pretrain", recipe, "train.device=cpu", "--out", str(tmp_path / "run")]

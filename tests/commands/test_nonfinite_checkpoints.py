@@ -52,7 +52,7 @@ def bad(trained: Path, recipe: str) -> Path:
     return Path("bad")
 
 
-@pytest.mark.fast(*(verb for verb in VERBS if verb not in SLOW))
+@pytest.mark.unit(*(verb for verb in VERBS if verb not in SLOW))
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_refuses_a_weight_that_is_not_finite(verb: str, bad: Path, switchcli: SwitchCLI) -> None:
     spoil(bad, "decoder.blocks.1.feed_forward.layer.experts.3.wo", float("nan" if len(verb) % 2 else "-inf"))
@@ -67,7 +67,7 @@ def test_every_verb_refuses_a_weight_that_is_not_finite(verb: str, bad: Path, sw
     assert not list(Path().glob("cache/steps-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_upcycling_refuses_a_weight_that_is_not_finite(dense: Path, bad: Path, switchcli: SwitchCLI) -> None:
     shutil.copytree(dense, "dense")
     spoil(Path("dense"), "embedding", float("inf"))

@@ -45,7 +45,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(one.relative_to(path)): one.read_bytes() for one in files}
 
 
-@pytest.mark.fast("plan --html", "eval")
+@pytest.mark.unit("plan --html", "eval")
 @pytest.mark.usefixtures("run")
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_output_on_a_full_disk_stays_what_it_was(output: str, switchcli: SwitchCLI) -> None:

@@ -393,7 +393,7 @@ def test_a_terminal_breaks_no_line_of_keys_to_paste(
     planned(switchcli, "pretrain/base", *line.split(), "--gpu", "l4")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_all_shipped_sizes_on_eight_h100(switchcli: SwitchCLI) -> None:
     rows = planned(switchcli, "--gpu", "h100", "--devices", 8)["sizes"]
     assert {row["size"] for row in rows} == {*SIZES}

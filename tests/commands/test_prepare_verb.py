@@ -170,7 +170,7 @@ def test_a_recipe_of_tasks_has_nothing_to_prepare(tuning: str, switchcli: Switch
     assert not lacking(done.err, f"{tuning} text pretrain distill")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", *languages, "train.steps=6", "--out", "run", "--json")
     assert done.code == 0, done.err
@@ -201,7 +201,7 @@ def test_languages_are_mixed_measured_and_evaluated_apart(languages: tuple[str, 
     assert not lacking(shown.out, "expert most tokens")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
     recipe: str, text: Path, switchcli: SwitchCLI
 ) -> None:
@@ -225,7 +225,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.data.streaming.MIN_WINDOW_CHARACTERS", 1000)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_all_processes_stops_them_and_the_same_command_goes_on(
     number: signal.Signals, recipe: str, own_cache: Path, switchcli: SwitchCLI
@@ -252,7 +252,7 @@ def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
     return (*languages, "data.access=stream", "data.stream_shards=4", "train.steps=9", "train.microbatch_tokens=64")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", *stream(languages), "--out", "run", "--json")
@@ -276,7 +276,7 @@ def test_a_stream_is_trained_on_and_evaluated(languages: tuple[str, ...], switch
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}, "but for the lines of the first end"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_goes_on_with_its_own_files_alone(recipe: str, text: Path, switchcli: SwitchCLI) -> None:
     Path("texts").mkdir()
@@ -342,7 +342,7 @@ def test_a_run_is_not_resumed_on_a_text_that_changed_and_kept_its_size_and_time(
     assert switchcli(*command, "train.steps=3").code == 0, "the former text is there again, with another time"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_is_not_resumed_on_a_file_that_changed_and_kept_its_size_and_time(
     recipe: str, own_text: Path, switchcli: SwitchCLI
@@ -359,7 +359,7 @@ def test_a_stream_is_not_resumed_on_a_file_that_changed_and_kept_its_size_and_ti
     assert done.code == 0, f"a copy with the same content is the same text: {done.err}"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -380,7 +380,7 @@ def test_a_stream_resumes_from_a_checkpoint_that_knows_its_files_by_their_times(
     assert switchcli(*command, "train.steps=4").code == 0, "the new checkpoint knows them by content"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("small_windows")
 def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
     recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -492,7 +492,7 @@ def straight_and_damaged(recipe: str, damage: Damage, switchcli: SwitchCLI, monk
     return run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
 
 
-@pytest.mark.fast("flip")
+@pytest.mark.unit("flip")
 @pytest.mark.parametrize("damage", [rotate, rotate_quietly, flip, truncate])
 def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -509,7 +509,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("damage", [touch, remove, replace])
 def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -520,7 +520,7 @@ def test_a_run_whose_mapped_text_keeps_its_content_goes_on(
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("damage", [rotate, flip, truncate, remove])
 def test_damage_to_the_file_of_a_small_text_does_not_reach_a_run_that_holds_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
@@ -579,7 +579,7 @@ def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
         assert shares[label]["intended"] == pytest.approx(size / sum(sizes.values()))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_stream_stopped_on_two_ranks_ends_on_one_as_on_two_that_never_stopped(
     languages: tuple[str, ...], switchcli: SwitchCLI
 ) -> None:
@@ -609,7 +609,7 @@ def test_a_stream_stopped_on_two_ranks_ends_on_one_as_on_two_that_never_stopped(
     assert states[0]["position"]
 
 
-@pytest.mark.fast("3")
+@pytest.mark.unit("3")
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_stream_that_is_stopped_goes_on_the_same(

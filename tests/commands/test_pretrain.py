@@ -91,7 +91,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
         assert sample["target"].startswith("<extra_id_0>")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli: SwitchCLI) -> None:
     plain = switchcli("pretrain", recipe, "train.steps=6", "--out", "a")
     shown = switchcli("pretrain", recipe, "train.steps=6", "log.sample_every_steps=2", "--out", "b")
@@ -101,7 +101,7 @@ def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli:
     assert metrics("a")[-1] == metrics("b")[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")
 def test_compiled_it_ends_about_where_it_does_uncompiled(recipe: str, switchcli: SwitchCLI) -> None:
@@ -119,7 +119,7 @@ def test_compiled_it_ends_about_where_it_does_uncompiled(recipe: str, switchcli:
     assert figures[0] == pytest.approx(figures[1], abs=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_where_torch_itself_finds_no_compiler_compiling_is_refused(
     recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -223,7 +223,7 @@ def test_more_steps_go_on_from_there(recipe: str, switchcli: SwitchCLI) -> None:
     assert [record["step"] for record in metrics("a") if "learning_rate" in record] == [2, 3, 4, 5]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli: SwitchCLI) -> None:
     """Such a rate makes the weights too large for the next step, which finds that out."""
     huge = ["schedule.kind=constant", "schedule.learning_rate=1e30", "--out", "runs/a", "--json"]
@@ -254,7 +254,7 @@ def test_no_resume_sets_the_old_run_aside(recipe: str, switchcli: SwitchCLI) -> 
     assert len(metrics("a")) == 3
 
 
-@pytest.mark.fast("train.seed=1")
+@pytest.mark.unit("train.seed=1")
 @pytest.mark.parametrize(
     "key", ["train.seed=1", "model.d_model=16", "optimizer={kind: adamw}", "data.held_out_fraction=0.2"]
 )

@@ -56,7 +56,7 @@ def test_the_table(trained: Path, switchcli: SwitchCLI) -> None:
         assert seen in done.out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_fine_tuned_run_on_its_tasks(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     assert switchcli("finetune", tuning, "--model", trained, "--out", "tuned", "--quiet").code == 0
     result = result_of(switchcli, "tuned", "small", "--experts", 2, "capacities=[paper]")
@@ -79,7 +79,7 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
     )
 
 
-@pytest.mark.fast("keys0")
+@pytest.mark.unit("keys0")
 @pytest.mark.parametrize(
     "keys",
     [

@@ -68,7 +68,7 @@ def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
     assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1, **unknown}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     done = switchcli("report", *runs, "--html", "page.html", "--figures", "figures", "--smooth", 3, "--quiet")
     assert done.code == 0, done.err
@@ -321,7 +321,7 @@ def test_held_out_texts_that_differ_are_told(runs: list[str], switchcli: SwitchC
     assert not lacking(" ".join(done.err.split()), "held-out text series data.corpora")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str], switchcli: SwitchCLI) -> None:
     for seed in range(2):
         file = Path(f"dense-{seed}/result.json")
@@ -430,7 +430,7 @@ def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: Switc
     assert "&lt;extra_id_0&gt;" in text  # the samples
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_it_imports_no_torch(runs: list[str]) -> None:
     script = "import sys; from switchcli.cli import app; app(sys.argv[1:], standalone_mode=False)\n"
     script += "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"

@@ -65,7 +65,7 @@ def signals_at(monkeypatch: pytest.MonkeyPatch, at: dict[int, list[signal.Signal
     monkeypatch.setattr(verb, "cross_entropy", Signals(at))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("number", "background", "stops"),
     [(signal.SIGTERM, False, [1, 2, 3, 4]), (signal.SIGINT, False, [5, 6, 11]), (signal.SIGUSR1, True, [0, 7])],
@@ -99,7 +99,7 @@ def test_stopped_several_times_it_ends_the_same(
     assert fingerprint(Path("run")) == straight
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_blocks_may_be_computed_again_from_one_start_to_the_next(
     straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +116,7 @@ class Killed(BaseException):
     """The end of a process: what comes after it never happens."""
 
 
-@pytest.mark.fast("True-False-1")
+@pytest.mark.unit("True-False-1")
 @pytest.mark.parametrize("moment", [0, 1, 2])
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("background", [False, True])
@@ -210,7 +210,7 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_second_run_is_refused_while_the_first_goes_on(recipe: str, switchcli: SwitchCLI) -> None:
     arguments = (recipe, "train.steps=100", "--out", "run")
     with subprocess.Popen(command(*arguments, "--quiet"), text=True) as process:
@@ -222,7 +222,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(recipe: str, switchcli:
     assert process.returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_whose_recipes_an_earlier_version_saved(
     straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

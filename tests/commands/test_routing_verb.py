@@ -73,7 +73,7 @@ def test_a_checkpoint_whose_path_looks_like_a_key_can_be_named(
     assert found["atlases"][0]["checkpoint"].startswith("rt-lr=0.1/")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None:
     found = survey(switchcli, languages)
     assert found["sequences"] == {"de": 8, "fr": 8}
@@ -94,7 +94,7 @@ def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None
     )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_fine_tuned_run_is_shown_on_its_tasks_and_against_the_one_that_it_began_with(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_folder_in_the_hugging_face_layout_is_shown_on_text_that_is_named(
     assert {layer["changed"] for layer in drift.values()} == {0.0}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_has_no_atlas_is_refused_in_one_line(
     trained: Path, dense: Path, recipe: str, switchcli: SwitchCLI
 ) -> None:

@@ -37,13 +37,13 @@ def seen_by_torch(folder: Path, arguments: list[str], **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.fast("pretrain", "eval")
+@pytest.mark.unit("pretrain", "eval")
 @pytest.mark.parametrize("verb", VERBS)
 def test_threads_of_openmp_sleep_soon_at_a_barrier(verb: str, tmp_path: Path) -> None:
     assert seen_by_torch(tmp_path, VERBS[verb]) == "2000"
 
 
-@pytest.mark.fast("OMP_WAIT_POLICY")
+@pytest.mark.unit("OMP_WAIT_POLICY")
 @pytest.mark.parametrize("variable", SPINNING)
 def test_a_user_who_says_how_long_threads_spin_is_obeyed(variable: str, tmp_path: Path) -> None:
     expected = "200" if variable == "GOMP_SPINCOUNT" else "default"
@@ -87,7 +87,7 @@ __main__.main()
 """A command at whose import of a module Ctrl-C comes twice."""
 
 
-@pytest.mark.fast("typer-pretrain", "typer-sweep")
+@pytest.mark.unit("typer-pretrain", "typer-sweep")
 @pytest.mark.parametrize("verb", ["pretrain", "sweep"])
 @pytest.mark.parametrize("module", ["typer", "switchcli.commands.pretrain", "switchcli.recipe.schema"])
 def test_two_interrupts_during_the_imports_end_in_one_line(module: str, verb: str, tmp_path: Path) -> None:

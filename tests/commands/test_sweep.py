@@ -172,7 +172,7 @@ def test_keys_with_many_values_end_at_once(switchcli):
     assert not lacking(done.err, "282,429,536,481 1,000")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path):
     path = tmp_path / "runs"
     short = "train.steps=2 schedule.warmup_steps=1 eval.sequences=16"
@@ -187,7 +187,7 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(tmp_path
     assert again.returncode == 1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_whose_log_cannot_be_written_stops_no_other(tmp_path):
     (tmp_path / "out/blocked.log").mkdir(parents=True)
     path = tmp_path / "runs"
@@ -221,7 +221,7 @@ def test_a_run_that_none_makes_is_asked_for_before_any_begins(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
     path = tmp_path / "runs"
     path.write_text(
@@ -239,7 +239,7 @@ def test_what_needs_a_run_that_failed_is_not_begun(tmp_path):
     assert not (tmp_path / "out/tuned.log").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_stopped_sweep_saves_and_goes_on(tmp_path):
     path = tmp_path / "runs"
     path.write_text("one pretrain quickstart/dense train.steps=100000 eval.sequences=16 log.every_steps=1\n")
@@ -277,7 +277,7 @@ def is_pending(process, number):
     return int(re.search(r"^ShdPnd:\s*(\w+)", status, re.M)[1], 16) >> (number - 1) & 1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_run_of_a_killed_sweep_saves_and_ends(tmp_path):
     going, run = begin(tmp_path)
     metrics = tmp_path / "out/one/metrics.jsonl"
@@ -351,7 +351,7 @@ def test_slots_are_gpus_else_processors(monkeypatch):
     assert sweep_runner.available_slots(2, 9) == [{}, {}]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_result_for_scripts_has_command_and_status_of_each_run(tmp_path):
     short = ("train.steps=2", "schedule.warmup_steps=1", "eval.sequences=16")
     grid = ("pretrain", "quickstart/dense", *short, "train.device=cpu,cuda", "--jobs", "1", "--json", "--quiet")

@@ -51,7 +51,7 @@ def test_every_verb_has_a_command_here() -> None:
     assert {words.partition(" --")[0] for words in WORK} == leaves
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("verb", WORK)
 def test_a_verb_in_a_terminal(verb: str, trained: Path, dense: Path, text: Path, tmp_path: Path) -> None:
     lay_out(tmp_path, text)
@@ -62,7 +62,7 @@ def test_a_verb_in_a_terminal(verb: str, trained: Path, dense: Path, text: Path,
     assert "perplexity" not in shown.text
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_the_help_of_a_verb_in_a_terminal(verb: str, tmp_path: Path) -> None:
     shown = switchcli([*verb.split(), "--help"], tmp_path)

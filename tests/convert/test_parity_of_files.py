@@ -95,7 +95,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
 
 
-@pytest.mark.fast("T5 1.1-5", "Switch-4")
+@pytest.mark.unit("T5 1.1-5", "Switch-4")
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("case", THEIRS)
 def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, version: int, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ SPECS = {
 }
 
 
-@pytest.mark.fast("relu, untied", "geglu", "sparse", "sparse decoder")
+@pytest.mark.unit("relu, untied", "geglu", "sparse", "sparse decoder")
 @pytest.mark.parametrize("case", SPECS)
 def test_ours_computes_the_same_there_and_comes_back_as_it_was(case: str, tmp_path: Path) -> None:
     source = ours(tmp_path, SPECS[case])

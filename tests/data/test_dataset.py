@@ -257,7 +257,7 @@ def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:
     assert late < 0.1
 
 
-@pytest.mark.fast("rows0")
+@pytest.mark.unit("rows0")
 @pytest.mark.parametrize("rows", [CORRUPTION, WHOLE])
 def test_threads_that_ask_at_once_get_the_same_rows(rows: SpanCorruption | WholeDocumentObjective) -> None:
     asked = [start + np.arange(32) for start in range(0, 3000, 24)]

@@ -330,7 +330,7 @@ def table(path: Path, columns: dict[str, Any], **options: Any) -> str:
     return str(path)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @given(piece_bytes=st.integers(100, 3000), group=st.integers(1, 40))
 def test_row_groups_are_shared_out(tmp_path_factory: pytest.TempPathFactory, piece_bytes: int, group: int) -> None:
     folder = tmp_path_factory.mktemp("parquet")

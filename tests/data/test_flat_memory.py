@@ -47,7 +47,7 @@ def write(path: Path, mebibytes: int) -> None:
             packed.write("\n\n".join(texts(mebibytes)).encode())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(
     sys.platform != "linux", reason="a process's own peak, not that of who started it, is known on Linux"
 )

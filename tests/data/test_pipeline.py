@@ -167,7 +167,7 @@ def test_shards_hold_each_document_in_its_part(corpus: Corpus) -> None:
     assert text.dropped == {}
 
 
-@pytest.mark.fast("2")
+@pytest.mark.unit("2")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_agree_on_every_byte(corpus: Corpus, processes: int) -> None:
     first, alone = Shows(), corpus.prepare()
@@ -436,7 +436,7 @@ def kill_one() -> None:
     active_children()[0].kill()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_worker_ends_the_others_at_once(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (4, 5):
         lines = (f"line {index} of {number} tells of {index * index}\n" for index in range(200_000))
@@ -530,7 +530,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_it_leaves_whole_pieces_and_no_worker_behind(corpus: Corpus) -> None:
     lines = "".join(f"line {index} tells of {index * index}\n" for index in range(8_000))
@@ -815,7 +815,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_limit_that_processes_meet_is_told_with_the_way_out(corpus: Corpus) -> None:
     path = Path("4.txt")
     path.write_text(path.read_text() * 20)

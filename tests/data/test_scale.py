@@ -62,7 +62,7 @@ def paragraphs(mebibytes: int) -> Iterator[str]:
         yield f"{index} {' '.join(words[index % 100 :])}"[:2046]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's own peak is known on Linux")
 @pytest.mark.timeout(900)
 def test_memory_of_preparing_and_reading_is_flat(tmp_path: Path) -> None:

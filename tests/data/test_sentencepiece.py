@@ -103,7 +103,7 @@ def is_same(model: Model, text: str) -> bool:
     return unknown[0] == unknown[1] and abs(scores[0] - scores[1]) < 1e-6 * abs(scores[0]) + 1e-4
 
 
-@pytest.mark.fast("nmt_nfkc", "identity, bytes", "pieces of the user")
+@pytest.mark.unit("nmt_nfkc", "identity, bytes", "pieces of the user")
 def test_lines_that_it_was_not_trained_on(model: Model) -> None:
     unseen = [*lines(0, 2000)[1500:], *lines(1, 300)]
     assert [line for line in unseen if not is_same(model, line)] == []
@@ -123,7 +123,7 @@ PLAIN = sorted(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @settings(deadline=None, max_examples=300)
 @given(text=st.lists(st.sampled_from([*PLAIN, *ODD, " ", " "]), max_size=20).map("".join))
 def test_odd_characters(model: Model, text: str) -> None:

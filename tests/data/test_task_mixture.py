@@ -33,7 +33,7 @@ def shown(stream: TaskMixtureSource, steps: int, rows: int) -> Counter[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("mixture", "rates"),
     [

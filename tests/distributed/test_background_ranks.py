@@ -88,7 +88,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("parallel", [ALONE, ParallelSpec(expert=2)], ids=["data", "experts"])
 def test_two_ranks_write_the_bytes_of_the_foreground(parallel: ParallelSpec, tmp_path: Path) -> None:
     for background in (False, True):
@@ -98,7 +98,7 @@ def test_two_ranks_write_the_bytes_of_the_foreground(parallel: ParallelSpec, tmp
     assert content(tmp_path / "False") == content(tmp_path / "True")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("full_on", [0, 1])
 def test_a_full_disk_of_one_rank_ends_both(full_on: int, tmp_path: Path) -> None:
     main, other = on_ranks(2, trained, tmp_path, True, full_on, ALONE)

@@ -121,7 +121,7 @@ def on_meta(kind: TensorSpec) -> torch.Tensor:
     return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
     """All meshes in turn, two steps each, against one process all along."""
@@ -136,7 +136,7 @@ def test_a_run_goes_from_mesh_to_mesh(optimizer: str, tmp_path: Path) -> None:
     assert tensors(tmp_path / "moved", last).keys() == tensors(tmp_path / "alone", last).keys()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
@@ -161,7 +161,7 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(tmp_path: Pa
     assert opened.keys() == {name for name in before if "/" not in name}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_experts_of_which_each_replica_has_a_part_are_whole_in_a_checkpoint(tmp_path: Path) -> None:
     """Two replicas cannot divide three experts."""
     three = NOISY.model_copy(update={"num_experts": 3})
@@ -177,7 +177,7 @@ def test_experts_of_which_each_replica_has_a_part_are_whole_in_a_checkpoint(tmp_
     assert going_on(tmp_path / "moved", 4, ALONE, OPTIMIZERS["adamw"], three)["found"] == pytest.approx(left, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_of_other_experts_is_refused_on_every_rank(tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     for said in on_ranks(2, refused, tmp_path, NOISY.model_copy(update={"num_experts": 8})):

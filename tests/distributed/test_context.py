@@ -96,7 +96,7 @@ def test_a_number_on_its_way_to_the_host_is_read_once_it_has_arrived(monkeypatch
     assert float(HostCopy(torch.tensor(0.25))) == 0.25
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
     """In the main thread of a process of its own, as in a run: of other threads' memory glibc keeps less."""
@@ -192,6 +192,6 @@ def steps_of_shards() -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
     assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2

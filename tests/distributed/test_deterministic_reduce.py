@@ -151,7 +151,8 @@ def on_one() -> Any:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+    scope="module",
+    params=[pytest.param(2, marks=pytest.mark.integration), pytest.param(4, marks=pytest.mark.integration)],
 )
 def answers(request: pytest.FixtureRequest) -> list[Any]:
     """What each rank has, from one start of them."""
@@ -174,7 +175,7 @@ def test_weights_and_state_are_the_same_on_any_number_of_ranks(on_one: Any, answ
             assert runs[name] == tensors, name
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_other_way_they_are_not(on_one: Any) -> None:
     for fast in on_ranks(2, as_it_comes):
         assert fast.keys() == on_one[1]["adamw"].keys()

@@ -74,7 +74,7 @@ MESHES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("microbatch", [2, 4])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_steps_of_two_ranks_have_the_same_bits(mesh: str, microbatch: int) -> None:

@@ -113,7 +113,7 @@ def launched(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.fast("kill")
+@pytest.mark.unit("kill")
 @pytest.mark.parametrize("what", ["end", "fail", "die", "kill"])
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path: Path) -> None:
     done = launched(what, tmp_path)
@@ -134,14 +134,14 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(what: str, tmp_path
         assert re.search(r"LostRankError: .*\brank 1\b.*\bSIGKILL\b", done.stderr)
 
 
-@pytest.mark.fast("SIGUSR1")
+@pytest.mark.unit("SIGUSR1")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_to_the_launcher_reaches_the_ranks_which_save(name: str, tmp_path: Path) -> None:
     done = launched(name, tmp_path)
     assert re.search(rf"Interrupted: saved at {name}$", done.stderr, re.M), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     """It ends them at once, also after another signal. torchrun alone would wait for them, for minutes."""
     begun = time.monotonic()
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 50
 
 
-@pytest.mark.fast("asked")
+@pytest.mark.unit("asked")
 @pytest.mark.parametrize("what", ["asked", "asked alone"])
 def test_a_rank_that_was_asked_to_stop_speaks_for_all(what: str, tmp_path: Path) -> None:
     """Also for one that cannot reach it any more, and for one that torchrun ends before it handles signals."""
@@ -158,14 +158,14 @@ def test_a_rank_that_was_asked_to_stop_speaks_for_all(what: str, tmp_path: Path)
     assert re.search(r"Interrupted: stopped$", done.stderr, re.M), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_rank_that_hangs_when_another_fails_is_killed_and_not_blamed(tmp_path: Path) -> None:
     """torchrun gives it 30 s."""
     done = launched("hang", tmp_path)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (4, "told: the rule"), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_rank_that_is_suspended_while_the_others_find_one_gone_is_the_one_that_is_named(tmp_path: Path) -> None:
     assert re.search(r"LostRankError: .*\brank 1\b.*\bhung\b", launched("suspended", tmp_path).stderr)
 
@@ -175,7 +175,7 @@ def test_a_rank_that_is_ended_by_another_that_has_saved_is_not_lost(tmp_path: Pa
     assert re.search(r"Interrupted: saved$", launched("late", tmp_path).stderr, re.M)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_signal_that_ranks_cannot_heed_yet_is_the_launchers_own(tmp_path: Path) -> None:
     begun = time.monotonic()
     done = launched("early", tmp_path)

@@ -53,7 +53,7 @@ def trained(parallel: ParallelSpec) -> str:
     return "trained"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size from Linux")
 def test_experts_that_one_rank_has_no_room_for_train_on_four() -> None:
     expert_bytes = 4 * count(LARGE).expert
@@ -78,7 +78,7 @@ def expert_bytes(parallel: ParallelSpec) -> int:
     return sum(tensor.nbytes for name, tensor in tensors.items() if is_stacked(name))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
 def test_replicas_divide_gradients_and_optimizer_state_of_experts(shard: Literal["zero2", "zero3"]) -> None:
     whole = on_ranks(4, expert_bytes, ParallelSpec(expert=2))

@@ -415,8 +415,8 @@ SOME = ("accumulated and clipped", "dropout and jitter", "a slot for every token
 @pytest.fixture(
     scope="module",
     params=[
-        *(pytest.param((*MESHES[name], SOME), id=f"{name}, some cases", marks=pytest.mark.repeated) for name in ALWAYS),
-        *(pytest.param((*mesh, None), id=name, marks=pytest.mark.slow) for name, mesh in MESHES.items()),
+        *(pytest.param((*MESHES[name], SOME), id=f"{name}, some cases") for name in ALWAYS),
+        *(pytest.param((*mesh, None), id=name, marks=pytest.mark.integration) for name, mesh in MESHES.items()),
     ],
 )
 def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:

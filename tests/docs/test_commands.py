@@ -258,7 +258,7 @@ def run(block: Block, folder: Path, scripts: Path, columns: int) -> None:
         pytest.fail(f"{block.page}:{block.line}: {'; '.join(shown.faults)}\n  {last}\n{end}", pytrace=False)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("page", "columns"), [
     *((page, 80) for page in PAGES if any(

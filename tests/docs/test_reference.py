@@ -18,7 +18,7 @@ def committed(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.fast(*PAGES)
+@pytest.mark.unit(*PAGES)
 @pytest.mark.parametrize("name", [*PAGES, PLANNED])
 def test_a_page_is_what_the_code_says(name: str) -> None:
     import generate

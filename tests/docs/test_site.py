@@ -49,7 +49,7 @@ def served(site: Path) -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 def test_the_site_builds_strictly_and_fits_a_phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No page scrolls sideways at 390 pixels, and none asks another server for anything."""
@@ -102,7 +102,7 @@ def test_a_whole_site_has_no_faults(tmp_path: Path) -> None:
     assert site_builder.build(tmp_path) == tmp_path / "build/site"
 
 
-@pytest.mark.fast("link", "anchor")
+@pytest.mark.unit("link", "anchor")
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

@@ -37,7 +37,7 @@ SOUND = {
 }
 
 
-@pytest.mark.fast("switch", "expert choice", "dense")
+@pytest.mark.unit("switch", "expert choice", "dense")
 @pytest.mark.parametrize("case", SOUND)
 def test_our_models_are_sound(case: str) -> None:
     subject = ours(**SOUND[case])
@@ -205,7 +205,7 @@ BROKEN: dict[str, tuple[Callable[[Patch], Subject], str, set[str], set[str]]] = 
 }
 
 
-@pytest.mark.fast("collapsed", "renormalized gate", "padding takes slots")
+@pytest.mark.unit("collapsed", "renormalized gate", "padding takes slots")
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_model_is_found_by_its_probe_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, verdict, named, also_warned = BROKEN[case]
@@ -278,7 +278,7 @@ def test_a_frozen_weight_needs_no_gradient() -> None:
     assert (result.verdict, result.value, "encoder.unused" in result.advice) == ("warn", 1, True)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_trained_router_may_be_confident_but_not_certain() -> None:
     subject = ours()
     for router in subject.routers:
@@ -291,7 +291,7 @@ def test_a_trained_router_may_be_confident_but_not_certain() -> None:
     assert findings(subject)["router confidence"].verdict == "warn"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_drawn_tokens_that_a_trained_model_drops_are_a_warning() -> None:
     """It was trained on text: what it does with drawn ones, its routers having specialised, is no verdict."""
     subject = ours(router={**SWITCH, "capacity_factor": 0.3, "eval_capacity_factor": 0.3})

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
     verdicts = {name: finding.verdict for name, finding in fresh.items() if finding.verdict != "pass"}
     verdicts.pop("router balance", None)  # of random routers, as it falls
@@ -44,7 +44,7 @@ def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) -> None:
     """transformers' own recorder gives logits of std 28 at d_model 768, and a mean top probability of 0.95."""
     subject = theirs()
@@ -59,14 +59,14 @@ def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) ->
     assert max(float(one.std()) for one in logits) == pytest.approx(28, abs=5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_padding_on_the_left_takes_the_slots(fresh: dict[str, Finding]) -> None:
     assert fresh["padding"].value > 0.01
     left, right = map(int, re.findall(r" (\d+) ", fresh["padding"].figure))
     assert left > right > 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_decoding_differs_only_where_a_queue_is_full() -> None:
     assert cached_decoding(theirs(d_model=32, expert_capacity=600)).verdict == "pass"
     subject = theirs()

@@ -72,7 +72,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return variables
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(LIMIT_OF_WALL + 100)
 @pytest.mark.parametrize("script", JOURNEYS, ids=lambda script: script.stem)
 def test_a_journey_arrives(

@@ -33,7 +33,7 @@ def t5_score(log_probability: float, length: int, alpha: float) -> float:
     return log_probability / ((5 + length) / 6) ** alpha
 
 
-@pytest.mark.fast("3-switch", "2-t5-1.0")
+@pytest.mark.unit("3-switch", "2-t5-1.0")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("beams", [2, 3, 4, 8])
 def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
@@ -81,7 +81,7 @@ def scored(model: SwitchTransformer, inputs_S: torch.Tensor, answer: list[int], 
     return t5_score(float(log_p_TV.gather(1, torch.tensor(answer).unsqueeze(1)).sum()), len(answer), alpha)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
 def test_as_many_beams_as_there_are_answers_find_the_best_of_all(length_penalty: float) -> None:
     spec = SPEC.model_copy(update={"vocab_size": 5})
@@ -122,7 +122,7 @@ def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: 
     assert not any(together[2] + alone[2])
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
     decoding = Decoding(max_tokens=30, beams=4, length_penalty=0.6)

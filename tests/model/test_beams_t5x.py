@@ -90,7 +90,7 @@ def test_answers_are_those_of_t5xs_search() -> None:
     assert ours(SAMPLE) == [reference(case) for case in SAMPLE]
 
 
-@pytest.mark.slow  # 100 searches without a cache
+@pytest.mark.integration  # 100 searches without a cache
 @pytest.mark.parametrize(
     ("eos", "cut_off"), [("rare", range(80, 100)), ("usual", range(20, 80)), ("frequent", range(1, 20))]
 )

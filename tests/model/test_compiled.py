@@ -96,13 +96,13 @@ def check(spec: ModelSpec, backend: str, autocast: bool = False, recompute: bool
         assert num_graphs() == KINDS
 
 
-@pytest.mark.fast("switch")
+@pytest.mark.unit("switch")
 @pytest.mark.parametrize("name", SPECS)
 def test_a_kind_of_block_is_one_graph_without_breaks(name: str) -> None:
     check(SPECS[name], "eager")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
@@ -110,7 +110,7 @@ def test_under_autocast_recomputed_and_packed_too(recompute: bool, packed: bool,
     check(SPECS["switch"], backend, True, recompute, packed)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 @needs_compiler
 @pytest.mark.parametrize("autocast", [False, True])
@@ -124,7 +124,7 @@ def test_loss_and_gradients_are_those_of_eager_execution(autocast: bool) -> None
     check(silent if has_other_noise else SPECS["switch"], "inductor", autocast)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_evaluation_has_graphs_of_its_own_and_the_same_outputs() -> None:
     plain, fast = a_model(SPECS["switch"]), a_model(SPECS["switch"])
     compile_blocks(fast, "eager", fullgraph=True)
@@ -171,7 +171,7 @@ def test_drawn_bits_are_the_same_compiled_and_never_shared() -> None:
     assert [ours.tolist() for ours in found] == [theirs.tolist() for theirs in expected]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 @needs_compiler
 @torch.no_grad()

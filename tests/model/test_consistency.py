@@ -105,7 +105,7 @@ def test_step_by_step_parts_from_teacher_forcing_where_slots_are_short(name: str
         apart(step_by_step(model, INPUTS, TARGETS), at_once(model, INPUTS, TARGETS))
 
 
-@pytest.mark.fast("dense-1", "both-2", "both of geglu-1", "both by top_k-2")
+@pytest.mark.unit("dense-1", "both-2", "both of geglu-1", "both by top_k-2")
 @pytest.mark.parametrize("group_sequences", [1, 2])
 @pytest.mark.parametrize("name", ["dense", "both", "both of geglu", "both by top_k"])
 def test_greedy_answers_are_what_teacher_forcing_finds_most_probable(name: str, group_sequences: int) -> None:

@@ -150,7 +150,7 @@ def pack(one_BL: torch.Tensor, other_BL: torch.Tensor) -> torch.Tensor:
 WIDE = ModelSpec(**{**SHAPE, "d_kv": K, "num_layers": 2, "num_experts": 4, "dropout": 0.1})
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_compiled_model_with_flex_attention_has_the_gradients_of_the_other(
     packed: bool, monkeypatch: pytest.MonkeyPatch

@@ -81,7 +81,7 @@ def test_packed_rows_have_the_cpus_loss_and_gradients(device: str, name: str) ->
 WIDE = MODELS["switch"].model_copy(update={"d_kv": 16})
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True])
@@ -133,7 +133,7 @@ DECODING = {
 }
 
 
-@pytest.mark.fast(
+@pytest.mark.unit(
     "dense-greedy-cpu",
     "switch-beams with a penalty-cpu",
     "groups-nucleus-cpu",
@@ -153,7 +153,7 @@ def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
         assert len({tuple(row) for row in expected.tolist()}) > 1
 
 
-@pytest.mark.fast("groups")
+@pytest.mark.unit("groups")
 @pytest.mark.parametrize("name", ANSWERING)
 def test_no_choice_of_those_answers_is_a_near_tie(name: str) -> None:
     """Weights moved by 1e-5 of their size, far more than another order of sums moves a logit, change no answer."""

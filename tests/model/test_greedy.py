@@ -44,7 +44,7 @@ def uncached(model: SwitchTransformer, inputs_S: torch.Tensor, max_tokens: int) 
     max_tokens=st.integers(1, 12),
     seed=st.integers(0, 2**20),
 )
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_cache_changes_no_token(
     rows: int, group_sequences: int, tied: bool, dense: bool, max_tokens: int, seed: int
 ) -> None:

@@ -107,7 +107,7 @@ def assert_packed_is_alone(model: SwitchTransformer, rows: list[list[Example]], 
     tail=st.integers(0, 5),
     seed=st.integers(0, 9),
 )
-@pytest.mark.fast("feed_forward")
+@pytest.mark.unit("feed_forward")
 def test_packed_examples_are_the_examples_alone(name: str, rows: list[list[Example]], tail: int, seed: int) -> None:
     """With GELU: at the kink of a ReLU rounding decides about a gradient, and some example would find it."""
     assert_packed_is_alone(a_model({**MODELS[name], "activation": "geglu"}, seed), rows, tail)

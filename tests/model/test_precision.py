@@ -146,7 +146,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     return seen.means
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("spec", [SPARSE, NOISY], ids=["plain", "noise"])
 def test_fifty_steps_in_selective_precision_track_those_in_float32(spec: ModelSpec) -> None:
     """The losses agree within 0.02 nats while they fall by more than half a nat.

@@ -103,7 +103,7 @@ def test_names_stay_and_each_block_runs_twice_in_training_alone() -> None:
         assert torch.equal(model(*rows(0, 0, 4)).logits_BTV, plain)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.skipif(not shutil.which("g++") or " " in sys.prefix, reason="torch cannot compile here")

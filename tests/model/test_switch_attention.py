@@ -151,7 +151,7 @@ def earlier_changes(router: RouterSpec, mode: str, sparse: str = "both") -> floa
     return largest
 
 
-@pytest.mark.fast("paper-attention")
+@pytest.mark.unit("paper-attention")
 @pytest.mark.parametrize("sparse", ["feed_forward", "attention", "both"])
 @pytest.mark.parametrize("mode", ["training", "paper", "dropless"])
 def test_switch_routing_by_position_does_not_see_the_future(mode: str, sparse: str) -> None:
@@ -159,7 +159,7 @@ def test_switch_routing_by_position_does_not_see_the_future(mode: str, sparse: s
     assert earlier_changes(SwitchRouter(**SHORT), mode, sparse) < 1e-5
 
 
-@pytest.mark.fast("router2")
+@pytest.mark.unit("router2")
 @pytest.mark.parametrize(
     "router",
     [
@@ -173,7 +173,7 @@ def test_no_router_that_a_decoder_may_have_sees_the_future_where_nothing_is_drop
     assert earlier_changes(router, "dropless") < 1e-5
 
 
-@pytest.mark.fast("top_k-paper")
+@pytest.mark.unit("top_k-paper")
 @pytest.mark.parametrize(
     ("router", "mode"),
     [
@@ -189,7 +189,7 @@ def test_short_of_slots_a_later_first_choice_goes_before_an_earlier_second_one(r
     assert earlier_changes(router, mode) > 1e-3
 
 
-@pytest.mark.fast("probability")
+@pytest.mark.unit("probability")
 @pytest.mark.parametrize(
     ("router", "reason"),
     [

@@ -131,7 +131,7 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
     return sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
 
 
-@pytest.mark.fast("switch-2-2")
+@pytest.mark.unit("switch-2-2")
 @pytest.mark.parametrize(("product_bytes", "microbatch"), [(4, 8), (2, 2)])
 @pytest.mark.parametrize("name", ["dense", "geglu", "switch", "top_k", "experts in both"])
 def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, microbatch: int) -> None:
@@ -158,7 +158,7 @@ def test_large_stacks_need_no_copies_on_a_cpu(
     assert (0.9 if microbatch < step.sequences else 0.75) <= peaks[1] / planned[1] <= 1.0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "most", "product_bytes"), [("dense", 0.6, 4), ("top_k", 0.85, 2)])
 def test_the_peak_falls_where_blocks_are_computed_again_and_is_within_the_plan(
     name: str, most: float, product_bytes: int
@@ -198,7 +198,7 @@ def peaks(parallel: ParallelSpec) -> dict[tuple[str, int], int]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("mesh", MESHES)
 def test_the_peak_of_a_rank_is_within_the_plan(mesh: str) -> None:
     where, parallel = MESHES[mesh]
@@ -231,7 +231,7 @@ def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, 
     assert predicted(spec, step) == pytest.approx(seen, rel=CLOSER.get(model, TOLERANCE))
 
 
-@pytest.mark.fast("top_k-(8, 24, 12)-bfloat16", "expert choice-(8, 24, 12)-float32")
+@pytest.mark.unit("top_k-(8, 24, 12)-bfloat16", "expert choice-(8, 24, 12)-float32")
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(8, 24, 12)], ids=str)
 @pytest.mark.parametrize("model", MODELS)

@@ -145,7 +145,7 @@ Seen = tuple[Mesh, list[dict[str, Traffic]]]
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(mesh, id=name, marks=pytest.mark.slow if name != "expert 2" else ())
+        pytest.param(mesh, id=name, marks=pytest.mark.integration if name != "expert 2" else ())
         for name, mesh in MESHES.items()
     ],
 )
@@ -194,7 +194,7 @@ def in_bfloat16(parallel: ParallelSpec) -> Traffic:
     return counted(parallel, "dropout", "selective")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("comm_dtype", ["compute", "float32"])
 @pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 2, 2)], ids=str)
 def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(

@@ -98,7 +98,7 @@ def opened(browser: Browser, file: Path, size: dict[str, int], scheme: str) -> t
     return tab, seen
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_it_draws_fits_and_says_nothing(browser: Browser, report: Path, size: dict[str, int], scheme: str) -> None:
@@ -126,7 +126,7 @@ def test_it_draws_fits_and_says_nothing(browser: Browser, report: Path, size: di
     tab.context.close()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_phone_shows_the_series_with_its_verdict_first_and_scrolls_only_the_table(
     browser: Browser, report: Path
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_phone_shows_the_series_with_its_verdict_first_and_scrolls_only_the_ta
     tab.context.close()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("experts", [2, 256])
 def test_a_heat_map_has_readable_rows_and_labels(browser: Browser, tmp_path: Path, experts: int) -> None:
     run = read_as(a_run(tmp_path / "run", experts=experts))
@@ -245,7 +245,7 @@ def axis(plot: Locator) -> list[float]:
     return plot.evaluate("(one) => one.view.scale('x').domain()")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls(browser: Browser, report: Path) -> None:
     tab, _ = opened(browser, report, DESKTOP, "light")
     plot = tab.locator(".plot").first
@@ -273,7 +273,7 @@ def test_ctrl_and_the_wheel_zoom_and_the_wheel_alone_scrolls(browser: Browser, r
     tab.context.close()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_click_on_a_series_hides_it_in_every_chart(browser: Browser, report: Path) -> None:
     tab, _ = opened(browser, report, DESKTOP, "light")
 
@@ -301,7 +301,7 @@ def test_a_page_without_charts_has_no_script() -> None:
     assert "<td>&lt;i&gt;</td>" in text
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_one_library_and_one_table_serve_several_charts() -> None:
     harm = "</script><script>window.hacked = 1</script><!--"
     rows = [(harm, step, value, value, value) for step, value in enumerate((1 / 3, 2.0))]

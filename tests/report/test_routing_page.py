@@ -82,7 +82,7 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
     assert "&lt;b&gt;&amp;\\u202e\u00a01,234" in page
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_figures_are_files(tmp_path: Path) -> None:
     survey = {**a_survey(pieces=['a,"b', "\n"]), "drift": None}
     write_files(every_figure(survey), token_tables(survey), tmp_path / "figures")

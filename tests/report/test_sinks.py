@@ -252,7 +252,7 @@ def test_records_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatc
     assert len(read_json_lines(sink.path)) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_memory_of_a_rewind_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.report.sinks.LONGEST_LINE", 10**6)
     path = tmp_path / "m"

@@ -162,7 +162,7 @@ def outcome(parts: Parts, folder: Path) -> tuple[str, int | None]:
     return said, found and found.step
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_failure_at_any_operation_ends_the_run_as_in_the_foreground(tmp_path: Path) -> None:
     outcomes = set()
     for at in operations(tmp_path / "count"):
@@ -192,7 +192,7 @@ def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_crash_at_any_operation_leaves_a_run_that_goes_on_the_same(tmp_path: Path) -> None:
     straight = parts_of(tmp_path / "straight", DISK)
     run(straight)

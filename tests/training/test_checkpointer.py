@@ -25,7 +25,7 @@ from switchcli.training.state import TrainState
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
 
 
-@pytest.mark.fast(
+@pytest.mark.unit(
     "spec0-all-factored",
     "spec1-all-adamw",
     "spec2-all-adafactor",
@@ -132,7 +132,7 @@ def saved(folder: Path, optimizer: OptimizerSpec, group: TrainableSet = "all") -
     return parts, found
 
 
-@pytest.mark.fast("adafactor-all", "adafactor-expert", "adamw-non_expert", "adamw-dense_feed_forward")
+@pytest.mark.unit("adafactor-all", "adafactor-expert", "adamw-non_expert", "adamw-dense_feed_forward")
 @pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
 @pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
 def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(

@@ -48,7 +48,7 @@ def exam(tokenizer: Tokenizer, tmp_path: Path) -> ScoredExamples:
     return scored_examples(task, "validation", None, tokenizer, RowLengths(32, 16), None)
 
 
-@pytest.mark.fast("1-11", "3-4")
+@pytest.mark.unit("1-11", "3-4")
 @pytest.mark.parametrize("size", [1, 4, 11, 50])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_each_answer_is_the_one_it_has_alone(
@@ -187,7 +187,7 @@ def _chosen(folder: str, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
     return [one.prediction for one in TaskPredictor(model, tokenizer, context, settings, "dropless")(examples)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("mesh", ["data 2", "expert 2", "model 2", "zero3 2"])
 def test_ranks_choose_the_same_labels(mesh: str, choice: ScoredExamples, tokenizer: Tokenizer, tmp_path: Path) -> None:
     world, parallel = MESHES[mesh]

@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1500)
 def test_every_signal_saves_or_loses_no_more_than_the_steps_since_the_last_save() -> None:
     assert lost("signals") == {

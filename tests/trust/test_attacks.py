@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_attack_is_blocked(tmp_path: Path) -> None:
     found = list(attacks.rows(tmp_path, long=False))
     assert not [row for row in found if row.lost]
@@ -152,7 +152,7 @@ GUARDS: dict[str, tuple[dict[str, Any], list[str], list[tuple[Any, str, Any]]]] 
 """By the guard: the attacks that succeed when it is taken out, and how it is."""
 
 
-@pytest.mark.fast(
+@pytest.mark.unit(
     "no unpickling-weights",
     "plain names in a manifest-../ in a manifest",
     "no links-weights that are a link",

@@ -6,7 +6,7 @@ import damaged_metrics
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1200)
 def test_a_damaged_metrics_file_stops_neither_a_run_nor_a_report(tmp_path: Path) -> None:
     found = [*damaged_metrics.rows(tmp_path, long=False)]

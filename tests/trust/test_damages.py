@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1200)
 def test_no_damage_is_used() -> None:
     found = lost("e")

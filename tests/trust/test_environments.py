@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1500)
 def test_a_command_works_in_an_odd_environment_or_says_why_not() -> None:
     assert lost("environments") == {

@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1200)
 def test_no_disk_loses_what_was_saved() -> None:
     found = lost("d")

@@ -20,13 +20,13 @@ from switchcli.recipe import messages
 from switchcli.training.state import TrainState
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_nothing_is_lost(tmp_path: Path) -> None:
     for row in fuzz.rows(tmp_path, long=False):
         assert not row.lost, row
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_ends_a_trial_is_counted_and_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked, "CPU_SECONDS", 0.2)
 

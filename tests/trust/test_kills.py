@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1200)
 def test_no_death_changes_how_a_run_ends() -> None:
     found = lost("a")

@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_number_that_is_none_is_saved_and_all_are_told_of() -> None:
     found = lost("g")
     policies = {

@@ -7,7 +7,7 @@ import pytest
 from command_line import NO_PLACES, SOUND, parameters
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1200)
 def test_every_odd_path_ends_in_one_line(tmp_path: Path) -> None:
     found = list(odd_paths.rows(tmp_path, long=False))

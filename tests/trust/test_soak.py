@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_stays_as_it_is_and_one_that_is_killed_ends_as_it() -> None:
     found = lost("l")
     assert len(found) == 4

@@ -4,7 +4,7 @@ import pytest
 from short import lost
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_a_stop_saves_and_the_run_ends_as_if_there_had_been_none() -> None:
     found = lost("b")

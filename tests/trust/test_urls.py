@@ -6,7 +6,7 @@ import pytest
 import urls
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(1200)
 def test_no_credentials_of_a_url_are_accepted_printed_or_saved(tmp_path: Path) -> None:
     found = list(urls.rows(tmp_path, long=False))

@@ -14,7 +14,7 @@ import yaml
 
 from switchcli import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 README_LINES = 200
 
@@ -93,12 +93,12 @@ def wheel_metadata(wheel: Path) -> Message:
         return email.message_from_bytes(archive.read(f"switchcli-{__version__}.dist-info/METADATA"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_both_files_pass_twine(built: tuple[Path, Path]) -> None:
     subprocess.run((sys.executable, "-m", "twine", "check", "--strict", *map(str, built)), check=True, timeout=120)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_wheel_holds_the_package_its_recipes_and_nothing_else(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = set(archive.namelist())
@@ -110,7 +110,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_nothing_else(built: tuple[P
     assert {name for name in names if not name.startswith(folder)} == packaged
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_source_distribution_holds_what_the_repository_does(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[0]) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
@@ -127,7 +127,7 @@ def tracked(*paths: str) -> set[str]:
     return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_metadata_are_complete(built: tuple[Path, Path]) -> None:
     metadata = wheel_metadata(built[1])
     assert metadata["Version"] == __version__

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 from tiny_run import RECIPE, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FROM_THE_ROOT = ("recipes", "tests", "pyproject.toml")
 """Where a path of the table begins with none of these, it is one in switchcli/."""
 SECONDS = 120
@@ -60,9 +60,9 @@ class Tree:
         shutil.copytree(ROOT / "switchcli", root / "switchcli")
         shutil.copytree(ROOT / "recipes", root / "recipes")
         shutil.copy2(ROOT / "pyproject.toml", root)
-        (root / "tests").mkdir()
-        for name in ("test_house.py", "test_recipes.py"):
-            shutil.copy2(ROOT / "tests" / name, root / "tests")
+        (root / "tests/repository").mkdir(parents=True)
+        for name in ("repository/test_house.py", "test_recipes.py"):
+            shutil.copy2(ROOT / "tests" / name, root / "tests" / name)
 
     def create(self, path: str, text: str) -> None:
         """Write a new file."""
@@ -768,12 +768,12 @@ def use_training_verb(run: Fork) -> None:
 
 def add_dependency(tree: Tree) -> None:
     tree.insert("pyproject.toml", '    "einops>=0.8,<1",\n', after=r"^dependencies = \[\n")
-    tree.insert("tests/test_house.py", "einops ", after=r'^    "model": "')
+    tree.insert("tests/repository/test_house.py", "einops ", after=r'^    "model": "')
 
 
 def use_dependency(run: Fork) -> None:
     text = "from einops import rearrange"
-    house = run.module("tests/test_house.py")
+    house = run.module("tests/repository/test_house.py")
     assert [*house.packages_of_others_stay_where_they_are_listed(house.module("switchcli/model/a.py", text))] == []
     assert [*house.packages_of_others_stay_where_they_are_listed(house.module("switchcli/data/a.py", text))]
     project = tomllib.loads((run.root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -872,7 +872,7 @@ def test_each_row_of_the_table_is_performed() -> None:
     assert rows().keys() == ADDITIONS.keys()
 
 
-@pytest.mark.fast(
+@pytest.mark.unit(
     *("a router", "a family of tasks, a suite", "a metric of tasks", "an optimizer"),
     *("a recipe", "a table of the paper", "a verb", "a verb that trains", "a dependency"),
 )

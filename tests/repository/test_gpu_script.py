@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [str(ROOT / "scripts/gpu"), "--python", sys.executable]
 TINY = ["--device", "cpu", "--tiny", "--out", "results"]
 
@@ -50,7 +50,7 @@ def test_a_try_on_the_cpu_does_not_count_as_a_result_of_the_gpu(tmp_path: Path) 
     assert "1 of 1 calls" in script(tmp_path, *only).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a call outlives a script that was killed")
 def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None
     assert "| t5-v1_1-base | eager |" in script(tmp_path, "--out", "results", "--report").stdout
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(900)
 def test_every_kind_of_row_runs(tmp_path: Path) -> None:
     """So that a GPU is not needed to find what is trivially wrong. The rows left out differ in sizes only."""
@@ -98,7 +98,7 @@ def test_every_kind_of_row_runs(tmp_path: Path) -> None:
     assert sum(line.startswith(("| t5", "| switch")) for line in table.splitlines()) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 def test_its_tests_run_without_plugins_and_failures_have_a_reason(tmp_path: Path) -> None:
     done = script(tmp_path, *TINY, "--only", "tests-layer")

@@ -18,7 +18,7 @@ from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.distributed import cpu_settings
 
 pytest.importorskip("transformers")
-FOLDER = Path(__file__).resolve().parent.parent / "scripts/benchmarks"
+FOLDER = Path(__file__).resolve().parents[2] / "scripts/benchmarks"
 TINY: dict[str, Any] = {"device": "cpu", "threads": 1, "shape": "tiny", "precision": "float32", "limit": 300}
 STEP = {**TINY, "section": "step", "layers": 2, "optimizer": "adamw", "dropout": 0.1}
 Import = Callable[[str], ModuleType]
@@ -105,7 +105,7 @@ def test_a_limit_of_the_container_does_not_change_the_threads_of_a_contestant(
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_ranks_take_turns_as_one_contestant(benchmark: Import) -> None:
     job = {**TINY, "section": "busy", "who": "switchcli", "work": "pretrain --processes 2", "threads": 2}
     with benchmark("turns").Live(job) as ranks:
@@ -237,7 +237,7 @@ def test_both_generate_the_same_answers(benchmark: Import, experts: int) -> None
     assert len(ours["answers"][0]) == benchmark("machine").SIZES["tiny"].target
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_table_has_figures_and_refused_rows() -> None:
     options = ("--device", "cpu", "--threads", "1", "--shape", "tiny", "--rounds", "2", "--precision", "float32")
     done = bench(
@@ -251,7 +251,7 @@ def test_a_table_has_figures_and_refused_rows() -> None:
     assert len({line.count("|") for line in rows.values()}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_process_that_ends_or_is_not_ready_in_time_is_refused(benchmark: Import) -> None:
     turns, refused = benchmark("turns"), benchmark("contestants").Refused
     job = {**STEP, "experts": 1, "who": "transformers"}

@@ -50,7 +50,7 @@ def test_every_promise_names_a_test_that_exists(name: str, at_least: int) -> Non
     assert not list(faults(text))
 
 
-PROVED = "`tests/test_promises.py::test_every_promise_names_a_test_that_exists`"
+PROVED = "`tests/repository/test_promises.py::test_every_promise_names_a_test_that_exists`"
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,11 @@ PROVED = "`tests/test_promises.py::test_every_promise_names_a_test_that_exists`"
         (f"## What is promised\n| a | b |\n|---|---|\n| safe | {PROVED} |\n", None),
         ("## What is promised\n\n- **Safe.** Always.\n", "3: names no test"),
         ("## What is promised, and how\n| a | b |\n|---|---|\n| safe | by hand |\n", "4: names no test"),
-        ("## What a stranger's file cannot do\n\n- Safe: `tests/test_promises.py::test_nothing`", "::test_nothing"),
-        ("## What a stranger's file cannot do\n\n- Safe: `tests/test_promises.py::faults`", "is no test"),
+        (
+            "## What a stranger's file cannot do\n\n- Safe: `tests/repository/test_promises.py::test_nothing`",
+            "::test_nothing",
+        ),
+        ("## What a stranger's file cannot do\n\n- Safe: `tests/repository/test_promises.py::faults`", "is no test"),
         ("## What a stranger's file cannot do\n\n- Safe: `tests/gone.py::test_it`", "there is no tests/gone.py"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_run import RECIPE, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FEW = ("torch", "accelerate", "tokenizers", "safetensors", "pydantic", "typer", "rich", "PyYAML", "numpy", "pyarrow")
 HIDDEN = ("datasets", "pandas", "sacrebleu", "rouge_score", "nltk", "vl_convert", "transformers")
 HIDDEN += ("sentencepiece", "google", "tensorboard", "wandb", "hypothesis", "pytest_timeout", "playwright")
@@ -95,7 +95,7 @@ BLEU = [
 """Commands that need the extra `tasks`, so they end with exit code 2."""
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_verb_runs_where_few_packages_are_installed(tmp_path: Path) -> None:
     write_text(tmp_path / "text.txt")
     (tmp_path / "tiny.yaml").write_text(RECIPE)
@@ -119,7 +119,7 @@ def test_every_verb_runs_where_few_packages_are_installed(tmp_path: Path) -> Non
     assert not (tmp_path / "runs/h").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("file", "few"),
