@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from messages import naming
-from saved import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, state_json, wanted
+from tiny_checkpoint import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, state_json, wanted
 from torch import Tensor
 
 from switchcli.checkpoint import checkpoint as checkpoints

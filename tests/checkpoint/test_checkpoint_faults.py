@@ -16,7 +16,7 @@ import pytest
 import torch
 from faulty_files import Crash, FaultyFiles, LossyFiles, crash
 from messages import naming
-from saved import MODEL, OPTIMIZER, equal, numbered, save_step, state_json, wanted
+from tiny_checkpoint import MODEL, OPTIMIZER, equal, numbered, save_step, state_json, wanted
 
 from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
 from switchcli.checkpoint.fsops import DISK, FileOperations
@@ -221,7 +221,7 @@ import os, sys, shutil
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from faulty_files import FaultyFiles, kill
-from saved import save_step
+from tiny_checkpoint import save_step
 from switchcli.checkpoint.checkpoint import prune
 step = int(sys.argv[3])
 for at in range(1000):

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from messages import lacking
-from saved import reseal
+from tiny_checkpoint import reseal
 from tiny_run import SwitchCLI, lay_out_tuning
 
 VERBS: dict[str, Sequence[str]] = {

@@ -11,7 +11,7 @@ import torch
 from doubles import NoWarnings
 from doubles import trained as trained_to_the_end
 from ranks import on_ranks
-from tiny import NOISY, rows
+from tiny_model import NOISY, rows
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.fsops import DISK

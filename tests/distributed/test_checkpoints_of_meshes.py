@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import ranks
-import tiny
+import tiny_model
 import torch
 from doubles import NoWarnings
 from ranks import on_ranks
-from tiny import SOURCE, TARGET, rows
+from tiny_model import SOURCE, TARGET, rows
 
 from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.checkpoint.tensor_file import TensorSpec
@@ -40,7 +40,7 @@ DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
 OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
 LEFT_OUT = ("data 4", "zero3 2")
 MESHES = {"1": (1, ALONE), **{name: mesh for name, mesh in ranks.MESHES.items() if name not in LEFT_OUT}}
-NOISY = tiny.NOISY.model_copy(update=tiny.TO_DIVIDE)
+NOISY = tiny_model.NOISY.model_copy(update=tiny_model.TO_DIVIDE)
 Figures = dict[str, Any]
 
 

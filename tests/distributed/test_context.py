@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import SPARSE, a_model, rows
+from tiny_model import SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext, HostCopy

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from ranks import on_ranks
-from tiny import NOISY, SPARSE, a_model, rows
+from tiny_model import NOISY, SPARSE, a_model, rows
 from torch import nn
 
 from switchcli.distributed.context import DistributedContext

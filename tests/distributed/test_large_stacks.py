@@ -1,9 +1,9 @@
 """Steps with large stacks, whose experts a CPU computes one at a time, have the bits of steps with grouped products."""
 
 import pytest
-import tiny
+import tiny_model
 from ranks import model_of, on_ranks
-from tiny import rows
+from tiny_model import rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, local_values
@@ -22,7 +22,7 @@ from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 
 STEPS = 3
-SPEC = tiny.NOISY.model_copy(update={"vocab_size": 38, "sparse_every": 1})
+SPEC = tiny_model.NOISY.model_copy(update={"vocab_size": 38, "sparse_every": 1})
 
 
 def trained(

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 from ranks import model_of, on_ranks
-from tiny import SHAPE, SPARSE, rows
+from tiny_model import SHAPE, SPARSE, rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import is_stacked, local_values

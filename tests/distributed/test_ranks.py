@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+import tiny_model
 import torch
 from doubles import Records
 from doubles import trained as trained_to_the_end
 from numpy.typing import NDArray
 from ranks import MESHES, model_of, on_ranks
-from tiny import DROPPING, TO_DIVIDE, a_model, rows
+from tiny_model import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
@@ -53,7 +53,8 @@ from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText, evaluate, rank_batches, reduce
 
 DENSE, GROUPED, NOISY, SPARSE = (
-    spec.model_copy(update=TO_DIVIDE) for spec in (tiny.DENSE, tiny.GROUPED, tiny.NOISY, tiny.SPARSE)
+    spec.model_copy(update=TO_DIVIDE)
+    for spec in (tiny_model.DENSE, tiny_model.GROUPED, tiny_model.NOISY, tiny_model.SPARSE)
 )
 RELATIVE = 2e-6
 BATCH = 8

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ranks import on_ranks
-from tiny import SPARSE, TARGET, a_model, rows
+from tiny_model import SPARSE, TARGET, a_model, rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest

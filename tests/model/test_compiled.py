@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DENSE, SHAPE, a_model, rows, step_total
+from tiny_model import DENSE, SHAPE, a_model, rows, step_total
 from torch.torch_version import TorchVersion
 
 from switchcli.model.block_execution import compile_blocks, recompute_blocks

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import SPARSE, a_model
+from tiny_model import SPARSE, a_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchcli.model import cpu_products, generation

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPE, a_model, rows, step_total
+from tiny_model import SHAPE, a_model, rows, step_total
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention import flex_attention as torch_flex
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from answers import SPEC, a_model, some_inputs
 from devices import DEVICES
-from tiny import SHAPE, rows, step_total
-from tiny import a_model as a_trainable_model
+from tiny_model import SHAPE, rows, step_total
+from tiny_model import a_model as a_trainable_model
 
 from switchcli.data.batch import Batch
 from switchcli.model.block_execution import compile_blocks, recompute_blocks

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import SPARSE, a_model, rows
+from tiny_model import SPARSE, a_model, rows
 
 from switchcli.model.config import Reduction
 from switchcli.model.moe.losses import auxiliary_loss

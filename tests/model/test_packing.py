@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import NOISY, step_total
+from tiny_model import NOISY, step_total
 from weights import OURS, copy_weights, pairs, slice_of, switch, t5
 
 from switchcli.data.batch import Batch

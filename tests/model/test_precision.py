@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from doubles import Source
-from tiny import NOISY, SPARSE, a_model, rows, step_total
+from tiny_model import NOISY, SPARSE, a_model, rows, step_total
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.signals import StopRequest

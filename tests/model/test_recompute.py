@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
+from tiny_model import DENSE, GROUPED, NOISY, SPARSE, a_model, rows
 
 from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import DENSE, SPARSE, a_model
+from tiny_model import DENSE, SPARSE, a_model
 
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import SHAPE, rows
+from tiny_model import SHAPE, rows
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPE, rows
+from tiny_model import SHAPE, rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from test_flops import on_meta, shapes
-from tiny import DENSE, SPARSE, a_model, rows, step_total
+from tiny_model import DENSE, SPARSE, a_model, rows, step_total
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.model.config import ModelSpec

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from tiny import step_total
+from tiny_model import step_total
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 

@@ -4,11 +4,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import tiny
+import tiny_model
 import torch
 import torch.distributed as dist
 from ranks import model_of, on_ranks
-from tiny import SOURCE, TARGET, rows
+from tiny_model import SOURCE, TARGET, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +26,7 @@ from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
 
 BATCH, MICROBATCH = 8, 1
-SPARSE = tiny.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})
+SPARSE = tiny_model.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})
 """Sizes that need no padding: torch shards with some, which the plan leaves out."""
 CAPACITY = 2.0
 Traffic = Counter[tuple[str, int]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from browser import chromium, needs_chromium
 from messages import lacking
-from surveys import LAYERS, a_survey
+from routing_survey import LAYERS, a_survey
 
 from switchcli.report import charts
 from switchcli.report.charts import write_files

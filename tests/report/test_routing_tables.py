@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from messages import lacking
-from surveys import a_survey
+from routing_survey import a_survey
 
 from switchcli.report.console import PLAIN_WIDTH, Console
 from switchcli.report.routing_tables import TERMINAL_EXPERTS, shown, tables

@@ -8,10 +8,10 @@ from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
+from checkpointed_run import Parts, assert_equal
 from doubles import Do, KeepingConsole, NoWarnings
 from faulty_files import Crash, FaultyFiles, crash
-from parts import Parts, assert_equal
-from tiny import NOISY
+from tiny_model import NOISY
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.fsops import DISK, FileOperations

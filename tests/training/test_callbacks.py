@@ -9,7 +9,7 @@ import pytest
 import torch
 from doubles import Do, KeepingConsole, Records, StopAfter
 from messages import naming
-from tiny import a_model, rows
+from tiny_model import a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpointed_run import DOCUMENTS, Parts, assert_equal
 from doubles import NoWarnings
 from messages import naming
-from parts import DOCUMENTS, Parts, assert_equal
-from tiny import DENSE, NOISY, SPARSE, a_model
+from tiny_model import DENSE, NOISY, SPARSE, a_model
 
 from switchcli.checkpoint import checkpoint, tensor_names
 from switchcli.distributed.layout import unsharded_weights

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import SPARSE, a_model
+from tiny_model import SPARSE, a_model
 
 from switchcli.data.batch import Batch
 from switchcli.data.tokenizer.tokenizer import Tokenizer

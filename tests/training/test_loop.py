@@ -11,7 +11,7 @@ import pytest
 import torch
 from doubles import Do, LossAt, Source, trained
 from messages import naming
-from tiny import NOISY, a_model, rows
+from tiny_model import NOISY, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch

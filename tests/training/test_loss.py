@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DENSE, SPARSE, TARGET, a_model, rows
+from tiny_model import DENSE, SPARSE, TARGET, a_model, rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from switchcli.data.batch import Batch

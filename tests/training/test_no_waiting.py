@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from doubles import Source, trained
-from tiny import SHAPE, rows
+from tiny_model import SHAPE, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpointed_run import idle
 from doubles import Do, KeepingConsole
 from messages import naming
-from parts import idle
 from test_loop import Run, poisoned, weights
 
 from switchcli.errors import NumericsError

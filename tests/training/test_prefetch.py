@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from tiny import rows
+from tiny_model import rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from doubles import KeepingConsole
 from messages import naming
-from tiny import DENSE, SPARSE, a_model, rows
+from tiny_model import DENSE, SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.model.moe.losses import AuxiliaryLoss, StackLoss

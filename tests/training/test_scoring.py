@@ -8,7 +8,7 @@ import pytest
 import torch
 from doubles import StopAfter
 from ranks import MESHES, model_of, on_ranks
-from tiny import SPARSE, a_model
+from tiny_model import SPARSE, a_model
 
 from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.tokenizer.tokenizer import Tokenizer

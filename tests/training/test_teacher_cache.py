@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from faulty_files import Crash, FaultyFiles
 from messages import naming
-from tiny import SPARSE, TARGET, a_model, rows
+from tiny_model import SPARSE, TARGET, a_model, rows
 
 from switchcli.data.batch import TeacherTopK
 from switchcli.distributed.context import DistributedContext

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import GROUPED, NOISY, a_model, rows
+from tiny_model import GROUPED, NOISY, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext

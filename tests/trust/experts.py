@@ -15,8 +15,8 @@ from ranks import on_ranks
 from table import Row
 from test_consistency import a_model as a_sharp_model
 from test_consistency import at_once, sequences, step_by_step
-from tiny import SHAPE, SPARSE, a_model
-from tiny import rows as examples
+from tiny_model import SHAPE, SPARSE, a_model
+from tiny_model import rows as examples
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext

@@ -20,13 +20,13 @@ import numpy as np
 import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
+from checkpointed_run import DOCUMENTS, idle
 from doubles import KeepingConsole, LossAt, NoWarnings, Records, Source
 from drill import ROUNDING, apart
-from parts import DOCUMENTS, idle
 from ranks import on_ranks
 from table import Row
-from tiny import SPARSE, a_model
-from tiny import rows as sequences
+from tiny_model import SPARSE, a_model
+from tiny_model import rows as sequences
 from torch import nn
 
 from switchcli.data.batch import Batch

@@ -1,11 +1,11 @@
-"""The parts of a tiny run whose checkpoints are looked at."""
+"""A tiny training run that saves checkpoints: its model, optimizer, state and checkpointer, one by one."""
 
 from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
 from doubles import trained
-from tiny import a_model, rows
+from tiny_model import a_model, rows
 
 from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.distributed.context import DistributedContext
