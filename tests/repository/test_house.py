@@ -1,7 +1,7 @@
 """The rules of CONTRIBUTING.md for the package: what may import what, and what is banned.
 
-Import-linter and ruff check what they can (pyproject.toml); tests here show that they find it. A rule of our own is a
-function from a module to its faults. Its docstring says the rule and why, and `SLIPS` proves that it can fail.
+Import-linter and ruff check what they can (pyproject.toml). A rule of our own is a function from a module to its
+faults. Its docstring says the rule and why, and `SLIPS` proves that it can fail.
 Rules for the whole tree, whatever the language of a file, are in test_tree.py.
 """
 
@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from shutil import copytree, ignore_patterns
 from typing import NamedTuple
 
 import pytest
@@ -86,9 +85,6 @@ READ_BY_PATH = {
     "switchcli/tasks/stdlib_tasks.py": "of Python",
 }
 """The files that read others by their paths, and whose files these are: no stranger made them."""
-READS_PICKLES = "switchcli/convert/weight_files.py"
-FINDS_MODULES = {"switchcli/tasks/registry.py": "switchcli.tasks.", "switchcli/cli.py": "switchcli.commands."}
-"""The files that import modules by their names, and the package that these modules are in."""
 
 
 class Module(NamedTuple):
@@ -182,51 +178,18 @@ def the_model_knows_no_machine(module: Module) -> Iterator[Fault]:
 # Bans
 
 
+SAFE = {"allow_pickle": False, "trust_remote_code": False, "weights_only": True}
+"""Keywords that decide whether another package runs what it reads, and their one value here."""
+
+
 def nothing_runs_what_it_reads(module: Module) -> Iterator[Fault]:
-    """No pickle and nothing that uses it, no eval, no shell: a checkpoint, a recipe or a text can then run no code.
-
-    One file reads PyTorch's pickles when the user asks for it, as tensors alone: by the one call permitted there. Two
-    files import modules by their names, to find the tasks and the verbs: those of one package of ours alone.
-    """
-    pickles = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load", "torch.save"}
-    pickles |= {"torch.distributed.checkpoint", "accelerate.load_checkpoint_and_dispatch"}
-    code = {"importlib.import_module", "pkgutil.resolve_name", "runpy", "os.system", "os.popen"}
-    yaml = {"yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"}
-    tree = module.tree
-    if module.path == READS_PICKLES:
-        tree = ast.parse(module.text)
-        for call in filter(_reads_tensors_alone, calls(tree)):
-            call.func = ast.Name("read_tensors_alone", lineno=call.lineno)
-    if module.path in FINDS_MODULES:
-        tree = ast.parse(module.text)
-        for call in calls(tree):
-            if _imports_from(FINDS_MODULES[module.path], call):
-                call.func = ast.Name("import_from_our_package", lineno=call.lineno)
-    for line, name in mentions(tree):
-        if within(name, pickles | code | yaml) or name.endswith((".load_state", ".save_state")):
-            yield line, name
+    """No keyword lets another package run what it reads. Ruff bans the calls that always do (pyproject.toml)."""
     for call in calls(module.tree):
-        if dotted(call.func) in ("eval", "exec", "compile", "__import__"):
-            yield call.lineno, dotted(call.func)
-        for keyword in call.keywords:
-            harmless = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
-            if keyword.arg in ("allow_pickle", "shell", "trust_remote_code") and not harmless:
-                yield call.lineno, f"{keyword.arg}= may only be False"
-
-
-def _reads_tensors_alone(call: ast.Call) -> bool:
-    """`torch.load(..., weights_only=True)`, with the literal, and nothing passed on that could say otherwise."""
-    words = {word.arg: word.value for word in call.keywords}
-    alone = words.get("weights_only")
-    literal = isinstance(alone, ast.Constant) and alone.value is True and len(call.args) == 1
-    return dotted(call.func) == "torch.load" and literal and None not in words and "pickle_module" not in words
-
-
-def _imports_from(package: str, call: ast.Call) -> bool:
-    """`importlib.import_module(f"PACKAGE.{name}")`: whatever the name, it is a module of that package."""
-    parts = call.args[0].values if len(call.args) == 1 and isinstance(call.args[0], ast.JoinedStr) else []
-    literal = isinstance(parts[0], ast.Constant) and parts[0].value == package if parts else False
-    return dotted(call.func) == "importlib.import_module" and literal and not call.keywords
+        words = {word.arg: getattr(word.value, "value", None) for word in call.keywords}
+        yield from ((call.lineno, f"{word}=") for word, safe in SAFE.items() if words.get(word, safe) is not safe)
+        name = dotted(call.func)
+        if name.endswith(".load_state") or (name == "torch.load" and "weights_only" not in words):
+            yield call.lineno, name
 
 
 def files_from_outside_are_opened_by_user_files(module: Module) -> Iterator[Fault]:
@@ -239,29 +202,6 @@ def files_from_outside_are_opened_by_user_files(module: Module) -> Iterator[Faul
             whole = name.endswith(".read_text") or (name.endswith(".read_bytes") and not call.args)
             if whole or (name.endswith(".open") and reads) or name == "safe_open":
                 yield call.lineno, f"{name}: take switchcli.user_files"
-
-
-def yaml_is_read_safely(module: Module) -> Iterator[Fault]:
-    """yaml.load takes a SafeLoader or a class made from one: the others build any Python object."""
-    classes = [node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
-    safe = {node.name for node in classes if any(dotted(base).endswith("SafeLoader") for base in node.bases)}
-    for call in calls(module.tree):
-        if dotted(call.func) == "yaml.load":
-            loaders = [dotted(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"]
-            loaders += [dotted(argument) for argument in call.args[1:2]]
-            if not any(name in safe or name.endswith("SafeLoader") for name in loaders):
-                yield call.lineno, "yaml.load without a SafeLoader"
-
-
-def errors_are_caught_by_name(module: Module) -> Iterator[Fault]:
-    """No bare except, no `except Exception`: name the error that is meant. What raises again hides nothing, and may."""
-    for node in ast.walk(module.tree):
-        if isinstance(node, ast.ExceptHandler):
-            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            broad = any(kind is None or dotted(kind) in ("Exception", "BaseException") for kind in kinds)
-            again = any(isinstance(inner, ast.Raise) and inner.exc is None for inner in ast.walk(node))
-            if broad and not again:
-                yield node.lineno, "a broad except"
 
 
 def types_are_known(module: Module) -> Iterator[Fault]:
@@ -336,9 +276,6 @@ def routers_describe_themselves(module: Module) -> Iterator[Fault]:
 # Each rule with snippets that break it, and with one that nearly does
 
 MODEL, DATA, TRAIN, CLI = (f"switchcli/{name}.py" for name in ("model/a", "data/a", "training/a", "cli"))
-A_TASK = "import_module(f'switchcli.tasks.{name}')"
-A_VERB = "import_module(f'switchcli.commands.{name}')"
-SAFELY = "torch.load(path, map_location='cpu', weights_only=True)"
 SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     packages_of_others_stay_where_they_are_listed: (
         [
@@ -376,55 +313,13 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
     ),
     nothing_runs_what_it_reads: (
         [
-            (TRAIN, "import pickle"),
-            (TRAIN, "from torch import load"),
-            (TRAIN, SAFELY),
-            ("switchcli/convert/a.py", SAFELY),
-            (READS_PICKLES, "import pickle"),
-            (READS_PICKLES, "torch.load(path)"),
-            (READS_PICKLES, "torch.load(path, weights_only=False)"),
-            (READS_PICKLES, "torch.load(path, weights_only=choice)"),
-            (READS_PICKLES, "torch.load(path, weights_only=True, **rest)"),
-            (READS_PICKLES, "torch.load(path, weights_only=True, pickle_module=mine)"),
-            (READS_PICKLES, "torch.load(path, None, mine, weights_only=True)"),
-            (READS_PICKLES, "torch.load(torch.load(path), weights_only=True)"),
-            (READS_PICKLES, f"{SAFELY}; torch.load(path)"),
-            (READS_PICKLES, "read = torch.load"),
-            (READS_PICKLES, "from torch import load"),
-            (READS_PICKLES, "torch.save(model, path)"),
-            (TRAIN, "torch.save(model, path)"),
-            (TRAIN, "import torch.distributed.checkpoint as dcp"),
+            (TRAIN, "torch.load(path)"),
+            (TRAIN, "torch.load(path, weights_only=choice)"),
             (TRAIN, "accelerator.load_state(path)"),
             (DATA, "np.load(path, allow_pickle=True)"),
-            (DATA, "np.load(path, allow_pickle=choice)"),
-            (DATA, "load_dataset(path, trust_remote_code=True)"),
-            (DATA, "eval(text)"),
-            (DATA, "import importlib\nimportlib.import_module(name)"),
-            (DATA, f"importlib.{A_TASK}"),
-            (DATA, "from importlib import import_module"),
-            (DATA, f"importlib.{A_VERB}"),
-            (CLI, f"importlib.{A_TASK}"),
-            (CLI, "importlib.import_module(name)"),
-            (CLI, "importlib.import_module(f'{name}.commands.')"),
-            (CLI, "importlib.import_module(f'.{name}', package)"),
-            (CLI, "from importlib import import_module"),
-            (CLI, "load = importlib.import_module"),
-            (CLI, "pkgutil.resolve_name(name)"),
-            ("switchcli/tasks/registry.py", "importlib.import_module(name)"),
-            ("switchcli/tasks/registry.py", f"importlib.{A_VERB}"),
-            (DATA, "subprocess.run(line, shell=True)"),
-            (DATA, "yaml.unsafe_load(text)"),
+            (DATA, "load_dataset(path, trust_remote_code=choice)"),
         ],
-        [
-            (
-                TRAIN,
-                "model.eval()\neval: int = 1\nre.compile(x)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)",
-            ),
-            (READS_PICKLES, SAFELY),
-            (CLI, f"import importlib, pkgutil\nimportlib.{A_VERB}"),
-            ("switchcli/tasks/registry.py", f"import importlib\nimportlib.{A_TASK}"),
-            (DATA, "from importlib.metadata import version"),
-        ],
+        [(TRAIN, "torch.load(path, weights_only=True)\nnp.load(x, allow_pickle=False)\nmodel.load_state_dict(x)")],
     ),
     files_from_outside_are_opened_by_user_files: (
         [
@@ -438,18 +333,6 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
             (DATA, "open_regular(path)\nread_regular(path, 9)\npath.open('wb')\nshard.open()"),
             ("switchcli/processor.py", "path.read_text()"),
         ],
-    ),
-    yaml_is_read_safely: (
-        [(DATA, "yaml.load(text)"), (DATA, "yaml.load(text, Loader=yaml.FullLoader)"), (DATA, "yaml.load(text, Mine)")],
-        [(DATA, "class Mine(yaml.SafeLoader): pass\nyaml.load(text, Mine)\nyaml.load(text, Loader=yaml.CSafeLoader)")],
-    ),
-    errors_are_caught_by_name: (
-        [
-            (DATA, "try:\n  f()\nexcept:\n  pass"),
-            (DATA, "try:\n  f()\nexcept Exception as error:\n  raise ValueError from error"),
-            (DATA, "try:\n  f()\nexcept (OSError, BaseException):\n  pass"),
-        ],
-        [(DATA, "try:\n  f()\nexcept OSError:\n  pass\nexcept BaseException:\n  undo()\n  raise")],
     ),
     types_are_known: ([(DATA, "hasattr(x, 'y')")], [(DATA, "getattr(x, 'y')")]),
     arguments_have_names: (
@@ -497,60 +380,10 @@ def test_can_fail(rule: Rule) -> None:
         assert not list(rule(module(path, text))), f"found wrongly: {text}"
 
 
-LINTED = {
-    "x = 1": "D100",
-    "from . import loop": "TID252",
-    "print(1)": "T201",
-    "def f():\n    global x\n    x = 1": "PLW0603",
-    "try:\n    f()\nexcept:\n    pass": "E722",
-}
-
-
-@pytest.mark.parametrize("text", LINTED, ids=LINTED.values())
-def test_ruff_finds(text: str) -> None:
-    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", "switchcli/data/a.py", "-"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1
-    assert LINTED[text] in done.stdout
-
-
-UPWARD_IMPORTS = [
-    ("model/layers.py", "from switchcli.data.batch import Batch"),  # a package of the same layer
-    ("model/layers.py", "def late() -> None:\n    import switchcli.training.loop"),
-    ("data/batch.py", "from switchcli import report"),
-    ("training/loop.py", "from switchcli.recipe import schema"),
-    ("checkpoint/lock.py", "from switchcli.recipe import schema"),
-    ("convert/weight_names.py", "from switchcli.training import loop"),
-    ("errors.py", "from switchcli.spec import Spec"),
-    ("tasks/task.py", "from switchcli.model import config"),
-    ("distributed/mesh.py", "from switchcli.data import batch"),
-    ("doctor/probes.py", "from switchcli.checkpoint import lock"),
-    ("cli.py", "from switchcli.training import loop"),
-]
-
-
-def broken_contracts(folder: Path) -> str:
-    """The imports that the contracts of pyproject.toml forbid, as lint-imports reports them; "" where all are kept."""
-    script = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache', '--no-logo'])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=folder, check=False)
-    assert "Contracts:" in done.stdout, done.stdout + done.stderr
-    return done.stdout.partition("Contracts:")[2] if done.returncode else ""
-
-
 def test_imports_go_down() -> None:
-    assert not broken_contracts(ROOT)
-
-
-def test_an_import_that_goes_up_is_found(tmp_path: Path) -> None:
-    copytree(ROOT / "switchcli", tmp_path / "switchcli", ignore=ignore_patterns("__pycache__"))
-    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
-    for name, line in UPWARD_IMPORTS:
-        assert (ROOT / "switchcli" / name).is_file()
-        with (tmp_path / "switchcli" / name).open("a", encoding="utf-8") as file:
-            file.write(f"\n\n{line}\n")
-    importers = set(re.findall(r"([\w.]+) -> ", broken_contracts(tmp_path)))
-    for name, line in UPWARD_IMPORTS:
-        assert "switchcli." + name.removesuffix(".py").replace("/", ".") in importers, f"not found: {name}: {line}"
+    script = "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache', '--no-logo'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_folder_is_a_package_that_is_listed() -> None:
