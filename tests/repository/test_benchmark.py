@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,14 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
-from switchcli.data.sources.python_stdlib import PythonStdlib
-from switchcli.distributed import cpu_settings
-
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.integration
 FOLDER = Path(__file__).resolve().parents[2] / "scripts/benchmarks"
 TINY: dict[str, Any] = {"device": "cpu", "threads": 1, "shape": "tiny", "precision": "float32", "limit": 300}
 STEP = {**TINY, "section": "step", "layers": 2, "optimizer": "adamw", "dropout": 0.1}
@@ -82,44 +78,10 @@ def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monke
         assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1, work
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_steps_take_their_batches_from_a_text(
-    benchmark: Import, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
-) -> None:
-    busy = benchmark("busy")
-    monkeypatch.setattr(busy, "SECONDS", 0)
-    monkeypatch.setattr(busy, "ROWS", 16)
-    monkeypatch.setattr(busy, "TEXT", PythonStdlib())
-    job = {**TINY, "section": "busy", "who": "switchcli", "work": busy.FROM_TEXT}
-    job |= {"folder": str(tmp_path), "workers": workers}
-    assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1
-    assert list(tmp_path.iterdir()), "the text is prepared there"
-
-
-def test_a_limit_of_the_container_does_not_change_the_threads_of_a_contestant(
-    benchmark: Import, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu_settings, "available_processors", lambda: 1)
-    benchmark("machine").begin({**TINY, "threads": 2})
-    assert torch.get_num_threads() == 2
-
-
-@pytest.mark.integration
 def test_two_ranks_take_turns_as_one_contestant(benchmark: Import) -> None:
     job = {**TINY, "section": "busy", "who": "switchcli", "work": "pretrain --processes 2", "threads": 2}
     with benchmark("turns").Live(job) as ranks:
         assert ranks.turn()["done"] >= 1
-
-
-@pytest.mark.parametrize("other_sessions", [False, True])
-def test_busy_processes_run_meanwhile_and_no_longer(benchmark: Import, other_sessions: bool) -> None:
-    before = set(psutil.Process().children())
-    with benchmark("busy").busy(2, other_sessions):
-        children = set(psutil.Process().children()) - before
-        assert len(children) == 2
-        assert [os.getsid(child.pid) == os.getsid(0) for child in children] == [not other_sessions] * 2
-    assert set(psutil.Process().children()) == before
 
 
 def test_every_implementation_that_transformers_knows_has_a_row(benchmark: Import) -> None:
@@ -131,18 +93,6 @@ def test_every_implementation_that_transformers_knows_has_a_row(benchmark: Impor
     assert {f"transformers, {name} experts" for name in peers.EXPERTS_IMPLEMENTATIONS} <= names
     for rows in (peers.DENSE_STEP, peers.SPARSE_STEP, peers.LAYER, peers.DENSE_GENERATE, peers.SPARSE_GENERATE):
         assert len({row.name for row in rows}) == len(rows)
-
-
-def test_rows_are_chosen_by_a_whole_name_or_a_part_of_it(benchmark: Import) -> None:
-    peers = benchmark("peers")
-
-    def names(*patterns: str) -> list[str]:
-        return [row.name for row in peers.chosen(peers.DENSE_STEP, list(patterns))]
-
-    assert names() == [row.name for row in peers.DENSE_STEP]
-    assert names("transformers, sdpa attention") == ["transformers, sdpa attention"]
-    assert names("sdpa") == ["transformers, sdpa attention", "transformers, sdpa attention, compiled"]
-    assert names("st-moe") == []
 
 
 def test_a_row_or_a_shape_that_does_not_exist_is_refused() -> None:
@@ -179,18 +129,6 @@ def test_an_implementation_that_is_refused_or_not_read_gives_a_reason(benchmark:
     assert "refused" not in sdpa[0]
 
 
-def test_without_a_compiler_a_compiled_row_is_refused(
-    benchmark: Import, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    for who in ("switchcli", "transformers"):
-        (only,) = said(
-            benchmark, benchmark("step").step_against_others, {**STEP, "experts": 1, "who": who, "compile": True}
-        )
-        assert "g++" in only["refused"]
-
-
 def test_a_fault_of_our_own_is_not_a_refused_row(benchmark: Import) -> None:
     def broken(job: dict[str, Any]) -> None:
         raise ValueError("a bug")
@@ -218,16 +156,6 @@ def test_layers_with_a_capacity_keep_the_same_tokens(benchmark: Import) -> None:
     assert dropless["kept"] == 1
 
 
-@pytest.mark.parametrize("who", ["switch-transformers", "st-moe-pytorch"])
-def test_a_package_is_timed_where_it_is_installed_and_else_says_how_to_install_it(benchmark: Import, who: str) -> None:
-    job = {**TINY, "section": "layer", "experts": 4, "who": who}
-    first = said(benchmark, benchmark("layer").layer_against_others, job)[0]
-    if "refused" in first:
-        assert "pip install --no-deps" in first["refused"]
-    else:
-        assert first["kept"] > 0.5
-
-
 @pytest.mark.parametrize("experts", [1, 4])
 def test_both_generate_the_same_answers(benchmark: Import, experts: int) -> None:
     build = benchmark("generate").generate_against_others
@@ -237,7 +165,6 @@ def test_both_generate_the_same_answers(benchmark: Import, experts: int) -> None
     assert len(ours["answers"][0]) == benchmark("machine").SIZES["tiny"].target
 
 
-@pytest.mark.integration
 def test_a_table_has_figures_and_refused_rows() -> None:
     options = ("--device", "cpu", "--threads", "1", "--shape", "tiny", "--rounds", "2", "--precision", "float32")
     done = bench(
@@ -249,19 +176,6 @@ def test_a_table_has_figures_and_refused_rows() -> None:
     assert " to " in rows["transformers, eager experts"]
     assert "not run: ValueError" in rows["transformers, grouped_mm experts"]
     assert len({line.count("|") for line in rows.values()}) == 1
-
-
-@pytest.mark.integration
-def test_a_process_that_ends_or_is_not_ready_in_time_is_refused(benchmark: Import) -> None:
-    turns, refused = benchmark("turns"), benchmark("contestants").Refused
-    job = {**STEP, "experts": 1, "who": "transformers"}
-    with pytest.raises(refused, match="was not ready after"):
-        turns.Live({**job, "limit": 0.1})
-    with turns.Live(job) as live:
-        assert live.turn()["seconds"] > 0
-        live._process.kill()
-        with pytest.raises(refused, match="exit code"):
-            live.turn()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -20,6 +20,7 @@ def script(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.integration
 def test_the_list_names_every_row_of_the_table_with_minutes(tmp_path: Path) -> None:
     done = script(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -34,6 +35,7 @@ def test_the_list_names_every_row_of_the_table_with_minutes(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_it_says_which_calls_there_are_none_of_and_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert script(tmp_path, "--dry-run", "--only", "nothing").returncode == 2
     nothing_fits = script(tmp_path, *TINY, "--minutes", "0.1")
@@ -41,6 +43,7 @@ def test_it_says_which_calls_there_are_none_of_and_that_there_is_no_gpu(tmp_path
     assert not list((tmp_path / "results").glob("*.json"))
 
 
+@pytest.mark.integration
 def test_a_try_on_the_cpu_does_not_count_as_a_result_of_the_gpu(tmp_path: Path) -> None:
     only = ("--out", "results", "--only", "layer-8", "--dry-run")
     (tmp_path / "results").mkdir()
@@ -50,7 +53,7 @@ def test_a_try_on_the_cpu_does_not_count_as_a_result_of_the_gpu(tmp_path: Path) 
     assert "1 of 1 calls" in script(tmp_path, *only).stdout
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a call outlives a script that was killed")
 def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None:
@@ -84,7 +87,7 @@ def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None
     assert "| t5-v1_1-base | eager |" in script(tmp_path, "--out", "results", "--report").stdout
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_every_kind_of_row_runs(tmp_path: Path) -> None:
     """So that a GPU is not needed to find what is trivially wrong. The rows left out differ in sizes only."""

@@ -61,16 +61,16 @@ def test_the_issue_forms_are_valid() -> None:
         assert all(field["attributes"]["label"] for field in fields)
 
 
-def test_the_workflow_runs_ci_on_the_pythons_and_the_oldest_torch_that_the_package_names() -> None:
-    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
-    (job,) = workflow["jobs"].values()
+@pytest.mark.parametrize(("name", "command"), [("ci", ".ci/run"), ("nightly", "scripts/test --nightly")])
+def test_a_workflow_runs_on_the_pythons_and_the_oldest_torch_that_the_package_names(name: str, command: str) -> None:
+    workflow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["test"]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    matrix = job["strategy"]["matrix"]
-    assert matrix["python"] == re.findall(r'Python :: (3\.\d+)"', project)
-    assert [row["torch"] for row in matrix["include"]] == [
-        f"{oldest}.0" for oldest in re.findall(r'"torch>=([\d.]+)', project)
-    ]
-    assert job["steps"][-1]["run"] == ".ci/run"
+    rows = job["strategy"]["matrix"]["include"]
+    oldest = [row["torch"] for row in rows if "torch" in row]
+    assert [row["python"] for row in rows if "torch" not in row] == re.findall(r'Python :: (3\.\d+)"', project)
+    assert oldest == [f"{version}.0" for version in re.findall(r'"torch>=([\d.]+)', project)]
+    assert job["steps"][-1]["run"] == command
 
 
 @pytest.fixture(scope="module")
