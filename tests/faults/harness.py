@@ -1,0 +1,385 @@
+"""Verbs that write files, each run in a fork on a disk that fails, and what must hold after.
+
+All is data. A verb is a row of VERBS: its command, what it writes, and how that is compared. A fault is a row of
+FAULTS: what happens at an operation, and what must hold then. `trial` does one fault to one verb at one operation:
+
+    sound = lay_out(folder)                         # once a session: the texts, recipes and runs that VERBS name
+    verb = Prepared.of(sound, "eval")               # once a verb: its output, and the operations that make it
+    assert not verb.trial("power cut", at=3)        # what is wrong, or nothing
+
+To add a verb: give it a row in VERBS, and what it reads a place in `lay_out`. All faults are then done to it.
+To add a fault: give it a row in FAULTS. It is then done to all verbs. Where a verb may end otherwise than others, give
+the pair a row in EXCEPTIONS. `run` is for tests of anything else that a command meets: it runs one in a fork.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from drill import fingerprint
+from faults.disk import Disk, Operation, Strike, cut_power, kill, refuse, strike_at, strike_path_of
+from tiny_run import RECIPE, lay_out_tuning, write_text
+
+from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.cli import main
+
+PATIENCE = 240.0
+"""Seconds until a command that does not end is killed."""
+KILLED = -signal.SIGKILL
+THERE_ALREADY = (2, 4)
+"""Exit codes of a command whose output is there already: it was struck after that."""
+STEPS = ("train.steps=4", "checkpoint.save_every_steps=2", "log.every_steps=1", "eval.every_steps=2")
+"""Equal metrics are equal samples in equal order."""
+ANSWERS = "distill.cache.folder=answers"
+CHILD = """\
+#!/bin/sh
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2" && echo '{}' > "$2/result.json" && echo trained
+"""
+"""Stands for Python in a sweep, whose runs take seconds of their own to import."""
+
+
+# Commands in forks
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    """Minus a signal's number for a death by one; 124 for a hang."""
+    said: str
+
+    @property
+    def errors(self) -> list[str]:
+        starts = ("error: ", *["warning: failed: "] * (self.code == 1))  # a sweep goes on with its other runs
+        return [line for line in self.said.splitlines() if line.startswith(starts)]
+
+
+def run(*arguments: object, within: Callable[[], object] = lambda: None) -> Done:
+    """`switchcli ARGUMENTS` in a fork of this process, after `within`.
+
+    What it had to import is imported here afterwards, so that no fork imports it again.
+    """
+    imported = Path(tempfile.gettempdir(), f"imported-{os.getpid()}")
+
+    def and_tell_of_imports() -> None:
+        before, leave = set(sys.modules), os._exit
+
+        def tell(code: int) -> NoReturn:
+            with contextlib.suppress(OSError):
+                imported.write_text("\n".join(name for name in sys.modules if name not in before))
+            leave(code)
+
+        os._exit = tell  # type: ignore[assignment]
+        within()
+
+    done = _run(arguments, and_tell_of_imports)
+    if imported.exists():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in imported.read_text().split():
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        imported.unlink()
+    return done
+
+
+def _run(arguments: Sequence[object], within: Callable[[], object]) -> Done:
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _run_and_exit(arguments, within, writes)
+    os.close(writes)
+    said, deadline = b"", time.monotonic() + PATIENCE
+    while select.select([reads], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        if not (piece := os.read(reads, 1 << 16)):
+            break
+        said += piece
+    else:
+        os.kill(child, signal.SIGKILL)
+    os.close(reads)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Done(124 if time.monotonic() > deadline else code, said.decode(errors="replace"))
+
+
+def _run_and_exit(arguments: Sequence[object], within: Callable[[], object], output: int) -> None:
+    code = 1  # the code of no error of a user's
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
+        warnings.resetwarnings()
+        sys.argv = ["switchcli", *map(str, arguments)]
+        within()
+        main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:  # noqa: BLE001  # what no user should see is what is looked for
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+# Verbs
+
+
+class Verb(NamedTuple):
+    """A command, and the file or folder that it writes."""
+
+    command: str
+    output: str = "out"
+    replaces: bool = False
+    """Whether the output is there before the command starts."""
+    trains: bool = False
+    """Whether the output is a run, which the same command goes on with."""
+    within: Callable[[], object] = lambda: None
+
+
+def stand_in_for_python() -> None:
+    """Have a sweep start CHILD in place of Python."""
+    Path("child").write_text(CHILD)
+    Path("child").chmod(0o755)
+    sys.executable = str(Path("child").absolute())
+
+
+TOKENIZER = "data.tokenizer={kind:file,path:run/tokenizer.json}"
+"""What two preparations share: of equally frequent words a trained vocabulary takes any."""
+VERBS = {
+    "pretrain": Verb(f"pretrain tiny.yaml {' '.join(STEPS)} --out out", trains=True),
+    "pretrain, background": Verb(
+        f"pretrain tiny.yaml {' '.join(STEPS)} checkpoint.background=true --out out", trains=True
+    ),
+    "finetune": Verb(
+        f"finetune tune.yaml --model run {' '.join(STEPS)} scoring.decoding.max_tokens=2 --out out", trains=True
+    ),
+    "distill": Verb(f"distill --teacher run {' '.join(STEPS)} {ANSWERS} --out out", trains=True),
+    "distill --cache-only": Verb(f"distill --teacher run --cache-only {ANSWERS} --out student", output="answers"),
+    "sweep": Verb("sweep pretrain tiny.yaml train.seed=0,1 --jobs 1 --out out", within=stand_in_for_python),
+    "eval": Verb("eval run --out out", replaces=True),
+    "convert --to huggingface": Verb("convert run out --to huggingface"),
+    "convert --to switchcli": Verb("convert theirs out --to switchcli"),
+    "upcycle": Verb("upcycle dense out --experts 4"),
+    "prune": Verb("prune run out --experts 2 text.sequences=4"),
+    "data prepare": Verb(f"data prepare tiny.yaml {TOKENIZER}", output="cache"),
+    "data tokenizer train": Verb("data tokenizer train tiny.yaml --out out --force", replaces=True),
+    "plan --html": Verb("plan tiny.yaml --devices 2 --html out", replaces=True),
+    "report --html": Verb("report run --html out", replaces=True),
+    "report --routing --html": Verb("report run --routing --html out", replaces=True),
+    "report --figures": Verb("report run --figures out", replaces=True),
+    "recipes copy": Verb("recipes copy quickstart/switch out"),
+}
+
+
+def lay_out(folder: Path) -> Path:
+    """Lay out the texts, recipes and runs that VERBS name. The cache of a command is that of its current folder."""
+    sound = folder / "sound"
+    sound.mkdir(parents=True)
+    with at_home_in(sound):
+        write_text(Path("text.txt"))
+        Path("tiny.yaml").write_text(RECIPE)
+        lay_out_tuning(sound)
+        for command in (
+            f"pretrain tiny.yaml {STEPS[3]} {STEPS[2]} --out run --quiet",
+            "pretrain tiny.yaml model.num_experts=1 train.steps=1 --out dense --quiet",
+            "convert run theirs --to huggingface",
+        ):
+            done = run(*command.split())
+            assert done.code == 0, done.said
+    return sound
+
+
+@contextlib.contextmanager
+def at_home_in(folder: Path) -> Iterator[None]:
+    """Make a folder the current one, with the cache in it."""
+    before = os.environ.get("SWITCHCLI_CACHE")
+    os.environ["SWITCHCLI_CACHE"] = "cache"
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        os.environ.pop("SWITCHCLI_CACHE")
+        if before is not None:
+            os.environ["SWITCHCLI_CACHE"] = before
+
+
+# Faults
+
+
+class Fault(NamedTuple):
+    """What happens at an operation of a command, and what must hold after it.
+
+    After every fault: no traceback; each checkpoint of a run is whole; an output that was to be replaced is there, or
+    comes back; and once the same command has run again the output is that of a command that nothing happened to, and no
+    temporary file is left.
+    """
+
+    strike: Callable[[int], Strike]
+    codes: tuple[int, ...]
+    """Exit codes that the command may end with. With one that is not 0 it says in one line which path, and the fix."""
+    reads: bool = False
+    """Whether reads are struck, and not writes."""
+    may_leave: bool = True
+    """Whether the command may leave temporary files to the next one, and an output in its place aside."""
+
+
+ROOM = ("write", "make", "sync")
+"""Operations that need room on a disk."""
+FAULTS = {
+    "kill": Fault(lambda at: strike_at(at, kill), (KILLED,)),
+    "power cut": Fault(lambda at: strike_at(at, cut_power), (KILLED,)),
+    "full disk": Fault(lambda at: strike_at(at, refuse(errno.ENOSPC, *ROOM)), (0, 4), may_leave=False),
+    "one error": Fault(lambda at: strike_at(at, refuse(errno.EIO), for_good=False), (0, 4)),
+    "unreadable file": Fault(lambda at: strike_path_of(at, refuse(errno.EIO)), (0, 2, 3, 4), reads=True),
+}
+EXCEPTIONS = {(fault, "sweep"): (0, 1, 4) for fault in ("full disk", "one error")}
+"""Exit codes where a verb may end otherwise than others under a fault."""
+
+
+class Prepared(NamedTuple):
+    """A verb that is ready to be struck."""
+
+    name: str
+    folder: Path
+    """Holds `before`, the files that the verb starts from, and `tried`, which each trial makes anew."""
+    wanted: dict[str, str]
+    """The digests of its output when nothing happens."""
+    writes: list[Operation]
+    reads: list[Operation]
+
+    @classmethod
+    def of(cls, sound: Path, name: str) -> "Prepared":
+        verb, folder = VERBS[name], sound.parent / name.replace(" ", "-")
+        shutil.copytree(sound, folder / "before", symlinks=True)
+        with at_home_in(folder / "before"):
+            if verb.output == "cache":
+                shutil.rmtree("cache")
+            if verb.replaces:
+                made = run(*verb.command.split())
+                assert made.code == 0, made.said
+        found = cls(name, folder, {}, [], [])
+        operations = []
+        for reads in (False, True):
+            with found._tried():
+                done = run(*verb.command.split(), within=lambda reads=reads: found._count(reads))
+                assert done.code == 0, done.said
+                rows = [json.loads(line) for line in (folder / "operations").read_text().splitlines()]
+                operations.append([Operation(kind, Path(path), at) for at, (kind, path) in enumerate(rows)])
+                wanted = digests(verb)
+        return found._replace(wanted=wanted, writes=operations[0], reads=operations[1])
+
+    @contextlib.contextmanager
+    def _tried(self) -> Iterator[None]:
+        shutil.rmtree(self.folder / "tried", ignore_errors=True)
+        shutil.copytree(self.folder / "before", self.folder / "tried", symlinks=True)
+        with at_home_in(self.folder / "tried"):
+            yield
+
+    def _count(self, reads: bool) -> None:
+        """In a fork: write down each operation."""
+        VERBS[self.name].within()
+        log = (self.folder / "operations").open("w", buffering=1)
+
+        def note(disk: Disk, operation: Operation) -> None:
+            log.write(f"{json.dumps([operation.kind, str(operation.path)])}\n")
+
+        Disk(Path.cwd(), note, reads=reads).__enter__()
+
+    def operations(self, fault: str, few: bool) -> list[int]:
+        """Return the operations to strike: all, or the first, the last, a rename of the output, and one by chance."""
+        all_of_them = self.reads if FAULTS[fault].reads else self.writes
+        if not few or not all_of_them:
+            return [operation.number for operation in all_of_them]
+        renames = [operation.number for operation in all_of_them if operation.kind == "rename"]
+        draw = random.Random(f"{self.name} {fault}")
+        chosen = {0, len(all_of_them) - 1, *renames[-1:], draw.randrange(len(all_of_them))}
+        return sorted(chosen)
+
+    def trial(self, name: str, at: int) -> str:
+        """What is wrong after a fault, and once the same command has run again; nothing if all is well."""
+        verb, fault = VERBS[self.name], FAULTS[name]
+
+        def strike() -> None:
+            verb.within()
+            Disk(Path.cwd(), fault.strike(at), reads=fault.reads).__enter__()
+
+        with self._tried():
+            done = run(*verb.command.split(), within=strike)
+            wrong = self._wrong(done, fault, EXCEPTIONS.get((name, self.name), fault.codes))
+            if not wrong:
+                again = run(*verb.command.split(), within=verb.within)
+                wrong = "then " * bool(found := self._wrong_again(again)) + found
+        operation = (self.reads if fault.reads else self.writes)[at]
+        return wrong and f"{self.name}: {name} at {at} ({operation.kind} {operation.path.name}): {wrong}"
+
+    def _wrong(self, done: Done, fault: Fault, codes: Sequence[int]) -> str:
+        verb = VERBS[self.name]
+        if done.code not in codes or "Traceback" in done.said:
+            return f"exit code {done.code}: {done.said[-800:]}"
+        if done.code > 0 and (not done.errors or (done.code > 1 and len(done.errors) > 1)):
+            return f"says not one line of what is wrong: {done.said}"
+        if verb.replaces:
+            kept = [Path(verb.output), *(Path().glob(".tmp-*/old") if fault.may_leave else ())]
+            if done.code != 0 and not any(digests(verb, one) == self.wanted for one in kept):
+                return "what was to be replaced is gone"
+        for checkpoint in Path(verb.output).glob("checkpoints/step-*"):
+            Checkpoint.open(checkpoint)
+        if not fault.may_leave and (left := leftovers()):
+            return f"left {left}"
+        return ""
+
+    def _wrong_again(self, done: Done) -> str:
+        """What is wrong once the command has run again with nothing in its way."""
+        verb = VERBS[self.name]
+        if done.code not in (0, *THERE_ALREADY):
+            return f"exit code {done.code}: {done.said[-800:]}"
+        found = digests(verb)
+        if found != self.wanted:
+            differing = sorted(name for name in found.keys() | self.wanted if found.get(name) != self.wanted.get(name))
+            return f"another output, in {differing} (exit code {done.code}): {done.said[-800:]}"
+        return f"left {left}" if (left := leftovers()) else ""
+
+
+def leftovers() -> list[str]:
+    """Temporary files below the current folder."""
+    return [str(path) for path in Path().rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+
+
+NOT_COMPARED = ("run.lock", "teacher.json")
+"""Files that hold a process's number or seconds."""
+
+
+def digests(verb: Verb, output: Path | None = None) -> dict[str, str]:
+    """What is to be equal of two outputs: the end of a run, or a digest of every file by its place."""
+    path = output or Path(verb.output)
+    if verb.trains:
+        return fingerprint(path)
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
+    # The record of content digests holds inodes and times of the sources, which each copy has anew.
+    files = [one for one in files if one.name not in NOT_COMPARED and one.parent.name != "sources"]
+    return {str(one.relative_to(path)): _digest(one) for one in files}
+
+
+def _digest(path: Path) -> str:
+    content = path.read_bytes()
+    if content.startswith(b'{"version"') and b'"vocab"' in content:  # of equally frequent words any is taken
+        return str(len(json.loads(content)["model"]["vocab"]))
+    return hashlib.sha256(content).hexdigest()
