@@ -1,4 +1,7 @@
-"""Run a function on several ranks: processes of this machine that find one another as a launcher's would."""
+"""Run a function on several ranks: processes of this machine that find one another as a launcher's would.
+
+`RankMatrix` has rows (mesh, case) of several tiers, and answers those of a tier from one start of the ranks.
+"""
 
 import multiprocessing
 import os
@@ -7,11 +10,12 @@ import select
 import socket
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from switchcli.distributed.context import DistributedContext
@@ -37,6 +41,67 @@ MESHES = {
     "zero3 2 x model 2": (4, ParallelSpec(model=2, shard="zero3")),
 }
 """Ranks, and how a model lies over them."""
+
+TIERS = {"nightly": (pytest.mark.nightly,), "integration": (pytest.mark.integration,), "unit": ()}
+"""The tiers and their markers, the cheapest last."""
+
+
+class Row(NamedTuple):
+    """One case on one mesh."""
+
+    mesh: str
+    case: Any
+
+
+class RankMatrix:
+    """What ranks answer to a case, for many rows (mesh, case).
+
+    The first question about a row starts as many ranks as its mesh has, once for all rows of its tier on so many ranks.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Any, ParallelSpec], Any],
+        rows: Iterable[Row],
+        meshes: Mapping[str, tuple[int, ParallelSpec]] = MESHES,
+        **tiers: Mapping[str, Collection[Any]],
+    ) -> None:
+        """Take all rows there are, which are nightly unless `unit` or `integration` has the case under the mesh.
+
+        `answer(case, parallel)` runs on each rank, and must be importable by its name.
+        """
+        self._answer, self._meshes = answer, meshes
+        self._tier = dict.fromkeys(rows, "nightly")
+        for tier in TIERS:
+            listed = {Row(mesh, case) for mesh, cases in tiers.get(tier, {}).items() for case in cases}
+            assert listed <= self._tier.keys(), listed - self._tier.keys()
+            self._tier |= dict.fromkeys(listed, tier)
+        self._answers: dict[tuple[str, int], list[dict[Row, Any]]] = {}
+
+    def parameters(self, cases: Collection[Any]) -> list[Any]:
+        """The parameters of a test of these cases: each row, with the marker of its tier."""
+        return [
+            pytest.param(row, id=f"{row.mesh}-{row.case}", marks=TIERS[tier])
+            for row, tier in self._tier.items()
+            if row.case in cases
+        ]
+
+    def answers(self, row: Row) -> list[Any]:
+        """Each rank's answer."""
+        world, tier = self._meshes[row.mesh][0], self._tier[row]
+        if (tier, world) not in self._answers:
+            same = {
+                other: self._meshes[other.mesh][1]
+                for other, tier_of_other in self._tier.items()
+                if (tier_of_other, self._meshes[other.mesh][0]) == (tier, world)
+            }
+            self._answers[tier, world] = on_ranks(world, _answers, self._answer, same)
+        return [answers[row] for answers in self._answers[tier, world]]
+
+
+def _answers(answer: Callable[[Any, ParallelSpec], Any], rows: Mapping[Row, ParallelSpec]) -> dict[Row, Any]:
+    torch.set_num_threads(1)
+    return {row: answer(row.case, parallel) for row, parallel in rows.items()}
 
 
 def model_of(spec: ModelSpec, context: DistributedContext) -> tuple[SwitchTransformer, ModelWeights]:

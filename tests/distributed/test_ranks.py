@@ -6,18 +6,19 @@ Where a model axis divides the sums of the forward pass too, each layer's input 
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
+import onednn
 import pytest
 import tiny_model
 import torch
 from doubles import Records
 from doubles import trained as trained_to_the_end
 from numpy.typing import NDArray
-from ranks import MESHES, model_of, on_ranks
+from ranks import MESHES, RankMatrix, Row, model_of
 from tiny_model import DROPPING, TO_DIVIDE, a_model, rows
 from torch import nn
 
@@ -29,6 +30,7 @@ from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
+from switchcli.model.cpu_products import ROW_BLOCK
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
@@ -61,6 +63,7 @@ BATCH = 8
 CLIP = 0.05
 HERE = "experts that this rank holds"
 Arrays = dict[str, NDArray[Any]]
+needs_onednn = pytest.mark.skipif(onednn.is_missing(), reason="this torch has no oneDNN")
 
 
 class Recorder(Optimizer):
@@ -102,7 +105,6 @@ def gradients(
 
     `collapsed`: every token goes to the first expert. `recomputed`: blocks are computed again on the way back.
     """
-    torch.set_num_threads(1)
     context = DistributedContext("cpu", precision, parallel)
     model, weights = model_of(spec, context)
     for name, weight in weights.parameters.items():
@@ -195,8 +197,7 @@ def assert_same(found: Arrays, expected: Arrays) -> None:
         assert float(np.abs(found[name] - array).max()) <= RELATIVE * largest, name
 
 
-@pytest.mark.parametrize("clip_norm", [None, CLIP])
-@pytest.mark.parametrize("microbatch", [1, 2, None])
+@pytest.mark.parametrize(("microbatch", "clip_norm"), [(1, CLIP), (2, None), (None, CLIP)])
 def test_the_gradient_of_a_step_is_that_of_the_loss_of_all_its_targets(
     microbatch: int | None, clip_norm: float | None
 ) -> None:
@@ -221,8 +222,8 @@ def test_the_gradient_of_a_group_is_its_part_of_the_whole_and_so_is_the_norm(gro
 
 
 def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec = NOISY) -> Arrays:
-    """Weights and all records of a run of 20 steps with dropout, jitter, clipping, logging and evaluation."""
-    steps = 20
+    """Weights and all records of a run of 8 steps with dropout, jitter, clipping, logging and evaluation."""
+    steps = 8
     context = DistributedContext("cpu", "float32", parallel)
     (model, weights), state, log, stop = model_of(of, context), TrainState(), Records(), StopRequest()
     optimizer = spec.build(weights.parameters, weights.layouts)
@@ -233,7 +234,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
     parts = SPARSE.sparse_layer_names()
     callbacks = [
         LogCallback(2, steps, schedule, 1, 1, context, log, silent(), state, parts, rows, loader),
-        ValidationCallback(10, model, cross_entropy, texts, 2, context, log, "paper", stop),
+        ValidationCallback(4, model, cross_entropy, texts, 2, context, log, "paper", stop),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
     fit(
@@ -273,6 +274,15 @@ def answered(parallel: ParallelSpec = ALONE) -> Arrays:
         for beams in (1, 3):
             decoding = Decoding(max_tokens=6, beams=beams)
             found[f"beams {beams}"] = generate(model, inputs_BS, decoding, all_done=context.all_done).numpy()
+    return found
+
+
+def by_onednn(parallel: ParallelSpec = ALONE) -> Arrays:
+    """Gradients where oneDNN computes the products of experts and of other layers, as on some processors it does."""
+    with onednn.forced() as calls:
+        found = gradients(WIDE, None, None, collapsed=True, parallel=parallel)
+    inputs_of_experts = [shape for shape in calls.shapes if shape[0] % ROW_BLOCK == 0]
+    assert len(calls.shapes) > len(inputs_of_experts) > 0
     return found
 
 
@@ -329,6 +339,13 @@ THREE = NOISY.model_copy(update={"num_experts": 3})
 ODD = THREE.model_copy(update={"d_ff": 25})
 """Nor can they divide d_ff."""
 DROPLESS = NOISY.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")})
+WIDE = SPARSE.model_copy(
+    update={
+        **{"d_model": 128, "d_ff": 512, "activation": "geglu", "num_experts": 2},
+        "router": SwitchRouter(capacity_factor="dropless", jitter=0.0),
+    }
+)
+"""With products that are large enough for oneDNN, also those of one rank of a model axis."""
 
 CASES: dict[str, Callable[..., Arrays]] = {
     "at once": partial(gradients, SPARSE, None, None),
@@ -352,6 +369,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "computed again, distillation": partial(gradients, SPARSE, None, None, objective=distilled, recomputed=True),
     "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
     "kept answers": partial(gradients, SPARSE, None, None, objective=of_kept_answers),
+    "products of oneDNN": by_onednn,
     "evaluation": evaluated,
     "answers": answered,
     "parts of each expert on replicas": partial(gradients, THREE, 2, CLIP),
@@ -364,88 +382,90 @@ RUNS: dict[str, Callable[..., Arrays]] = {
     "adamw": partial(trained, AdamW()),
     "adafactor, parts of each expert on replicas": partial(trained, Adafactor(min_dim_to_factor=8), of=THREE),
 }
-ROUNDED = partial(gradients, DENSE, None, None, precision="selective")
+CONTROL: dict[str, Callable[..., Any]] = {
+    "rounded": partial(gradients, DENSE, None, None, precision="selective"),
+    "stopped": partial(ended, stop_on=1, poison_on=None),
+    "poisoned": partial(ended, stop_on=None, poison_on=1),
+}
+"""Cases that are not compared with one process's numbers."""
+EVERY_CASE = {**CASES, **RUNS, **CONTROL}
 
 
-TOGETHER = (
-    "accumulated and clipped",
-    "dropout and jitter",
-    "top-2 of experts with GEGLU",
-    "a slot for every token",
-    "a Switch attention",
-    "computed again, noisy",
-    "distillation",
-    "evaluation",
-    "answers",
-)
-"""Where two kinds of axes meet on four ranks; each of them alone has all cases on two."""
+UNIT = {"expert 2": ("accumulated and clipped", "dropout and jitter"), "model 2": ("accumulated and clipped",)}
+INTEGRATION = {
+    "data 2": (
+        *("groups of two sequences", "dropout and jitter", "kept answers", "evaluation", "the experts alone"),
+        *("rounded", "stopped", "poisoned", "adafactor"),
+    ),
+    "expert 2": (
+        *("top-2 of experts with GEGLU", "no token left behind", "experts that choose", "a Switch attention"),
+        *("all tokens to one rank", "computed again, a slot for every token", "answers", "distillation"),
+        *("rounded", "stopped", "poisoned", "adamw"),
+    ),
+    "model 2": (
+        *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
+        *("evaluation", "products of oneDNN", "rounded", "adafactor"),
+    ),
+    "zero2 2": ("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN", "adafactor"),
+    "zero3 2": (
+        *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
+        *("experts whole on all replicas", "products of oneDNN", "rounded"),
+        "adafactor, parts of each expert on replicas",
+    ),
+    "data 4": ("at once", "poisoned"),
+    "expert 2, twice": ("accumulated and clipped",),
+    "expert 4": ("a slot for every token",),
+    "expert 2 x model 2": ("accumulated and clipped", "dropout and jitter", "adamw"),
+    "zero2 4, expert 2": ("accumulated and clipped",),
+    "zero3 4, expert 2": ("accumulated and clipped", "adafactor"),
+    "zero3 2 x model 2": ("dropout and jitter",),
+}
+"""The tiers' cases of each mesh; the other cases of all meshes are nightly. Each row shows a fact of its own."""
 
 
-def fits(case: str, parallel: ParallelSpec) -> bool:
+def fits(row: Row) -> bool:
     """Return whether a case is one for the mesh.
 
     A model axis does not divide the experts of an attention: the recipe refuses it. Those of replicas are for shards.
     """
-    return (parallel.model == 1 or "Switch attention" not in case) and (
-        (parallel.shard != "none" and parallel.model == parallel.expert == 1) or "replicas" not in case
+    _, parallel = MESHES[row.mesh]
+    if row.case == "products of oneDNN" and onednn.is_missing():
+        return False
+    return (parallel.model == 1 or "Switch attention" not in row.case) and (
+        (parallel.shard != "none" and parallel.model == parallel.expert == 1) or "replicas" not in row.case
     )
 
 
-def every_case(parallel: ParallelSpec, cases: Collection[str] = CASES) -> dict[str, Any]:
-    return {
-        **{name: CASES[name](parallel=parallel) for name in cases if fits(name, parallel)},
-        **{name: train(parallel=parallel) for name, train in RUNS.items() if fits(name, parallel)},
-        "rounded": ROUNDED(parallel=parallel),
-        "stopped": ended(stop_on=1, poison_on=None, parallel=parallel),
-        "poisoned": ended(stop_on=None, poison_on=1, parallel=parallel),
-    }
+def on_this_rank(case: str, parallel: ParallelSpec) -> Any:
+    return EVERY_CASE[case](parallel=parallel)
+
+
+ROWS = [Row(mesh, case) for mesh in MESHES for case in EVERY_CASE]
+MATRIX = RankMatrix(on_this_rank, filter(fits, ROWS), unit=UNIT, integration=INTEGRATION)
 
 
 @cache
-def of_one_process(case: str) -> Arrays:
+def of_one_process(case: str) -> Any:
     """The answer of one process to a case, or its run."""
-    return CASES[case]() if case in CASES else RUNS[case]()
+    return EVERY_CASE[case]()
 
 
-ALWAYS = ("data 2", "expert 2", "model 2", "zero3 2")
-"""The meshes of the fast tests: one of each kind, and those that shard Adafactor."""
-SOME = ("accumulated and clipped", "dropout and jitter", "a slot for every token", "distillation", "answers")
-"""The cases of the fast tests."""
+@pytest.mark.parametrize("row", MATRIX.parameters(CASES))
+def test_the_number_of_ranks_changes_nothing(row: Row) -> None:
+    for answer in MATRIX.answers(row):
+        assert_same(answer, of_one_process(row.case))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        *(pytest.param((*MESHES[name], SOME), id=f"{name}, some cases") for name in ALWAYS),
-        *(pytest.param((*mesh, None), id=name, marks=pytest.mark.integration) for name, mesh in MESHES.items()),
-    ],
-)
-def answers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Each rank's answer to all cases, from one start of the ranks."""
-    world, parallel, cases = request.param
-    kinds = (parallel.expert > 1) + (parallel.model > 1) + (parallel.shard != "none")
-    return on_ranks(world, every_case, parallel, cases or (TOGETHER if kinds > 1 else tuple(CASES)))
+@needs_onednn
+def test_a_step_by_onednn_has_the_gradients_of_one_by_mkl() -> None:
+    assert_same(of_one_process("products of oneDNN"), gradients(WIDE, None, None, collapsed=True))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_number_of_ranks_changes_nothing(case: str, answers: list[dict[str, Any]]) -> None:
-    if case not in answers[0]:
-        pytest.skip("on ranks where each axis alone has it, or a model axis and experts of an attention")
-    for answer in answers:
-        assert_same(answer[case], of_one_process(case))
-
-
-@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("computed again")])
-def test_what_is_computed_again_is_the_same_bit_for_bit(case: str) -> None:
-    found, plain = (CASES[case](recomputed=recomputed) for recomputed in (True, False))
-    assert found.keys() == plain.keys()
-    assert all(np.array_equal(found[name], plain[name]) for name in plain)
-
-
-def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("row", MATRIX.parameters(["rounded"]))
+def test_in_bfloat16_gradients_are_as_near_as_its_rounding(row: Row) -> None:
     """They are as far from those of float32 as one process's: a model axis rounds other sums, and a ReLU near zero, or
     a router between two experts, then turns the other way, so that entries differ more than by a rounding."""
-    exact, alone = gradients(DENSE, None, None), ROUNDED()
+    exact, alone = gradients(DENSE, None, None), of_one_process("rounded")
 
     def distance(found: Arrays) -> float:
         difference = sum(float(np.square(found[name] - array).sum()) for name, array in exact.items() if "." in name)
@@ -454,8 +474,8 @@ def test_in_bfloat16_gradients_are_as_near_as_its_rounding(answers: list[dict[st
         )
 
     assert 2**-9 < distance(alone) < 2**-5
-    for answer in answers:
-        assert distance(answer["rounded"]) < 1.5 * distance(alone)
+    for answer in MATRIX.answers(row):
+        assert distance(answer) < 1.5 * distance(alone)
 
 
 def test_a_rank_may_have_no_target_at_all() -> None:
@@ -465,9 +485,9 @@ def test_a_rank_may_have_no_target_at_all() -> None:
     assert len(set(counts)) == 4
 
 
-def test_one_rank_that_stops_or_fails_takes_all_with_it_at_the_same_step(answers: list[dict[str, Any]]) -> None:
-    assert {answer["stopped"] for answer in answers} == {(2, 0)}
-    assert {answer["poisoned"] for answer in answers} == {(2, 5)}
+@pytest.mark.parametrize("row", MATRIX.parameters(["stopped", "poisoned"]))
+def test_one_rank_that_stops_or_fails_takes_all_with_it_at_the_same_step(row: Row) -> None:
+    assert set(MATRIX.answers(row)) == {(2, 0 if row.case == "stopped" else NumericsError.exit_code)}
 
 
 def test_noise_is_the_microbatchs_own() -> None:
@@ -476,21 +496,15 @@ def test_noise_is_the_microbatchs_own() -> None:
     assert_same(gradients(NOISY, 2, None), one)
 
 
-@pytest.mark.parametrize("optimizer", RUNS)
-def test_a_run_of_several_steps_has_the_same_records_and_weights_on_any_number_of_ranks(
-    optimizer: str, answers: list[dict[str, Any]]
-) -> None:
-    if optimizer not in answers[0]:
-        pytest.skip("for replicas that divide the experts")
-    alone = of_one_process(optimizer)
-    ours = answers[0][optimizer]
+@pytest.mark.parametrize("row", MATRIX.parameters(RUNS))
+def test_a_run_of_several_steps_has_the_same_records_and_weights_on_any_number_of_ranks(row: Row) -> None:
+    alone, (ours, *others) = of_one_process(row.case), MATRIX.answers(row)
     assert ours.keys() == alone.keys()
     assert len(alone["record held_out/neg_log_perplexity"]) == 2
     for name, array in as_held(alone, ours).items():
         # Each step starts from the rounding of the one before, and both divide by the size of a gradient.
         np.testing.assert_allclose(ours[name], array, rtol=0, atol=1e-5 * max(1, np.abs(array).max()), err_msg=name)
-    for answer in answers[1:]:
-        theirs = answer[optimizer]
+    for theirs in others:
         assert not any(name.startswith("record") for name in theirs)  # the main rank alone writes
         replica = np.array_equal(theirs[HERE], ours[HERE])
         for name in theirs.keys() - {HERE}:
