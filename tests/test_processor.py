@@ -19,25 +19,20 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 
 @linux
 @pytest.mark.parametrize(
-    ("vendor", "flags", "expected"),
+    ("told", "expected"),
     [
-        ("AuthenticAMD", "fpu avx2 avx512f avx512_bf16", True),
-        ("AuthenticAMD", "fpu avx2", False),
-        ("GenuineIntel", "fpu avx2 avx512f", False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f\n", False),
+        ("BogoMIPS : 48\n", False),  # a machine that tells nothing
     ],
 )
 def test_the_vendor_and_the_width_count(
-    vendor: str, flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+    told: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}\n\n"
-    monkeypatch.setattr(Path, "read_text", lambda *arguments, **named: told)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\n", encoding="utf-8")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
     assert is_amd_with_avx512.__wrapped__() is expected
-
-
-@linux
-def test_a_machine_that_tells_nothing_is_no_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda *arguments, **named: "processor : 0\nBogoMIPS : 48\n")
-    assert not is_amd_with_avx512.__wrapped__()
 
 
 @pytest.mark.parametrize(("count", "processors"), [(3, 3), (None, 1)])
@@ -118,29 +113,16 @@ def test_a_run_uses_as_many_threads_as_its_container_may(
     assert torch.get_num_threads() == available_processors() == expected
 
 
-def test_the_number_that_the_environment_sets_is_kept(
-    threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": "200000 100000\n"})
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    limit_threads()
-    assert torch.get_num_threads() == 8
-    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
-    limit_threads()
-    assert torch.get_num_threads() == 8
-    torch.set_num_threads(1)
-    limit_threads()
-    assert torch.get_num_threads() == 1
-
-
-@pytest.mark.parametrize("text", ["", "0", "-3", "abc", " "])
-def test_what_openmp_ignores_is_no_number_of_threads(
-    text: str, threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("text", "expected"), [("8", 8), ("2,1", 8), ("", 2), ("0", 2), ("-3", 2), ("abc", 2), (" ", 2)]
+)
+def test_the_number_that_the_environment_sets_is_kept_where_openmp_reads_it(
+    text: str, expected: int, threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control_groups(monkeypatch, tmp_path, "0::/\n", **{"cpu.max": "200000 100000\n"})
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     limit_threads()
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == expected
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [("2", 3), ("16", 1), ("x", 6), ("0", 6)])
@@ -151,8 +133,3 @@ def test_the_ranks_of_a_machine_share_its_processors(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
     limit_threads()
     assert torch.get_num_threads() == expected
-
-
-def test_a_system_without_control_groups_has_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "OWN_CGROUPS", tmp_path / "missing")
-    assert processor_limit() == math.inf

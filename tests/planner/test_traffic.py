@@ -7,7 +7,7 @@ import pytest
 import tiny_model
 import torch
 import torch.distributed as dist
-from ranks import model_of, on_ranks
+from ranks import RankMatrix, Row, model_of
 from tiny_model import SOURCE, TARGET, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -47,6 +47,7 @@ SPECS = {
     "dropout": wider(4, dropout=0.1),
     "dropless": wider(4, "dropless"),
 }
+ROUNDED: dict[str, CommDtype] = {"bfloat16": "compute", "bfloat16, float32 on the wire": "float32"}
 AGAIN = " computed again"
 NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "dropout", "dropless"))]
 
@@ -103,9 +104,10 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
     return +calls
 
 
-def every_spec(parallel: ParallelSpec) -> dict[str, Traffic]:
-    torch.set_num_threads(1)
-    return {name: counted(parallel, name) for name in NAMES if parallel.model == 1 or "att" not in name}
+def traffic(case: str, parallel: ParallelSpec) -> Traffic:
+    if case in ROUNDED:
+        return counted(parallel.model_copy(update={"comm_dtype": ROUNDED[case]}), "dropout", "selective")
+    return counted(parallel, case)
 
 
 def planned(mesh: Mesh, name: str, product_bytes: int = 4, comm_bytes: int | None = None) -> Traffic:
@@ -139,67 +141,77 @@ MESHES = {
     "zero2 4, expert 2": (Mesh(4, 2, 1, "zero2"), ParallelSpec(expert=2, shard="zero2")),
     "zero3 4, expert 2": (Mesh(4, 2, 1, "zero3"), ParallelSpec(expert=2, shard="zero3")),
 }
-Seen = tuple[Mesh, list[dict[str, Traffic]]]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(mesh, id=name, marks=pytest.mark.integration if name != "expert 2" else ())
-        for name, mesh in MESHES.items()
-    ],
+def fits(row: Row) -> bool:
+    """Return whether a case is one for the mesh: a model axis does not divide the experts of an attention."""
+    return MESHES[row.mesh][0].model == 1 or "att" not in row.case
+
+
+MATRIX = RankMatrix(
+    traffic,
+    filter(fits, (Row(mesh, case) for mesh in MESHES for case in (*NAMES, *ROUNDED))),
+    {name: (mesh.data * mesh.model, parallel) for name, (mesh, parallel) in MESHES.items()},
+    integration={
+        "expert 2": [
+            *(
+                "4 experts",
+                "12 experts",
+                "top-2",
+                "dropout",
+                "Switch attention computed again",
+                "dropless",
+                "dropless computed again",
+            ),
+            *ROUNDED,
+        ],
+        "model 2": ["4 experts", "12 experts computed again", "dropout computed again"],
+        "zero2 2": ["dropout"],
+        "zero3 2, expert 2": ["Switch attention", "12 experts computed again"],
+        "expert 2, twice": ["12 experts"],
+        "expert 2 x model 2": ["12 experts", "bfloat16"],
+        "zero3 2 x model 2": ["dropout"],
+        "zero2 4, expert 2": ["top-2"],
+        "zero3 4, expert 2": ["dropout computed again"],
+    },
 )
-def counts(request: pytest.FixtureRequest) -> Seen:
-    mesh, parallel = request.param
-    return mesh, on_ranks(mesh.data * mesh.model, every_spec, parallel)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "dropless" not in name])
-def test_what_is_planned_is_sent(name: str, counts: Seen) -> None:
-    mesh, seen = counts
-    if name not in seen[0]:
-        pytest.skip("a model axis does not divide the experts of an attention")
+@pytest.mark.parametrize("row", MATRIX.parameters([name for name in NAMES if "dropless" not in name]))
+def test_what_is_planned_is_sent(row: Row) -> None:
+    (mesh, _), name, seen = MESHES[row.mesh], row.case, MATRIX.answers(row)
     expected = planned(mesh, name)
     if mesh.model > 1 and name == "12 experts" + AGAIN:
         # Of a dense block without dropout torch does not compute the last sum again.
         layers = {("all_reduce", length * MICROBATCH * SPARSE.d_model * 4) for length in (SOURCE, TARGET)}
         for rank in seen:
-            assert (expected - rank[name]).keys() == layers
-            assert not rank[name] - expected
+            assert (expected - rank).keys() == layers
+            assert not rank - expected
         return
-    assert [rank[name] for rank in seen] == [expected] * len(seen)
+    assert seen == [expected] * len(seen)
 
 
-@pytest.mark.parametrize("name", ["4 experts", "12 experts"])
-def test_tokens_take_as_many_bytes_whatever_the_number_of_experts(name: str, counts: Seen) -> None:
+@pytest.mark.parametrize("row", MATRIX.parameters(["4 experts", "12 experts"]))
+def test_tokens_take_as_many_bytes_whatever_the_number_of_experts(row: Row) -> None:
     """capacity_factor * tokens * d_model * 4: four times in each layer, where the capacity needs no rounding."""
-    mesh, seen = counts
+    mesh, _ = MESHES[row.mesh]
     layers, microbatches = 1, BATCH // MICROBATCH // mesh.data
     encoder = "all_to_all", int(CAPACITY * SOURCE * MICROBATCH * SPARSE.d_model * 4)
-    assert all(rank[name][encoder] == 4 * layers * microbatches * (mesh.expert > 1) for rank in seen)
+    for rank in MATRIX.answers(row):
+        assert rank[encoder] == 4 * layers * microbatches * (mesh.expert > 1)
 
 
-@pytest.mark.parametrize("name", ["dropless", "dropless" + AGAIN])
-def test_without_a_capacity_the_plan_is_for_tokens_that_are_all_real(name: str, counts: Seen) -> None:
-    mesh, seen = counts
-    foreseen = planned(mesh, name)
-    for rank in seen:
-        sent = sum(size * calls for (kind, size), calls in rank[name].items() if kind == "all_to_all")
-        assert rank[name]["all_to_all", 8 * 4] >= foreseen["all_to_all", 8 * 4]  # the counts of 4 experts
+@pytest.mark.parametrize("row", MATRIX.parameters(["dropless", "dropless" + AGAIN]))
+def test_without_a_capacity_the_plan_is_for_tokens_that_are_all_real(row: Row) -> None:
+    foreseen = planned(MESHES[row.mesh][0], row.case)
+    for rank in MATRIX.answers(row):
+        sent = sum(size * calls for (kind, size), calls in rank.items() if kind == "all_to_all")
+        assert rank["all_to_all", 8 * 4] >= foreseen["all_to_all", 8 * 4]  # the counts of 4 experts
         assert sent <= sum(size * calls for (kind, size), calls in foreseen.items() if kind == "all_to_all")
 
 
-def in_bfloat16(parallel: ParallelSpec) -> Traffic:
-    torch.set_num_threads(1)
-    return counted(parallel, "dropout", "selective")
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("comm_dtype", ["compute", "float32"])
-@pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(2, 2, 2)], ids=str)
-def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(
-    mesh: Mesh, comm_dtype: CommDtype
-) -> None:
-    parallel = ParallelSpec(expert=mesh.expert, model=mesh.model, comm_dtype=comm_dtype)
-    expected = planned(mesh, "dropout", 2, 4 if comm_dtype == "float32" else None)
-    assert on_ranks(mesh.data * mesh.model, in_bfloat16, parallel) == [expected] * mesh.data * mesh.model
+@pytest.mark.parametrize("row", MATRIX.parameters(ROUNDED))
+def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(row: Row) -> None:
+    expected = planned(MESHES[row.mesh][0], "dropout", 2, 4 if ROUNDED[row.case] == "float32" else None)
+    for rank in MATRIX.answers(row):
+        assert rank == expected
