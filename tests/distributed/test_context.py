@@ -1,10 +1,12 @@
 """DistributedContext: failures of the main rank reach all, integers add up, precision is the recipe's."""
 
+import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tiny_model import SPARSE, a_model, rows
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext, HostCopy
 from switchcli.distributed.parallel_spec import ParallelSpec
-from switchcli.errors import CheckpointError, DistributedError, OtherRankError, RecipeError, SwitchError
+from switchcli.errors import CheckpointError, DistributedError, RecipeError, SwitchError
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.loop import accumulate_gradients
@@ -22,21 +24,15 @@ from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatch, RealTokens
 
 
-def full() -> str:
-    raise CheckpointError("the disk is full")
-
-
-def two_ranks() -> dict[str, object]:
+def two_ranks() -> dict[str, Any]:
     context = DistributedContext("cpu", "float32")
-    try:
-        context.main_only(full)
-        failure: tuple[str, int] | None = None
-    except (CheckpointError, OtherRankError) as error:
-        failure = (type(error).__name__, error.exit_code)
     model = a_model(seed=context.rank)
     context.wrap(model)
     return {
-        "failure": failure,
+        "failures": {
+            (method, failing): outcome(context, method, failing)
+            for method, failing in [("main_only", 0), *itertools.product(("on_all_ranks", "main_first"), (None, 0, 1))]
+        },
         "after": context.main_only(lambda: context.rank + 41),
         "sum": context.sum_over_ranks([1, context.rank, 2**40]),
         "from main": context.from_main(7 - context.rank),
@@ -46,10 +42,33 @@ def two_ranks() -> dict[str, object]:
     }
 
 
-def test_two_ranks_act_as_one() -> None:
-    main, other = on_ranks(2, two_ranks)
-    assert main["failure"] == ("CheckpointError", 4)
-    assert other["failure"] == ("OtherRankError", 4)  # the main rank's exit code, and no words
+class Outcome(NamedTuple):
+    """How a rank leaves a method of the context: the error's kind and exit code, if any, and words or a result."""
+
+    error: str
+    exit_code: int
+    words: str
+
+
+def outcome(context: DistributedContext, method: str, failing: int | None) -> Outcome:
+    def write() -> str:
+        if context.rank == failing:
+            raise CheckpointError("no space left: free some")
+        return f"written by {context.rank}"
+
+    try:
+        return Outcome("", 0, getattr(context, method)(write))
+    except SwitchError as error:
+        return Outcome(type(error).__name__, error.exit_code, str(error))
+
+
+@pytest.fixture(scope="module")
+def main_and_other() -> list[dict[str, Any]]:
+    return on_ranks(2, two_ranks)
+
+
+def test_two_ranks_act_as_one(main_and_other: list[dict[str, Any]]) -> None:
+    main, other = main_and_other
     assert (main["after"], other["after"]) == (41, None)
     assert main["sum"] == other["sum"] == [2, 1, 2**41]
     assert main["from main"] == other["from main"] == 7
@@ -58,14 +77,26 @@ def test_two_ranks_act_as_one() -> None:
     assert (main["weight"] == other["weight"]).all()  # wrapping hands out the main rank's weights
 
 
+def test_what_a_rank_fails_with_is_said_by_the_main_one(main_and_other: list[dict[str, Any]]) -> None:
+    main, other = (rank["failures"] for rank in main_and_other)
+    for method in ("on_all_ranks", "main_first"):
+        assert main[method, None] == ("", 0, "written by 0")
+        assert other[method, None] == ("", 0, "written by 1")
+        assert main[method, 1][:2] == ("RankError", 4)
+        assert re.search(r"\brank 1\b.*no space left: free some", main[method, 1].words)
+        assert other[method, 1][:2] == ("OtherRankError", 4)
+    for method in ("main_only", "on_all_ranks", "main_first"):
+        assert main[method, 0] == ("CheckpointError", 4, "no space left: free some")
+        assert other[method, 0][:2] == ("OtherRankError", 4)  # the main rank's exit code, and no words
+
+
 def test_one_process_alone() -> None:
     context = DistributedContext("auto", "float32")
     assert (context.rank, context.world, context.is_main) == (0, 1, True)
     assert context.sum_over_ranks([3, 4]) == [3, 4]
     assert context.from_main(5) == 5
     assert context.main_only(lambda: "done") == "done"
-    with pytest.raises(CheckpointError):
-        context.main_only(full)
+    assert outcome(context, "main_only", 0).error == "CheckpointError"
     batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
     assert isinstance(context.to_device(batch), Batch)
 
@@ -136,38 +167,12 @@ def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.Monke
         DistributedContext("cpu", "float32")
 
 
-def every_rank_writes(failing: int | None, method: str) -> tuple[str, str, int]:
-    """How a rank leaves a method of the context: by what it returned or raised, with which words and code."""
-    context = DistributedContext("cpu", "float32")
-
-    def write() -> str:
-        if context.rank == failing:
-            raise CheckpointError("no space left: free some")
-        return f"written by {context.rank}"
-
-    try:
-        return "", getattr(context, method)(write), 0
-    except SwitchError as error:
-        return type(error).__name__, str(error), error.exit_code
-
-
-@pytest.mark.parametrize("method", ["on_all_ranks", "main_first"])
-def test_what_a_rank_fails_with_is_said_by_the_main_one(method: str) -> None:
-    assert on_ranks(2, every_rank_writes, None, method) == [("", "written by 0", 0), ("", "written by 1", 0)]
-    main, other = on_ranks(2, every_rank_writes, 1, method)
-    assert (main[0], main[2]) == ("RankError", 4)
-    assert re.search(r"\brank 1\b.*no space left: free some", main[1])
-    assert (other[0], other[2]) == ("OtherRankError", 4)
-    main, other = on_ranks(2, every_rank_writes, 0, method)
-    assert main == ("CheckpointError", "no space left: free some", 4)
-    assert (other[0], other[2]) == ("OtherRankError", 4)
-
-
 def differences_of_ranks(*values_by_rank: dict[str, str]) -> list[tuple[str, int] | None]:
     context = DistributedContext("cpu", "float32")
     return [context.first_difference(values_by_rank[context.rank]), context.first_difference({"a": "equal"})]
 
 
+@pytest.mark.integration
 def test_the_first_difference_among_ranks_has_its_name_and_its_lowest_rank() -> None:
     values = {"a": "1", "b": "2", "c": "3"}
     others = [{**values, "c": "4"}, {**values, "b": "4", "c": "4"}]

@@ -1,8 +1,9 @@
 """Steps with large stacks, whose experts a CPU computes one at a time, have the bits of steps with grouped products."""
 
 import pytest
+import ranks
 import tiny_model
-from ranks import model_of, on_ranks
+from ranks import RankMatrix, Row, model_of
 from tiny_model import rows
 
 from switchcli.distributed.context import DistributedContext
@@ -21,7 +22,8 @@ from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 
-STEPS = 3
+STEPS = 2
+ORDERED = ParallelSpec(reduction="ordered")
 SPEC = tiny_model.NOISY.model_copy(update={"vocab_size": 38, "sparse_every": 1})
 
 
@@ -56,27 +58,26 @@ def trained(
     return found | sums
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("microbatch", [2, 8])
+@pytest.mark.parametrize(("microbatch", "recomputed"), [(2, True), (8, False)])
 def test_steps_have_the_same_bits(microbatch: int, recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "CPU_CACHE", experts.CPU_CACHE)  # restored afterwards
-    one, other = (trained(ALONE, cache, microbatch, recomputed) for cache in (0, 2**62))
+    one, other = (trained(ALONE, large, microbatch, recomputed) for large in (0, 2**62))
     assert one == other
 
 
-MESHES = {
-    "data 2": ParallelSpec(),
-    "expert 2": ParallelSpec(expert=2),
-    "zero2": ParallelSpec(shard="zero2"),
-    "zero3": ParallelSpec(shard="zero3"),
-    "model 2": ParallelSpec(model=2),
-    "ordered": ParallelSpec(reduction="ordered"),
-}
+def same_bits(microbatch: int, parallel: ParallelSpec) -> bool:
+    return trained(parallel, 0, microbatch) == trained(parallel, 2**62, microbatch)
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("microbatch", [2, 4])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_steps_of_two_ranks_have_the_same_bits(mesh: str, microbatch: int) -> None:
-    one, other = (on_ranks(2, trained, MESHES[mesh], cache, microbatch) for cache in (0, 2**62))
-    assert one == other
+MESHES = {**{name: mesh for name, mesh in ranks.MESHES.items() if mesh[0] == 2}, "ordered": (2, ORDERED)}
+MATRIX = RankMatrix(
+    same_bits,
+    [Row(mesh, microbatch) for mesh in MESHES for microbatch in (2, 4)],
+    MESHES,
+    integration={"expert 2": [2], "model 2": [4], "zero2 2": [2], "zero3 2": [4], "ordered": [2]},
+)
+
+
+@pytest.mark.parametrize("row", MATRIX.parameters([2, 4]))
+def test_steps_of_two_ranks_have_the_same_bits(row: Row) -> None:
+    assert MATRIX.answers(row) == [True, True]
