@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
@@ -262,6 +261,8 @@ def test_a_student_of_a_size_and_a_smaller_sparse_one(trained: Path, here: Path,
 
 def test_a_dense_student_is_served_by_transformers(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     """The end of the road: the exported student loads there and gives the logits that it gives here."""
+    import transformers
+
     assert switchcli("distill", "--teacher", trained, "--out", "a", "-q").code == 0
     done = switchcli("convert", "a", "served", "--to", "huggingface")
     assert done.code == 0, done.err

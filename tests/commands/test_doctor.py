@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 from messages import lacking
 from tiny_run import RECIPE, SwitchCLI
 
@@ -34,6 +33,8 @@ def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SwitchTransformers without weights."""
     folder = tmp_path_factory.mktemp("huggingface")
+    import transformers
+
     transformers.SwitchTransformersConfig(
         vocab_size=97,
         d_model=64,

@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import theirs
 import torch
-import transformers
 from doubles import NoWarnings
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from switchcli.convert.config import StackLengths, SwitchConfig, sparse_blocks, sparse_step
 from switchcli.convert.to_transformers import transformers_config
@@ -30,6 +28,9 @@ def config(**keys: Any) -> SwitchConfig:
 
 def their_slots(logits_BSE: torch.Tensor, capacity: int) -> torch.Tensor:
     """[B, S, E]: who sits where by transformers' own router, whose input is the logits themselves."""
+    import transformers
+    from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+
     E = logits_BSE.shape[-1]
     made = transformers.SwitchTransformersConfig(d_model=E, num_experts=E, expert_capacity=capacity)
     router = SwitchTransformersTop1Router(made).eval()
@@ -74,6 +75,8 @@ def test_logits_are_equal_where_the_capacity_binds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("blocks", range(1, 8))
 def test_experts_are_where_transformers_puts_them(blocks: int) -> None:
+    import transformers
+
     for number in range(blocks + 2):
         made = transformers.SwitchTransformersConfig(
             **theirs.SHAPE | {"num_layers": blocks, "num_decoder_layers": blocks},

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import theirs
 import torch
-import transformers
 from doubles import NoWarnings
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -59,6 +58,8 @@ def run(*arguments: object) -> Any:
 
 def from_pretrained(folder: Path) -> torch.nn.Module:
     """Load the class that config.json names, with no tensor missing and none left over."""
+    import transformers
+
     model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
@@ -213,6 +214,8 @@ def test_pickles_are_read_when_asked_for(legacy: bool, tmp_path: Path) -> None:
 
 
 def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
+    import transformers
+
     config = transformers.T5Config(**theirs.SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     model = theirs.filled(transformers.T5ForConditionalGeneration(config))  # which version 5 ties even so
     assert model.lm_head.weight is model.shared.weight
@@ -223,6 +226,8 @@ def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(tmp_path: Path) -
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    import transformers
+
     source = ours(tmp_path, SPECS["sparse"])
     run(source, tmp_path / "theirs", "--to", "huggingface")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")

@@ -7,7 +7,6 @@ from typing import Any
 
 import tokenizers
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from switchcli.model.transformer import SwitchTransformer
@@ -35,6 +34,8 @@ SPARSE = {
 
 
 def t5(**keys: Any) -> torch.nn.Module:
+    import transformers
+
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**SHAPE, **keys}))
     if not keys.get("tie_word_embeddings", True):  # version 5 ties the matrices even so
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
@@ -42,6 +43,8 @@ def t5(**keys: Any) -> torch.nn.Module:
 
 
 def switch(**keys: Any) -> torch.nn.Module:
+    import transformers
+
     config = transformers.SwitchTransformersConfig(**{**SHAPE, **SPARSE, **keys})
     model = transformers.SwitchTransformersForConditionalGeneration(config)
     if not config.tie_word_embeddings:  # it gives each stack a matrix of its own then, which T5 never had

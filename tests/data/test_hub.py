@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-import datasets.load
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -137,8 +136,8 @@ def test_what_the_hub_answers_to_datasets(monkeypatch: pytest.MonkeyPatch, error
             raise error
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(datasets.load, "_raise_if_offline_mode_is_enabled", lambda *_: None)
-    monkeypatch.setattr(datasets.load, "HfApi", Client)
+    monkeypatch.setattr("datasets.load._raise_if_offline_mode_is_enabled", lambda *_: None)
+    monkeypatch.setattr("datasets.load.HfApi", Client)
     with pytest.raises(DataError, match=pattern) as caught:
         HubCorpus(path="some/name", revision="abc").source_shards()
     assert "\n" not in str(caught.value)

@@ -1,7 +1,6 @@
 """Subjects small enough for any test, and what the probes find of them."""
 
 import torch
-import transformers
 
 from switchcli.doctor.probes import Finding, run_probes
 from switchcli.doctor.subject import Subject
@@ -23,6 +22,8 @@ def ours(**settings: object) -> SwitchcliSubject:
 
 def theirs(**settings: object) -> TransformersSubject:
     """A SwitchTransformers with transformers' own initial weights, wide enough for its router to saturate."""
+    import transformers
+
     config = transformers.SwitchTransformersConfig(
         **{
             "vocab_size": 211,

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers.models.t5.modeling_t5 import T5Attention
 
 from switchcli.model import attention
 from switchcli.model.attention import (
@@ -48,6 +47,8 @@ def test_buckets_are_those_of_transformers_at_every_distance(buckets: int, beyon
     )
     distance = torch.arange(-700, 701)
     ours = RelativePositionBias(spec, bidirectional)._bucket(distance)
+    from transformers.models.t5.modeling_t5 import T5Attention
+
     theirs = T5Attention._relative_position_bucket(distance, bidirectional, buckets, farthest)
     assert torch.equal(ours, theirs)
 

@@ -10,7 +10,6 @@ import torch
 from ranks import RankMatrix, Row
 from tiny_model import step_total
 from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
@@ -100,6 +99,8 @@ def kept_by_autograd(model: SwitchTransformer, batch: Batch, bfloat16: bool, rec
 def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = ALONE) -> int:
     """Bytes of all tensors of this rank at once, at most, in one step: torch's count, of a step that it knows nothing
     of."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
     context = DistributedContext("cpu", "float32" if step.product_bytes == FLOAT else "selective", parallel)
     with torch.device("meta"):
         model = SwitchTransformer(spec)

@@ -3,14 +3,16 @@
 Where no Chromium is found this is left out, but not in continuous integration.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from browser import chromium, needs_chromium
-from playwright.sync_api import Browser, Locator, Page
 from report_folders import a_run
 
 from switchcli.report import html_page
@@ -20,6 +22,9 @@ from switchcli.report.html_page import HtmlTable, charts, page
 from switchcli.report.run_report import Report, parts
 from switchcli.report.runs import Run, read
 from switchcli.report.series import group_by_recipe
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
 
 pytestmark = needs_chromium
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytestmark = pytest.mark.integration
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(find_spec("transformers") is None, reason="it compares with transformers"),
+]
 FOLDER = Path(__file__).resolve().parents[2] / "scripts/benchmarks"
 TINY: dict[str, Any] = {"device": "cpu", "threads": 1, "shape": "tiny", "precision": "float32", "limit": 300}
 STEP = {**TINY, "section": "step", "layers": 2, "optimizer": "adamw", "dropout": 0.1}

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import test_labelled_tasks
 import test_text_formats
-from sacrebleu import corpus_bleu
 
 from switchcli.tasks.config import CustomTask
 from switchcli.tasks.registry import METRICS, TASKS
@@ -119,6 +118,8 @@ def test_an_answer_of_articles_and_punctuation_is_matched_by_an_empty_one_as_in_
 
 @pytest.mark.parametrize("prediction", EMPTY)
 def test_bleu_of_an_answer_that_says_nothing_is_sacrebleus(prediction: str) -> None:
+    from sacrebleu import corpus_bleu
+
     targets = ["the cat .", ".", "the", "Es ist gut."]
     expected = corpus_bleu([prediction] * 4, [targets], smooth_method="exp", tokenize="intl").score
     [bleu] = scored(TASKS["wmt14_en_de"], [Example("", (target,)) for target in targets], prediction).values()

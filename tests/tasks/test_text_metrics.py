@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_score import rouge_scorer
-from sacrebleu.metrics import BLEU
 
 from switchcli.tasks.stdlib_tasks import module_rows
 from switchcli.tasks.task import AnsweredExample, Example, Metric
@@ -121,6 +119,8 @@ ROUGE_TEXT = st.lists(
 
 def rouge_score_of(metric: Metric, answer: AnsweredExample) -> float:
     """Return the score of rouge_score, which takes a line for a sentence, as T5 calls it."""
+    from rouge_score import rouge_scorer
+
     targets = [target.replace(" . ", " .\n") for target in answer.example.targets]
     scorer = rouge_scorer.RougeScorer([metric.name])
     return scorer.score_multi(targets, answer.prediction.replace(" . ", " .\n"))[metric.name].fmeasure
@@ -169,6 +169,8 @@ def test_rouge_by_hand() -> None:
 
 @pytest.mark.parametrize("references", [(TARGETS,), (TARGETS, OTHERS), (OTHERS, TARGETS, OTHERS)])
 def test_bleu_is_sacrebleus(references: tuple[list[str], ...]) -> None:
+    from sacrebleu.metrics import BLEU
+
     settings_of_t5 = {"tokenize": "intl", "smooth_method": "exp", "force": False, "lowercase": False}
     expected = BLEU(**settings_of_t5, effective_order=False).corpus_score(PREDICTIONS, list(references)).score
     assert value(bleu, answers(*references)) == pytest.approx(expected)
@@ -176,6 +178,8 @@ def test_bleu_is_sacrebleus(references: tuple[list[str], ...]) -> None:
 
 def test_bleu_is_smoothed_and_of_the_whole_set() -> None:
     """No four words in a row are right, and the mean of the sentences' own scores is another figure."""
+    from sacrebleu.metrics import BLEU
+
     targets, said = ["the cat is on the mat", "there is a cat"], ["the cat sat on the mat", "here is a dog"]
     answered = [AnsweredExample(Example("", (target,)), text) for target, text in zip(targets, said, strict=True)]
     assert value(bleu, answered) == pytest.approx(BLEU(tokenize="intl").corpus_score(said, [targets]).score)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.optimization import Adafactor as TheirAdafactor
 
 from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
 from switchcli.training.optimizers import Optimizer, is_stacked
@@ -119,6 +118,8 @@ def test_an_expert_in_a_slice_of_its_own_moves_bit_by_bit_as_alone(least: int, m
 
 @pytest.mark.parametrize("shape", [(130, 200), (7, 5), (40,)])
 def test_adafactor_equals_transformers(shape: tuple[int, ...]) -> None:
+    from transformers.optimization import Adafactor as TheirAdafactor
+
     (ours,), (theirs,) = (list(parameters({"weight": shape}).values()) for _ in range(2))
     their_optimizer = TheirAdafactor(
         [theirs], lr=0.0, scale_parameter=True, relative_step=False, warmup_init=False, clip_threshold=1.0, beta1=None
