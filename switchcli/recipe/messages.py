@@ -327,6 +327,8 @@ def _annotated_node(annotation: Any, path: Keys) -> _SchemaNode:
     members: tuple[Any, ...] = (annotation,)
     if get_origin(annotation) in (Union, UnionType):
         members = tuple(member for member in get_args(annotation) if member is not type(None))
+        if len(members) == 1:
+            return _annotated_node(members[0], path)
     models = tuple(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
     return _SchemaNode(models, members[0], path)
 
