@@ -20,12 +20,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from report_folders import a_run
-from saved import reseal
+from tiny_checkpoint import reseal
 from tiny_run import Done, SwitchCLI
-from typer.testing import CliRunner
 
 from switchcli.checkpoint import manifest
-from switchcli.cli import app
 
 MODEL = "model-00000.safetensors"
 STEP = Path("run/checkpoints/step-00000002")
@@ -295,14 +293,6 @@ for line in lines:
 subprocess.run("true")
 """
 """A program that runs commands, and lists what they open, connect to and start that is none of their business."""
-
-
-@pytest.fixture(scope="session")
-def converted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run `trained` in the Hugging Face layout. Nobody writes into it."""
-    folder = tmp_path_factory.mktemp("converted") / "theirs"
-    assert CliRunner().invoke(app, ["convert", str(trained), str(folder), "--to", "huggingface"]).exit_code == 0
-    return folder
 
 
 @pytest.fixture
