@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from switchcli.checkpoint import tensor_names
 from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS, LOSS, MAX_LOAD, NEG_LOG_PERPLEXITY
@@ -83,14 +84,15 @@ def _variation(stats: StackStats) -> dict[str, torch.Tensor]:
     """
     # f and P add up to 1, so these are their relative distances from the mean 1 / E. Squaring them loses no digits, as
     # the difference of E sum(f^2) and 1 would.
+    # Stacks may have groups of different sizes, and so different numbers of them: groups without a token fill them up.
     fraction_LGE, probability_LGE = (
-        torch.stack([getattr(layer, field) for layer in stats]) * len(stats[0].load_E) - 1
+        pad_sequence([getattr(layer, field) for layer in stats], batch_first=True) * len(stats[0].load_E) - 1
         for field in ("fraction_GE", "probability_GE")
     )
     fraction_LG, probability_LG = fraction_LGE.square().mean(-1), probability_LGE.square().mean(-1)
     correlation_LG = (fraction_LGE * probability_LGE).mean(-1) / (fraction_LG * probability_LG).sqrt()
     correlation_LG = correlation_LG.where(torch.minimum(fraction_LG, probability_LG) > ROUNDING, 0.0)
-    tokens_LG = torch.stack([layer.tokens_G for layer in stats])
+    tokens_LG = pad_sequence([layer.tokens_G for layer in stats], batch_first=True)
     values = {
         "fraction_cv_squared": fraction_LG,
         "probability_cv_squared": probability_LG,

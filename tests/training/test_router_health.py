@@ -186,6 +186,17 @@ def test_rows_of_padding_thin_no_figure() -> None:
         torch.testing.assert_close(total[name].value(), alone[name].value())
 
 
+def test_groups_of_the_stacks_may_have_different_sizes() -> None:
+    """The metrics of each layer are those that it has beside no other."""
+    routers = {"router": ROUTERS["switch"], "decoder_router": ROUTERS["top_k"]}
+    output = a_model(SPARSE.model_copy(update=routers))(*rows(0, 0, 8))
+    both = routing_metrics(output)
+    for layer, stats in enumerate(output.router_stats):
+        for name, alone in routing_metrics(an_output([stats], [])).items():
+            if name.startswith("layer_"):
+                torch.testing.assert_close(both[name].value()[layer], alone.value()[0])
+
+
 def test_metrics_of_a_model_are_those_of_its_reports() -> None:
     batch = rows(0, 0, 8)
     output = a_model(BOTH)(*batch)
