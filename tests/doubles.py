@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.signals import StopTraining
@@ -12,6 +13,7 @@ from switchcli.report.console import Console
 from switchcli.training.callbacks import Callback, MetricsLog
 from switchcli.training.loop import fit
 from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.optimizers import Optimizer
 from switchcli.training.state import TrainState
 
 
@@ -58,6 +60,16 @@ class Records(MetricsLog):
 
     def write(self, record: Mapping[str, Any]) -> None:
         self.written.append(dict(record))
+
+
+class Still(Optimizer):
+    """Moves nothing."""
+
+    def step(self, learning_rate: float) -> None:
+        pass
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
 
 
 class LossAt(LossSchedule):

@@ -25,41 +25,31 @@ from switchcli.training.state import TrainState
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
 
 
-@pytest.mark.unit(
-    "spec0-all-factored",
-    "spec1-all-adamw",
-    "spec2-all-adafactor",
-    "spec3-non_expert-factored",
-    "spec4-expert-adamw",
-    "spec5-dense_feed_forward-adafactor",
-)
+FACTORED = Adafactor(min_dim_to_factor=8)
+
+
 @pytest.mark.parametrize(
-    "optimizer", [Adafactor(min_dim_to_factor=8), Adafactor(), AdamW()], ids=["factored", "adafactor", "adamw"]
-)
-@pytest.mark.parametrize(
-    ("spec", "group"),
+    ("spec", "group", "optimizer"),
     [
-        (NOISY, "all"),
-        (DENSE, "all"),
-        (GEGLU, "all"),
-        (NOISY, "non_expert"),
-        (NOISY, "expert"),
-        (GEGLU, "dense_feed_forward"),
+        (NOISY, "all", FACTORED),
+        (DENSE, "all", AdamW()),
+        (NOISY, "expert", AdamW()),
+        (GEGLU, "dense_feed_forward", Adafactor()),
     ],
 )
 def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
     spec: ModelSpec, group: TrainableSet, optimizer: OptimizerSpec, tmp_path: Path
 ) -> None:
     before = Parts(tmp_path, spec, optimizer, seed=0, group=group)
-    before.train(2)
+    before.train(1)
     before.state.record_evaluation({"cola": -1.25, "rte": 81.0})
     before.saver.save(before.state)
     after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
     assert after.saver.restore(after.state, NoWarnings())
     assert_equal(before, after)
     assert after.state.seconds == before.state.seconds
-    before.train(4)
-    after.train(4)
+    before.train(2)
+    after.train(2)
     assert_equal(before, after)
 
 
@@ -87,18 +77,14 @@ def test_nor_is_a_metric_that_is_lost_without_harm(tmp_path: Path) -> None:
         parts.saver.save(parts.state)
 
 
-@pytest.mark.parametrize("group", ["non_expert", "expert", "dense_feed_forward"])
-def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(
-    group: TrainableSet, tmp_path: Path
+def test_a_checkpoint_has_every_weight_its_documents_and_the_optimizer_of_the_weights_that_learn(
+    tmp_path: Path,
 ) -> None:
-    parts = Parts(tmp_path, NOISY, AdamW(), seed=0, group=group)
-    parts.train(2)
-    parts.saver.save(parts.state)
-    learning, start = trainable_members(parts.model, group), a_model(NOISY, seed=0)
+    parts, found = saved(tmp_path, AdamW(), "expert")
+    learning, start = trainable_members(parts.model, "expert"), a_model(NOISY, seed=0)
     for name, parameter in start.named_parameters():
         assert torch.equal(parameter, parts.model.get_parameter(name)) != (name in learning), name
-    found = checkpoint.latest_read_only(tmp_path, pytest.fail)
-    assert found is not None
+    assert {name: found.document(name) for name in DOCUMENTS} == DOCUMENTS
     load_weights(unsharded_weights(start), found.read("model", logical_tensors(start)))
     for ours, theirs in zip(start.parameters(), parts.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -110,31 +96,14 @@ def test_a_checkpoint_has_every_weight_and_the_optimizer_of_those_that_learn(
         other.saver.restore(other.state, NoWarnings())
 
 
-def test_a_checkpoint_is_whole_by_itself(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
-    parts.saver.save(parts.state)
-    found = checkpoint.latest(tmp_path, pytest.fail)
-    assert found is not None
-    for name, content in DOCUMENTS.items():
-        assert found.document(name) == content
-    model = a_model(SPARSE, seed=1)
-    load_weights(unsharded_weights(model), found.read("model", logical_tensors(model)))
-    for ours, theirs in zip(model.parameters(), parts.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def saved(folder: Path, optimizer: OptimizerSpec, group: TrainableSet = "all") -> tuple[Parts, checkpoint.Checkpoint]:
     parts = Parts(folder, NOISY, optimizer, seed=0, group=group)
-    parts.train(2)
+    parts.train(1)
     parts.saver.save(parts.state)
-    found = checkpoint.latest_read_only(folder, pytest.fail)
-    assert found is not None
-    return parts, found
+    return parts, checkpoint.Checkpoint.open(folder / "step-00000001")
 
 
-@pytest.mark.unit("adafactor-all", "adafactor-expert", "adamw-non_expert", "adamw-dense_feed_forward")
-@pytest.mark.parametrize("group", ["all", "non_expert", "expert", "dense_feed_forward"])
-@pytest.mark.parametrize("optimizer", [Adafactor(min_dim_to_factor=8), AdamW()], ids=["adafactor", "adamw"])
+@pytest.mark.parametrize(("optimizer", "group"), [(FACTORED, "all"), (FACTORED, "expert"), (AdamW(), "non_expert")])
 def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
     optimizer: OptimizerSpec, group: TrainableSet, tmp_path: Path
 ) -> None:
@@ -152,8 +121,7 @@ def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
     ("there", "there_learned", "here", "message"),
     [
         (AdamW(), "all", Adafactor(), r"optimizer\b.*\bkind\b"),
-        (Adafactor(), "all", AdamW(), r"optimizer\b.*\bkind\b"),
-        (Adafactor(), "all", Adafactor(min_dim_to_factor=8), r"\boptimizer\b.*/row\b"),
+        (Adafactor(), "all", FACTORED, r"\boptimizer\b.*/row\b"),
         (AdamW(), "non_expert", AdamW(), r"\boptimizer\b.*\brouter\.weight/step\b"),
     ],
 )
@@ -163,9 +131,8 @@ def test_an_optimizer_that_does_not_fit_is_refused_with_the_way_out(
     _, found = saved(tmp_path, there, there_learned)
     after = Parts(tmp_path / "other", NOISY, here, seed=1)
     before = {name: tensor.clone() for name, tensor in after.optimizer.state().items()}
-    with pytest.raises(CheckpointError, match=message + r".*start\.optimizer=reset") as raised:
+    with pytest.raises(CheckpointError, match=message + r".*start\.optimizer=reset"):
         load_optimizer_state(after.optimizer, found, range(NOISY.num_experts))
-    assert "\n" not in str(raised.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.optimizer.state().items())
 
 
@@ -182,8 +149,8 @@ def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path:
     [
         (Adafactor(), "optimizer/steps", True),
         (Adafactor(), "embedding/moment", True),
-        (Adafactor(min_dim_to_factor=1), "embedding/row", True),
-        (Adafactor(min_dim_to_factor=1), "embedding/column", True),
+        (FACTORED, "embedding/row", True),
+        (FACTORED, "embedding/column", True),
         (AdamW(), "embedding/step", True),
         (AdamW(), "embedding/exp_avg_sq", True),
         (AdamW(), "embedding/exp_avg", False),  # a mean of gradients
@@ -221,16 +188,6 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
         parts.state.step = step
         parts.saver.save(parts.state)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
-
-
-def test_another_architecture_is_refused_in_words(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
-    parts.saver.save(parts.state)
-    for changes in ({"d_ff": 25}, {"num_experts": 5}, {"num_layers": 4}, {"tie_embeddings": False}, {"num_experts": 1}):
-        other = Parts(tmp_path, SPARSE.model_copy(update=changes), Adafactor(), seed=1)
-        with pytest.raises(CheckpointError) as raised:
-            other.saver.restore(other.state, NoWarnings())
-        assert "\n" not in str(raised.value)
 
 
 def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:

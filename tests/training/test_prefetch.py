@@ -35,12 +35,15 @@ class Noted:
 
     def __init__(self, go: threading.Event | None = None) -> None:
         self.steps: list[int] = []
+        self.made: list[int] = []
+        """Those for which it was held up."""
         self._go = go
 
     def __call__(self, step: int) -> Iterator[Microbatch]:
         self.steps.append(step)
         if self._go is not None:
             assert self._go.wait(30)
+            self.made.append(step)
         return make(step)
 
 
@@ -110,32 +113,26 @@ def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
     asking.start()
     while not noted.steps:
         time.sleep(0.001)
-    closing = threading.Thread(target=lambda: loader.__exit__(None, None, None))
-    closing.start()
-    closing.join(0.05)
-    assert closing.is_alive()
-    go.set()
-    closing.join(30)
+    threading.Timer(0.05, go.set).start()
+    loader.__exit__(None, None, None)
+    assert noted.made == [0]
     asking.join(30)
     assert noted.steps == [0]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def slowly(step: int) -> Iterator[Microbatch]:
-    time.sleep(0.05)
-    return make(step)
+def test_the_time_that_steps_wait_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on only while the thread of the steps makes a batch, by a second."""
+    seconds = 0.0
+    monkeypatch.setattr("switchcli.training.prefetch.time.perf_counter", lambda: seconds)
 
+    def slowly(step: int) -> Iterator[Microbatch]:
+        nonlocal seconds
+        seconds += threading.current_thread() is threading.main_thread()
+        return make(step)
 
-def test_the_time_that_steps_wait_is_added_up() -> None:
-    with a_loader(0, slowly) as loader:
-        for _ in loader.from_step(0, 3):
-            pass
-        assert loader.seconds_waited >= 0.15
-    with a_loader(1, slowly, ahead=2) as loader:
-        coming = loader.from_step(0, 3)
-        next(coming)
-        first = loader.seconds_waited
-        assert first >= 0.05
-        time.sleep(0.5)  # steps 1 and 2 are made meanwhile
-        next(coming)
-        assert loader.seconds_waited - first < 0.05
+    for workers, waited in ((0, 3.0), (1, 0.0)):
+        with a_loader(workers, slowly) as loader:
+            for _ in loader.from_step(0, 3):
+                seconds += 10.0  # a step
+        assert loader.seconds_waited == waited

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -75,6 +76,19 @@ def filled(folder: Path, steps: int = STEPS) -> TeacherCache:
     return store
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the answers of all steps, in one part. Only to be read."""
+    filled(folder := tmp_path_factory.mktemp("answers"))
+    return folder
+
+
+@pytest.fixture
+def copy(answers: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return Path(shutil.copytree(answers, tmp_path / "copy"))
+
+
 def expected(step: int, first: int, count: int) -> TeacherTopK:
     batch = rows(step, first, count)
     kept = top_k_probs(teacher().predict(batch, packed=False), batch.targets_BT.numel(), SPEC)
@@ -87,18 +101,13 @@ def same(found: TeacherTopK, right: TeacherTopK) -> bool:
     return torch.equal(found.ids_BTK.int(), right.ids_BTK.int()) and close
 
 
-def test_what_is_kept_is_what_the_teacher_says(tmp_path: Path) -> None:
-    store = filled(tmp_path / "a")
-    for step in range(STEPS):
+def test_what_is_kept_is_what_the_teacher_says(answers: Path) -> None:
+    store = opened(answers)
+    assert store.missing(0, STEPS) == []
+    for step in (0, STEPS - 1):
         assert same(store.read(step, 0, ROWS), expected(step, 0, ROWS))
         assert same(store.read(step, 1, 2), expected(step, 1, 2))
-    again = opened(tmp_path / "a")
-    assert all(map(torch.equal, again.read(3, 0, ROWS), store.read(3, 0, ROWS)))
-    assert again.missing(0, STEPS) == []
-
-
-def test_probabilities_add_up_and_are_in_order(tmp_path: Path) -> None:
-    ids_BTK, probability_BTK, rest_BT = filled(tmp_path / "a").read(0, 0, ROWS)
+    ids_BTK, probability_BTK, rest_BT = store.read(0, 0, ROWS)
     torch.testing.assert_close(probability_BTK.sum(-1) + rest_BT, torch.ones(ROWS, TARGET))
     assert (probability_BTK.diff(dim=-1) <= 0).all()
     assert ids_BTK.dtype == torch.uint16
@@ -106,21 +115,19 @@ def test_probabilities_add_up_and_are_in_order(tmp_path: Path) -> None:
     assert id_dtype((1 << 16) + 1) == torch.int32
 
 
-def test_the_size_that_is_foretold_is_that_of_the_files(tmp_path: Path) -> None:
-    filled(tmp_path / "a")
-    parts = list((tmp_path / "a").glob("steps-*"))
-    headers = 1024 * len(parts)
-    size = sum(path.stat().st_size for path in parts)
-    assert 0 <= size - STEPS * bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size) <= headers
+def test_the_size_that_is_foretold_is_that_of_the_files(answers: Path) -> None:
+    (part,) = answers.glob("steps-*")
+    header = 1024
+    assert 0 <= part.stat().st_size - STEPS * bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size) <= header
 
 
 def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None:
-    store = filled(tmp_path / "a", steps=2)
+    store = filled(tmp_path / "a", steps=1)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    assert store.missing(0, STEPS) == [range(2, STEPS)]
-    filled(tmp_path / "a")
+    assert store.missing(0, 2) == [range(1, 2)]
+    filled(tmp_path / "a", steps=2)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert same(store.read(5, 0, ROWS), expected(5, 0, ROWS))
+    assert same(store.read(1, 0, ROWS), expected(1, 0, ROWS))
 
 
 def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +142,11 @@ def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
     store, context = opened(tmp_path / "a"), DistributedContext("cpu", "float32")
-    assert not fill(store, store.missing(0, STEPS), context, StopWhenTwo(tmp_path / "a"))
-    left = store.missing(0, STEPS)
-    assert left == [range(step, step + 1) for step in range(2, STEPS)]
+    assert not fill(store, store.missing(0, 3), context, StopWhenTwo(tmp_path / "a"))
+    left = store.missing(0, 3)
+    assert left == [range(2, 3)]
     assert fill(store, left, context)
-    assert same(store.read(4, 0, ROWS), expected(4, 0, ROWS))
+    assert same(store.read(2, 0, ROWS), expected(2, 0, ROWS))
 
 
 def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,25 +192,12 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "null"])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
 def test_facts_that_are_broken_are_refused(tmp_path: Path, text: str) -> None:
     opened(tmp_path)
     (tmp_path / "answers.json").write_text(text)
     with pytest.raises(CheckpointError, match=naming("answers.json", "distill.cache.folder")):
         opened(tmp_path)
-
-
-def test_a_damaged_part_is_told_when_it_is_read_and_asked_for_again(tmp_path: Path) -> None:
-    filled(tmp_path)
-    (part,) = tmp_path.glob("steps-*")
-    content = bytearray(part.read_bytes())
-    content[-1] ^= 1
-    part.write_bytes(content)
-    store = cache(tmp_path)
-    assert store.damaged() == [part]
-    with pytest.raises(CheckpointError, match=naming(part.name, "command")):
-        store.read(0, 0, ROWS)
-    assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
 
 
 def rewritten(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[bytes], bytes]:
@@ -238,7 +232,6 @@ WRONG: dict[str, Callable[[bytes], bytes]] = {
         for name in TeacherTopK._fields
         for why, act in {
             "flat": torch.flatten,
-            "short": lambda tensor: tensor[:-1],
             "narrow": lambda tensor: tensor[:, :-1],
             "other dtype of": lambda tensor: tensor.double(),
         }.items()
@@ -248,27 +241,38 @@ WRONG: dict[str, Callable[[bytes], bytes]] = {
     **{
         f"{name} of {number}": value(name, number)
         for name in ("probability_BTK", "rest_BT")
-        for number in (100.0, 1.1, -0.5, -1e-6, math.nan, math.inf, -math.inf)
+        for number in (1.1, -1e-6, math.nan, -math.inf)
     },
     "probabilities of 0": rewritten(lambda tensors: tensors["probability_BTK"].zero_()),
     "halves": rewritten(lambda tensors: tensors["probability_BTK"].mul_(0.5)),
 }
 
 
+def is_refused(folder: Path, part: Path) -> None:
+    store = cache(folder)
+    assert store.damaged() == [part]
+    with pytest.raises(CheckpointError, match=naming(part.name, "command")):
+        store.read(0, 0, ROWS)
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_answers_that_no_teacher_gave_are_refused_and_asked_for_again(tmp_path: Path, case: str) -> None:
-    filled(tmp_path)
-    (part,) = tmp_path.glob("steps-*")
+def test_answers_that_no_teacher_gave_are_refused(copy: Path, case: str) -> None:
+    (part,) = copy.glob("steps-*")
     content = WRONG[case](part.read_bytes())
     part.unlink()
     named = part.with_name(f"{part.name[:24]}{hashlib.sha256(content).hexdigest()[:32]}.safetensors")
     assert len(named.name) == len(part.name)
     named.write_bytes(content)
-    assert cache(tmp_path).damaged() == [named]
-    with pytest.raises(CheckpointError, match=naming(named.name, "command")):
-        cache(tmp_path).read(0, 0, ROWS)
-    assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
-    assert not named.exists()
+    is_refused(copy, named)
+
+
+def test_a_damaged_part_is_refused_and_asked_for_again(copy: Path) -> None:
+    (part,) = copy.glob("steps-*")
+    content = part.read_bytes()
+    part.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    is_refused(copy, part)
+    assert opened(copy).missing(0, STEPS) == [range(STEPS)]
+    assert not part.exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -289,21 +293,18 @@ def test_rounded_probabilities_are_accepted(tmp_path: Path, dtype: str) -> None:
     assert store.damaged() == []
 
 
-def test_a_name_may_claim_any_number_of_steps(tmp_path: Path) -> None:
-    filled(tmp_path)
-    (part,) = tmp_path.glob("steps-*")
+def test_a_name_may_claim_any_number_of_steps(copy: Path) -> None:
+    (part,) = copy.glob("steps-*")
     claims = part.with_name(part.name.replace("00000000-00000006", f"00000000-{10**12}"))
     part.rename(claims)
-    assert cache(tmp_path).missing(0, 10) == []
-    assert cache(tmp_path).damaged() == [claims]
-    with pytest.raises(CheckpointError, match=naming(claims.name, "command")):
-        cache(tmp_path).read(0, 0, ROWS)
-    assert same(filled(tmp_path).read(0, 0, ROWS), expected(0, 0, ROWS))
+    assert cache(copy).missing(0, 10) == []
+    is_refused(copy, claims)
+    assert opened(copy).missing(0, STEPS) == [range(STEPS)]
 
 
-def test_answers_that_are_not_there_are_told(tmp_path: Path) -> None:
+def test_answers_that_are_not_there_are_told(answers: Path) -> None:
     with pytest.raises(CheckpointError, match=naming("step 7", "command")):
-        filled(tmp_path).read(7, 0, ROWS)
+        opened(answers).read(7, 0, ROWS)
 
 
 def crash() -> None:
