@@ -30,6 +30,10 @@ from switchcli.training.scoring import TaskPredictor, score_metrics, suite_score
 from switchcli.training.scoring_spec import ScoringSpec
 
 
+def on_cpu() -> DistributedContext:
+    return DistributedContext("cpu", "float32")
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(train_unigram(["one two three four five six"], VocabSize(128)), "here")
@@ -40,24 +44,37 @@ def model(tokenizer: Tokenizer) -> SwitchTransformer:
     return a_model(SPARSE.model_copy(update={"vocab_size": 128}), seed=3)
 
 
+LABELS = ("five", "six", "one two three", "four")
+"""Of different lengths."""
+
+
+def the_examples(folder: Path, tokenizer: Tokenizer, labels: tuple[str, ...]) -> ScoredExamples:
+    """Eleven examples with texts of one to four words and one of four targets, to answer freely or by labels."""
+    rows = [{"n": " ".join(["one", "two", "three", "four"][: 1 + n % 4]), "m": LABELS[n % 4]} for n in range(11)]
+    folder.mkdir(exist_ok=True)
+    (folder / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = CustomTask(name="mine", input="{n}", target="m", labels=labels, validation=(str(folder / "v.jsonl"),))
+    return scored_examples(spec.tasks()[0], "validation", None, tokenizer, RowLengths(32, 16), None)
+
+
 @pytest.fixture
 def exam(tokenizer: Tokenizer, tmp_path: Path) -> ScoredExamples:
-    rows = [{"n": " ".join(["one", "two", "three", "four"][: 1 + n % 4]), "m": "five"} for n in range(11)]
-    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (task,) = CustomTask(name="mine", input="{n}", target="m", validation=(str(tmp_path / "v.jsonl"),)).tasks()
-    return scored_examples(task, "validation", None, tokenizer, RowLengths(32, 16), None)
+    return the_examples(tmp_path, tokenizer, ())
 
 
-@pytest.mark.unit("1-11", "3-4")
-@pytest.mark.parametrize("size", [1, 4, 11, 50])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.fixture
+def choice(tokenizer: Tokenizer, tmp_path: Path) -> ScoredExamples:
+    return the_examples(tmp_path, tokenizer, LABELS)
+
+
+@pytest.mark.parametrize(("beams", "size"), [(1, 11), (3, 4), pytest.param(1, 50, marks=pytest.mark.integration)])
 def test_each_answer_is_the_one_it_has_alone(
     size: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: ScoredExamples
 ) -> None:
-    settings = ScoringSpec(batch_examples=size, decoding=Decoding(max_tokens=9, beams=beams))
-    answered = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(exam)
+    settings = ScoringSpec(batch_examples=size, decoding=Decoding(max_tokens=5, beams=beams))
+    answered = TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(exam)
     assert [one.example for one in answered] == list(exam.examples)
-    for number, one in enumerate(answered):
+    for number, one in list(enumerate(answered))[::3]:
         ids = torch.from_numpy(exam.padded(torch.tensor([number]).numpy()))
         with evaluating(model, "dropless"):
             alone = generate(model, ids, settings.decoding)[0]
@@ -65,29 +82,15 @@ def test_each_answer_is_the_one_it_has_alone(
         assert one.prediction == tokenizer.decode(alone.tolist())
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("tokens", [0, 1, 4, 12])
+@pytest.mark.parametrize(("beams", "tokens"), [(1, 0), (1, 4), (3, 4)])
 def test_a_stop_ends_an_exam_between_two_tokens(
     tokens: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: ScoredExamples
 ) -> None:
     stop = StopAfter(tokens)
     settings = ScoringSpec(batch_examples=11, decoding=Decoding(max_tokens=20, beams=beams))
     with pytest.raises(StopTraining):
-        TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(exam, stop)
+        TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(exam, stop)
     assert stop.looked == tokens + 1 + (tokens > 0)  # it looks again at the end of a batch
-
-
-LABELS = ("five", "six", "one two three", "four")
-
-
-@pytest.fixture
-def choice(tokenizer: Tokenizer, tmp_path: Path) -> ScoredExamples:
-    """A task with labels of different lengths."""
-    rows = [{"n": " ".join(["one", "two", "three", "four"][: 1 + n % 4]), "m": LABELS[n % 4]} for n in range(11)]
-    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = CustomTask(name="mine", input="{n}", target="m", labels=LABELS, validation=(str(tmp_path / "v.jsonl"),))
-    (task,) = spec.tasks()
-    return scored_examples(task, "validation", None, tokenizer, RowLengths(32, 16), None)
 
 
 def log_p(model: SwitchTransformer, tokenizer: Tokenizer, text: str, label: str) -> float:
@@ -103,17 +106,18 @@ def log_p(model: SwitchTransformer, tokenizer: Tokenizer, text: str, label: str)
     return total
 
 
-@pytest.mark.parametrize("size", [1, 4, 50])
+@pytest.mark.parametrize("size", [4, 50])
 def test_by_likelihood_an_answer_is_the_most_probable_label(
     size: int, model: SwitchTransformer, tokenizer: Tokenizer, choice: ScoredExamples
 ) -> None:
     settings = ScoringSpec(batch_examples=size, by="likelihood")
     shown: list[int] = []
-    predictor = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")
-    answered = predictor(choice, show=shown.append)
+    answered = TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(choice, show=shown.append)
     assert shown[-1] == len(choice.examples)
     assert shown == sorted(shown)
-    naive = [{label: log_p(model, tokenizer, one.input, label) for label in LABELS} for one in choice.examples]
+    texts = {one.input for one in choice.examples}
+    by_text = {text: {label: log_p(model, tokenizer, text, label) for label in LABELS} for text in texts}
+    naive = [by_text[one.input] for one in choice.examples]
     assert [one.prediction for one in answered] == [max(by_label, key=by_label.__getitem__) for by_label in naive]
 
     inputs = torch.tensor([[*tokenizer.encode(choice.examples[3].input), EOS]])
@@ -132,7 +136,7 @@ def test_of_equal_labels_the_first_one_is_the_answer(
 
     monkeypatch.setattr(scoring, "label_log_likelihoods", equal)
     settings = ScoringSpec(by="likelihood")
-    answered = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(choice)
+    answered = TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(choice)
     assert {one.prediction for one in answered} == {"five"}
 
 
@@ -142,9 +146,7 @@ def test_a_stop_ends_a_choice_between_two_batches(
     settings = ScoringSpec(batch_examples=4, by="likelihood")
     was_training = model.training
     with pytest.raises(StopTraining):
-        TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(
-            choice, StopAfter(1)
-        )
+        TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(choice, StopAfter(1))
     assert model.training is was_training
 
 
@@ -172,29 +174,31 @@ def test_two_ranks_share_the_batches_and_each_has_all_answers(
     tables: list[torch.Tensor] = []
     alone, _, both = (
         TaskPredictor(model, tokenizer, context, settings, "dropless")(choice)
-        for context in (DistributedContext("cpu", "float32"), OneOfTwo(0, tables), OneOfTwo(1, tables))
+        for context in (on_cpu(), OneOfTwo(0, tables), OneOfTwo(1, tables))
     )
     assert both == alone
 
 
-def _chosen(folder: str, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
+BY_LIKELIHOOD = ScoringSpec(batch_examples=4, by="likelihood")
+
+
+def _chosen(folder: Path, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
     context = DistributedContext("cpu", "float32", mesh)
     model, _ = model_of(SPARSE.model_copy(update={"vocab_size": 128}), context)
     tokenizer = Tokenizer.from_json(tokenizer_json)
-    spec = CustomTask(name="mine", input="{n}", target="m", labels=LABELS, validation=(f"{folder}/v.jsonl",))
-    examples = scored_examples(spec.tasks()[0], "validation", None, tokenizer, RowLengths(32, 16), None)
-    settings = ScoringSpec(batch_examples=4, by="likelihood")
-    return [one.prediction for one in TaskPredictor(model, tokenizer, context, settings, "dropless")(examples)]
+    predictor = TaskPredictor(model, tokenizer, context, BY_LIKELIHOOD, "dropless")
+    return [one.prediction for one in predictor(the_examples(folder / str(context.rank), tokenizer, LABELS))]
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("mesh", ["data 2", "expert 2", "model 2", "zero3 2"])
+@pytest.mark.parametrize(
+    "mesh", ["model 2", *(pytest.param(mesh, marks=pytest.mark.nightly) for mesh in ("data 2", "expert 2", "zero3 2"))]
+)
 def test_ranks_choose_the_same_labels(mesh: str, choice: ScoredExamples, tokenizer: Tokenizer, tmp_path: Path) -> None:
     world, parallel = MESHES[mesh]
     model = a_model(SPARSE.model_copy(update={"vocab_size": 128}))
-    settings = ScoringSpec(batch_examples=4, by="likelihood")
-    alone = TaskPredictor(model, tokenizer, DistributedContext("cpu", "float32"), settings, "dropless")(choice)
-    for chosen in on_ranks(world, _chosen, str(tmp_path), parallel, tokenizer.to_json()):
+    alone = TaskPredictor(model, tokenizer, on_cpu(), BY_LIKELIHOOD, "dropless")(choice)
+    for chosen in on_ranks(world, _chosen, tmp_path, parallel, tokenizer.to_json()):
         assert chosen == [one.prediction for one in alone]
 
 
