@@ -133,17 +133,6 @@ def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_l
     )
 
 
-def test_the_gradient_of_the_logits_is_that_of_a_multiple_of_the_loss() -> None:
-    student, teacher, targets_N = a_case(9)
-    logits_NV = (student[0] @ student[1].mT).detach().requires_grad_()
-    every, vocabulary = slice(None), VocabularyShard(student[1])
-    q = FullTeacherProbs(*factors(teacher), 2.0).local(every, vocabulary.axis)
-    found = distillation_loss(logits_NV, targets_N, q, 0.25, 2.0, vocabulary)[0]
-    expected = naive((logits_NV, torch.eye(V, dtype=torch.float64)), q.q_CV, targets_N, 0.25, 2.0)
-    gradients = (torch.autograd.grad(0.3 * loss, logits_NV) for loss in (found, expected))
-    torch.testing.assert_close(*gradients)
-
-
 def test_a_kept_probability_of_zero_adds_nothing() -> None:
     """A small probability is 0 in float16."""
     logits_CV, targets_C = torch.randn(1, V, dtype=torch.float64), torch.tensor([4])
@@ -245,21 +234,6 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
     forward = counter.get_total_flops()
     dots = 2 * 2 * num_targets * V  # the cross-entropy's and the entropy's sums over the vocabulary
     assert both == alone + forward + dots
-
-
-def test_without_gradients_it_only_sums() -> None:
-    student, teacher, targets_N = a_case(8)
-    with torch.no_grad():
-        found = distilled_cross_entropy(
-            *factors(student), targets_N, FullTeacherProbs(*factors(teacher), 1.0), 0.25, 1.0
-        )
-    assert not found.requires_grad
-
-
-@pytest.mark.parametrize("wrong", [-0.1, 1.1])
-def test_a_soft_fraction_is_a_fraction(wrong: float) -> None:
-    with pytest.raises(ValueError, match="soft_fraction"):
-        settings(soft_fraction=wrong)
 
 
 def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:

@@ -92,14 +92,12 @@ def test_what_is_matched_is_renumbered_and_compared(both: list[tuple[int, int]])
         assert found["beyond_chance"] == 1.0
 
 
-@pytest.mark.parametrize(("experts", "tokens"), [(64, 1000), (8, 500)])
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("most", [256, 3])
+@pytest.mark.parametrize(("k", "most"), [(1, 256), (2, 3)])
 def test_routers_that_chose_by_themselves_agree_by_chance_alone(
-    experts: int, tokens: int, k: int, most: int, monkeypatch: pytest.MonkeyPatch
+    k: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expert_matching, "MAX_EXACT_EXPERTS", most)
-    draw = torch.Generator().manual_seed(0)
+    draw, experts, tokens = torch.Generator().manual_seed(0), 8, 500
     found, plain = [], []
     for _ in range(5):
         ones_AE = [
