@@ -85,8 +85,8 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
 @pytest.mark.integration
 def test_figures_are_files(tmp_path: Path) -> None:
     survey = {**a_survey(pieces=['a,"b', "\n"]), "drift": None}
-    write_files(every_figure(survey), token_tables(survey), tmp_path / "figures")
-    figures = [*every_figure(survey)]
+    figures = [*every_figure(survey)][:2]
+    write_files(figures, token_tables(survey), tmp_path / "figures")
     drawn = {f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")}
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert written == {*drawn, "tokens_0.csv", "tokens_1.csv"}
@@ -104,6 +104,7 @@ def test_figures_are_files(tmp_path: Path) -> None:
     assert figures[0].title in charts.svg(figures[0])
 
 
+@pytest.mark.integration
 @needs_chromium
 def test_a_browser_draws_every_map_with_a_cell_for_each_count_and_has_nothing_to_say(tmp_path: Path) -> None:
     survey = a_survey(pieces=["</script><script>window.ran = true</script>"])
