@@ -3,14 +3,13 @@
 import errno
 import hashlib
 import io
-import json
 import math
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -64,11 +63,6 @@ def test_the_library_reads_the_files_and_nothing_else_is_in_the_folder(tmp_path:
     ]
 
 
-def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
-    first, second = save_step(tmp_path / "a", 4), save_step(tmp_path / "b", 4)
-    assert (first / "MANIFEST").read_bytes() == (second / "MANIFEST").read_bytes()
-
-
 def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": state_json(step=1)})
     assert Checkpoint.open(path).read("optimizer", {}) == {}
@@ -111,6 +105,14 @@ def test_tensors_are_spread_over_files_of_bounded_size() -> None:
     }
     assert [list(shard) for shard in tensor_file.group_by_bytes(named, 4)] == [["a"], ["b"], ["c", "d"], ["e"]]
     assert list(tensor_file.group_by_bytes({}, 4)) == []
+
+
+def test_files_of_several_ranks_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_threes = tensor_file.group_by_bytes
+    monkeypatch.setattr(tensor_file, "group_by_bytes", lambda tensors, _: in_threes(tensors, 3))
+    tensors = {name: torch.zeros(3, dtype=torch.uint8) for name in "abc"}
+    names = [name for rank in range(2) for name, _ in checkpoints.encode_files(tensors, {}, rank, 2)]
+    assert sorted(names) == [f"model-{number:05}.safetensors" for number in range(6)]
 
 
 def test_files_may_be_written_by_several(tmp_path: Path) -> None:
@@ -164,12 +166,6 @@ def test_another_architecture_is_refused_by_its_first_key(
         assert re.search(rf"{whose}\b[^,]* {re.escape(what)}", str(caught.value))
     assert not isinstance(caught.value, DamagedError)
     assert "\n" not in str(caught.value)
-
-
-def test_another_optimizer_is_refused(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(save_step(tmp_path, 4))
-    with pytest.raises(CheckpointError, match=r"optimizer: embed\.weight/momentum"):
-        checkpoint.read("optimizer", {"embed.weight/momentum": torch.empty(4, 3)})
 
 
 def test_some_of_a_group_are_read_and_still_must_be_what_was_saved(tmp_path: Path) -> None:
@@ -237,7 +233,7 @@ def test_a_reader_never_meets_half_a_checkpoint(tmp_path: Path) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    for step in range(2, 40):
+    for step in range(2, 12):
         save_step(tmp_path, step)
         prune(tmp_path, 2, keep_best=False)
     done.set()
@@ -323,38 +319,18 @@ def test_steps_beyond_eight_digits_are_still_in_order(tmp_path: Path) -> None:
     assert found.step == 100_000_000
 
 
-def test_preflight(tmp_path: Path) -> None:
-    preflight(tmp_path / "run", 1000)
-    assert not (tmp_path / "run").exists()
+def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+        preflight(tmp_path / "run", 1000)
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(CheckpointError, match="1,001 bytes"):
+            preflight(tmp_path / "run", 1001)
     with pytest.raises(CheckpointError, match=naming(str(tmp_path / "run"), "1,000,000,000,000,000 bytes", "--out")):
         preflight(tmp_path / "run", 10**15)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"file/run"):
         preflight(tmp_path / "file" / "run", 1)
-
-
-@pytest.mark.parametrize(
-    "name", ["../step-00000002/state.json", "/etc/passwd", "a/b", ".hidden", "", "MANIFEST", "a\n", "ä"]
-)
-def test_names_outside_the_folder_are_refused(tmp_path: Path, name: str) -> None:
-    path = save_step(tmp_path, 4)
-    known = manifests.load(path)
-    entries = sorted([*known.entries, Entry(name, 1, "0" * 64)], key=lambda entry: entry.name)
-    (path / "MANIFEST").write_bytes(Manifest(4, tuple(entries)).encode())
-    with pytest.raises(DamagedError, match="MANIFEST") as caught:
-        Checkpoint.open(path)
-    assert caught.value.why == "manifest"
-
-
-@pytest.mark.parametrize("change", [lambda entries: [entries[0], *entries], lambda entries: entries[::-1]])
-def test_each_file_is_named_once_and_in_order(
-    tmp_path: Path, change: Callable[[tuple[Entry, ...]], Sequence[Entry]]
-) -> None:
-    path = save_step(tmp_path, 4)
-    (path / "MANIFEST").write_bytes(Manifest(4, tuple(change(manifests.load(path).entries))).encode())
-    with pytest.raises(DamagedError, match="MANIFEST") as caught:
-        Checkpoint.open(path)
-    assert caught.value.why == "manifest"
 
 
 @pytest.mark.parametrize("target", ["state.json", "model-00000.safetensors", "MANIFEST"])
@@ -373,13 +349,19 @@ def test_links_pipes_and_folders_are_not_read(tmp_path: Path, target: str) -> No
         Checkpoint.open(path)
 
 
-@pytest.mark.parametrize("file", ["state.json", "model-00000.safetensors", "MANIFEST"])
-@pytest.mark.parametrize("call", ["open", "read"])
 @pytest.mark.parametrize(
-    ("number", "why"),
+    ("file", "call", "number", "why"),
     [
-        *((errno.EIO, "unreadable"), (errno.ENOENT, "missing"), (errno.EINVAL, "link"), (errno.ELOOP, "link")),
-        *((errno.EACCES, ""), (errno.EMFILE, ""), (errno.ENOMEM, ""), (errno.ESTALE, "")),
+        ("state.json", "open", errno.EIO, "unreadable"),
+        ("model-00000.safetensors", "read", errno.EIO, "unreadable"),
+        ("MANIFEST", "read", errno.EIO, "unreadable"),
+        ("model-00000.safetensors", "open", errno.ENOENT, "missing"),
+        ("state.json", "open", errno.ELOOP, "link"),
+        ("model-00000.safetensors", "read", errno.EINVAL, "link"),
+        ("MANIFEST", "open", errno.EACCES, ""),
+        ("state.json", "read", errno.EMFILE, ""),
+        ("model-00000.safetensors", "open", errno.ENOMEM, ""),
+        ("model-00000.safetensors", "read", errno.ESTALE, ""),
     ],
 )
 def test_a_sector_that_cannot_be_read_is_damage_and_a_machine_that_refuses_is_not(
@@ -421,57 +403,61 @@ def test_files_that_the_manifest_does_not_name_are_ignored(tmp_path: Path) -> No
     assert equal(Checkpoint.open(path).read("model", wanted(MODEL)), numbered(MODEL, 4))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"garbage",
-        (1 << 40).to_bytes(8, "little") + b"{}",
-        b"\x02" + b"\x00" * 7 + b"{}" + b"trailing",
-        tensor_file.encode({"embed.weight": torch.ones(4, 3)}),
-        safetensors.torch.save({"x": torch.ones(1, dtype=torch.int16)}),
-    ],
-    ids=["empty", "garbage", "length", "trailing", "twice", "dtype"],
+UNSOUND_TENSORS = (
+    b"",
+    b"garbage",
+    (1 << 40).to_bytes(8, "little") + b"{}",
+    b"\x02" + b"\x00" * 7 + b"{}" + b"trailing",
+    tensor_file.encode({"embed.weight": torch.ones(4, 3)}),  # which another file has
+    safetensors.torch.save({"x": torch.ones(1, dtype=torch.int16)}),
 )
-def test_a_sealed_file_that_is_not_sound_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = save_step(tmp_path, 4)
-    (path / "model-00001.safetensors").write_bytes(content)
-    reseal(path)
-    with pytest.raises(DamagedError, match="model-00001"):
-        Checkpoint.open(path).read("model", wanted(MODEL))
+UNSOUND_STATES = (
+    *(b"", b"[]", b"nonsense", b"[" * 100_000, b"\xff", b"{}", b'{"step": 4, "seconds": 0.0}'),
+    *(state_json(step=step) for step in (3, "4", 1e400, -4, None, True)),
+    *(state_json(step=4, targets_seen=targets) for targets in (-1, 2**63, 1.5, None)),
+    *(state_json(step=4, seconds=seconds) for seconds in (-1.0, 1e10, "1", math.inf)),
+    *(state_json(step=4, figures=metrics) for metrics in ([1], {"a": math.nan}, {"a": "1"})),
+    *(state_json(step=4, best=best) for best in ([1], {"a": [1.0]}, {"a": [1.0, -1]}, {"a": [1.0, 5]})),
+    *(state_json(step=4, branch=branch) for branch in ([-1, 0, 0, True], [0, -1, 0, True], [5, 0, 0, True])),
+    *(state_json(step=4, window={"loss": loss}) for loss in ([1], [1, [2]], [[1, 2], [1]], [[[1], [1, 2]], 1])),
+    *(state_json(step=4, skipped_steps=[skipped]) for skipped in ([3, 1], [-1, 1], [1])),
+    *(state_json(step=4, evaluated_step=5), state_json(step=4, position=[-1])),
+)
+
+
+def with_names(*names: str) -> str:
+    """The text of a manifest of files of these names."""
+    return Manifest(4, tuple(Entry(name, 1, "0" * 64) for name in names)).encode().decode().splitlines()[0]
+
+
+SOUND = with_names("a")
+UNSOUND_MANIFESTS = (
+    *("[]", "1", "", "{", '{"a": 1}'),
+    *map(with_names, ("../step-00000002/state.json", "/etc/passwd", ".hidden", "", "MANIFEST", "a\n", "ä")),
+    *(with_names("a", "a"), with_names("b", "a")),
+    *(SOUND.replace('":', '": ', 1), SOUND.replace("4", '"4"'), SOUND.replace("4", "-4")),
+)
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("file", "content"),
     [
+        *(("model-00001.safetensors", content) for content in UNSOUND_TENSORS),
+        *(("state.json", content) for content in UNSOUND_STATES),
         *(
-            b"",
-            b"[]",
-            b"nonsense",
-            b"[" * 100_000,
-            b"\xff",
-            b"{}",
-            b'{"step": 4}',
-            b'{"step": 4, "targets_seen": 0}',
-            b'{"step": 4, "seconds": 0.0}',
+            ("MANIFEST", f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n".encode())
+            for text in UNSOUND_MANIFESTS
         ),
-        *(state_json(step=step) for step in (3, "4", 1e400, -4, None, True)),
-        *(state_json(step=4, targets_seen=targets) for targets in (-1, 2**63, 1.5, None)),
-        *(state_json(step=4, seconds=seconds) for seconds in (-1.0, 1e10, "1", math.inf)),
-        *(state_json(step=4, figures=metrics) for metrics in ([1], {"a": math.nan}, {"a": "1"})),
-        *(state_json(step=4, best=best) for best in ([1], {"a": [1.0]}, {"a": [1.0, -1]}, {"a": [1.0, 5]})),
-        *(state_json(step=4, branch=branch) for branch in ([-1, 0, 0, True], [0, -1, 0, True], [5, 0, 0, True])),
-        *(state_json(step=4, window={"loss": loss}) for loss in ([1], [1, [2]], [[1, 2], [1]], [[[1], [1, 2]], 1])),
-        *(state_json(step=4, skipped_steps=[skipped]) for skipped in ([3, 1], [-1, 1], [1])),
-        *(state_json(step=4, evaluated_step=5), state_json(step=4, position=[-1])),
     ],
 )
-def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_what_no_run_wrote_is_damage_though_it_is_sealed(tmp_path: Path, file: str, content: bytes) -> None:
     path = save_step(tmp_path, 4)
-    (path / "state.json").write_bytes(content)
-    reseal(path)
-    with pytest.raises(DamagedError, match=r"state\.json"):
-        Checkpoint.open(path)
+    (path / file).write_bytes(content)
+    if file != "MANIFEST":
+        reseal(path)
+    with pytest.raises(DamagedError, match=file) as caught:
+        Checkpoint.open(path).read("model", wanted(MODEL))
+    assert file != "MANIFEST" or caught.value.why == "manifest"
 
 
 @pytest.mark.parametrize(
@@ -479,6 +465,7 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path: Path, content: bytes) ->
     [
         {"best": {"a": [1.0, 4]}, "evaluated_step": 4, "skipped_steps": [[1, 1], [3, 9]], "branch": [4, 0, -8, True]},
         {"window": {"loss": [1.0, 2], "load": [[[1], [2]], 3], "each": [[1, 2], [3, 4]]}, "seconds": 9.9e9},
+        {"of_a_later_version": 1},
     ],
 )
 def test_a_state_at_its_limits_is_read(tmp_path: Path, state: dict[str, Any]) -> None:
@@ -488,9 +475,14 @@ def test_a_state_at_its_limits_is_read(tmp_path: Path, state: dict[str, Any]) ->
     assert Checkpoint.open(path).step == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("group", ["model", "optimizer"])
+@pytest.mark.parametrize(
+    ("group", "value", "dtype"),
+    [
+        ("model", math.nan, torch.float32),
+        ("model", -math.inf, torch.bfloat16),
+        ("optimizer", math.inf, torch.float64),
+    ],
+)
 def test_a_number_that_is_not_finite_is_refused_where_it_is_read(
     tmp_path: Path, group: checkpoints.TensorGroup, value: float, dtype: torch.dtype
 ) -> None:
@@ -511,51 +503,15 @@ def test_a_number_that_is_not_finite_is_refused_where_it_is_read(
     assert torch.equal(read.read_slice("bad", (slice(0, 2), slice(0, 5))), bad_AB[:2])  # a rank reads its part alone
 
 
-def test_what_a_later_version_adds_to_a_state_is_no_damage(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_later_version_is_refused_and_not_called_damaged(tmp_path: Path) -> None:
     path = save_step(tmp_path, 4)
-    (path / "state.json").write_bytes(state_json(step=4, other=1))
-    reseal(path)
-    assert Checkpoint.open(path).step == 4
-
-
-def test_a_manifest_must_be_in_its_one_form(tmp_path: Path) -> None:
-    path = save_step(tmp_path, 4)
-    body = json.loads((path / "MANIFEST").read_bytes().splitlines()[0])
-
-    def seal(text: str) -> None:
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        (path / "MANIFEST").write_text(f"{text}\n{digest}\n")
-
-    for text in (
-        json.dumps(body),
-        json.dumps(body | {"more": 1}),
-        "[]",
-        "1",
-        "",
-        "{",
-        json.dumps(body | {"step": "4"}),
-    ):
-        seal(text)
-        with pytest.raises(DamagedError, match="MANIFEST"):
-            Checkpoint.open(path)
-    seal(json.dumps(body | {"format": "switchcli checkpoint 2"}))
+    text = (path / "MANIFEST").read_text().splitlines()[0].replace("switchcli checkpoint 1", "switchcli checkpoint 2")
+    (path / "MANIFEST").write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
     with pytest.raises(
         CheckpointError, match=naming("MANIFEST", "switchcli checkpoint 1", "switchcli checkpoint 2")
     ) as caught:
         Checkpoint.open(path)
     assert not isinstance(caught.value, DamagedError)
-
-
-def test_what_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_step(tmp_path, 4)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(manifests, "open_regular", refuse)
-    with pytest.raises(CheckpointError, match=naming("MANIFEST", "Permission denied", "readable")):
-        latest(tmp_path, fail)
-    assert path.exists()
 
 
 def test_what_was_found_is_read_to_the_end_when_the_run_removes_it_meanwhile(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ import json
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,21 +55,19 @@ def test_a_folder_in_which_nothing_was_written_is_as_it_was(was_there: int, tmp_
     assert [folder.exists() for folder in folders] == [number <= was_there for number in range(3)]
 
 
-def test_a_second_run_is_refused_at_once_by_name_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_a_second_run_is_refused_by_name_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     process = holding(tmp_path)
     try:
-        start = time.monotonic()
         with (
             pytest.raises(CheckpointError, match=naming(platform.node(), f"process {process.pid}", "--out")) as caught,
             lock(tmp_path),
         ):
             pass
-        assert time.monotonic() - start < 1
         assert caught.value.exit_code == 4
         assert json.loads((tmp_path / "run.lock").read_text())["started"] in str(caught.value)
-        assert "\n" not in str(caught.value)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
     assert str(process.pid) in (tmp_path / "run.lock").read_text()  # stale words, no lock
     with lock(tmp_path):
@@ -83,6 +81,7 @@ def test_a_lock_is_released_after_an_error(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.integration
 def test_a_program_that_the_run_started_does_not_keep_the_lock(tmp_path: Path) -> None:
     with lock(tmp_path):
         child = subprocess.Popen(["sleep", "60"], close_fds=False)
@@ -101,23 +100,22 @@ def test_a_holder_that_has_not_written_its_name_is_refused_all_the_same(tmp_path
             pass
 
 
-def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="--out"), lock(tmp_path / "file" / "run"):
-        pass
-
-
-def test_a_file_in_place_of_the_folder_is_bad_input(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     with pytest.raises(RecipeError, match=r"mine\.yaml: .*file.*--out"), lock(tmp_path / "mine.yaml"):
         pass
+    with pytest.raises(CheckpointError, match="--out"), lock(tmp_path / "mine.yaml" / "run"):
+        pass
 
 
-def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").symlink_to(tmp_path / "elsewhere")
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    link(elsewhere, tmp_path / "run.lock")
     with pytest.raises(CheckpointError), lock(tmp_path):
         pass
-    assert not (tmp_path / "elsewhere").exists()
+    assert elsewhere.read_text() == "mine"
 
 
 @pytest.mark.parametrize("is_made_again", [False, True])
@@ -140,7 +138,7 @@ def test_a_lock_file_that_another_start_removes_meanwhile_is_no_lock(
 
 @pytest.mark.integration
 def test_of_many_that_start_together_one_wins(tmp_path: Path) -> None:
-    for attempt in range(5):
+    for attempt in range(2):
         command = [sys.executable, "-c", HOLD, str(tmp_path / str(attempt))]
         racers = [
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(4)

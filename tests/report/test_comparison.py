@@ -1,18 +1,17 @@
 """Where runs of different lengths are compared, and what is said of the best and the fastest of them."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from messages import lacking
-from report_folders import TOKENS, a_run
+from report_folders import TOKENS
 
 from switchcli.metric_names import HELD_OUT_LOSS
 from switchcli.report import figures
 from switchcli.report.comparison import Comparison, compare
 from switchcli.report.run_report import highlights, quality_table
-from switchcli.report.runs import Curve, Run, read
+from switchcli.report.runs import Curve, Run
 from switchcli.report.series import group_by_recipe
 from switchcli.report.significance import Verdict, gain, t_95
 
@@ -105,15 +104,6 @@ def test_a_run_that_has_only_begun_takes_no_part(begun: dict[float, float]) -> N
     assert found.rows[2].at_common is None
     assert best(found) == (Verdict.ONE_SEED, 100)
     assert any("d-0" in note for note in found.notes) == (not begun)
-
-
-def test_a_run_cut_short_after_a_logged_step_is_compared_at_its_last_evaluation(tmp_path: Path) -> None:
-    folder = a_run(tmp_path / "a", steps=100, of=200)
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:-3]))  # without the evaluation of step 90, which is logged
-    run = read(folder, {"train": {"batch_tokens": TOKENS}})
-    other = read(a_run(tmp_path / "b"), {"train": {"batch_tokens": TOKENS}, "b": 1})
-    assert compare(group_by_recipe([run, other]), None, None, 1).common_step == 80
 
 
 def seeds(name: str, *ends: float, first: int = 0) -> list[Run]:

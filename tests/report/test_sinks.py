@@ -69,11 +69,6 @@ def test_a_last_line_that_only_lost_its_end_is_kept_whole(tmp_path: Path) -> Non
     assert sink.path.read_bytes() == whole
 
 
-def test_rewinding_nothing_makes_nothing(tmp_path: Path) -> None:
-    JsonLines(tmp_path / "m").rewind(3)
-    assert not (tmp_path / "m").exists()
-
-
 DAMAGE = {
     "not JSON": b"{torn",
     "an array": b"[1]",
@@ -169,12 +164,6 @@ def test_a_line_that_is_longer_than_any_record_is_moved_in_pieces(
         path.write_bytes(b'{"step": 1}\n' + b"x" * length + rest)
         JsonLines(path).rewind(2)
         assert path.read_bytes() == b'{"step": 1}\n' + rest[1:]
-
-
-def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    with pytest.raises(CheckpointError, match="m: Is a directory"):
-        JsonLines(tmp_path / "m").rewind(1)
 
 
 def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:

@@ -63,14 +63,6 @@ def test_of_other_tokenizers_bits_a_byte_count_and_fewer_are_better(tmp_path: Pa
     assert better.speed.factors[0].spread == pytest.approx((2, 2, 2))
 
 
-def test_runs_of_other_lengths_are_compared_where_all_have_been(tmp_path: Path) -> None:
-    path = a_run(tmp_path / "short", steps=40)
-    found = compare(group_by_recipe([a_seed(tmp_path, "a", 0, 0.01), read(path, RECIPE)]), None, None, 1)
-    assert found.common_step == 40
-    assert [row.at_common for row in found.rows] == [pytest.approx((4.6,) * 3), pytest.approx((4.2,) * 3)]
-    assert not lacking(found.notes[0], "step 40")
-
-
 @given(values=st.lists(st.floats(-10, 10), min_size=2, max_size=12), quality=st.floats(-10, 10))
 def test_the_first_step_is_where_a_search_finds_it(values: list[float], quality: float) -> None:
     steps = np.arange(len(values)) * 8.0

@@ -219,12 +219,12 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_any_callback_sees_the_
     assert seen == [1]
 
 
-@pytest.mark.parametrize(("every_steps", "steps"), [(2, 4), (100, 4), (1, 1)])
-def test_it_ends_the_run_also_when_no_callback_is_due(every_steps: int, steps: int) -> None:
+@pytest.mark.parametrize(("every_steps", "steps"), [((2,), 4), ((100,), 4), ((), 1)])
+def test_it_ends_the_run_also_when_no_callback_is_due(every_steps: tuple[int, ...], steps: int) -> None:
     run, seen = Run(), []
     poisoned(run, 1)
     with pytest.raises(NumericsError, match="step 1"):
-        run.fit(Do(every_steps, lambda state: seen.append(state.step)), steps=steps)
+        run.fit(*(Do(every, lambda state: seen.append(state.step)) for every in every_steps), steps=steps)
     assert seen == []
     assert run.state.step <= 2  # it is looked at one step late at most
 
