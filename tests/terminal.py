@@ -4,10 +4,14 @@ import errno
 import os
 import re
 import subprocess
+import sys
 import termios
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+from switchcli.cli import main
 
 ERASED = re.compile(r"\r?(\x1b\[[0-9]*[AK]\r?)+|\r?\n")
 """The end of a line, or where a bar is drawn anew: the cursor goes up, and lines are erased."""
@@ -37,23 +41,72 @@ def in_terminal(
     command: Sequence[object], columns: int, cwd: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Shown:
     """Run a command with a terminal as its stdin, stdout and stderr."""
-    reader, writer = os.openpty()
-    termios.tcsetwinsize(writer, (24, columns))
-    environment = {**environment, "TERM": "xterm-256color"}
-    for name in ("COLUMNS", "LINES", "NO_COLOR"):
-        environment.pop(name, None)
+    reader, writer = _opened(columns)
     process = subprocess.Popen(
         [*map(str, command)],
         cwd=cwd,
-        env=environment,
+        env=_of_terminal(environment),
         stdin=writer,
         stdout=writer,
         stderr=writer,
         start_new_session=True,
     )
     os.close(writer)
+    return _shown(reader, process.wait)
+
+
+def switchcli_in_terminal(words: Sequence[object], columns: int, cwd: Path) -> Shown:
+    """Run `switchcli WORDS` in a fork of this process, which need not import again what this process has imported."""
+    reader, writer = _opened(columns)
+    child = os.fork()
+    if child == 0:
+        _run_switchcli([*map(str, words)], writer, cwd)
+    os.close(writer)
+    return _shown(reader, lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def _run_switchcli(words: Sequence[str], terminal: int, cwd: Path) -> NoReturn:
+    """In the fork: the entry point that a shell calls. An error that no user should see is a traceback."""
+    try:
+        os.setsid()
+        for descriptor in range(3):
+            os.dup2(terminal, descriptor)
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        environment = _of_terminal(os.environ)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(cwd)
+        sys.argv = ["switchcli", *words]
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _opened(columns: int) -> tuple[int, int]:
+    """Open a terminal: what it shows is read from the first descriptor, and commands have the second."""
+    reader, writer = os.openpty()
+    termios.tcsetwinsize(writer, (24, columns))
+    return reader, writer
+
+
+def _of_terminal(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a terminal with colors, whose size is its own."""
+    others = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    return {**others, "TERM": "xterm-256color"}
+
+
+def _shown(reader: int, wait: Callable[[], int]) -> Shown:
+    """Read a terminal until its command, for which `wait` waits, has ended."""
     written = b"".join(iter(lambda: _read(reader), b""))
-    code = process.wait()
+    code = wait()
     os.close(reader)  # not before the process has ended: its terminal would hang up
     lines = ERASED.sub("\n", written.decode(errors="replace"))
     return Shown(code, ESCAPE.sub("", lines))

@@ -2,27 +2,15 @@
 
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from tiny_run import RECIPE, Done, SwitchCLI, lay_out, lay_out_tuning, write_text
-from typer.testing import CliRunner
+from tiny_run import Done, SwitchCLI, lay_out, lay_out_tuning
 
-from switchcli.cli import app, main
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file for all tests of the session: what it is prepared into is cached by its path and time.
-
-    Which of its lines `trained` holds out differs from session to session, as the file's path does: a tenth of them, so
-    that no draw leaves too few.
-    """
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    write_text(path)
-    return path
+from switchcli.cli import main
 
 
 @pytest.fixture
@@ -32,24 +20,13 @@ def recipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return lay_out(tmp_path, text)
 
 
-@pytest.fixture(scope="session")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pre-trained run of two steps. Nobody writes into it."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.yaml").write_text(RECIPE.replace("text.txt", str(text)))
-    out = folder / "run"
-    done = CliRunner().invoke(app, ["pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"])
-    assert done.exit_code == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def dense(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense model of `trained`, from the same text. Nobody writes into it."""
-    out = tmp_path_factory.mktemp("dense") / "run"
-    arguments = ["pretrain", str(trained / "recipe.yaml"), "model.num_experts=1", "--out", str(out), "--quiet"]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
-    return out
+@pytest.fixture
+def begun(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A copy of `trained` to go on with, `a` in the current folder, and its recipe: `switchcli pretrain BEGUN --out a`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "a")
+    shutil.copy(trained.with_name("tiny.yaml"), "tiny.yaml")
+    return "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
