@@ -22,7 +22,7 @@ def recipe(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def begun(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A copy of `trained` to go on with, `a` in the current folder, and its recipe: `switchcli pretrain BEGUN --out a`."""
+    """The recipe of `trained` beside a copy of it to go on with, `a`, in the current folder."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained, "a")
     shutil.copy(trained.with_name("tiny.yaml"), "tiny.yaml")
