@@ -5,18 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from messages import lacking
 
 from switchcli.errors import CheckpointError
-from switchcli.report.console import silent
-from switchcli.runs.loading import open_checkpoint
-
-
-def weights(path: Path):
-    found = open_checkpoint(path, silent())
-    empty = {name: torch.empty(kind.shape, dtype=kind.dtype) for name, kind in found.tensor_specs("model").items()}
-    return found.read("model", empty)
 
 
 def test_it_begins_with_the_weights_and_the_vocabulary_of_the_checkpoint(switchcli, recipe, trained):
@@ -31,46 +22,28 @@ def test_it_begins_with_the_weights_and_the_vocabulary_of_the_checkpoint(switchc
     assert (Path("on") / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
 
 
-def test_a_new_optimizer_takes_another_step_than_one_that_is_carried(switchcli, recipe, trained):
-    for kind in ("carry", "reset"):
-        done = switchcli("pretrain", recipe, "--model", trained, "--out", kind, f"start.optimizer={kind}", "-q")
-        assert done.code == 0, done.err
-    carried, reset = weights(Path("carry")), weights(Path("reset"))
-    assert any(not torch.equal(carried[name], reset[name]) for name in carried)
-
-
-def test_it_resumes_without_the_checkpoint_that_it_started_from(switchcli, recipe, trained, tmp_path):
-    command = ("pretrain", recipe, "--model", tmp_path / "moving", "--quiet", "checkpoint.save_every_steps=1")
-    (tmp_path / "moving").symlink_to(trained)
-    assert switchcli(*command, "--out", "whole", "train.steps=3").code == 0
-    assert switchcli(*command, "--out", "halves", "train.steps=2").code == 0
-    done = switchcli(*command, "--out", "halves", "train.steps=3")
-    assert done.code == 0, done.err
-    whole, halves = weights(Path("whole")), weights(Path("halves"))
-    # The learning rate's last steps depend on how many there are: here none do.
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
-
-
-def test_a_run_that_was_killed_before_its_first_save_keeps_its_start(switchcli, recipe):
-    """The run that it started from has gone on since."""
-    source = ("pretrain", recipe, "--out", "source", "checkpoint.save_every_steps=1", "checkpoint.keep_last=5", "-q")
-    assert switchcli(*source, "train.steps=1").code == 0
-    command = ("pretrain", recipe, "--model", "source", "--out", "on", "train.steps=1")
+@pytest.mark.integration
+def test_a_run_that_was_killed_before_its_first_save_keeps_its_start(switchcli, begun):
+    """The run that it started from has gone on since, and is gone at last."""
+    command = ("pretrain", begun, "--model", "a", "--out", "on", "train.steps=1", "start.optimizer=reset")
     first = switchcli(*command)
     assert first.code == 0, first.err
-    start = "source/checkpoints/step-00000001"
+    start = "a/checkpoints/step-00000002"
     assert f"starting from {start}" in first.err
     shutil.rmtree("on/checkpoints")  # as after a kill before the first save
-    assert switchcli(*source, "train.steps=2").code == 0
+    more = ("train.steps=3", "checkpoint.keep_last=5", "checkpoint.save_every_steps=1")
+    assert switchcli("pretrain", begun, "--out", "a", *more).code == 0
     again = switchcli(*command)
     assert again.code == 0, again.err
     assert f"starting from {start}" in again.err
-    shutil.rmtree("on/checkpoints")
     shutil.rmtree(start)
+    resumed = switchcli(*command[:-2], "train.steps=2", "start.optimizer=reset")
+    assert resumed.code == 0, "a run that has saved does not need its start"
+    shutil.rmtree("on/checkpoints")
     gone = switchcli(*command)
     assert gone.code == 0, gone.err
     assert not lacking(gone.err, f"warning {start}")
-    assert "starting from source/checkpoints/step-00000002" in gone.err
+    assert "starting from a/checkpoints/step-00000003" in gone.err
 
 
 @pytest.mark.parametrize(
