@@ -58,19 +58,31 @@ def in_terminal(
 def switchcli_in_terminal(words: Sequence[object], columns: int, cwd: Path) -> Shown:
     """Run `switchcli WORDS` in a fork of this process, which need not import again what this process has imported."""
     reader, writer = _opened(columns)
+    child = fork_switchcli(words, cwd, (writer, writer, writer))
+    os.close(writer)
+    return _shown(reader, lambda: exit_code(child))
+
+
+def fork_switchcli(words: Sequence[object], cwd: Path, streams: Sequence[int]) -> int:
+    """Begin `switchcli WORDS` in a fork of this process, with descriptors as its standard streams. Return its ID."""
     child = os.fork()
     if child == 0:
-        _run_switchcli([*map(str, words)], writer, cwd)
-    os.close(writer)
-    return _shown(reader, lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        _run_switchcli([*map(str, words)], cwd, streams)
+    return child
 
 
-def _run_switchcli(words: Sequence[str], terminal: int, cwd: Path) -> NoReturn:
+def exit_code(child: int) -> int:
+    """Wait for a child, and return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _run_switchcli(words: Sequence[str], cwd: Path, streams: Sequence[int]) -> NoReturn:
     """In the fork: the entry point that a shell calls. An error that no user should see is a traceback."""
     try:
         os.setsid()
-        for descriptor in range(3):
-            os.dup2(terminal, descriptor)
+        for standard, descriptor in enumerate(streams):
+            os.dup2(descriptor, standard)
+        os.closerange(3, 256)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         environment = _of_terminal(os.environ)
         os.environ.clear()

@@ -3,13 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from messages import lacking
-from tiny_run import RECIPE, SwitchCLI
+from tiny_run import SwitchCLI
 
 from switchcli.doctor.probes import PROBES
 
@@ -18,20 +16,8 @@ FILES = "--checkpoint-files"
 
 
 @pytest.fixture(scope="module")
-def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    recipe = RECIPE.replace("text.txt", str(text))
-    (folder / "tiny.yaml").write_text(recipe)
-    out = folder / "run"
-    command = [sys.executable, "-m", "switchcli", "pretrain", str(folder / "tiny.yaml"), "--out", str(out), "--quiet"]
-    subprocess.run(command, check=True)
-    return out
-
-
-@pytest.fixture(scope="module")
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SwitchTransformers without weights."""
+    """A SwitchTransformers without wthrees."""
     folder = tmp_path_factory.mktemp("huggingface")
     import transformers
 
@@ -52,6 +38,7 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.integration
 def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/switch")
     assert done.code == 0
@@ -73,16 +60,14 @@ def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
     assert len(routers) == sum(probe.needs_routers for probe in PROBES)
 
 
-@pytest.mark.integration
-def test_a_trained_run_is_sound(run: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", run)
+def test_a_trained_run_is_sound(trained: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", trained)
     assert done.code == 0
-    assert not lacking(done.out, f"{run} trained switchcli")
-    newest = switchcli("doctor", run / "checkpoints/step-00000002")
-    assert newest.out.splitlines()[1:] == done.out.splitlines()[1:]
-    refused = switchcli("doctor", run, "model.num_experts=2")
+    assert not lacking(done.out, f"{trained} trained switchcli")
+    assert done.out.splitlines()[-1].startswith("sound: ")
+    refused = switchcli("doctor", trained, "model.num_experts=2")
     assert (refused.code, refused.out) == (2, "")
-    assert not lacking(refused.err, f"{run} KEY=VALUE model.num_experts")
+    assert not lacking(refused.err, f"{trained} KEY=VALUE model.num_experts")
 
 
 @pytest.mark.integration
@@ -96,6 +81,7 @@ def test_a_hugging_face_configuration_fails(configuration: Path, switchcli: Swit
     assert done.out.splitlines()[-1].startswith("not sound: ")
 
 
+@pytest.mark.integration
 def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", configuration, "--json")
     assert (done.code, done.out.count("\n")) == (1, 1)
@@ -115,13 +101,6 @@ def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
         assert finding["verdict"] in ("pass", "warn", "fail", "skip")
         assert isinstance(finding["value"], int | float | None)
         assert bool(finding["advice"]) == (finding["verdict"] in ("warn", "fail"))
-
-
-@pytest.mark.integration
-def test_a_name_cannot_act_on_the_terminal(configuration: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
-    evil = tmp_path / "a\x1b[2J[bold]"
-    evil.symlink_to(configuration)
-    assert r"a\x1b[2J[bold]: 2 " in switchcli("doctor", evil).out
 
 
 def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,26 +132,20 @@ def test_a_model_too_large_for_the_machine(switchcli: SwitchCLI) -> None:
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.integration
-def test_the_papers_bfloat16_arm_fails_by_its_routers_precision(switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", "quickstart/switch", "train.precision=bfloat16", "--json")
-    failed = [finding["probe"] for finding in json.loads(done.out)["findings"] if finding["verdict"] == "fail"]
-    assert (done.code, failed) == (1, ["router precision"])
-
-
 def ends(shown: str) -> list[tuple[str, str]]:
     """The first word of each line and its last."""
     return [(line.split()[0], line.split()[-1]) for line in shown.splitlines()]
 
 
-def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli: SwitchCLI) -> None:
-    assert switchcli("pretrain", recipe, "train.steps=8", "--out", "a", "-q").code == 0
-    four, eight = (f"a/checkpoints/step-0000000{step}" for step in (4, 8))
+@pytest.mark.integration
+def test_the_files_of_a_run_are_verified_as_loading_does(begun: str, switchcli: SwitchCLI) -> None:
+    assert switchcli("pretrain", begun, "train.steps=3", "--out", "a", "-q").code == 0
+    two, three = (f"a/checkpoints/step-0000000{step}" for step in (2, 3))
     done = switchcli("doctor", FILES, "a")
     assert done.code == 0
-    assert ends(done.out) == [("whole", eight), ("whole", four), ("loading", eight)]
+    assert ends(done.out) == [("whole", three), ("whole", two), ("loading", three)]
 
-    file = Path(eight, "optimizer-00000.safetensors")
+    file = Path(three, "optimizer-00000.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -182,29 +155,29 @@ def test_the_files_of_a_run_are_verified_as_loading_does(recipe: str, switchcli:
     damage = first.removeprefix("damaged  ")
     assert damage.startswith(f"{file}: ")
     assert not lacking(damage, "SHA-256 checkpoint")
-    assert ends("\n".join(others)) == [("whole", four), ("loading", four)]
+    assert ends("\n".join(others)) == [("whole", two), ("loading", two)]
     done = switchcli("doctor", FILES, "a", "--json")
     assert (done.code, json.loads(done.out)) == (
         CHECKPOINT,
-        {"folder": "a", "whole": False, "loaded": four, "damage": {eight: damage, four: None}},
+        {"folder": "a", "whole": False, "loaded": two, "damage": {three: damage, two: None}},
     )
-    assert switchcli("doctor", FILES, four).code == 0
-    one = switchcli("doctor", FILES, eight)
+    assert switchcli("doctor", FILES, two).code == 0
+    one = switchcli("doctor", FILES, three)
     assert one.code == CHECKPOINT
     lines = one.out.splitlines()
     assert (lines[0], len(lines), lacking(lines[1], "none whole")) == (f"damaged  {damage}", 2, [])
-    assert switchcli("eval", eight, "--out", "scores").err == f"error: {damage}\n"
+    assert switchcli("eval", three, "--out", "scores").err == f"error: {damage}\n"
 
-    again = switchcli("pretrain", recipe, "train.steps=8", "--out", "a")
+    again = switchcli("pretrain", begun, "train.steps=3", "--out", "a")
     assert f"warning: {damage} " in again.err
-    assert not lacking(again.err, "step 4 8")
+    assert not lacking(again.err, "step 2 3")
     assert switchcli("doctor", FILES, "a").code == 0
 
 
 @pytest.mark.integration
-def test_files_without_a_manifest_and_no_files(run: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+def test_files_without_a_manifest_and_no_files(trained: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     lost = tmp_path / "checkpoints/step-00000002"
-    shutil.copytree(run / "checkpoints/step-00000002", lost)
+    shutil.copytree(trained / "checkpoints/step-00000002", lost)
     (lost / "MANIFEST").unlink()
     for name in (lost, tmp_path):
         done = switchcli("doctor", FILES, name)
@@ -220,5 +193,5 @@ def test_files_without_a_manifest_and_no_files(run: Path, switchcli: SwitchCLI, 
         assert (done.code, done.out) == (CHECKPOINT, "")
         assert done.err.startswith(f"error: {name}: ")
         assert not lacking(done.err, "checkpoint checkpoints/step-*")
-    refused = switchcli("doctor", FILES, run, "model.num_experts=2")
+    refused = switchcli("doctor", FILES, trained, "model.num_experts=2")
     assert (refused.code, refused.out) == (2, "")

@@ -1,11 +1,10 @@
 """`switchcli recipes explain`: what it prints, what it refuses, and that it is fast."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-from terminal import in_terminal
+from terminal import switchcli_in_terminal
 from typer.testing import CliRunner
 
 from switchcli.commands.recipes import app
@@ -69,25 +68,12 @@ def test_a_misspelled_key_is_refused_with_the_nearest(key: str, nearest: str) ->
         explain(key)
 
 
-def test_it_imports_nothing_slow() -> None:
-    script = """
-import sys
-sys.argv = ["switchcli", "recipes", "explain", "model.router"]
-from switchcli.cli import app
-try:
-    app()
-finally:
-    print(*{"torch", "numpy", "pydantic", "datasets"} & {*sys.modules}, file=sys.stderr)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "model.router.kind" in done.stdout
-    assert {*done.stderr.split()} <= {"pydantic"}
-
-
+@pytest.mark.integration
 @pytest.mark.parametrize("arguments", [("explain", "model"), ("explain", "data"), ("list",)])
-def test_a_terminal_of_80_columns_breaks_no_word_and_cuts_no_meaning(arguments: tuple[str, ...]) -> None:
-    shown = in_terminal([sys.executable, "-m", "switchcli", "recipes", *arguments], 80)
+def test_a_terminal_of_80_columns_breaks_no_word_and_cuts_no_meaning(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    shown = switchcli_in_terminal(["recipes", *arguments], 80, tmp_path)
     assert not shown.faults
     assert max(map(len, shown.text.splitlines())) <= 80
     told = " ".join(shown.text.split())

@@ -27,6 +27,7 @@ def result_of(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.unit("drop")
 @pytest.mark.parametrize("by", ["drop", "merge"])
 def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: SwitchCLI) -> None:
     result = result_of(switchcli, trained, "small", "--experts", 2, "--by", by, "--sequences", 8)
@@ -49,22 +50,15 @@ def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: Swit
     assert one["text"]["neg_log_perplexity"] == pytest.approx(result["held_out"]["text"]["after"], rel=1e-6)
 
 
-def test_the_table(trained: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("prune", trained, "small", "--experts", 3, "--sequences", 4)
-    assert done.code == 0, done.err
-    for seen in ("parameters", "loss of text", "capacity dropless", *LAYERS):
-        assert seen in done.out
-
-
 @pytest.mark.integration
-def test_a_fine_tuned_run_on_its_tasks(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
-    assert switchcli("finetune", tuning, "--model", trained, "--out", "tuned", "--quiet").code == 0
-    result = result_of(switchcli, "tuned", "small", "--experts", 2, "capacities=[paper]")
+def test_a_fine_tuned_run_on_its_tasks(tuned: Path, switchcli: SwitchCLI) -> None:
+    result = result_of(switchcli, tuned, "small", "--experts", 2, "capacities=[paper]")
     assert result["held_out"].keys() == {"colour", "last"}
     assert result["capacity"] == "paper"
     assert switchcli("generate", "small", "which colour: red").code == 0
 
 
+@pytest.mark.integration
 def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, switchcli: SwitchCLI) -> None:
     assert switchcli("convert", trained, "theirs", "--to", "huggingface", "--quiet").code == 0
     alone = switchcli("prune", "theirs", "small", "--experts", 2)
@@ -112,15 +106,14 @@ def test_refused(arguments: list[str], code: int, words: str, trained: Path, swi
     assert not Path("small").exists()
 
 
-def test_a_dense_model_and_too_few_experts_for_the_router(recipe: str, switchcli: SwitchCLI) -> None:
-    for keys, code, words in [
-        (["model.num_experts=1"], 4, "dense experts sparse"),
-        (["model.router={kind: top_k, k: 3}"], 2, "router.k 3 num_experts 2"),
-    ]:
-        out = f"run{code}"
-        assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", out, "--quiet").code == 0
-        done = switchcli("prune", out, "small", "--experts", 2)
-        assert (done.code, lacking(done.err, words)) == (code, []), done.err
+@pytest.mark.integration
+def test_a_dense_model_and_too_few_experts_for_the_router(dense: Path, recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("prune", dense, "small", "--experts", 2)
+    assert (done.code, lacking(done.err, "dense experts sparse")) == (4, []), done.err
+    keys = ("model.router={kind: top_k, k: 3}", "train.steps=1")
+    assert switchcli("pretrain", recipe, *keys, "--out", "run", "--quiet").code == 0
+    done = switchcli("prune", "run", "small", "--experts", 2)
+    assert (done.code, lacking(done.err, "router.k 3 num_experts 2")) == (2, []), done.err
 
 
 def test_a_destination_that_is_not_free(trained: Path, switchcli: SwitchCLI) -> None:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -60,12 +59,8 @@ def test_what_scripts_read(runs: list[str], switchcli: SwitchCLI) -> None:
     assert dense["to_quality"]["steps"]["cost"]["most"] == pytest.approx(50)
     assert dense["to_quality"]["steps"]["speed_up"]["mean"] == pytest.approx(0.5)
     assert (dense["verdict"], dense["to_quality"]["seconds"]["verdict"]) == ("worse", "slower")
-    assert dense["over"]["low"] == dense["over"]["high"] == pytest.approx(-1)
-    assert dense["to_quality"]["steps"]["speed_up"]["high"] == pytest.approx(0.5, abs=0.2)
     assert dense["final"]["mean"] == pytest.approx(3.95)
     assert (switch["verdict"], switch["to_quality"]["flops"]["verdict"]) == ("baseline", "baseline")
-    unknown = {"low": None, "high": None}
-    assert switch["to_quality"]["flops"]["speed_up"] == {"mean": 1, "least": 1, "most": 1, **unknown}
 
 
 @pytest.mark.integration
@@ -198,21 +193,16 @@ DIGITS = "9" * 5000
     ("file", "line", "words"),
     [
         ("metrics.jsonl", '{"step": 200, "held_out/neg_log_perplexity": NaN}', "22 held_out/neg_log_perplexity finite"),
-        ("metrics.jsonl", '{"step": 200, "dropped_fraction": -1e999}', "22 dropped_fraction finite"),
         ("metrics.jsonl", f'{{"step": {DIGITS}}}', "22 whole"),
-        ("metrics.jsonl", f'{{"step": {DIGITS[:400]}, "seconds": 1.0}}', "22 step"),
         ("metrics.jsonl", '{"step": -5, "seconds": 1.0}', "22 step"),
-        ("metrics.jsonl", '{"step": 200, "layers": {"a": {"load": [], "entropy": 1.0}}}', ""),
         (
             "metrics.jsonl",
             '{"step": 200, "layers": {"a": {"load": [-1, 2], "entropy": NaN}}}',
             "22 a/entropy finite",
         ),
-        ("metrics.jsonl", f'{{"step": 200, "layers": {{"a": {{"load": [{DIGITS[:400]}]}}}}}}', ""),
         ("metrics.jsonl", '{"step": 200, "tokens_per_second": 0.0, "flops_per_second": 0.0}', ""),
         ("result.json", '{"verb": "pretrain", "step": 1e999, "seconds": NaN}', "finite step seconds"),
         ("result.json", f'{{"verb": "pretrain", "parameters": {DIGITS[:400]}}}', "finite parameters"),
-        ("result.json", f'{{"parameters": {DIGITS}}}', "JSON"),
     ],
 )
 def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
@@ -269,12 +259,6 @@ def test_files_beside_runs_are_passed_over(runs: list[str], switchcli: SwitchCLI
     done = switchcli("report", "dense-0.log")
     assert done.code == 4
     assert not lacking(done.err, "dense-0.log no run")
-
-
-def test_a_folder_of_runs_is_answered_with_what_to_name(runs: list[str], switchcli: SwitchCLI) -> None:
-    done = switchcli("report", ".")
-    assert done.code == 4
-    assert "name ./* to compare them" in done.err
 
 
 def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[str], switchcli: SwitchCLI) -> None:
@@ -366,13 +350,12 @@ def test_figures_without_their_package_are_refused_before_any_work(
     [
         (("nowhere",), 2, "error: nowhere folder path"),
         (("dense-0", "nowhere", "runs/*", "switch-0"), 2, "runs/* folder path"),
-        (("dense-0/result.json/nowhere",), 2, "dense-0/result.json/nowhere folder path"),
         (("empty",), 4, "error: none run switchcli pretrain"),
         (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0 none dense-0"),
         (("eval", "--baseline", "dense-0"), 2, "--baseline dense-0 evaluations"),
         (("dense-0", "--html", "eval/result.json/page.html"), 4, "eval/result.json/page.html file --html"),
         (("dense-0", "--smooth", 0), 2, "--smooth 1"),
-        ((), 2, "Missing 'RUN"),
+        ((".",), 4, "name ./*"),
     ],
 )
 @pytest.mark.usefixtures("runs")
@@ -383,24 +366,18 @@ def test_it_refuses(arguments: tuple[str, ...], code: int, words: str, switchcli
     done = switchcli("report", *arguments)
     assert (done.code, done.out) == (code, "")
     assert not lacking(done.err, words)
-
-
-def test_a_folder_that_does_not_exist_is_an_error_for_scripts_before_anything_is_written(
-    runs: list[str], switchcli: SwitchCLI
-) -> None:
-    done = switchcli("report", *runs, "nowhere", "--json", "--html", "page.html")
-    found = json.loads(done.out)
-    assert (done.code, found["exit_code"]) == (2, 2)
-    assert not lacking(found["error"], "nowhere folder")
-    assert not Path("page.html").exists()
+    if "nowhere" in arguments:
+        found = json.loads(switchcli("report", *arguments, "--json", "--html", "page.html").out)
+        assert found["exit_code"] == 2
+        assert not Path("page.html").exists()
 
 
 def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, every in (("mine", 30), ("cc", 20)):
-        a_run(Path(name), steps=90 if name == "mine" else 40, model={"size": name})
+    for name, every, steps in (("mine", 30, 90), ("cc", 20, 40)):
+        a_run(Path(name), steps=steps, model={"size": name})
         lines = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
         kept = [one for one in lines if "held_out/neg_log_perplexity" not in one or one["step"] % every == 0]
         Path(name, "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
@@ -408,13 +385,7 @@ def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
     assert done.code == 0
     assert not lacking(done.err, "warning: step 0 evaluated eval.every_steps")
     assert "no step in common" in done.out
-    assert "interpolated" in done.out
     assert facts("page.html")[0][0] == "no step in common: cannot tell"
-    found = json.loads(switchcli("report", "mine", "cc", "--json").out)
-    assert found["common_step"] is None
-    assert (found["series"][1]["over"]["mean"], found["series"][1]["at_common"]["mean"]) == (None, None)
-    assert found["series"][1]["verdict"] == "no step in common: cannot tell"
-    assert any(not lacking(note, "eval.every_steps") for note in found["notes"])
 
 
 def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:
@@ -428,12 +399,3 @@ def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: Switc
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Expert load" in text
     assert "&lt;extra_id_0&gt;" in text  # the samples
-
-
-@pytest.mark.integration
-def test_it_imports_no_torch(runs: list[str]) -> None:
-    script = "import sys; from switchcli.cli import app; app(sys.argv[1:], standalone_mode=False)\n"
-    script += "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    command = [sys.executable, "-c", script, "report", *runs, "--html", "page.html"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

@@ -85,11 +85,3 @@ def test_a_verb_in_a_terminal(verb: str, trained: Path, dense: Path, text: Path,
     assert not shown.faults, f"{shown.faults}\n{shown.text}"
     assert "perplexity" not in shown.text
     assert [words for words in figures.split("|") if words not in shown.text] == [], shown.text
-
-
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_the_help_of_a_verb_in_a_terminal(verb: str, tmp_path: Path) -> None:
-    shown = switchcli_in_terminal([*verb.split(), "--help"], 80, tmp_path)
-    assert not shown.faults, f"{shown.faults}\n{shown.text}"
-    assert "Usage" in shown.text
-    assert max(map(len, shown.text.splitlines())) <= 80

@@ -11,12 +11,8 @@ TORCH = "import os, sys; sys.stdout.write(os.environ.get('GOMP_SPINCOUNT', 'defa
 SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 VERBS = {
     "pretrain": ["pretrain", "quickstart/switch"],
-    "finetune": ["finetune", "quickstart/finetune", "--model", "m"],
-    "distill": ["distill", "--teacher", "m"],
     "eval": ["eval", "m"],
     "generate": ["generate", "m", "text"],
-    "doctor": ["doctor", "m"],
-    "convert": ["convert", "m", "o", "--to", "switchcli"],
     "plan": ["plan", "quickstart/switch"],
 }
 
@@ -37,13 +33,13 @@ def seen_by_torch(folder: Path, arguments: list[str], **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.unit("pretrain", "eval")
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.unit("pretrain")
+@pytest.mark.parametrize("verb", ["pretrain", "eval", "generate", "plan"])
 def test_threads_of_openmp_sleep_soon_at_a_barrier(verb: str, tmp_path: Path) -> None:
     assert seen_by_torch(tmp_path, VERBS[verb]) == "2000"
 
 
-@pytest.mark.unit("OMP_WAIT_POLICY")
+@pytest.mark.integration
 @pytest.mark.parametrize("variable", SPINNING)
 def test_a_user_who_says_how_long_threads_spin_is_obeyed(variable: str, tmp_path: Path) -> None:
     expected = "200" if variable == "GOMP_SPINCOUNT" else "default"
@@ -63,7 +59,8 @@ with Path("first").open("w") as file:
 """
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-", ""])
+@pytest.mark.integration
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ""])
 def test_a_stream_that_the_shell_closed_is_empty_and_no_file_takes_its_place(closed: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, STREAMS]
@@ -87,9 +84,8 @@ __main__.main()
 """A command at whose import of a module Ctrl-C comes twice."""
 
 
-@pytest.mark.unit("typer-pretrain", "typer-sweep")
-@pytest.mark.parametrize("verb", ["pretrain", "sweep"])
-@pytest.mark.parametrize("module", ["typer", "switchcli.commands.pretrain", "switchcli.recipe.schema"])
+@pytest.mark.integration
+@pytest.mark.parametrize(("module", "verb"), [("typer", "pretrain"), ("switchcli.recipe.schema", "sweep")])
 def test_two_interrupts_during_the_imports_end_in_one_line(module: str, verb: str, tmp_path: Path) -> None:
     arguments = ["pretrain", "quickstart/dense", "train.steps=1", "--out", "runs"]
     command = [sys.executable, "-c", INTERRUPT, module, *([verb] if verb == "sweep" else []), *arguments]
@@ -97,3 +93,39 @@ def test_two_interrupts_during_the_imports_end_in_one_line(module: str, verb: st
     assert done.returncode in (75, 130), done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+IMPORTS = """
+import sys
+from switchcli.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print(*{*sys.modules} & {"torch", "numpy", "datasets", "transformers", "accelerate", "pyarrow"}, file=sys.stderr)
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("command", "may_import"),
+    [
+        ("recipes validate quickstart/switch finetune/glue", set()),
+        ("recipes explain model.router", set()),
+        ("report {dense} {trained} --html page.html", {"numpy"}),
+        ("data tokenizer show {trained} red", {"numpy"}),
+        ("complete", set()),
+    ],
+)
+def test_what_needs_no_model_imports_nothing_slow(
+    command: str, may_import: set[str], trained: Path, dense: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    if command == "complete":  # a tab
+        environment |= {"_SWITCHCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        environment["_TYPER_COMPLETE_ARGS"] = "switchcli pretrain mine.yaml train.st"
+    words = command.format(trained=trained, dense=dense).split()
+    script = [sys.executable, "-c", f"import sys; sys.argv[0] = 'switchcli'\n{IMPORTS}"]
+    done = subprocess.run([*script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {*done.stderr.splitlines()[-1].split()} <= may_import
+    assert done.stdout

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -97,7 +96,6 @@ def test_a_file_that_is_there_stays_unless_forced(recipe: str, switchcli: Switch
         ("data.tokenizer={kind: file, path: a.json}", 2, "tiny.yaml data.tokenizer.kind file train"),
         ("data.tokenizer.vocab_size=103", 2, "data.tokenizer.vocab_size 103 special sentinels bytes"),
         ("data.tokenizer.vocab_size=105", 3, "data.tokenizer.vocab_size 105 3 special 100 sentinels 123"),
-        ("data.tokenizer.alpha=2.0", 2, "data.tokenizer.alpha"),
     ],
 )
 def test_what_training_refuses(recipe: str, switchcli: SwitchCLI, key: str, code: int, words: str) -> None:
@@ -106,12 +104,6 @@ def test_what_training_refuses(recipe: str, switchcli: SwitchCLI, key: str, code
     assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
     assert not Path("mine.json").exists()
-
-
-def test_a_recipe_of_tasks_has_no_text(tuning: str, switchcli: SwitchCLI) -> None:
-    done = switchcli(*TRAIN, "finetune/glue", "--out", "mine.json")
-    assert done.code == 2
-    assert not lacking(done.err, "finetune/glue text pretrain distill")
 
 
 def test_show_says_what_there_is_and_how_a_text_is_cut(file: str, switchcli: SwitchCLI) -> None:
@@ -143,6 +135,7 @@ def test_show_refuses_what_is_none(tmp_path: Path, switchcli: SwitchCLI) -> None
         assert not lacking(done.err, f"{tmp_path / name} {words}")
 
 
+@pytest.mark.integration
 def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,8 +148,8 @@ def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
     pretrain = ("pretrain", recipe, "data.tokenizer={kind: file, path: spiece.model}", "--quiet")
     assert switchcli(*pretrain, "--out", "run").code == 0
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
-    assert switchcli(*pretrain, "train.steps=4", "--out", "run").code == 0
-    assert json.loads(Path("run/result.json").read_text())["step"] == 4
+    assert switchcli(*pretrain, "train.steps=3", "--out", "run").code == 0
+    assert json.loads(Path("run/result.json").read_text())["step"] == 3
     assert switchcli("eval", "run", "device=cpu", "--out", "scores", "--json").code == 0
     assert switchcli("generate", "run", "the red <extra_id_0>", "--max-tokens", "3", "--device", "cpu").code == 0
     for refused in (
@@ -223,26 +216,9 @@ def test_what_compare_refuses(file: str, switchcli: SwitchCLI, arguments: list[s
     assert not lacking(done.err, words)
 
 
-def test_no_tokenizer_is_compared(recipe: str, switchcli: SwitchCLI) -> None:
-    done = switchcli(*COMPARE, "data.held_out_fraction=0.5", "--on", recipe)
-    assert done.code == 2
-    assert not lacking(done.err, "TOKENIZER tokenizer.json spiece.model")
-
-
 def test_files_of_the_same_name_are_told_apart(file: str, switchcli: SwitchCLI) -> None:
     for folder in ("a", "b"):
         Path(folder).mkdir()
         Path(folder, "x.txt").write_text("the red\n")
     found = facts(switchcli, *COMPARE, file, "--text", "a/x.txt", "--text", "b/x.txt", "--text", "text.txt")
     assert [row["text"] for row in found["rows"]] == ["a/x.txt", "b/x.txt", "text"]
-
-
-def test_without_a_recipe_there_is_no_torch(file: str) -> None:
-    code = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom switchcli.cli import app\n"
-        f"for verb in (['show', {file!r}, 'the'], ['compare', {file!r}, '--text', 'text.txt']):\n"
-        "    assert CliRunner().invoke(app, ['data', 'tokenizer', *verb]).exit_code == 0\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

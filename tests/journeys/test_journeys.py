@@ -72,9 +72,16 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return variables
 
 
-@pytest.mark.integration
 @pytest.mark.timeout(LIMIT_OF_WALL + 100)
-@pytest.mark.parametrize("script", JOURNEYS, ids=lambda script: script.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(
+            script, id=script.stem, marks=pytest.mark.nightly if script.name[0] > "1" else pytest.mark.integration
+        )
+        for script in JOURNEYS
+    ],
+)
 def test_a_journey_arrives(
     script: Path, environment: dict[str, str], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -1,0 +1,91 @@
+"""`switchcli` from forks of one process that has imported it: `python fork_server.py SOCKET` serves, `CLIENT` asks.
+
+A page has up to 20 commands, each of which would import torch and transformers for seconds.
+"""
+
+import importlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from switchcli.cli import main
+
+IMPORTED = (
+    *("api", "commands._training", "convert.to_transformers", "doctor.probes", "report.run_report"),
+    *("runs.conversion", "runs.diagnosis", "runs.distilling", "runs.eval_job", "runs.finetuning", "runs.planning"),
+    *("runs.pretraining", "runs.pruning", "runs.routing_survey", "runs.run_comparison", "runs.text_generation"),
+    *("runs.text_preparation", "runs.tokenizer_tools", "runs.trainer", "runs.upcycling"),
+)
+CLIENT = """\
+import json, os, socket
+def ask(words):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect({path!r})
+        request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
+        socket.send_fds(server, [request[:1]], [0, 1, 2])
+        server.sendall(request[1:])
+        server.shutdown(socket.SHUT_WR)
+        os._exit(int(server.recv(16) or b"1"))
+"""
+"""A Python program whose `ask(words)` runs a command with the streams, folder and variables of its own process."""
+
+
+def serve(path: str) -> NoReturn:
+    """Answer requests until the process is killed."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        while True:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                _answer(connection)
+            connection.close()
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                time.sleep(0.01)
+
+
+def _answer(connection: socket.socket) -> NoReturn:
+    """In a fork: run the command in another, and send its exit code."""
+    begin, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    words, folder, environment = json.loads(begin + b"".join(iter(lambda: connection.recv(1 << 16), b"")))
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        _run(words, folder, environment, streams)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    connection.sendall(str(code % 256).encode())
+    os._exit(0)
+
+
+def _run(words: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
+    code = 1
+    try:
+        for standard, descriptor in enumerate(streams):
+            os.dup2(descriptor, standard)
+        os.closerange(3, 256)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        sys.argv = ["switchcli", *words]
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    for name in IMPORTED:
+        importlib.import_module(f"switchcli.{name}")
+    Path(f"{sys.argv[1]}.ready").touch()
+    serve(sys.argv[1])
