@@ -20,12 +20,9 @@ import switchcli
 from switchcli import errors
 from switchcli.cli import app
 from switchcli.distributed import cpu_settings
-from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.layer import sparse_layers
-from switchcli.recipe.schema import EvalRecipe
-from switchcli.runs import eval_job, pretraining
+from switchcli.runs import pretraining
 from switchcli.runs.loading import choose_device, load_checkpoint
-from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.pretraining import cross_entropy
 
 GAP = "the red <extra_id_0> is blue"
@@ -213,6 +210,9 @@ def test_a_thread_can_train_from_a_checkpoint_and_progress_goes_to_stderr(
     assert not lacking(err, "1/1")
     spec = switchcli.Recipe.load(results[0].path / "recipe.yaml").spec
     assert spec.start.checkpoint.startswith(str(trained))  # type: ignore[attr-defined]
+    more = switchcli.Recipe.load(recipe, {"train.steps": 2})
+    branched = switchcli.train(more, tmp_path / "new", branch_from=f"{tmp_path / 'run'}@1", quiet=True)
+    assert branched.record["branch"]["step"] == 1
 
 
 def test_distill_takes_a_teacher_also_as_an_entry_of_a_folder_listing(
@@ -242,14 +242,6 @@ def test_a_checkpoint_of_another_verb_is_refused(
         switchcli.train(switchcli.Recipe(str(recipe), (), verb), tmp_path / "run", **arguments)  # type: ignore[arg-type]
     assert not lacking(str(raised.value), words)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_device_may_change_from_run_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = DistributedContext("cpu", "float32")
-    context.close()
-    state = "accelerate.state.PartialState._shared_state"
-    monkeypatch.setattr(state, {**vars(context._accelerator.state), "device": torch.device("cuda")})
-    assert DistributedContext("cpu", "float32").device.type == "cpu"
 
 
 # A loaded model
@@ -334,26 +326,6 @@ def test_an_evaluation_measures_the_weights_in_memory(trained: Path) -> None:
     with torch.no_grad():
         changed.model.embedding.zero_()
     assert changed.evaluate(overrides=settings, quiet=True).held_out["text"] != before
-
-
-def test_an_evaluation_stays_on_the_device_of_the_model(
-    model: switchcli.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also on a machine with CUDA, which `device: auto` of the recipe would take."""
-    devices: list[str] = []
-
-    def build(recipe: EvalRecipe) -> DistributedContext:
-        devices.append(recipe.device)
-        return build_context(recipe)
-
-    monkeypatch.setattr(eval_job, "build_context", build)
-    monkeypatch.setattr(eval_job, "load_model", None)
-    found = model.evaluate(overrides={"text.sequences": 2}, quiet=True)
-    assert devices == ["cpu"]
-    assert found.result["recipe"]["device"] == "auto"
-    with pytest.raises(errors.RecipeError) as raised:
-        model.evaluate(overrides={"device": "cuda"}, quiet=True)
-    assert not lacking(str(raised.value), "device cuda cpu")
 
 
 def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

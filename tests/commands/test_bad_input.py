@@ -195,23 +195,6 @@ def test_a_read_only_folder(recipe: str, switchcli: SwitchCLI) -> None:
     assert re.fullmatch(r"error: shut/run.*Permission denied.*--out.*\n", done.err)
 
 
-READ_ONLY = """
-mount --bind shut shut && mount -o remount,bind,ro shut &&
-exec "$0" -m switchcli pretrain tiny.yaml --out shut/run
-"""
-
-
-@pytest.mark.nightly
-def test_a_read_only_file_system(recipe: str) -> None:
-    Path("shut").mkdir()
-    user = ["unshare", "--user", "--map-root-user", "--mount"]
-    if not shutil.which("unshare") or subprocess.run([*user, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no user namespace here to mount in")
-    done = subprocess.run([*user, "bash", "-c", READ_ONLY, sys.executable], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: shut/run.*Read-only file system.*--out.*\n", done.stderr)
-
-
 def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
     done = switchcli("pretrain", recipe)

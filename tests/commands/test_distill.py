@@ -1,9 +1,7 @@
 """`switchcli distill`: a student on text and on tasks, online and from kept answers, and bad input."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,7 @@ from tiny_run import RECIPE, SwitchCLI, write_text
 from switchcli.checkpoint.lock import lock
 from switchcli.runs import distilling
 from switchcli.runs.loading import load_checkpoint
-from switchcli.training.distillation import DistillationLoss, Teacher
-
-INTERRUPTED = 75
+from switchcli.training.distillation import DistillationLoss
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
@@ -201,30 +197,6 @@ def test_a_dense_student_is_served_by_transformers(distilled: Path, here: Path, 
 
 
 @pytest.mark.integration
-def test_stopped_while_the_teacher_is_asked_it_goes_on(
-    trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
-    command = ("distill", "--teacher", trained, "train.steps=6", "distill.cache.folder=answers", "--out", "a", "-q")
-    ask, calls = Teacher.predict, []
-
-    def once_stopped(self: Teacher, *arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return ask(self, *arguments, **named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "predict", once_stopped)
-        stopped = switchcli(*command)
-    assert stopped.code == INTERRUPTED, stopped.err
-    assert not lacking(stopped.err, "stopped answers same command")
-    assert len(list(Path("answers").glob("steps-*"))) == 2  # the part that it was at is asked for again
-    assert switchcli(*command).code == 0
-    assert len(list(Path("answers").glob("steps-*"))) == 6
-
-
-@pytest.mark.integration
 def test_a_run_that_has_begun_keeps_its_teacher(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     shutil.copytree(trained, "teacher")
     command = ("distill", "--teacher", "teacher", "--out", "a", "-q")
@@ -257,17 +229,6 @@ def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Pa
     assert not lacking(refused.err, "distill.capacity paper 4 distill.capacity=dropless")
     trains = switchcli(*small, "distill.mode=training", "--no-resume")
     assert (trains.code, "distill.mode=evaluation" in trains.err) == (2, True)
-
-
-@pytest.mark.nightly
-def test_the_most_used_experts_of_attentions_too(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
-    both = ("model.sparse=both", "train.steps=1", "-q")
-    assert switchcli("pretrain", trained / "recipe.yaml", *both, "--out", "teacher").code == 0
-    command = ("distill", "--teacher", "teacher", "student.experts=most_used", "--out", "a", "-q")
-    done = switchcli(*command, "model.num_experts=2")
-    assert done.code == 0, done.err
-    more = switchcli(*command, "model.num_experts=5", "model.sparse_decoder_layers=[]", "--no-resume")
-    assert (more.code, lacking(more.err, "model.num_experts 5 4 student.experts=mean")) == (2, [])
 
 
 @pytest.mark.integration

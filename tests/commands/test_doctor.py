@@ -113,7 +113,6 @@ def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pyt
         ("empty", 4, "empty checkpoint checkpoints/step-*"),
         ("other", 4, "other/config.json model_type switch_transformers 'bert'"),
         ("nowhere", 2, "nowhere recipe checkpoint"),
-        ("runs/a/none", 2, "runs/a/none recipe checkpoint"),
         ("google/switch-base-8", 2, "`switchcli convert google/switch-base-8 FOLDER --to switchcli`"),
         ("none.yaml", 2, "none.yaml file switchcli recipes list"),
         ("list.yaml", 2, "list.yaml:1 mapping"),

@@ -30,15 +30,6 @@ def test_validation_opens_nothing_and_a_dry_run_what_the_recipe_names(
     assert sorted(path.name for path in Path().iterdir()) == before
 
 
-def test_a_dry_run_of_text_trains_no_tokenizer_and_writes_nothing(
-    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("switchcli.data.tokenizer.tokenizer.train_unigram", None)
-    before = sorted(path.name for path in Path().iterdir())
-    assert switchcli("pretrain", recipe, "--dry-run").code == 0
-    assert sorted(path.name for path in Path().iterdir()) == before
-
-
 def test_the_files_of_tasks_are_opened(tuning: str, trained: Path, switchcli: SwitchCLI) -> None:
     command = ("finetune", tuning, "--model", trained, "--dry-run")
     assert switchcli(*command).code == 0

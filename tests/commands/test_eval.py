@@ -16,6 +16,9 @@ from tiny_run import SwitchCLI
 
 from switchcli.errors import DataError
 
+OTHER = 'kind: files, name: other, test: [last.train.jsonl], validation: [last.validation.jsonl], input: "{text}"'
+"""Keys of a task that the fine-tuned run does not have."""
+
 
 @pytest.fixture
 def here(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -107,26 +110,6 @@ def test_other_text_than_the_checkpoint_saw_is_told(
     assert told()
 
 
-@pytest.mark.nightly
-def test_ranks_that_do_not_divide_a_stream_tell_of_other_text_once_and_only_then(
-    recipe: str, text: Path, switchcli: SwitchCLI
-) -> None:
-    Path("text.txt").unlink()
-    shutil.copy(text, "text.txt")
-    assert switchcli("pretrain", recipe, "data.access=stream", "train.steps=1", "--out", "run").code == 0
-
-    def told() -> int:
-        command = (sys.executable, "-m", "switchcli", "eval", "run", "--processes", "3", "--out", "measured")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stderr.count("the text is not the one")
-
-    assert told() == 0
-    with Path("text.txt").open("a") as stream:
-        stream.write("\n\none more paragraph\n")
-    assert told() == 1
-
-
 @pytest.mark.integration
 def test_a_hugging_face_folder(here: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
     assert switchcli("convert", "tuned", tmp_path / "theirs", "--to", "huggingface").code == 0
@@ -135,12 +118,12 @@ def test_a_hugging_face_folder(here: Path, text: Path, switchcli: SwitchCLI, tmp
         alone = switchcli("eval", tmp_path / folder)
         assert (alone.code, lacking(alone.err, f"{tmp_path / folder} tasks=[rte] text.corpora=[...]")) == (2, [])
     named = f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
-    keys = ["tasks=[python_docstrings]", "scoring.examples=2", "scoring.decoding.max_tokens=3", "text.sequences=2"]
-    done = switchcli("eval", tmp_path / "theirs", *keys, named, "--out", tmp_path / "a", "--json")
+    keys = [f"tasks=[{{{OTHER}, target: word}}]", "scoring.examples=2", "scoring.decoding.max_tokens=3"]
+    done = switchcli("eval", tmp_path / "theirs", *keys, "text.sequences=2", named, "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]
     assert one["text"]["neg_log_perplexity"] < 0
-    assert one["tasks"].keys() == {"python_docstrings"}
+    assert one["tasks"].keys() == {"other"}
 
 
 @pytest.mark.integration
@@ -255,17 +238,17 @@ def test_the_runs_settings_hold_unless_others_are_given(here: Path, switchcli: S
 
 @pytest.mark.integration
 def test_a_task_of_the_runs_own_by_its_name(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
-    overrides = ["tasks=[last, python_modules]", "scoring.examples=3"]
-    done = switchcli("eval", "tuned", *overrides, "--out", tmp_path / "a", "--json")
+    keys = [f"tasks=[last, {{{OTHER}, target: word}}]", "scoring.examples=3"]
+    done = switchcli("eval", "tuned", *keys, "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["passes"][0]["tasks"].keys() == {"last", "python_modules"}
-    assert not lacking(done.err, "warning: tuned/checkpoints/step-00000002 trained python_modules switchcli finetune")
-    again = switchcli("eval", "tuned", *overrides, "capacities=[paper, 1.0]", "--out", tmp_path / "a")
+    assert json.loads(done.out)["passes"][0]["tasks"].keys() == {"last", "other"}
+    assert not lacking(done.err, "warning: tuned/checkpoints/step-00000002 trained other switchcli finetune")
+    again = switchcli("eval", "tuned", *keys, "capacities=[paper, 1.0]", "--out", tmp_path / "a")
     assert again.code == 0
     assert not (tmp_path / "a/predictions").exists()
     assert (tmp_path / "a.before-1/predictions/last.jsonl").exists()  # another evaluation is set aside
     assert not lacking(again.err, f"{tmp_path}/a {tmp_path}/a.before-1")
-    assert switchcli("eval", "tuned", *overrides, "capacities=[paper, 1.0]", "--out", tmp_path / "a").code == 0
+    assert switchcli("eval", "tuned", *keys, "capacities=[paper, 1.0]", "--out", tmp_path / "a").code == 0
     assert not (tmp_path / "a.before-2").exists()  # the same one is replaced
 
 

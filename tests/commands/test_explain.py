@@ -50,11 +50,6 @@ def test_a_prefix_lists_the_keys_below() -> None:
     assert {row["key"] for row in below} == {info.key for info in key_index.below("model.router")}
 
 
-def test_no_key_lists_the_top_level() -> None:
-    listed = [line.split()[0] for line in explain().splitlines() if not line.startswith(" ")]
-    assert set(listed) == {info.key for info in key_index.all_keys() if "." not in info.key}
-
-
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [

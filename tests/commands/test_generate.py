@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from switchcli import api
 from switchcli.checkpoint import manifest
 from switchcli.checkpoint.manifest import NAME
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.errors import RecipeError
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
 
@@ -71,21 +69,14 @@ def test_selective_precision_has_weights_in_bfloat16_and_routers_in_float32(
     assert switchcli("generate", trained, GAP, "--max-tokens", 3, "--precision", "selective").code == 0
 
 
-def test_a_precision_that_does_not_exist_is_refused(trained: Path, switchcli: SwitchCLI) -> None:
-    assert switchcli("generate", trained, GAP, "--precision", "bfloat16").code == 2
-    with pytest.raises(RecipeError, match="selective"):
-        api.load(trained, "cpu", "bfloat16")  # type: ignore[arg-type]
-
-
 def test_a_long_text_is_cut_with_a_warning(trained: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("generate", trained, "the red " * 100)
     assert done.code == 0
     assert re.search(r"^warning: .*\btext\b.* \d{3} .*\b32\b", done.err, re.M)
 
 
-@pytest.mark.parametrize("empty", ["", " "])
-def test_an_empty_text_is_refused(empty: str, trained: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("generate", trained, empty)
+def test_an_empty_text_is_refused(trained: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("generate", trained, " ")
     assert (done.code, done.out) == (3, "")
     assert re.fullmatch(r"error: .*\n", done.err)
     assert not lacking(done.err, "TEXT empty <extra_id_0>")
@@ -190,14 +181,6 @@ def test_what_no_run_wrote_is_told(
     assert not lacking(done.err, words)
 
 
-def test_no_cuda(trained: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    done = switchcli("generate", trained, GAP, "--device", "cuda")
-    assert (done.code, done.out) == (2, "")
-    assert not lacking(done.err, "--device cuda CUDA cpu")
-    assert switchcli("generate", trained, GAP, "--device", "tpu").code == 2
-
-
 @pytest.mark.integration
 def test_a_reader_that_goes_away_is_no_error(trained: Path, tmp_path: Path) -> None:
     reads, writes = os.pipe()
@@ -248,6 +231,7 @@ def test_what_is_drawn_depends_on_the_seed_and_on_the_lines_number(trained: Path
         (("--top-p", 0.5), "top_p 0.5 temperature 0 1.0"),
         (("--top-p", 0, "--temperature", 1), "--top-p 0"),
         (("--temperature", "inf"), "--temperature finite"),
+        (("--precision", "bfloat16"), "--precision selective"),
     ],
 )
 def test_options_that_contradict_one_another(
@@ -257,11 +241,6 @@ def test_options_that_contradict_one_another(
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(r"error: .*\n", done.err)
     assert not lacking(done.err, words)
-
-
-@pytest.mark.parametrize("option", ["--beams", "--max-tokens", "--batch"])
-def test_a_count_is_at_least_one(option: str, trained: Path, switchcli: SwitchCLI) -> None:
-    assert switchcli("generate", trained, GAP, option, 0).code == 2
 
 
 def in_a_terminal(patch: pytest.MonkeyPatch) -> list[str]:
@@ -312,12 +291,3 @@ def test_a_pipe_has_each_answer_before_the_next_line(trained: Path, tmp_path: Pa
         os.close(questions)
         assert lines.read() == ""
     assert exit_code(child) == 0
-
-
-@pytest.mark.nightly
-def test_lines_that_are_not_utf8_are_refused(trained: Path) -> None:
-    command = [sys.executable, "-X", "utf8", "-m", "switchcli", "generate", str(trained)]
-    done = subprocess.run(command, input=b"caf\xe9 \n", capture_output=True, check=False)
-    assert done.returncode == 3
-    assert b"UTF-8" in done.stderr
-    assert done.stderr.count(b"\n") == 1

@@ -105,7 +105,7 @@ def test_the_answer_to_a_key_of_another_tool(override: str, switchcli: SwitchCLI
     assert re.search(rf"(use|Did you mean) {re.escape(KEYS[override])}\b", done.err), done.err
 
 
-@pytest.mark.parametrize("value", ["https://user:secret-word@host/x", "two words", "$(reboot)", "a\nb", "\x1b[31m"])
+@pytest.mark.parametrize("value", ["https://user:secret-word@host/x", "$(reboot)", "\x1b[31m"])
 def test_a_value_that_cannot_be_repeated_is_left_out(value: str, switchcli: SwitchCLI) -> None:
     done = switchcli("finetune", "a", "--dataset", value)
     assert done.code == 2

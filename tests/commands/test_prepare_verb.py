@@ -3,11 +3,8 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from switchcli.data.prepare.prepared_text import TextCounts
 from switchcli.data.prepare.store import TOKENS
 from switchcli.data.sources.corpus import Corpus
 from switchcli.data.streaming import CorpusShards, source_shards_of
+from switchcli.runs import evaluator, pretraining
 
 MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
 INTERRUPTED = 75
@@ -195,28 +193,6 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("switchcli.data.streaming.MIN_WINDOW_CHARACTERS", 1000)
 
 
-@pytest.mark.integration
-def test_a_signal_to_all_processes_stops_them_and_the_same_command_goes_on(
-    recipe: str, own_cache: Path, switchcli: SwitchCLI
-) -> None:
-    corpora = []
-    for name in ("first", "second", "third"):
-        lines = (f"line {index} of the {name} file tells of {index * index}\n" for index in range(100_000))
-        Path(f"{name}.txt").write_text("".join(lines if name == "third" else [*lines][:300]))
-        corpora.append(f"{{kind: files, paths: [{name}.txt], sample_by: line}}")
-    keys = (recipe, f"data.corpora=[{', '.join(corpora)}]", "data.tokenizer.max_characters=100000")
-    command = [sys.executable, "-m", "switchcli", "data", "prepare", *keys, "--processes", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while process.poll() is None and not list(own_cache.glob("tokens/*/piece-*/manifest.json")):
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate()
-    assert process.returncode == INTERRUPTED
-    assert "Traceback" not in err
-    again = switchcli("data", "prepare", *keys)
-    assert again.code == 0, again.err
-
-
 def stream(languages: tuple[str, ...]) -> tuple[str, ...]:
     return (*languages, "data.access=stream", "data.stream_shards=4", "train.steps=9", "train.microbatch_tokens=64")
 
@@ -345,39 +321,6 @@ def test_a_stream_goes_on_with_its_own_files_and_their_content_alone(
     assert done.code == 0, f"a copy with the same content is the same text: {done.err}"
 
 
-@pytest.mark.integration
-@pytest.mark.usefixtures("small_windows")
-def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
-    recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from switchcli.runs import pretraining as verb
-
-    calls, objective = 0, verb.cross_entropy
-
-    def changing(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += arguments[0].training
-        if calls == 4 * 5:
-            calls += 1
-            change_quietly(own_text)
-        return objective(*arguments)
-
-    command = ("pretrain", *stream((recipe,)), "checkpoint.save_every_steps=2", "--out", "run")
-    content = own_text.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(verb, "cross_entropy", changing)
-        failed = switchcli(*command)
-    assert failed.code == 3
-    assert own_text.name in failed.err
-    assert "Traceback" not in failed.err
-    assert sorted(path.name for path in Path("run/checkpoints").iterdir())[-1] == "step-00000004"
-    own_text.write_bytes(content)
-    assert switchcli(*command).code == 0
-    assert switchcli(*command[:-1], "straight").code == 0
-    ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
-    assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}
-
-
 Damage = Callable[[Path], None]
 
 
@@ -407,27 +350,27 @@ def replace(path: Path) -> None:
 
 
 def run_and_damage(
-    switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch, command: Sequence[str], step: int, damage: Damage
+    switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch, command: Sequence[str], step: int, damage: Callable[[], None]
 ) -> Done:
-    """Run a training and damage all shards of the cache while it takes a step."""
-    from switchcli.runs import pretraining as verb
-
-    done = False
-    objective = verb.cross_entropy
+    """Run a training, and damage its text while it takes a step."""
+    calls, objective = 0, pretraining.cross_entropy
 
     def damaging(*arguments: Any) -> Any:
-        nonlocal done
-        if arguments[0].training and Path("run/checkpoints", f"step-{step - 1:08d}").is_dir() and not done:
-            done = True
-            for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
-                damage(path)
+        nonlocal calls
+        calls += arguments[0].training
+        if calls == 4 * (step - 1) + 1 and arguments[0].training:  # four microbatches a step
+            damage()
         return objective(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "cross_entropy", damaging)
-        ended = switchcli(*command)
-    assert done
-    return ended
+        patch.setattr(pretraining, "cross_entropy", damaging)
+        return switchcli(*command)
+
+
+def damage_cache(damage: Damage) -> None:
+    """Damage all shards of the cache."""
+    for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
+        damage(path)
 
 
 DAMAGED = ("train.steps=9", "checkpoint.save_every_steps=2", "train.microbatch_tokens=64", "--out", "run")
@@ -439,7 +382,7 @@ def test_a_run_whose_mapped_text_is_damaged_ends_and_saves_nothing_of_it(
     damage: Damage, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
-    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, partial(damage_cache, damage))
     assert ended.code == 3, ended.err
     assert "Traceback" not in ended.err
     assert ".arrow" in ended.err
@@ -455,24 +398,38 @@ def test_a_run_goes_on_that_holds_the_text_or_its_former_file(
     if mapped:
         monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
     assert switchcli("pretrain", recipe, *DAMAGED[:-1], "straight").code == 0
-    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, damage)
+    ended = run_and_damage(switchcli, monkeypatch, ("pretrain", recipe, *DAMAGED), 5, partial(damage_cache, damage))
     assert ended.code == 0, ended.err
     assert fingerprint(Path("run")) == fingerprint(Path("straight"))
 
 
+@pytest.mark.integration
+@pytest.mark.usefixtures("small_windows")
+def test_a_stream_whose_file_changes_while_it_trains_saves_no_step_that_may_have_read_it(
+    recipe: str, own_text: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("pretrain", *stream((recipe,)), "checkpoint.save_every_steps=2", "--out", "run")
+    content = own_text.read_bytes()
+    failed = run_and_damage(switchcli, monkeypatch, command, 6, partial(change_quietly, own_text))
+    assert failed.code == 3
+    assert own_text.name in failed.err
+    assert "Traceback" not in failed.err
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir())[-1] == "step-00000004"
+    own_text.write_bytes(content)
+    assert switchcli(*command).code == 0
+
+
+@pytest.mark.integration
 def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from switchcli.runs import evaluator
-
     assert switchcli("pretrain", recipe, "train.steps=2", "--out", "run").code == 0
     monkeypatch.setattr("switchcli.data.prepare.prepared_text.IN_MEMORY_BYTES", 0)
     measure = evaluator.evaluate_rows
 
     def damaging(*arguments: Any) -> Any:
         found = measure(*arguments)
-        for path in Path(os.environ["SWITCHCLI_CACHE"]).glob("tokens/*/piece-*/*.arrow"):
-            rotate(path)
+        damage_cache(rotate)
         return found
 
     monkeypatch.setattr(evaluator, "evaluate_rows", damaging)
@@ -485,56 +442,18 @@ def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
 def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
     languages: tuple[str, ...], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One piece of several: what the others have is not the size of the text."""
-    Path("more.txt").write_text(Path("fr.txt").read_text())
-    corpora = ", ".join(
-        f"{{kind: files, paths: [{file}.txt], sample_by: line, language: {label}}}"
-        for file, label in (("de", "de"), ("fr", "fr"), ("more", "fr"))
-    )
-    command = ("pretrain", *stream(languages), f"data.corpora=[{corpora}]", "--out")
-
-    def unsized(corpora: Sequence[Corpus]) -> CorpusShards:
-        found = source_shards_of(corpora)
-        return [*found[:1], *((corpus, piece._replace(size=None)) for corpus, piece in found[1:])]
-
-    with monkeypatch.context() as patch:
-        patch.setattr("switchcli.runs.text_sets.source_shards_of", unsized)
-        done = switchcli(*command, "run", "data.mixture={kind: temperature}")
-    assert done.code == 3
-    assert not lacking(done.err, "error: data.mixture fr temperature mixture.kind=weighted access=prepared")
-    by_size = switchcli(*command, "known", "data.mixture={kind: temperature, alpha: 1}", "train.steps=1")
-    assert by_size.code == 0, by_size.err
-    sizes = {label: Path(f"{label}.txt").stat().st_size * number for label, number in (("de", 1), ("fr", 2))}
+    command = ("pretrain", *stream(languages), "train.steps=1", "data.mixture={kind: temperature, alpha: 1}", "--out")
+    assert switchcli(*command, "known").code == 0
+    sizes = {label: Path(f"{label}.txt").stat().st_size for label in ("de", "fr")}
     shares = [record["mixture"] for record in records("known") if "mixture" in record][-1]
     for label, size in sizes.items():
         assert shares[label]["intended"] == pytest.approx(size / sum(sizes.values()))
 
+    def unsized(corpora: Sequence[Corpus]) -> CorpusShards:
+        first, *others = source_shards_of(corpora)
+        return [first, *((corpus, shard._replace(size=None)) for corpus, shard in others)]
 
-@pytest.mark.nightly
-def test_a_stream_stopped_on_two_ranks_ends_on_one_as_on_two_that_never_stopped(
-    languages: tuple[str, ...], switchcli: SwitchCLI
-) -> None:
-    """What is trained on is the same bit for bit; sums over ranks are added up in another order."""
-    keys = (*stream(languages), "log.every_steps=1", "checkpoint.save_every_steps=4")
-
-    def ran(out: str, steps: int, ranks: int) -> None:
-        command = [sys.executable, "-m", "switchcli", "pretrain", *keys, f"train.steps={steps}", "--out", out]
-        done = subprocess.run([*command, "--processes", str(ranks)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-    ran("straight", 12, 1)
-    ran("run", 4, 2)
-    ran("run", 8, 1)
-    ran("run", 12, 2)
-    wanted = {record["step"]: record for record in records("straight") if "learning_rate" in record}
-    found = {record["step"]: record for record in records("run") if "learning_rate" in record}
-    assert found.keys() == wanted.keys() == set(range(1, 13))
-    for step, record in wanted.items():
-        assert found[step]["targets_seen"] == record["targets_seen"]
-        assert found[step]["mixture"] == record["mixture"]
-        assert found[step]["neg_log_perplexity"] == pytest.approx(record["neg_log_perplexity"], rel=1e-5)
-    states = [
-        json.loads((Path(run) / "checkpoints/step-00000012/state.json").read_text()) for run in ("run", "straight")
-    ]
-    assert states[0]["position"] == states[1]["position"]
-    assert states[0]["position"]
+    monkeypatch.setattr("switchcli.runs.text_sets.source_shards_of", unsized)
+    done = switchcli(*command, "run")
+    assert done.code == 3
+    assert not lacking(done.err, "error: data.mixture fr temperature mixture.kind=weighted access=prepared")

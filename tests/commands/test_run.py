@@ -41,15 +41,6 @@ def test_a_recipe_from_a_pipe_needs_a_folder_for_its_run() -> None:
         default_out("/proc/7/fd/3")
 
 
-def test_a_file_comes_before_a_name_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("quickstart/switch").mkdir(parents=True)
-    assert default_out("quickstart/switch") == Path("runs/quickstart/switch")
-    Path("quickstart/switch").rmdir()
-    Path("quickstart/switch").touch()
-    assert default_out("quickstart/switch") == Path("runs/switch")
-
-
 @pytest.mark.parametrize(
     ("on_path", "beside", "called"),
     [

@@ -214,11 +214,3 @@ def test_what_compare_refuses(file: str, switchcli: SwitchCLI, arguments: list[s
     done = switchcli(*COMPARE, file, *arguments)
     assert (done.code, done.out) == (code, "")
     assert not lacking(done.err, words)
-
-
-def test_files_of_the_same_name_are_told_apart(file: str, switchcli: SwitchCLI) -> None:
-    for folder in ("a", "b"):
-        Path(folder).mkdir()
-        Path(folder, "x.txt").write_text("the red\n")
-    found = facts(switchcli, *COMPARE, file, "--text", "a/x.txt", "--text", "b/x.txt", "--text", "text.txt")
-    assert [row["text"] for row in found["rows"]] == ["a/x.txt", "b/x.txt", "text"]

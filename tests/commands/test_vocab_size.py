@@ -97,16 +97,3 @@ def test_preparing_text_takes_any_tokenizer(auto: str, trained: Path, switchcli:
     refused = switchcli("data", "prepare", auto, tokenizer, "model.vocab_size=256")
     assert refused.code == 2
     assert not lacking(refused.err, "model.vocab_size 256 512")
-
-
-def test_a_size_of_the_paper_is_planned_with_the_papers_vocabulary(switchcli: SwitchCLI) -> None:
-    done = switchcli("plan", "t5-small", "--devices", 1, "--json")
-    assert json.loads(done.out)["dense_parameters"] > VOCAB_SIZE * 512
-
-
-def test_an_editor_accepts_it(switchcli: SwitchCLI) -> None:
-    schema = json.loads(switchcli("recipes", "schema", "pretrain").out)
-    key = schema["$defs"]["ModelSpec"]["properties"]["vocab_size"]
-    assert (key["default"], key["anyOf"][1]["const"]) == ("auto", "auto")
-    explained = switchcli("recipes", "explain", "model.vocab_size")
-    assert "auto" in explained.out
