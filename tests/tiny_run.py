@@ -4,7 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WORDS = ["the", "a", "of", "red", "green", "blue", "walk", "run", "is", "not", "alpha", "beta", "gamma", "delta"]
 RECIPE = """\
@@ -76,3 +76,8 @@ def lay_out(folder: Path, text: Path) -> str:
     (folder / "text.txt").symlink_to(text)
     (folder / "tiny.yaml").write_text(RECIPE)
     return "tiny.yaml"
+
+
+def records(run: str | Path) -> list[dict[str, Any]]:
+    """Return the records of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from drill import CLOCKS, fingerprint, newest
 from messages import lacking
-from tiny_run import SwitchCLI, lay_out, lay_out_tuning
+from tiny_run import SwitchCLI, lay_out, lay_out_tuning, records
 from typer.testing import CliRunner
 
 from switchcli.cli import app
@@ -56,10 +56,9 @@ def branch(run: Path, recipe: str, switchcli: SwitchCLI) -> Callable[..., dict[s
     return start
 
 
-def records(run: Path, after: int) -> list[dict[str, Any]]:
+def records_after(run: Path, after: int) -> list[dict[str, Any]]:
     """The records of training after a step, without clocks."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+    untimed = [{key: value for key, value in line.items() if key not in CLOCKS} for line in records(run)]
     return [line for line in untimed if line["step"] > after]
 
 
@@ -88,7 +87,9 @@ def test_with_the_same_settings_it_goes_on_with_the_same_bits(branch: Callable[.
     result, new_run = branch(), Path("new")
     assert weights_of(new_run) == weights_of(run)
     # Records of training cover the steps since the last one, so the first of a branch may cover fewer than there.
-    new, old = ([line for line in records(each, 4) if "held_out/neg_log_perplexity" in line] for each in (new_run, run))
+    new, old = (
+        [line for line in records_after(each, 4) if "held_out/neg_log_perplexity" in line] for each in (new_run, run)
+    )
     assert new == old
     assert [line["step"] for line in new] == [5, 8]
     assert result["input_tokens"] == STEPS * 256
@@ -144,7 +145,7 @@ def test_its_messages_and_records_count_the_tokens_of_both_runs(run: Path, recip
     announced = next(line for line in done.err.splitlines() if "parameters for" in line)
     assert not lacking(announced, "8 steps of 128 tokens from step 4 1.54k tokens")  # 4 * 256 + 4 * 128
     assert not lacking(done.err, "at step 4 before the branch")
-    logged = [record["input_tokens"] for record in records(Path("new"), 0) if "input_tokens" in record]
+    logged = [record["input_tokens"] for record in records(Path("new")) if "input_tokens" in record]
     assert logged == [4 * 256 + count * 128 for count in (1, 2, 3, 4)]
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import transformers
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
-from tiny_run import RECIPE, SwitchCLI, write_text
+from tiny_run import RECIPE, SwitchCLI, records, write_text
 
 from switchcli.checkpoint.lock import lock
 from switchcli.runs import distilling
@@ -26,10 +25,6 @@ def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -60,7 +55,7 @@ def test_without_a_recipe_the_dense_student_is_trained_as_its_teacher_was(
     kept = (student - baseline) / (teacher - baseline) if teacher > baseline else None
     assert said["gain_kept"] == (None if kept is None else pytest.approx(kept, rel=1e-3))
     assert len(said["inherited"]["fresh"]) == 4
-    logged = [record for record in metrics("a") if "teacher_divergence" in record]
+    logged = [record for record in records("a") if "teacher_divergence" in record]
     assert logged
     assert all(record["teacher_divergence"] > 0 for record in logged)
     assert (trained / "result.json").read_bytes() == before

@@ -13,16 +13,12 @@ import torch
 from drill import fingerprint
 from messages import lacking
 from safetensors.torch import load_file
-from tiny_run import SwitchCLI
+from tiny_run import SwitchCLI, records
 
 from switchcli.checkpoint import checkpoint
 from switchcli.training import scoring
 
 INTERRUPTED = 75
-
-
-def metrics(run: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
@@ -40,7 +36,7 @@ def test_a_run_end_to_end(trained: Path, tuned: Path) -> None:
     assert colour["score"].keys() == {"value", "low", "high"}
     assert colour["best_step"] in (1, 2)
 
-    scored = [record for record in metrics(tuned) if "tasks/colour" in record]
+    scored = [record for record in records(tuned) if "tasks/colour" in record]
     assert [record["step"] for record in scored] == [1, 2]
     assert scored[-1]["tasks/colour"] == colour["score"]["value"]
     assert scored[-1]["tasks/average"] == pytest.approx((scored[-1]["tasks/colour"] + scored[-1]["tasks/last"]) / 2)
@@ -239,7 +235,7 @@ def test_stopped_while_it_is_scored_it_ends_with_the_same_bits(
     asked = scoring.TaskPredictor.__call__
 
     def stop_at(self: Any, exam: Any, stop: Any, *show: Any) -> Any:
-        if (metrics("run")[-1]["step"], exam.task.name) == (1, "last"):
+        if (records("run")[-1]["step"], exam.task.name) == (1, "last"):
             signal.raise_signal(signal.SIGTERM)
         return asked(self, exam, stop, *show)
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 from devices import DEVICES, on_devices
-from tiny_run import SwitchCLI
+from tiny_run import SwitchCLI, records
 
 pytestmark = pytest.mark.integration
 
@@ -82,13 +82,9 @@ def run(switchcli: SwitchCLI) -> Iterator[Run]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def history(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_same_course(one: str, other: str, bound: float) -> None:
     """Every logged loss of two runs is equal within `bound`, and the gradient norm within ten times that."""
-    ours, theirs = history(one), history(other)
+    ours, theirs = records(one), records(other)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     compared = 0
     for record, expected in zip(ours, theirs, strict=True):
@@ -129,7 +125,7 @@ def test_dropout_and_jitter_follow_from_the_seed(device: str, recipe: str, run: 
     for out, seed in (("one", 1), ("again", 1), ("other", 2)):
         run("pretrain", recipe, *keys, f"train.seed={seed}", "--out", out)
     assert_same_course("again", "one", BOUND["float32"])
-    losses = [[record.get("neg_log_perplexity") for record in history(out)] for out in ("one", "other")]
+    losses = [[record.get("neg_log_perplexity") for record in records(out)] for out in ("one", "other")]
     assert losses[0] != losses[1]
 
 
@@ -139,7 +135,7 @@ def test_a_device_goes_on_from_the_others_checkpoint(device: str, recipe: str, r
     run("pretrain", recipe, *QUIET, "train.steps=6", "train.device=cpu", "--out", "straight")
     for steps, where in ((2, "cpu"), (4, device), (6, "cpu")):
         run("pretrain", recipe, *QUIET, f"train.steps={steps}", f"train.device={where}", "--out", "moved")
-    ours, theirs = ({r["step"]: r.get("neg_log_perplexity") for r in history(out)} for out in ("moved", "straight"))
+    ours, theirs = ({r["step"]: r.get("neg_log_perplexity") for r in records(out)} for out in ("moved", "straight"))
     assert ours[6] == pytest.approx(theirs[6], abs=BOUND["float32"])
 
 
@@ -162,7 +158,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(device: str, case: str, reci
     resumed = run("pretrain", recipe, *keys, steps, "--out", "killed")
     straight = run("pretrain", recipe, *keys, steps, "--out", "straight")
     assert resumed["step"] == straight["step"]
-    ours, theirs = ({r["step"]: r.get("neg_log_perplexity") for r in history(out)} for out in ("killed", "straight"))
+    ours, theirs = ({r["step"]: r.get("neg_log_perplexity") for r in records(out)} for out in ("killed", "straight"))
     # A longer run than those that the bound was measured on: rounding grows with the steps.
     assert ours[resumed["step"]] == pytest.approx(theirs[resumed["step"]], abs=10 * BOUND["float32"])
 

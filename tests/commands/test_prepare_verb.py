@@ -12,7 +12,7 @@ import pytest
 from damage import array_bytes
 from drill import fingerprint
 from messages import lacking
-from tiny_run import Done, SwitchCLI
+from tiny_run import Done, SwitchCLI, records
 
 from switchcli.data.prepare.prepared_text import TextCounts
 from switchcli.data.prepare.store import TOKENS
@@ -37,10 +37,6 @@ def languages(recipe: str, text: Path) -> tuple[str, ...]:
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("SWITCHCLI_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def records(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.integration

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from messages import lacking
-from tiny_run import SwitchCLI
+from tiny_run import SwitchCLI, records
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.recipe.schema import resolve_text_recipe
@@ -23,10 +23,6 @@ RESULT_KEYS = {
     "held_out/loss", "held_out/first_loss", "hardware", "versions", "mesh", "samples", "learned",
     "parameters", "dense_parameters", "expert_parameters", "active_parameters",
 }  # fmt: skip
-
-
-def metrics(run: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def names(folder: str) -> set[str]:
@@ -53,7 +49,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
         "MANIFEST", "recipe.yaml", "tokenizer.json", "data.json", "state.json",
         "model-00000.safetensors", "optimizer-00000.safetensors",
     }  # fmt: skip
-    first, logged, last = metrics("runs/a")
+    first, logged, last = records("runs/a")
     held_out = {f"held_out/{name}" for name in ("neg_log_perplexity", "loss", "bits_per_byte", "dropped_fraction")}
     assert first.keys() == last.keys() == {"step", *held_out}
     assert 0 < last["held_out/bits_per_byte"] == result["held_out/bits_per_byte"] < first["held_out/bits_per_byte"]
@@ -95,7 +91,7 @@ def test_samples_are_shown_on_the_way_and_change_nothing(recipe: str, switchcli:
     assert plain.code == shown.code == 0
     assert plain.err.count("\ntarget") == 0  # the end shows guesses at hidden tokens instead
     assert shown.err.count("\ntarget") == 2  # after step 2
-    assert metrics("a")[-1] == metrics("b")[-1]
+    assert records("a")[-1] == records("b")[-1]
 
 
 @pytest.mark.integration
@@ -148,7 +144,7 @@ def test_what_the_recipe_written_says_is_the_same_run(begun: str, switchcli: Swi
     assert switchcli("pretrain", "a/recipe.yaml", "--out", "b").code == 0
     timed = {"seconds", "tokens_per_second", "flops_per_second", "data_wait_fraction", "seconds_left"}
     untimed = [
-        [{key: value for key, value in record.items() if key not in timed} for record in metrics(run)] for run in "ab"
+        [{key: value for key, value in record.items() if key not in timed} for record in records(run)] for run in "ab"
     ]
     assert untimed[0] == untimed[1]
     assert Path("a/recipe.yaml").read_text() == Path("b/recipe.yaml").read_text()
@@ -193,7 +189,7 @@ def test_more_steps_go_on_from_there(begun: str, switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", "a/recipe.yaml", "train.steps=4", "log.every_steps=1", "--out", "a", "--json")
     assert json.loads(done.out)["step"] == 4
     assert not lacking(done.err, "step 2 4")
-    assert [record["step"] for record in metrics("a") if "learning_rate" in record] == [2, 3, 4]
+    assert [record["step"] for record in records("a") if "learning_rate" in record] == [2, 3, 4]
 
 
 @pytest.mark.integration
@@ -211,7 +207,7 @@ def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli:
     assert result["held_out/neg_log_perplexity"] == result["held_out/first_neg_log_perplexity"]
     assert not lacking(back.err, "steps left out 2")
     assert not lacking(back.err, "warning: steps left out schedule.learning_rate")
-    assert {"step": 2, "left_out": [[1, 2]]} in metrics("runs/a")
+    assert {"step": 2, "left_out": [[1, 2]]} in records("runs/a")
     assert switchcli("eval", "runs/a", "--quiet").code == 0
     assert switchcli("report", "runs/a", "--html", "a.html").code == 0
 
@@ -223,7 +219,7 @@ def test_no_resume_sets_the_old_run_aside(begun: str, switchcli: SwitchCLI) -> N
         assert not lacking(done.err, f"run a a.before-{number}")
     assert "seed: 0" in Path("a.before-1/recipe.yaml").read_text()
     assert "seed: 2" in Path("a/recipe.yaml").read_text()
-    assert len(metrics("a")) == 3
+    assert len(records("a")) == 3
 
 
 def test_a_changed_recipe_is_refused_and_nothing_is_touched(begun: str, switchcli: SwitchCLI) -> None:
