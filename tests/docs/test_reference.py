@@ -18,8 +18,7 @@ def committed(name: str) -> str:
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.unit(*PAGES)
-@pytest.mark.parametrize("name", [*PAGES, PLANNED])
+@pytest.mark.parametrize("name", [*PAGES, pytest.param(PLANNED, marks=pytest.mark.nightly)])
 def test_a_page_is_what_the_code_says(name: str) -> None:
     import generate
 
