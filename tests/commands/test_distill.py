@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
@@ -176,6 +175,8 @@ def test_a_student_of_another_width_and_a_smaller_sparse_one(trained: Path, here
 
 def test_a_dense_student_is_served_by_transformers(distilled: Path, here: Path, switchcli: SwitchCLI) -> None:
     """The end of the road: the exported student loads there and gives the logits that it gives here."""
+    import transformers
+
     done = switchcli("convert", distilled, "served", "--to", "huggingface")
     assert done.code == 0, done.err
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained("served").eval()

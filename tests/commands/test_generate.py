@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from messages import lacking
-from saved import reseal
 from terminal import exit_code, fork_switchcli
+from tiny_checkpoint import reseal
 from tiny_run import SwitchCLI
 
 from switchcli import api
