@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from devices import DEVICES, on_devices
 from tiny_run import SwitchCLI, records
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.nightly  # on a CPU, which is compared with itself; `pytest -m gpu` runs the rows for CUDA
 
 BOUND = {"float32": 1e-4, "bfloat16": 0.02, "selective": 0.02}
 QUIET = ("model.dropout=0", "model.router.jitter=0", "log.every_steps=1")
