@@ -21,7 +21,6 @@ from switchcli.data.streaming import CorpusShards, source_shards_of
 from switchcli.runs import evaluator, pretraining
 
 MIXED = ("data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]",)
-INTERRUPTED = 75
 
 
 @pytest.fixture

@@ -204,18 +204,6 @@ def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
     assert Path("page.html").exists()
 
 
-def test_other_tokenizers_are_compared_by_bits_a_byte(runs: list[str], switchcli: SwitchCLI) -> None:
-    a_run(Path("other"), tokenizer='{"other": 1}', model={"size": "other"})
-    done = switchcli("report", *runs, "other", "--json", "--html", "page.html")
-    found = json.loads(done.out)
-    assert found["measure"] == "held_out/bits_per_byte"
-    assert not lacking(found["notes"][0], "2 tokenizers")
-    page = Path("page.html").read_text(encoding="utf-8")
-    titles = re.findall(r"Held-out ([\w. ]+) against steps", page)
-    assert titles
-    assert {*titles} == {"bits per byte"}
-
-
 def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], switchcli: SwitchCLI) -> None:
     passes = [{"tasks": {"rte": {"score": {"value": 61.25}}}, "texts": {"de": {"neg_log_perplexity": -2.5}}}]
     Path("measured").mkdir()

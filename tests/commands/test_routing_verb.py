@@ -8,7 +8,6 @@ import pytest
 from messages import lacking
 from tiny_run import WORDS, SwitchCLI
 
-LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
 LINES = "data.corpora=[{kind: files, paths: ['{language}.txt'], sample_by: line, languages: [de, fr]}]"
 
 
