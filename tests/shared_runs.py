@@ -68,6 +68,16 @@ def dense(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def converted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run `trained` in the Hugging Face layout."""
+
+    def convert(folder: Path) -> None:
+        switchcli("convert", trained, folder / "theirs", "--to", "huggingface")
+
+    return made_once(tmp_path_factory, "converted", convert) / "theirs"
+
+
+@pytest.fixture(scope="session")
 def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`trained`, fine-tuned for two steps and scored after each, on tasks whose files lie beside it."""
 

@@ -29,14 +29,6 @@ def begun(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     return "tiny.yaml"
 
 
-@pytest.fixture(scope="session")
-def converted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run `trained` in the Hugging Face layout. Nobody writes into it."""
-    folder = tmp_path_factory.mktemp("converted") / "theirs"
-    assert CliRunner().invoke(app, ["convert", str(trained), str(folder), "--to", "huggingface"]).exit_code == 0
-    return folder
-
-
 @pytest.fixture
 def tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """tune.yaml beside the rows of its two tasks, in the current folder."""

@@ -437,9 +437,16 @@ def test_an_evaluation_whose_mapped_text_is_damaged_writes_no_result(
 def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
     languages: tuple[str, ...], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("pretrain", *stream(languages), "train.steps=1", "data.mixture={kind: temperature, alpha: 1}", "--out")
+    """One piece of several: what the others have is not the size of the text."""
+    Path("more.txt").write_text(Path("fr.txt").read_text())
+    corpora = ", ".join(
+        f"{{kind: files, paths: [{file}.txt], sample_by: line, language: {label}}}"
+        for file, label in (("de", "de"), ("fr", "fr"), ("more", "fr"))
+    )
+    keys = (f"data.corpora=[{corpora}]", "data.mixture={kind: temperature, alpha: 1}", "train.steps=1")
+    command = ("pretrain", *stream(languages), *keys, "--out")
     assert switchcli(*command, "known").code == 0
-    sizes = {label: Path(f"{label}.txt").stat().st_size for label in ("de", "fr")}
+    sizes = {label: Path(f"{label}.txt").stat().st_size * number for label, number in (("de", 1), ("fr", 2))}
     shares = [record["mixture"] for record in records("known") if "mixture" in record][-1]
     for label, size in sizes.items():
         assert shares[label]["intended"] == pytest.approx(size / sum(sizes.values()))
