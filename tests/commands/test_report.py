@@ -219,7 +219,7 @@ def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], sw
 def test_scripts_read_each_run_once_however_it_is_named(runs: list[str], switchcli: SwitchCLI) -> None:
     Path("link").symlink_to("switch-0")
     named = [*runs, "./dense-0", str(Path("dense-0").resolve()), "link", "switch-0"]
-    done = switchcli("report", *named, "--baseline", "link", "--json")
+    done = switchcli("report", *named, "--baseline", "link", "--quality", 4.5, "--json")
     assert (done.code, done.err) == (0, "")
     found = json.loads(done.out)
     assert [(one["series"], one["seeds"]) for one in found["series"]] == [("dense", 2), ("switch", 2)]
