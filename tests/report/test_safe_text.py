@@ -1,10 +1,6 @@
-import io
-import re
 
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from rich.text import Text
 
 from switchcli.report.safe_text import safe_text
 
@@ -29,10 +25,3 @@ def test_is_printable_in_utf8_and_done_once(text: str) -> None:
     safe = safe_text(text)
     safe.encode("utf-8")
     assert safe_text(safe) == safe
-
-
-@given(any_text)
-def test_a_terminal_gets_no_command_from_it(text: str) -> None:
-    stream = io.StringIO()
-    Console(file=stream, force_terminal=True, color_system=None).print(Text(safe_text(text)))
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", stream.getvalue())

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from doubles import Do, KeepingConsole, Records, StopAfter
+from doubles import KeepingConsole, Records, StopAfter
 from messages import naming
 from tiny_model import a_model, rows
 from torch import nn
@@ -103,11 +103,6 @@ def test_the_time_left_counts_the_evaluations_to_come(step: int, calls: int, mon
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(times))
     slow(TrainState())
     assert slow.seconds_left(step, 12) == 3.0 * calls
-
-
-@pytest.mark.parametrize(("step", "due"), [(1, False), (5, True), (10, True), (12, True), (11, False)])
-def test_a_callback_is_due_every_so_many_steps_and_after_the_last(step: int, due: bool) -> None:
-    assert Do(5, lambda state: None).due(step, 12) is due
 
 
 def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:

@@ -171,18 +171,6 @@ def test_the_correlation_of_equal_numbers_is_0_and_not_that_of_their_rounding(
     assert found["layer_probability_cv_squared"][0] == pytest.approx(6 * distance**2, rel=1e-2, abs=1e-13)
 
 
-def test_the_loss_of_unequal_loads_is_below_1_where_busy_experts_have_a_low_mean_probability() -> None:
-    report = a_report([5.0, 1.0])._replace(
-        fraction_GE=torch.tensor([[5 / 6, 1 / 6]]), probability_GE=torch.tensor([[0.4, 0.6]])
-    )
-    found = record(routing_metrics(an_output([report], [])), NAMES[:1])
-    layer = found["layers"]["encoder.first"]
-    assert found["max_load"] == pytest.approx(5 / 3)
-    assert found["balance"] == pytest.approx(13 / 15)
-    assert layer["fraction_probability_correlation"] == pytest.approx(-1)
-    assert (layer["fraction_cv_squared"], layer["probability_cv_squared"]) == pytest.approx((4 / 9, 0.04))
-
-
 def test_rows_of_padding_thin_no_figure() -> None:
     """They fill up the batches of an evaluation, on some ranks more than on others."""
     model, batch = a_model(SPARSE).eval(), rows(0, 0, 2)

@@ -4,13 +4,11 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from faulty_files import Crash, FaultyFiles
 from messages import naming
 from tiny_model import SPARSE, TARGET, a_model, rows
 
@@ -147,25 +145,6 @@ def test_a_stop_keeps_what_was_answered(tmp_path: Path, monkeypatch: pytest.Monk
     assert left == [range(2, 3)]
     assert fill(store, left, context)
     assert same(store.read(2, 0, ROWS), expected(2, 0, ROWS))
-
-
-def test_a_kill_at_any_operation_leaves_parts_that_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 1)
-    answers = expected(0, 0, ROWS)
-    struck = True
-    for number in range(12):
-        folder, disk = tmp_path / str(number), FaultyFiles(number, crash)
-        with monkeypatch.context() as patch, suppress(Crash):
-            patch.setattr("switchcli.training.teacher_cache.DISK", disk)
-            opened(folder).add(range(1), answers)
-        struck = disk.struck
-        store = opened(folder)
-        if store.missing(0, 1):
-            assert struck
-            store.add(range(1), answers)
-        assert all(map(torch.equal, store.read(0, 0, ROWS), answers))
-        assert not list(folder.glob(".tmp-*"))
-    assert not struck, "more operations than were tried"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +284,3 @@ def test_a_name_may_claim_any_number_of_steps(copy: Path) -> None:
 def test_answers_that_are_not_there_are_told(answers: Path) -> None:
     with pytest.raises(CheckpointError, match=naming("step 7", "command")):
         opened(answers).read(7, 0, ROWS)
-
-
-def crash() -> None:
-    raise Crash
