@@ -31,18 +31,13 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert run.loads[LAYERS[0]].tokens.tolist() == [[100, 200, 300]] * 10
 
 
-def test_a_run_still_going_on_is_read_to_where_it_is(tmp_path: Path) -> None:
-    run = read(a_run(tmp_path / "a", steps=40, of=100), RECIPE)
-    assert run.step == 40
+@pytest.mark.parametrize(("of", "words"), [(100, "no result.json step 40 100"), (None, "result.json more step 40 100")])
+def test_a_run_that_has_not_all_its_steps_is_read_to_where_it_is(tmp_path: Path, of: int | None, words: str) -> None:
+    """It goes on, or it was done and was given more steps."""
+    run = read(a_run(tmp_path / "a", steps=40, of=of), RECIPE)
+    assert (run.step, run.result) == (40, {})
     (note,) = run.notes
-    assert not lacking(note, f"{run.name} no result.json step 40 100")
-
-
-def test_a_result_from_before_the_run_was_given_more_steps_is_none_of_it(tmp_path: Path) -> None:
-    run = read(a_run(tmp_path / "a", steps=60), {**RECIPE, "train": {**RECIPE["train"], "steps": 100}})
-    assert run.result == {}
-    (note,) = run.notes
-    assert not lacking(note, f"{run.name} result.json more step 60 100")
+    assert not lacking(note, f"{run.name} {words}")
 
 
 @pytest.mark.parametrize("line", [3, 21])
