@@ -110,19 +110,6 @@ def test_schema_is_json_schema():
         run("schema", "pretrian")
 
 
-def test_what_files_are_called_cannot_act_on_the_terminal(switchcli):
-    name = "\x1b[2J\u202e.yaml"
-    for arguments in (["copy", "quickstart/switch", name], ["validate", name]):
-        done = switchcli("recipes", *arguments)
-        assert done.code == 0
-        assert "\\x1b[2J\\u202e.yaml" in done.out
-        assert not {"\x1b", "\u202e"} & {*done.out}
-    said = switchcli("pretrain", name, "--dry-run", 'description="\\e[2J\\u202e"').out
-    assert not {"\x1b", "\u202e"} & {*said}
-    Path("again.yaml").write_text(said)
-    assert switchcli("pretrain", "again.yaml", "--dry-run").out == said
-
-
 @pytest.mark.parametrize(
     ("arguments", "place"),
     [

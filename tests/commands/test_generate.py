@@ -15,8 +15,6 @@ from tiny_checkpoint import reseal
 from tiny_run import SwitchCLI
 
 from switchcli import api
-from switchcli.checkpoint import manifest
-from switchcli.checkpoint.manifest import NAME
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
@@ -92,18 +90,6 @@ def test_a_blank_line_read_has_an_empty_answer(
     assert done.out.splitlines() == ["words", "", "words", ""]
 
 
-@pytest.mark.integration
-def test_what_a_model_says_cannot_act_on_the_terminal(
-    trained: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "a\x1b[2J\x9b31m\u202eb\r\nc\x07")
-    plain = switchcli("generate", trained, GAP)
-    assert plain.out == r"a\x1b[2J\x9b31m\u202eb\r c\x07" + "\n"
-    shown = switchcli("generate", trained, GAP, "--json").out
-    assert shown.isascii()
-    assert shown.removesuffix("\n").isprintable()
-
-
 @pytest.mark.parametrize("path", ["nowhere", ".", "file.txt"])
 def test_no_checkpoint_there(path: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -149,18 +135,6 @@ def test_a_damaged_checkpoint_is_refused_by_file(
     done = switchcli("generate", copy, GAP)
     assert (done.code, done.out) == (4, "")
     assert file in done.err
-
-
-def test_a_file_that_the_manifest_does_not_name_is_not_read(
-    trained: Path, switchcli: SwitchCLI, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(trained, tmp_path / "copy") / "checkpoints/step-00000002"
-    file, before = "tokenizer.json", manifest.load(copy)
-    entries = tuple(entry for entry in before.entries if entry.name != file)
-    (copy / NAME).write_bytes(manifest.Manifest(before.step, entries).encode())
-    done = switchcli("generate", copy, GAP)
-    assert (done.code, done.out) == (4, "")
-    assert not lacking(done.err, f"{copy} {file} contain")
 
 
 @pytest.mark.parametrize(
