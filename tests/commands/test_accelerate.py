@@ -37,7 +37,6 @@ def warnings(
     ("environment", "keys", "words"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "bf16 recipe train.precision=float32"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, ["train.precision=bfloat16"], "fp16 train.precision=bfloat16"),
         ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP parallel.shard=none"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed parallel.shard=none"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM parallel.shard=none"),
@@ -115,7 +114,9 @@ def launched(options: str, *arguments: str) -> "subprocess.CompletedProcess[str]
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "one process")) for name in DOCUMENTED]
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_each_documented_command_starts_its_ranks(name: str, device: str, recipe: str) -> None:
     options, ours, ranks = DOCUMENTED[name]
@@ -132,12 +133,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "many-gpus.md").read_tex
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_options_that_accelerate_does_not_pass_on_are_said_to_be_ignored(ranks: int, recipe: str) -> None:
-    options = f"{'--multi_gpu' if ranks > 1 else '--cpu'} --num_processes {ranks}"
-    done = launched(
-        f"{options} --gradient_accumulation_steps 8 --gradient-clipping=2", "pretrain", recipe, "--out", "run"
-    )
+def test_options_that_accelerate_does_not_pass_on_are_said_to_be_ignored(recipe: str) -> None:
+    options = "--multi_gpu --num_processes 2 --gradient_accumulation_steps 8 --gradient-clipping=2"
+    done = launched(options, "pretrain", recipe, "--out", "run")
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: accelerate")]
     assert not lacking(line, "8 accumulation clipping 2 train.microbatch_tokens=128 train.clip_norm=null")
@@ -149,13 +147,8 @@ def test_the_launcher_and_its_configuration_file_do_not_change_a_run(recipe: str
         "{compute_environment: LOCAL_MACHINE, distributed_type: FSDP, fsdp_config: {fsdp_version: 2}, "
         "mixed_precision: bf16, num_machines: 1, num_processes: 2, main_process_port: 0}"
     )
-    by_options = launched("--cpu --num_processes 2 --mixed_precision bf16", "pretrain", recipe, "--out", "a", "--json")
-    by_file = launched("--config_file accelerate.yaml", "pretrain", recipe, "--out", "b", "--json")
-    for done, ranks, words in (
-        (by_options, 1, ["bf16 train.precision=float32", "--processes"]),
-        (by_file, 2, ["bf16 FSDP train.precision=float32 parallel.shard=none"]),
-    ):
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["hardware"]["ranks"] == ranks
-        lines = [line for line in done.stderr.splitlines() if line.startswith("warning: accelerate")]
-        assert [lacking(line, each) for line, each in zip(lines, words, strict=True)] == [[] for _ in words]
+    done = launched("--config_file accelerate.yaml", "pretrain", recipe, "--out", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["hardware"]["ranks"] == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: accelerate")]
+    assert not lacking(line, "bf16 FSDP train.precision=float32 parallel.shard=none")

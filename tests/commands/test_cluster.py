@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from drill import kill_one
 from messages import lacking
 from ranks import free_port
+from tiny_run import SwitchCLI
 
 LAUNCH = (sys.executable, "-m", "switchcli", "launch")
 SKYPILOT = Path(__file__).parents[2] / "scripts" / "skypilot.yaml"
@@ -48,13 +50,20 @@ def figure() -> float:
     return json.loads(Path("run/result.json").read_text())["held_out/neg_log_perplexity"]
 
 
-def job_script(*arguments: str) -> Path:
-    """Return the file of a job script, as `sbatch` would get it."""
-    printed = subprocess.run([*LAUNCH, "--slurm", "--print", *arguments], check=True, capture_output=True, text=True)
-    script = Path("job.sh").resolve()
-    script.write_text(printed.stdout)
-    script.chmod(0o755)
-    return script
+@pytest.fixture
+def job_script(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A function of the arguments that gives the file of a job script, as `sbatch` would get it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(*arguments: str) -> Path:
+        done = switchcli("launch", "--slurm", "--print", *arguments)
+        assert done.code == 0, done.err
+        script = tmp_path / "job.sh"
+        script.write_text(done.out)
+        script.chmod(0o755)
+        return script
+
+    return write
 
 
 def two_machines(*arguments: str) -> list["subprocess.Popen[str]"]:
@@ -76,7 +85,7 @@ def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
     assert figure() == pytest.approx(done["held_out/neg_log_perplexity"], abs=1e-5)
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     keys = (*KEYS[:-1], run, "train.steps=24", "checkpoint.save_every_steps=4")
@@ -88,7 +97,9 @@ def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str
 
 
 @pytest.mark.integration
-def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, job: dict[str, str]) -> None:
+def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(
+    recipe: str, job: dict[str, str], job_script: Callable[..., Path]
+) -> None:
     command = ("--ranks", "2", "--nodes", "2", "--", "pretrain", recipe, *KEYS)
     done = subprocess.run([job_script(*command)], env=job, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -102,7 +113,9 @@ def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, j
 
 
 @pytest.mark.integration
-def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str, job: dict[str, str]) -> None:
+def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(
+    recipe: str, job: dict[str, str], job_script: Callable[..., Path]
+) -> None:
     script = job_script("--", "pretrain", recipe, *KEYS, "train.steps=100000", "checkpoint.save_every_steps=5")
     process = subprocess.Popen([script], env=job, stderr=subprocess.PIPE, text=True)
     while not list(Path("run").glob("checkpoints/step-*")):
@@ -115,9 +128,10 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(recipe: str
     assert Path("scontrol.log").read_text() == "requeue 7\n"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("restarts", "code"), [("2", 0), ("3", 75)])
 def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
-    job: dict[str, str], tmp_path: Path, restarts: str, code: int
+    job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path, restarts: str, code: int
 ) -> None:
     """The job's ranks are stopped because one fails on another machine."""
     stopped = tmp_path / "tools" / "srun"
@@ -127,22 +141,19 @@ def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
     assert (done.returncode, Path("scontrol.log").exists()) == (code, code == 0)
 
 
-def test_what_a_job_asks_for_is_in_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_a_job_asks_for_is_in_its_script(job_script: Callable[..., Path]) -> None:
     script = job_script("--nodes", "4", "--ranks", "2", "--time", "1:00", "--sbatch=--partition=a", "--", "eval", "run")
     lines = [line.removeprefix("#SBATCH ") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1:00", "--partition=a"} <= {*lines}
     assert {"--signal=USR1@300", "--requeue"} <= {*lines}
 
 
-@pytest.mark.parametrize("time", ["30", "30:00", "24:00:00", "2-12", "2-12:00:00", "UNLIMITED"])
-def test_a_time_limit_in_any_form_of_sbatch_is_in_the_job_script(
-    time: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("time", ["30", "24:00:00", "2-12:00:00", "UNLIMITED"])
+def test_a_time_limit_in_any_form_of_sbatch_is_in_the_job_script(time: str, job_script: Callable[..., Path]) -> None:
     assert f"\n#SBATCH --time={time}\n" in job_script("--time", time, "--", "pretrain", "x").read_text()
 
 
+@pytest.mark.integration
 def test_ranks_of_torchrun_import_the_package_from_a_clone_that_is_not_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,10 +166,7 @@ def test_ranks_of_torchrun_import_the_package_from_a_clone_that_is_not_installed
 
 
 @pytest.mark.parametrize("verb", [("pretrain",), ("data", "prepare")])
-def test_no_word_adds_a_line_to_a_job_script(
-    verb: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_word_adds_a_line_to_a_job_script(verb: tuple[str, ...], job_script: Callable[..., Path]) -> None:
     plain = job_script("--sbatch=--comment=a", "--", *verb, "a", "description=a").read_text()
     evil = "a\nreboot\r\nJOB\n$(reboot) `reboot` ; reboot"
     script = job_script(f"--sbatch=--comment={evil}", "--", *verb, evil, f"description={evil}").read_text()
@@ -184,12 +192,14 @@ def test_no_word_adds_a_line_to_a_job_script(
         (("--torchrun", "--", "prune"), "prune pretrain"),
     ],
 )
-def test_a_launch_that_cannot_be_is_refused(options: tuple[str, ...], words: str) -> None:
-    command = [*LAUNCH, *options, "--", "pretrain", "x"]
-    refused = subprocess.run(command, env={**os.environ, "PATH": ""}, capture_output=True, text=True, check=False)
-    assert refused.returncode in (2, 6)
-    assert not lacking(refused.stderr, words)
-    assert refused.stderr.count("\n") == 1
+def test_a_launch_that_cannot_be_is_refused(
+    options: tuple[str, ...], words: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    refused = switchcli("launch", *options, "--", "pretrain", "x")
+    assert refused.code in (2, 6)
+    assert not lacking(refused.err, words)
+    assert refused.err.count("\n") == 1
 
 
 def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
@@ -199,7 +209,9 @@ def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
 
 
 @pytest.mark.integration
-def test_the_tasks_of_a_slurm_array_prepare_a_share_each(recipe: str, job: dict[str, str], tmp_path: Path) -> None:
+def test_the_tasks_of_a_slurm_array_prepare_a_share_each(
+    recipe: str, job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path
+) -> None:
     corpora = ", ".join("{kind: files, paths: [text.txt], sample_by: line}" for _ in range(2))
     keys = (recipe, f"data.corpora=[{corpora}]", "--json")
     command = [job_script("--nodes", "2", "--", "data", "prepare", *keys)]

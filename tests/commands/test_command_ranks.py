@@ -63,56 +63,34 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("ranks", "keys", "words"),
     [
-        (["parallel.data=4"], "parallel.data 4 ranks 2 --processes"),
-        (["parallel.expert=4"], "parallel.expert 4 ranks 2 --processes parallel.expert=2"),
-        (["parallel.model=4"], "parallel.model 4 ranks 2 --processes parallel.model=2"),
-        (["parallel={data: 2, model: 2}"], "parallel.data parallel.model 2 ranks --processes 4"),
-        (["parallel={expert: 2, model: 2}"], "parallel.expert 2 ranks data 1 --processes 4 parallel.expert=1"),
+        (1, "parallel.expert=2", "parallel.expert 2 ranks 1 --processes parallel.expert=1"),
+        (2, "parallel.data=4", "parallel.data 4 ranks 2 --processes"),
+        (2, "parallel.expert=4", "parallel.expert 4 ranks 2 --processes parallel.expert=2"),
+        (2, "parallel.model=4", "parallel.model 4 ranks 2 --processes parallel.model=2"),
+        (2, "parallel={data: 2, model: 2}", "parallel.data parallel.model 2 ranks --processes 4"),
+        (2, "parallel={expert: 2, model: 2}", "parallel.expert 2 ranks data 1 --processes 4 parallel.expert=1"),
+        (2, "model.num_experts=1 parallel.expert=2", "parallel.expert 2 model.num_experts 1"),
+        (2, "model.sparse=both parallel.model=2", "parallel.model 2 attention model.sparse"),
+        (6, "parallel.expert=3", "parallel.expert 3 model.num_experts 4 1 2"),
+        (6, "parallel={data: 6, expert: 4}", "parallel.expert 4 parallel.data 6 2"),
+        (6, "parallel.model=3", "model.num_heads 4 parallel.model 3 1"),
+        (6, "parallel={auto: true, model: 2}", "parallel.auto data model expert shard"),
+        (6, "parallel={reduction: ordered, expert: 2}", "parallel.reduction ordered expert 2 fast"),
+        (6, "parallel={reduction: ordered, auto: true}", "parallel.auto reduction ordered"),
+        (6, "parallel.reduction=ordered", "parallel.reduction ordered 6 4 8 --processes parallel.reduction=fast"),
+        (1, "parallel.reduction=ordered train.microbatch_tokens=null", "parallel.reduction train.microbatch_tokens 32"),
     ],
 )
-def test_a_mesh_that_is_not_of_these_ranks_starts_none(
-    keys: list[str], words: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+def test_a_mesh_that_is_not_of_these_ranks_or_this_model_starts_none(
+    ranks: int, keys: str, words: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("switchcli.runs.run_dir.launch", None)
-    done = switchcli("pretrain", recipe, *keys, "--processes", 2)
+    done = switchcli("pretrain", recipe, *re.split(r" (?=[\w.]+=)", keys), *(["--processes", ranks] * (ranks > 1)))
     assert (done.code, done.out) == (2, "")
-    assert re.fullmatch(r"error: .*\n", done.err)
+    assert done.err.startswith("error: ")
     assert not lacking(done.err, words)
-    alone = switchcli("pretrain", recipe, "parallel.expert=2")
-    assert (alone.code, lacking(alone.err, "parallel.expert 2 ranks 1 --processes parallel.expert=1")) == (2, [])
-
-
-def test_experts_that_cannot_be_shared_start_no_rank(
-    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("switchcli.runs.run_dir.launch", None)
-    for keys, words in {
-        "parallel.expert=3": "parallel.expert 3 model.num_experts 4 1 2",
-        "parallel={data: 6, expert: 4}": "parallel.expert 4 parallel.data 6 2",
-        "parallel.expert=0": "parallel.expert 1 0",
-        "parallel.model=3": "model.num_heads 4 parallel.model 3 1",
-        "parallel.shard=zero1": "parallel.shard 'zero1' 'none' 'zero2' 'zero3'",
-        "parallel={auto: true, model: 2}": "parallel.auto data model expert shard",
-        "parallel={reduction: ordered, expert: 2}": "parallel.reduction ordered expert 2 fast",
-        "parallel={reduction: ordered, auto: true}": "parallel.auto reduction ordered",
-        "parallel.reduction=ordered": "parallel.reduction ordered 6 4 8 --processes parallel.reduction=fast",
-    }.items():
-        done = switchcli("pretrain", recipe, keys, "--processes", 6)
-        assert (done.code, done.out) == (2, "")
-        assert not lacking(done.err, words)
-    done = switchcli("pretrain", recipe, "parallel.reduction=ordered", "train.microbatch_tokens=null")
-    assert (done.code, done.out) == (2, "")
-    assert not lacking(done.err, "parallel.reduction ordered train.microbatch_tokens 32")
-    done = switchcli("pretrain", recipe, "model.num_experts=1", "parallel.expert=2", "--processes", 2)
-    assert (done.code, lacking(done.err, "parallel.expert 2 model.num_experts 1")) == (2, []), done.err
-
-
-def test_a_model_axis_does_not_divide_experts_of_an_attention(recipe: str, switchcli: SwitchCLI) -> None:
-    done = switchcli("pretrain", recipe, "model.sparse=both", "parallel.model=2", "--processes", 2)
-    assert done.code == 2
-    assert not lacking(done.err, "parallel.model 2 attention model.sparse")
 
 
 @pytest.mark.integration
@@ -139,7 +117,13 @@ def test_no_mesh_fits(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.Mon
     assert not lacking(done.err, "train.microbatch_tokens switchcli plan")
 
 
-@pytest.mark.parametrize("other", ["train.seed=1", "parallel.expert=2", "parallel.model=2"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        "parallel.expert=2",
+        *(pytest.param(key, marks=pytest.mark.nightly) for key in ("train.seed=1", "parallel.model=2")),
+    ],
+)
 @pytest.mark.integration
 def test_ranks_that_are_told_different_things(other: str, recipe: str) -> None:
     """Each started by hand, as on two machines."""
@@ -206,8 +190,10 @@ OWN_TEXT = "text.corpora=[{kind: files, paths: [text.txt], sample_by: line}]"
     ("command", "file", "name"),
     [
         (["pretrain", "tiny.yaml"], "text.txt", "the text"),
-        (["pretrain", "tiny.yaml", "data.access=stream"], "text.txt", "text"),
-        (["finetune", "tune.yaml"], "last.train.jsonl", "the training examples of last"),
+        pytest.param(["pretrain", "tiny.yaml", "data.access=stream"], "text.txt", "text", marks=pytest.mark.nightly),
+        pytest.param(
+            ["finetune", "tune.yaml"], "last.train.jsonl", "the training examples of last", marks=pytest.mark.nightly
+        ),
         (["finetune", "tune.yaml"], "colour.validation.jsonl", "the examples of colour to score"),
         (["eval", OWN_TEXT], "text.txt", "the text"),
     ],

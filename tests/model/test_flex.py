@@ -72,8 +72,9 @@ def packed_cross() -> Any:
 CASES = [encoder, packed_encoder, decoder, packed_decoder, cross, packed_cross]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("unfused", [False, True])
+@pytest.mark.parametrize(
+    ("case", "unfused"), [*((case, True) for case in CASES), (packed_encoder, False), (packed_decoder, False)]
+)
 def test_output_and_gradients_are_those_of_a_bias_tensor(
     case: Callable[[], Any], unfused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +152,7 @@ WIDE = ModelSpec(**{**SHAPE, "d_kv": K, "num_layers": 2, "num_experts": 4, "drop
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_a_compiled_model_with_flex_attention_has_the_gradients_of_the_other(
     packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

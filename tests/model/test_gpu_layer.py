@@ -8,7 +8,7 @@ a gradient has passed through two products and back, each rounded.
 
 import pytest
 import torch
-from devices import DEVICES
+from devices import on_devices
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, evaluate_by
@@ -60,8 +60,7 @@ def assert_equal_within(found: list[torch.Tensor], expected: list[torch.Tensor],
         torch.testing.assert_close(ours.float().cpu(), theirs.float(), rtol=0, atol=scale * relative)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("device", "router"), on_devices(ROUTERS, on_cpu=["groups of two"]))
 @pytest.mark.parametrize(("d_model", "activation"), [(64, "relu"), (6, "relu"), (64, "geglu")])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_output_and_every_gradient_are_the_cpus(
@@ -82,8 +81,7 @@ def test_output_and_every_gradient_are_the_cpus(
     assert_equal_within(found[1], found[0], RELATIVE[autocast])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("device", "router"), on_devices(ROUTERS, on_cpu=["groups of two"]))
 @pytest.mark.parametrize("policy", ["paper", "dropless", 0.5])
 def test_evaluation_is_the_cpus(device: str, router: str, policy: Policy) -> None:
     """Outputs within the bound; what each expert got and what was dropped exactly."""

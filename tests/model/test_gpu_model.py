@@ -6,12 +6,10 @@ Answers are compared token for token in float32: logits differ by about 1e-6, so
 the best two tokens are as close, and a test first makes sure on the CPU that none of its steps has such a tie.
 """
 
-import itertools
-
 import pytest
 import torch
 from answers import SPEC, a_model, some_inputs
-from devices import DEVICES
+from devices import DEVICES, on_devices
 from tiny_model import SHAPE, rows, step_total
 from tiny_model import a_model as a_trainable_model
 
@@ -25,20 +23,18 @@ from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRout
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 
 BARE = {"jitter": 0.0, "min_capacity": 1, "capacity_factor": 0.6}
-MODELS = {
-    "dense": ModelSpec(**SHAPE, dropout=0.0),
-    "dense geglu untied": ModelSpec(**SHAPE, dropout=0.0, activation="geglu", tie_embeddings=False),
-    "switch": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(**BARE)),
-    "switch dropless": ModelSpec(
-        **SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(jitter=0.0, capacity_factor="dropless")
-    ),
-    "switch attention": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(**BARE), sparse="both"),
-    "top_k": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=TopKRouter(**BARE, keep_threshold=0.0)),
-    "no_token_left_behind": ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=NoTokenLeftBehindRouter(**BARE)),
-    "expert_choice": ModelSpec(
-        **SHAPE, dropout=0.0, num_experts=4, router=ExpertChoiceRouter(**BARE), decoder_router=SwitchRouter(**BARE)
-    ),
+SPARSE = ModelSpec(**SHAPE, dropout=0.0, num_experts=4, router=SwitchRouter(**BARE))
+CHANGES = {
+    "dense": {"num_experts": 1},
+    "dense geglu untied": {"num_experts": 1, "activation": "geglu", "tie_embeddings": False},
+    "switch": {},
+    "switch dropless": {"router": SwitchRouter(jitter=0.0, capacity_factor="dropless")},
+    "switch attention": {"sparse": "both"},
+    "top_k": {"router": TopKRouter(**BARE, keep_threshold=0.0)},
+    "no_token_left_behind": {"router": NoTokenLeftBehindRouter(**BARE)},
+    "expert_choice": {"router": ExpertChoiceRouter(**BARE), "decoder_router": SwitchRouter(**BARE)},
 }
+MODELS = {name: SPARSE.model_copy(update=changes) for name, changes in CHANGES.items()}
 RELATIVE = {False: 1e-4, True: 0.15}
 
 
@@ -55,9 +51,8 @@ def gradients(
     return [loss.target_sum.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("device", "name"), on_devices(MODELS, on_cpu=["dense"]))
 def test_loss_and_every_gradient_are_the_cpus(device: str, autocast: bool, name: str) -> None:
     """The gradients' errors are compared with the largest gradient of the model: some are zero but for rounding."""
     arguments = (cross_entropy, rows(0, 0, 4), name == "dense")
@@ -66,8 +61,9 @@ def test_loss_and_every_gradient_are_the_cpus(device: str, autocast: bool, name:
     assert_equal_within(found, expected, RELATIVE[autocast])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["dense", "switch dropless", "switch attention"])
+@pytest.mark.parametrize(
+    ("device", "name"), on_devices(["dense", "switch dropless", "switch attention"], on_cpu=["switch attention"])
+)
 def test_packed_rows_have_the_cpus_loss_and_gradients(device: str, name: str) -> None:
     one, other = rows(0, 4, 4), rows(1, 4, 4)  # each row here: one example after another, of those without padding
     batch = Batch(*(pack(first, second) for first, second in zip(one, other, strict=True)))
@@ -133,17 +129,12 @@ DECODING = {
 }
 
 
-@pytest.mark.unit(
-    "dense-greedy-cpu",
-    "switch-beams with a penalty-cpu",
-    "groups-nucleus-cpu",
-    "top_k-greedy-cpu",
-    "no_token_left_behind-beams-cpu",
-    "expert_choice-sampling-cpu",
-)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "how"), [*itertools.product(ANSWERING, DECODING)])
-def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
+PAIRS = [f"{name}, {how}" for name in ANSWERING for how in DECODING]
+
+
+@pytest.mark.parametrize(("device", "case"), on_devices(PAIRS, on_cpu=["groups, greedy", "switch, nucleus"]))
+def test_answers_are_the_cpus(device: str, case: str) -> None:
+    name, how = case.split(", ")
     model, inputs_BS = a_model(ANSWERING[name], seed=2), some_inputs(6, 4)
     with evaluating(model, "dropless"):
         expected = generate(model, inputs_BS, DECODING[how])
@@ -153,7 +144,7 @@ def test_answers_are_the_cpus(device: str, name: str, how: str) -> None:
         assert len({tuple(row) for row in expected.tolist()}) > 1
 
 
-@pytest.mark.unit("groups")
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ANSWERING)
 def test_no_choice_of_those_answers_is_a_near_tie(name: str) -> None:
     """Weights moved by 1e-5 of their size, far more than another order of sums moves a logit, change no answer."""

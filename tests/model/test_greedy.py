@@ -17,7 +17,7 @@ from answers import (
     twins,
     up_to_the_end,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchcli.model.decoding import Decoding
@@ -36,15 +36,15 @@ def uncached(model: SwitchTransformer, inputs_S: torch.Tensor, max_tokens: int) 
     return answer + [PAD] * (max_tokens - len(answer))
 
 
+@settings(max_examples=10)
 @given(
-    rows=st.integers(1, 5),
+    rows=st.integers(1, 3),
     group_sequences=st.integers(1, 3),
     tied=st.booleans(),
     dense=st.booleans(),
-    max_tokens=st.integers(1, 12),
+    max_tokens=st.integers(1, 9),
     seed=st.integers(0, 2**20),
 )
-@pytest.mark.integration
 def test_the_cache_changes_no_token(
     rows: int, group_sequences: int, tied: bool, dense: bool, max_tokens: int, seed: int
 ) -> None:
@@ -65,7 +65,7 @@ def test_the_cache_changes_no_token(
 def test_answers_end_early_and_are_padded_after_their_end() -> None:
     """Over many models the answers have all lengths, and decoding takes the steps of the longest one."""
     lengths: set[int] = set()
-    for seed in range(20):
+    for seed in range(8):
         model = a_model(SPEC, seed)
         steps: list[int] = []
         model.decoder.register_forward_hook(lambda *_, steps=steps: steps.append(1))
@@ -75,15 +75,7 @@ def test_answers_end_early_and_are_padded_after_their_end() -> None:
         for row, end in zip(answers, ends, strict=True):
             assert set(row[end:]) <= {PAD}
         lengths |= set(ends)
-    assert len(lengths) > 5
-
-
-def test_an_input_of_padding_has_no_answer() -> None:
-    inputs_BS = some_inputs(3, 0)
-    inputs_BS[1] = PAD
-    answers_BT = generate(a_model(SPEC, 3), inputs_BS, Decoding(max_tokens=6))
-    assert (answers_BT[1] == PAD).all()
-    assert (answers_BT[0] != PAD).any()
+    assert len(lengths) > 3
 
 
 def test_a_decoding_step_routes_no_row_that_has_ended_or_fills_a_group() -> None:
@@ -154,9 +146,8 @@ def test_the_caller_may_say_when_to_stop(beams: int) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("group_sequences", [1, 3])
-def test_of_no_inputs_there_is_no_answer(beams: int, group_sequences: int) -> None:
-    grouped = ROOMY.model_copy(update={"group_sequences": group_sequences})
+def test_of_no_inputs_there_is_no_answer(beams: int) -> None:
+    grouped = ROOMY.model_copy(update={"group_sequences": 3})
     model = a_model(SPEC.model_copy(update={"router": grouped}), 7)
     found = generate(model, some_inputs(0, 0), Decoding(max_tokens=5, beams=beams))
     assert (len(found), found.dtype) == (0, torch.int64)

@@ -65,15 +65,6 @@ def test_the_routers_logits_are_float32_and_exact_in_the_whole_model(
         assert report.load_balancing_loss.requires_grad
 
 
-def test_a_router_on_its_own_is_float32_under_autocast_too() -> None:
-    router = RouterWeights(SPARSE, "encoder").eval()
-    torch.nn.init.normal_(router.weight)
-    x_GND = torch.randn(2, 3, SPARSE.d_model)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits_GNE = router(x_GND)
-    assert torch.equal(logits_GNE, F.linear(x_GND, router.weight))
-
-
 def test_the_papers_bfloat16_arm_rounds_the_router_whatever_is_around_it() -> None:
     """Table 2's arm that diverges: product and softmax in bfloat16, from a float32 master."""
     model = SwitchTransformer(SPARSE, router_dtype=torch.bfloat16)

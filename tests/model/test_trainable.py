@@ -69,13 +69,12 @@ def gradients(spec: ModelSpec, group: TrainableSet) -> dict[str, torch.Tensor | 
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("spec", [SPARSE, BOTH], ids=["feed_forward", "both"])
-@pytest.mark.parametrize("group", GROUPS)
-def test_what_learns_has_the_gradient_that_it_has_when_all_learns(spec: ModelSpec, group: TrainableSet) -> None:
+@pytest.mark.parametrize("group", GROUPS[1:])
+def test_what_learns_has_the_gradient_that_it_has_when_all_learns(group: TrainableSet) -> None:
     """Equal within 4e-6 of the largest entry: where fewer gradients are wanted torch takes other kernels, whose sums of
     some hundred float32 terms, each rounded by 6e-8, have another order; which ones depends on the processor."""
-    whole = gradients(spec, "all")
-    for name, gradient in gradients(spec, group).items():
+    whole = gradients(BOTH, "all")
+    for name, gradient in gradients(BOTH, group).items():
         if re.fullmatch(NAMES[group], name):
             torch.testing.assert_close(gradient, whole[name], rtol=0, atol=4e-6 * float(whole[name].abs().max()))
         else:

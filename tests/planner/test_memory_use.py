@@ -382,14 +382,6 @@ def test_more_experts_apart_and_more_model_ranks_never_take_more() -> None:
         assert by_model == sorted(by_model, reverse=True)
 
 
-def test_a_larger_microbatch_takes_more_of_what_it_is_asked_for_alone() -> None:
-    own = held_by(8)
-    small, large = (device_bytes(XXL, STEP, Mesh(64, 64, 8), own, size) for size in (2, 4))
-    assert large.activations == pytest.approx(2 * small.activations, rel=1e-3)
-    assert large.dispatch == 2 * small.dispatch
-    assert (small.weights, small.gradients, small.optimizer) == (large.weights, large.gradients, large.optimizer)
-
-
 @pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["adafactor", "adamw"])
 def test_the_model_axis_divides_the_optimizers_state_as_its_weights(optimizer: OptimizerSpec) -> None:
     one, eight = held_of(XXL, 1, optimizer), held_of(XXL, 8, optimizer)

@@ -71,15 +71,6 @@ def test_experts_with_replicas_reduce_their_gradients_among_them() -> None:
     assert (call.axis, call.ranks, call.payload_bytes) == ("replica", 2, held_of(SPARSE).expert)  # 4 bytes of a quarter
 
 
-@pytest.mark.parametrize("router", [SwitchRouter(min_capacity=1), TopKRouter(min_capacity=1)], ids=["switch", "top_k"])
-def test_the_bytes_of_tokens_do_not_depend_on_the_number_of_experts(router: Any) -> None:
-    sizes = {}
-    for experts in (8, 16, 32, 64):
-        spec = SPARSE.model_copy(update={"num_experts": experts, "router": router})
-        sizes[experts] = calls(spec, Mesh(8, expert=8), 2)["all_to_all encoder tokens, there"].payload_bytes
-    assert set(sizes.values()) == {2 * 2 * 640 * 64}  # 1.25 * 512 slots of each sequence
-
-
 def test_without_a_capacity_a_row_for_each_choice_travels_after_the_counts() -> None:
     for router, choices in (
         (SwitchRouter(capacity_factor="dropless"), 1),
