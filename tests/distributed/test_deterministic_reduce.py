@@ -19,6 +19,7 @@ from switchcli.distributed.signals import StopRequest
 from switchcli.errors import RecipeError
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.init import initial_weights
+from switchcli.model.moe import experts
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.model.transformer import SwitchTransformer
@@ -88,6 +89,7 @@ def trained(
     objective: Objective = cross_entropy,
     group: TrainableSet = "all",
     recomputed: bool = False,
+    largest: int = experts.CPU_CACHE,
 ) -> dict[str, bytes]:
     """Weights and optimizer state after two steps of twelve microbatches, with noise and clipping."""
     with torch.device("meta"):
@@ -98,18 +100,20 @@ def trained(
     if recomputed:
         recompute_blocks(model)
     built = optimizer.build(trainable(model))
-    fit(
-        TrainState(),
-        context.wrap(model),
-        FixedLoss(objective),
-        Microbatches(rows, 24, 2, 1, context.dp_rank, context.dp_size),
-        built,
-        InverseSquareRoot(),
-        context,
-        [],
-        TrainSpec(steps=2, batch_tokens=1, seed=3, clip_norm=0.05),
-        StopRequest(),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "CPU_CACHE", largest)
+        fit(
+            TrainState(),
+            context.wrap(model),
+            FixedLoss(objective),
+            Microbatches(rows, 24, 2, 1, context.dp_rank, context.dp_size),
+            built,
+            InverseSquareRoot(),
+            context,
+            [],
+            TrainSpec(steps=2, batch_tokens=1, seed=3, clip_norm=0.05),
+            StopRequest(),
+        )
     tensors = dict(model.named_parameters()) | built.state()
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 
@@ -134,6 +138,7 @@ CASES: dict[str, Callable[[DistributedContext], Any]] = {
     "distilled": partial(trained, optimizer=Adafactor(), objective=distilled),
     "the experts alone": partial(trained, optimizer=Adafactor(), group="expert"),
     "computed again": partial(trained, optimizer=Adafactor(), recomputed=True),
+    "one expert at a time": partial(trained, optimizer=Adafactor(min_dim_to_factor=8), largest=0),
     "rounded": partial(trained, optimizer=Adafactor(min_dim_to_factor=8)),
 }
 
@@ -148,7 +153,11 @@ MATRIX = RankMatrix(
     answer,
     [Row(mesh, case) for mesh in ("2", "4", "2, fast") for case in CASES],
     MESHES,
-    integration={"2": ["sums", "adamw", "distilled", "rounded"], "4": ["sums", "adafactor"], "2, fast": ["adamw"]},
+    integration={
+        "2": ["sums", "adamw", "distilled", "one expert at a time", "rounded"],
+        "4": ["sums", "adafactor"],
+        "2, fast": ["adamw"],
+    },
 )
 
 
@@ -157,6 +166,10 @@ def test_a_sum_is_that_of_a_tree_of_microbatches(batch: int, sequences: int) -> 
     each = [alone(number, sequences) for number in range(batch // sequences)]
     assert same(answer("sums")[batch, sequences], tree(each))
     assert same(straight(each), tree(each)) == (len(each) % 2 == 1)  # else the order would not show
+
+
+def test_experts_one_at_a_time_give_the_bits_of_all_at_once() -> None:
+    assert answer("one expert at a time") == answer("adafactor")
 
 
 @pytest.mark.parametrize("row", MATRIX.parameters(CASES))

@@ -1,15 +1,14 @@
-"""What experts take on a rank: those that do not fit into one process train on four, and replicas divide them."""
+"""What experts take on a rank: those that do not fit into one process train on four."""
 
 import resource
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import model_of, on_ranks
-from tiny_model import SHAPE, SPARSE, rows
+from ranks import on_ranks
+from tiny_model import SHAPE, rows
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.layout import is_stacked, local_values
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
@@ -19,7 +18,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
-from switchcli.training.optimizer_specs import Adafactor, AdamW
+from switchcli.training.optimizer_specs import Adafactor
 
 MIB = 2**20
 LARGE = ModelSpec(
@@ -52,36 +51,10 @@ def trained(parallel: ParallelSpec) -> str:
     return "trained"
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own size from Linux")
 def test_experts_that_one_rank_has_no_room_for_train_on_four() -> None:
     expert_bytes = 4 * count(LARGE).expert
     assert ROOM - 256 * MIB <= expert_bytes <= ROOM  # the weights alone would fit; their gradients do not
     assert "can't allocate memory" in on_ranks(1, trained, ParallelSpec())[0]
     assert on_ranks(4, trained, ParallelSpec(expert=4)) == ["trained"] * 4
-
-
-def expert_bytes(parallel: ParallelSpec) -> int:
-    """Bytes of the gradients and of AdamW's state of the experts on this rank, after one step."""
-    context = DistributedContext("cpu", "float32", parallel)
-    model, weights = model_of(SPARSE, context)
-    optimizer = AdamW().build(weights.parameters, weights.layouts)
-    batches = Microbatches(rows, 8, 1, 1, context.rank, context.world)
-    accumulate_gradients(context.wrap(model), cross_entropy, list(batches(0)), RealTokens(36, 27), context, "")
-    gradients = {
-        name: local_values(weight.grad) for name, weight in weights.parameters.items() if weight.grad is not None
-    }
-    optimizer.step(1e-3)
-    tensors = {**gradients, **{name: state for name, state in optimizer.state().items() if state.ndim}}
-    return sum(tensor.nbytes for name, tensor in tensors.items() if is_stacked(name))
-
-
-def expert_bytes_by_shard() -> list[int]:
-    torch.set_num_threads(1)
-    return [expert_bytes(ParallelSpec(expert=2, shard=shard)) for shard in ("none", "zero2", "zero3")]
-
-
-@pytest.mark.integration
-def test_replicas_divide_gradients_and_optimizer_state_of_experts() -> None:
-    for whole, by_zero2, by_zero3 in on_ranks(4, expert_bytes_by_shard):
-        assert by_zero2 == by_zero3 == whole // 2

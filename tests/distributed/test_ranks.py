@@ -32,6 +32,7 @@ from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
+from switchcli.model.moe import experts
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
@@ -129,8 +130,8 @@ def gradients(
     metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
     if load is not None:
         metrics["layer_load"] = load.total
-    experts = torch.tensor([*weights.experts])
-    seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: experts, **optimizer.seen, **metrics}
+    held = torch.tensor([*weights.experts])
+    seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: held, **optimizer.seen, **metrics}
     return {name: tensor.numpy() for name, tensor in seen.items()}
 
 
@@ -285,6 +286,18 @@ def by_onednn(parallel: ParallelSpec = ALONE) -> Arrays:
     return found
 
 
+def has_bits_of_grouped_products(parallel: ParallelSpec = ALONE, recomputed: bool = False) -> bool:
+    """Whether experts of large stacks, which a CPU computes one at a time, give the gradients of all at once."""
+    found = []
+    for largest in (0, 2**62):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(experts, "CPU_CACHE", largest)
+            found.append(
+                gradients(EVERY_SPARSE, 2, CLIP, precision="selective", recomputed=recomputed, parallel=parallel)
+            )
+    return all(np.array_equal(array, found[1][name]) for name, array in found[0].items())
+
+
 def evaluated(parallel: ParallelSpec = ALONE) -> Arrays:
     """Metrics of a held-out set that the ranks cannot share evenly."""
     context = DistributedContext("cpu", "float32", parallel)
@@ -338,6 +351,7 @@ THREE = NOISY.model_copy(update={"num_experts": 3})
 ODD = THREE.model_copy(update={"d_ff": 25})
 """Nor can they divide d_ff."""
 DROPLESS = NOISY.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")})
+EVERY_SPARSE = NOISY.model_copy(update={"sparse_every": 1})
 WIDE = SPARSE.model_copy(
     update={
         **{"d_model": 128, "d_ff": 512, "activation": "geglu", "num_experts": 2},
@@ -383,6 +397,7 @@ RUNS: dict[str, Callable[..., Arrays]] = {
 }
 CONTROL: dict[str, Callable[..., Any]] = {
     "rounded": partial(gradients, DENSE, None, None, precision="selective"),
+    "experts one at a time": has_bits_of_grouped_products,
     "stopped": partial(ended, stop_on=1, poison_on=None),
     "poisoned": partial(ended, stop_on=None, poison_on=1),
 }
@@ -399,16 +414,19 @@ INTEGRATION = {
     "expert 2": (
         *("top-2 of experts with GEGLU", "no token left behind", "experts that choose", "a Switch attention"),
         *("all tokens to one rank", "computed again, a slot for every token", "answers", "distillation"),
-        *("rounded", "stopped", "poisoned", "adamw"),
+        *("experts one at a time", "rounded", "stopped", "poisoned", "adamw"),
     ),
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
-        *("evaluation", "products of oneDNN", "rounded", "adafactor"),
+        *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
     ),
-    "zero2 2": ("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN", "adafactor"),
+    "zero2 2": (
+        *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),
+        *("experts one at a time", "adafactor"),
+    ),
     "zero3 2": (
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
-        *("experts whole on all replicas", "products of oneDNN", "rounded"),
+        *("experts whole on all replicas", "products of oneDNN", "experts one at a time", "rounded"),
         "adafactor, parts of each expert on replicas",
     ),
     "data 4": ("at once", "poisoned"),
@@ -458,6 +476,16 @@ def test_the_number_of_ranks_changes_nothing(row: Row) -> None:
 @needs_onednn
 def test_a_step_by_onednn_has_the_gradients_of_one_by_mkl() -> None:
     assert_same(of_one_process("products of oneDNN"), gradients(WIDE, None, None, collapsed=True))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_experts_one_at_a_time_give_the_bits_of_grouped_products(recomputed: bool) -> None:
+    assert has_bits_of_grouped_products(recomputed=recomputed)
+
+
+@pytest.mark.parametrize("row", MATRIX.parameters(["experts one at a time"]))
+def test_experts_one_at_a_time_give_the_bits_of_grouped_products_on_ranks(row: Row) -> None:
+    assert all(MATRIX.answers(row))
 
 
 @pytest.mark.parametrize("row", MATRIX.parameters(["rounded"]))

@@ -220,7 +220,7 @@ MATRIX = RankMatrix(
     filter(fits, (Row(mesh, name) for mesh in MESHES for name in PEAKS)),
     {name: (mesh.data * mesh.model, parallel) for name, (mesh, parallel) in MESHES.items()},
     integration={
-        **{"data 2": ["dense"], "expert 2": ["switch"], "model 2": ["switch"], "zero2 2": ["dense"]},
+        **{"data 2": ["dense"], "expert 2": ["switch"], "model 2": ["switch"], "zero2 2": ["switch"]},
         **{"zero3 2": ["switch that drops"], "zero3 2, expert 2": ["switch"], "ordered, 2": ["dense"]},
         "expert 2 x model 2": ["switch that drops"],
     },
