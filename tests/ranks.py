@@ -10,20 +10,30 @@ import select
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tiny_model import rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.parallel_spec import ParallelSpec
+from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.training.callbacks import Callback
+from switchcli.training.config import TrainSpec
+from switchcli.training.loop import fit
+from switchcli.training.loss import FixedLoss, Objective, cross_entropy
+from switchcli.training.microbatches import Microbatches
+from switchcli.training.optimizers import Optimizer
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.state import TrainState
 
 SECONDS = 120
 MESHES = {
@@ -111,6 +121,32 @@ def model_of(spec: ModelSpec, context: DistributedContext) -> tuple[SwitchTransf
     weights = context.parallelize(model)
     weights.load_full(initial_weights(spec, 0, weights.experts))
     return model, weights
+
+
+def train_on_rows(
+    context: DistributedContext,
+    model: SwitchTransformer,
+    optimizer: Optimizer,
+    settings: TrainSpec,
+    microbatch: int | None,
+    batch: int = 8,
+    state: TrainState | None = None,
+    objective: Objective = cross_entropy,
+    callbacks: Sequence[Callback] = (),
+) -> None:
+    """Train on this rank's share of the rows of tiny_model: `batch` of them in a step, `microbatch` at a time."""
+    fit(
+        state or TrainState(),
+        context.wrap(model),
+        FixedLoss(objective),
+        Microbatches(rows, batch, microbatch, 1, context.dp_rank, context.dp_size),
+        optimizer,
+        InverseSquareRoot(),
+        context,
+        callbacks,
+        settings,
+        StopRequest(),
+    )
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> list[Any]:

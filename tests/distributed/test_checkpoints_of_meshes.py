@@ -10,7 +10,7 @@ import ranks
 import tiny_model
 import torch
 from doubles import NoWarnings
-from ranks import on_ranks
+from ranks import model_of, on_ranks, train_on_rows
 from tiny_model import SOURCE, TARGET, rows
 
 from switchcli.checkpoint import checkpoint, tensor_file
@@ -20,20 +20,15 @@ from switchcli.convert.to_transformers import rename_tensors, transformers_confi
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import CheckpointError
 from switchcli.model.config import ModelSpec
-from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.step import Mesh, rank_weights
 from switchcli.runs import transformers_checkpoint
 from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
 from switchcli.training.config import CheckpointSpec, TrainSpec
-from switchcli.training.loop import fit
-from switchcli.training.loss import FixedLoss, cross_entropy
-from switchcli.training.microbatches import Microbatches
+from switchcli.training.loss import cross_entropy
 from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
-from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
@@ -55,10 +50,7 @@ def going_on(
     """Restore what is in `folder`, if anything, train up to `steps`, save. The figure found there, and that left."""
     torch.set_num_threads(1)
     context = DistributedContext("cpu", "float32", parallel)
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    weights = context.parallelize(model)
-    weights.load_full(initial_weights(spec, 0, weights.experts))
+    model, weights = model_of(spec, context)
     state, built = TrainState(), optimizer.build(weights.parameters, weights.layouts)
     settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
     saver = Checkpointer(folder, weights, built, context, DOCUMENTS, settings)
@@ -72,18 +64,7 @@ def going_on(
 
     found = figure()
     if state.step < steps:
-        fit(
-            state,
-            context.wrap(model),
-            FixedLoss(cross_entropy),
-            Microbatches(rows, 8, 2, 1, context.dp_rank, context.dp_size),
-            built,
-            InverseSquareRoot(),
-            context,
-            [],
-            TrainSpec(steps=steps, batch_tokens=1),
-            StopRequest(),
-        )
+        train_on_rows(context, model, built, TrainSpec(steps=steps, batch_tokens=1), 2, state=state)
     saver.save(state)
     return {
         "found": found,

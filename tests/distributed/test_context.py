@@ -10,15 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import model_of, on_ranks
 from tiny_model import SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext, HostCopy
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import CheckpointError, DistributedError, RecipeError, SwitchError
-from switchcli.model.init import initial_weights
-from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatch, RealTokens
@@ -183,11 +181,7 @@ def steps_of_shards() -> list[int]:
     """Hooks on the weight that a sharded model returns with its output, after each of three steps."""
     torch.set_num_threads(1)
     context = DistributedContext("cpu", "float32", ParallelSpec(shard="zero3"))
-    with torch.device("meta"):
-        model = SwitchTransformer(SPARSE)
-    weights = context.parallelize(model)
-    weights.load_full(initial_weights(SPARSE, 0, weights.experts))
-    found = []
+    model, found = model_of(SPARSE, context)[0], []
     for step in range(3):
         batch = rows(step, 0, 2)
         microbatches = [Microbatch(0, batch, RealTokens.of(batch))]

@@ -9,29 +9,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from ranks import RankMatrix, Row
+from ranks import RankMatrix, Row, model_of, train_on_rows
 from tiny_model import NOISY, SPARSE, a_model, rows
 from torch import nn
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ParallelSpec, check_world
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import RecipeError
 from switchcli.model.block_execution import recompute_blocks
-from switchcli.model.init import initial_weights
 from switchcli.model.moe import experts
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.trainable_sets import TrainableSet
-from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.config import TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
-from switchcli.training.loop import accumulate_gradients, fit
-from switchcli.training.loss import FixedLoss, Objective, cross_entropy
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import Objective, cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
 from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
-from switchcli.training.schedules import InverseSquareRoot
-from switchcli.training.state import TrainState
 
 ORDERED = ParallelSpec(reduction="ordered")
 REAL = RealTokens(inputs=64, targets=64)
@@ -92,28 +87,15 @@ def trained(
     largest: int = experts.CPU_CACHE,
 ) -> dict[str, bytes]:
     """Weights and optimizer state after two steps of twelve microbatches, with noise and clipping."""
-    with torch.device("meta"):
-        model = SwitchTransformer(NOISY)
-    weights = context.parallelize(model)
-    weights.load_full(initial_weights(NOISY, 0, weights.experts))
+    model, _ = model_of(NOISY, context)
     freeze(model, group)
     if recomputed:
         recompute_blocks(model)
     built = optimizer.build(trainable(model))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "CPU_CACHE", largest)
-        fit(
-            TrainState(),
-            context.wrap(model),
-            FixedLoss(objective),
-            Microbatches(rows, 24, 2, 1, context.dp_rank, context.dp_size),
-            built,
-            InverseSquareRoot(),
-            context,
-            [],
-            TrainSpec(steps=2, batch_tokens=1, seed=3, clip_norm=0.05),
-            StopRequest(),
-        )
+        settings = TrainSpec(steps=2, batch_tokens=1, seed=3, clip_norm=0.05)
+        train_on_rows(context, model, built, settings, 2, batch=24, objective=objective)
     tensors = dict(model.named_parameters()) | built.state()
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
 

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import model_of, on_ranks
 from tiny_model import SHAPE, rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initial_weights
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
@@ -38,10 +36,7 @@ def trained(parallel: ParallelSpec) -> str:
     limit = pages * resource.getpagesize() + ROOM
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        with torch.device("meta"):
-            model = SwitchTransformer(LARGE)
-        weights = context.parallelize(model)
-        weights.load_full(initial_weights(LARGE, 0, weights.experts))
+        model, weights = model_of(LARGE, context)
         optimizer = Adafactor().build(weights.parameters, weights.layouts)
         batches = Microbatches(rows, 4, 1, 1, context.rank, context.world)
         accumulate_gradients(context.wrap(model), cross_entropy, list(batches(0)), RealTokens(12, 9), context, "")

@@ -18,7 +18,7 @@ import torch
 from doubles import Records
 from doubles import trained as trained_to_the_end
 from numpy.typing import NDArray
-from ranks import MESHES, RankMatrix, Row, model_of
+from ranks import MESHES, RankMatrix, Row, model_of, train_on_rows
 from tiny_model import DROPPING, SOURCE, TARGET, TO_DIVIDE, a_model, rows
 from torch import nn
 
@@ -44,7 +44,6 @@ from switchcli.training.callbacks import Callback, LogCallback, ValidationCallba
 from switchcli.training.config import Precision, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
-from switchcli.training.loop import fit
 from switchcli.training.loss import FixedLoss, Objective, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
@@ -114,18 +113,8 @@ def gradients(
     if recomputed:
         recompute_blocks(model)
     optimizer, keep, state = Recorder(trainable(model), weights.layouts), Keep(context), TrainState()
-    fit(
-        state,
-        context.wrap(model),
-        FixedLoss(objective),
-        Microbatches(rows, BATCH, microbatch, 1, context.dp_rank, context.dp_size),
-        optimizer,
-        InverseSquareRoot(),
-        context,
-        [keep],
-        TrainSpec(steps=1, batch_tokens=1, clip_norm=clip_norm),
-        StopRequest(),
-    )
+    settings = TrainSpec(steps=1, batch_tokens=1, clip_norm=clip_norm)
+    train_on_rows(context, model, optimizer, settings, microbatch, state=state, objective=objective, callbacks=[keep])
     load = keep.metrics.pop("layer_load", None)  # tokens: their mean over forward passes depends on their number
     metrics = {f"metric {name}": mean.value().float() for name, mean in keep.metrics.items()}
     if load is not None:
@@ -236,18 +225,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
         ValidationCallback(4, model, cross_entropy, texts, 2, context, log, "paper", stop),
     ]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
-    fit(
-        state,
-        context.wrap(model),
-        FixedLoss(cross_entropy),
-        batches,
-        optimizer,
-        schedule,
-        context,
-        callbacks,
-        settings,
-        stop,
-    )
+    train_on_rows(context, model, optimizer, settings, 2, state=state, callbacks=callbacks)
     records = log.written
     clock = {"seconds", "tokens_per_second", "flops_per_second", "seconds_left", "data_wait_fraction"}
     for record in records:  # of nested figures the names are joined

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankMatrix, Row
+from ranks import RankMatrix, Row, model_of
 from tiny_model import step_total
 from torch import nn
 
@@ -17,7 +17,7 @@ from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initial_weights, initialize
+from switchcli.model.init import initialize
 from switchcli.model.moe import experts
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
@@ -102,10 +102,7 @@ def peak(spec: ModelSpec, step: Step, microbatch: int, parallel: ParallelSpec = 
     from torch.distributed._tools.mem_tracker import MemTracker
 
     context = DistributedContext("cpu", "float32" if step.product_bytes == FLOAT else "selective", parallel)
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    weights = context.parallelize(model)
-    weights.load_full(initial_weights(spec, 0, weights.experts))
+    model, weights = model_of(spec, context)
     if step.recomputed:
         recompute_blocks(model)
     optimizer = Adafactor().build(weights.parameters, weights.layouts)
