@@ -231,9 +231,9 @@ def test_many_small_files_are_listed_in_no_time(monkeypatch: pytest.MonkeyPatch)
     """Quadratic in the files of a piece, it would take half a minute."""
     many = [SourceFile(f"{number}.txt", 1, "") for number in range(20_000)]
     monkeypatch.setattr(files, "expand_paths", lambda *_: many)
-    started = time.perf_counter()
+    started = time.process_time()
     (piece,) = FilesCorpus(paths=("*.txt",)).source_shards()
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
     assert piece == SourceShard("0.txt and 19999 more", 20_000)
 
 

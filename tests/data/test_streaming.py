@@ -164,6 +164,7 @@ def straight(folder: Path) -> Iterator[tuple[list[Batch], list[list[int]]]]:
 Straight = tuple[list[Batch], list[list[int]]]
 
 
+@pytest.mark.unit("2")
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_same_batches_and_stand_where_one_does(world: int, folder: Path, straight: Straight) -> None:
     run = Run(a_spec(folder), world)
@@ -197,14 +198,6 @@ def test_from_any_step_on_any_ranks_it_goes_on_as_if_never_stopped(
         step = min(step + length, STEPS)
         position = run.position(step)
         assert position == straight[1][step]
-
-
-@pytest.mark.parametrize("step", range(STEPS))
-def test_from_each_step_the_next_batches_are_the_same(step: int, folder: Path, straight: Straight) -> None:
-    run = Run(a_spec(folder), 2)
-    run.restore_state(step, straight[1][step])
-    for later in range(step, min(step + 3, STEPS)):
-        assert equal(run.step(later), straight[0][later])
 
 
 def training_documents(spec: DataSpec, label: str) -> list[str]:
@@ -355,13 +348,6 @@ def test_a_mixture_goes_on_at_the_next_row_in_branches_with_other_batches(folder
         made = [row for part in found for row in part[lane]]
         assert made == straight[lane][: len(made)]
         assert len(made) == 4 * 2 + 11 + 3 * 4
-
-
-def test_rows_are_asked_for_in_order(folder: Path) -> None:
-    run = Run(a_spec(folder))
-    run.step(0)
-    with pytest.raises(AssertionError, match="in order"):
-        run.step(2)
 
 
 def test_seeds_differ(folder: Path, straight: Straight) -> None:

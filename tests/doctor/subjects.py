@@ -2,7 +2,7 @@
 
 import torch
 
-from switchcli.doctor.probes import Finding, run_probes
+from switchcli.doctor.probes import PROBES, Finding, ProbeResult, run_probes
 from switchcli.doctor.subject import Subject
 from switchcli.doctor.switchcli_subject import SwitchcliSubject, initial_model
 from switchcli.doctor.transformers_subject import TransformersSubject
@@ -51,6 +51,9 @@ def findings(subject: Subject) -> dict[str, Finding]:
     return {finding.probe: finding for finding in run_probes(subject)}
 
 
-def verdicts(subject: Subject, *wanted: str) -> set[str]:
-    """The probes with one of these verdicts."""
-    return {name for name, finding in findings(subject).items() if finding.verdict in wanted}
+def result(subject: Subject, name: str) -> ProbeResult:
+    """What one probe finds, with the draws that it has among all probes."""
+    (probe,) = (probe for probe in PROBES if probe.name == name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return probe.run(subject)

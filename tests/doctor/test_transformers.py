@@ -32,6 +32,9 @@ def folder(tmp_path: Path) -> Path:
 def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
     verdicts = {name: finding.verdict for name, finding in fresh.items() if finding.verdict != "pass"}
     verdicts.pop("router balance", None)  # of random routers, as it falls
+    left, right = map(int, re.findall(r" (\d+) ", fresh["padding"].figure))
+    assert left > right > 0, "padding on the left takes the slots"
+    assert fresh["gradient of idle experts"].value > 30
     assert verdicts == {
         "router precision": "fail",
         "router confidence": "fail",
@@ -59,31 +62,18 @@ def test_the_router_is_saturated_at_initialisation(fresh: dict[str, Finding]) ->
     assert max(float(one.std()) for one in logits) == pytest.approx(28, abs=5)
 
 
-@pytest.mark.integration
-def test_padding_on_the_left_takes_the_slots(fresh: dict[str, Finding]) -> None:
-    assert fresh["padding"].value > 0.01
-    left, right = map(int, re.findall(r" (\d+) ", fresh["padding"].figure))
-    assert left > right > 0
-
-
-@pytest.mark.integration
-def test_decoding_differs_only_where_a_queue_is_full() -> None:
+@pytest.mark.nightly
+def test_decoding_is_as_training_where_no_queue_is_full() -> None:
     assert cached_decoding(theirs(d_model=32, expert_capacity=600)).verdict == "pass"
-    subject = theirs()
-    text = texts.crowded_target(subject)
-    difference_T = (subject.forward(text).logits_BTV - subject.decode(text, "paper")).abs().amax(-1)[0]
-    assert difference_T[: subject.capacity].max() < 1e-4
-    assert difference_T[subject.capacity :].max() > 0.1
 
 
-def test_experts_without_tokens_have_no_gradient(fresh: dict[str, Finding]) -> None:
+def test_experts_without_tokens_have_no_gradient() -> None:
     subject = theirs(d_model=32, dropout_rate=0.0, router_jitter_noise=0.0)
     inputs_BS, targets_BT = texts.one_token(subject)
     subject.model.train()(input_ids=inputs_BS, labels=targets_BT).loss.backward()
     missing = [name for name, weight in subject.model.named_parameters() if weight.grad is None]
     assert all(".experts." in name for name in missing)
     assert idle_gradients(subject).value == len(missing) > 30
-    assert fresh["gradient of idle experts"].value > 30
 
 
 def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
@@ -167,11 +157,11 @@ def test_an_index_that_names_a_pipe_or_a_file_elsewhere_is_refused(folder: Path)
         assert re.search(r"index\.json: .*outside|part\.safetensors: .*\bpipe\b", refused(folder, CheckpointError))
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize("weights", [True, False])
-def test_a_configuration_does_not_choose_whose_code_runs(folder: Path, key: str, weights: bool) -> None:
+def test_a_configuration_does_not_choose_whose_code_runs(folder: Path, weights: bool) -> None:
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), key: "someone/kernel"}))
+    keys = ("attn_implementation", "_attn_implementation", "experts_implementation")
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(keys, "someone/kernel")))
     if not weights:
         (folder / "model.safetensors").unlink()
     assert transformers_subject.load(folder).model.config._attn_implementation == "eager"
