@@ -1,6 +1,5 @@
 """The embedded corpus."""
 
-import ast
 import os
 from pathlib import Path
 from typing import Any
@@ -96,9 +95,3 @@ def test_the_running_python_has_text() -> None:
         assert document.text.strip()
     assert {"module ast.py", "module json/decoder.py"} < names
     assert not any("site-packages" in name or "/test/" in name for name in names)
-
-
-def test_docstrings_are_those_of_the_module() -> None:
-    path = Path(ast.__file__)
-    text = python_stdlib._docstrings(path)
-    assert (ast.get_docstring(ast.parse(path.read_bytes())) or "")[:40] == text[:40]

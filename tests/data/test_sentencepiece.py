@@ -88,7 +88,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=OPTIONS.values(), ids=OPTIONS)
+UNIT = ("nmt_nfkc", "identity, bytes", "pieces of the user")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(options, id=name, marks=() if name in UNIT else pytest.mark.integration)
+        for name, options in OPTIONS.items()
+    ],
+)
 def model(request: pytest.FixtureRequest) -> Model:
     return opened(trained(**request.param))
 
@@ -103,7 +112,6 @@ def is_same(model: Model, text: str) -> bool:
     return unknown[0] == unknown[1] and abs(scores[0] - scores[1]) < 1e-6 * abs(scores[0]) + 1e-4
 
 
-@pytest.mark.unit("nmt_nfkc", "identity, bytes", "pieces of the user")
 def test_lines_that_it_was_not_trained_on(model: Model) -> None:
     unseen = [*lines(0, 2000)[1500:], *lines(1, 300)]
     assert [line for line in unseen if not is_same(model, line)] == []
@@ -124,7 +132,7 @@ PLAIN = sorted(
 
 
 @pytest.mark.integration
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(text=st.lists(st.sampled_from([*PLAIN, *ODD, " ", " "]), max_size=20).map("".join))
 def test_odd_characters(model: Model, text: str) -> None:
     assert is_same(model, text)
@@ -283,7 +291,7 @@ def test_a_protobuf_that_is_too_old_is_named_with_the_extra(monkeypatch: pytest.
         Tokenizer.from_bytes(SMALL, "mine.model")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_a_damaged_model_is_refused_or_still_a_tokenizer(nfkc: bytes, data: st.DataObject) -> None:
     damaged = bytearray(nfkc[: data.draw(st.integers(0, len(nfkc)))])

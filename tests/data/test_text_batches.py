@@ -1,6 +1,5 @@
 """The stream: a function of (seed, step), any split of the rows, every token once an epoch."""
 
-from collections import Counter
 from itertools import pairwise
 from typing import cast
 
@@ -23,7 +22,6 @@ from switchcli.data.prepare.store import TokenShard, TokenStore
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.spec import EOS
 
 CORRUPTION = SpanCorruption(inputs_length=16)
 ROWS: list[RowObjective] = [
@@ -121,80 +119,12 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert not equal(used.batch(5, 0, 8), Stream(seed=4).batch(5, 0, 8))
 
 
-def test_an_epoch_shows_every_chunk_once_and_the_next_in_another_order() -> None:
-    rows_per_epoch = Stream().rows_per_epoch
-    assert rows_per_epoch == sum(LENGTHS) // CORRUPTION.raw_tokens_per_row
-    epochs = []
-    for epoch in range(2):
-        rows = raw(Stream(batch=rows_per_epoch).batch(epoch, 0, rows_per_epoch))
-        counts = Counter(token for row in rows for token in row)
-        assert set(counts.values()) == {1}, "no token twice"
-        assert len(counts) == rows_per_epoch * CORRUPTION.raw_tokens_per_row, "all but the tail"
-        epochs.append(rows)
-    assert epochs[0] != epochs[1]
-    assert sorted(epochs[0]) != sorted(epochs[1]), "documents were put end to end in another order"
-
-
-def test_documents_lie_end_to_end() -> None:
-    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
-    starts, ends = set((100 + offsets[:-1]).tolist()), set((99 + offsets[1:]).tolist())
-    rows_per_epoch = Stream().rows_per_epoch
-    for row in raw(Stream(batch=rows_per_epoch).batch(0, 0, rows_per_epoch)):
-        for a, b in pairwise(row):
-            assert b == a + 1 or (a in ends and b in starts)
-
-
 def test_a_long_document_does_not_fill_a_batch() -> None:
     rows = raw(Stream([2000, 2000, 2000], batch=12).batch(0, 0, 12))
     assert len({(row[0] - 100) // 2000 for row in rows}) == 3
 
 
-def test_a_batch_may_hold_rows_of_two_epochs() -> None:
-    per_epoch = Stream().rows_per_epoch
-    across = Stream(batch=per_epoch + 2)
-    first_epoch = raw(Stream(batch=per_epoch).batch(0, 0, per_epoch))
-    second_epoch = raw(Stream(batch=per_epoch).batch(1, 0, per_epoch))
-    assert raw(across.batch(0, 0, per_epoch + 2)) == first_epoch + second_epoch[:2]
-
-
-def test_whole_documents_share_rows_and_every_epoch_shows_each_token_once() -> None:
-    starts = 100 + np.concatenate([[0], np.cumsum(LENGTHS)])
-    rows = WholeDocumentObjective(SpanCorruption(inputs_length=32))
-    per_epoch = Stream(rows=rows).rows_per_epoch
-    epochs = []
-    for epoch in range(2):
-        batch = Stream(rows=rows, batch=per_epoch).batch(epoch, 0, per_epoch)
-        shown = []
-        for row in zip(batch.inputs_BS, batch.targets_BT, strict=True):
-            ends = [torch.nonzero(ids == EOS).flatten().tolist() for ids in row]
-            assert len(ends[0]) == len(ends[1]) > 0
-            parts = [ids.tensor_split([end + 1 for end in end_X]) for ids, end_X in zip(row, ends, strict=True)]
-            for inputs, targets in zip(parts[0][:-1], parts[1][:-1], strict=True):
-                (text,) = raw(Batch(inputs[None], targets[None]))
-                assert text == list(range(text[0], text[0] + len(text)))
-                assert np.searchsorted(starts, text[0], "right") == np.searchsorted(starts, text[-1], "right")
-                shown.append(text)
-            assert not any(part[-1].any() for part in parts)
-        tokens = sorted(token for text in shown for token in text)
-        assert tokens == list(range(101, int(starts[-1]))), "all but the document of one token"
-        epochs.append(shown)
-    assert epochs[0] != epochs[1]
-    assert sorted(epochs[0]) == sorted(epochs[1]), "the same rows in another order"
-
-
-def test_sentinels_are_used_in_order() -> None:
-    corruption = SpanCorruption(inputs_length=64)
-    inputs = Stream(rows=corruption).batch(0, 0, 1).inputs_BS[0].tolist()
-    assert [index for index in inputs if index > 50_000] == [60_000, 59_999, 59_998]
-
-
-def test_too_little_text_or_too_few_sentinels() -> None:
-    with pytest.raises(DataError, match=naming_words("8 2 17 inputs_length")):
-        Stream([5, 3])
-    long = SpanCorruption(inputs_length=4096)
-    with pytest.raises(
-        DataError, match=naming_words("data.objective 227 100 inputs_length noise_density mean_span_length")
-    ):
-        Stream([5000], rows=long)
-    with pytest.raises(DataError, match=naming_words("3 3 2 inputs_length")):
-        Stream([1, 1, 1], rows=WholeDocumentObjective(CORRUPTION))
+def test_too_few_sentinels_are_refused() -> None:
+    words = "data.objective 227 100 inputs_length noise_density mean_span_length"
+    with pytest.raises(DataError, match=naming_words(words)):
+        Stream([5000], rows=SpanCorruption(inputs_length=4096))

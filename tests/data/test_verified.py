@@ -1,16 +1,11 @@
 """Verified arrays: every check finds a mapped file that was changed, in every thread."""
 
-import errno
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import sleep
 
 import numpy as np
 import pytest
 from damage import array_bytes
 
-from switchcli.data.prepare import verified as module
 from switchcli.data.prepare.store import TOKENS, StoreWriter, TokenStore, read_manifest, write_manifest
 from switchcli.data.prepare.verified import VerifiedFolder
 from switchcli.errors import DataError
@@ -48,35 +43,3 @@ def test_a_changed_file_is_found_by_each_check_until_its_content_is_back(
             verified.check()
     reverse(path)
     verified.check()
-
-
-def test_a_check_waits_for_the_result_of_another_thread(
-    mapped: tuple[VerifiedFolder, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verified, store, path = mapped
-    store.gather(slice(0, 5))
-    reverse(path)
-    monkeypatch.setattr(module, "_WRITE_SECONDS", 0.5)
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(verified.check)
-        sleep(0.1)
-        with pytest.raises(DataError, match=str(path)):
-            verified.check()
-        with pytest.raises(DataError, match=str(path)):
-            other.result()
-
-
-def test_a_file_that_another_machine_removed_is_named(
-    mapped: tuple[VerifiedFolder, TokenStore, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verified, store, path = mapped
-    store.gather(slice(0, 5))
-
-    def stale(descriptor: int) -> os.stat_result:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fstat", stale)
-        for act in (verified.check, lambda: store.gather(slice(0, 5))):
-            with pytest.raises(DataError, match=str(path)):
-                act()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import key_index, renames, resolve
+from switchcli.recipe import key_index, resolve
 from switchcli.recipe.key_index import KeyInfo
 from switchcli.recipe.schema import PretrainRecipe
 
@@ -74,11 +74,6 @@ def errors_of(overrides: list[str]) -> tuple[str, ...]:
 def test_a_key_is_found_as_it_is_written(written: str, key: str) -> None:
     assert key_index.normalize(written) == key
     assert key_index.meanings(key)
-
-
-def test_old_names_lead_to_keys() -> None:
-    for old in renames.KEYS:
-        assert key_index.meanings(key_index.normalize(old)), old
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """Where recipes are found, and what is said of those that are not."""
 
-import subprocess
-import sys
-
 import pytest
 from messages import assert_line
 
@@ -56,10 +53,3 @@ def test_what_is_not_there_is_said_with_the_nearest_name(tmp_path, name, shown, 
         library.locate(name)
     assert_line(str(raised.value), shown, words)
     assert raised.value.exit_code == 2
-
-
-def test_no_torch_is_needed():
-    program = (
-        "import sys; from switchcli.commands import recipes; recipes.list_recipes(); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -11,10 +11,8 @@ from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.errors import RecipeError, RenamedWarning
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
-from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import RECIPES, DistillTextRecipe, PretrainRecipe, editor_schema
-from switchcli.training.config import RandomInit
+from switchcli.recipe.schema import RECIPES, PretrainRecipe, editor_schema
 
 TEXT = """\
 model: {size: switch-tiny-8, vocab_size: 8192}
@@ -159,59 +157,6 @@ def test_the_old_name_of_a_key_works_with_a_warning_that_gives_the_new_one(recip
     with pytest.warns(RenamedWarning, match=key):
         found = recipe(old)
     assert found == recipe(new)
-
-
-def test_the_old_names_of_a_students_start_work_with_a_warning(tmp_path):
-    file = tmp_path / "old.yaml"
-    file.write_text("student: {kind: teacher, experts: fresh, unfit: refuse}", encoding="utf-8")
-    command = ("distill.teacher=t", "model.size=switch-tiny-8", "train={steps: 1, batch_tokens: 512}")
-    with pytest.warns(RenamedWarning) as warned:
-        found = resolve.resolve(str(file), [*command, "distill.answers.folder=f"], DistillTextRecipe)
-    assert found.student == FromTeacherInit(experts="random_init", on_shape_mismatch="error")
-    assert found.distill.cache is not None
-    assert len(warned) == 4
-    with pytest.warns(RenamedWarning):
-        found = resolve.resolve(str(file), [*command, "student={kind: fresh}"], DistillTextRecipe)
-    assert found.student == RandomInit()
-
-
-def test_a_key_under_both_of_its_names_is_refused(recipe):
-    override = "data={lanes: 4, stream_shards: 4}"
-    with pytest.raises(RecipeError) as raised:
-        recipe(override)
-    assert_line(str(raised.value), f"override {override.partition('=')[0]}", "data.lanes data.stream_shards")
-
-
-EARLIER = """\
-data:
-  span_corruption: {inputs_length: 128}
-  corpora: [{kind: hub, path: a/b, streaming: true}, {kind: hub, path: c/d}, {kind: files, paths: [x.txt]}]
-train: {steps: 1, batch_tokens: 512}
-"""
-
-
-def test_a_recipe_that_an_earlier_version_saved_is_read_with_the_keys_of_today(recipe, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(EARLIER, encoding="utf-8")
-    for name, overrides in (("recipe.yaml", ["train.steps=2"]), ("child.yaml", [])):
-        (tmp_path / "child.yaml").write_text("extends: recipe.yaml\ntrain: {steps: 2}", encoding="utf-8")
-        found = resolve.resolve(name, overrides, PretrainRecipe)
-        assert found.data.objective == SpanCorruption(inputs_length=128)
-        assert [corpus.kind for corpus in found.data.corpora] == ["hub", "hub", "files"]
-        assert found.train.steps == 2
-
-
-def test_the_recipe_of_a_checkpoint_of_an_earlier_version_is_read_with_the_keys_of_today():
-    tree = resolve.parse_saved(EARLIER.encode(), "step-1/recipe.yaml")
-    found = resolve.validate(tree, PretrainRecipe)
-    assert found.data.objective == SpanCorruption(inputs_length=128)
-    assert len(found.data.corpora) == 3
-
-
-def test_a_key_that_is_gone_is_refused_in_a_file_that_no_run_saved(recipe, tmp_path):
-    (tmp_path / "other.yaml").write_text(EARLIER, encoding="utf-8")
-    with pytest.raises(RecipeError) as raised, pytest.warns(RenamedWarning):
-        resolve.resolve("other.yaml", [], PretrainRecipe)
-    assert_line(str(raised.value), "other.yaml:3", "data.corpora.0.streaming")
 
 
 def test_a_router_without_a_kind_is_switch(recipe):

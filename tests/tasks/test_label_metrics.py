@@ -141,6 +141,11 @@ def test_huge_numbers_do_not_overflow() -> None:
         ("bob's hat", "Bob's", True),
         ("bobby", "bob", False),
         ("dog.", "dog", False),
+        # T5's own cases, and two spaces, between which there is an empty word
+        ("potato", "turnip", False),
+        ("a potato", "my potato", True),
+        ("fuzzy bunny", "fuzzy hungry bunny", True),
+        ("fuzzy  bunny", "fuzzy hungry bunny", False),
     ],
 )
 def test_two_phrases_name_the_same(prediction: str, referent: str, same: bool) -> None:
@@ -203,7 +208,7 @@ def test_a_bootstrap_takes_seconds(metric: Metric) -> None:
         [AnsweredExample(Example("", (said[place - 7],), label="True"), said[place]) for place in range(5000)]
     )
     assert len(units) == 5000
-    begin = time.perf_counter()
+    begin = time.process_time()
     drawn = [metric.combine(units[rng.integers(5000, size=5000)]) for _ in range(50)]
-    assert time.perf_counter() - begin < 2, "40 times as long as this is too long for 1,000 draws"
+    assert time.process_time() - begin < 2, "40 times as long as this is too long for 1,000 draws"
     assert np.std(drawn) < 5

@@ -1,7 +1,6 @@
 """GLUE, SuperGLUE, ANLI and WinoGrande: from a row with the hub's columns to the exact texts."""
 
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -214,33 +213,23 @@ def test_a_secret_answer_leaves_the_input_and_no_target(name: str) -> None:
     assert not made(name, secret(name), "training")
 
 
-@pytest.mark.parametrize("bad", [7, -2, "1", None, 0.5, float("nan"), 10**400, [1], {}])
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in {"record", "winogrande", "stsb"}])
-def test_a_label_that_is_none_is_told(name: str, bad: object) -> None:
-    with pytest.raises(ValueError, match=r"^label: .*\b0\b.*\b[12]\b.* -1\b"):
-        made(name, {**ROWS[name], "label": bad})
+def test_a_label_that_is_none_is_told(name: str) -> None:
+    for bad in (7, -2, "1", None, 0.5, float("nan"), 10**400, [1], {}):
+        with pytest.raises(ValueError, match=r"^label: .*\b0\b.*\b[12]\b.* -1\b"):
+            made(name, {**ROWS[name], "label": bad})
 
 
-def test_the_words_of_a_bad_label() -> None:
-    with pytest.raises(ValueError, match=r"^label: is 7\b.*\b0\b.*\b1\b.* -1\b"):
-        made("cola", {"sentence": "", "label": 7})
+WRONG: dict[type, tuple[object, ...]] = {str: (None, 3, ["a"]), list: (None, "a", [None]), dict: (None, 3, {})}
+"""Values of other kinds, by the kind that a column has."""
 
 
-def wrong_texts() -> Iterator[tuple[str, str, object]]:
-    for name, row in ROWS.items():
-        for column in TASKS[name].columns:
-            if isinstance(row[column], str):
-                yield from ((name, column, bad) for bad in (None, 3, ["a"]))
-            if isinstance(row[column], list):
-                yield from ((name, column, bad) for bad in (None, "a", [None]))
-            if isinstance(row[column], dict):
-                yield from ((name, column, bad) for bad in (None, 3, {}))
-
-
-@pytest.mark.parametrize(("name", "column", "bad"), list(wrong_texts()))
-def test_a_column_of_another_kind_is_told_by_its_name(name: str, column: str, bad: object) -> None:
-    with pytest.raises(ValueError, match=rf"^{column}\b"):
-        made(name, {**ROWS[name], column: bad})
+@pytest.mark.parametrize("name", TASKS)
+def test_a_column_of_another_kind_is_told_by_its_name(name: str) -> None:
+    for column in TASKS[name].columns:
+        for bad in WRONG.get(type(ROWS[name][column]), ()):
+            with pytest.raises(ValueError, match=rf"^{column}\b"):
+                made(name, {**ROWS[name], column: bad})
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -64,6 +64,7 @@ def test_nothing_is_trained_on_and_validated_on(modules: Rows) -> None:
     assert len(train) == len(modules["train"]), "nor is anything there twice"
 
 
+@pytest.mark.integration
 def test_no_name_of_a_module_stands_in_a_text(modules: Rows) -> None:
     names = re.compile("|".join(MODULES), re.IGNORECASE)
     for split in modules.values():
@@ -182,6 +183,7 @@ def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) ->
     assert before != source.fingerprint(Digests())
 
 
+@pytest.mark.integration
 def test_naming_the_tasks_is_fast() -> None:
     """No metric library is imported, and no file of the library is read, before the first answer or row."""
     names = "stdlib_tasks, question_answering, summarization_translation, scores, suites"

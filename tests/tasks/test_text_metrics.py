@@ -1,6 +1,5 @@
 """Metrics of free text, against rouge_score and sacrebleu on whole corpora, cases by hand, and any text at all."""
 
-import itertools
 import math
 import string
 
@@ -9,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchcli.tasks.stdlib_tasks import module_rows
 from switchcli.tasks.task import AnsweredExample, Example, Metric
 from switchcli.tasks.text_metrics import (
     bleu,
@@ -135,26 +133,10 @@ def test_rouge_is_the_mean_of_rouge_score(metric: Metric) -> None:
 
 @pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)
 @given(targets=st.lists(ROUGE_TEXT, min_size=1, max_size=2), prediction=ROUGE_TEXT)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_rouge_of_random_words_is_that_of_rouge_score(metric: Metric, targets: list[str], prediction: str) -> None:
     answer = AnsweredExample(Example("", tuple(targets)), prediction)
     assert value(metric, [answer]) == pytest.approx(100 * rouge_score_of(metric, answer), rel=1e-12, abs=1e-12)
-
-
-@pytest.fixture(scope="module")
-def docstring_pairs() -> list[tuple[str, str]]:
-    """Docstrings of the standard library: each with the next of its module, and with its own first half."""
-    docstrings = [row["docstring"] for row in itertools.islice(module_rows("validation"), 200)]
-    docstrings = [text for text in docstrings if len(text) <= 2_000]  # rouge_score takes quadratic time
-    return [*itertools.pairwise(docstrings), *((text, text[: len(text) // 2]) for text in docstrings)]
-
-
-@pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)
-def test_rouge_of_real_texts_is_that_of_rouge_score(metric: Metric, docstring_pairs: list[tuple[str, str]]) -> None:
-    answered = [AnsweredExample(Example("", (target,)), prediction) for target, prediction in docstring_pairs]
-    expected = [rouge_score_of(metric, answer) for answer in answered]
-    np.testing.assert_allclose(metric.measure(answered)[:, 0], expected, rtol=1e-12, atol=0)
-    assert sum(0 < score < 1 for score in expected) > 200
 
 
 def test_rouge_by_hand() -> None:
