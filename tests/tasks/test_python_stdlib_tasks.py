@@ -44,7 +44,7 @@ def all_rows(rows: Callable[..., Iterator[Row]]) -> list[Row]:
     return [*rows("train"), *rows("validation")]
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_there_is_something_to_learn(modules: Rows) -> None:
     train, validation = (Counter(row["module"] for row in modules[split]) for split in ("train", "validation"))
     assert 2_000 <= train.total() <= 10_000
@@ -54,7 +54,7 @@ def test_there_is_something_to_learn(modules: Rows) -> None:
     assert train.most_common(1)[0][1] / train.total() < 0.15, "no module is a good guess"
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_nothing_is_trained_on_and_validated_on(modules: Rows) -> None:
     def starts(rows: list[Row]) -> set[str]:
         return {" ".join(re.findall("[a-z]+", without_names(row["docstring"]).lower())[:8]) for row in rows}
@@ -64,7 +64,7 @@ def test_nothing_is_trained_on_and_validated_on(modules: Rows) -> None:
     assert len(train) == len(modules["train"]), "nor is anything there twice"
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_no_name_of_a_module_stands_in_a_text(modules: Rows) -> None:
     names = re.compile("|".join(MODULES), re.IGNORECASE)
     for split in modules.values():
@@ -160,7 +160,7 @@ def test_a_function_and_its_summary(library: Path) -> None:
     }
 
 
-@pytest.mark.integration
+@pytest.mark.nightly
 def test_the_functions_of_this_python() -> None:
     rows = both(stdlib_tasks._functions())
     train, validation = rows["train"], rows["validation"]
