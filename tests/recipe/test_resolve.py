@@ -12,7 +12,7 @@ from messages import assert_line
 from pydantic import Field, model_validator
 
 from switchcli.errors import RecipeError
-from switchcli.recipe.resolve import dump, resolve
+from switchcli.recipe.resolve import dump, load, padded_vocab_size, resolve, verb_of
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.spec import Spec
@@ -260,7 +260,8 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
     overrides = ["optimizer.weight_decay=0.5", "optimizer.kind=adamw"][::order]
     assert toy("optimizer: {kind: adafactor, decay: 0.1}", *overrides).optimizer == AdamW(weight_decay=0.5)
     overrides = ["optimizer.beta=0.5", "optimizer={kind: adamw, weight_decay: 1}"][::order]
-    assert toy("{}", *overrides).optimizer == AdamW(weight_decay=1.0, beta=0.5)
+    for text in ("{}", "optimizer: {kind: adafactor, decay: 0.1}"):
+        assert toy(text, *overrides).optimizer == AdamW(weight_decay=1.0, beta=0.5)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +438,32 @@ def test_a_recipe_of_another_verb_is_named_with_the_command_that_runs_it(write) 
         with pytest.raises(RecipeError) as error:
             resolve(name, [], PretrainRecipe)
         assert f"switchcli finetune {shlex.quote(name)}" in str(error.value)
+
+
+def test_a_description_is_that_of_its_own_file(write):
+    write("mine.yaml", "extends: quickstart/switch")
+    assert resolve("quickstart/switch", [], PretrainRecipe).description
+    assert resolve("mine.yaml", [], PretrainRecipe).description == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "verb"),
+    [
+        ("{verb: eval, train: {}}", "eval"),
+        ("{distill: {}, train: {}}", "distill"),
+        ("{student: {}, train: {}}", "distill"),
+        ("{train: {}, tasks: []}", "finetune"),
+        ("train: {}", "pretrain"),
+        ("model: {}", None),
+    ],
+)
+def test_the_keys_of_a_recipe_tell_its_verb(write, text, verb):
+    write("mine.yaml", text)
+    assert verb_of(load("mine.yaml")) == verb
+
+
+def test_a_vocabulary_is_padded_to_64_rows():
+    assert [padded_vocab_size(pieces) for pieces in (1, 64, 65, 8192)] == [64, 64, 128, 8192]
 
 
 def test_a_recipe_too_large_to_be_read_again_is_refused_before_it_is_written(toy):

@@ -13,13 +13,19 @@ from switchcli.recipe.sizes import SIZES, size_problem
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
+        ("t5-small", 60_506_624),
         ("t5-base", 222_903_552),
         ("t5-v1_0-base", 222_903_552),
         ("t5-large", 750_251_008),
         ("t5-v1_0-large", 737_668_096),
         ("t5-xxl", 11_003_736_064),
         ("t5-v1_1-xxl", 11_135_332_352),
+        ("t5-3b", 2_851_598_336),
+        ("t5-11b", 11_307_321_344),
+        ("t5-v1_1-small", 76_961_152),
         ("t5-v1_1-base", 247_577_856),
+        ("t5-v1_1-large", 783_150_080),
+        ("t5-v1_1-xl", 2_849_757_184),
         ("switch-base", 7_415_217_408),
         ("switch-base-128", 7_415_217_408),
         ("switch-large", 27_120_888_832),
@@ -27,6 +33,7 @@ from switchcli.recipe.sizes import SIZES, size_problem
         ("switch-xxl", 201_263_656_960),
         ("switch-xxl-128", 394_675_073_024),
         ("switch-c", 1_571_308_972_448),
+        ("switch-c-2048", 1_571_327_875_360),
     ],
 )
 def test_parameters_to_the_last_digit(name, parameters):

@@ -31,7 +31,7 @@ PREDICTIONS = [
     "a dog barks at the moon",
     "",
     "the quick brown fox jumped over the lazy dogs, then slept .",
-    "Schönes Wetter heute, nicht wahr?",
+    "Schönes Wetter heute «nicht» wahr?",
     "one",
 ]
 TARGETS = [
@@ -39,7 +39,7 @@ TARGETS = [
     "The dog barked at the moon",
     "nothing at all was said here",
     "The quick brown fox jumps over the lazy dog.",
-    "Schönes Wetter heute, oder?",
+    "Schönes Wetter heute «oder» nicht?",
     "one",
 ]
 OTHERS = [text[::-1] if number % 2 else f"{text} indeed , and more" for number, text in enumerate(PREDICTIONS)]

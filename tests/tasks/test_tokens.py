@@ -78,10 +78,13 @@ def test_other_rows_are_another_cache(task: Task, tokenizer: Tokenizer, tmp_path
     assert len(other.packed.example_X) == 41
 
 
-def test_another_template_is_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_another_template_or_tokenizer_is_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     first = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     (other,) = CustomTask(name="mine", input="says {n}", target="m", train=(str(tmp_path / "train.jsonl"),)).tasks()
     again = tokens.packed_task(other, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
+    assert again.identity != first.identity
+    smaller = Tokenizer(train_unigram(["task says a b c one two three"], VocabSize(150)), "here")
+    again = tokens.packed_task(task, None, smaller, LENGTHS, 0, tmp_path / "cache", quietly)
     assert again.identity != first.identity
 
 
@@ -112,10 +115,12 @@ def test_batches_hold_every_example_once_the_longest_first(task: Task, tokenizer
             ids = tokenizer.encode_batch([exam.examples[number].input])[0]
             wanted = [*ids[: LENGTHS.inputs - 1], EOS]
             assert row.tolist() == wanted + [PAD] * (len(row) - len(wanted))
-    widths = [exam.padded(batch).shape[1] for batch in batches]
-    assert widths == sorted(widths, reverse=True)
-    long = sum(len(tokenizer.encode_batch([one.input])[0]) + 1 > LENGTHS.inputs for one in exam.examples)
-    assert exam.num_truncated == long > 0
+    sizes = [len(tokenizer.encode_batch([exam.examples[number].input])[0]) + 1 for number in np.concatenate(batches)]
+    assert sizes == sorted(sizes, reverse=True)
+    for limit in (LENGTHS.inputs, sizes[0], sizes[0] - 1):
+        exam = tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS._replace(inputs=limit), None)
+        assert exam.num_truncated == sum(size > limit for size in sizes)
+    assert sizes[0] > LENGTHS.inputs
 
 
 def test_a_limit_draws_the_same_examples_each_time(task: Task, tokenizer: Tokenizer) -> None:
