@@ -1,5 +1,6 @@
 """Each probe passes a sound model, and finds the one thing that is broken in another."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
@@ -315,5 +316,8 @@ def test_the_figures_are_those_of_a_direct_measurement() -> None:
     fraction_BE = F.one_hot(probability_BSE.argmax(-1), 4).float().mean(1)
     balance = float(4 * (fraction_BE * probability_BSE.mean(1)).sum(-1).mean())
     confidence = float(probability_BSE.amax(-1).mean())
-    assert result(subject, "router confidence").value == pytest.approx(confidence, rel=1e-5)
+    entropy = float(torch.special.entr(probability_BSE).sum(-1).mean()) / math.log(4)
+    found = result(subject, "router confidence")
+    assert found.value == pytest.approx(confidence, rel=1e-5)
+    assert f"entropy {entropy:.2f}" in found.measured
     assert result(subject, "router balance").value == pytest.approx(balance, rel=1e-5)

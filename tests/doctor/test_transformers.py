@@ -14,6 +14,7 @@ from subjects import findings, theirs
 from switchcli.doctor import texts, transformers_subject
 from switchcli.doctor.probes import Finding, balance_loss, cached_decoding, idle_gradients
 from switchcli.errors import CheckpointError, OutOfMemory, RecipeError, SwitchError
+from switchcli.spec import PAD
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,15 @@ def test_the_flags_of_the_configuration_bring_no_balance_loss() -> None:
     found = balance_loss(sparse)
     assert (found.verdict, found.value) == ("fail", 0)
     assert "output_router_logits" not in found.advice
+
+
+def test_padding_is_left_out_of_the_statistics() -> None:
+    subject = theirs(d_model=32)
+    text = texts.short(subject)
+    text.inputs_BS[:, 20:] = PAD
+    real = {"encoder": int((text.inputs_BS != PAD).sum()), "decoder": text.targets_BT.numel()}
+    for layer, stats in zip(subject.layers, subject.forward(text).router_stats, strict=True):
+        assert stats.tokens == stats.load_E.sum() == real[layer[:7]]
 
 
 def test_a_folder_is_read(folder: Path) -> None:
