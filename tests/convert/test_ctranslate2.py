@@ -51,6 +51,7 @@ def translator(folder: Path) -> Any:
     return ctranslate2.Translator(str(folder), device="cpu", intra_threads=1)
 
 
+@pytest.mark.unit("T5 1.0", "T5 1.1, wide heads")
 @pytest.mark.parametrize("case", SPECS)
 def test_it_computes_the_same_there(case: str, tmp_path: Path) -> None:
     source = ours(tmp_path, SPECS[case])

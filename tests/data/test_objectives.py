@@ -5,7 +5,7 @@ from typing import cast
 
 import numpy as np
 import pytest
-import slow
+import slow_span_corruption as slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import naming_words

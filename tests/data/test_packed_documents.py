@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
-import slow
+import slow_span_corruption as slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
