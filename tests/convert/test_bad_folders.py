@@ -215,7 +215,13 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LARGE = "just within"
+"""Its shapes, without weights, take seconds to build."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.nightly if case == LARGE else ()) for case in CASES]
+)
 def test_what_is_not_whole_is_refused_and_nothing_is_written(case: str, folder: Path) -> None:
     spoil, words = CASES[case]
     spoil(folder)
@@ -403,7 +409,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
 def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, Any]) -> None:
     before = json.loads((made / "config.json").read_text())

@@ -46,7 +46,7 @@ def shown(stream: TaskMixtureSource, steps: int, rows: int) -> Counter[int]:
 )
 def test_rates_are_those_of_the_examples_shown(mixture: MixtureSpec, rates: list[float]) -> None:
     np.testing.assert_allclose(mixture.rates([600, 100, 7]), rates, rtol=1e-4)
-    found = shown(TaskMixtureSource(TASKS, mixture, 0, 64), 300, 64)
+    found = shown(TaskMixtureSource(TASKS, mixture, 0, 64), 150, 64)
     by_task = np.array([sum(n for key, n in found.items() if key // 10_000 == number) for number in (1, 2, 3)])
     np.testing.assert_allclose(by_task / by_task.sum(), rates, rtol=0.08)
 
