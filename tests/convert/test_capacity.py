@@ -45,7 +45,7 @@ def their_slots(logits_BSE: torch.Tensor, capacity: int) -> torch.Tensor:
     lengths=st.tuples(st.integers(9, 60), st.integers(9, 60)),
     data=st.data(),
 )
-@settings(max_examples=150)
+@settings(max_examples=50)
 def test_the_same_tokens_are_dropped(
     capacity: int, experts: int, lengths: tuple[int, int], data: st.DataObject
 ) -> None:
@@ -73,7 +73,7 @@ def test_logits_are_equal_where_the_capacity_binds(tmp_path: Path) -> None:
     assert all(report.dropped > 0 for report in output.router_stats)
 
 
-@pytest.mark.parametrize("blocks", range(1, 8))
+@pytest.mark.parametrize("blocks", [1, 3, 4, 7])
 def test_experts_are_where_transformers_puts_them(blocks: int) -> None:
     import transformers
 
