@@ -2,60 +2,35 @@
 
 import errno
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
+from faults.disk import Crash, Disk, crash, refuse, strike_at
 
 from switchcli import publish
 
-HOLD = """
-import sys
-from pathlib import Path
-from switchcli import publish
-target = Path(sys.argv[1])
-with publish.temporary_folder(target) as folder:
-    (folder / "new").mkdir()
-    (folder / "new" / "file").write_text("new")
-    exec(sys.argv[2])
-    print("held", flush=True)
-    sys.stdin.readline()
-"""
-HOLD_A_FILE = """
-import os, sys
-from pathlib import Path
-from switchcli import publish
-def stop(descriptor):
-    print("held", flush=True)
-    sys.stdin.readline()
-os.fsync = stop
-publish.write_file(Path(sys.argv[1]), "new")
-"""
 
-
-@contextmanager
-def held(*words: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that is in the middle of a publication."""
-    command = [sys.executable, "-c", *words]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
-
-def publish_a_folder(target: Path) -> None:
+def publish_a_folder(target: Path, content: str = "new") -> None:
     with publish.temporary_folder(target) as folder:
-        (folder / "new").mkdir()
+        (folder / "new" / "inner").mkdir(parents=True)
+        (folder / "new" / "file").write_text(content)
+        (folder / "new" / "inner" / "file").write_text(content)
         publish.publish_folder(folder / "new", target, replace=True)
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def leave_behind(target: Path, act: Callable[[Path], object] = lambda folder: None) -> None:
+    """What a process leaves that is killed while it publishes a folder, after `act` with its temporary folder."""
+    disk = Disk(target.parent)
+    with suppress(Crash), disk, publish.temporary_folder(target) as folder:
+        act(folder)
+        disk.die()
 
 
 def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
@@ -70,21 +45,11 @@ def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
     assert names(tmp_path) == ["page.html"]
 
 
-def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [tmp_path / name for name in "abc"]
+def test_several_files_are_replaced_together_or_not_at_all(tmp_path: Path) -> None:
     publish.write_files(tmp_path, dict.fromkeys("abc", "old"))
-    synced, sync = [], os.fsync
-
-    def full(descriptor: int) -> None:
-        synced.append(descriptor)
-        if len(synced) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space"), Disk(tmp_path, strike_at(4, refuse(errno.ENOSPC, "sync"))):
         publish.write_files(tmp_path, dict.fromkeys("abc", "new"))
-    assert [path.read_text() for path in paths] == ["old"] * 3
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["old"] * 3
     assert names(tmp_path) == ["a", "b", "c"]
 
 
@@ -109,31 +74,33 @@ def test_a_name_of_the_longest_kind_can_be_published(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
-@pytest.mark.parametrize("words", [HOLD_A_FILE, HOLD])
-def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path, words: str) -> None:
-    target = tmp_path / "target"
-    with held(words, str(target), "") as process:
+def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path) -> None:
+    target, disk = tmp_path / "target", Disk(tmp_path)
+
+    def chunks() -> Iterator[bytes]:
+        """The content of a file whose process is killed after half of it."""
+        yield b"half"
+        look_while_it_is_written()
+        disk.die()
+
+    def look_while_it_is_written(folder: Path | None = None) -> None:
         (temporary,) = names(tmp_path)
         assert publish.TEMPORARY.fullmatch(temporary)
-        publish.remove_stale(target)
+        for other in (target, tmp_path / "other"):
+            publish.remove_stale(other)
+        assert names(tmp_path) == [temporary]
+
+    def write_a_file() -> None:
+        with suppress(Crash), disk:
+            publish.write_file(target, chunks())
+
+    for leave in (write_a_file, lambda: leave_behind(target, look_while_it_is_written)):
+        leave()
+        (temporary,) = names(tmp_path)
         publish.remove_stale(tmp_path / "other")
         assert names(tmp_path) == [temporary]
-        process.kill()
-    publish.remove_stale(tmp_path / "other")
-    assert names(tmp_path) == [temporary]
-    publish.remove_stale(target)
-    assert names(tmp_path) == []
-
-
-def test_a_folder_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "file").write_text("old")
-    with held(HOLD, str(target), "target.rename(folder / 'old')"):
-        assert not target.exists()
-    publish.remove_stale(target)
-    assert names(tmp_path) == ["target"]
-    assert (target / "file").read_text() == "old"
+        publish.remove_stale(target)
+        assert names(tmp_path) == []
 
 
 def test_a_folder_comes_back_when_the_new_one_cannot_be_renamed(
@@ -185,9 +152,12 @@ def test_a_link_within_a_leftover_is_removed_and_not_followed(tmp_path: Path) ->
     target, outside = tmp_path / "target", tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("mine")
-    planted = f"(folder / 'a').symlink_to({str(outside)!r}); (folder / 'old').symlink_to({str(outside)!r})"
-    with held(HOLD, str(target), planted):
-        pass
+
+    def plant(folder: Path) -> None:
+        for name in ("a", "old"):
+            (folder / name).symlink_to(outside)
+
+    leave_behind(target, plant)
     publish.remove_stale(target)
     assert names(tmp_path) == ["outside"]
     assert names(outside) == ["file"]
@@ -232,58 +202,41 @@ def test_a_file_is_replaced_on_a_file_system_without_permissions(
     assert (tmp_path / "page").read_text() == "new"
 
 
-def restore_after_a_kill(target: Path) -> None:
-    with held(HOLD, str(target), "target.rename(folder / 'old')"):
-        pass
-    publish.remove_stale(target)
+def write_a_file(target: Path) -> None:
+    publish.write_file(target / "file", "new")
 
 
-def restore_after_a_failure(target: Path) -> None:
-    with suppress(ZeroDivisionError), publish.temporary_folder(target) as folder:
-        target.rename(folder / "old")
-        raise ZeroDivisionError
+def write_two_files(target: Path) -> None:
+    publish.write_files(target, {"file": "new", "other": "new"})
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        publish_a_folder,
-        restore_after_a_kill,
-        restore_after_a_failure,
-        lambda target: publish.write_file(target / "file", "new"),
-        lambda target: publish.write_files(target, {"file": "new", "other": "new"}),
-    ],
-)
-def test_a_power_cut_loses_no_name(
-    change: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def replace_after_a_kill(target: Path) -> None:
+    leave_behind(target, lambda folder: target.rename(folder / "old"))
+    publish_a_folder(target)
+
+
+@pytest.mark.parametrize("loses_power", [False, True])
+@pytest.mark.parametrize("change", [publish_a_folder, write_a_file, write_two_files, replace_after_a_kill])
+def test_an_output_is_the_old_or_the_new_one_wherever_its_process_dies(
+    change: Callable[[Path], None], loses_power: bool, tmp_path: Path
 ) -> None:
-    """What is not synced may be lost, and what is removed later may be gone all the same."""
-    target = tmp_path / "target"
-    target.mkdir()
-    (target / "file").write_text("old")
-    unsynced: set[Path] = set()
-    fsync, rename = os.fsync, Path.rename
-
-    def record_sync(descriptor: int) -> None:
-        fsync(descriptor)
-        unsynced.discard(Path(os.readlink(f"/proc/self/fd/{descriptor}")))  # noqa: PTH115 - may name a removed file
-
-    def record_rename(self: Path, other: Path) -> Path:
-        if other == target or target in other.parents:
-            unsynced.add(other.parent)
-        return rename(self, other)
-
-    def check_before(remove: Callable[..., None]) -> Callable[..., None]:
-        def checked(path: Path, *args: Any, **options: Any) -> None:
-            assert not unsynced or not os.path.lexists(path), f"{path} goes before {unsynced} is synced"
-            remove(path, *args, **options)
-
-        return checked
-
-    monkeypatch.setattr(os, "fsync", record_sync)
-    monkeypatch.setattr(Path, "rename", record_rename)
-    monkeypatch.setattr(Path, "unlink", check_before(Path.unlink))
-    monkeypatch.setattr(Path, "rmdir", check_before(Path.rmdir))
-    change(target)
-    assert not unsynced
-    assert target.exists()
+    """After a power cut, too, and once it is done it stays."""
+    replaces_all = change in (publish_a_folder, replace_after_a_kill)
+    for at in count():
+        target = tmp_path / str(at) / "target"
+        target.parent.mkdir()
+        publish_a_folder(target, "old")
+        disk, is_done = Disk(target.parent, strike_at(at, crash)), False
+        with suppress(Crash), disk:
+            change(target)
+            is_done = True
+        if loses_power:
+            disk.lose_power()
+        publish.remove_stale(target)
+        publish.write_files(target, {})
+        found = {path.relative_to(target).as_posix(): path.read_text() for path in target.rglob("file")}
+        assert found["file"] in (["new"] if is_done else ["old", "new"])
+        assert found["inner/file"] == (found["file"] if replaces_all else "old")
+        if is_done:
+            break
+    assert at >= 5

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "remove", "os.mkdir": "make"}
@@ -41,9 +41,12 @@ class Operation(NamedTuple):
 
 
 class _Undo(NamedTuple):
-    """How to take back what stays only once the folder `needs` (device, inode) is synced."""
+    """How to take back what stays only once one of the folders `needs` (device, inode) is synced.
 
-    needs: tuple[int, int]
+    Those of a rename are both its folders, since file systems with a journal do it in one transaction.
+    """
+
+    needs: tuple[tuple[int, int], ...]
     act: Callable[[], object]
 
 
@@ -59,6 +62,7 @@ class Disk:
 
     def __init__(self, root: Path, strike: Strike = lambda disk, operation: None, *, reads: bool = False) -> None:
         self.operations: list[Operation] = []
+        self._is_dead = False
         self._root, self._strike, self._reads = Path(os.path.realpath(root)), strike, reads
         self._lock, self._is_busy = threading.RLock(), False
         self._synced_bytes = {_inode(path): path.lstat().st_size for path in self._files()}
@@ -84,6 +88,11 @@ class Disk:
                 opened = descriptor.readlink()
                 if error[0] is Crash and opened.is_relative_to(self._root) and stat.S_ISREG(descriptor.stat().st_mode):
                     os.close(int(descriptor.name))
+
+    def die(self) -> NoReturn:
+        """End the process, as far as the disk can tell."""
+        self._is_dead = True
+        raise Crash
 
     def lose_power(self) -> None:
         """Take back what was not synced."""
@@ -137,6 +146,8 @@ class Disk:
         return "write" if arguments[2] & WRITES else "read"
 
     def _count(self, kind: str, path: Path) -> None:
+        if self._is_dead and kind != "read":
+            raise Crash
         if (kind == "read") == self._reads:
             operation = Operation(kind, path, len(self.operations))
             self.operations.append(operation)
@@ -163,7 +174,7 @@ class Disk:
             else:
                 os.unlink(path.name, dir_fd=parent)
 
-        self._undo.append(_Undo(_inode_of(parent), unmake))
+        self._undo.append(_Undo((_inode_of(parent),), unmake))
         return True
 
     def _begin_to_rename(self, source: Path, target: Path) -> None:
@@ -182,7 +193,7 @@ class Disk:
 
         def is_done() -> bool:
             if os.path.lexists(target) and _inode(target) == moved:
-                self._undo.append(_Undo(_inode_of(folders[1]), rename_back))
+                self._undo.append(_Undo((_inode_of(folders[0]), _inode_of(folders[1])), rename_back))
                 return True
             return False
 
@@ -202,7 +213,7 @@ class Disk:
                     if not self._reads:
                         self._count("sync", path)
                     synced = os.fstat(descriptor)
-                    self._undo = [undo for undo in self._undo if undo.needs != _inode_of(descriptor)]
+                    self._undo = [undo for undo in self._undo if _inode_of(descriptor) not in undo.needs]
                     if stat.S_ISREG(synced.st_mode):
                         self._synced_bytes[_inode_of(descriptor)] = synced.st_size
                 finally:
@@ -250,7 +261,7 @@ def crash(disk: Disk, operation: Operation) -> None:
     """End the process as a kill does, in a test of one process; a file that is being written has half of its bytes."""
     if operation.kind == "sync":
         disk.halve(operation.path)
-    raise Crash
+    disk.die()
 
 
 def kill(disk: Disk, operation: Operation) -> None:
