@@ -1,26 +1,16 @@
-"""Runs killed or stopped at random moments and started again until they are done, against one that never stopped.
-
-Each start is a fork of one process that has imported everything, which saves the seconds that importing torch takes.
-What runs in it is the command's entry point.
-"""
+"""How runs ended: the weights, metrics and leftovers of one against another's; and commands started in forks."""
 
 import hashlib
 import json
 import math
 import os
-import random
-import re
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -33,10 +23,6 @@ CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "d
 ROUNDING = 1e-4
 """How far `apart` tensors may be whose sums are made in another order: as those of four ranks, which
 DistributedDataParallel lays out anew after its first step."""
-IN_A_ROW = 6
-"""Strikes of one run at most: more would meet it near its end, where little is left to go wrong."""
-STEP = re.compile(rb"^\d+/\d+ +-", re.MULTILINE)
-"""A line of a logged step."""
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -149,69 +135,3 @@ def ended(child: int, patience: float) -> int | None:
 def leftovers(run: Path) -> list[str]:
     """What a run that is done must not leave: files under a temporary name."""
     return [str(path) for path in run.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
-
-
-def in_a_save(run: Path) -> set[tuple[str, int]]:
-    """What shows that a checkpoint is, or was when a kill came, being written, replaced or removed."""
-    found = set()
-    for path in (run / "checkpoints").glob(".*-*"):
-        with suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_ino))
-    return found
-
-
-def wait_for_a_save(run: Path, before: set[tuple[str, int]], patience: float) -> None:
-    """Until there is more of it than `before`, which an earlier kill has left."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and not in_a_save(run) - before:
-        time.sleep(0.0002)
-
-
-def drill(
-    numbers: tuple[signal.Signals, ...], command: Sequence[object], folder: Path, times: int, seed: int
-) -> dict[str, Any]:
-    """Strike runs `times` times in all, every third time as soon as a save has begun; each run, struck IN_A_ROW times
-    at most, goes on to its end.
-
-    A signal that comes before Python could set a handler ends a process as it does any: that start counts as well.
-    """
-    draw = random.Random(seed)
-    began = time.monotonic()
-    assert ended(start([*command, "--out", folder / "straight"], folder / "straight.log"), 240) == 0
-    length = time.monotonic() - began
-    wanted = fingerprint(folder / "straight")
-    codes: Counter[str] = Counter()
-    strikes = in_saves = resuming = runs = 0
-    differing: list[str] = []
-    while strikes < times:
-        run, log = folder / f"run-{runs}", folder / f"run-{runs}.log"
-        runs += 1
-        for turn in count():
-            begun, said = run.exists(), log.stat().st_size if log.exists() else 0
-            left = in_a_save(run)
-            child = start([*command, "--out", run], log)
-            if strikes < times and turn < IN_A_ROW:
-                code = ended(child, draw.uniform(0, 0.7 * length))
-                if code is None and strikes % 3 == 0:
-                    wait_for_a_save(run, left, 1.0)
-                if code is None:
-                    os.kill(child, draw.choice(numbers))
-                    code = ended(child, 120)
-                    strikes += code != 0
-                    in_saves += bool(in_a_save(run) - left)
-                    resuming += begun and not STEP.search(log.read_bytes()[said:])
-            else:
-                code = ended(child, 240)
-            codes[str(code)] += 1
-            if code == 0 or code not in (75, *(-number for number in numbers)):
-                break
-        if code != 0 or fingerprint(run) != wanted or leftovers(run):
-            differing.append(str(run))
-    return {
-        "strikes": strikes,
-        "in_saves": in_saves,
-        "resuming": resuming,
-        "runs": runs,
-        "differing": differing,
-        "exit_codes": codes,
-    }

@@ -52,6 +52,8 @@ OPTIONS = (
     ),
     *("-p", "no:cacheprovider", "--assert=plain"),  # assertions are not rewritten: that takes time and explains more
 )
+FORKING = "tests/faults/"
+"""Where integration tests are cheap enough to find a mutant."""
 SURVIVED = (0, 5)
 """Exit codes of pytest: all tests passed; no test ran."""
 SECONDS = 300
@@ -130,7 +132,8 @@ class Copy:
                 os.dup2(log.fileno(), 2)
             sys.path[0] = str(self._folder)  # was the folder of this file
             os.environ["PYTHONPATH"] = str(self._folder)  # processes that tests start use the copy too
-            code = int(sys.modules["pytest"].main([*OPTIONS, *tests]))
+            tiers = ["-m", "not nightly"] if any(test.startswith(FORKING) for test in tests) else []
+            code = int(sys.modules["pytest"].main([*OPTIONS, *tiers, *tests]))
         except BaseException:  # noqa: BLE001 (this process must not go on as its parent)
             traceback.print_exc()
         finally:

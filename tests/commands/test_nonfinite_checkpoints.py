@@ -13,10 +13,8 @@ from tiny_checkpoint import reseal
 from tiny_run import SwitchCLI, lay_out_tuning
 
 VERBS: dict[str, Sequence[str]] = {
-    "eval": ["eval", "bad"],
-    "eval as JSON": ["eval", "bad", "--json"],
+    "eval": ["eval", "bad", "--json"],
     "generate": ["generate", "bad", "a red"],
-    "generate at random": ["generate", "bad", "a red", "--temperature", "1"],
     "generate with beams": ["generate", "bad", "a red", "--beams", "2", "--json"],
     "convert": ["convert", "bad", "theirs", "--to", "huggingface"],
     "doctor": ["doctor", "bad", "--json"],

@@ -19,6 +19,8 @@ import importlib
 import json
 import os
 import random
+import re
+import resource
 import select
 import shlex
 import shutil
@@ -152,6 +154,8 @@ class Verb(NamedTuple):
     """Whether the output is there before the command starts."""
     trains: bool = False
     """Whether the output is a run, which the same command goes on with."""
+    is_remade: bool = False
+    """Whether what is lost of the output is made again: caches and sweeps, whose folders are not synced."""
     within: Callable[[], object] = lambda: None
     is_slow: bool = False
     """Whether it is for nightly tests alone."""
@@ -179,14 +183,18 @@ VERBS = {
         f"finetune tune.yaml --model run {' '.join(STEPS)} scoring.decoding.max_tokens=2 --out out", trains=True
     ),
     "distill": Verb(f"distill --teacher run {' '.join(STEPS)} {ANSWERS} --out out", trains=True),
-    "distill --cache-only": Verb(f"distill --teacher run --cache-only {ANSWERS} --out student", output="answers"),
-    "sweep": Verb("sweep pretrain tiny.yaml train.seed=0,1 --jobs 1 --out out", within=stand_in_for_python),
+    "distill --cache-only": Verb(
+        f"distill --teacher run --cache-only {ANSWERS} --out student", output="answers", is_remade=True
+    ),
+    "sweep": Verb(
+        "sweep pretrain tiny.yaml train.seed=0,1 --jobs 1 --out out", is_remade=True, within=stand_in_for_python
+    ),
     "eval": Verb("eval run --out out", replaces=True),
     "convert --to huggingface": Verb("convert run out --to huggingface"),
     "convert --to switchcli": Verb("convert theirs out --to switchcli"),
     "upcycle": Verb("upcycle dense out --experts 4"),
     "prune": Verb("prune run out --experts 2 text.sequences=4"),
-    "data prepare": Verb(f"data prepare tiny.yaml {TOKENIZER}", output="cache"),
+    "data prepare": Verb(f"data prepare tiny.yaml {TOKENIZER}", output="cache", is_remade=True),
     "data tokenizer train": Verb("data tokenizer train tiny.yaml --out out --force", replaces=True),
     "plan --html": Verb("plan tiny.yaml --devices 2 --html out", replaces=True),
     "report --html": Verb("report run --html out", replaces=True),
@@ -242,22 +250,35 @@ class Fault(NamedTuple):
     strike: Callable[[int], Strike]
     codes: tuple[int, ...]
     """Exit codes that the command may end with. With one that is not 0 it says in one line which path, and the fix."""
+    few: int = 2
+    """At how many operations it strikes where all would take too long."""
     reads: bool = False
     """Whether reads are struck, and not writes."""
+    at_end: bool = False
+    """Whether power is lost as the command ends: its output is there then, and a run goes on from a checkpoint."""
     may_leave: bool = True
     """Whether the command may leave temporary files to the next one, and an output in its place aside."""
 
 
 ROOM = ("write", "make", "sync")
 """Operations that need room on a disk."""
+
+
+def limit_files(disk: Disk, operation: Operation) -> None:
+    """Have writes fail in the middle of a file, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 FAULTS = {
     "kill": Fault(lambda at: strike_at(at, kill), (KILLED,)),
-    "power cut": Fault(lambda at: strike_at(at, cut_power), (KILLED,)),
+    "power cut": Fault(lambda at: strike_at(at, cut_power), (KILLED,), few=4),
+    "power cut after it": Fault(lambda at: lambda disk, operation: None, (0,), few=1, at_end=True),
     "full disk": Fault(lambda at: strike_at(at, refuse(errno.ENOSPC, *ROOM)), (0, 4), may_leave=False),
-    "one error": Fault(lambda at: strike_at(at, refuse(errno.EIO), for_good=False), (0, 4)),
+    "full in a file": Fault(lambda at: strike_at(at, limit_files), (0, 4), few=1, may_leave=False),
+    "one error": Fault(lambda at: strike_at(at, refuse(errno.EIO), for_good=False), (0, 4), few=3),
     "unreadable file": Fault(lambda at: strike_path_of(at, refuse(errno.EIO)), (0, 2, 3, 4), reads=True),
 }
-EXCEPTIONS = {(fault, "sweep"): (0, 1, 4) for fault in ("full disk", "one error")}
+EXCEPTIONS = {(fault, "sweep"): (0, 1, 4) for fault in ("full disk", "full in a file", "one error")}
 """Exit codes where a verb may end otherwise than others under a fault."""
 
 
@@ -266,7 +287,7 @@ class Prepared(NamedTuple):
 
     name: str
     folder: Path
-    """Holds `before`, the files that the verb starts from, and `tried`, which each trial makes anew."""
+    """Holds `before` and `after`, what the verb starts from and leaves, and `tried`, a trial's copy of one of them."""
     wanted: dict[str, str]
     """The digests of its output when nothing happens."""
     writes: list[Operation]
@@ -285,18 +306,21 @@ class Prepared(NamedTuple):
         found = cls(name, folder, {}, [], [])
         operations = []
         for reads in (False, True):
-            with found._tried():
+            with found.tried():
                 done = run(*verb.words, within=lambda reads=reads: found._count(reads))
                 assert done.code == 0, done.said
                 rows = [json.loads(line) for line in (folder / "operations").read_text().splitlines()]
                 operations.append([Operation(kind, Path(path), at) for at, (kind, path) in enumerate(rows)])
                 wanted = digests(verb)
+        shutil.move(folder / "tried", folder / "after")
         return found._replace(wanted=wanted, writes=operations[0], reads=operations[1])
 
     @contextlib.contextmanager
-    def _tried(self) -> Iterator[None]:
-        shutil.rmtree(self.folder / "tried", ignore_errors=True)
-        shutil.copytree(self.folder / "before", self.folder / "tried", symlinks=True)
+    def tried(self, copied: str = "before") -> Iterator[None]:
+        """Make the current folder a copy of the files before the verb, or after it."""
+        for left in self.folder.glob("tried*"):
+            shutil.rmtree(left)
+        shutil.copytree(self.folder / copied, self.folder / "tried", symlinks=True)
         with at_home_in(self.folder / "tried"):
             yield
 
@@ -310,35 +334,46 @@ class Prepared(NamedTuple):
 
         Disk(Path.cwd(), note, reads=reads).__enter__()
 
+    @property
+    def verb(self) -> Verb:
+        return VERBS[self.name]
+
     def operations(self, fault: str, few: bool) -> list[int]:
-        """Return the operations to strike: all, or the first, the last, a rename of the output, and one by chance."""
+        """Return the operations to strike: all, or a few: the first, the last rename, one by chance, and the last."""
         all_of_them = self.reads if FAULTS[fault].reads else self.writes
         if not few or not all_of_them:
-            return [operation.number for operation in all_of_them]
+            return [operation.number for operation in all_of_them][: 1 if FAULTS[fault].at_end else None]
         renames = [operation.number for operation in all_of_them if operation.kind == "rename"]
-        draw = random.Random(f"{self.name} {fault}")
-        chosen = {0, len(all_of_them) - 1, *renames[-1:], draw.randrange(len(all_of_them))}
-        return sorted(chosen)
+        by_chance = random.Random(f"{self.name} {fault}").randrange(len(all_of_them))
+        chosen = dict.fromkeys([0, *renames[-1:], by_chance, len(all_of_them) - 1])
+        return sorted([*chosen][: FAULTS[fault].few])
 
     def trial(self, name: str, at: int) -> str:
         """What is wrong after a fault, and once the same command has run again; nothing if all is well."""
-        verb, fault = VERBS[self.name], FAULTS[name]
+        verb, fault = self.verb, FAULTS[name]
 
         def strike() -> None:
             verb.within()
-            Disk(Path.cwd(), fault.strike(at), reads=fault.reads).__enter__()
+            disk, leave = Disk(Path.cwd(), fault.strike(at), reads=fault.reads), os._exit
 
-        with self._tried():
+            def lose_power_and_leave(code: int) -> NoReturn:
+                disk.lose_power()
+                leave(code)
+
+            if fault.at_end:
+                os._exit = lose_power_and_leave  # type: ignore[assignment]
+            disk.__enter__()
+
+        with self.tried():
             done = run(*verb.words, within=strike)
             wrong = self._wrong(done, fault, EXCEPTIONS.get((name, self.name), fault.codes))
             if not wrong and not (fault.reads and done.code == 0 and not verb.trains):  # it did without the file
-                again = run(*verb.words, within=verb.within)
-                wrong = "then " * bool(found := self._wrong_again(again)) + found
+                wrong = self.goes_on()
         operation = (self.reads if fault.reads else self.writes)[at]
         return wrong and f"{self.name}: {name} at {at} ({operation.kind} {operation.path.name}): {wrong}"
 
     def _wrong(self, done: Done, fault: Fault, codes: Sequence[int]) -> str:
-        verb = VERBS[self.name]
+        verb = self.verb
         if done.code not in codes or "Traceback" in done.said:
             return f"exit code {done.code}: {done.said[-800:]}"
         if done.code > 0 and (not done.errors or (done.code > 1 and len(done.errors) > 1)):
@@ -349,20 +384,28 @@ class Prepared(NamedTuple):
                 return "what was to be replaced is gone"
         for checkpoint in Path(verb.output).glob("checkpoints/step-*"):
             Checkpoint.open(checkpoint)
+        if fault.at_end and not (verb.trains or verb.is_remade) and digests(verb) != self.wanted:
+            return "what it has said is done is not"
         if not fault.may_leave and (left := leftovers()):
             return f"left {left}"
         return ""
 
-    def _wrong_again(self, done: Done) -> str:
-        """What is wrong once the command has run again with nothing in its way."""
-        verb = VERBS[self.name]
+    def goes_on(self, said: str = "") -> str:
+        """What is wrong once the command has run again with nothing in its way; nothing if all is well.
+
+        What it says must match the pattern `said`.
+        """
+        verb = self.verb
+        done = run(*verb.words, within=verb.within)
         if done.code not in (0, *THERE_ALREADY):
-            return f"exit code {done.code}: {done.said[-800:]}"
+            return f"then exit code {done.code}: {done.said[-800:]}"
+        if not re.search(said, done.said):
+            return f"does not say so: {done.said}"
         found = digests(verb)
         if found != self.wanted:
             differing = sorted(name for name in found.keys() | self.wanted if found.get(name) != self.wanted.get(name))
-            return f"another output, in {differing} (exit code {done.code}): {done.said[-800:]}"
-        return f"left {left}" if (left := leftovers()) else ""
+            return f"then another output, in {differing} (exit code {done.code}): {done.said[-800:]}"
+        return f"then left {left}" if (left := leftovers()) else ""
 
 
 def leftovers() -> list[str]:
@@ -372,6 +415,8 @@ def leftovers() -> list[str]:
 
 NOT_COMPARED = ("run.lock", "teacher.json")
 """Files that hold a process's number or seconds."""
+MINUTE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
+"""The time at which a page was made."""
 
 
 def digests(verb: Verb, output: Path | None = None) -> dict[str, str]:
@@ -386,7 +431,7 @@ def digests(verb: Verb, output: Path | None = None) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    content = path.read_bytes()
+    content = MINUTE.sub(b"", path.read_bytes())
     if content.startswith(b'{"version"') and b'"vocab"' in content:  # of equally frequent words any is taken
         return str(len(json.loads(content)["model"]["vocab"]))
     return hashlib.sha256(content).hexdigest()

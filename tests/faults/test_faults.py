@@ -1,49 +1,26 @@
 """Whatever a disk does at whatever operation of whatever verb: what was there stays, and the same command goes on."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from faults.harness import FAULTS, VERBS, Prepared, lay_out
+from faults.harness import FAULTS, VERBS, Prepared
+
+PER_TIER = [
+    pytest.param(verb, fault, few, marks=marks, id=f"{verb}, {fault}, {'few' if few else 'all'}")
+    for few, *marks in ((True, pytest.mark.integration), (False, pytest.mark.nightly, pytest.mark.timeout(7200)))
+    for verb in VERBS
+    for fault in FAULTS
+    if not few or not (VERBS[verb].is_slow or fault == "kill")  # a power cut is a kill, and worse
+]
+"""In integration the operations that matter most; each one by night."""
 
 
-@pytest.fixture(scope="session")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lay_out(tmp_path_factory.mktemp("faults").resolve())
-
-
-@pytest.fixture(scope="session")
-def prepared(sound: Path) -> dict[str, Prepared]:
-    """The verbs that have been prepared."""
-    return {}
-
-
-@pytest.fixture
-def verb(request: pytest.FixtureRequest, sound: Path, prepared: dict[str, Prepared]) -> Iterator[Prepared]:
-    name = request.param
-    prepared[name] = prepared.get(name) or Prepared.of(sound, name)
-    return prepared[name]
-
-
-def assert_nothing_is_lost(verb: Prepared, fault: str, few: bool, record: pytest.FixtureRequest) -> None:
-    operations = verb.operations(fault, few)
-    wrong = [found for at in operations if (found := verb.trial(fault, at))]
-    record.node.user_properties.append(("trials", len(operations)))
-    assert not wrong, f"{len(wrong)} of {len(operations)}:\n" + "\n".join(wrong)
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "kill"])  # a power cut is a kill, and worse
-@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if not verb.is_slow], indirect=True)
-def test_a_disk_that_fails_loses_nothing(verb: Prepared, fault: str, request: pytest.FixtureRequest) -> None:
-    assert_nothing_is_lost(verb, fault, few=True, record=request)
-
-
-@pytest.mark.nightly
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("verb", VERBS, indirect=True)
-def test_a_disk_that_fails_at_any_operation_loses_nothing(
-    verb: Prepared, fault: str, request: pytest.FixtureRequest
+@pytest.mark.parametrize(("verb", "fault", "few"), PER_TIER)
+def test_a_disk_that_fails_loses_nothing(
+    verb: str, fault: str, few: bool, prepare: Callable[[str], Prepared], record_property: Callable[[str, int], None]
 ) -> None:
-    assert_nothing_is_lost(verb, fault, few=False, record=request)
+    prepared = prepare(verb)
+    operations = prepared.operations(fault, few)
+    record_property("trials", len(operations))
+    wrong = [found for at in operations if (found := prepared.trial(fault, at))]
+    assert not wrong, f"{len(wrong)} of {len(operations)}:\n" + "\n".join(wrong)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from checkpointed_run import Parts, assert_equal
 from doubles import Do, KeepingConsole, NoWarnings
-from faulty_files import Crash, FaultyFiles, crash
+from faulty_files import FaultyFiles
 from tiny_model import NOISY
 
 from switchcli.checkpoint import checkpoint
@@ -141,41 +141,6 @@ def test_training_that_is_stopped_or_done_has_saved(tmp_path: Path) -> None:
         assert found.step == at
 
 
-def operations(folder: Path) -> range:
-    """The numbers of those of a third save, which has all kinds: it is the first to remove another."""
-    counts = []
-    for steps in (2, 3):
-        files = FaultyFiles(10**6, full)
-        run(parts_of(folder / str(steps), files), steps=steps)
-        counts.append(files.count)
-    return range(*counts)
-
-
-def outcome(parts: Parts, folder: Path) -> tuple[str, int | None]:
-    """How three steps end: the error, without its figures, and the step that the folder is left with."""
-    said = ""
-    try:
-        run(parts, steps=3)
-    except CheckpointError as error:
-        said = re.sub(r"[\d,]+", "", str(error).replace(str(folder), ""))
-    found = checkpoint.latest(folder, pytest.fail)
-    return said, found and found.step
-
-
-@pytest.mark.integration
-def test_a_failure_at_any_operation_ends_the_run_as_in_the_foreground(tmp_path: Path) -> None:
-    outcomes = set()
-    for at in operations(tmp_path / "count"):
-        before, now = (
-            outcome(parts_of(folder, FaultyFiles(at, full, for_good=False), background), folder)
-            for background in (False, True)
-            if (folder := tmp_path / f"{at}-{background}")
-        )
-        assert before == now, at
-        outcomes.add(now)
-    assert len(outcomes) > 2
-
-
 def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
     parts = parts_of(tmp_path, FaultyFiles(0, full))
 
@@ -190,21 +155,6 @@ def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="No space left on device"):
             parts.saver.save(parts.state)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.integration
-def test_a_crash_at_any_operation_leaves_a_run_that_goes_on_the_same(tmp_path: Path) -> None:
-    straight = parts_of(tmp_path / "straight", DISK)
-    run(straight)
-    for at in operations(tmp_path / "count"):
-        folder = tmp_path / str(at)
-        with pytest.raises(Crash):
-            run(parts_of(folder, FaultyFiles(at, crash)), steps=3)
-        again = parts_of(folder, DISK)
-        assert again.saver.restore(again.state, NoWarnings())
-        run(again)
-        assert_equal(again, straight)
-        assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def failing(parts: Parts, error: BaseException, console: Console) -> None:

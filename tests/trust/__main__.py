@@ -14,19 +14,12 @@ from pathlib import Path
 from table import Row
 
 PARTS = {
-    "a": "kills",
     "b": "stops",
     "c": "worlds",
-    "d": "full_disks",
-    "e": "damages",
     "g": "nonfinite",
     "h": "rank_deaths",
-    "i": "two_runs",
     "k": "experts",
     "l": "soak",
-    "links": "links",
-    "paths": "odd_paths",
-    "metrics": "damaged_metrics",
     "signals": "all_signals",
     "environments": "environments",
 }

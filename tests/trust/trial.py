@@ -1,4 +1,4 @@
-"""A small run of each verb, what can be done to its disk from within, and how it ends when nothing is.
+"""A small run of each verb, and how it ends when nothing is done to it.
 
 All happens in forks of this process, in the current folder. A run saves and evaluates every two steps of six, and logs
 every step: equal metrics are then equal samples in equal order.
@@ -9,24 +9,17 @@ import random
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from drill import ended, fingerprint, leftovers, start
-from faulty_files import FaultyFiles, LossyFiles, kill
 from tiny_run import RECIPE, WORDS, lay_out_tuning
 
-from switchcli.checkpoint.fsops import DiskOperations, FileOperations
-
-OPERATIONS = ("make_dir", "write", "sync", "rename", "remove_tree")
-REAL: FileOperations = type("Real", (), {name: vars(DiskOperations)[name] for name in OPERATIONS})()
-"""The disk as it is before `put_under` has a run use another."""
 STEPS = 6
 SETTINGS = ["checkpoint.save_every_steps=2", "log.every_steps=1", "eval.every_steps=2"]
 PATIENCE = 240.0
@@ -161,99 +154,3 @@ def _trial(command: list[str], verb: str = "pretrain") -> Trial:
     code = trial.run(run)
     assert code == 0, f"{code}: {log_of(run).read_text()}"
     return trial._replace(wanted=fingerprint(run))
-
-
-# What is done to a disk from within a run
-
-
-def put_under(files: FileOperations) -> None:
-    """Have every save of this process go to `files`."""
-    for name in OPERATIONS:
-        setattr(DiskOperations, name, lambda self, *arguments, _name=name: getattr(files, _name)(*arguments))
-
-
-class Beside:
-    """What a run writes beside its checkpoints (recipe, vocabulary, metrics, result), as Python tells of it.
-
-    `step` is called before each file is opened to be written, renamed, cut or removed, and before each folder is made.
-    What was written since it was last synced is what `lose_power` cuts off.
-    """
-
-    def __init__(self, run: Path, step: Callable[[], object]) -> None:
-        self._run, self._checkpoints = run.absolute(), run.absolute() / "checkpoints"
-        self._step = step
-        self._synced: dict[Path, int] = {}
-
-    def _path(self, name: Any) -> Path | None:
-        """The path of a file of the run, but not one of its checkpoints."""
-        path = Path(f"/proc/self/fd/{name}").readlink() if isinstance(name, int) else Path(os.fsdecode(name)).absolute()
-        return path if path.is_relative_to(self._run) and not path.is_relative_to(self._checkpoints) else None
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """An audit hook."""
-        if event == "open" and (isinstance(arguments[0], int) or not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
-            return
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate"):
-            return
-        path = self._path(arguments[0])
-        if path is None:
-            return
-        self._step()
-        if event == "open":
-            old = path.stat().st_size if path.exists() and not arguments[2] & os.O_TRUNC else 0
-            self._synced.setdefault(path, old)
-        elif event == "os.rename" and path in self._synced:
-            self._synced[Path(os.fsdecode(arguments[1])).absolute()] = self._synced.pop(path)
-
-    def sync(self, descriptor: int) -> None:
-        """Called before os.fsync."""
-        path = self._path(descriptor)
-        if path is not None:
-            self._synced.pop(path, None)
-
-    def lose_power(self) -> None:
-        for path, size in self._synced.items():
-            if path.exists():
-                os.truncate(path, size)
-
-
-def strike_at(at: int, run: Path, strike: Callable[[], None], *, for_good: bool = True) -> None:
-    """In a fork: have operation `at` of the run, on its checkpoints or beside them, struck."""
-    _install(FaultyFiles(at, strike, for_good=for_good, disk=REAL), run)
-
-
-def lose_power_at(at: int, run: Path) -> None:
-    """In a fork: at operation `at` drop all that was not synced, and die."""
-    lossy = LossyFiles(REAL)
-
-    def lose() -> None:
-        lossy.lose_power()
-        beside.lose_power()
-        kill()
-
-    beside = _install(FaultyFiles(at, lose, disk=lossy), run)
-
-
-def _install(files: FaultyFiles, run: Path) -> Beside:
-    put_under(files)
-    striking = False
-
-    def step() -> None:
-        nonlocal striking
-        if not striking:  # what a strike itself does is no operation of the run
-            striking = True
-            try:
-                files.step()
-            finally:
-                striking = False
-
-    beside = Beside(run, step)
-    sys.addaudithook(beside)
-    sync = os.fsync
-
-    def noted(descriptor: int) -> None:
-        beside.sync(descriptor)
-        sync(descriptor)
-
-    os.fsync = noted
-    return beside
