@@ -73,6 +73,7 @@ class Disk:
         """A folder of hard links to files that were replaced, for a rename that is taken back."""
 
     def __enter__(self) -> "Disk":
+        assert _AUDIT.disk is None, "one disk at a time"
         if not _AUDIT.is_hooked:
             sys.addaudithook(_AUDIT.hook)
             _AUDIT.is_hooked = True
@@ -166,15 +167,7 @@ class Disk:
             self._begin_to_rename(path, _absolute(arguments[1], arguments[3]) or path)
 
     def _made(self, path: Path, parent: int) -> bool:
-        is_folder = path.is_dir() and not path.is_symlink()
-
-        def unmake() -> None:
-            if is_folder:
-                shutil.rmtree(path.name, dir_fd=parent)
-            else:
-                os.unlink(path.name, dir_fd=parent)
-
-        self._undo.append(_Undo((_inode_of(parent),), unmake))
+        self._undo.append(_Undo((_inode_of(parent),), lambda: _remove(path.name, parent)))
         return True
 
     def _begin_to_rename(self, source: Path, target: Path) -> None:
@@ -187,7 +180,10 @@ class Disk:
                 os.link(target, old)
 
         def rename_back() -> None:
-            os.rename(target.name, source.name, src_dir_fd=folders[1], dst_dir_fd=folders[0])
+            try:
+                os.rename(target.name, source.name, src_dir_fd=folders[1], dst_dir_fd=folders[0])
+            except FileNotFoundError:  # the folder of the old name was removed meanwhile, and that name with it
+                _remove(target.name, folders[1])
             if old is not None:
                 os.link(old, target.name, dst_dir_fd=folders[1])
 
@@ -242,6 +238,13 @@ def _absolute(name: Any, folder: Any) -> Path | None:
     base = Path(f"/proc/self/fd/{folder}").readlink() if isinstance(folder, int) and folder >= 0 else Path.cwd()
     path = base / os.fsdecode(name)
     return Path(os.path.realpath(path.parent)) / path.name
+
+
+def _remove(name: str, folder: int) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        shutil.rmtree(name, dir_fd=folder)
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -137,7 +137,7 @@ def found_wrong(verb: Prepared, tried: Sequence[Case]) -> list[str]:
 @pytest.mark.parametrize(
     "few",
     [
-        pytest.param(True, marks=pytest.mark.integration, id="few"),
+        pytest.param(True, marks=pytest.mark.nightly, id="few"),
         pytest.param(False, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)], id="all"),
     ],
 )

@@ -19,9 +19,7 @@ WRITER = (
 )
 
 
-@pytest.mark.parametrize(
-    "times", [pytest.param(9, marks=pytest.mark.integration), pytest.param(1000, marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("times", [pytest.param(times, marks=pytest.mark.nightly) for times in (9, 1000)])
 def test_readers_beside_a_run_that_saves_in_every_step_see_whole_checkpoints(
     times: int, prepare: Callable[[str], Prepared], record_property: Callable[[str, int], None]
 ) -> None:
