@@ -90,7 +90,6 @@ def test_inputs_have_the_same_answers_alone_without_a_capacity() -> None:
     assert not any(together[2] + alone[2])
 
 
-@pytest.mark.integration
 def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
     decoding = Decoding(max_tokens=30, beams=4, length_penalty=0.6)

@@ -117,8 +117,9 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
             assert torch.allclose(weight[place], torch.as_tensor(expected), atol=1e-6)
 
 
-def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
+@pytest.mark.parametrize("rows_ED", [torch.eye(3, 4), torch.ones(3, 4)], ids=["rows that differ", "equal rows"])
+def test_without_any_load_an_expert_stays_as_it_is(rows_ED: torch.Tensor) -> None:
+    share_NE = merge_weights(rows_ED, LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 
