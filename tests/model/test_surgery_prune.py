@@ -117,10 +117,14 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
             assert torch.allclose(weight[place], torch.as_tensor(expected), atol=1e-6)
 
 
-@pytest.mark.parametrize("rows_ED", [torch.eye(3, 4), torch.ones(3, 4)], ids=["rows that differ", "equal rows"])
-def test_without_any_load_an_expert_stays_as_it_is(rows_ED: torch.Tensor) -> None:
-    share_NE = merge_weights(rows_ED, LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
+def test_without_any_load_an_expert_stays_as_it_is() -> None:
+    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
+
+
+def test_an_expert_that_is_kept_is_not_merged_into_another_of_the_same_row() -> None:
+    share_NE = merge_weights(torch.ones(3, 4), LayerPruning([1, 1, 1], [0, 2], 0.0, torch.tensor(1.0)))
+    assert torch.equal(share_NE, torch.tensor([[0.5, 0.5, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 
 @given(load=st.lists(st.integers(0, 9), min_size=3, max_size=3), count=st.integers(1, 2))
