@@ -47,10 +47,10 @@ CLOSER = {"dense": 0.01, "geglu": 0.01, "switch": 0.02, "dropless": 0.02, "top_k
 MODELS: Mapping[str, dict[str, Any]] = {
     "dense": {},
     "geglu": {"activation": "geglu"},
+    "switch": SPARSE,
     "dropout": {"dropout": 0.1},
     "geglu, dropout": {"activation": "geglu", "dropout": 0.1, "expert_dropout": 0.3, **SPARSE},
     "untied, stacks of two lengths": {"tie_embeddings": False, "num_decoder_layers": 3},
-    "switch": SPARSE,
     "switch that drops": {**SPARSE, "router": SwitchRouter()},
     "switch, no jitter": {**SPARSE, "router": SwitchRouter(jitter=0.0)},
     "every second layer, groups": {"num_experts": 16, "router": SwitchRouter(group_sequences=2)},
