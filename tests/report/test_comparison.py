@@ -7,12 +7,12 @@ import pytest
 from messages import lacking
 from report_folders import TOKENS
 
-from switchcli.metric_names import HELD_OUT_LOSS
+from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_LOSS
 from switchcli.report import figures
 from switchcli.report.comparison import Comparison, compare
 from switchcli.report.run_report import highlights, quality_table
 from switchcli.report.runs import Curve, Run
-from switchcli.report.series import group_by_recipe
+from switchcli.report.series import by_seed, group_by_recipe
 from switchcli.report.significance import Verdict, gain, t_95
 
 
@@ -169,6 +169,19 @@ def test_one_shared_seed_is_a_pair_where_a_series_has_no_other() -> None:
         assert (found.is_paired, found.spread.mean, found.verdict) == (True, 4.0, Verdict.ONE_SEED)
 
 
+def test_equal_runs_do_not_differ() -> None:
+    found = gain({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert found is not None
+    assert (found.interval, found.verdict) == ((0, 0), Verdict.NO_DIFFERENCE)
+
+
+def test_the_dropped_share_is_that_of_the_last_tenth() -> None:
+    run = a_made_run("a-0", 0, {0: -5, 100: -4})
+    dropped = Curve(np.arange(20.0), np.arange(20.0) / 20)
+    run = run._replace(curves={**run.curves, DROPPED_FRACTION: dropped})
+    assert compare(group_by_recipe([run]), None, None, 1).rows[0].dropped == pytest.approx((0.925,) * 3)
+
+
 def test_a_run_that_was_repeated_with_its_seed_is_one_seed() -> None:
     twice = [
         [a_made_run(f"{name}-{copy}", 0, {0: -9, 20: -5, 100: end}) for copy in (0, 1)]
@@ -176,6 +189,7 @@ def test_a_run_that_was_repeated_with_its_seed_is_one_seed() -> None:
     ]
     found = compare(group_by_recipe([*twice[0], *twice[1]]), None, None, 1)
     assert (found.rows[1].seeds, found.rows[1].verdict) == (1, Verdict.ONE_SEED)
+    assert by_seed(group_by_recipe(twice[0])[0]) == {0: twice[0][0]}  # the first
     assert found.rows[1].speed.factors[0].verdict == Verdict.ONE_SEED
     assert all("x" not in value for value in facts(found).values())
 
@@ -188,8 +202,8 @@ def test_the_best_at_the_common_step_is_doubted_there_and_not_at_the_end() -> No
     assert best(found) == (Verdict.NO_DIFFERENCE, 100)
 
 
-def test_a_speed_up_of_one_lucky_seed_is_no_headline() -> None:
-    base, lucky, steady = seeds("a", -4, -4), seeds("b", 4.0, -4.5), seeds("c", -3, -3)
+def test_a_speed_up_of_lucky_seeds_is_no_headline() -> None:
+    base, lucky, steady = seeds("a", -4, -4, -4), seeds("b", 4.0, 3.9, -4.5), seeds("c", -3, -3, -3)
     compared = compare(group_by_recipe([*base, *lucky, *steady]), None, None, 1)
     found = facts(compared)
     assert [figure for what, figure in found.items() if not lacking(what, "speed-up c a steps interpolated")] == [

@@ -147,6 +147,10 @@ def test_thinned_curves_keep_their_ends_and_extremes(values: list[float], most: 
     assert array[places].max() == array.max()
 
 
+def test_a_thinned_curve_has_as_many_points_as_it_may() -> None:
+    assert len(downsample(np.array([0.0, *[5.0, -5.0] * 99, 0.0]), 10)) == 10
+
+
 @given(values=st.lists(doubles, min_size=1, max_size=20), evaluations=st.integers(1, 25))
 def test_smoothed_curves_are_means_of_windows(values: list[float], evaluations: int) -> None:
     curve = Curve(np.arange(len(values)) * 10.0, np.array(values))
