@@ -109,6 +109,7 @@ def test_what_is_read_is_said_again(
         expert_capacity=capacity,
         num_experts=experts,
         router_jitter_noise=noise,
+        router_z_loss_coef=0.003,
     )
     lengths = StackLengths(512, 114)
     spec = before.spec(lengths)
@@ -136,3 +137,26 @@ def test_every_capacity_makes_a_recipe(experts: int, capacity: int) -> None:
     for router in (recipe.model.router_of("encoder"), recipe.model.router_of("decoder")):
         assert isinstance(router, SwitchRouter)
         assert router.capacity(100, experts, "paper") == capacity
+
+
+def test_a_slot_is_not_lost_by_rounding() -> None:
+    """A recipe with less than one slot for a full row would be refused."""
+    for experts in range(2, 300):
+        router = config(num_experts=experts, expert_capacity=1).spec(StackLengths(114, 114)).router_of("encoder")
+        assert isinstance(router, SwitchRouter)
+        assert isinstance(router.capacity_factor, float)
+        assert 114 * router.capacity_factor >= experts
+
+
+def test_stacks_share_a_router_where_the_shorter_one_has_a_slot() -> None:
+    shared, own = (config(expert_capacity=slots).spec(StackLengths(512, 128)) for slots in (4, 3))
+    assert shared.decoder_router is None
+    assert own.decoder_router is not None
+
+
+def test_losses_that_a_file_does_not_state_have_the_coefficients_of_transformers() -> None:
+    import transformers
+
+    default, ours = transformers.SwitchTransformersConfig(), config()
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+        assert getattr(ours, name) == getattr(default, name)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -21,6 +21,7 @@ def stays(keys: list[NDArray[np.uint64]]) -> list[bool]:
     return [bool(one) for mask in first_occurrences(keys) for one in mask]
 
 
+@example(documents=[[0, 1], [1, 0]], cuts=set())
 @given(documents=DOCUMENTS, cuts=st.sets(st.integers(0, 12)))
 def test_exact_duplicates_and_no_others(documents: list[list[int]], cuts: set[int]) -> None:
     keys = Duplicates(kind="exact").signatures(*joined(documents))

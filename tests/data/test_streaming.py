@@ -350,6 +350,13 @@ def test_a_mixture_goes_on_at_the_next_row_in_branches_with_other_batches(folder
         assert len(made) == 4 * 2 + 11 + 3 * 4
 
 
+def test_the_positions_of_as_many_steps_as_a_loader_is_ahead_can_be_saved(folder: Path, straight: Straight) -> None:
+    run = Run(a_spec(folder))
+    for step in range(10):
+        run.step(step)
+    assert [run.position(step) for step in range(6, 11)] == straight[1][6:11]
+
+
 def test_seeds_differ(folder: Path, straight: Straight) -> None:
     assert not equal(Run(a_spec(folder), seed=6).step(0), straight[0][0])
 
