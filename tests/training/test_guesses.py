@@ -88,9 +88,9 @@ def test_an_example_of_each_gap_shows_what_the_model_sees(
     batch = a_batch(tokenizer)
     if packed:  # twice the same example in a row
         batch = Batch(torch.cat([batch.inputs_BS, batch.inputs_BS], 1), torch.cat([batch.targets_BT] * 2, 1))
-    measured = measure_guesses(model, [batch], packed, "dropless", tokenizer, CONTEXT)
+    measured = measure_guesses(model, [batch, batch], packed, "dropless", tokenizer, CONTEXT)
     assert measured is not None
-    assert len(measured.examples) == (4 if packed else 2)
+    assert len(measured.examples) == 2 * (4 if packed else 2)
     first, second = measured.examples[-2:]
     assert (first.before + first.hidden).replace(" ", "") == "one"
     assert first.after.replace(" ", "") == "two_four"

@@ -149,6 +149,8 @@ def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:
     assert found["positions"]["firsts"] == list(range(0, 64, 4))
     assert found["positions"]["last"] == 63
     assert found["positions"]["load"] == [[12, 0, 0]] * 8 + [[0, 12, 0]] * 8
+    one_more = specialization_metrics({"text": of_positions(range(65))}, [])["positions"]
+    assert one_more["firsts"] == list(range(0, 65, 5))  # at most 16 of equal width
     nothing = found["experts"][2]
     assert nothing == {
         "share": 0.0,
