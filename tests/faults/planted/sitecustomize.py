@@ -1,12 +1,11 @@
 """What Python runs first in every process that has this folder in its PYTHONPATH: a fault planted in one rank.
 
-`PLANTED` says what happens to which rank, in which phase, and which file notes the moment; where that file is there
-already, as after a restart, nothing happens any more. The command and the package stay as they are.
+`PLANTED` says what happens to which rank, in which phase, and which file notes the moment. The command and the package
+stay as they are.
 """
 
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -14,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STEP = 6
-"""Of the run: faults of a step come in it."""
+STEP = 3
+"""The step of the run in which faults of a step come."""
 LATE_SECONDS = 4
 """How long after the start a fault of the start comes: the others wait for this rank by then."""
 
 
-def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
+def plant(fault: str, phase: str, moment: Path) -> None:
     from switchcli.checkpoint.checkpoint import CheckpointWriter
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import DistributedContext
@@ -29,8 +28,6 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
     from switchcli.training.callbacks import ValidationCallback
 
     def act() -> None:
-        if moment.exists():
-            return
         if phase == "start":
             time.sleep(LATE_SECONDS)
         moment.write_text(repr(time.time()))
@@ -40,20 +37,21 @@ def plant(fault: str, phase: str, moment: Path, seconds: float) -> None:
             os._exit(3)
         elif fault == "raise":
             raise ValueError("planted")
-        elif fault == "file":
-            raise FileNotFoundError("planted")
         elif fault == "memory":
-            exhaust()
-        elif fault == "slow":
-            time.sleep(seconds)
+            raise MemoryError
+        elif fault == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif fault == "stop the launcher":
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(1)  # the signal comes back in this step
 
     # Each is called on every rank.
     places: dict[str, tuple[Any, str, int]] = {
         "start": (DistributedContext, "__init__", 1),
         "step": (loop, "accumulate_gradients", STEP),
-        "all-to-all": (expert_parallel, "_all_to_all", 100),
-        "save": (CheckpointWriter, "write", 2),
-        "evaluation": (ValidationCallback, "__call__", 2),
+        "all-to-all": (expert_parallel, "_all_to_all", 30),
+        "save": (CheckpointWriter, "write", 1),
+        "evaluation": (ValidationCallback, "__call__", 1),
         "end": (Trainer, "sample", 1),
     }
     owner, name, count = places[phase]
@@ -74,17 +72,7 @@ def before(function: Callable[..., Any], act: Callable[[], None], count: int) ->
     return called
 
 
-def exhaust() -> None:
-    """Take away what memory this process could still have, and ask for more."""
-    import torch
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + 2**26
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    torch.ones(2**30)
-
-
 if "PLANTED" in os.environ and "switchcli" not in sys.modules:
     planted = json.loads(os.environ["PLANTED"])
-    if os.environ.get("RANK") == str(planted.pop("rank")):
-        plant(planted["fault"], planted["phase"], Path(planted["moment"]), planted["seconds"])
+    if os.environ.get("RANK") == str(planted["rank"]):
+        plant(planted["fault"], planted["phase"], Path(planted["moment"]))

@@ -1,4 +1,4 @@
-"""Part g: numbers that are none, put into a run at six places on one of its ranks.
+"""Numbers that are not finite, put into a run at six places on one of its ranks.
 
 Each trial is a run of its own that saves as it goes. No checkpoint may hold such a number, and all ranks must do the
 same at the same step, with the same words, which name step, place and rank. A run that is to stop must end so, and what
@@ -8,8 +8,7 @@ but finite, which bfloat16 makes infinite, may also do no harm.
 """
 
 import re
-from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import pytest
 import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
@@ -24,7 +24,6 @@ from checkpointed_run import DOCUMENTS, idle
 from doubles import KeepingConsole, LossAt, NoWarnings, Records, Source
 from drill import ROUNDING, apart
 from ranks import on_ranks
-from table import Row
 from tiny_model import SPARSE, a_model
 from tiny_model import rows as sequences
 from torch import nn
@@ -68,14 +67,7 @@ WORDS = {
     "teacher": r"\bsoft_cross_entropy\b.*\brank {rank}\b",
 }
 """What is said of a number at each place."""
-PLACES = {
-    "embedding": "embedded input",
-    "router": "logits of a router",
-    "gradient": "gradient of one expert",
-    "loss": "state that the loss is of",
-    "state": "state of the optimizer",
-    "teacher": "state that a teacher's logits are of",
-}
+PLACES = ("embedding", "router", "gradient", "loss", "state", "teacher")
 SHARDED = [ParallelSpec(shard="zero2"), ParallelSpec(shard="zero3")]
 MESHES = {
     1: [ALONE],
@@ -292,34 +284,39 @@ def done_wrong(fault: Fault, parallel: ParallelSpec, ended: Ended, policy: Polic
     return "" if ended.left_out in left_out and policy != "stop" else f"left out {ended.left_out}"
 
 
-def rows(folder: Path, long: bool) -> Iterator[Row]:
-    ranks_of_tests.SECONDS = 3600  # many runs a call, on a machine that may be busy
-    for policy in get_args(Policy):
-        told: Counter[tuple[str, bool]] = Counter()
-        lost: dict[str, list[str]] = {place: [] for place in PLACES}
-        for world, meshes in MESHES.items():
-            for number, parallel in enumerate(meshes):
-                if not (mine := faults(policy, world, long)[number :: len(meshes)]):
-                    continue
-                here = folder / f"{policy}-{world}-{number}"
-                each = zip(*on_ranks(world, ended, here, mine, parallel, policy), strict=True)
-                for index, (fault, ranks) in enumerate(zip(mine, each, strict=True)):
-                    told[fault.place, bool(ranks[0].words)] += 1
-                    if fault_of := broken(fault, parallel, list(ranks), here / str(index), policy):
-                        lost[fault.place].append(f"{fault}: {fault_of}")
-        for place, words in PLACES.items():
-            what = f"{policy}: NaN, infinity, overflow of bfloat16 in the {words}, on one rank of 1, 2, 4"
-            harmless = f"{told[place, True]} told of, {told[place, False]} did no harm"
-            trials = told[place, True] + told[place, False]
-            yield Row("g", what, trials, len(lost[place]), lost[place][0] if lost[place] else harmless)
+def assert_nothing_is_saved(
+    policy: Policy, world: int, parallel: ParallelSpec, mine: list[Fault], folder: Path
+) -> None:
+    each = zip(*on_ranks(world, ended, folder, mine, parallel, policy), strict=True)
+    for index, (fault, ranks) in enumerate(zip(mine, each, strict=True)):
+        assert not broken(fault, parallel, list(ranks), folder / str(index), policy), fault
 
 
-def faults(policy: Policy, world: int, long: bool) -> list[Fault]:
-    """Return the faults for a number of ranks, on each of its meshes in turn; the short form has two or four."""
-    if long:
-        return [Fault(place, number, world - 1, step) for place, step, number in product(PLACES, range(1, 6), NUMBERS)]
+@pytest.mark.integration
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_no_number_that_is_none_is_saved_and_it_is_told_where_it_was(policy: Policy, tmp_path: Path) -> None:
     numbers = NUMBERS if policy == "stop" else ["NaN"]
-    two = [Fault("state", "infinity", 1, 2), Fault("gradient", "NaN", 1, 4)] if policy != "skip" else []
-    if policy == "roll_back":  # with weights that the evaluation before the save has gathered
-        two += [Fault("state", number, 1, 2) for number in ("infinity", "NaN")]
-    return {1: [Fault(place, number, 0, 3) for place in PLACES for number in numbers], 2: two}.get(world, [])
+    faults = [Fault(place, number, 0, 3) for place in PLACES for number in numbers]
+    assert_nothing_is_saved(policy, 1, ALONE, faults, tmp_path)
+
+
+@pytest.mark.integration
+def test_two_ranks_do_the_same_about_a_number_that_one_of_them_meets(tmp_path: Path) -> None:
+    """In roll_back the evaluation before the save has gathered the weights of zero3."""
+    faults = [Fault("state", "infinity", 1, 2), Fault("gradient", "NaN", 1, 4)]
+    assert_nothing_is_saved("stop", 2, ParallelSpec(expert=2), faults, tmp_path / "stop")
+    assert_nothing_is_saved("roll_back", 2, ParallelSpec(shard="zero3"), faults, tmp_path / "roll_back")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("policy", get_args(Policy))
+@pytest.mark.parametrize("world", MESHES)
+def test_ranks_of_any_mesh_do_the_same_about_any_number_at_any_step(
+    policy: Policy, world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_of_tests, "SECONDS", 3600)  # many runs a call
+    faults = [Fault(place, number, world - 1, step) for place, step, number in product(PLACES, range(1, 6), NUMBERS)]
+    for number, parallel in enumerate(MESHES[world]):
+        mine = faults[number :: len(MESHES[world])]
+        assert_nothing_is_saved(policy, world, parallel, mine, tmp_path / str(number))
