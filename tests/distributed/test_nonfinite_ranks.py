@@ -287,7 +287,8 @@ def done_wrong(fault: Fault, parallel: ParallelSpec, ended: Ended, policy: Polic
 def assert_nothing_is_saved(
     policy: Policy, world: int, parallel: ParallelSpec, mine: list[Fault], folder: Path
 ) -> None:
-    each = zip(*on_ranks(world, ended, folder, mine, parallel, policy), strict=True)
+    given = (folder, mine, parallel, policy)
+    each = zip(*([ended(*given)] if world == 1 else on_ranks(world, ended, *given)), strict=True)
     for index, (fault, ranks) in enumerate(zip(mine, each, strict=True)):
         assert not broken(fault, parallel, list(ranks), folder / str(index), policy), fault
 

@@ -1,4 +1,4 @@
-"""Promises of SECURITY.md and tests/trust/README.md: each names a test that proves it, and the test exists."""
+"""Promises of SECURITY.md and tests/faults/README.md: each names a test that proves it, and the test exists."""
 
 import re
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def faults(text: str) -> Iterator[str]:
                 yield f"{number}: there is no {path}::{symbol}"
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("SECURITY.md", 9), ("tests/trust/README.md", 12)])
+@pytest.mark.parametrize(("name", "at_least"), [("SECURITY.md", 9), ("tests/faults/README.md", 12)])
 def test_every_promise_names_a_test_that_exists(name: str, at_least: int) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(list(promises(text))) >= at_least

@@ -1,6 +1,6 @@
 """What a run does when a number is not finite: by each policy, what it leaves out and what it then is like.
 
-That all ranks do the same, at every place where a number may be lost, is in tests/trust/nonfinite.py.
+That all ranks do the same, at every place where a number may be lost, is in tests/distributed/test_nonfinite_ranks.py.
 """
 
 import re
