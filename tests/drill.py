@@ -1,4 +1,4 @@
-"""How runs ended: the weights, metrics and leftovers of one against another's; and commands started in forks."""
+"""How runs ended: the weights, metrics and leftovers of one against another's."""
 
 import hashlib
 import json
@@ -6,17 +6,12 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-
-from switchcli.cli import main
-from switchcli.runs import distilling  # noqa: F401  # so that a fork has them
 
 CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
 """What two runs need not have in common."""
@@ -98,38 +93,6 @@ def kill_one(run: str, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.kill(max(ranks_of(run)), signal.SIGKILL)
-
-
-def start(command: Sequence[object], log: Path, within: Callable[[], None] = lambda: None) -> int:
-    """`switchcli COMMAND` in a child process, after `within`; its id. What it says is added to the log."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.argv = ["switchcli", *map(str, command)]
-        within()
-        main()
-        os._exit(0)
-    except SystemExit as end:
-        os._exit(int(end.code or 0))
-    finally:
-        traceback.print_exc()  # of what is no end of a command, for the log
-        os._exit(1)  # no code of a user's error
-
-
-def ended(child: int, patience: float) -> int | None:
-    """The exit code (minus the signal's number for a death by one), or None while it still runs after `patience` s."""
-    deadline = time.monotonic() + patience
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= deadline:
-            return None
-        time.sleep(0.001)
 
 
 def leftovers(run: Path) -> list[str]:
