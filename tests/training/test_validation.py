@@ -10,6 +10,7 @@ from tiny_model import GROUPED, NOISY, a_model, rows
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
+from switchcli.model.moe.router import Policy
 from switchcli.spec import PAD
 from switchcli.training.loss import cross_entropy
 from switchcli.training.metrics import Mean
@@ -50,6 +51,12 @@ def test_the_figure_is_a_mean_over_targets_not_over_batches(context: Distributed
     assert found.total.dtype == torch.float64
 
 
+@pytest.mark.parametrize(("policy", "drops"), [("paper", True), ("dropless", False)])
+def test_tokens_are_dropped_as_the_policy_says(context: DistributedContext, policy: Policy, drops: bool) -> None:
+    found = evaluate(a_model(), cross_entropy, [rows(0, 0, 8)], context, policy)
+    assert (found["dropped_fraction"].value() > 0) == drops
+
+
 @given(sequences=st.integers(1, 40), rows_each=st.integers(1, 5), world=st.integers(1, 5))
 def test_ranks_share_every_row_once_in_batches_of_one_shape(sequences: int, rows_each: int, world: int) -> None:
     def numbered(first: int, count: int) -> Batch:
@@ -77,8 +84,10 @@ def test_rows_of_padding_change_no_reported_figure(context: DistributedContext) 
 
 def test_rows_of_a_text_are_evaluated_in_whole_groups(context: DistributedContext) -> None:
     model = a_model(GROUPED)
-    text = HeldOutText(lambda first, count: rows(0, first, count), 5)
+    counts: list[int] = []
+    text = HeldOutText(lambda first, count: counts.append(count) or rows(0, first, count), 5)
     found = evaluate_rows(model, cross_entropy, text, 3, context)["neg_log_perplexity"]
+    assert counts == [4, 1]  # of three rows each, rounded up to groups of two
     wanted = evaluate(model, cross_entropy, rank_batches(text._replace(num_rows=5), 4, 0, 1), context)[
         "neg_log_perplexity"
     ]
