@@ -84,3 +84,9 @@ def test_tests_have_no_network() -> None:
         client.connect(("192.0.2.1", 80))
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
         client.connect(server.getsockname())
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Pytest imports each by its name alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    assert sorted(name for name in {*names} if names.count(name) > 1) == []
