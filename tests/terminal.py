@@ -82,7 +82,7 @@ def _run_switchcli(words: Sequence[str], cwd: Path, streams: Sequence[int]) -> N
         os.setsid()
         for standard, descriptor in enumerate(streams):
             os.dup2(descriptor, standard)
-        os.closerange(3, 256)
+        os.closerange(3, 2**16)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         environment = _of_terminal(os.environ)
         os.environ.clear()

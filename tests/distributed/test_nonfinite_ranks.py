@@ -304,9 +304,11 @@ def test_no_number_that_is_none_is_saved_and_it_is_told_where_it_was(policy: Pol
 @pytest.mark.integration
 def test_two_ranks_do_the_same_about_a_number_that_one_of_them_meets(tmp_path: Path) -> None:
     """In roll_back the evaluation before the save has gathered the weights of zero3."""
-    faults = [Fault("state", "infinity", 1, 2), Fault("gradient", "NaN", 1, 4)]
-    assert_nothing_is_saved("stop", 2, ParallelSpec(expert=2), faults, tmp_path / "stop")
-    assert_nothing_is_saved("roll_back", 2, ParallelSpec(shard="zero3"), faults, tmp_path / "roll_back")
+    state, gradient, embedding = (Fault(*found) for found in (
+        ("state", "infinity", 1, 2), ("gradient", "NaN", 1, 4), ("embedding", "NaN", 1, 4)
+    ))  # fmt: skip
+    assert_nothing_is_saved("stop", 2, ParallelSpec(expert=2), [state, gradient], tmp_path / "stop")
+    assert_nothing_is_saved("roll_back", 2, ParallelSpec(shard="zero3"), [state, embedding], tmp_path / "roll_back")
 
 
 @pytest.mark.nightly
