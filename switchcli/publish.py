@@ -313,6 +313,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, if they do not exist, and sync the names of those that are new."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync_folder(folder.parent)
+
+
 def _sync_folder(path: Path) -> None:
     """Sync the names in a folder, if the file system can and the user may read the folder."""
     try:

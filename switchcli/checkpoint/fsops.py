@@ -35,7 +35,7 @@ class DiskOperations:
     """The real disk."""
 
     def make_dir(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        publish.make_folder(path)
 
     def write(self, path: Path, content: bytes | memoryview) -> None:
         with path.open("xb") as stream:

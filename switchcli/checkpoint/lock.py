@@ -66,7 +66,7 @@ def _open(path: Path, alternative: str) -> int:
     if path.parent.exists() and not path.parent.is_dir():
         raise RecipeError(f"{path.parent}: is a file, and a folder is needed: {alternative}")
     with disk_errors(path, alternative):
-        path.parent.resolve().mkdir(parents=True, exist_ok=True)
+        publish.make_folder(path.parent.resolve())
         publish.check_file(path)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 

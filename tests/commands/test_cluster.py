@@ -85,7 +85,7 @@ def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
     assert figure() == pytest.approx(done["held_out/neg_log_perplexity"], abs=1e-5)
 
 
-@pytest.mark.nightly
+@pytest.mark.integration
 def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     keys = (*KEYS[:-1], run, "train.steps=24", "checkpoint.save_every_steps=4")

@@ -385,7 +385,9 @@ class Prepared(NamedTuple):
                 return "what was to be replaced is gone"
         for checkpoint in Path(verb.output).glob("checkpoints/step-*"):
             Checkpoint.open(checkpoint)
-        if fault.at_end and not (verb.trains or verb.is_remade) and digests(verb) != self.wanted:
+        is_lost = fault.at_end and verb.trains and not [*Path(verb.output).glob("checkpoints/step-*")]
+        is_final = done.code == 0 and not (fault.reads or verb.trains or verb.is_remade)
+        if is_lost or (is_final and digests(verb) != self.wanted):
             return "what it has said is done is not"
         if not fault.may_leave and (left := leftovers()):
             return f"left {left}"
