@@ -212,6 +212,14 @@ def test_pickles_are_read_when_asked_for(legacy: bool, tmp_path: Path) -> None:
     theirs.assert_same_logits(opened(tmp_path / "ours").model, model)
 
 
+def test_safetensors_are_read_where_there_are_pickles_too(tmp_path: Path) -> None:
+    model = theirs.switch()
+    source = theirs.save(model, tmp_path / "theirs")
+    (source / "pytorch_model.bin").write_bytes(b"no pickle")
+    run(source, tmp_path / "ours", "--to", "switchcli", "--unpickle")
+    theirs.assert_same_logits(opened(tmp_path / "ours").model, model)
+
+
 def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
     import transformers
 

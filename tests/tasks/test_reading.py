@@ -180,6 +180,8 @@ def test_an_integer_answer_is_an_index_unless_it_may_be_a_label(labels: tuple[st
             with pytest.raises(ValueError, match=rf"^c: .*(?<!\d){number}\b{fixes}"):
                 targets(number)
     assert [targets(label) for label in labels] == [(label,) for label in labels]
+    with pytest.raises(ValueError, match=r"^c: True\b.*\blabels\b"):  # which Python takes for 1
+        targets(True)
 
 
 @pytest.mark.parametrize(
