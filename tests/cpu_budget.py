@@ -20,7 +20,7 @@ CALIBRATION = "repository/test_calibration.py"
 TIERS = ("nightly", "integration")
 """The markers of the tiers; a test with none of them is a unit test."""
 SLACK = 1.5
-"""By which factor a file may exceed its budget: the spread of one file's time over runs on a busy machine."""
+"""Factor by which a file may exceed its budget: the spread of one file's time over runs on a busy machine."""
 SMALL = 10.0
 """Units below which no file is judged: the first tests of a worker also pay for imports and shared fixtures."""
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -67,7 +67,8 @@ def fork_switchcli(words: Sequence[object], cwd: Path, streams: Sequence[int]) -
     """Begin `switchcli WORDS` in a fork of this process, with descriptors as its standard streams. Return its ID."""
     child = os.fork()
     if child == 0:
-        _run_switchcli([*map(str, words)], cwd, streams)
+        os.setsid()
+        run_switchcli([*map(str, words)], cwd, streams, _of_terminal(os.environ))
     return child
 
 
@@ -76,15 +77,14 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _run_switchcli(words: Sequence[str], cwd: Path, streams: Sequence[int]) -> NoReturn:
-    """In the fork: the entry point that a shell calls. An error that no user should see is a traceback."""
+def run_switchcli(words: Sequence[str], cwd: Path, streams: Sequence[int], environment: Mapping[str, str]) -> NoReturn:
+    """In a fork: run the entry point that a shell calls, and exit. An error that no user should see is a traceback."""
+    code = 1
     try:
-        os.setsid()
         for standard, descriptor in enumerate(streams):
             os.dup2(descriptor, standard)
         os.closerange(3, 2**16)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
-        environment = _of_terminal(os.environ)
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(cwd)
@@ -92,10 +92,9 @@ def _run_switchcli(words: Sequence[str], cwd: Path, streams: Sequence[int]) -> N
         main()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
-        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

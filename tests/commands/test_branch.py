@@ -248,7 +248,7 @@ def test_another_verb_and_its_own_folder_are_refused(run: Path, recipe: str, swi
 def test_it_resumes_without_the_other_run(
     branch: Callable[..., dict[str, Any]], run: Path, recipe: str, switchcli: SwitchCLI
 ) -> None:
-    """As after a kill before its first save: it has the checkpoint that it began from, and nothing else."""
+    """The branch has only the checkpoint that it began from, as after a kill before its first save."""
     branch("schedule.learning_rate=0.002")
     whole = fingerprint(Path("new"))
     shutil.rmtree("new/checkpoints/step-00000008")

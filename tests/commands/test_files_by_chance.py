@@ -173,7 +173,7 @@ def run(trained: Path, converted: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 A_FEW = settings(max_examples=settings().max_examples // 4)
-"""As many files take as long as the examples of another test."""
+"""A quarter of the examples: a file takes longer than the example of another test."""
 
 
 @A_FEW

@@ -25,7 +25,7 @@ from switchcli.spec import EOS
 CORRUPTION = SpanCorruption(inputs_length=16)
 LENGTH = CORRUPTION.raw_tokens_per_row
 SPACING = 10_000
-"""Of the tokens of shards."""
+"""Distance between the tokens of two shards."""
 WHOLE = WholeDocumentObjective(SpanCorruption(inputs_length=32))
 TEXT = [[50, 3, 17, 200], [2, 9, 31, 44, 60], [1, 1, 5], [400], [33, 80, 7, 90, 21, 16], [LENGTH], [300, 2]]
 """Lengths of documents, by shard: one shard is less than a row."""

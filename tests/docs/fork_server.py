@@ -9,11 +9,10 @@ import os
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from switchcli.cli import main
+from terminal import exit_code, run_switchcli
 
 IMPORTED = (
     *("api", "commands._training", "convert.to_transformers", "doctor.probes", "report.run_report"),
@@ -56,32 +55,9 @@ def _answer(connection: socket.socket) -> NoReturn:
     child = os.fork()
     if child == 0:
         connection.close()
-        _run(words, folder, environment, streams)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    connection.sendall(str(code % 256).encode())
+        run_switchcli(words, Path(folder), streams, environment)
+    connection.sendall(str(exit_code(child) % 256).encode())
     os._exit(0)
-
-
-def _run(words: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
-    code = 1
-    try:
-        for standard, descriptor in enumerate(streams):
-            os.dup2(descriptor, standard)
-        os.closerange(3, 256)
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        sys.argv = ["switchcli", *words]
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # noqa: BLE001
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,10 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Make a folder with a `switchcli` that adds `SMALL` to the commands that it gets, and has a fork run them."""
     folder = tmp_path_factory.mktemp("scripts")
     sockets = Path(tempfile.mkdtemp())  # the path of a socket is short
-    server = subprocess.Popen([sys.executable, fork_server.__file__, str(sockets / "s")])
+    server = subprocess.Popen(
+        [sys.executable, fork_server.__file__, str(sockets / "s")],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+    )
     script = folder / "switchcli"
     script.write_text(
         f"#!{sys.executable} -SE\n"

@@ -177,7 +177,7 @@ class Broken(NamedTuple):
     probes: set[str]
     """The probes that find it."""
     warns: frozenset[str] = frozenset()
-    """Those that may warn as well."""
+    """The probes that may warn as well."""
 
 
 BROKEN = {

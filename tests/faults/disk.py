@@ -37,7 +37,7 @@ class Operation(NamedTuple):
     """write (a file that is opened for it), make, rename, cut, remove, sync, or read."""
     path: Path
     number: int
-    """Of those that are counted: reads, or all others."""
+    """Index among the operations that are counted: reads, or all others."""
 
 
 class _Undo(NamedTuple):
