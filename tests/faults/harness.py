@@ -253,6 +253,8 @@ class Fault(NamedTuple):
     """Exit codes that the command may end with. With one that is not 0 it says in one line which path, and the fix."""
     few: int = 2
     """At how many operations it strikes where all would take too long."""
+    evenly: bool = False
+    """Whether these few are chosen evenly among all, and not those that matter most."""
     reads: bool = False
     """Whether reads are struck, and not writes."""
     at_end: bool = False
@@ -271,7 +273,7 @@ def limit_files(disk: Disk, operation: Operation) -> None:
 
 
 FAULTS = {
-    "kill": Fault(lambda at: strike_at(at, kill), (KILLED,)),
+    "kill": Fault(lambda at: strike_at(at, kill), (KILLED,), few=3, evenly=True),
     "power cut": Fault(lambda at: strike_at(at, cut_power), (KILLED,), few=4),
     "power cut after it": Fault(lambda at: lambda disk, operation: None, (0,), few=1, at_end=True),
     "full disk": Fault(lambda at: strike_at(at, refuse(errno.ENOSPC, *ROOM)), (0, 4), may_leave=False),
@@ -340,14 +342,18 @@ class Prepared(NamedTuple):
         return VERBS[self.name]
 
     def operations(self, fault: str, few: bool) -> list[int]:
-        """Return the operations to strike: all, or a few: the first, the last rename, one by chance, and the last."""
+        """Return the operations to strike: all, or a few: the first, the last rename, one by chance, and the last; or
+        the middle ones of equal parts."""
         all_of_them = self.reads if FAULTS[fault].reads else self.writes
         if not few or not all_of_them:
             return [operation.number for operation in all_of_them][: 1 if FAULTS[fault].at_end else None]
+        parts = FAULTS[fault].few
+        if FAULTS[fault].evenly:
+            return sorted({(2 * part + 1) * len(all_of_them) // (2 * parts) for part in range(parts)})
         renames = [operation.number for operation in all_of_them if operation.kind == "rename"]
         by_chance = random.Random(f"{self.name} {fault}").randrange(len(all_of_them))
         chosen = dict.fromkeys([0, *renames[-1:], by_chance, len(all_of_them) - 1])
-        return sorted([*chosen][: FAULTS[fault].few])
+        return sorted([*chosen][:parts])
 
     def trial(self, name: str, at: int) -> str:
         """What is wrong after a fault, and once the same command has run again; nothing if all is well."""
@@ -381,7 +387,7 @@ class Prepared(NamedTuple):
             return f"says not one line of what is wrong: {done.said}"
         if verb.replaces:
             kept = [Path(verb.output), *(Path().glob(".tmp-*/old") if fault.may_leave else ())]
-            if done.code != 0 and not any(digests(verb, one) == self.wanted for one in kept):
+            if done.code != 0 and not any(self.wanted.items() <= digests(verb, one).items() for one in kept):
                 return "what was to be replaced is gone"
         for checkpoint in Path(verb.output).glob("checkpoints/step-*"):
             Checkpoint.open(checkpoint)

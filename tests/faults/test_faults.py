@@ -5,14 +5,12 @@ from collections.abc import Callable
 import pytest
 from faults.harness import FAULTS, VERBS, Prepared
 
-KILLED = ("pretrain", "distill --cache-only", "data prepare", "prune")
-"""The verbs that are killed in integration too; the others lose power, which is a kill that takes more away."""
 PER_TIER = [
     pytest.param(verb, fault, few, marks=marks, id=f"{verb}, {fault}, {'few' if few else 'all'}")
     for few, *marks in ((True, pytest.mark.integration), (False, pytest.mark.nightly, pytest.mark.timeout(7200)))
     for verb in VERBS
     for fault in FAULTS
-    if not few or not (VERBS[verb].is_slow or (fault == "kill" and verb not in KILLED))
+    if not few or not VERBS[verb].is_slow
 ]
 """In integration the operations that matter most; each one by night."""
 
