@@ -118,9 +118,9 @@ def test_a_crash_in_the_first_save_leaves_nothing_or_all(tmp_path: Path) -> None
     assert at >= 10
 
 
-@pytest.mark.unit("28-False", "5-True")
+@pytest.mark.unit("ENOSPC-False", "EIO-True")
 @pytest.mark.parametrize("for_good", [False, True])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT], ids=errno.errorcode.get)
 def test_a_disk_that_refuses_any_operation_keeps_what_was_saved(tmp_path: Path, number: int, for_good: bool) -> None:
     for scene in (save_a_new_step, save_a_step_again):
         for at in count():
