@@ -59,11 +59,16 @@ def test_a_link_at_the_target_is_refused(tmp_path: Path, there: bool) -> None:
     if there:
         victim.write_text("mine")
     link.symlink_to(victim)
-    for act in (lambda: publish.write_file(link, "x"), lambda: publish.open_append(link)):
+    acts: list[Callable[[], object]] = [
+        lambda: publish.write_file(link, "x"),
+        lambda: publish.write_files(tmp_path, {"other": "x", "link": "x"}),
+        lambda: publish.open_append(link),
+        lambda: publish_a_folder(link),
+    ]
+    for act in acts:
         with pytest.raises(OSError, match="symbolic"):
             act()
-    with pytest.raises(OSError, match="symbolic"):
-        publish_a_folder(link)
+    assert not (tmp_path / "other").exists()
     assert victim.exists() == there
     assert link.is_symlink()
 
