@@ -41,7 +41,10 @@ def checkpoint(run: Path, step: int) -> Path:
 
 def newest(run: Path) -> int:
     """The step of a run's newest checkpoint; 0 where it has none."""
-    saved = (run / "checkpoints").glob("step-" + "[0-9]" * 8)
+    try:  # glob looks for the folder first, and the run may put it aside meanwhile
+        saved = [*(run / "checkpoints").glob("step-" + "[0-9]" * 8)]
+    except FileNotFoundError:
+        return 0
     return max((int(path.name.removeprefix("step-")) for path in saved), default=0)
 
 

@@ -69,10 +69,15 @@ CASES = {
     "ACCELERATE_MIXED_PRECISION is text": Case({"ACCELERATE_MIXED_PRECISION": "x"}),
     "ACCELERATE_USE_FSDP": Case({"ACCELERATE_USE_FSDP": "true"}, (0, 2)),
 }
+FEW = ("no HOME, unknown user", "cache unwritable", "few open files")
+"""The cases of the integration tests."""
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", CASES)
+def per_tier(is_one_of_few: bool) -> pytest.MarkDecorator:
+    return pytest.mark.integration if is_one_of_few else pytest.mark.nightly
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=per_tier(name in FEW)) for name in CASES])
 def test_a_run_works_in_an_odd_environment_or_says_why_not(name: str, sound: Path) -> None:
     case = CASES[name]
 
@@ -100,8 +105,10 @@ STARTED = [
 """Variables that Python, OpenMP or a terminal's library reads when it starts."""
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("variables", STARTED, ids=[" ".join(one) for one in STARTED])
+@pytest.mark.parametrize(
+    "variables",
+    [pytest.param(one, marks=per_tier(one is STARTED[0]), id=" ".join(one)) for one in STARTED],
+)
 def test_a_command_starts_in_an_odd_environment(variables: dict[str, str]) -> None:
     command = [sys.executable, "-m", "switchcli", "plan", "tiny", "--devices", "1"]
     done = subprocess.run(command, env={**os.environ, **variables}, cwd=HERE, capture_output=True, check=False)

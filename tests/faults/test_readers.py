@@ -19,7 +19,9 @@ WRITER = (
 )
 
 
-@pytest.mark.parametrize("times", [pytest.param(times, marks=pytest.mark.nightly) for times in (9, 1000)])
+@pytest.mark.parametrize(
+    "times", [pytest.param(len(READERS), marks=pytest.mark.integration), pytest.param(1000, marks=pytest.mark.nightly)]
+)
 def test_readers_beside_a_run_that_saves_in_every_step_see_whole_checkpoints(
     times: int, prepare: Callable[[str], Prepared], record_property: Callable[[str, int], None]
 ) -> None:
