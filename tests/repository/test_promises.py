@@ -1,10 +1,22 @@
-"""Promises of SECURITY.md and tests/faults/README.md: each names a test that proves it, and the test exists."""
+"""Promises of SECURITY.md and tests/faults/README.md: each names a test that proves it, exists, and runs by day."""
 
+import importlib
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from test_paper import REFERENCE, ROOT, rows, symbols
+
+BY_NIGHT = {
+    "test_a_run_takes_no_more_late_than_early": "takes five minutes",
+    "test_any_of_four_ranks_may_fail_in_any_phase": "two ranks in two phases are an integration test",
+    "test_ranks_of_any_mesh_do_the_same_about_any_number_at_any_step": "two ranks at one step are an integration test",
+    "test_sums_in_any_order_differ_by_rounding": "sums in one order are an integration test",
+}
+"""The named tests of which all cases are nightly ones, and why they may be."""
 
 
 def promises(text: str) -> Iterator[tuple[int, str]]:
@@ -41,16 +53,32 @@ def faults(text: str) -> Iterator[str]:
                 yield f"{number}: {path}::{symbol} is no test"
             elif not (ROOT / path).is_file() or symbol not in symbols(ROOT / path):
                 yield f"{number}: there is no {path}::{symbol}"
+            elif symbol not in BY_NIGHT and is_nightly(getattr(module(path), symbol)):
+                yield f"{number}: all cases of {path}::{symbol} are nightly ones"
+
+
+def module(path: str) -> Any:
+    sys.path.insert(0, str((ROOT / path).parent))  # as pytest does
+    return importlib.import_module(Path(path).stem)
+
+
+def is_nightly(test: Callable[..., object]) -> bool:
+    """Whether all cases of a test are nightly ones."""
+    marks: list[pytest.Mark] = getattr(test, "pytestmark", [])
+    cases = [mark.args[1] for mark in marks if mark.name == "parametrize"]
+    return any(mark.name == "nightly" for mark in marks) or any(
+        all("nightly" in {mark.name for mark in getattr(case, "marks", ())} for case in each) for each in cases
+    )
 
 
 @pytest.mark.parametrize(("name", "at_least"), [("SECURITY.md", 9), ("tests/faults/README.md", 12)])
-def test_every_promise_names_a_test_that_exists(name: str, at_least: int) -> None:
+def test_every_promise_names_a_test_that_runs_by_day(name: str, at_least: int) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(list(promises(text))) >= at_least
     assert not list(faults(text))
 
 
-PROVED = "`tests/repository/test_promises.py::test_every_promise_names_a_test_that_exists`"
+PROVED = "`tests/repository/test_promises.py::test_a_promise_without_a_test_is_found`"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +94,11 @@ PROVED = "`tests/repository/test_promises.py::test_every_promise_names_a_test_th
         ),
         ("## What a stranger's file cannot do\n\n- Safe: `tests/repository/test_promises.py::faults`", "is no test"),
         ("## What a stranger's file cannot do\n\n- Safe: `tests/gone.py::test_it`", "there is no tests/gone.py"),
+        (
+            "## What is promised\n\n- Slow: `tests/faults/test_stop_signals.py::"
+            "test_a_stop_by_any_signal_in_any_phase_saves`",
+            "are nightly",
+        ),
     ],
 )
 def test_a_promise_without_a_test_is_found(text: str, fault: str | None) -> None:
