@@ -40,7 +40,7 @@ FAULTS = {
     "stop the launcher": (75, r"\bsaved\b.*\bstep \d\b.*\bcommand\b"),
 }
 """What happens to a rank; the exit code, and what is said first."""
-FEW = [("kill", "save", 1), ("stop the launcher", "step", 0)]
+FEW = [("kill", "save", 1), ("stop the launcher", "step", 0), ("stop the launcher", "save", 0)]
 """The cases of the integration tests; the nightly ones have four ranks."""
 ALL = [(fault, phase, number % 4) for number, (fault, phase) in enumerate(product(FAULTS, PHASES))]
 
