@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,7 +66,8 @@ class Row(NamedTuple):
 class RankMatrix:
     """What ranks answer to a case, for many rows (mesh, case).
 
-    The first question about a row starts as many ranks as its mesh has, once for all rows of its tier on so many ranks.
+    The first question about a row starts as many ranks as its mesh has, once for all rows of its tier on so many ranks;
+    by night, when these are many, once for all rows of its mesh. If one of them fails, each is asked alone.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class RankMatrix:
             listed = {Row(mesh, case) for mesh, cases in tiers.get(tier, {}).items() for case in cases}
             assert listed <= self._tier.keys(), listed - self._tier.keys()
             self._tier |= dict.fromkeys(listed, tier)
-        self._answers: dict[tuple[str, int], list[dict[Row, Any]]] = {}
+        self._answers: dict[tuple[str, str | int], list[dict[Row, Any]]] = {}
 
     def parameters(self, cases: Collection[Any]) -> list[Any]:
         """The parameters of a test of these cases: each row, with the marker of its tier."""
@@ -98,15 +99,23 @@ class RankMatrix:
 
     def answers(self, row: Row) -> list[Any]:
         """Each rank's answer."""
-        world, tier = self._meshes[row.mesh][0], self._tier[row]
-        if (tier, world) not in self._answers:
-            same = {
-                other: self._meshes[other.mesh][1]
-                for other, tier_of_other in self._tier.items()
-                if (tier_of_other, self._meshes[other.mesh][0]) == (tier, world)
-            }
-            self._answers[tier, world] = on_ranks(world, _answers, self._answer, same)
-        return [answers[row] for answers in self._answers[tier, world]]
+        start = self._start(row)
+        if start not in self._answers:
+            same = [other for other in self._tier if self._start(other) == start]
+            try:
+                self._answers[start] = self._ask(same)
+            except AssertionError:
+                self._answers[start] = []
+        return [answers[row] for answers in self._answers[start] or self._ask([row])]
+
+    def _start(self, row: Row) -> tuple[str, str | int]:
+        """What rows have in common whose answers are those of one start."""
+        tier = self._tier[row]
+        return tier, row.mesh if tier == "nightly" else self._meshes[row.mesh][0]
+
+    def _ask(self, rows: Sequence[Row]) -> list[dict[Row, Any]]:
+        world = self._meshes[rows[0].mesh][0]
+        return on_ranks(world, _answers, self._answer, {row: self._meshes[row.mesh][1] for row in rows})
 
 
 def _answers(answer: Callable[[Any, ParallelSpec], Any], rows: Mapping[Row, ParallelSpec]) -> dict[Row, Any]:
@@ -167,7 +176,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
         ends.append(here)
         processes.append(process)
     try:
-        return [_answer(rank, end) for rank, end in enumerate(ends)]
+        return _answers_of(ends)
     finally:
         for end in ends:
             end.close()  # a rank that has answered ends now, and not while another is still in its last collective
@@ -185,11 +194,18 @@ def free_port() -> int:
             return port
 
 
-def _answer(rank: int, end: Connection) -> Any:
-    assert end.poll(SECONDS), f"rank {rank} has not answered after {SECONDS} s"
-    failure, result = end.recv()
-    assert failure is None, f"rank {rank}: {failure}"
-    return result
+def _answers_of(ends: Sequence[Connection]) -> list[Any]:
+    """Each rank's answer. The first rank that fails ends it: others may wait for that one, and say nothing."""
+    answers: dict[int, Any] = {}
+    while len(answers) < len(ends):
+        silent = {end: rank for rank, end in enumerate(ends) if rank not in answers}
+        heard = wait(silent, SECONDS)
+        assert heard, f"ranks {[*silent.values()]} have not answered after {SECONDS} s"
+        for end in heard:
+            rank = silent[end]
+            failure, answers[rank] = end.recv()
+            assert failure is None, f"rank {rank}: {failure}"
+    return [answers[rank] for rank in range(len(ends))]
 
 
 def _rank(environment: dict[str, int], end: Connection, function: Callable[..., Any], arguments: tuple[Any]) -> None:

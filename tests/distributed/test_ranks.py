@@ -2,10 +2,12 @@
 
 The tolerance is 2e-6 of the largest entry of each tensor: float32 keeps 6e-8 of a number, and sums of a few hundred
 terms in another order differ by a few times that; an entry that is itself near zero is what is left of larger terms.
-Where a model axis divides the sums of the forward pass too, each layer's input differs by its rounding.
+Where a model axis divides the sums of the forward pass too, each layer's input differs by its rounding, and the
+tolerance is as many times as large as the axis has ranks.
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -180,10 +182,10 @@ def as_held(whole: Arrays, part: Arrays) -> Arrays:
     }
 
 
-def assert_same(found: Arrays, expected: Arrays) -> None:
+def assert_same(found: Arrays, expected: Arrays, relative: float = RELATIVE) -> None:
     for name, array in as_held(expected, found).items():
         largest = max(float(np.abs(array).max()), 1e-30)
-        assert float(np.abs(found[name] - array).max()) <= RELATIVE * largest, name
+        assert float(np.abs(found[name] - array).max()) <= relative * largest, name
 
 
 @pytest.mark.parametrize(("microbatch", "clip_norm"), [(1, CLIP), (2, None), (None, CLIP)])
@@ -260,7 +262,8 @@ def by_onednn(parallel: ParallelSpec = ALONE) -> Arrays:
         found = gradients(WIDE, None, None, collapsed=True, parallel=parallel)
     # Experts get other numbers of rows than layers that take whole sequences.
     of_experts = [shape for shape in calls.shapes if all(size % SOURCE and size % TARGET for size in shape)]
-    assert len(calls.shapes) > len(of_experts) > 0
+    assert len(calls.shapes) > len(of_experts)
+    assert of_experts or os.environ.get("RANK", "0") != "0"  # other ranks may lack the first expert, or have few tokens
     return found
 
 
@@ -424,7 +427,7 @@ def fits(row: Row) -> bool:
     A model axis does not divide the experts of an attention: the recipe refuses it. Those of replicas are for shards.
     """
     _, parallel = MESHES[row.mesh]
-    if row.case == "products of oneDNN" and onednn.is_missing():
+    if row.case == "products of oneDNN" and (onednn.is_missing() or parallel.expert > WIDE.num_experts):
         return False
     return (parallel.model == 1 or "Switch attention" not in row.case) and (
         (parallel.shard != "none" and parallel.model == parallel.expert == 1) or "replicas" not in row.case
@@ -447,8 +450,9 @@ def of_one_process(case: str) -> Any:
 
 @pytest.mark.parametrize("row", MATRIX.parameters(CASES))
 def test_the_number_of_ranks_changes_nothing(row: Row) -> None:
+    _, parallel = MESHES[row.mesh]
     for answer in MATRIX.answers(row):
-        assert_same(answer, of_one_process(row.case))
+        assert_same(answer, of_one_process(row.case), RELATIVE * parallel.model)
 
 
 @needs_onednn
