@@ -40,6 +40,7 @@ from tiny_run import RECIPE, lay_out_tuning, write_text
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.cli import main
+from switchcli.report import charts
 
 PATIENCE = 240.0
 """Seconds until a command that does not end is killed."""
@@ -127,6 +128,7 @@ def _run_and_exit(arguments: Sequence[object], within: Callable[[], object], out
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has had ignored
         warnings.resetwarnings()
         sys.argv = ["switchcli", *map(str, arguments)]
         within()
@@ -158,8 +160,7 @@ class Verb(NamedTuple):
     is_remade: bool = False
     """Whether what is lost of the output is made again: caches and sweeps, whose folders are not synced."""
     within: Callable[[], object] = lambda: None
-    is_slow: bool = False
-    """Whether it is for nightly tests alone."""
+    """What its fork does first."""
 
     @property
     def words(self) -> list[str]:
@@ -171,6 +172,12 @@ def stand_in_for_python() -> None:
     Path("child").write_text(CHILD)
     Path("child").chmod(0o755)
     sys.executable = str(Path("child").absolute())
+
+
+def draw_no_charts() -> None:
+    """Have a figure's files hold its name: to draw them all takes seconds."""
+    charts.svg = lambda figure: figure.name
+    charts.png = lambda figure: figure.name.encode()
 
 
 TOKENIZER = "'data.tokenizer={kind: file, path: run/tokenizer.json}'"
@@ -200,7 +207,7 @@ VERBS = {
     "plan --html": Verb("plan tiny.yaml --devices 2 --html out", replaces=True),
     "report --html": Verb("report run --html out", replaces=True),
     "report --routing --html": Verb("report run --routing --html out", replaces=True),
-    "report --figures": Verb("report run --figures out", replaces=True, is_slow=True),
+    "report --figures": Verb("report run --figures out", replaces=True, within=draw_no_charts),
     "recipes copy": Verb("recipes copy quickstart/switch out"),
 }
 
@@ -304,7 +311,7 @@ class Prepared(NamedTuple):
             if verb.output == "cache":
                 shutil.rmtree("cache")
             if verb.replaces:
-                made = run(*verb.words)
+                made = run(*verb.words, within=verb.within)
                 assert made.code == 0, made.said
         found = cls(name, folder, {}, [], [])
         operations = []

@@ -10,7 +10,6 @@ PER_TIER = [
     for few, *marks in ((True, pytest.mark.integration), (False, pytest.mark.nightly, pytest.mark.timeout(7200)))
     for verb in VERBS
     for fault in FAULTS
-    if not few or not VERBS[verb].is_slow
 ]
 """In integration the operations that matter most; each one by night."""
 
