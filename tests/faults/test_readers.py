@@ -20,7 +20,11 @@ WRITER = (
 
 
 @pytest.mark.parametrize(
-    "times", [pytest.param(len(READERS), marks=pytest.mark.integration), pytest.param(1000, marks=pytest.mark.nightly)]
+    "times",
+    [
+        pytest.param(len(READERS), marks=pytest.mark.integration),
+        pytest.param(1000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)]),
+    ],
 )
 def test_readers_beside_a_run_that_saves_in_every_step_see_whole_checkpoints(
     times: int, prepare: Callable[[str], Prepared], record_property: Callable[[str, int], None]
