@@ -118,6 +118,21 @@ def test_a_crash_in_the_first_save_leaves_nothing_or_all(tmp_path: Path) -> None
     assert at >= 10
 
 
+@pytest.mark.parametrize("names_synced", ["none", "all", "all but the last"])
+def test_the_first_checkpoint_stays_after_a_power_cut(tmp_path: Path, names_synced: str) -> None:
+    """Where no folder is there, or a process has made some and was killed."""
+    folder = tmp_path / "run/checkpoints"
+    if names_synced != "none":
+        folder.parent.mkdir()
+    disk = Disk(tmp_path)
+    with disk:
+        if names_synced == "all but the last":
+            folder.mkdir()
+        save_step(folder, 4)
+    disk.lose_power()
+    assert is_intact(latest(folder, pytest.fail), 4)
+
+
 @pytest.mark.unit("ENOSPC-False", "EIO-True")
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT], ids=errno.errorcode.get)

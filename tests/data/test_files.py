@@ -16,7 +16,7 @@ import fsspec
 import pyarrow
 import pytest
 from cpu_ratio import cpu_ratio
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from messages import naming_words
 from pyarrow import parquet
@@ -161,6 +161,7 @@ LINES = st.lists(st.sampled_from(["", " ", "\u3000", "a", "bc def", "\u00e4\u00f
     piece_bytes=st.integers(1, 40),
     sample_by=st.sampled_from(["line", "paragraph", "document"]),
 )
+@example(lines=["a", "b"], end="\n", last_end=False, bom=False, piece_bytes=2, sample_by="paragraph")
 def test_pieces_of_any_size_hold_what_the_file_does(
     tmp_path_factory: pytest.TempPathFactory,
     lines: list[str],

@@ -361,6 +361,13 @@ def test_the_expert_axis_divides_the_experts_alone() -> None:
     assert eight.dispatch == 2 * 2 * slots(XXL, "encoder", STEP, 4, 8).sent_rows * XXL.d_model
 
 
+def test_zero2_keeps_gradients_of_several_microbatches_in_full() -> None:
+    own, mesh = held_by(1), Mesh(2, 1, 1, "zero2")
+    one, two = (device_bytes(XXL, STEP, mesh, own, STEP.sequences // 2 // count).gradients for count in (1, 2))
+    assert one == 4 * (own.dense // 2 + max(own.units) + own.expert // 2 + max(own.expert_units))
+    assert two == 4 * (own.dense + own.expert)
+
+
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
 def test_more_data_ranks_never_take_more(shard: Any) -> None:
     own = held_by(1)

@@ -224,7 +224,10 @@ def test_a_group_within_a_node_has_the_nodes_bandwidth() -> None:
     for experts, rate in ((4, 300.0), (8, 25.0)):  # of every second device
         experts_of_two = Collective("all_to_all", "expert", experts, "", 1, 1)
         assert machine.rate(experts_of_two, Mesh(16, expert=experts, model=2)) == rate
-    mesh = Mesh(16, expert=2, model=4)
-    ways = (("model", 4, 300.0), ("expert", 2, 300.0), ("replica", 8, 25.0), ("data", 16, 25.0))
-    for axis, ranks, rate in ways:
+    mesh, smaller, wider = Mesh(16, expert=2, model=4), Mesh(4, expert=2, model=2), Mesh(8, expert=4, model=2)
+    ways = (
+        *((mesh, "model", 4, 300.0), (mesh, "expert", 2, 300.0), (mesh, "replica", 8, 25.0), (mesh, "data", 16, 25.0)),
+        *((smaller, "replica", 2, 300.0), (wider, "replica", 2, 25.0)),  # every fourth device, every eighth
+    )
+    for mesh, axis, ranks, rate in ways:
         assert machine.rate(Collective("all_reduce", axis, ranks, "", 1, 1), mesh) == rate  # type: ignore[arg-type]

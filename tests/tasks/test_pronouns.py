@@ -81,6 +81,9 @@ def test_dpr_marks_the_first_between_spaces(sentence: str, pronoun: str, marked:
         ('Al ran. "Catch him," cried Eve.', '"Catch Mr. Al," cried Eve.', '"Catch *him* ," cried', "Mr. Al"),
         ("They like Al. They left.", "The parents left.", "Al. *They* left", "The parents"),
         ("In May, he left.", "In May, Bob left.", "In May, *he* left", "Bob"),
+        ("She left, and slept.", "Ann left.", "*She* left", "Ann"),
+        # Two phrases that fit equally: the one with more equal words after it.
+        ("Al saw her run.", "Bob run. Ann saw Eve.", "saw *her* run", "Bob"),
         # Two pronouns that fit equally: the earlier one. Nothing fits: the first pronoun, the whole sentence.
         ("Al hit it. Bo hit it.", "Al hit dust. Bo hit dust.", "Al hit *it* . Bo", "dust"),
         ("She sang.", "Nobody came!", "*She* sang", "Nobody came"),
