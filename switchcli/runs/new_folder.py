@@ -58,7 +58,13 @@ def publish_new_folder(destination: Path, bytes_needed: int, write: Callable[[Pa
         with publish.temporary_folder(destination) as temporary:
             if shutil.disk_usage(temporary).free < bytes_needed:
                 raise OSError(errno.ENOSPC, "not enough space")
-            publish.publish_folder(write(temporary), destination)
+            try:
+                built = write(temporary)
+            except CheckpointError as error:
+                if isinstance(error.__cause__, OSError):  # of a save, whose message names the temporary folder
+                    raise error.__cause__ from None
+                raise
+            publish.publish_folder(built, destination)
 
 
 def publish_checkpoint(

@@ -79,7 +79,8 @@ class Sweep:
 
         After a signal (`stopped`) all runs have saved, unless a Ctrl-C followed (`killed`).
         """
-        self._out.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self._out):
+            self._out.mkdir(parents=True, exist_ok=True)
         with self._stopped_by_signals():
             for _, group in itertools.groupby(self.runs, key=lambda run: run.stage):
                 stage = list(group)
@@ -129,7 +130,7 @@ class Sweep:
         log, line = self._log(run), shell_words(*command(run, self._out))
         self._console.message(f"{label}: {line}")
         started = time.monotonic()
-        with disk_errors(log, "give another folder by --out"):
+        with disk_errors(log):
             file = publish.open_append(log)
         with file:
             with self._start(run, file, {**os.environ, **slot}) as process:

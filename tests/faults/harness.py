@@ -73,6 +73,13 @@ class Done(NamedTuple):
         starts = ("error: ", *["warning: failed: "] * (self.code == 1))  # a sweep goes on with its other runs
         return [line for line in self.said.splitlines() if line.startswith(starts)]
 
+    def names(self, *paths: Path) -> bool:
+        """Whether an error or a warning is about one of these relative paths, a folder of it, or a path in that."""
+        names = {place.name for path in paths for place in (path, *path.parents) if place.name}
+        pattern = "|".join(map(re.escape, names))
+        starts = re.compile(rf"(error|warning): (.*[ /])?({pattern})(/[^:]*)?: ")
+        return any(map(starts.match, self.said.splitlines()))
+
 
 def run(*arguments: object, within: Callable[[], object] = lambda: None) -> Done:
     """`switchcli ARGUMENTS` in a fork of this process, after `within`.
@@ -381,10 +388,13 @@ class Prepared(NamedTuple):
         with self.tried():
             done = run(*verb.words, within=strike)
             wrong = self._wrong(done, fault, EXCEPTIONS.get((name, self.name), fault.codes))
+            struck = self.reads[at : at + 1] if fault.reads else self.writes[at:]
+            paths = {one.path.relative_to(Path.cwd()) for one in struck}
+            if not wrong and done.code > 0 and not done.names(Path(verb.output), *paths):
+                wrong = f"does not say which path: {done.said}"
             if not wrong and not (fault.reads and done.code == 0 and not verb.trains):  # it did without the file
                 wrong = self.goes_on()
-        operation = (self.reads if fault.reads else self.writes)[at]
-        return wrong and f"{self.name}: {name} at {at} ({operation.kind} {operation.path.name}): {wrong}"
+        return wrong and f"{self.name}: {name} at {at} ({struck[0].kind} {struck[0].path.name}): {wrong}"
 
     def _wrong(self, done: Done, fault: Fault, codes: Sequence[int]) -> str:
         verb = self.verb
