@@ -9,7 +9,6 @@ import importlib
 import os
 import pkgutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,8 +20,7 @@ from switchcli import __version__, commands, credentials, startup
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import USAGE_ERROR, CheckedGroup, extend_command
-from switchcli.errors import CheckpointError, RecipeError, RenamedWarning, SwitchError, memory_error, path_error
-from switchcli.report.console import main_console
+from switchcli.errors import CheckpointError, RecipeError, SwitchError, memory_error, path_error
 
 ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
@@ -110,17 +108,6 @@ def _refuse_secret_endpoint() -> None:
         raise RecipeError(f"HF_ENDPOINT: holds {secret}, and logs would keep it: leave it out, and log in by HF_TOKEN")
 
 
-_python_showwarning = warnings.showwarning
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
-    """Print a warning about the user's recipe as one line; leave warnings of libraries to Python."""
-    if issubclass(category, RenamedWarning):
-        main_console().warning(str(message))
-    else:
-        _python_showwarning(message, category, *args, **kwargs)
-
-
 def main() -> None:
     """Run the command line. An error that a user can fix ends in one line and the exit code of its kind."""
     startup.limit_spinning(os.environ)  # before torch is imported
@@ -128,7 +115,6 @@ def main() -> None:
     startup.end_with_launcher()
     startup.reopen_closed_streams()
     startup.make_stderr_lenient()
-    warnings.showwarning = _show_warning
     try:
         try:
             _require_working_directory()

@@ -30,10 +30,6 @@ class SwitchError(Exception):
         return tuple(map(str, self.args))
 
 
-class RenamedWarning(FutureWarning):
-    """A recipe uses the name that a key or a value had in an earlier version."""
-
-
 class OutOfMemory(SwitchError):
     """The device or the machine has no memory left for a tensor."""
 

@@ -1,12 +1,10 @@
 """The state file of a checkpoint, state.json: everything that resuming needs besides the tensors."""
 
-import json
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from switchcli.metric_names import HELD_OUT
 from switchcli.spec import Spec
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -87,7 +85,7 @@ class SavedState(Spec):
     @classmethod
     def read(cls, text: bytes) -> "SavedState":
         """Return the state in the JSON `text`. Raises ValueError or RecursionError if no run wrote it."""
-        return cls.model_validate_json(json.dumps(_upgrade(json.loads(text))))
+        return cls.model_validate_json(text)
 
     def metrics_at_step(self) -> Mapping[str, float]:
         """Return the evaluation metrics of this checkpoint's weights. Empty if they were not evaluated at its step."""
@@ -102,29 +100,3 @@ def _shape(sums: _Sums) -> tuple[int, ...]:
     if len(shapes) > 1:
         raise ValueError("rows of different lengths")
     return (len(sums), *shapes.pop()) if shapes else (0,)
-
-
-_RENAMED = {
-    "figures": "eval_metrics",
-    "first_figures": "first_eval_metrics",
-    "left_out": "skipped_steps",
-    "window": "metrics_since_log",
-}
-"""Keys that versions up to 0.1 wrote, and their new names."""
-
-
-def _upgrade(state: Any) -> Any:
-    """Return the state of an earlier version under the keys of this version."""
-    if not isinstance(state, dict):
-        return state
-    state = {_RENAMED.get(key, key): value for key, value in state.items()}
-    if "held_out_step" not in state:
-        return state
-    # The first versions saved one metric, and not the step of its best value.
-    step = state.pop("held_out_step")
-    last, first = (
-        {} if value is None else {HELD_OUT: value}
-        for value in (state.pop(f"{which}held_out_neg_log_perplexity", None) for which in ("", "first_"))
-    )
-    best = {name: (value, step) for name, value in last.items()}
-    return {**state, "eval_metrics": last, "evaluated_step": step, "first_eval_metrics": first, "best": best}

@@ -61,9 +61,6 @@ def distill(
         bool,
         typer.Option("--cache-only", help="Save the teacher's probabilities to distill.cache, and stop."),
     ] = False,
-    answers_only: Annotated[
-        bool, typer.Option("--answers-only", hidden=True, help="The old name of --cache-only.")
-    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -91,7 +88,7 @@ def distill(
             out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
         recipe = api.Recipe(source, tuple(overrides), "distill")
         models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
-        if dry_run or cache_only or answers_only or _training.starts_ranks(processes):
+        if dry_run or cache_only or _training.starts_ranks(processes):
             job, _ = api.resolve_job(recipe, out, **models, resume=resume)
             if dry_run:
                 _training.print_dry_run(job, as_json)

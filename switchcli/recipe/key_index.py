@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.recipe import renames
-
 FILE = Path(__file__).with_name("keys.json")
 VERBS = ("pretrain", "finetune", "distill", "eval")
 """The verbs that have recipes. Each writes a result.json."""
@@ -64,13 +62,8 @@ def keys(verb: str | None = None) -> tuple[KeyInfo, ...]:
 
 
 def normalize(key: str) -> str:
-    """Return a key as the index has it, without old names: `data.corpora.0.path` and `data.corpora.path` become
-    `data.corpora[].path`.
-    """
+    """Return a key as the index has it: `data.corpora.0.path` and `data.corpora.path` become `data.corpora[].path`."""
     plain = _without_positions(key)
-    for old, new in renames.KEYS.items():
-        if plain == old or plain.startswith(f"{old}."):
-            plain = new + plain.removeprefix(old)
     return next((info.key for info in all_keys() if _without_positions(info.key) == plain), plain)
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import library, messages, renames, sizes, yaml_nodes
+from switchcli.recipe import library, messages, sizes, yaml_nodes
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import AUTO, LIMITS, VOCAB_SIZE, Spec, check_path_or_url
 
@@ -66,7 +66,7 @@ def parse_saved(document: bytes, where: str) -> Node:
     root = yaml_nodes.read_bytes(document, where)
     if not isinstance(root.value, dict) or "extends" in root.value:
         raise RecipeError(f"{root.where}: not the recipe of a run, which is a mapping of keys and extends nothing")
-    return _merge_layers([renames.upgrade(root, warn=False)], root._replace(value={}))
+    return _merge_layers([root], root._replace(value={}))
 
 
 def validate(tree: Node, schema: type[S], vocab_size: int | None = None) -> S:
@@ -271,7 +271,7 @@ def _read_layers(path: Path) -> list[Node]:
         root = yaml_nodes.read_file(path)
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
-        layers.insert(0, renames.upgrade(root, warn=path.name != SAVED))
+        layers.insert(0, root)
         if len(layers) > 1:
             root.value.pop("description", None)  # it describes the recipe that is extended
         extends = root.value.pop("extends", None)
@@ -353,7 +353,7 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Node]:
         if value.count("{") > value.count("}") or value.count("[") > value.count("]"):
             raise RecipeError(f"{error}. A bracket is not closed: put KEY=VALUE in quotes in the shell") from error
         raise
-    return renames.upgrade_override(path, node)
+    return path, node
 
 
 def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] = ()) -> Node:

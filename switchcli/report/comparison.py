@@ -203,7 +203,7 @@ def _notes(
             f"The runs use {tokenizers} tokenizers: losses over different tokens cannot be compared, so "
             "the runs are compared by bits per byte alone, of which fewer are better."
         )
-    text_key = re.compile(r"(data(?!\.(tokenizer|lanes|stream_shards))|tasks)\b")
+    text_key = re.compile(r"(data(?!\.(tokenizer|stream_shards))|tasks)\b")
     keys = [key for key in differences(series) if text_key.match(key)]
     # The keys that say where a text comes from are first, because other differences follow from them.
     keys.sort(key=lambda key: key.rpartition(".")[2] not in ("kind", "path", "paths", "name", "tasks"))

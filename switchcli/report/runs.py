@@ -141,7 +141,7 @@ class Run(NamedTuple):
 
     @property
     def _counted_tokens(self) -> tuple[float, float]:
-        """A step at which the run has counted its input tokens, and their number. Versions up to 0.1 logged none."""
+        """A step at which the run has counted its input tokens, and their number; (0, 0) before its first log."""
         if (logged := self.curves.get(INPUT_TOKENS)) is not None:
             return float(logged.steps[-1]), float(logged.values[-1])
         step, tokens = self.number("step"), self.number(INPUT_TOKENS)

@@ -337,9 +337,7 @@ class Distillation(TrainingTask):
                 digest.update(ids.numpy().data)
         for examples in self._evaluation.data.scored:
             digest.update(repr([(example.input, example.targets) for example in examples.examples]).encode())
-        scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity"})
-        if self.scoring.by != "generation":  # caches of earlier versions have no such key
-            scoring["by"] = self.scoring.by
+        scoring = self.scoring.model_dump(mode="json", include={"split", "examples", "decoding", "capacity", "by"})
         return {"held_out": digest.hexdigest(), "capacity": self._recipe.eval.capacity, "scoring": scoring}
 
     def _filled_cache(self, data: TrainData, cache_spec: TeacherCacheSpec) -> TeacherCache:

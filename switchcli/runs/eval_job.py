@@ -185,8 +185,8 @@ def _warn_about_other_text(handle: CheckpointHandle, evaluator: Evaluator, conso
         trained_text = json.loads(handle.native.document(DATA)).get(TEXT)
     except CheckpointError:  # its run has removed the checkpoint since the weights were read
         return
-    identities = evaluator.training_identities()
-    if identities and trained_text not in identities:
+    identity = evaluator.training_identity()
+    if identity is not None and trained_text != identity:
         console.warning(
             f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
             "now may have been trained on"

@@ -100,20 +100,20 @@ class Evaluator:
         if self._prepared is not None:
             self._prepared.check()
 
-    def training_identities(self) -> set[str]:
-        """Return the digests, one for each version, of training rows made of this text as the model's were.
+    def training_identity(self) -> str | None:
+        """Return the digest of training rows made of this text as the model's were, "" if none can be made.
 
-        Empty if the recipe names other text than that of the model's own recipe.
+        None if the recipe names other text than that of the model's own recipe.
         """
         trained, text = self._model.recipe, self._recipe.text
         if self._prepared is None or not isinstance(trained, TextRecipe):
-            return set()
+            return None
         if any(getattr(trained.data, key) != getattr(text, key) for key in TEXT_KEYS):
-            return set()
+            return None
         try:
-            return text_sets.training_identities(trained, self._prepared, silent())
+            return text_sets.training_identity(trained, self._prepared, silent())
         except (DataError, RecipeError):  # no such rows can be made of this text
-            return {""}
+            return ""
 
     def capacities(self) -> list[tuple[Policy, Policy]]:
         """Return the pairs of capacity policies to measure with: one for text, and one for tasks."""

@@ -49,9 +49,7 @@ class CheckpointHandle(NamedTuple):
     def identity(self) -> str:
         """Return a SHA-256 of all that the model's outputs depend on: its shape, routing, precision and weights."""
         recipe = self.recipe
-        # The spelling of version 0.1: runs and teacher caches that recorded a digest then must find the same one.
-        model = recipe.model.model_dump_json().replace('"renormalize":', '"renormalise":')
-        digest = hashlib.sha256(f"{model} {recipe.train.precision}".encode())
+        digest = hashlib.sha256(f"{recipe.model.model_dump_json()} {recipe.train.precision}".encode())
         if self.native is not None:
             model_files = [entry.sha256 for entry in self.native.manifest.entries if "model-" in entry.name]
             digest.update(repr(model_files).encode())

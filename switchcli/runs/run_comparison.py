@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe import renames, yaml_nodes
+from switchcli.recipe import yaml_nodes
 from switchcli.report import task_results
 from switchcli.report.comparison import compare
 from switchcli.report.console import Console
@@ -110,6 +110,5 @@ def _read(folder: Path, notes: list[str]) -> Run | None:
 def _recipe(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    # Under the current names, so that runs of earlier versions and of this one belong to the same series.
-    recipe = yaml_nodes.plain(renames.upgrade(yaml_nodes.read_file(path), warn=False))
+    recipe = yaml_nodes.plain(yaml_nodes.read_file(path))
     return recipe if isinstance(recipe, Mapping) else {}

@@ -14,7 +14,6 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.prepare.pipeline import (
     PreparedTexts,
     held_out_sample,
-    legacy_source_digest,
     load_tokenizer,
     prepare,
     source_digest,
@@ -50,8 +49,6 @@ class TrainRows(NamedTuple):
     source: BatchSource
     identity: str
     """A digest of all that the rows depend on."""
-    former_identity: str | None = None
-    """The identity of the same text in versions up to 0.1, whose checkpoints are accepted too."""
     files: Digests | None = None
     """The files of a stream. Their check raises DataError if they are no longer the files of `identity`."""
 
@@ -98,10 +95,8 @@ def train_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedCont
     return build(recipe, text, context, console)
 
 
-def training_identities(recipe: TextRecipe, text: PreparedTexts, console: Console) -> set[str]:
-    """Return the identities, one for each version, of the rows that `train_rows` makes of the recipe's text.
-
-    They do not depend on the number of ranks.
+def training_identity(recipe: TextRecipe, text: PreparedTexts, console: Console) -> str:
+    """Return the identity of the rows that `train_rows` makes of the recipe's text, on any number of ranks.
 
     Raises:
         DataError: the text cannot be used.
@@ -109,15 +104,12 @@ def training_identities(recipe: TextRecipe, text: PreparedTexts, console: Consol
     """
     data = recipe.data
     if data.access == "prepared":
-        return {
-            _prepared_identity(
-                text, _prepared_mixture(recipe, text, _datasets(text, TRAIN, data.rows, recipe.train.seed))
-            )
-        }
+        datasets = _datasets(text, TRAIN, data.rows, recipe.train.seed)
+        return _prepared_identity(text, _prepared_mixture(recipe, text, datasets))
     # The shards of a hub's dataset are asked of the hub, which may be out of reach.
     mixture = None if data.mixture.kind == "joined" else _stream_mixture(recipe, _stream_source_shards(data))
     prepare_with = with_digests(data, prepare_context(console))
-    return {*_stream_identities(data, text.tokenizer, mixture, prepare_with)}
+    return _stream_identity(data, text.tokenizer, mixture, prepare_with)
 
 
 def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
@@ -178,9 +170,7 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
         (context.dp_rank, context.dp_size),
         kept_steps=recipe.train.batches_ahead + 2,
     )
-    return TrainRows(
-        source, *_stream_identities(data, text.tokenizer, mixture, prepare_with), files=prepare_with.digests
-    )
+    return TrainRows(source, _stream_identity(data, text.tokenizer, mixture, prepare_with), files=prepare_with.digests)
 
 
 def _stream_source_shards(data: DataSpec) -> dict[str, CorpusShards]:
@@ -207,16 +197,13 @@ def _stream_mixture(recipe: TextRecipe, shards: Mapping[str, CorpusShards]) -> T
     return data.build_mixture(text_sizes, text_sizes, recipe.train.steps * recipe.rows_per_step, recipe.train.seed)
 
 
-def _stream_identities(
+def _stream_identity(
     data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None, prepare_with: PrepareContext
-) -> tuple[str, str]:
-    """Return the identity of a stream's rows, and the one in versions up to 0.1."""
-    strict_data = _without_unreadable(data)
-    # A checkpoint holds this identity, so its keys keep the names of earlier versions.
-    identity = {"mixture": mixture and mixture.identity, "lanes": data.stream_shards}
-    digests = source_digest(strict_data, tokenizer, prepare_with), legacy_source_digest(strict_data, tokenizer)
-    current, former = (digest_of({**identity, "text": digest}) for digest in digests)
-    return current, former
+) -> str:
+    """Return the identity of a stream's rows."""
+    text = source_digest(_without_unreadable(data), tokenizer, prepare_with)
+    identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text}
+    return digest_of(identity)
 
 
 def _raise_open_files_limit() -> None:

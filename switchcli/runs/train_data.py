@@ -48,8 +48,6 @@ class TrainData(NamedTuple):
     """A few held-out inputs with their targets, a row each, to print with the answers of the model."""
     scored: tuple[ScoredExamples, ...] = ()
     """The examples to score, one item for each task."""
-    former_identity: str | None = None
-    """The identity of the same data in versions up to 0.1, if it differs."""
     checked: tuple[Checkable, ...] = ()
     """The data that `check` compares with its source."""
 

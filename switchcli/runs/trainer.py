@@ -197,7 +197,6 @@ class Trainer:
             self.context,
             documents,
             self.recipe.checkpoint,
-            former_text=self.data.former_identity,
         )
 
     def _examples_identity(self) -> dict[str, str]:

@@ -35,8 +35,7 @@ DATA = "data.json"
 TEXT = "tokens_sha256"
 """Key of the text's digest in `DATA`."""
 EVALUATION = "evaluation_sha256"
-"""Key of the digest of the examples that a run is scored on: best scores are compared over all starts of the run.
-Checkpoints of versions up to 0.1 lack it and are accepted."""
+"""Key of the digest of the examples that a run is scored on: best scores are compared over all starts of the run."""
 _LOST_RANK_SECONDS: Final = 2
 """Seconds to wait for a background save after a rank is lost: it may wait for that rank forever."""
 
@@ -56,7 +55,6 @@ class Checkpointer:
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
         files: FileOperations = DISK,
-        former_text: str | None = None,
     ) -> None:
         """Save and restore a run.
 
@@ -68,7 +66,6 @@ class Checkpointer:
             documents: files of every checkpoint by name: recipe, tokenizer and `DATA`. They make it self-contained.
             settings: which checkpoints to keep, and whether to write in the background.
             files: file operations of the disk.
-            former_text: the digest that an earlier version gave to the same text; `restore` accepts it.
         """
         self._folder = folder
         self._weights = weights
@@ -77,7 +74,6 @@ class Checkpointer:
         self._documents = documents
         self._settings = settings
         self._files = files
-        self._former_text = former_text
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[None] | None = None
         self._stop = StopRequest()
@@ -229,19 +225,15 @@ class Checkpointer:
         return before.get(TEXT) == now[TEXT]
 
     def _identities(self, other: checkpoint.Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
-        """Return the content of `DATA` in a checkpoint, under current names, and of this run."""
+        """Return the content of `DATA` in a checkpoint and of this run."""
         before, now = {}, json.loads(self._documents[DATA])
         with suppress(ValueError, TypeError, RecursionError):  # a document that is no object equals no other
             before = dict(json.loads(other.document(DATA)))
-        if self._former_text is not None and before.get(TEXT) == self._former_text:
-            before[TEXT] = now[TEXT]
         return before, now
 
     def _check_data(self, newest: checkpoint.Checkpoint) -> None:
         """Raise a CheckpointError if the checkpoint was trained on other data than the recipe's."""
         before, now = self._identities(newest)
-        if EVALUATION in now:
-            before.setdefault(EVALUATION, now[EVALUATION])
         if before == now:
             return
         difference = "by another teacher"

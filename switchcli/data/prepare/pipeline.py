@@ -168,15 +168,6 @@ def source_digest(spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext)
     return digest_of_lines([*_text_fingerprints(spec, _all_corpora(spec), context), tokenizer.sha256])
 
 
-def legacy_source_digest(spec: DataSpec, tokenizer: Tokenizer) -> str:
-    """Return the `source_digest` of versions up to 0.1, which used the files' paths, sizes and times.
-
-    A checkpoint of a streaming run may hold it. A run that resumes from it records `source_digest` in its next one.
-    """
-    fingerprints = (corpus.legacy_fingerprint() for corpus in _all_corpora(spec))
-    return digest_of_lines(["2", *fingerprints, *_document_rules(spec), tokenizer.sha256])
-
-
 def _text_fingerprints(spec: DataSpec, corpora: Iterable[Corpus], context: PrepareContext) -> list[str]:
     """Return strings that change if the documents of a text, or their ids, may change."""
     digests = with_digests(spec, context).digests

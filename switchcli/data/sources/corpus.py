@@ -21,7 +21,6 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources.document import LABELS, CorpusSpec, Document, SourceShard
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.io_errors import data_errors, reason
-from switchcli.data.sources.paths import SourceFile, legacy_fingerprint
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
@@ -95,11 +94,6 @@ class HubCorpus(RowCorpus):
         files = self._local_files()
         contents = [*zip(files, digests.of([*files.values()]), strict=True)]
         return f"hub {options} {contents}"
-
-    def legacy_fingerprint(self) -> str:
-        options = self.model_dump_json(exclude=LABELS)
-        paths = _files_below(Path(self.path))
-        return f"hub {options} {legacy_fingerprint(map(SourceFile.local, paths))}"
 
     def _local_files(self) -> dict[str, Path]:
         """Return the local files that the dataset may read, by the names from which `datasets` infers splits."""

@@ -95,10 +95,6 @@ class CorpusSpec(Spec, ABC):
         `digests` digests the contents of local files. Raises DataError as `source_shards`.
         """
 
-    def legacy_fingerprint(self) -> str:
-        """Return the fingerprint of versions up to 0.1, which checkpoints of streams recorded; "" for newer kinds."""
-        return ""
-
     @abstractmethod
     def empty_error(self) -> DataError:
         """Return the error to raise when all source shards together have no document."""

@@ -21,7 +21,7 @@ from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import parquet
 from switchcli.data.sources.document import LABELS, Document, SourceShard
 from switchcli.data.sources.lines import ByteRange, FileLine, decode, lines, paragraphs
-from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint, legacy_fingerprint
+from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint
 from switchcli.data.sources.records import RawRow, RowCorpus, UnreadableRow
 from switchcli.errors import DataError
 from switchcli.spec import PathOrUrl
@@ -71,10 +71,6 @@ class FilesCorpus(RowCorpus):
         """Return the options that choose the text, and a digest of the files' contents."""
         options = self.model_dump_json(exclude=LABELS | {"paths"})
         return f"{options} {fingerprint(expand_paths(self.paths, 'data.corpora'), digests)}"
-
-    def legacy_fingerprint(self) -> str:
-        options = self.model_dump_json(exclude=LABELS | {"paths"})
-        return f"{options} {legacy_fingerprint(expand_paths(self.paths, 'data.corpora'))}"
 
     def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")

@@ -87,12 +87,6 @@ def fingerprint(files: Iterable[SourceFile], digests: Digests) -> str:
     return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def legacy_fingerprint(files: Iterable[SourceFile]) -> str:
-    """Return the fingerprint of versions up to 0.1: paths, sizes and versions. Streams recorded it in checkpoints."""
-    identity = [(_absolute(file.name), file.size, file.version) for file in files]
-    return hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def expand_paths(patterns: Iterable[str], key: str) -> list[SourceFile]:
     """Return the files that `patterns` (paths, URLs, globs) name, each once, in order.
 

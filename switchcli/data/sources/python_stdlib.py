@@ -57,12 +57,6 @@ class PythonStdlib(CorpusSpec):
         identity = repr((sys.version, self.sources, [*zip(names, digests.of(paths), strict=True)]))
         return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
 
-    def legacy_fingerprint(self) -> str:
-        root = library_root()
-        files = [(path.relative_to(root).as_posix(), path.stat().st_size) for path in module_paths(root)]
-        identity = repr((sys.version, self.sources, (root / TOPICS).exists(), files))
-        return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
-
     def empty_error(self) -> DataError:
         return DataError("data.corpora: this Python's standard library holds no text: use `kind: files`")
 
