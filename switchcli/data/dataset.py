@@ -157,7 +157,7 @@ class _ContiguousRows(RowLayout):
         start_X = np.maximum(row_start_X, document_start_X)
         end_X = np.minimum(row_start_X + self._raw_length, self._end_D[document_X])
         position = concatenated_ranges(start_X + self._shift_D[document_X], end_X - start_X)  # [R * L], in the store
-        return self._store.gather(position).reshape(len(row_R), self._raw_length).astype(np.int64)
+        return self._store.tokens[position].reshape(len(row_R), self._raw_length).astype(np.int64)
 
 
 class _WholeDocumentRows(RowLayout):
@@ -220,7 +220,7 @@ class ShuffleWindow:
 def count_rows(shard: TokenShard, rows: RowObjective, seed: int, number: int) -> CountedShard:
     """Return the shard with its number of rows. `number` is the shard's number in the text."""
     if isinstance(rows, WholeDocumentObjective):
-        return CountedShard(shard, _WholeDocumentRows(shard.open_index(), rows, seed, number).num_rows)
+        return CountedShard(shard, _WholeDocumentRows(shard.open(), rows, seed, number).num_rows)
     return CountedShard(shard, shard.num_tokens // rows.raw_tokens_per_row)
 
 
@@ -243,12 +243,11 @@ def _merge_shards(shards: Sequence[TokenShard]) -> TokenShard:
         stores = [*opened]
         lengths = np.concatenate([np.diff(store.offsets) for store in stores])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.concatenate([store.gather(slice(None)) for store in stores])
+        tokens = np.concatenate([store.tokens for store in stores])
         return TokenStore(tokens, offsets)
 
     return TokenShard(
         sum(shard.num_documents for shard in shards),
         sum(shard.num_tokens for shard in shards),
         lambda: merge(shard.open() for shard in shards),
-        lambda: merge(shard.open_index() for shard in shards),
     )

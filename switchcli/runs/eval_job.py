@@ -12,7 +12,6 @@ import torch
 
 from switchcli import publish
 from switchcli.data.config import TextSpec
-from switchcli.data.prepare.verified import explain_changed_data
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
@@ -156,11 +155,9 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
             raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
         evaluator = Evaluator(model, recipe, context, console)
         context.main_only(lambda: _warn_about_other_text(handle, evaluator, console))
-        with explain_changed_data(evaluator.check):
-            passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
+        passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
         for eval_pass in passes:
             explain_malformed(console, evaluator.scored, eval_pass.scores, eval_pass.answers)
-        context.on_all_ranks(evaluator.check)  # nothing is written if the data of any rank has changed
     result = {
         "verb": recipe.verb,
         "checkpoint": str(handle.path),

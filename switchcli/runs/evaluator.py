@@ -95,11 +95,6 @@ class Evaluator:
         if context.is_main:
             report_task_sets(self.tasks.values(), self.scored, recipe.scoring.split, model.tokenizer, console)
 
-    def check(self) -> None:
-        """Raise DataError if the prepared text that the model was measured on has changed."""
-        if self._prepared is not None:
-            self._prepared.check()
-
     def training_identity(self) -> str | None:
         """Return the digest of training rows made of this text as the model's were, "" if none can be made.
 

@@ -97,7 +97,6 @@ def build_task_data(
                     default_cache(),
                     console.track,
                     console.warning,
-                    before=sum(other.num_bytes for other in packed.values()),
                 )
         return packed
 
@@ -118,7 +117,6 @@ def build_task_data(
         {"": HeldOutText(held_out.rows, min(recipe.eval.sequences, held_out.num_rows))},
         _samples(scored[0]),
         scored,
-        checked=tuple(train_tasks.values()),
     )
 
 

@@ -79,7 +79,6 @@ def build_text_data(
         rows.source,
         held_out,
         _first_segments(first_text.rows(0, NUM_SAMPLES)),
-        checked=(prepared, *([rows.files] if rows.files else [])),
     )
 
 

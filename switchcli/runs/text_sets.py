@@ -10,7 +10,6 @@ from switchcli.data.batch import BatchSource
 from switchcli.data.config import DataSpec, RowObjective
 from switchcli.data.dataset import TokenDataset, group_small_shards
 from switchcli.data.prepare.cache import default_cache
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.prepare.pipeline import (
     PreparedTexts,
     held_out_sample,
@@ -49,8 +48,6 @@ class TrainRows(NamedTuple):
     source: BatchSource
     identity: str
     """A digest of all that the rows depend on."""
-    files: Digests | None = None
-    """The files of a stream. Their check raises DataError if they are no longer the files of `identity`."""
 
 
 def prepare_texts(
@@ -153,12 +150,8 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
     data = recipe.data
     shards = _stream_source_shards(data)
     mixture = _stream_mixture(recipe, shards)
-    prepare_with = with_digests(data, prepare_context(console))
-    if context.world > 1:
-        # The text will be read, so far only its held-out part was. Times do not count: machines may hold copies.
-        without_times = Digests(prepare_with.cache, sampled=True, times=False, track=prepare_with.track)
-        content = source_digest(_without_unreadable(data), text.tokenizer, prepare_with._replace(digests=without_times))
-        check_same_data({"the streamed text": content}, context)
+    identity = _stream_identity(data, text.tokenizer, mixture, with_digests(data, prepare_context(console)))
+    check_same_data({"the streamed text": identity}, context)  # so far only its held-out part was compared
     _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
     source = StreamedTextSource(
         data,
@@ -170,7 +163,7 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
         (context.dp_rank, context.dp_size),
         kept_steps=recipe.train.batches_ahead + 2,
     )
-    return TrainRows(source, _stream_identity(data, text.tokenizer, mixture, prepare_with), files=prepare_with.digests)
+    return TrainRows(source, identity)
 
 
 def _stream_source_shards(data: DataSpec) -> dict[str, CorpusShards]:

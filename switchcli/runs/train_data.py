@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -28,13 +28,6 @@ NUM_SAMPLES = 2
 """The number of held-out texts that are printed with the answers of the model."""
 
 
-class Checkable(Protocol):
-    """Data that can be compared with its source."""
-
-    def check(self) -> None:
-        """Raise DataError if the data has changed, or may have."""
-
-
 class TrainData(NamedTuple):
     """The training and evaluation data of a run."""
 
@@ -48,13 +41,6 @@ class TrainData(NamedTuple):
     """A few held-out inputs with their targets, a row each, to print with the answers of the model."""
     scored: tuple[ScoredExamples, ...] = ()
     """The examples to score, one item for each task."""
-    checked: tuple[Checkable, ...] = ()
-    """The data that `check` compares with its source."""
-
-    def check(self) -> None:
-        """Raise DataError if the rows that were read are no longer those of `identity`, or may not be."""
-        for data in self.checked:
-            data.check()
 
 
 class HeldOutMeasurement(NamedTuple):

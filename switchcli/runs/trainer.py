@@ -11,7 +11,6 @@ import torch
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.data.prepare.verified import explain_changed_data
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.signals import StopRequest, StopTraining
@@ -288,7 +287,6 @@ class Trainer:
     def _conclude(self, task_eval: TaskEvalCallback | None) -> dict[str, Any]:
         """Write and print the result of the trained model, and return it."""
         additions = self.task.results(self)
-        self.context.on_all_ranks(self.data.check)  # no metrics on changed data are written
         scores = self.context.main_only(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
         learned_summary = None if self.data.scored else self._learned()
         samples = self.sample(is_shown=learned_summary is None or learned_summary.guesses is None)
@@ -312,8 +310,7 @@ class Trainer:
     def _explain_errors(self) -> Iterator[None]:
         """Add the number of the step to an error in this block, and raise DataError if changed data caused it."""
         try:
-            with explain_changed_data(self.data.check):
-                yield
+            yield
         except Exception as error:
             error.add_note(f"after step {self.state.step}")  # read by `training_location`
             raise
@@ -325,7 +322,6 @@ class Trainer:
             position = self.context.sum_over_ranks(local_position)
             state.position = [number // self.context.tp_size for number in position]
         self.checkpointer.wait()  # a background save uses the same process group as the check
-        self.context.on_all_ranks(self.data.check)
         self.context.main_only(self.metrics.sync)
         self.checkpointer.save(state)
 

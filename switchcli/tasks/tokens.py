@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, pack_as_given, store_from_texts
 from switchcli.data.prepare.cache import get_or_build
 from switchcli.data.prepare.digests import Digests, Track
-from switchcli.data.prepare.prepared_text import LAYOUT, manifest_bytes
-from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_stores, read_manifest, write_manifest
-from switchcli.data.prepare.verified import IN_MEMORY_BYTES, VerifiedFolder
+from switchcli.data.prepare.prepared_text import FORMAT as STORE_FORMAT
+from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_files, read_manifest, write_manifest
 from switchcli.data.rng import EXAMPLES, permutation
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
@@ -38,10 +37,6 @@ class PackedTask(NamedTuple):
     packed: PackedExamples
     identity: str
     """A digest of the token ids."""
-    num_bytes: int
-    """Size of the files on disk, in bytes."""
-    check: Callable[[], None]
-    """Raise DataError if rows that were read differ from what was prepared; see `VerifiedFolder.check`."""
 
 
 def packed_task(
@@ -53,7 +48,6 @@ def packed_task(
     cache: Path,
     track: Track,
     warn: Callable[[str], None] = lambda text: None,
-    before: int = 0,
 ) -> PackedTask:
     """Return the task's training split as packed rows, from the cache or by building the cache entry.
 
@@ -61,14 +55,18 @@ def packed_task(
         folder: a folder of data sets as `FOLDER/SPLIT.jsonl`; None for the hub.
         seed: determines the order in which examples are packed.
         warn: called with a line for each file that changed since the split was prepared.
-        before: bytes of the tasks that were packed before this one. All tasks together hold up to IN_MEMORY_BYTES in
-            memory.
 
     Raises:
         DataError: the split cannot be read; see `read_examples`.
     """
     digests = Digests(cache, track=track, warn=warn)
-    key_parts = [str(FORMAT), task.name, fingerprint(task, "train", folder, digests), tokenizer.sha256, LAYOUT]
+    key_parts = [
+        str(FORMAT),
+        task.name,
+        fingerprint(task, "train", folder, digests),
+        tokenizer.sha256,
+        str(STORE_FORMAT),
+    ]
     entry = cache / "tasks" / hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:32]
 
     def build(temporary: Path) -> None:
@@ -82,16 +80,13 @@ def packed_task(
             while chunk := [*islice(tracked, CHUNK_EXAMPLES)]:
                 _write(inputs, tokenizer, [example.input for example in chunk])
                 _write(targets, tokenizer, [example.targets[0] for example in chunk])
-        arrays = inputs.arrays | targets.arrays
-        write_manifest(temporary, {"format": FORMAT, "task": task.name, "examples": len(examples), "arrays": arrays})
+        write_manifest(temporary, {"format": FORMAT, "task": task.name, "examples": len(examples)})
 
     with get_or_build(entry, build):
         manifest = read_manifest(entry)
         assert manifest is not None, "get_or_build leaves a complete entry"
-        num_bytes = manifest_bytes(manifest)
-        verified = VerifiedFolder(entry, manifest["files"], in_memory=before + num_bytes <= IN_MEMORY_BYTES)
-        packed = pack(TokenStore.open(verified, INPUTS), TokenStore.open(verified, TARGETS), lengths, seed)
-        return PackedTask(packed, identity_of_stores(entry, (INPUTS, TARGETS)), num_bytes, verified.check)
+        packed = pack(TokenStore.open(entry, INPUTS), TokenStore.open(entry, TARGETS), lengths, seed)
+        return PackedTask(packed, identity_of_files(manifest, (INPUTS, TARGETS)))
 
 
 def _write(store: StoreWriter, tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -119,7 +114,7 @@ class ScoredExamples(NamedTuple):
 
     def fraction_of(self, token: int) -> float:
         """Return the fraction of the inputs' tokens that are `token`."""
-        ids = self.inputs.gather(slice(None))
+        ids = self.inputs.tokens
         return float((ids == token).mean()) if len(ids) else 0.0
 
     def batches(self, size: int) -> Iterator[NDArray[np.int64]]:

@@ -124,7 +124,7 @@ def _examples_in_rows(
     start_X = store.offsets[example_X]
     num_tokens_X = np.minimum(store.offsets[example_X + 1] - start_X, shape[1])  # truncated to a row
     length_X = num_tokens_X - 1  # without EOS, which `pad_rows` appends, also to a truncated example
-    return pad_rows(store.gather(concatenated_ranges(start_X, length_X)), length_X, row_X, shape)
+    return pad_rows(store.tokens[concatenated_ranges(start_X, length_X)], length_X, row_X, shape)
 
 
 def pad_rows(

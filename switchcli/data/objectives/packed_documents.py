@@ -41,7 +41,7 @@ class PackedPieces(NamedTuple):
         piece_X = concatenated_ranges(first_piece_R, num_pieces_R)
         length_X = self.length_X[piece_X]
         position_X = store.offsets[order_D[self.document_X[piece_X]]] + self.start_X[piece_X]  # in the store
-        ids = store.gather(concatenated_ranges(position_X, length_X))
+        ids = store.tokens[concatenated_ranges(position_X, length_X)]
         row_X = np.repeat(np.arange(len(row_R)), num_pieces_R)
         return pad_rows(ids, length_X, row_X, (len(row_R), raw_length))
 

@@ -26,12 +26,17 @@ from switchcli.data.prepare.prepared_text import (
     HELD_OUT,
     TRAIN,
     PreparedText,
-    is_undamaged,
-    manifest_bytes,
     open_prepared_text,
     write_text_manifest,
 )
-from switchcli.data.prepare.store import ShardManifest, StoreWriter, TokenShard, digest_of_lines, read_manifest
+from switchcli.data.prepare.store import (
+    ShardManifest,
+    StoreWriter,
+    TokenShard,
+    digest_of_lines,
+    is_complete,
+    read_manifest,
+)
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import disk_errors
 from switchcli.spec import Spec
@@ -96,13 +101,10 @@ def distinct_texts(
         folders[label] = context.cache / "tokens" / digest_of_lines([*names, duplicates.model_dump_json()])
     with disk_errors(context.cache, ELSEWHERE):
         missing: list[str] = []
-        before = 0
         for label, folder in folders.items():
-            facts = read_manifest(folder)
-            if facts is not None and is_undamaged(folder, facts, before, context.check, context.track):
-                before += manifest_bytes(facts)
+            if is_complete(folder, check=context.check):
                 continue
-            if facts is not None:
+            if read_manifest(folder) is not None:
                 context.warn(damage_warning(folder))
             missing.append(label)
         if missing:
@@ -117,10 +119,7 @@ def distinct_texts(
                     write_distinct, texts[label], masks_by_label[label], reason, tokenizer, track=context.track
                 )
                 build_atomically(folders[label], write)
-        distinct: dict[str, PreparedText] = {}
-        for label, folder in folders.items():
-            distinct[label] = open_prepared_text(folder, before=sum(text.num_bytes for text in distinct.values()))
-    return distinct
+        return {label: open_prepared_text(folder) for label, folder in folders.items()}
 
 
 def find_distinct(
@@ -133,18 +132,17 @@ def find_distinct(
     The masks of a text are in the order of `_shards`.
 
     `scratch` is a folder for the keys, 8 bytes for each document, or 112 for near duplicates. Raises DataError for a
-    shard that has changed since it was prepared.
+    shard that cannot be read.
     """
-    shards = [(text, shard) for text in texts for _, shard in _shards(text)]
+    shards = [shard for text in texts for _, shard in _shards(text)]
     file = scratch / "keys"
     ends = [0]  # positions in the file, in keys: shard i has keys ends[i]..ends[i + 1]
     with file.open("wb") as keys_file:
-        for text, shard in track(shards, "looking for duplicates, in shards", len(shards)):
+        for shard in track(shards, "looking for duplicates, in shards", len(shards)):
             store = shard.open()
-            keys_BD = duplicates.signatures(store.gather(slice(None)), store.offsets).T
+            keys_BD = duplicates.signatures(store.tokens, store.offsets).T
             keys_file.write(np.ascontiguousarray(keys_BD).data)
             ends.append(ends[-1] + keys_BD.size)
-            text.check()  # after each shard, because a shard that was read stays open until it is checked
     all_keys = np.memmap(file, np.uint64, "r") if ends[-1] else np.zeros(0, np.uint64)  # an empty file cannot be mapped
     # The file holds [B, D] for each shard: the keys of a band are consecutive. The transposed view is [D, B].
     keys = [all_keys[start:end].reshape(duplicates.num_keys, -1).T for start, end in pairwise(ends)]
@@ -166,7 +164,6 @@ def write_distinct(
     was prepared.
     """
     folder.mkdir()
-    arrays: dict[str, object] = {}
     manifests: dict[str, list[ShardManifest]] = {TRAIN: [], HELD_OUT: []}
     dropped = Counter(text.dropped)
     shards = track(_shards(text), "leaving duplicates out, in shards", len(masks))
@@ -176,8 +173,7 @@ def write_distinct(
         name = f"{split}-{len(manifests[split]):05}"
         with StoreWriter(folder, name, tokenizer.vocab_size) as writer:
             stays_T = np.repeat(stays_D, length_D)  # each token stays if its document does
-            writer.add_all(store.gather(np.flatnonzero(stays_T)), length_D[stays_D])
-        arrays |= writer.arrays
+            writer.add_all(store.tokens[stays_T], length_D[stays_D])
         num_tokens = int(length_D[stays_D].sum())
         # The bytes of a single document are not recorded, so that this is an average.
         counts = text.counts[split]
@@ -186,8 +182,7 @@ def write_distinct(
             {"name": name, "documents": int(stays_D.sum()), "tokens": num_tokens, "bytes": num_bytes}
         )
         dropped[reason] += int((~stays_D).sum())
-    text.check()
-    write_text_manifest(folder, manifests, dropped, tokenizer.sha256, arrays)
+    write_text_manifest(folder, manifests, dropped, tokenizer.sha256)
 
 
 def _shards(text: PreparedText) -> list[tuple[str, TokenShard]]:

@@ -21,12 +21,9 @@ from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
     FORMAT,
     HELD_OUT,
-    LAYOUT,
     SPLITS,
     TRAIN,
     PreparedText,
-    is_large,
-    is_undamaged,
     open_prepared_text,
     write_text_manifest,
 )
@@ -36,7 +33,6 @@ from switchcli.data.prepare.store import (
     ShardWriter,
     digest_of,
     digest_of_lines,
-    has_sizes,
     is_complete,
     read_manifest,
     write_manifest,
@@ -69,11 +65,6 @@ class PreparedTexts(NamedTuple):
         """Return digests of the tokenizer and of the ids of each text, by what they are of."""
         texts = {f"the text{_suffix(label)}": text.identity for label, text in self.texts.items()}
         return {"the tokenizer": self.tokenizer.sha256, **texts}
-
-    def check(self) -> None:
-        """Raise DataError if data that was read from the texts has changed since it was prepared."""
-        for text in self.texts.values():
-            text.check()
 
 
 def with_digests(spec: DataSpec, context: PrepareContext) -> PrepareContext:
@@ -196,8 +187,7 @@ def _prepare_missing(
     """Add to `texts`, by label, those that it does not have yet; None if other machines have to complete one."""
     for label, corpora in spec.texts().items():
         if texts.get(label) is None:
-            before = sum(text.num_bytes for text in texts.values() if text is not None)
-            texts[label] = _prepare_text(label, corpora, spec, tokenizer, tokenizer_file, context, before)
+            texts[label] = _prepare_text(label, corpora, spec, tokenizer, tokenizer_file, context)
 
 
 def _prepare_text(
@@ -207,33 +197,25 @@ def _prepare_text(
     tokenizer: Tokenizer,
     tokenizer_file: Path,
     context: PrepareContext,
-    before: int,
 ) -> PreparedText | None:
-    """Return one text, built if it is missing or damaged; None if source shards of other machines are missing.
-
-    `before` counts the bytes of the texts before this one.
-    """
+    """Return one text, built if it is missing or damaged; None if source shards of other machines are missing."""
 
     def cache_key() -> str:
-        return digest_of_lines([*_text_fingerprints(spec, corpora, context), tokenizer.sha256, LAYOUT])
+        return digest_of_lines([*_text_fingerprints(spec, corpora, context), tokenizer.sha256])
 
     key = cache_key()
     folder = context.cache / "tokens" / key
     with disk_errors(context.cache, ELSEWHERE):
         remove_stale(folder.parent)
-        facts = read_manifest(folder)
-        if facts is None or not is_undamaged(folder, facts, before, context.check, context.track):
+        if not is_complete(folder, check=context.check):
             remove_stale(folder)
             source_shards = [(corpus, source_shard) for corpus in corpora for source_shard in corpus.source_shards()]
             jobs = [
                 TokenizeJob(corpus, source_shard, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
                 for number, (corpus, source_shard) in enumerate(source_shards)
             ]
-            # After a stop, comparing all of a large text with its digests again would take long: sizes have to do.
-            manifests = [manifest for job in jobs if (manifest := read_manifest(job.folder)) is not None]
-            is_trusted = facts is None and not context.check and is_large(*manifests, before=before)
             number, count = context.share
-            missing = [job for job in jobs[number::count] if not _is_built(job, is_trusted, context)]
+            missing = [job for job in jobs[number::count] if not _is_built(job, context)]
             _tokenize(missing, label, tokenizer_file, context)
             if missing and cache_key() != key:
                 for job in missing:  # each may hold the old content or the new
@@ -242,23 +224,20 @@ def _prepare_text(
                     f"data.corpora{_suffix(label)}: files changed while they were prepared: run the same command again "
                     "when no other program writes to them"
                 )
-            if not all(_is_built(job, True, context) for job in jobs):  # including those of other machines
+            if not all(_is_built(job, context) for job in jobs):  # including those of other machines
                 return None
             _write_merged_manifest(folder, jobs, tokenizer)
-        text = open_prepared_text(folder, before)
+        text = open_prepared_text(folder)
     _check_text(label, text, spec)
     return text
 
 
-def _is_built(job: TokenizeJob, is_trusted: bool, context: PrepareContext) -> bool:
-    """Return whether the folder of a job is complete. Warn if it is damaged.
-
-    If it is trusted, only the sizes of its files are compared, not their digests.
-    """
+def _is_built(job: TokenizeJob, context: PrepareContext) -> bool:
+    """Return whether the folder of a job is complete. Warn if it is damaged."""
     facts = read_manifest(job.folder)
     if facts is None or facts.get("piece") != job.source_shard.name:
         return False
-    if has_sizes(job.folder) if is_trusted else is_complete(job.folder):
+    if is_complete(job.folder, check=context.check):
         return True
     context.warn(damage_warning(job.folder))
     return False
@@ -281,7 +260,6 @@ def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer_file: Path, con
 def _write_merged_manifest(folder: Path, jobs: Sequence[TokenizeJob], tokenizer: Tokenizer) -> None:
     """Write the manifest of a text from the manifests of its source shards, which are all complete."""
     files: dict[str, object] = {}
-    arrays: dict[str, object] = {}
     dropped: Counter[str] = Counter()
     shards: dict[str, list[ShardManifest]] = {split: [] for split in SPLITS}
     for job in jobs:
@@ -291,10 +269,9 @@ def _write_merged_manifest(folder: Path, jobs: Sequence[TokenizeJob], tokenizer:
         prefix = f"{job.folder.name}/"
         dropped.update(facts["dropped"])
         files |= {prefix + name: identity for name, identity in facts["files"].items()}
-        arrays |= {prefix + name: identity for name, identity in facts["arrays"].items()}
         for split, job_shards in facts["shards"].items():
             shards[split] += [{**shard, "name": prefix + shard["name"]} for shard in job_shards]
-    write_text_manifest(folder, shards, dropped, tokenizer.sha256, arrays, files)
+    write_text_manifest(folder, shards, dropped, tokenizer.sha256, files)
 
 
 # Text to evaluate on
@@ -310,7 +287,7 @@ def held_out_sample(spec: DataSpec, context: PrepareContext, tokenizer: Tokenize
     documents = iter_documents(spec, context.track, held_out=True)
     for label, corpora in spec.texts().items():
         fingerprints = _text_fingerprints(spec, corpora, context)
-        lines = [*fingerprints, tokenizer.sha256, LAYOUT, f"the first {num_tokens} held-out tokens"]
+        lines = [*fingerprints, tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
         folder = context.cache / "tokens" / digest_of_lines(lines)
         with get_or_build(folder, partial(_write_sample, documents[label], tokenizer, num_tokens)):
             texts[label] = open_prepared_text(folder)
@@ -327,7 +304,7 @@ def _write_sample(documents: Iterable[Document], tokenizer: Tokenizer, num_token
                 writer.add(ids, len(text.encode()), starts_document=index == 0)
             if sum(shard["tokens"] for shard in writer.shards) >= num_tokens:
                 break
-    write_text_manifest(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256, writer.arrays)
+    write_text_manifest(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256)
 
 
 # Helpers

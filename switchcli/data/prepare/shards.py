@@ -228,7 +228,6 @@ def _build(job: TokenizeJob, tokenizer: Tokenizer, add_tokens: Callable[[int], N
             "piece": job.source_shard.name,
             "dropped": dropped,
             "shards": {TRAIN: train.shards, HELD_OUT: held_out.shards},
-            "arrays": train.arrays | held_out.arrays,
         }
         write_manifest(folder, facts)
 
