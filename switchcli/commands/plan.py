@@ -15,11 +15,10 @@ from switchcli.commands._options import Json, split_arguments
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console, main_console, print_json
 from switchcli.report.safe_text import shell_words
-from switchcli.report.units import binary, gib, number, parse_bytes, si
+from switchcli.report.units import gib, number, parse_bytes, si
 
 if TYPE_CHECKING:
     from switchcli.planner.plan import Fit, Machine
-    from switchcli.planner.traffic import Collective
     from switchcli.report.html_page import HtmlTable
     from switchcli.runs.planning import StepPlan
     from switchcli.runs.size_plans import SizePlans
@@ -40,7 +39,6 @@ _FIT_HEADINGS = (
     *("weights", "grads", "optim", "activ", "buffers", "total"),
     *("seconds", "bound by"),
 )
-_COLLECTIVE_HEADINGS = ("what", "kind", "axis", "ranks", "calls a step", "each", "sent a step")
 _LAPTOP_HEADINGS = ("key", "value", "try", "reason")
 _SIZE_HEADINGS = ("size", "parameters", "fits", "needs", "mesh", "expert", "shard", "GiB", "tokens/s", "days")
 
@@ -251,8 +249,6 @@ def _step_tables(step_plan: "StepPlan", max_rows: int | None) -> Iterator["HtmlT
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_truncation(fits, max_rows)}"
         yield HtmlTable(title, _FIT_HEADINGS, map(_fit_row, fits[:max_rows]))
-        if collectives := [*map(_collective_row, fits[0].collectives)]:
-            yield HtmlTable(f"Collectives of {fits[0].mesh}, on each device", _COLLECTIVE_HEADINGS, collectives)
         recipe = _OWN_RECIPE if step_plan.name in SIZES else step_plan.name
         yield from _keys_to_paste(recipe, step_plan.recipe.verb, machine, [step_plan])
     if rejected:
@@ -298,11 +294,6 @@ def _fit_row(fit: "Fit") -> tuple[str, ...]:
 def _mesh_cells(fit: "Fit") -> tuple[str, ...]:
     mesh = fit.mesh
     return (f"{mesh.data} x {mesh.model}", str(mesh.expert), mesh.shard)
-
-
-def _collective_row(call: "Collective") -> tuple[str, ...]:
-    numbers = (f"{call.ranks:,}", f"{call.calls:,}", binary(call.payload_bytes), binary(call.network_bytes))
-    return (call.what, call.kind, call.axis, *numbers)
 
 
 # The devices

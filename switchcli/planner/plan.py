@@ -74,13 +74,12 @@ class Machine(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A mesh that the step fits on, with its memory, its collectives and its time."""
+    """A mesh that the step fits on, with its memory and its time."""
 
     mesh: Mesh
     microbatch: int
     """Sequences of a microbatch: as the recipe says, else the most that fit."""
     bytes: DeviceBytes
-    collectives: tuple[Collective, ...]
     seconds: dict[str, float]
     """Seconds of `compute`, of `memory`, and of the collectives of each axis (`data axis`, ...)."""
 
@@ -173,7 +172,7 @@ def try_mesh(
         return _memory_violation(mesh, needed, machine, size)
     calls = collectives(spec, step, mesh, weights, size)
     seconds = _seconds(spec, step, machine, mesh, weights, size, calls)
-    return Fit(mesh, size, needed, calls, seconds)
+    return Fit(mesh, size, needed, seconds)
 
 
 def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:

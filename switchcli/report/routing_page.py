@@ -29,8 +29,7 @@ _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
     """Yield a section with the drift between two checkpoints, if there are two, and one per checkpoint."""
     if survey["drift"] is not None:
-        maps = [*_drift_maps(survey)]
-        yield html_page.section("Drift", drift_table(survey["drift"]), *([html_page.charts(maps)] if maps else []))
+        yield html_page.section("Drift", drift_table(survey["drift"]))
     titles = ("Experts",) if len(survey["atlases"]) == 1 else ("First checkpoint", "Second checkpoint")
     caption = (
         "In the maps of a layer a cell is an expert's share of the tokens of its column, as a multiple of the even "
@@ -65,8 +64,6 @@ def every_figure(survey: Mapping[str, Any]) -> Iterator[Figure]:
         for name, layer in atlas["layers"].items():
             for figure in _layer_maps(index, name, layer, survey["rare"]):
                 yield figure._replace(title=f"{shown_layer(name)}: {figure.title}")
-    if survey["drift"] is not None:
-        yield from _drift_maps(survey)
 
 
 def token_tables(survey: Mapping[str, Any]) -> Iterator[Table]:
@@ -139,27 +136,6 @@ def _layer_tables(layer: Mapping[str, Any]) -> Iterator[HtmlTable]:
 def _token(token: Mapping[str, Any], order: str) -> str:
     amount = f"{token['lift']:.1f}x" if order == "by_lift" else f"{token['count']:,}"
     return f"{shown(token['piece'])}{_NO_BREAK_SPACE}{amount}"
-
-
-def _drift_maps(survey: Mapping[str, Any]) -> Iterator[Figure]:
-    """Yield for each layer where the tokens of the first checkpoint's experts go in the second.
-
-    The second's experts are in the order of the matching, so that agreement is on the diagonal.
-    """
-    for name, layer in survey["drift"].items():
-        if layer["together"] is None:
-            continue
-        first = most_used(survey["atlases"][0]["layers"][name]["load"], PAGE_EXPERTS)
-        second = [layer["matched"]["experts"][expert] for expert in first]
-        rows = [
-            (other, expert, layer["together"][expert][other] / max(1, sum(layer["together"][expert])))
-            for expert in first
-            for other in second
-        ]
-        table = Table(file_name(f"drift_{name}"), ("second", "first", "share"), rows)
-        x, y = _ordinal("second", "expert of the second"), _ordinal("first", "expert of the first")
-        heading = f"{shown_layer(name)}{limited(len(layer['together']), PAGE_EXPERTS)}"
-        yield heat_map(heading, "", table, x, y, _percentage("of the first's tokens"))
 
 
 def _ordinal(field: str, title: str | None = None) -> Axis:

@@ -136,26 +136,20 @@ def _text_table(name: str, layer: Mapping[str, Any]) -> HtmlTable:
 
 def drift_table(layers: Mapping[str, Any]) -> HtmlTable:
     """Return how many tokens of each layer change their expert from the first checkpoint to the second."""
-    headings = ("layer", "tokens", "changed", "agreement", "matched changed", "matched agreement", "shared information")
+    headings = ("layer", "tokens", "changed", "shared information")
     rows = [
         (
             shown_layer(name),
             f"{layer['tokens']:,}",
             percent(layer["changed"]),
-            share(layer["beyond_chance"]),
-            percent(layer["matched"]["changed"]),
-            share(layer["matched"]["beyond_chance"]),
-            share(layer["told_by_the_other"]["share"]),
+            share(layer["shared_information"]["share"]),
         )
         for name, layer in layers.items()
     ]
-    exact = all(layer["matched"]["exact"] for layer in layers.values())
     caption = (
-        "Changed: tokens that change their expert, by the numbers of the experts, and by the "
-        f"{'best' if exact else 'greedy'} matching of one's with the other's. Agreement: beyond chance (Cohen's "
-        "kappa), or beyond what a matching finds by chance. Shared information: how well one checkpoint's expert "
-        "predicts the other's, independent of numbering: 0 = chance, 1 = fully. It stays below 1 if tokens have "
-        "several experts."
+        "Changed: tokens that change their expert, by the numbers of the experts. Shared information: how well one "
+        "checkpoint's expert predicts the other's, whatever their numbers: 0 = chance, 1 = fully. It stays below 1 if "
+        "tokens have several experts."
     )
     return HtmlTable("From the first to the second", headings, rows, caption)
 

@@ -175,7 +175,6 @@ class StepPlan(NamedTuple):
             **fit.mesh._asdict(),
             "microbatch_tokens": fit.microbatch * self.recipe.inputs_length,
             "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
-            "collectives": [{**call._asdict(), "wire_bytes": call.network_bytes} for call in fit.collectives],
             "seconds": {**fit.seconds, "step": fit.step_seconds},
             TOKENS_PER_SECOND: self.tokens_per_second(fit),
             "days": self.days(fit),

@@ -4,14 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
-from switchcli.training.expert_matching import matching_metrics
-from switchcli.training.routing_counts import LayerCounts, RoutingCounts, count_routing
-from switchcli.training.specialization import MIN_COUNT, specialization_metrics
+from switchcli.training.routing_counts import ExpertCounts, LayerCounts, RoutingCounts, count_routing
+from switchcli.training.specialization import MIN_COUNT, information, specialization_metrics, within
 from switchcli.training.validation import HeldOutText, rank_batches
 
 
@@ -72,14 +73,34 @@ def _layers(model_index: int, counts_by_text: Mapping[str, RoutingCounts], token
 
 
 def _drift(counts_by_text: Mapping[str, RoutingCounts]) -> dict[str, Any]:
-    """Return how far two models agree in each sparse layer by name, over all texts."""
+    """Return how far the choices of two models differ in each sparse layer by name, over all texts."""
     layers = {}
     all_counts = list(counts_by_text.values())
     for name in all_counts[0].joint_EE:
-        first, *others = (counts.joint_EE[name] for counts in all_counts)
+        joint_EE = sum((counts.joint_EE[name] for counts in all_counts[1:]), start=all_counts[0].joint_EE[name])
         one, other = (_total([counts.layers[index][name] for counts in all_counts]) for index in (0, 1))
-        layers[name] = matching_metrics(sum(others, start=first), one, other)
+        layers[name] = _layer_drift(joint_EE.cpu(), one, other)
     return layers
+
+
+def _layer_drift(joint_EE: torch.Tensor, one: LayerCounts, other: LayerCounts) -> dict[str, Any]:
+    """Return the JSON object of one layer of two models.
+
+    `changed` is the fraction of choices that differ. A token with several experts counts by the fraction of its experts
+    that only one of the models chose. `shared_information` is what an expert of the first model tells about the expert
+    of the second, whatever their numbers. Where tokens have several experts, it stays below 1 even for equal models.
+
+    Args:
+        joint_EE: how often a token chose expert i of the first model (rows) and expert j of the second (columns).
+    """
+    choices = int(one.chosen_E.sum())
+    key_X = joint_EE.flatten().nonzero().flatten()  # i * E + j of each pair that occurs
+    pairs = ExpertCounts(key_X, joint_EE.flatten()[key_X].long())
+    return {
+        "tokens": int(one.num_tokens),
+        "changed": 1 - 2 * float(joint_EE.trace()) / (choices + int(other.chosen_E.sum())),
+        "shared_information": information(pairs, len(joint_EE), choices, within(other)).to_json(),
+    }
 
 
 def _total(counts: Sequence[LayerCounts]) -> LayerCounts:
