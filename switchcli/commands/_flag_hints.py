@@ -12,15 +12,12 @@ from switchcli.recipe.foreign_words import hint
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        **dict.fromkeys(("train", "fit"), "pretrain (from text) or finetune (on tasks)"),
-        **dict.fromkeys(("sft", "fine-tune", "tune"), "finetune"),
-        **dict.fromkeys(("test", "evaluate", "score"), "eval"),
-        **dict.fromkeys(("predict", "inference", "infer", "sample", "chat"), "generate"),
-        **dict.fromkeys(("export", "import"), "convert"),
-        **dict.fromkeys(("config", "configs", "recipe"), "recipes"),
-        **dict.fromkeys(("tokenize", "preprocess", "prepare"), "data prepare"),
-        **dict.fromkeys(("tokenizer", "tokenizers"), "data tokenizer"),
-        **dict.fromkeys(("check", "verify"), "doctor or recipes validate"),
+        "train": "pretrain (from text) or finetune (on tasks)",
+        "sft": "finetune",
+        "evaluate": "eval",
+        "predict": "generate",
+        "export": "convert",
+        "tokenize": "data prepare",
     }
 )
 """The command of switchcli for a verb of another tool."""
