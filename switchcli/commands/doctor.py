@@ -61,7 +61,7 @@ def doctor(
             print_json(verified)
         else:
             _show_files(verified)
-        raise typer.Exit(0 if verified["whole"] else CheckpointError.exit_code)
+        raise typer.Exit(0 if verified["complete"] else CheckpointError.exit_code)
     diagnosed = diagnosis.diagnose(model, overrides or [], Console())
     if as_json:
         print_json(diagnosed.to_json())
@@ -74,7 +74,7 @@ def doctor(
 def _show_diagnosis(diagnosis: "Diagnosis") -> None:
     """Print each probe on stdout, with advice below a probe that the model did not pass."""
     console = Console(stream=sys.stdout)
-    weights = "initial weights" if diagnosis.initialised else "trained weights"
+    weights = "initial weights" if diagnosis.initialized else "trained weights"
     sparse = f"{diagnosis.layers} sparse layers of {diagnosis.experts} experts" if diagnosis.layers else "a dense model"
     console.message(f"{diagnosis.model}: {sparse}, {weights}, in the code of {diagnosis.code}", "bold")
     width = max(len(finding.probe) for finding in diagnosis.findings)

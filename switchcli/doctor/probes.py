@@ -318,7 +318,7 @@ PROBES: Final = (
     Probe("experts in use", experts_in_use),
     Probe("dropped tokens", dropped_tokens),
     Probe("padding", padding, needs_routers=False),
-    Probe("batch neighbours", batch_neighbors, needs_routers=False),
+    Probe("batch independence", batch_neighbors, needs_routers=False),
     Probe("cached decoding", cached_decoding, needs_routers=False),
     Probe("clean experts' input", clean_inputs),
     Probe("gradient of idle experts", idle_gradients, needs_routers=False),

@@ -121,7 +121,7 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microb
         bytes_per_column = step.sent_bytes * layer_slots.sent_rows  # of [rows, D] and [rows, O]
         for part, width in widths.items():
             what = f"{stack} tokens" if spec.sparse == "feed_forward" else f"{stack} tokens of {part}"
-            for direction, columns in (("there", spec.d_model), ("back", width)):
+            for direction, columns in (("dispatch", spec.d_model), ("combine", width)):
                 payload = bytes_per_column * columns
                 what_sent = f"{what}, {direction}"
                 yield Collective("all_to_all", "expert", mesh.expert, what_sent, forward_and_backward, payload)

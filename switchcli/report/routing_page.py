@@ -30,17 +30,17 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
     """Yield a section with the drift between two checkpoints, if there are two, and one per checkpoint."""
     if survey["drift"] is not None:
         yield html_page.section("Drift", drift_table(survey["drift"]))
-    titles = ("Experts",) if len(survey["atlases"]) == 1 else ("First checkpoint", "Second checkpoint")
+    titles = ("Experts",) if len(survey["models"]) == 1 else ("First checkpoint", "Second checkpoint")
     caption = (
         "In the maps of a layer a cell is an expert's share of the tokens of its column, as a multiple of the even "
         "share: 1 is even, and where it is dark the tokens go elsewhere. A decoder reads its targets one position "
         "later, after (start)."
     )
-    for index, (section, atlas) in enumerate(zip(titles, survey["atlases"], strict=True)):
+    for index, (section, atlas) in enumerate(zip(titles, survey["models"], strict=True)):
         overview = html_page.charts([*_overview(index, atlas)])
         layers = []
         for name, layer in atlas["layers"].items():
-            deciders = ", ".join(f"by {kind} {share(info['share'])}" for kind, info in layer["told_by"].items())
+            deciders = ", ".join(f"by {kind} {share(info['share'])}" for kind, info in layer["explained_by"].items())
             charts = html_page.charts([*_layer_maps(index, name, layer, survey["rare"])])
             layers.append(html_page.collapsible(f"{shown_layer(name)}: {deciders}", charts, *_layer_tables(layer)))
         top = summary(atlas, survey["sequences"])
@@ -50,7 +50,7 @@ def parts(survey: Mapping[str, Any]) -> Iterator[Part]:
 def title(survey: Mapping[str, Any]) -> str:
     """Return the title of the page: the folder of each run and the step of its checkpoint."""
     names = []
-    for atlas in survey["atlases"]:
+    for atlas in survey["models"]:
         path = Path(atlas["checkpoint"]).resolve()
         run = path.parents[1] if path.parent.name == "checkpoints" else path
         names.append(f"{run.name}, step {atlas['step']:,}")
@@ -59,7 +59,7 @@ def title(survey: Mapping[str, Any]) -> str:
 
 def every_figure(survey: Mapping[str, Any]) -> Iterator[Figure]:
     """Yield the figures of the page, for files."""
-    for index, atlas in enumerate(survey["atlases"]):
+    for index, atlas in enumerate(survey["models"]):
         yield from _overview(index, atlas)
         for name, layer in atlas["layers"].items():
             for figure in _layer_maps(index, name, layer, survey["rare"]):
@@ -68,7 +68,7 @@ def every_figure(survey: Mapping[str, Any]) -> Iterator[Figure]:
 
 def token_tables(survey: Mapping[str, Any]) -> Iterator[Table]:
     """Yield a table per checkpoint, for files: the tokens listed for each expert, by lift or by count, each once."""
-    for index, atlas in enumerate(survey["atlases"]):
+    for index, atlas in enumerate(survey["models"]):
         rows = []
         for name, layer in atlas["layers"].items():
             for expert, info in enumerate(layer["experts"]):
@@ -86,7 +86,7 @@ def _overview(index: int, atlas: Mapping[str, Any]) -> Iterator[Figure]:
     shares = {name: [expert["share"] for expert in layer["experts"]] for name, layer in atlas["layers"].items()}
     experts = most_used([*map(sum, zip(*shares.values(), strict=True))], PAGE_EXPERTS)
     for name, layer in atlas["layers"].items():
-        for kind, info in layer["told_by"].items():
+        for kind, info in layer["explained_by"].items():
             if info["share"] is not None:
                 deciders.append((shown_layer(name), kind, max(0.0, info["share"])))
         loads += [(shown_layer(name), expert, shares[name][expert] * num_experts) for expert in experts]

@@ -28,7 +28,7 @@ EXPERT_CAPTION = (
 
 def tables(survey: Mapping[str, Any]) -> Iterator[HtmlTable]:
     """Yield the tables for a terminal."""
-    for atlas in survey["atlases"]:
+    for atlas in survey["models"]:
         yield summary(atlas, survey["sequences"])
         for name, layer in atlas["layers"].items():
             yield _expert_table(name, layer)
@@ -41,7 +41,7 @@ def tables(survey: Mapping[str, Any]) -> Iterator[HtmlTable]:
 def summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable:
     """Return a row per layer of a checkpoint, measured over so many sequences of each text."""
     layers = atlas["layers"]
-    deciders = next(iter(layers.values()))["told_by"]
+    deciders = next(iter(layers.values()))["explained_by"]
     headings = ("layer", "tokens", "dropped", "unused", "sure", "entropy", *(f"by {kind}" for kind in deciders))
     rows = [
         (
@@ -51,7 +51,7 @@ def summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable
             str(layer["load"].count(0)),
             f"{layer['confidence']:.2f}",
             f"{layer['entropy']:.2f}",
-            *(share(info["share"]) for info in layer["told_by"].values()),
+            *(share(info["share"]) for info in layer["explained_by"].values()),
         )
         for name, layer in layers.items()
     ]

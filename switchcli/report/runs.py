@@ -216,7 +216,7 @@ class _Points:
             self._leave_out("not a whole line", number)
             return
         step = step_of(record)
-        self._skipped = record.get("left_out", self._skipped)
+        self._skipped = record.get("skipped_steps", self._skipped)
         if step is None:
             self._leave_out("a record without a step", number)
             return

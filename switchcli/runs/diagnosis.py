@@ -26,7 +26,7 @@ class Diagnosis(NamedTuple):
     """The name or path of the model."""
     code: str
     """The package whose code computes the model: switchcli or transformers."""
-    initialised: bool
+    initialized: bool
     """The weights are initial ones, not trained."""
     layers: int
     """The number of sparse layers; 0 for a dense model."""
@@ -80,7 +80,7 @@ def verify(name: str) -> dict[str, Any]:
     loaded = next((path for path in damage if damage[path] is None), None)
     return {
         "folder": name,
-        "whole": loaded is not None and not any(damage.values()),
+        "complete": loaded is not None and not any(damage.values()),
         "loaded": loaded,
         "damage": damage,
     }

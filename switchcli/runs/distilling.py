@@ -221,7 +221,7 @@ class Distillation(TrainingTask):
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
         measured = trainer.evaluation.held_out(trainer.model)._replace(metrics=trainer.state.eval_metrics)
         result: dict[str, Any] = {
-            "figure": metric,
+            "metric": metric,
             "teacher": {
                 "checkpoint": str(teacher.path),
                 "parameters": teacher_parameters,
@@ -232,10 +232,10 @@ class Distillation(TrainingTask):
         }
         plan = student_init(recipe, teacher.recipe.model)
         if plan is not None:
-            result["inherited"] = {
+            result["student_init"] = {
                 "copied": plan.copied,
                 "from_experts": list(plan.from_experts),
-                "fresh": plan.random_init,
+                "random_init": plan.random_init,
             }
         baseline_value = self._settings.baseline
         if baseline is not None:
@@ -248,7 +248,7 @@ class Distillation(TrainingTask):
                 **_metrics_and_speed(baseline_measured),
             }
         elif isinstance(baseline_value, float):
-            result["baseline"] = {"figures": {metric: baseline_value}}
+            result["baseline"] = {"metrics": {metric: baseline_value}}
         if isinstance(baseline_value, float):
             result["gain_kept"] = gain_kept(measured.metrics[metric], teacher_measured.metrics[metric], baseline_value)
         return {"distillation": result}
@@ -256,7 +256,7 @@ class Distillation(TrainingTask):
     def show(self, result: Mapping[str, Any]) -> None:
         """Print the rows of the paper's Table 6 that one run has."""
         distillation = result["distillation"]
-        metric = distillation["figure"]
+        metric = distillation["metric"]
         rows: dict[str, str | float] = {}
         for role in ("teacher", "student", "baseline"):
             if role not in distillation:
@@ -267,7 +267,7 @@ class Distillation(TrainingTask):
                 properties.append(f"{model['parameters']:,} parameters")
             if model.get(TOKENS_PER_SECOND):
                 properties.append(f"{si(model[TOKENS_PER_SECOND])} tokens/s forward")
-            label, value = shown_metric(metric, model["figures"][metric])
+            label, value = shown_metric(metric, model["metrics"][metric])
             rows[f"{role} ({', '.join(properties)})" if properties else role] = value
         rows["compression"] = f"{distillation['compression']:.1%}"
         if "gain_kept" in distillation:
@@ -476,4 +476,4 @@ def _digest(batch: AnyBatch) -> "hashlib._Hash":
 
 
 def _metrics_and_speed(measured: HeldOutMeasurement) -> dict[str, Any]:
-    return {"figures": measured.metrics, TOKENS_PER_SECOND: measured.tokens_per_second}
+    return {"metrics": measured.metrics, TOKENS_PER_SECOND: measured.tokens_per_second}

@@ -244,7 +244,7 @@ def _distillation_rows(distillation: Mapping[str, Any]) -> Iterator[tuple[str, s
     metric = str(distillation.get("figure"))
     for role in ("teacher", "baseline"):
         model = as_mapping(distillation.get(role))
-        value = number(as_mapping(model.get("figures")).get(metric))
+        value = number(as_mapping(model.get("metrics")).get(metric))
         if value is not None:
             parameters = number(model.get("parameters"))
             count = "" if parameters is None else f", {parameters:,.0f} parameters"

@@ -59,7 +59,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
             "recipe": recipe.model_dump(mode="json"),
             "sequences": report["sequences"],
             "rare": report["rare"],
-            "atlases": [
+            "models": [
                 {
                     "checkpoint": str(model.path),
                     "step": model.step,

@@ -96,13 +96,13 @@ def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Itera
     for name, one in scores.items():
         best_cells = _best_cells(best, task_score(name)) if best else []
         if one.score is None:  # the test split of a benchmark, whose labels are not published
-            yield [name, "secret", "", "", "", f"{one.num_unlabelled:,}", "", *best_cells]
+            yield [name, "secret", "", "", "", f"{one.num_unlabeled:,}", "", *best_cells]
             continue
         majority = "-" if one.majority is None else f"{one.majority:.2f}"
         malformed = "" if one.malformed is None else f"{one.malformed:.1f}%"
         counts = (f"{one.chance:.2f}", majority, f"{one.num_examples:,}", malformed)
         yield [name, *_score_cells(one.score), *counts, *best_cells]
-        metrics = {**one.metrics, **one.beside}
+        metrics = {**one.metrics, **one.secondary_metrics}
         if len(metrics) > 1:
             for metric, score in metrics.items():
                 yield [f"  {metric}", *_score_cells(score)]

@@ -61,7 +61,7 @@ def prepare(
     return {
         "recipe": name,
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "whole": is_complete,
+        "complete": is_complete,
         "texts": {label: None if text is None else _facts(text) for label, text in texts.items()},
         "seconds": time.monotonic() - started,
     }

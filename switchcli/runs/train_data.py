@@ -55,13 +55,13 @@ class HeldOutMeasurement(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurement with the keys of files on disk."""
-        return {"figures": self.metrics, TOKENS_PER_SECOND: self.tokens_per_second, "load": self.load}
+        return {"metrics": self.metrics, TOKENS_PER_SECOND: self.tokens_per_second, "load": self.load}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Self:
         """Return the measurement that `to_json` wrote. Raises KeyError, TypeError or ValueError if it did not."""
         finite = TypeAdapter(cls, config=ConfigDict(allow_inf_nan=False))
-        return finite.validate_python((saved["figures"], saved[TOKENS_PER_SECOND], saved["load"]))
+        return finite.validate_python((saved["metrics"], saved[TOKENS_PER_SECOND], saved["load"]))
 
 
 class RunEvaluation(NamedTuple):

@@ -414,7 +414,7 @@ class Trainer:
             "flops_per_sequence": sizes["flops_per_sequence"],
             INPUT_TOKENS: tokens,
             "target_tokens": state.targets_seen,
-            **({"left_out": state.skipped_steps} if state.skipped_steps else {}),
+            **({"skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
             "seconds": state.seconds,
             TOKENS_PER_SECOND: tokens / state.seconds,
             "mesh": self.context.mesh,

@@ -102,7 +102,7 @@ TASKS: tuple[Task, ...] = (
         examples=_squad,
         metrics=(squad_em,),
         chance=0.0,
-        beside=(squad_f1,),
+        secondary_metrics=(squad_f1,),
     ),
     Task(
         name="natural_questions",
@@ -113,7 +113,7 @@ TASKS: tuple[Task, ...] = (
         examples=_natural_questions,
         metrics=(squad_em,),
         chance=0.0,
-        beside=(squad_f1,),
+        secondary_metrics=(squad_f1,),
     ),
     Task(
         name="web_questions",
@@ -122,7 +122,7 @@ TASKS: tuple[Task, ...] = (
         examples=_web_questions,
         metrics=(squad_em,),
         chance=0.0,
-        beside=(squad_f1,),
+        secondary_metrics=(squad_f1,),
     ),
     Task(
         name="trivia_qa",
@@ -136,7 +136,7 @@ TASKS: tuple[Task, ...] = (
         examples=_trivia_qa,
         metrics=(trivia_em,),
         chance=0.0,
-        beside=(trivia_f1,),
+        secondary_metrics=(trivia_f1,),
     ),
     _arc_task("arc_easy", "ARC-Easy"),
     _arc_task("arc_challenge", "ARC-Challenge"),

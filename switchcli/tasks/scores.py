@@ -37,13 +37,13 @@ class Scores(NamedTuple):
     """The mean of the task's metrics on the same resamples; None if no example is labeled."""
     metrics: dict[str, Score]
     """The score by each metric of the task, by the metric's name."""
-    beside: dict[str, Score]
+    secondary_metrics: dict[str, Score]
     """Metrics that do not count in the score."""
     num_examples: int
     """Number of examples with labels."""
     num_units: int
     """Number of units that the intervals resample: examples, or groups of them where a metric counts groups."""
-    num_unlabelled: int
+    num_unlabeled: int
     """Number of examples whose answer the benchmark keeps secret. Only `malformed` includes them."""
     malformed: float | None
     """Percentage of answers that are not one of the labels; None for free text and if there are no answers."""
@@ -56,7 +56,7 @@ class Scores(NamedTuple):
         """Return the fields as plain values by name."""
         fields = self._asdict()
         fields["score"] = self.score and self.score._asdict()
-        for key in ("metrics", "beside"):
+        for key in ("metrics", "secondary_metrics"):
             fields[key] = {name: score._asdict() for name, score in fields[key].items()}
         return fields
 
@@ -91,10 +91,10 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
         task=task.name,
         score=_with_interval(table[:, :num_counted].mean(axis=1)),
         metrics={metric.name: scores[metric.name] for metric in task.metrics},
-        beside={metric.name: scores[metric.name] for metric in task.beside},
+        secondary_metrics={metric.name: scores[metric.name] for metric in task.secondary_metrics},
         num_examples=len(labeled),
         num_units=num_units,
-        num_unlabelled=num_unlabeled,
+        num_unlabeled=num_unlabeled,
         malformed=malformed,
         chance=task.chance,
         majority=_majority_score(task, labeled),

@@ -188,6 +188,6 @@ TASKS: tuple[Task, ...] = (
         examples=_docstring_examples,
         metrics=(rouge2,),
         chance=0.0,
-        beside=(rouge1, rouge_lsum),
+        secondary_metrics=(rouge1, rouge_lsum),
     ),
 )

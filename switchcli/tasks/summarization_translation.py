@@ -25,7 +25,7 @@ def _summarization(name: str, source: HubSource, article: str, summary: str) -> 
         examples=examples,
         metrics=(rouge2,),
         chance=0.0,
-        beside=(rouge1, rouge_lsum),
+        secondary_metrics=(rouge1, rouge_lsum),
     )
 
 

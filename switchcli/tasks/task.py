@@ -130,10 +130,10 @@ class Task(NamedTuple):
     """The score of random answers: uniform over the labels, or 0 for free text."""
     labels: tuple[str, ...] = ()
     """All possible right answers; empty for free text."""
-    beside: tuple[Metric, ...] = ()
+    secondary_metrics: tuple[Metric, ...] = ()
     """Metrics that are reported but do not count in the score, such as F1 beside SQuAD's exact match."""
 
     @property
     def all_metrics(self) -> tuple[Metric, ...]:
         """The metrics that count in the score, then those that do not."""
-        return (*self.metrics, *self.beside)
+        return (*self.metrics, *self.secondary_metrics)

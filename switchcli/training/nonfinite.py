@@ -67,7 +67,7 @@ class NonFiniteHandler:
         state.skipped_steps, state.seconds = [*skipped, (first, step)], seconds
         state.step = step
         # The record lists all skipped steps, because restoring removed the records since the checkpoint.
-        self._run.note_skipped({"step": step, "left_out": state.skipped_steps})
+        self._run.note_skipped({"step": step, "skipped_steps": state.skipped_steps})
         weights = f"with the weights of step {first - 1} and " if policy == "roll_back" else ""
         steps = f"step {step}" if first == step else f"steps {first} to {step}"
         self._console.warning(

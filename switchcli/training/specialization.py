@@ -96,7 +96,7 @@ def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence
         "confidence": float(counts.confidence) / max(1, num_tokens),
         "entropy": float(counts.entropy) / max(1, num_tokens),
         "load": counts.chosen_E.tolist(),
-        "told_by": {
+        "explained_by": {
             name: information(pairs, num_experts, num_tokens, within(counts)).to_json()
             for name, pairs in sources.items()
         },
