@@ -49,7 +49,7 @@ def __getattr__(name: str) -> "Any":
         import switchcli.errors  # which sets the name
 
         return switchcli.errors
-    from switchcli import startup
+    from switchcli.system import startup
 
     startup.limit_spinning(os.environ)  # before torch is imported, as in the command line
     from switchcli import api

@@ -7,7 +7,7 @@ import signal
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGINT, _exit_at_once)  # before and after the handlers of a verb
-    from switchcli import startup
+    from switchcli.system import startup
 
     startup.end_with_launcher()  # before the imports, which take seconds
     from switchcli import cli

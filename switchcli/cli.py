@@ -16,11 +16,12 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_group
 
-from switchcli import __version__, commands, credentials, startup
+from switchcli import __version__, commands
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import USAGE_ERROR, CheckedGroup, extend_command
 from switchcli.errors import CheckpointError, RecipeError, SwitchError, memory_error, path_error
+from switchcli.system import credentials, startup
 
 ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
-from switchcli import credentials
+from switchcli.system import credentials
 
 PAD: Final = 0
 """The ID of T5's padding token, which also starts the decoder."""

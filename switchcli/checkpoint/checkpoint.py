@@ -32,7 +32,6 @@ from typing import Final, Literal, final
 
 from torch import Tensor
 
-from switchcli import publish
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.fsops import DISK, FileOperations
@@ -40,6 +39,7 @@ from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
 from switchcli.checkpoint.saved_state import SavedState
 from switchcli.checkpoint.tensor_names import expert_numbers
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.system import publish
 
 TensorGroup = Literal["model", "optimizer"]
 

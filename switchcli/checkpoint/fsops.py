@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Final, Protocol, final
 
-from switchcli import publish
+from switchcli.system import publish
 
 
 class FileOperations(Protocol):

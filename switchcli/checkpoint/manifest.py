@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, final
 
 from switchcli.errors import CheckpointError
-from switchcli.user_files import open_regular
+from switchcli.system.user_files import open_regular
 
 NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"

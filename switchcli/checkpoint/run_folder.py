@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchcli import publish
 from switchcli.checkpoint import checkpoint
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.report.sinks import publish_file, to_json
+from switchcli.system import publish
 
 
 class RunFolder:

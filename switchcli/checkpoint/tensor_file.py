@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from switchcli.errors import SavedNumericsError
-from switchcli.user_files import open_regular
+from switchcli.system.user_files import open_regular
 
 _DTYPES: Final = {
     "I64": torch.int64,

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import NoReturn
 
 from switchcli.distributed.launch import is_rank, write_error_file
-from switchcli.distributed.signals import stop_signals
 from switchcli.errors import (
     Interrupted,
     InterruptedByForce,
@@ -27,7 +26,8 @@ from switchcli.errors import (
 from switchcli.report.console import Console, print_json
 from switchcli.report.program import command_line
 from switchcli.report.safe_text import one_line
-from switchcli.startup import is_main_rank
+from switchcli.system.signals import stop_signals
+from switchcli.system.startup import is_main_rank
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
 RESEND_SECONDS = 1.0

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Final, cast
 import typer
 from typer.core import TyperGroup
 
-from switchcli import credentials
 from switchcli.commands import _completion, _flag_hints
 from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, yaml_nodes
 from switchcli.report.safe_text import one_line
+from switchcli.system import credentials
 
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]

@@ -23,7 +23,7 @@ from switchcli.commands._options import (
 from switchcli.distributed.launch import is_rank, join_srun
 from switchcli.report.console import main_console, print_json
 from switchcli.report.safe_text import safe_text
-from switchcli.startup import is_main_rank
+from switchcli.system.startup import is_main_rank
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe

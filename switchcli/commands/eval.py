@@ -14,7 +14,7 @@ from switchcli.commands._options import Checkpoint, EvalArguments, Json, Process
 from switchcli.metric_names import BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, MAX_LOAD
 from switchcli.report.console import Console
 from switchcli.report.units import number, percent
-from switchcli.startup import is_main_rank
+from switchcli.system.startup import is_main_rank
 
 if TYPE_CHECKING:
     from switchcli.runs.evaluator import EvalPass

@@ -23,7 +23,7 @@ from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.spec import EOS, LIMITS, PAD, Spec
-from switchcli.user_files import read_regular
+from switchcli.system.user_files import read_regular
 
 NAME: Final = "config.json"
 _MAX_BYTES: Final = 1 << 20

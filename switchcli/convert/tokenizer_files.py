@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from switchcli.data.tokenizer.tokenizer import cached_file
 from switchcli.spec import EOS
-from switchcli.user_files import is_within_folder, read_regular
+from switchcli.system.user_files import is_within_folder, read_regular
 
 FILES: Final = ("tokenizer.json", "spiece.model")
 """Names of tokenizer files. The first that exists is used, as in transformers."""

@@ -30,7 +30,7 @@ from switchcli.convert import config as configs
 from switchcli.convert.config import Config
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, transformers_names
 from switchcli.errors import CheckpointError
-from switchcli.user_files import open_regular, other_kind, read_regular
+from switchcli.system.user_files import open_regular, other_kind, read_regular
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX: Final = ".index.json"

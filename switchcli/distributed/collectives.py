@@ -9,8 +9,8 @@ from typing import TypeVar, final
 import torch
 import torch.distributed as dist
 
-from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import LostRankError, OtherRankError, RankError, SwitchError
+from switchcli.system.signals import run_interruptibly
 
 T = TypeVar("T")
 

@@ -36,11 +36,11 @@ from switchcli.distributed.mesh import MeshGroups, build_groups
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec, check_world
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.distributed.rendezvous import announce_waiting
-from switchcli.distributed.signals import run_interruptibly
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import run_interruptibly
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from switchcli.processor import available_processors, is_thread_count_set
+from switchcli.system.processor import available_processors, is_thread_count_set
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc, malloc.h
 

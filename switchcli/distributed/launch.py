@@ -21,7 +21,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from switchcli import errors
-from switchcli.distributed.signals import stop_signals
 from switchcli.errors import (
     DistributedError,
     Interrupted,
@@ -30,8 +29,9 @@ from switchcli.errors import (
     SwitchError,
     training_location,
 )
-from switchcli.processor import available_processors, is_thread_count_set
-from switchcli.startup import LAUNCHER
+from switchcli.system.processor import available_processors, is_thread_count_set
+from switchcli.system.signals import stop_signals
+from switchcli.system.startup import LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
-from switchcli.distributed.signals import run_interruptibly
+from switchcli.system.signals import run_interruptibly
 
 
 def to_comm_dtype(x: torch.Tensor, comm_dtype: CommDtype) -> torch.dtype:

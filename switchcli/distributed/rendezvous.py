@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from switchcli.distributed.launch import join_srun
 from switchcli.errors import RecipeError
-from switchcli.startup import LAUNCHER
+from switchcli.system.startup import LAUNCHER
 
 RESOLVE_SECONDS = 3.0
 """How long an unknown host name is looked up again: a machine that is starting may be known a moment later."""

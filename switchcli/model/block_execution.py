@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from switchcli.model.flex import SMALLEST_HEAD
+from switchcli.model.kernels.flex import SMALLEST_HEAD
 from switchcli.model.moe.dispatch import LocalDispatcher
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.transformer import (

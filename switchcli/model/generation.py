@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.cpu_products import linear, packed_linear
 from switchcli.model.decoding import Decoding
+from switchcli.model.kernels.cpu_products import linear, packed_linear
 from switchcli.model.kv_cache import DecoderCache
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.layer import SwitchLayer

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model import flex
 from switchcli.model.attention import (
     Attention,
     Bias,
@@ -26,7 +25,8 @@ from switchcli.model.attention import (
 )
 from switchcli.model.axis import SINGLE_PROCESS
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.flex import FlexBias
+from switchcli.model.kernels import flex
+from switchcli.model.kernels.flex import FlexBias
 from switchcli.model.kv_cache import DecoderCache, LayerKVCache
 from switchcli.model.layers import FeedForward, Linear, RMSNorm, add_dropout, dropout
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from switchcli import credentials
+from switchcli.system import credentials
 
 
 class Suggestion(NamedTuple):

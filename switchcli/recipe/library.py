@@ -9,9 +9,9 @@ import os
 import re
 from pathlib import Path
 
-from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.yaml_nodes import Node, display_key, read_file
+from switchcli.system import publish
 
 SUFFIXES = (".yaml", ".yml")
 _OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")

@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import ErrorDetails
 
-from switchcli import credentials
 from switchcli.recipe import foreign_words
 from switchcli.recipe.foreign_words import PRECISIONS
 from switchcli.recipe.yaml_nodes import Node, display_key
+from switchcli.system import credentials
 
 Keys = tuple[str | int, ...]
 """The path of a value in a recipe: keys of mappings and positions in lists."""

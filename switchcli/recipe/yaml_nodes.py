@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from switchcli.errors import RecipeError
-from switchcli.user_files import open_regular, to_utf8
+from switchcli.system.user_files import open_regular, to_utf8
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32

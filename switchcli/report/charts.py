@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from switchcli import publish
 from switchcli.errors import RecipeError, disk_errors
+from switchcli.system import publish
 
 COLORS = ("#0072B2", "#B84A00", "#00795A", "#A84A80", "#8F6400", "#20799F", "#6B6B6B")
 DARK_COLORS = ("#4BA3E3", "#F0803C", "#2FBF92", "#DD93BB", "#E69F00", "#8FD0F5", "#A3A3A3")

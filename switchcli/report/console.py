@@ -24,7 +24,7 @@ from switchcli import metric_names as metric
 from switchcli.report.safe_text import one_line, shorten
 from switchcli.report.sinks import to_json
 from switchcli.report.units import clock, number, percent, si
-from switchcli.startup import is_main_rank
+from switchcli.system.startup import is_main_rank
 
 T = TypeVar("T")
 

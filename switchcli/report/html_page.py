@@ -16,10 +16,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from switchcli import __version__, publish
+from switchcli import __version__
 from switchcli.errors import disk_errors
 from switchcli.report.charts import COLORS, DARK_COLORS, Figure, in_page, style_of
 from switchcli.report.safe_text import one_line, safe_text, shell_words
+from switchcli.system import publish
 
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "vega" / "vega-embed.min.js"

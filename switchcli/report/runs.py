@@ -26,7 +26,7 @@ from switchcli.metric_names import (
     TOKENS_PER_SECOND,
 )
 from switchcli.report.sinks import LONGEST_LINE, is_count, parse, read_lines, step_of
-from switchcli.user_files import read_regular
+from switchcli.system.user_files import read_regular
 
 Floats = NDArray[np.float64]
 LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}

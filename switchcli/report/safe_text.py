@@ -6,7 +6,7 @@ Neither escapes rich markup: wrap the result in `rich.text.Text`, which reads no
 import re
 import shlex
 
-from switchcli import credentials
+from switchcli.system import credentials
 
 _UNSAFE = re.compile(
     "["

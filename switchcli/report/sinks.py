@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeGuard
 
-from switchcli import publish
 from switchcli.errors import disk_errors
-from switchcli.user_files import open_regular
+from switchcli.system import publish
+from switchcli.system.user_files import open_regular
 
 LONGEST_LINE: Final = 2**24
 """Bytes of the longest line that is parsed. A record of 64 layers with 2,048 experts each takes about a tenth."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from switchcli.report.safe_text import shell_word, shell_words
 from switchcli.runs.sweep_list import SweepRun
 from switchcli.runs.sweep_runner import command
-from switchcli.startup import keep_modules_of_current_folder_out
+from switchcli.system.startup import keep_modules_of_current_folder_out
 
 
 class Nodes(NamedTuple):

@@ -12,12 +12,10 @@ import torch
 
 from switchcli.checkpoint import tensor_names
 from switchcli.checkpoint.checkpoint import preflight
-from switchcli.checkpoint.lock import lock
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.batch import AnyBatch, BatchSource, DistillBatch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import DistributedError, Interrupted, RecipeError
 from switchcli.metric_names import HELD_OUT, TASKS_AVERAGE, TOKENS_PER_SECOND
 from switchcli.model.config import STACKS, ModelSpec
@@ -39,6 +37,9 @@ from switchcli.runs.score_tables import shown_metric
 from switchcli.runs.train_data import HeldOutMeasurement, RunEvaluation, TrainData, microbatch_rows
 from switchcli.runs.trainer import Trainer
 from switchcli.runs.training_task import TrainingTask
+from switchcli.system.lock import lock
+from switchcli.system.signals import StopRequest, StopTraining
+from switchcli.system.user_files import read_regular
 from switchcli.training import memory
 from switchcli.training.checkpointer import load_weights
 from switchcli.training.config import FromCheckpoint
@@ -48,7 +49,6 @@ from switchcli.training.loss import Objective, packed_cross_entropy
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, TeacherCache, bytes_per_step
 from switchcli.training.teacher_cache_writer import TeacherCacheWriter
-from switchcli.user_files import read_regular
 
 TEACHER_METRICS = "teacher.json"
 """The file in the folder of a teacher cache that holds the teacher's own metrics."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli import publish
 from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
@@ -22,6 +21,8 @@ from switchcli.runs.loading import CheckpointHandle, LoadedModel, load_model
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.run_dir import check_ranks_agree, machine_info, run_name
 from switchcli.runs.score_tables import explain_malformed
+from switchcli.system import publish
+from switchcli.system.user_files import read_regular
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.registry import SUITES, TASKS
@@ -29,7 +30,6 @@ from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
 from switchcli.training import memory
 from switchcli.training.checkpointer import DATA, TEXT
-from switchcli.user_files import read_regular
 
 MAX_RESULT_BYTES = 2**28
 

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from switchcli.analysis.guesses import GuessedToken, Guesses, measure_guesses, text_of, visible_tokens
+from switchcli.analysis.routing_counts import LayerCounts, count_routing
+from switchcli.analysis.specialization import information, top_tokens, within
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
-from switchcli.training.guesses import GuessedToken, Guesses, measure_guesses, text_of, visible_tokens
-from switchcli.training.routing_counts import LayerCounts, count_routing
-from switchcli.training.specialization import information, top_tokens, within
 from switchcli.training.validation import HeldOutText, rank_batches
 
 MAX_ROWS = 256

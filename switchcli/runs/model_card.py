@@ -23,7 +23,7 @@ from switchcli.report.safe_text import one_line
 from switchcli.report.sinks import parse
 from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.score_tables import shown_metric
-from switchcli.user_files import read_regular
+from switchcli.system.user_files import read_regular
 
 NAME: Final = "README.md"
 _MAX_RESULT_BYTES: Final = 1 << 24

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from switchcli import publish
 from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
@@ -17,6 +16,7 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.transformers_checkpoint import meta_model
+from switchcli.system import publish
 from switchcli.training.checkpointer import DATA, logical_tensors
 from switchcli.training.config import StartSpec
 from switchcli.training.state import TrainState

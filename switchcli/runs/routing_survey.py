@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from switchcli.analysis.routing_report import routing_report
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
@@ -13,7 +14,6 @@ from switchcli.runs.evaluator import BATCH_ROWS, Evaluator
 from switchcli.runs.loading import CheckpointHandle, load_model, open_model
 from switchcli.runs.run_dir import machine_info
 from switchcli.training import memory
-from switchcli.training.routing_report import routing_report
 
 
 def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:

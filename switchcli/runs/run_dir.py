@@ -13,14 +13,12 @@ import torch
 
 from switchcli import __version__
 from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.lock import lock
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
 from switchcli.distributed.parallel_spec import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.processor import available_processors
 from switchcli.recipe.resolve import Difference, differences, dump
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
@@ -30,6 +28,8 @@ from switchcli.runs import branching
 from switchcli.runs.loading import saved_recipe
 from switchcli.runs.warm_start import CHANGEABLE_MODEL_KEYS
 from switchcli.spec import Spec
+from switchcli.system.lock import lock
+from switchcli.system.processor import available_processors
 
 RESUME_SAFE_KEYS = (
     "description",

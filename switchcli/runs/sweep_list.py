@@ -27,7 +27,7 @@ from typing import NamedTuple
 from switchcli.errors import RecipeError
 from switchcli.recipe import library
 from switchcli.recipe.key_index import VERBS
-from switchcli.user_files import read_regular
+from switchcli.system.user_files import read_regular
 
 MAX_RUNS = 1_000
 """A sweep has at most this many runs: each is resolved before the first one starts."""

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from switchcli import metric_names as metric
-from switchcli import publish
 from switchcli.distributed.launch import kill_with_children
-from switchcli.distributed.signals import stop_signals
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
-from switchcli.processor import available_processors, is_thread_count_set
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.sinks import parse, step_of
 from switchcli.runs.sweep_list import SweepRun
-from switchcli.startup import LAUNCHER
-from switchcli.user_files import open_regular
+from switchcli.system import publish
+from switchcli.system.processor import available_processors, is_thread_count_set
+from switchcli.system.signals import stop_signals
+from switchcli.system.startup import LAUNCHER
+from switchcli.system.user_files import open_regular
 
 RESULT = "result.json"
 _COMPLETED = "completed: "

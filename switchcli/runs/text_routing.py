@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from switchcli.analysis.routing_counts import ExpertChoices, StackTokens, observe
 from switchcli.data.batch import Batch
 from switchcli.errors import CheckpointError, DataError
 from switchcli.model.moe.router import Policy
@@ -12,7 +13,6 @@ from switchcli.report.console import Console
 from switchcli.runs.loading import LoadedModel
 from switchcli.runs.text_generation import encode_inputs
 from switchcli.spec import EOS, PAD
-from switchcli.training.routing_counts import ExpertChoices, StackTokens, observe
 
 
 @dataclass(frozen=True)

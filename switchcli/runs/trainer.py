@@ -13,8 +13,6 @@ from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
-from switchcli.distributed.signals import StopRequest, StopTraining
-from switchcli.distributed.trackers import Trackers, check_usable
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.metric_names import (
     FIRST_HELD_OUT,
@@ -45,6 +43,7 @@ from switchcli.runs.run_dir import begin_run, lock_run_dir, machine_info
 from switchcli.runs.score_tables import explain_malformed, show_scores, show_texts, task_results
 from switchcli.runs.train_data import RunEvaluation, microbatch_rows
 from switchcli.runs.training_task import TrainingTask
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.tasks.scores import Scores
 from switchcli.training import memory
 from switchcli.training.callbacks import (
@@ -64,6 +63,7 @@ from switchcli.training.nonfinite import NonFiniteHandler
 from switchcli.training.prefetch import Loader
 from switchcli.training.scoring import TaskEvalCallback, TaskPredictor, answer_texts
 from switchcli.training.state import TrainState
+from switchcli.training.trackers import Trackers, check_usable
 
 
 @contextmanager

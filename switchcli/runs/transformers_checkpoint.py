@@ -17,9 +17,9 @@ from switchcli.errors import CheckpointError, DataError
 from switchcli.model.config import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import PretrainRecipe
+from switchcli.system.user_files import read_regular
 from switchcli.training.checkpointer import logical_tensors
 from switchcli.training.config import TrainSpec
-from switchcli.user_files import read_regular
 
 
 class HuggingFaceCheckpoint(NamedTuple):

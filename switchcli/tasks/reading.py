@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import paths as files
 from switchcli.data.sources.corpus import hub_rows
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.files import json_rows
 from switchcli.errors import DataError, RecipeError
 from switchcli.tasks.task import EmbeddedSource, Example, FilesSource, HubSource, Purpose, Row, Task

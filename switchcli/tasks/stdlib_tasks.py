@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.sources.python_stdlib import (
     PythonStdlib,

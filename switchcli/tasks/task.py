@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 
 Row = Mapping[str, Any]
 """One row of a data set, by the column names of the Hugging Face hub."""

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, pack_as_given, store_from_texts
 from switchcli.data.prepare.cache import get_or_build
-from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.prepared_text import FORMAT as STORE_FORMAT
 from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_files, read_manifest, write_manifest
 from switchcli.data.rng import EXAMPLES, permutation
+from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, fingerprint, read_examples

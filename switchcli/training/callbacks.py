@@ -10,7 +10,6 @@ from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.metric_names import (
     DROPPED_FRACTION,
@@ -26,6 +25,7 @@ from switchcli.metric_names import (
 )
 from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training import router_health
 from switchcli.training.loss import Objective
 from switchcli.training.metrics import Metrics, merge

@@ -19,10 +19,10 @@ from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
 from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import CheckpointError, DistributedError, NumericsError, OtherRankError, RankError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
+from switchcli.system.signals import StopRequest
 from switchcli.training.config import CheckpointSpec
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.router_health import NONFINITE_FIX

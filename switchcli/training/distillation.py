@@ -20,7 +20,7 @@ from torch import nn
 from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
 from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
 from switchcli.model.axis import ModelAxis, local_slice
-from switchcli.model.cpu_products import matmul
+from switchcli.model.kernels.cpu_products import matmul
 from switchcli.model.layers import compute_dtype
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import VocabularyShard

@@ -11,11 +11,11 @@ from torch import nn
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallelize import GradientNorm
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.metric_names import GRADIENT_NORM
 from switchcli.model.moe.layer import local_experts, sparse_layers
 from switchcli.report.console import TrainingDisplay
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.callbacks import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loss import LossSchedule, Objective

@@ -13,7 +13,7 @@ from torch import nn
 
 from switchcli.data.batch import AnyBatch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
-from switchcli.model.cpu_products import matmul, matmul_over_rows
+from switchcli.model.kernels.cpu_products import matmul, matmul_over_rows
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.packing import SegmentIds, segment_ids

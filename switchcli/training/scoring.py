@@ -14,7 +14,6 @@ import torch
 
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.metric_names import MALFORMED, TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import AllDone, all_done_locally, generate, label_log_likelihoods
@@ -23,6 +22,7 @@ from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.spec import EOS
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.tasks.registry import SUITES
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.suites import PAPER, average

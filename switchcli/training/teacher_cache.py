@@ -24,14 +24,14 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from switchcli import publish
 from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
 from switchcli.checkpoint.fsops import DISK
 from switchcli.checkpoint.tensor_file import TensorSpec, tensor_spec
 from switchcli.data.batch import TeacherTopK
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.system import publish
+from switchcli.system.user_files import open_regular, read_regular
 from switchcli.training.distillation_specs import TeacherCacheSpec
-from switchcli.user_files import open_regular, read_regular
 
 FACTS = "answers.json"
 MAX_FACTS_BYTES = 1 << 20

@@ -9,8 +9,8 @@ import torch
 
 from switchcli.data.batch import AnyBatch, BatchSource, TeacherTopK
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.report.console import Console
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.distillation import FullTeacherProbs, Teacher
 from switchcli.training.distillation_specs import TeacherCacheSpec
 from switchcli.training.loss import CHUNK

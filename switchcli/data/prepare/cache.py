@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from switchcli import publish
 from switchcli.data.prepare.store import is_complete, read_manifest
 from switchcli.errors import RecipeError, disk_errors
+from switchcli.system import publish
 
 PARTIAL = ".partial-"
 ELSEWHERE = "set $SWITCHCLI_CACHE to another folder"

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, damage_warning, scratch_folder
-from switchcli.data.prepare.digests import Track
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
     HELD_OUT,
@@ -37,6 +36,7 @@ from switchcli.data.prepare.store import (
     is_complete,
     read_manifest,
 )
+from switchcli.data.sources.digests import Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import disk_errors
 from switchcli.spec import Spec

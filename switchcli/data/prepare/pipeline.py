@@ -16,7 +16,6 @@ from typing import NamedTuple
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare.cache import ELSEWHERE, damage_warning, get_or_build, remove_stale
 from switchcli.data.prepare.dedup import distinct_texts
-from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
     FORMAT,
@@ -38,10 +37,11 @@ from switchcli.data.prepare.store import (
     write_manifest,
 )
 from switchcli.data.sources.corpus import Corpus
+from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
-from switchcli.processor import available_processors
+from switchcli.system.processor import available_processors
 
 PROCESSES_FROM = 2**23
 """Bytes of sources above which starting more than one process saves time."""

@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from switchcli.data.prepare.digests import Digests, Track
 from switchcli.data.prepare.shards import PrepareProgress
+from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
 
 

@@ -27,7 +27,7 @@ from switchcli.data.sources.corpus import Corpus, SourceShard
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import OutOfMemory, disk_errors
-from switchcli.startup import SAFE_PATH
+from switchcli.system.startup import SAFE_PATH
 
 if TYPE_CHECKING:
     from ctypes import Array, c_int64

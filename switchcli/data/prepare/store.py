@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli import publish
 from switchcli.errors import DataError
+from switchcli.system import publish
 
 MANIFEST = "manifest.json"
 TOKENS, OFFSETS = ".tokens.npy", ".offsets.npy"

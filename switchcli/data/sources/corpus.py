@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import LABELS, CorpusSpec, Document, SourceShard
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.io_errors import data_errors, reason
@@ -25,7 +25,7 @@ from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
 from switchcli.spec import LIMITS, PathOrUrl
-from switchcli.user_files import is_within_folder, read_regular
+from switchcli.system.user_files import is_within_folder, read_regular
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

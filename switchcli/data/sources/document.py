@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 from switchcli.errors import DataError
 from switchcli.spec import Spec
 

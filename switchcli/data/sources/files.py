@@ -17,8 +17,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import parquet
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import LABELS, Document, SourceShard
 from switchcli.data.sources.lines import ByteRange, FileLine, decode, lines, paragraphs
 from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint

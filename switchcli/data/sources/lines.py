@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 from switchcli.data.sources.paths import SourceFile
 from switchcli.data.sources.records import UnreadableRow
-from switchcli.user_files import to_utf8
+from switchcli.system.user_files import to_utf8
 
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 2**16

@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, cast
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.io_errors import data_errors, reason
 from switchcli.errors import DataError
-from switchcli.user_files import expanded, open_regular, other_kind
+from switchcli.system.user_files import expanded, open_regular, other_kind
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -26,7 +26,7 @@ from switchcli.data.tokenizer.sentencepiece import read_model
 from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, VocabSize, sentinel, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, LIMITS, PAD, PathOrUrl, Spec
-from switchcli.user_files import expanded, read_regular
+from switchcli.system.user_files import expanded, read_regular
 
 MAX_BYTES: Final = 2**28
 """Largest size of a tokenizer's file. The files of the largest vocabularies have some 2^25 bytes."""

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from switchcli.model import cpu_products
 from switchcli.model.axis import SINGLE_PROCESS, local_slice
 from switchcli.model.config import ModelSpec
+from switchcli.model.kernels import cpu_products
+from switchcli.model.kernels.opaque_ops import grouped_mm
 from switchcli.model.layers import activate
-from switchcli.model.moe.opaque_ops import grouped_mm
 
 ALIGNMENT = 16
 """Alignment of matrix rows that torch's grouped product requires, in bytes."""

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from switchcli.model.config import ModelSpec, Stack
-from switchcli.model.cpu_products import linear
+from switchcli.model.kernels.cpu_products import linear
+from switchcli.model.kernels.opaque_ops import random_bits
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
-from switchcli.model.moe.opaque_ops import random_bits
 from switchcli.model.moe.router import Mode, Policy
 from switchcli.model.moe.stats import RouterStats
 

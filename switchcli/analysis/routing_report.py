@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from switchcli.analysis.routing_counts import ExpertCounts, LayerCounts, RoutingCounts, count_routing
+from switchcli.analysis.specialization import MIN_COUNT, information, specialization_metrics, within
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
-from switchcli.training.routing_counts import ExpertCounts, LayerCounts, RoutingCounts, count_routing
-from switchcli.training.specialization import MIN_COUNT, information, specialization_metrics, within
 from switchcli.training.validation import HeldOutText, rank_batches
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from switchcli.processor import is_amd_with_avx512
+from switchcli.system.processor import is_amd_with_avx512
 
 MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from switchcli import publish
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.system import publish
 
 _HOLDER_TIMEOUT = 0.2
 """Seconds that a second run waits for the first to write its name into the file."""

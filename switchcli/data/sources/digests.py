@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
-from switchcli import publish
 from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError
-from switchcli.processor import available_processors
-from switchcli.user_files import open_regular
+from switchcli.system import publish
+from switchcli.system.processor import available_processors
+from switchcli.system.user_files import open_regular
 
 WHOLE_BYTES: Final = 2**34
 """Bytes of a stream's files above which samples of them are digested: reading all would delay the first step."""

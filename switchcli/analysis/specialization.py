@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from switchcli.analysis.routing_counts import ExpertCounts, LayerCounts, sum_counts
 from switchcli.metric_names import DROPPED_FRACTION
-from switchcli.training.routing_counts import ExpertCounts, LayerCounts, sum_counts
 
 TOP_TOKENS = 10
 """Tokens listed for each expert, at most."""

@@ -1,0 +1,1 @@
+"""Formulas of the model, made fast for one kind of processor."""
