@@ -10,14 +10,12 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import cache
-from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Self
 
 from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, remove_stale
 from switchcli.data.prepare.filters import Filters
@@ -27,20 +25,12 @@ from switchcli.data.sources.corpus import Corpus, SourceShard
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import OutOfMemory, disk_errors
-from switchcli.system.startup import SAFE_PATH
-
-if TYPE_CHECKING:
-    from ctypes import Array, c_int64
+from switchcli.system.signals import STOPPING
 
 PART_CHARACTERS = 2**16
 """Characters of a document that are encoded together. The tokenizer takes many times the memory of its text."""
 CHUNK_CHARACTERS = 2**20
 """Characters that are encoded by one call, by the tokenizer's own threads."""
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
-"""Signals that ask a run to stop. They equal `distributed.signals.STOPPING`, which this package cannot import."""
-_POLL_SECONDS = 0.2
-_JOBS_PER_PROCESS = 2
-"""Jobs that the pool holds for each process. A text may have more source shards than the queues of a pool can hold."""
 
 
 class TokenizeJob(NamedTuple):
@@ -62,7 +52,11 @@ class PrepareProgress(NamedTuple):
     size: int
     """Bytes of the complete source shards, as far as their sizes are known."""
     tokens: int
-    """Tokens written, including those of incomplete source shards."""
+    """Tokens written."""
+
+    def with_shard(self, shard: SourceShard) -> Self:
+        """Return the progress after one more source shard."""
+        return self._replace(source_shards=self.source_shards + 1, size=self.size + (shard.size or 0))
 
 
 def tokenize_shards(
@@ -103,8 +97,7 @@ def _build_here(jobs: Sequence[TokenizeJob], tokenizer: Tokenizer, show: Callabl
 
     for job in jobs:
         _build(job, tokenizer, add_tokens)
-        size = progress.size + (job.source_shard.size or 0)
-        progress = PrepareProgress(progress.source_shards + 1, size, progress.tokens)
+        progress = progress.with_shard(job.source_shard)
         show(progress)
 
 
@@ -113,26 +106,21 @@ def _build_in_processes(
 ) -> None:
     """Build the folders in a pool of processes. The first error ends all of them."""
     context = multiprocessing.get_context("spawn")  # the threads of this process would not survive a fork
-    written = context.RawArray("q", len(jobs))  # int64 [jobs]: each job adds to its own element, so no lock is needed
     others = {*multiprocessing.active_children()}
-    num_complete = size = 0
-    waiting = iter(enumerate(jobs))
-    pending: dict[Future[None], TokenizeJob] = {}
-    with _starting_processes():  # this starts multiprocessing's resource tracker, which must not be stopped either
-        executor = ProcessPoolExecutor(processes, context, _start_worker, (tokenizer, threads, written))
+    # The pool starts its processes here, and they block these signals for good: a terminal sends a signal to all
+    # processes, but this one alone decides what to do.
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
-        while True:
-            with _starting_processes():  # `submit` starts the processes
-                for number, job in islice(waiting, _JOBS_PER_PROCESS * processes - len(pending)):
-                    pending[executor.submit(_build_in_worker, number, job)] = job
-            if not pending:
-                break
-            done, _ = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
-            for future in done:
-                future.result()
-                num_complete += 1
-                size += pending.pop(future).source_shard.size or 0
-            show(PrepareProgress(num_complete, size, sum(written)))
+        executor = ProcessPoolExecutor(processes, context, _start_worker, (threads,))
+        pending = {executor.submit(_build_in_worker, job, tokenizer): job for job in jobs}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+    progress = PrepareProgress(0, 0, 0)
+    try:
+        for future in as_completed(pending):
+            progress = progress._replace(tokens=progress.tokens + future.result())
+            progress = progress.with_shard(pending[future].source_shard)
+            show(progress)
     except BrokenProcessPool as error:
         if error.__cause__ is not None:  # no process was killed: the result of one cannot be unpickled
             raise
@@ -141,46 +129,15 @@ def _build_in_processes(
             "same command again, with fewer --processes if it happens again"
         ) from None
     finally:
-        # After an error the executor would send SIGTERM, which the processes block, and wait for their jobs. After the
-        # last job everything is written, and killing the processes is faster than their orderly exit.
+        # After an error the executor would wait for the jobs that are running. After the last job everything is
+        # written, and killing the processes is faster than their orderly exit.
         for process in {*multiprocessing.active_children()} - others:
             process.kill()
-        executor.shutdown()
+        executor.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _starting_processes() -> Iterator[None]:
-    """Let stop signals wait. Processes that start meanwhile block them for good, and import no module of the folder.
-
-    A terminal sends a signal to all processes, but this one alone decides what to do. The command line has set
-    SAFE_PATH for all its processes; a program that calls the Python API has not.
-    """
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    before = os.environ.get(SAFE_PATH)
-    os.environ[SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SAFE_PATH]
-        else:
-            os.environ[SAFE_PATH] = before  # which is off if it is empty
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-
-
-class _Worker:
-    """State of a process of the pool, set by `_start_worker`."""
-
-    tokenizer: Path
-    """The tokenizer.json."""
-    written: "Array[c_int64]"
-    """Tokens that each job has written, shared with the parent process."""
-
-
-def _start_worker(tokenizer: Path, threads: int, written: "Array[c_int64]") -> None:
+def _start_worker(threads: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by the tokenizer
-    # The first job loads the tokenizer, because the pool would hide the message of an error here.
-    _Worker.tokenizer, _Worker.written = tokenizer, written
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -192,11 +149,11 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _build_in_worker(number: int, job: TokenizeJob) -> None:
-    def add_tokens(count: int) -> None:
-        _Worker.written[number] += count
-
-    _build(job, _load_tokenizer_once(_Worker.tokenizer), add_tokens)
+def _build_in_worker(job: TokenizeJob, tokenizer: Path) -> int:
+    """Build the folder of one job, and return the number of its tokens."""
+    counts: list[int] = []
+    _build(job, _load_tokenizer_once(tokenizer), counts.append)
+    return sum(counts)
 
 
 def _load_tokenizer(file: Path) -> Tokenizer:
