@@ -27,7 +27,6 @@ def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
         choose = (lambda: fastest_mesh(recipe)) if recipe.parallel.auto else None
         context = DistributedContext(recipe.train.device, recipe.train.precision, recipe.parallel, choose)
     accelerate_settings.warn_about_settings(recipe, context)
-    accelerate_settings.warn_about_ranks(context)
     return context
 
 
