@@ -10,10 +10,10 @@ from tiny_model import a_model, rows
 from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.trainable_sets import TrainableSet
+from switchcli.system.signals import StopRequest
 from switchcli.training.callbacks import Callback
 from switchcli.training.checkpointer import DATA, Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec

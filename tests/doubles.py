@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.distributed.signals import StopTraining
 from switchcli.report.console import Console
+from switchcli.system.signals import StopTraining
 from switchcli.training.callbacks import Callback, MetricsLog
 from switchcli.training.loop import fit
 from switchcli.training.loss import LossSchedule, Objective

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchcli.model import cpu_products
+from switchcli.model.kernels import cpu_products
 
 
 class Calls(TorchDispatchMode):

@@ -22,10 +22,10 @@ from tiny_model import rows
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.distributed.parallel_spec import ParallelSpec
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training.callbacks import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from switchcli import processor
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.cpu_settings import limit_threads
-from switchcli.processor import available_processors, is_amd_with_avx512, processor_limit
+from switchcli.system import processor
+from switchcli.system.processor import available_processors, is_amd_with_avx512, processor_limit
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 

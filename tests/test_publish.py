@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from faults.disk import Crash, Disk, crash, refuse, strike_at
 
-from switchcli import publish
+from switchcli.system import publish
 
 
 def publish_a_folder(target: Path, content: str = "new") -> None:

@@ -32,7 +32,7 @@ from small import small
 from startup import startup
 from tables import EXPERTS, TABLES
 
-from switchcli.processor import available_processors
+from switchcli.system.processor import available_processors
 
 SECTIONS = {
     "ceilings": ceilings,

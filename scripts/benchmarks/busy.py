@@ -35,7 +35,7 @@ from switchcli.model.generation import generate as decode
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.startup import SPIN_COUNT
+from switchcli.system.startup import SPIN_COUNT
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loop import accumulate_gradients

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from machine import PRECISIONS, Clock, Job, Result, plain
 
-from switchcli.model import cpu_products
+from switchcli.model.kernels import cpu_products
 
 SHAPES = {
     "projection, quickstart": (8192, 64, 64),

@@ -9,9 +9,9 @@ from machine import HEADS, Job, Result, begin, shape
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.layout import unsharded_weights
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initialize
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import DATA, Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loop import fit

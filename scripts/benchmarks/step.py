@@ -14,10 +14,10 @@ from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import FixedLoss, cross_entropy

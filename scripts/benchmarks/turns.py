@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 from contestants import Refused
 from machine import Job, Result
 
-from switchcli.startup import SPIN_VARIABLES, limit_spinning
+from switchcli.system.startup import SPIN_VARIABLES, limit_spinning
 
 FOLDER = Path(__file__).parent
 

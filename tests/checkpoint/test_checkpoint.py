@@ -27,7 +27,7 @@ from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
 from switchcli.errors import CheckpointError, NumericsError
-from switchcli.user_files import open_regular
+from switchcli.system.user_files import open_regular
 
 
 def fail(text: str) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from messages import naming
 
-from switchcli.checkpoint.lock import lock
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.system.lock import lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from switchcli.checkpoint.lock import lock
+from switchcli.system.lock import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -221,7 +221,7 @@ def test_the_tasks_of_a_slurm_array_prepare_a_share_each(
     for task in ("1", "2"):
         environment = {**job, **array, "SLURM_ARRAY_TASK_ID": task}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        whole.append(json.loads(done.stdout)["whole"])
+        whole.append(json.loads(done.stdout)["complete"])
     assert whole == [False, True]
     environment = {**job, "SLURM_ARRAY_TASK_ID": "1", "SWITCHCLI_CACHE": ""}
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0

@@ -9,11 +9,11 @@ import pytest
 from tiny_run import RECIPE as TINY
 from tiny_run import SwitchCLI
 
-from switchcli import credentials
 from switchcli.cli import Verbs
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.report.safe_text import one_line
+from switchcli.system import credentials
 
 SECRET = "c4n4ry"
 """The part of each URL that no output may show."""

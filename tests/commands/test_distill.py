@@ -13,9 +13,9 @@ from messages import lacking
 from safetensors.torch import load_file
 from tiny_run import RECIPE, SwitchCLI, records, write_text
 
-from switchcli.checkpoint.lock import lock
 from switchcli.runs import distilling
 from switchcli.runs.loading import load_checkpoint
+from switchcli.system.lock import lock
 from switchcli.training.distillation import DistillationLoss
 
 
@@ -47,7 +47,7 @@ def test_without_a_recipe_the_dense_student_is_trained_as_its_teacher_was(
     assert result == json.loads(Path("a/result.json").read_text())
     said = result["distillation"]
     figure = "held_out/neg_log_perplexity"
-    teacher, student, baseline = (said[who]["figures"][figure] for who in ("teacher", "student", "baseline"))
+    teacher, student, baseline = (said[who]["metrics"][figure] for who in ("teacher", "student", "baseline"))
     assert teacher == pytest.approx(json.loads(before)[figure], abs=1e-6)
     assert baseline == pytest.approx(json.loads((dense / "result.json").read_text())[figure], abs=1e-6)
     assert student == pytest.approx(result[figure], abs=1e-6)
@@ -221,7 +221,7 @@ def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Pa
     assert done.code == 0, done.err
     figure = "held_out/neg_log_perplexity"
     expected = json.loads(Path("teacher/result.json").read_text())[figure]
-    assert json.loads(done.out)["distillation"]["teacher"]["figures"][figure] == pytest.approx(expected, abs=1e-5)
+    assert json.loads(done.out)["distillation"]["teacher"]["metrics"][figure] == pytest.approx(expected, abs=1e-5)
     refused = switchcli(*small, "distill.capacity=paper", "--no-resume")
     assert refused.code == 2
     assert not lacking(refused.err, "distill.capacity paper 4 distill.capacity=dropless")

@@ -90,7 +90,7 @@ def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
     assert found == {
         "model": str(configuration),
         "code": "transformers",
-        "initialised": True,
+        "initialized": True,
         "layers": 2,
         "experts": 4,
         "sound": False,
@@ -158,7 +158,7 @@ def test_the_files_of_a_run_are_verified_as_loading_does(begun: str, switchcli: 
     done = switchcli("doctor", FILES, "a", "--json")
     assert (done.code, json.loads(done.out)) == (
         CHECKPOINT,
-        {"folder": "a", "whole": False, "loaded": two, "damage": {three: damage, two: None}},
+        {"folder": "a", "complete": False, "loaded": two, "damage": {three: damage, two: None}},
     )
     assert switchcli("doctor", FILES, two).code == 0
     one = switchcli("doctor", FILES, three)

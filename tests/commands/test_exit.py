@@ -11,8 +11,8 @@ from contextlib import suppress
 import pytest
 
 from switchcli.commands._exit import RESEND_SECONDS, interruptible
-from switchcli.distributed.signals import STOPPING, StopRequest
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, training_location
+from switchcli.system.signals import STOPPING, StopRequest
 
 ON_ITS_WAY_OUT = """
 import time
@@ -35,7 +35,7 @@ except DataError as error:
 IN_A_LIBRARY = """
 import ctypes
 from switchcli.commands import _exit
-from switchcli.distributed.signals import run_interruptibly
+from switchcli.system.signals import run_interruptibly
 from switchcli.errors import Interrupted
 lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
 lock(mutex)

@@ -46,8 +46,8 @@ def test_what_is_prepared_is_what_the_run_reads(
     assert done.code == 0, done.err
     assert done.out.count("\n") == 1
     result = json.loads(done.out)
-    assert result.keys() == {"recipe", "tokenizer", "whole", "texts", "seconds"}
-    assert (result["recipe"], result["whole"], result["tokenizer"]["vocab_size"]) == ("tiny.yaml", True, 512)
+    assert result.keys() == {"recipe", "tokenizer", "complete", "texts", "seconds"}
+    assert (result["recipe"], result["complete"], result["tokenizer"]["vocab_size"]) == ("tiny.yaml", True, 512)
     assert [*result["texts"]] == ["de", "fr"]
     for label, found in result["texts"].items():
         assert found.keys() == {"train", "held_out", "dropped", "identity", "folder"}
@@ -76,10 +76,10 @@ def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
     command = ("data", "prepare", languages[0], f"data.corpora=[{corpora}]")
     first = switchcli(*command, "--share", "1/2", "--json")
     assert first.code == 0, first.err
-    assert (json.loads(first.out)["whole"], json.loads(first.out)["texts"]) == (False, {"": None})
+    assert (json.loads(first.out)["complete"], json.loads(first.out)["texts"]) == (False, {"": None})
     assert not lacking(first.err, "share 1 2 other machines")
     second = switchcli(*command, "--share", "2/2", "--json")
-    assert json.loads(second.out)["whole"] is True
+    assert json.loads(second.out)["complete"] is True
     assert lacking(second.err, "share other machines")
     alone = switchcli(*command, "--json")
     assert json.loads(alone.out)["texts"] == json.loads(second.out)["texts"]

@@ -203,11 +203,11 @@ def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli:
     assert back.code == 0
     assert not lacking(back.err, "weights step 0 batches 1 2")
     result = json.loads(back.out)
-    assert result["left_out"] == [[1, 2]]
+    assert result["skipped_steps"] == [[1, 2]]
     assert result["held_out/neg_log_perplexity"] == result["held_out/first_neg_log_perplexity"]
     assert not lacking(back.err, "steps left out 2")
     assert not lacking(back.err, "warning: steps left out schedule.learning_rate")
-    assert {"step": 2, "left_out": [[1, 2]]} in records("runs/a")
+    assert {"step": 2, "skipped_steps": [[1, 2]]} in records("runs/a")
     assert switchcli("eval", "runs/a", "--quiet").code == 0
     assert switchcli("report", "runs/a", "--html", "a.html").code == 0
 

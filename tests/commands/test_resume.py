@@ -18,13 +18,13 @@ from tiny_run import SwitchCLI, lay_out
 from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.lock import lock
 from switchcli.cli import app
 from switchcli.recipe import resolve
 from switchcli.report.program import program_name
 from switchcli.runs import pretraining as verb
 from switchcli.runs import run_dir, trainer
 from switchcli.spec import Spec
+from switchcli.system.lock import lock
 
 INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13

@@ -35,7 +35,7 @@ def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, 
     assert found["sequences"] == {"text": 8}
     assert found["drift"] is None
     assert found["rare"] == 10
-    (atlas,) = found["atlases"]
+    (atlas,) = found["models"]
     assert (atlas["step"], atlas["capacity"], atlas["num_experts"]) == (2, "paper", 4)
     measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["text"]["layers"]
     assert list(atlas["layers"]) == list(measured)
@@ -57,7 +57,7 @@ def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, 
 def test_what_is_measured_can_be_named(trained: Path, switchcli: SwitchCLI) -> None:
     found = survey(switchcli, trained, "text.sequences=3", "capacities=[dropless]")
     assert found["sequences"] == {"text": 3}
-    (atlas,) = found["atlases"]
+    (atlas,) = found["models"]
     assert atlas["capacity"] == "dropless"
     assert {layer["dropped_fraction"] for layer in atlas["layers"].values()} == {0.0}
 
@@ -69,19 +69,19 @@ def test_a_checkpoint_whose_path_looks_like_a_key_can_be_named(
     Path("rt-lr=0.1").symlink_to(trained)
     found = survey(switchcli, "rt-lr=0.1", "text.sequences=1")
     assert found["sequences"] == {"text": 1}
-    assert found["atlases"][0]["checkpoint"].startswith("rt-lr=0.1/")
+    assert found["models"][0]["checkpoint"].startswith("rt-lr=0.1/")
 
 
 @pytest.mark.integration
 def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None:
     found = survey(switchcli, languages)
     assert found["sequences"] == {"de": 8, "fr": 8}
-    layers = found["atlases"][0]["layers"]
+    layers = found["models"][0]["layers"]
     assert len(layers) == 4
     for layer in layers.values():
         assert list(layer["texts"]) == ["de", "fr"]
         assert [sum(pair) for pair in zip(*layer["texts"].values(), strict=True)] == layer["load"]
-        assert layer["told_by"]["text"]["share"] <= layer["told_by"]["token"]["share"] + 0.05
+        assert layer["explained_by"]["text"]["share"] <= layer["explained_by"]["token"]["share"] + 0.05
     shown = switchcli("report", "--routing", languages).out
     assert "by text" in shown
     assert not lacking(shown, "most text's tokens")
@@ -99,7 +99,7 @@ def test_a_fine_tuned_run_is_shown_on_its_tasks_and_against_the_one_that_it_bega
 ) -> None:
     found = survey(switchcli, tuned, trained)
     assert set(found["sequences"]) == {"colour", "last"}
-    one, other = found["atlases"]
+    one, other = found["models"]
     assert (one["step"], other["step"]) == (2, 2)
     for name, drift in found["drift"].items():
         assert drift["tokens"] == one["layers"][name]["tokens"] == other["layers"][name]["tokens"]

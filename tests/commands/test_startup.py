@@ -49,7 +49,7 @@ def test_a_user_who_says_how_long_threads_spin_is_obeyed(variable: str, tmp_path
 STREAMS = """
 import os, sys
 from pathlib import Path
-from switchcli import startup
+from switchcli.system import startup
 startup.reopen_closed_streams()
 with Path("first").open("w") as file:
     print("to stdout")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import python_stdlib
 from switchcli.data.sources.corpus import PythonStdlib
+from switchcli.data.sources.digests import Digests
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from switchcli.data.prepare import digests as module
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources import digests as module
 from switchcli.data.sources.corpus import HubCorpus, PythonStdlib
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.errors import DataError
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from messages import naming_words
 from pyarrow import parquet
 
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import files
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import SourceShard, is_held_out
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.paths import SourceFile

@@ -19,9 +19,9 @@ from huggingface_hub.errors import (
 )
 from messages import naming_words
 
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import corpus as module
 from switchcli.data.sources.corpus import HubCorpus, SourceShard
+from switchcli.data.sources.digests import Digests
 from switchcli.errors import DataError
 
 TOKEN = "hf_SecretOfTheUser0123456789"

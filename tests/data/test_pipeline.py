@@ -22,6 +22,7 @@ import tokenizers
 from damage import array_bytes
 from messages import naming_words
 from numpy.typing import NDArray
+from switchcli.data.prepare.verified import VerifiedFolder
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
@@ -30,7 +31,6 @@ from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import build_atomically, default_cache, remove_stale
 from switchcli.data.prepare.dedup import Duplicates
-from switchcli.data.prepare.digests import Track
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepare_context import PrepareContext
@@ -45,9 +45,9 @@ from switchcli.data.prepare.store import (
     read_manifest,
     write_manifest,
 )
-from switchcli.data.prepare.verified import VerifiedFolder
 from switchcli.data.sources import files
 from switchcli.data.sources.corpus import FilesCorpus
+from switchcli.data.sources.digests import Track
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer, Wait

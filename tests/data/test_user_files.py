@@ -9,7 +9,7 @@ from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError
 from switchcli.recipe import resolve
-from switchcli.user_files import open_regular, read_regular
+from switchcli.system.user_files import open_regular, read_regular
 
 
 @pytest.fixture

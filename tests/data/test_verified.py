@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import array_bytes
+from switchcli.data.prepare.verified import VerifiedFolder
 
 from switchcli.data.prepare.store import TOKENS, StoreWriter, TokenStore, read_manifest, write_manifest
-from switchcli.data.prepare.verified import VerifiedFolder
 from switchcli.errors import DataError
 
 

@@ -17,10 +17,10 @@ from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.fsops import DISK
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import SwitchError
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training import loop
 from switchcli.training.callbacks import SaveCallback
 from switchcli.training.checkpointer import DATA, Checkpointer

@@ -10,11 +10,11 @@ from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
+from switchcli.system.signals import StopRequest
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import FixedLoss, cross_entropy

@@ -32,11 +32,11 @@ from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training.callbacks import SaveCallback, ValidationCallback
 from switchcli.training.checkpointer import Checkpointer
 from switchcli.training.config import CheckpointSpec, NonfiniteSpec, TrainSpec

@@ -28,7 +28,6 @@ from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, local_values
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
@@ -42,6 +41,7 @@ from switchcli.model.trainable import freeze, trainable, trainable_members
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.report.console import silent
 from switchcli.spec import PAD
+from switchcli.system.signals import StopRequest
 from switchcli.training.callbacks import Callback, LogCallback, ValidationCallback
 from switchcli.training.config import Precision, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher

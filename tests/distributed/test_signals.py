@@ -7,7 +7,7 @@ import pytest
 
 from switchcli.commands._exit import interruptible
 from switchcli.data.prepare import shards
-from switchcli.distributed.signals import STOPPING, StopRequest
+from switchcli.system.signals import STOPPING, StopRequest
 
 
 def test_the_signals_are_those_of_users_and_schedulers() -> None:

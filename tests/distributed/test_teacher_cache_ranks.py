@@ -7,9 +7,9 @@ from ranks import on_ranks
 from tiny_model import SPARSE, TARGET, a_model, rows
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.report.console import silent
+from switchcli.system.signals import StopRequest
 from switchcli.training.distillation import Teacher
 from switchcli.training.distillation_specs import TeacherCacheSpec
 from switchcli.training.teacher_cache import TeacherCache

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.distributed.trackers import Trackers, check_usable
 from switchcli.errors import RecipeError
+from switchcli.training.trackers import Trackers, check_usable
 
 
 def test_tensorboard_writes_each_figure_at_its_step(tmp_path: Path) -> None:

@@ -190,10 +190,10 @@ BROKEN = {
     "few slots": Broken(lambda patch: ours(router=FEW_SLOTS), "fail", {"dropped tokens"}),
     "padding is routed": Broken(padding_is_routed, "fail", {"padding"}),
     "padding takes slots": Broken(padding_takes_slots, "fail", {"padding"}),
-    "rows are mixed": Broken(rows_are_mixed, "fail", {"batch neighbours"}),
+    "rows are mixed": Broken(rows_are_mixed, "fail", {"batch independence"}),
     "always a capacity": Broken(a_capacity_whatever_the_policy, "fail", {"cached decoding"}),
     "always the paper's": Broken(
-        a_capacity_of_groups_whatever_the_policy, "fail", {"batch neighbours", "cached decoding", "padding"}
+        a_capacity_of_groups_whatever_the_policy, "fail", {"batch independence", "cached decoding", "padding"}
     ),
     "noise in place": Broken(route(noisy_in_place), "fail", {"clean experts' input"}),
     "an unused weight": Broken(an_unused_weight, "warn", {"gradient of idle experts"}),

@@ -21,9 +21,9 @@ from switchcli.checkpoint.checkpoint import CheckpointWriter
 from switchcli.data.prepare import shards
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import STOPPING
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.runs import pretraining, trainer
+from switchcli.system.signals import STOPPING
 from switchcli.training.callbacks import ValidationCallback
 from switchcli.training.distillation import Teacher
 from switchcli.training.optimizers import Optimizer

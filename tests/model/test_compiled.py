@@ -18,8 +18,8 @@ from torch.torch_version import TorchVersion
 
 from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
+from switchcli.model.kernels.opaque_ops import random_bits
 from switchcli.model.moe.layer import evaluating
-from switchcli.model.moe.opaque_ops import random_bits
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.loss import cross_entropy, packed_cross_entropy

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from tiny_model import SPARSE, a_model
 
-from switchcli.model import cpu_products, generation
+from switchcli.model import generation
 from switchcli.model.attention import KeyValue, attend
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
-from switchcli.model.cpu_products import MIN_WIDTH_OVER_ROWS, MIN_WORK, ROW_BLOCK
 from switchcli.model.decoding import Decoding
+from switchcli.model.kernels import cpu_products
+from switchcli.model.kernels.cpu_products import MIN_WIDTH_OVER_ROWS, MIN_WORK, ROW_BLOCK
 from switchcli.model.layers import Linear
 from switchcli.model.moe.experts import grouped_product
 from switchcli.model.moe.layer import evaluating

@@ -16,11 +16,12 @@ from torch.nn.attention import flex_attention as torch_flex
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ParallelSpec
-from switchcli.model import block_execution, flex
+from switchcli.model import block_execution
 from switchcli.model.attention import KeyValue, RelativePositionBias, attend, padding_bias
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
-from switchcli.model.flex import FlexBias, causal, flex_attend, visible
+from switchcli.model.kernels import flex
+from switchcli.model.kernels.flex import FlexBias, causal, flex_attend, visible
 from switchcli.model.packing import segment_bias
 from switchcli.training.loss import cross_entropy, packed_cross_entropy
 

@@ -7,12 +7,12 @@ from doubles import Source
 from tiny_model import NOISY, SPARSE, a_model, rows, step_total
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training.callbacks import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit

@@ -8,9 +8,9 @@ from cpu_ratio import cpu_ratio
 from pydantic import BaseModel, ValidationError
 from schemas import RECIPES, fields
 
-from switchcli import credentials
 from switchcli.data.tokenizer.tokenizer import HubTokenizer, TokenizerFile
 from switchcli.spec import PathOrUrl, Spec
+from switchcli.system import credentials
 
 NO_PLACES = {
     "TrainingRecipe.description",

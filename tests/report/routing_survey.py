@@ -17,7 +17,7 @@ def a_layer(experts: int, pieces: list[str]) -> dict[str, Any]:
         "confidence": 0.5,
         "entropy": 1.0,
         "load": load,
-        "told_by": {"token": {"share": 0.5}, "position": {"share": None}, "text": {"share": -0.25}},
+        "explained_by": {"token": {"share": 0.5}, "position": {"share": None}, "text": {"share": -0.25}},
         "experts": [{"share": one / sum(load), **(found if one else nothing)} for one in load],
         "positions": {"firsts": [0, 256], "last": 511, "load": [[0] * experts, load]},
         "sentinels": {"<extra_id_0>": load, "<extra_id_1>": [1] + [0] * (experts - 1)},
@@ -33,7 +33,7 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
         "changed": 0.5,
         "beyond_chance": None,
         "matched": {"changed": 0.125, "beyond_chance": 0.75, "exact": True, "experts": [*range(experts)][::-1]},
-        "told_by_the_other": {"share": 0.25},
+        "shared_information": {"share": 0.25},
         "together": [
             [one if row + column == experts - 1 else 0 for column in range(experts)]
             for row, one in enumerate(layer["load"])
@@ -50,4 +50,4 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
         }
         for name in ("one", "two")
     ]
-    return {"sequences": {"en": 8, "de": 8}, "rare": 10, "atlases": atlases, "drift": drifts}
+    return {"sequences": {"en": 8, "de": 8}, "rare": 10, "models": atlases, "drift": drifts}

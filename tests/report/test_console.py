@@ -145,7 +145,7 @@ def test_a_task_with_malformed_answers_says_how_many() -> None:
 
 
 @pytest.mark.parametrize(
-    ("terminal", "left_out"),
+    ("terminal", "skipped_steps"),
     [
         (120, []),
         (80, ["FLOP/s", "grad norm", "lr"]),

@@ -67,7 +67,7 @@ def test_the_title_names_the_run_from_within_it(tmp_path: Path, monkeypatch: pyt
     for within, checkpoint in (("mine", "."), ("mine", f"checkpoints/{step.name}"), ("mine/checkpoints", step.name)):
         monkeypatch.chdir(tmp_path / within)
         survey = a_survey()
-        survey["atlases"] = [{**survey["atlases"][0], "checkpoint": checkpoint}]
+        survey["models"] = [{**survey["models"][0], "checkpoint": checkpoint}]
         assert not lacking(title(survey), "mine step 10")
 
 

@@ -59,12 +59,12 @@ def test_steps_that_were_left_out_are_told(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:
         for left_out in ([[5, 8]], [[5, 8], [12, 12]]):  # the last says all
-            file.write(json.dumps({"step": 60, "left_out": left_out}) + "\n")
+            file.write(json.dumps({"step": 60, "skipped_steps": left_out}) + "\n")
     (note,) = read(folder, RECIPE).notes
     assert not lacking(note, f"{folder} batches 5 8 12 train.nonfinite")
     for strange in ({"a": 1}, [[1]], [["1", "\x1b"]], None, "12"):
         with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": 61, "left_out": strange}) + "\n")
+            file.write(json.dumps({"step": 61, "skipped_steps": strange}) + "\n")
         assert read(folder, RECIPE).notes == ()
 
 

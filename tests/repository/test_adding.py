@@ -402,7 +402,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
 from switchcli.errors import DataError
 

@@ -29,6 +29,7 @@ PACKAGES = {
     "runs": "torch pydantic",
     "recipe": "yaml pydantic pydantic_core",
     "doctor": "torch safetensors",
+    "analysis": "torch",
     "training": "torch safetensors pydantic",
     "convert": "torch safetensors pydantic",
     "checkpoint": "torch safetensors pydantic",
@@ -38,21 +39,16 @@ PACKAGES = {
     "model": "torch pydantic",
     "data": "numpy tokenizers pydantic",
     "report": "rich tensorboard wandb numpy vl_convert",
-    "credentials": "",
     "errors": "",
     "metric_names": "",
-    "processor": "",
-    "publish": "",
     "spec": "pydantic",
-    "startup": "",
-    "user_files": "",
+    "system": "",
 }
 """The packages of others that each package of ours may import, besides the standard library."""
 PACKAGES_OF_ONE_FILE = {
     "switchcli/data/batch.py": "torch",
     "switchcli/data/task_batches.py": "torch",
     "switchcli/data/text_batches.py": "torch",
-    "switchcli/data/prepare/store.py": "pyarrow",
     "switchcli/data/sources/corpus.py": "datasets huggingface_hub",
     "switchcli/data/sources/parquet.py": "pyarrow",
     "switchcli/data/sources/paths.py": "fsspec pyarrow",
@@ -62,22 +58,22 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/convert/ctranslate2_spec.py": "ctranslate2",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
-    "switchcli/distributed/trackers.py": "wandb",
     "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
     "switchcli/tasks/text_metrics.py": "sacrebleu",
+    "switchcli/training/trackers.py": "accelerate wandb",
 }
 READ_BY_PATH = {
     "switchcli/checkpoint/tensor_file.py": "of a descriptor",
     "switchcli/commands/_options.py": "a pipe of the user's shell",
     "switchcli/commands/recipes.py": "of the package",
-    "switchcli/data/prepare/digests.py": "of the cache",
+    "switchcli/data/sources/digests.py": "of the cache",
     "switchcli/data/prepare/pipeline.py": "of the cache",
     "switchcli/data/prepare/shards.py": "of the cache",
     "switchcli/data/prepare/store.py": "of the cache",
     "switchcli/data/prepare/verified.py": "of the cache",
     "switchcli/data/sources/python_stdlib.py": "of Python",
     "switchcli/distributed/launch.py": "of the launcher itself",
-    "switchcli/processor.py": "of the system",
+    "switchcli/system/processor.py": "of the system",
     "switchcli/recipe/key_index.py": "of the package",
     "switchcli/recipe/library.py": "of the package",
     "switchcli/report/html_page.py": "of the package",
@@ -201,7 +197,7 @@ def files_from_outside_are_opened_by_user_files(module: Module) -> Iterator[Faul
             reads = any(isinstance(mode, ast.Constant) and str(mode.value).startswith("r") for mode in modes)
             whole = name.endswith(".read_text") or (name.endswith(".read_bytes") and not call.args)
             if whole or (name.endswith(".open") and reads) or name == "safe_open":
-                yield call.lineno, f"{name}: take switchcli.user_files"
+                yield call.lineno, f"{name}: take switchcli.system.user_files"
 
 
 def types_are_known(module: Module) -> Iterator[Fault]:
@@ -331,7 +327,7 @@ SLIPS: dict[Rule, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
         ],
         [
             (DATA, "open_regular(path)\nread_regular(path, 9)\npath.open('wb')\nshard.open()"),
-            ("switchcli/processor.py", "path.read_text()"),
+            ("switchcli/system/processor.py", "path.read_text()"),
         ],
     ),
     types_are_known: ([(DATA, "hasattr(x, 'y')")], [(DATA, "getattr(x, 'y')")]),

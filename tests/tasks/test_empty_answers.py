@@ -25,7 +25,7 @@ ROWS: dict[str, Mapping[str, Any]] = {
 def scored(task: Task, examples: list[Example], prediction: str) -> dict[str, float]:
     """Return every metric of a task whose answers are all the same."""
     found = score(task, [AnsweredExample(example, prediction) for example in examples], draws=0)
-    return {name: metric.value for name, metric in (found.metrics | found.beside).items()}
+    return {name: metric.value for name, metric in (found.metrics | found.secondary_metrics).items()}
 
 
 def labelled_examples(task: Task) -> list[Example]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.data.prepare.digests import Digests
+from switchcli.data.sources.digests import Digests
 from switchcli.tasks import stdlib_tasks
 from switchcli.tasks.stdlib_tasks import MODULES, TASKS, docstring_rows, module_rows, without_names
 from switchcli.tasks.task import EmbeddedSource, Row

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from switchcli.data.prepare.digests import Digests
 from switchcli.data.sources import corpus
+from switchcli.data.sources.digests import Digests
 from switchcli.errors import DataError
 from switchcli.tasks import reading
 from switchcli.tasks.config import CustomTask

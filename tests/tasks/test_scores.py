@@ -29,8 +29,8 @@ def answered(targets: str, predictions: str) -> list[AnsweredExample]:
 def test_a_task_by_hand() -> None:
     found = score(TASK, answered("yyynn--", "yynn?y?"))
     assert found.score == found.metrics["em"]
-    assert found.metrics["em"].value == found.beside["f1"].value == pytest.approx(60)
-    assert (found.num_examples, found.num_units, found.num_unlabelled) == (5, 5, 2)
+    assert found.metrics["em"].value == found.secondary_metrics["f1"].value == pytest.approx(60)
+    assert (found.num_examples, found.num_units, found.num_unlabeled) == (5, 5, 2)
     assert found.malformed == pytest.approx(100 * 2 / 7)
     assert (found.chance, found.majority) == (50, pytest.approx(60))
     plain = found.to_json()
@@ -39,7 +39,7 @@ def test_a_task_by_hand() -> None:
 
 
 def test_the_score_is_the_mean_of_the_metrics_drawn_together() -> None:
-    task = TASK._replace(metrics=(squad_em, squad_f1), beside=(), labels=())
+    task = TASK._replace(metrics=(squad_em, squad_f1), secondary_metrics=(), labels=())
     said = [
         AnsweredExample(Example("", ("big moose",)), word) for word in ("big moose", "moose", "elk", "a big, big moose")
     ]
@@ -52,15 +52,15 @@ def test_the_score_is_the_mean_of_the_metrics_drawn_together() -> None:
     assert found.majority == 100
     lows = [metric.low for metric in found.metrics.values()]
     assert min(lows) <= found.score.low <= max(lows)
-    found = score(task._replace(metrics=(squad_em,), beside=(squad_f1,)), said)
-    assert found.score == found.metrics["em"] != found.beside["f1"], "a metric beside does not count"
+    found = score(task._replace(metrics=(squad_em,), secondary_metrics=(squad_f1,)), said)
+    assert found.score == found.metrics["em"] != found.secondary_metrics["f1"], "a metric beside does not count"
 
 
 @pytest.mark.parametrize("targets", ["", "-", "---"])
 def test_without_labels_there_is_no_score(targets: str) -> None:
     found = score(TASK, answered(targets, "?" * len(targets)))
-    assert (found.score, found.metrics, found.beside, found.majority) == (None, {}, {}, None)
-    assert (found.num_examples, found.num_units, found.num_unlabelled) == (0, 0, len(targets))
+    assert (found.score, found.metrics, found.secondary_metrics, found.majority) == (None, {}, {}, None)
+    assert (found.num_examples, found.num_units, found.num_unlabeled) == (0, 0, len(targets))
     assert found.malformed == (100 if targets else None)
     assert json.loads(json.dumps(found.to_json()))["score"] is None
 
@@ -109,7 +109,7 @@ def test_an_interval_holds_its_score(pairs: list[tuple[str, str]]) -> None:
     said = [AnsweredExample(Example("", (target,)), prediction) for target, prediction in pairs]
     found = score(TASK._replace(metrics=(exact_match, bleu, rouge2)), said, draws=1)
     assert found.score is not None
-    for one in (found.score, *found.metrics.values(), *found.beside.values()):
+    for one in (found.score, *found.metrics.values(), *found.secondary_metrics.values()):
         assert 0 <= one.value <= 100 + 1e-9
         if one.low is not None and one.high is not None:
             assert 0 <= one.low <= one.value <= one.high <= 100 + 1e-9

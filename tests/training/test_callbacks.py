@@ -14,10 +14,10 @@ from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import NumericsError
 from switchcli.metric_names import HELD_OUT
 from switchcli.spec import PAD
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training import callbacks
 from switchcli.training.callbacks import EvaluationCallback, LogCallback, Record, ValidationCallback
 from switchcli.training.loss import Objective, StepLoss, cross_entropy

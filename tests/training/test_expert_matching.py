@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from switchcli.training import expert_matching
 from switchcli.training.expert_matching import agreement, best_matching, greedy_matching, matching_metrics
-from switchcli.training.routing_counts import ExpertChoices, StackTokens, count_choices
+
+from switchcli.analysis.routing_counts import ExpertChoices, StackTokens, count_choices
+from switchcli.training import expert_matching
 
 TABLES = st.integers(1, 6).flatmap(
     lambda num: st.lists(st.lists(st.integers(0, 9), min_size=num, max_size=num), min_size=num, max_size=num)
@@ -77,7 +77,7 @@ def test_experts_that_only_changed_their_numbers_changed_nothing(most: int, monk
     assert found["changed"] == 1.0
     assert found["beyond_chance"] < 0
     assert found["matched"] == {"changed": 0.0, "beyond_chance": 1.0, "experts": order.tolist(), "exact": most == 256}
-    assert found["told_by_the_other"]["share"] == pytest.approx(1.0)
+    assert found["shared_information"]["share"] == pytest.approx(1.0)
     assert found["together"] == (together_EE.tolist() if most == 256 else None)
 
 
@@ -109,7 +109,7 @@ def test_routers_that_chose_by_themselves_agree_by_chance_alone(
         figure = matching_metrics((ones_AE[0].mT @ ones_AE[1]).double(), *counts)
         found.append(figure["matched"]["beyond_chance"])
         plain.append(figure["beyond_chance"])
-        assert figure["told_by_the_other"]["share"] == pytest.approx(0.0, abs=0.05)
+        assert figure["shared_information"]["share"] == pytest.approx(0.0, abs=0.05)
     assert sum(found) / 5 == pytest.approx(0.0, abs=0.02)
     assert sum(plain) / 5 == pytest.approx(0.0, abs=0.02)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_model import SPARSE, a_model
 
+from switchcli.analysis.guesses import NUM_GUESSES, measure_guesses, text_of, visible_tokens
 from switchcli.data.batch import Batch
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.data.tokenizer.train import VocabSize, train_unigram
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.training.guesses import NUM_GUESSES, measure_guesses, text_of, visible_tokens
 
 CONTEXT = DistributedContext("cpu", "float32")
 WORDS = "one two three four five six"

@@ -16,11 +16,11 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest
 from switchcli.errors import NumericsError
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
+from switchcli.system.signals import StopRequest
 from switchcli.training.callbacks import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import accumulate_gradients

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import (
@@ -27,6 +26,7 @@ from switchcli.model.moe.router import (
     TopKRouter,
 )
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system.signals import StopRequest
 from switchcli.training.config import TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec

@@ -45,7 +45,7 @@ def test_a_run_that_skips_a_step_is_the_run_without_its_batch() -> None:
     like.fit()
     assert torch.equal(weights(run), weights(like))
     assert run.state.skipped_steps == [(1, 1)]
-    assert records == [{"step": 1, "left_out": [(1, 1)]}]
+    assert records == [{"step": 1, "skipped_steps": [(1, 1)]}]
     assert seen == [1, 2]
     assert int(run.state.metrics_since_log["gradient_norm"].weight) == 1
     assert len(said) == 1

@@ -10,6 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import GROUPED, SPARSE, a_model, rows
 
+from switchcli.analysis.routing_counts import (
+    ExpertChoices,
+    ExpertCounts,
+    LayerCounts,
+    StackTokens,
+    count_choices,
+    count_routing,
+    observe,
+    stack_tokens,
+)
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
@@ -25,16 +35,6 @@ from switchcli.model.moe.router import (
 from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
-from switchcli.training.routing_counts import (
-    ExpertChoices,
-    ExpertCounts,
-    LayerCounts,
-    StackTokens,
-    count_choices,
-    count_routing,
-    observe,
-    stack_tokens,
-)
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
 ROUTERS: dict[str, tuple[Router, Router | None]] = {

@@ -15,12 +15,12 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.data.tokenizer.train import VocabSize, train_unigram
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ParallelSpec
-from switchcli.distributed.signals import StopTraining
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate, label_log_likelihoods
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
+from switchcli.system.signals import StopTraining
 from switchcli.tasks.config import CustomTask
 from switchcli.tasks.scores import Score, Scores
 from switchcli.tasks.suites import MNLI, PAPER

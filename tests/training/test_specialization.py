@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_routing_counts import looked_at
 
-from switchcli.training.routing_counts import (
+from switchcli.analysis.routing_counts import (
     ExpertChoices,
     ExpertCounts,
     LayerCounts,
@@ -17,7 +17,7 @@ from switchcli.training.routing_counts import (
     count_choices,
     sum_counts,
 )
-from switchcli.training.specialization import (
+from switchcli.analysis.specialization import (
     MIN_COUNT,
     TOP_TOKENS,
     information,
@@ -71,11 +71,11 @@ def test_a_token_that_decides_all_its_experts_says_all_and_one_that_decides_none
     draw = torch.Generator().manual_seed(0)
     id_A = torch.randint(400, (4000,), generator=draw)
     of_each = torch.rand(400, 8, generator=draw).topk(k).indices
-    decided = specialization_metrics({"text": of_several(of_each[id_A], id_A)}, [])["told_by"]["token"]
+    decided = specialization_metrics({"text": of_several(of_each[id_A], id_A)}, [])["explained_by"]["token"]
     assert decided["share"] == pytest.approx(1.0)
     assert decided["within"] == pytest.approx(math.log(k))
     at_random = torch.rand(4000, 8, generator=draw).topk(k).indices
-    chance = specialization_metrics({"text": of_several(at_random, id_A)}, [])["told_by"]["token"]
+    chance = specialization_metrics({"text": of_several(at_random, id_A)}, [])["explained_by"]["token"]
     assert chance["share"] == pytest.approx(0.0, abs=0.02)
 
 
@@ -125,7 +125,7 @@ def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
     assert [sum(column) for column in zip(*found["texts"].values(), strict=True)] == found["load"]
     assert sum(map(sum, found["positions"]["load"])) == chosen
     assert set(found["sentinels"]) <= {1, 4}
-    assert set(found["told_by"]) == {"token", "position", "text"}
+    assert set(found["explained_by"]) == {"token", "position", "text"}
     for expert, load in enumerate(found["load"]):
         assert (found["experts"][expert]["confidence"] is None) == (load == 0)
         assert bool(found["experts"][expert]["by_count"]) == (load > 0)
@@ -143,9 +143,9 @@ def of_positions(positions: range) -> LayerCounts:
 def test_experts_that_go_by_position_and_one_that_takes_nothing() -> None:
     once = of_positions(range(64))
     found = specialization_metrics({"text": once + once + once}, [])
-    assert found["told_by"]["position"]["share"] == pytest.approx(1.0)
-    assert abs(found["told_by"]["token"]["share"]) < 0.1
-    assert "text" not in found["told_by"]
+    assert found["explained_by"]["position"]["share"] == pytest.approx(1.0)
+    assert abs(found["explained_by"]["token"]["share"]) < 0.1
+    assert "text" not in found["explained_by"]
     assert found["positions"]["firsts"] == list(range(0, 64, 4))
     assert found["positions"]["last"] == 63
     assert found["positions"]["load"] == [[12, 0, 0]] * 8 + [[0, 12, 0]] * 8

@@ -14,10 +14,10 @@ from tiny_model import SPARSE, TARGET, a_model, rows
 
 from switchcli.data.batch import TeacherTopK
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.signals import StopRequest, StopTraining
 from switchcli.errors import CheckpointError
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.report.console import silent
+from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.distillation import Teacher
 from switchcli.training.distillation_specs import TeacherCacheSpec
 from switchcli.training.teacher_cache import TeacherCache, bytes_per_step, id_dtype
