@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ from blocks import ROOT, Block, Command, blocks_in, blocks_of, commands_of, over
 from terminal import in_terminal
 
 from switchcli.cli import app
-from switchcli.errors import RecipeError, RenamedWarning, SwitchError
+from switchcli.errors import RecipeError, SwitchError
 from switchcli.recipe import key_index, library, yaml_nodes
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.sizes import SIZES
@@ -114,12 +113,10 @@ def _recipe_faults(verb: str, name: str | None, overrides: Sequence[str]) -> lis
 
 
 def _errors_of(name: str, overrides: Sequence[str] = ()) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RenamedWarning)  # a page about upgrading has old names
-        try:
-            resolve_standalone(name, overrides)
-        except RecipeError as error:
-            return list(error.lines)
+    try:
+        resolve_standalone(name, overrides)
+    except RecipeError as error:
+        return list(error.lines)
     return []
 
 

@@ -9,7 +9,7 @@ from messages import assert_line
 from switchcli.data.objectives.denoisers import Denoisers
 from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.errors import RecipeError, RenamedWarning
+from switchcli.errors import RecipeError
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, PretrainRecipe, editor_schema
@@ -137,26 +137,6 @@ def test_objectives_that_cannot_be(recipe, override, words):
     with pytest.raises(RecipeError) as raised:
         recipe(override)
     assert_line(str(raised.value), f"override {override.partition('=')[0]}", words)
-
-
-RENAMED = [
-    ("data.span_corruption.inputs_length=128", "data.objective.inputs_length=128", "data.objective"),
-    ("data.lanes=4", "data.stream_shards=4", "data.stream_shards"),
-    ("data={lanes: 4}", "data.stream_shards=4", "data.stream_shards"),
-    ("parallel.wire=float32", "parallel.comm_dtype=float32", "parallel.comm_dtype"),
-    (
-        "model.router={kind: top_k, renormalise: false}",
-        "model.router={kind: top_k, renormalize: false}",
-        "model.router.renormalize",
-    ),
-]
-
-
-@pytest.mark.parametrize(("old", "new", "key"), RENAMED)
-def test_the_old_name_of_a_key_works_with_a_warning_that_gives_the_new_one(recipe, old, new, key):
-    with pytest.warns(RenamedWarning, match=key):
-        found = recipe(old)
-    assert found == recipe(new)
 
 
 def test_a_router_without_a_kind_is_switch(recipe):

@@ -145,7 +145,7 @@ def test_a_task_with_malformed_answers_says_how_many() -> None:
 
 
 @pytest.mark.parametrize(
-    ("terminal", "skipped_steps"),
+    ("terminal", "left_out"),
     [
         (120, []),
         (80, ["FLOP/s", "grad norm", "lr"]),
