@@ -19,15 +19,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tokenizers
-from damage import array_bytes
 from messages import naming_words
 from numpy.typing import NDArray
-from switchcli.data.prepare.verified import VerifiedFolder
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
-from switchcli.data.prepare import prepared_text as text_module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import build_atomically, default_cache, remove_stale
 from switchcli.data.prepare.dedup import Duplicates
@@ -42,8 +39,6 @@ from switchcli.data.prepare.store import (
     StoreWriter,
     TokenStore,
     is_complete,
-    read_manifest,
-    write_manifest,
 )
 from switchcli.data.sources import files
 from switchcli.data.sources.corpus import FilesCorpus
@@ -289,7 +284,7 @@ def test_after_a_stop_a_damaged_piece_and_a_copy_of_another_are_made_again(corpu
     with pytest.raises(KeyboardInterrupt):
         corpus.prepare(stop_after(4, interrupt))
     first, second, third = corpus.folders[:3]
-    flip(first / "train-000.arrow")
+    cut(first / f"train-000{TOKENS}")
     shutil.rmtree(second)
     shutil.copytree(third, second)
     assert is_complete(second)
@@ -481,10 +476,10 @@ def making(folder: Path, node: str) -> Iterator["subprocess.Popen[str]"]:
 # Damage
 
 
-def flip(path: Path, array: str = TOKENS) -> None:
-    """Change the last number of one of the two arrays of an Arrow file."""
+def flip(path: Path) -> None:
+    """Change the last number of an array."""
     content = bytearray(path.read_bytes())
-    content[array_bytes(path)[array].stop - 1] ^= 1
+    content[-1] ^= 1
     path.unlink()
     path.write_bytes(content)
 
@@ -495,12 +490,14 @@ def cut(path: Path) -> None:
     path.write_bytes(content[:-2])
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flip": lambda folder: flip(folder / "piece-00002/train-000.arrow"),
-    "cut": lambda folder: cut(folder / "piece-00002/held_out-000.arrow"),
-    "offsets": lambda folder: flip(folder / "piece-00002/train-000.arrow", OFFSETS),
-    "lost": lambda folder: (folder / "piece-00002/train-000.arrow").unlink(),
+FOUND_AT_START: dict[str, Callable[[Path], None]] = {
+    "cut": lambda folder: cut(folder / f"piece-00002/held_out-000{TOKENS}"),
+    "lost": lambda folder: (folder / f"piece-00002/train-000{OFFSETS}").unlink(),
     "lost piece": lambda folder: shutil.rmtree(folder / "piece-00002"),
+}
+FOUND_BY_CHECK: dict[str, Callable[[Path], None]] = {
+    "tokens": lambda folder: flip(folder / f"piece-00002/train-000{TOKENS}"),
+    "offsets": lambda folder: flip(folder / f"piece-00002/train-000{OFFSETS}"),
 }
 MANIFESTS: dict[str, Callable[[Path], None]] = {
     "altered": lambda folder: _alter(folder / "manifest.json"),
@@ -518,13 +515,13 @@ def _alter(path: Path) -> None:
     path.write_text(path.read_text().replace("tokens", "t0kens", 1))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*FOUND_AT_START, *FOUND_BY_CHECK])
 def test_a_damaged_piece_is_made_anew_and_no_other(corpus: Corpus, damage: str) -> None:
     text = corpus.prepare()
     before = contents(text.folder)
-    DAMAGES[damage](text.folder)
+    {**FOUND_AT_START, **FOUND_BY_CHECK}[damage](text.folder)
     shows = Shows()
-    assert corpus.prepare(shows).identity == text.identity
+    module.prepare(corpus.spec, corpus.context(shows)._replace(check=damage in FOUND_BY_CHECK))
     assert shows.num_pieces == 1
     assert contents(text.folder) == before
 
@@ -539,29 +536,6 @@ def test_a_lost_or_foreign_manifest_is_written_anew(corpus: Corpus, damage: str)
     assert corpus.prepare(shows).identity == text.identity
     assert shows.num_pieces == 1
     assert contents(text.folder) == before
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_of_a_large_text_damage_is_told_at_the_first_use_and_mended_by_a_check(
-    corpus: Corpus, damage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_module, "CHECKED_AT_START", 1000)
-    text = corpus.prepare()
-    before = contents(text.folder)
-    DAMAGES[damage](text.folder)
-    shows = Shows()
-    again = corpus.prepare(shows)
-    assert (again.identity, shows.told) == (text.identity, [])
-    part = HELD_OUT if damage == "cut" else TRAIN
-    for number in (0, 1, 3, 4, 5):
-        again.shards[part][number].open()
-    with pytest.raises(DataError, match=rf"piece-00002/{part}-000\.arrow: .*prepare RECIPE --check") as raised:
-        again.shards[part][2].open()
-    assert str(text.folder) in str(raised.value)
-    module.prepare(corpus.spec, corpus.context(shows)._replace(check=True))
-    assert shows.num_pieces == 1
-    assert contents(text.folder) == before
-    again.shards[part][2].open()
 
 
 # Disks
@@ -793,11 +767,10 @@ def few_files(number: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus) -> None:
     spec = mixture.spec.model_copy(update={"duplicates": Duplicates()})
     expected = module.prepare(spec, mixture.context()).identity
     shutil.rmtree(mixture.cache)
-    monkeypatch.setattr(text_module, "IN_MEMORY_BYTES", 0)
     module.prepare(mixture.spec, mixture.context())
     with few_files(10):  # there are 12 shards
         assert module.prepare(spec, mixture.context()).identity == expected
@@ -819,9 +792,9 @@ def test_of_a_mixture_without_duplicates_the_damaged_text_alone_is_made_anew(mix
     first = module.prepare(spec, mixture.context())
     before = {label: contents(text.folder) for label, text in first.texts.items()}
     inodes = [first.texts[label].folder.stat().st_ino for label in "ac"]
-    flip(first.texts["b"].folder / "train-00000.arrow")
+    flip(first.texts["b"].folder / f"train-00000{TOKENS}")
     told: list[str] = []
-    again = module.prepare(spec, mixture.context()._replace(warn=told.append))
+    again = module.prepare(spec, mixture.context()._replace(warn=told.append, check=True))
     assert again.identity == first.identity
     assert {label: contents(text.folder) for label, text in again.texts.items()} == before
     assert [again.texts[label].folder.stat().st_ino for label in "ac"] == inodes
@@ -855,44 +828,16 @@ def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
 # Files
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, in_memory: bool) -> None:
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     with StoreWriter(tmp_path, "store", 2**16 + 1) as writer:
         writer.add(np.array([2**16, 5]), starts_document=True)
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)
         writer.add(np.array([8]), starts_document=False)
-    write_manifest(tmp_path, {})
-    facts = read_manifest(tmp_path)
-    assert facts is not None
-    found = TokenStore.open(VerifiedFolder(tmp_path, facts["files"], in_memory=in_memory), "store")
+    found = TokenStore.open(tmp_path, "store")
     assert (found.tokens.dtype, found.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
     assert found.offsets.tolist() == [0, 2, 4]
     assert (found.num_documents, found.num_tokens) == (2, 4)
-
-
-@pytest.mark.integration
-def test_the_files_are_those_of_datasets(corpus: Corpus) -> None:
-    from datasets import Dataset
-
-    text = corpus.prepare()
-    for part in SPLITS:
-        files = sorted(text.folder.glob(f"piece-*/{part}-*.arrow"))
-        assert [ids for file in files for ids in Dataset.from_file(str(file))["ids"]] == documents(text.shards[part])
-
-
-@pytest.mark.parametrize("damage", [lambda path: flip(path, OFFSETS), cut, Path.unlink])
-def test_an_index_that_changed_is_found_without_reading_the_tokens(
-    corpus: Corpus, damage: Callable[[Path], None]
-) -> None:
-    text = corpus.prepare()
-    path = text.folder / "piece-00002" / "train-000.arrow"
-    flip(path, TOKENS)
-    before = text.shards[TRAIN][2].open_index()
-    assert before.num_documents == text.shards[TRAIN][2].num_documents
-    damage(path)
-    with pytest.raises(DataError, match=str(path)):
-        text.shards[TRAIN][2].open_index()
 
 
 def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
