@@ -12,7 +12,6 @@ from switchcli.data.sources import digests as module
 from switchcli.data.sources.corpus import HubCorpus, PythonStdlib
 from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.files import FilesCorpus
-from switchcli.errors import DataError
 
 
 @pytest.fixture
@@ -104,16 +103,17 @@ def test_the_same_content_keeps_its_digest(
     assert reads == [text, text], "the new stat is recorded"
 
 
-def test_a_damaged_record_is_not_believed(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"sha256:x": 1}', b"\xff", None])
+def test_a_damaged_record_is_made_anew(
+    text: Path, tmp_path: Path, damage: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settle(monkeypatch)
     first = Digests(tmp_path / "cache").of([text])
-    (record,) = (tmp_path / "cache/sources").iterdir()
-    content = record.read_bytes()
-    for place in range(0, len(content), 7):
-        record.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        assert Digests(tmp_path / "cache").of([text]) == first
-        record.write_bytes(content[:place])
-        assert Digests(tmp_path / "cache").of([text]) == first
+    record = tmp_path / "cache/sources.json"
+    whole = record.read_bytes()
+    record.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    assert Digests(tmp_path / "cache").of([text]) == first
+    assert record.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(text: Path, tmp_path: Path) -> None:
@@ -121,33 +121,16 @@ def test_a_cache_that_cannot_be_written_does_no_harm(text: Path, tmp_path: Path)
     assert Digests(tmp_path / "cache").of([text]) == Digests().of([text])
 
 
-def test_samples_see_a_change_of_time_and_of_what_they_cover(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_a_large_stream_see_what_they_cover_and_no_time(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WHOLE_BYTES", 4)
     (whole,), (sampled,) = Digests().of([text]), Digests(sampled=True).of([text])
     assert whole.split(":")[0] != sampled.split(":")[0]
-    change_quietly(text, b"one two THREE")
-    (changed,) = Digests(sampled=True).of([text])
-    assert changed != sampled
-    (content,) = Digests(sampled=True, times=False).of([text])
     text.touch()
-    assert Digests(sampled=True).of([text]) != [changed]
-    assert Digests(sampled=True, times=False).of([text]) == [content]  # of copies
-    change_quietly(text, b"one two other")
-    assert Digests(sampled=True, times=False).of([text]) != [content]
-
-
-def test_a_file_that_changes_while_it_is_in_use_is_named(text: Path) -> None:
-    digests = Digests()
-    digests.of([text])
-    digests.check()
-    text.touch()
-    digests.check()
+    assert Digests(sampled=True).of([text]) == [sampled]  # of copies
     change_quietly(text, b"one two THREE")
-    with pytest.raises(DataError, match=str(text)):
-        digests.check()
-    text.unlink()
-    with pytest.raises(DataError, match=str(text)):
-        digests.check()
+    assert Digests(sampled=True).of([text]) != [sampled]
+    text.write_bytes(b"one two three\n")
+    assert Digests(sampled=True).of([text]) != [sampled]
 
 
 def test_where_a_corpus_lies_and_when_it_was_written_does_not_count(text: Path, tmp_path: Path) -> None:
