@@ -28,8 +28,8 @@ KEYS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """The variables that are not taken over, and the keys that decide instead."""
-OFF: Final = ("", "no", "false", "0", "1", "1.0")
-"""Values that ask for nothing: one step of gradient accumulation is none, and clipping at 1 is the recipes' default."""
+OFF: Final = ("", "no", "false", "0")
+"""Values that ask for nothing."""
 PRECISIONS: Final = {"bf16": ("bfloat16", "selective")}
 """The recipe's precisions that agree with one of accelerate's."""
 
@@ -45,6 +45,8 @@ def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: Distribute
         return
     precision = recipe.train.precision if isinstance(recipe, TrainingRecipe) else recipe.precision
     ignored = {name: key for name, key in KEYS.items() if environment.get(name, "").lower() not in OFF}
+    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
+        ignored.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if precision in PRECISIONS.get(environment.get("ACCELERATE_MIXED_PRECISION", "").lower(), ()):
         ignored.pop("ACCELERATE_MIXED_PRECISION")
     if context.parallel.shard != "none":

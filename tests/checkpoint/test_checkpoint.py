@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from messages import naming
-from tiny_checkpoint import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, save_with, state_json, wanted
+from tiny_checkpoint import MODEL, OPTIMIZER, equal, numbered, reseal, save_step, state_json, wanted
 from torch import Tensor
 
 from switchcli.checkpoint import checkpoint as checkpoints
@@ -285,16 +285,6 @@ def test_the_best_by_each_figure_is_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [6]
 
 
-def test_the_best_of_checkpoints_of_version_0_1_is_kept_among_those_of_today(tmp_path: Path) -> None:
-    old = {1: (None, None), 2: (-1.0, 2), 3: (-1.0, 2), 4: (-2.0, 4)}
-    for step, (figure, evaluated) in old.items():
-        save_with(tmp_path, {"step": step, "held_out_neg_log_perplexity": figure, "held_out_step": evaluated})
-    for step in (5, 6):
-        save_step(tmp_path, step, {"held_out/neg_log_perplexity": -1.5})
-    prune(tmp_path, 1, keep_best=True)
-    assert steps(tmp_path) == [2, 6]
-
-
 def test_a_link_to_nothing_is_no_checkpoint(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
     (tmp_path / "step-00000008").symlink_to(tmp_path / "absent")
@@ -464,7 +454,7 @@ def test_what_no_run_wrote_is_damage_though_it_is_sealed(tmp_path: Path, file: s
     "state",
     [
         {"best": {"a": [1.0, 4]}, "evaluated_step": 4, "skipped_steps": [[1, 1], [3, 9]], "branch": [4, 0, -8, True]},
-        {"window": {"loss": [1.0, 2], "load": [[[1], [2]], 3], "each": [[1, 2], [3, 4]]}, "seconds": 9.9e9},
+        {"metrics_since_log": {"loss": [1.0, 2], "load": [[[1], [2]], 3], "each": [[1, 2], [3, 4]]}, "seconds": 9.9e9},
         {"of_a_later_version": 1},
     ],
 )

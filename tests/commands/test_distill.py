@@ -133,7 +133,7 @@ def test_kept_answers_of_all_tokens_teach_what_the_teacher_does_any_student_for_
         assert offline.code == 0, offline.err
         assert switchcli(*command, "other", "student.kind=random_init").code == 0
     online = json.loads((distilled / "result.json").read_text())["distillation"]
-    assert json.loads(offline.out)["distillation"]["teacher"]["figures"] == online["teacher"]["figures"]
+    assert json.loads(offline.out)["distillation"]["teacher"]["metrics"] == online["teacher"]["metrics"]
     for name, weight in weights(distilled, 2).items():  # 2**-24 of a probability, and Adafactor's large first steps
         torch.testing.assert_close(weights("offline", 2)[name], weight, rtol=1e-4, atol=1e-4)
     done = switchcli(*command, "offline", "train.steps=3")
@@ -149,8 +149,8 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
     assert done.code == 0, done.err
     said = json.loads(done.out)["distillation"]
     assert said["figure"] == "tasks/average"
-    assert said["teacher"]["figures"].keys() >= {"tasks/colour", "tasks/last", "tasks/average"}
-    assert said["baseline"]["figures"] == {"tasks/average": 12.5}
+    assert said["teacher"]["metrics"].keys() >= {"tasks/colour", "tasks/last", "tasks/average"}
+    assert said["baseline"]["metrics"] == {"tasks/average": 12.5}
     assert "inherited" not in said
     assert json.loads(done.out)["tasks"].keys() == {"colour", "last"}
     assert f"path: {dense}/checkpoints/step-00000002" in Path("a/recipe.yaml").read_text()
@@ -250,16 +250,16 @@ def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
     assert switchcli(*kept, "--cache-only").code == 0
     note = Path("answers/teacher.json")
     written = json.loads(note.read_text())
-    before = written["measured"]["figures"]
-    wrong = {**written["measured"], "figures": {"held_out/neg_log_perplexity": float("nan")}}
+    before = written["measured"]["metrics"]
+    wrong = {**written["measured"], "metrics": {"held_out/neg_log_perplexity": float("nan")}}
     for broken in ("", json.dumps({**written, "measured": wrong})):
         note.write_text(broken)
-        assert switchcli(*kept, "--answers-only").code == 0  # its old name
-        assert json.loads(note.read_text())["measured"]["figures"] == before
+        assert switchcli(*kept, "--cache-only").code == 0
+        assert json.loads(note.read_text())["measured"]["metrics"] == before
     with lock(Path("answers")):
         done = switchcli(*kept, "--out", "a", "--json")
         assert done.code == 0, done.err
-        assert json.loads(done.out)["distillation"]["teacher"]["figures"] == before
+        assert json.loads(done.out)["distillation"]["teacher"]["metrics"] == before
         more = switchcli(*kept, "train.steps=4", "--out", "a")
         assert more.code == 4
         assert not lacking(more.err, "answers in use distill.cache.folder")

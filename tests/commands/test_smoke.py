@@ -52,7 +52,6 @@ WORK = {
     "data prepare": (["tiny.yaml", "--processes", "1"], "documents"),
     "data tokenizer train": (["tiny.yaml", "--out", "made.json"], "vocab size"),
     "data tokenizer show": (["{trained}", "red green"], "512"),
-    "data tokenizer compare": (["{trained}", "{dense}", "--text", "text.txt"], "byte"),
     "convert": (["{trained}", "made", "--to", "huggingface"], "made"),
     "upcycle": (["{dense}", "made", "--experts", "2"], "2 experts"),
     "prune": (["{trained}", "made", "--experts", "2", "text.sequences=4"], "feed_forward.layer"),

@@ -35,7 +35,6 @@ SOUND: dict[str, str] = {
     "data prepare": "tiny.yaml --processes 1",
     "data tokenizer train": "tiny.yaml --out made.json",
     "data tokenizer show": "run",
-    "data tokenizer compare": "run --text text.txt",
     "convert": "run made --to huggingface",
     "upcycle": "dense made --experts 2",
     "prune": "run made --experts 2 text.sequences=4",

@@ -167,6 +167,6 @@ def test_every_verb_with_a_place_is_tried() -> None:
     tried = {one.verb for one in parameters()}
     assert tried == {verb for verb in SOUND if verb not in ("recipes list", "recipes explain")}
     named = {str(one) for one in parameters()}
-    assert {"pretrain --out", "eval checkpoint", "report --html", "data tokenizer compare --on"} <= named
+    assert {"pretrain --out", "eval checkpoint", "report --html"} <= named
     assert not NO_PLACES & {one.name for one in parameters()}
     assert len(named) >= 45

@@ -66,8 +66,6 @@ def errors_of(overrides: list[str]) -> tuple[str, ...]:
         ("data.corpora.0.path", "data.corpora[].path"),
         ("data.corpora.path", "data.corpora[].path"),
         ("data.corpora[3].path", "data.corpora[].path"),
-        ("data.lanes", "data.stream_shards"),
-        ("data.span_corruption.noise_density", "data.objective.noise_density"),
         ("train.steps", "train.steps"),
     ],
 )

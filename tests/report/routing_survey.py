@@ -31,13 +31,7 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
     drift: dict[str, Any] = {
         "tokens": 60,
         "changed": 0.5,
-        "beyond_chance": None,
-        "matched": {"changed": 0.125, "beyond_chance": 0.75, "exact": True, "experts": [*range(experts)][::-1]},
         "shared_information": {"share": 0.25},
-        "together": [
-            [one if row + column == experts - 1 else 0 for column in range(experts)]
-            for row, one in enumerate(layer["load"])
-        ],
     }
     layers, drifts = (dict(zip(LAYERS, (each, each), strict=True)) for each in (layer, drift))
     atlases = [

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.checkpoint.saved_state import Best, SavedState
+from switchcli.checkpoint.saved_state import Best
 from switchcli.metric_names import HELD_OUT
 from switchcli.training.metrics import Mean, Metrics
 from switchcli.training.state import TrainState
@@ -81,27 +81,6 @@ def test_the_first_figures_the_last_and_the_best_are_kept_with_their_steps() -> 
     assert after.best == {"cola": Best(-2.0, 100), "rte": Best(60.0, 200)}  # of equals the last
     after.record_evaluation({"rte": 59.0})
     assert after.eval_metrics == {"rte": 59.0}  # the figures of one evaluation, not of several
-
-
-@pytest.mark.parametrize("evaluated", [None, 3, 5])
-def test_a_state_of_version_0_1_is_read(evaluated: int | None) -> None:
-    figure, first = (None, None) if evaluated is None else (-1.5, -7.25)
-    old = {
-        "step": 5,
-        "targets_seen": 70,
-        "seconds": 2.5,
-        "held_out_neg_log_perplexity": figure,
-        "held_out_step": evaluated,
-        "first_held_out_neg_log_perplexity": first,
-        "window": {},
-    }
-    after = restored(json.dumps(old).encode())
-    assert (after.step, after.targets_seen, after.seconds, after.evaluated_step) == (5, 70, 2.5, evaluated)
-    assert after.eval_metrics == ({} if evaluated is None else {HELD_OUT: -1.5})
-    assert after.first_eval_metrics == ({} if evaluated is None else {HELD_OUT: -7.25})
-    assert after.best == ({} if evaluated is None else {HELD_OUT: Best(-1.5, evaluated)})
-    assert SavedState.read(json.dumps(old).encode()).metrics_at_step() == ({HELD_OUT: -1.5} if evaluated == 5 else {})
-    assert restored(after.to_json({})) == after
 
 
 def test_a_state_from_before_texts_and_streams_is_read() -> None:
