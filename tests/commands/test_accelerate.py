@@ -36,19 +36,13 @@ def warnings(
 @pytest.mark.parametrize(
     ("environment", "keys", "words"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "bf16 recipe train.precision=float32"),
-        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP parallel.shard=none"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed parallel.shard=none"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, [], "Megatron-LM parallel.shard=none"),
-        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], "parallelism parallel.shard=none"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, [], "4 accumulation train.microbatch_tokens=128"),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, [], "clipping 1 train.clip_norm=null"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], "torch.compile inductor train.compile=false"),
-        (
-            {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "1"},
-            [],
-            "bf16 FSDP train.precision=float32 parallel.shard=none",
-        ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, [], "bf16 train.precision"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "ACCELERATE_USE_FSDP parallel.shard"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "ACCELERATE_USE_DEEPSPEED parallel.shard"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, [], "4 train.microbatch_tokens"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, [], "1.0 train.clip_norm"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], "INDUCTOR train.compile"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "1"}, [], "train.precision parallel.shard"),
     ],
 )
 def test_what_accelerate_asks_for_and_the_recipe_does_not_is_said_in_one_line(
@@ -67,14 +61,10 @@ def test_what_accelerate_asks_for_and_the_recipe_does_not_is_said_in_one_line(
     ("environment", "keys"),
     [
         ({}, []),
-        ({}, ["train.precision=selective"]),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["train.precision=selective"]),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["train.precision=bfloat16"]),
         ({"ACCELERATE_USE_FSDP": "true"}, ["parallel.shard=zero3"]),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, []),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, []),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, ["train.clip_norm=0.5"]),
-        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["train.compile=true"]),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, []),
     ],
 )
 def test_settings_that_agree_with_the_recipe_are_not_mentioned(
@@ -103,9 +93,7 @@ def test_an_evaluation_names_its_own_keys(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     done = switchcli("eval", trained, "--out", "evaluated", "--json")
     assert (done.code, type(json.loads(done.out))) == (0, dict)
-    assert [lacking(line, "bf16 recipe precision=float32") for line in done.err.splitlines() if "warning" in line] == [
-        []
-    ]
+    assert [lacking(line, "bf16 precision") for line in done.err.splitlines() if "warning" in line] == [[]]
 
 
 def launched(options: str, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -29,8 +29,6 @@ CASES = {
     "pretrain a --bf16": "train.precision=selective",
     "pretrain a --precision bf16-mixed": "train.precision=selective",
     "eval a --precision float32": "precision=float32",
-    "pretrain a -o runs/a": "--out runs/a",
-    "convert a --output b": "switchcli convert SOURCE b",
     "pretrain --config a.yaml": "switchcli pretrain a.yaml",
     "eval a --config b.yaml": "switchcli eval CHECKPOINT b.yaml",
     "pretrain a --gpus 4": "--processes 4",
@@ -41,13 +39,8 @@ CASES = {
     "distill a --model-name-or-path b": "--teacher b",
     "generate --model a": "switchcli generate a",
     "finetune a --dataset rte": "tasks=[rte]",
-    "generate a --max_new_tokens 5": "--max-tokens 5",
-    "eval a --num-beams 4": "scoring.decoding.beams=4",
     "pretrain a --capacity-factor 2": "model.router.capacity_factor=2",
     "pretrain a --train.steps 3": "train.steps=3",
-    "upcycle a b --num-experts 8": "--experts 8",
-    "pretrain a --report-to tensorboard": "log.trackers=[tensorboard]",
-    "pretrain a --overwrite-output-dir": "--no-resume",
     "pretrain a --nnodes 2": "switchcli launch --torchrun --nodes 2 -- pretrain ...",
 }
 

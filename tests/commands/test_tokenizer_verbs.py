@@ -20,7 +20,6 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 
 TRAIN = ("data", "tokenizer", "train")
 SHOW = ("data", "tokenizer", "show")
-COMPARE = ("data", "tokenizer", "compare")
 
 
 def facts(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
@@ -159,58 +158,3 @@ def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
         done = switchcli(*refused)
         assert done.code == 2
         assert not lacking(done.err, "spiece.model pip install 'switchcli[sentencepiece]'")
-
-
-def test_compare_counts_by_text(file: str, recipe: str, switchcli: SwitchCLI) -> None:
-    assert switchcli(*TRAIN, recipe, "--out", "small.json", "data.tokenizer.vocab_size=150", "--quiet").code == 0
-    Path("other.txt").write_text("the red \u72ac\n\nwalk\n")
-    found = facts(switchcli, *COMPARE, file, "small.json", "--on", recipe, "--text", "other.txt")
-    assert [one["vocab_size"] for one in found["tokenizers"]] == [512, 150]
-    held_out = [
-        document.text
-        for document in FilesCorpus(paths=("text.txt",), sample_by="line").documents()
-        if is_held_out(document.identity, 0.1)
-    ]
-    rows = {row["text"]: row for row in found["rows"]}
-    assert list(rows) == ["corpus-1", "other"]
-    assert (rows["corpus-1"]["documents"], rows["corpus-1"]["bytes"]) == (len(held_out), sum(map(len, held_out)))
-    assert (rows["other"]["documents"], rows["other"]["bytes"]) == (2, 15)
-    for place, path in enumerate((file, "small.json")):
-        tokenizer = Tokenizer.read(Path(path))
-        tokens = sum(map(len, tokenizer.encode_batch(held_out)))
-        assert rows["corpus-1"]["measured"][place]["tokens"] == tokens
-        assert rows["corpus-1"]["measured"][place]["tokens_per_byte"] == tokens / rows["corpus-1"]["bytes"]
-        assert found["total"]["measured"][place]["tokens"] == tokens + rows["other"]["measured"][place]["tokens"]
-    in_bytes, unknown = rows["other"]["measured"]
-    assert in_bytes["byte_fallback"] == 3 / in_bytes["tokens"]
-    assert (in_bytes["unknown"], unknown["byte_fallback"]) == (0, 0)
-    assert unknown["unknown"] == 1 / unknown["tokens"]
-
-
-def test_compare_for_people_and_with_keys(file: str, recipe: str, switchcli: SwitchCLI) -> None:
-    done = switchcli(*COMPARE, file, "--on", recipe, "data.held_out_fraction=0.5", "--quiet")
-    assert (done.code, done.err) == (0, "")
-    assert not lacking(done.out, "Tokens byte")
-    assert "corpus-1" in done.out
-    assert "total" in done.out
-    assert "unknown" not in done.out  # a table of zeros is none
-    half, tenth = (
-        facts(switchcli, *COMPARE, file, "--on", recipe, f"data.held_out_fraction={part}")["total"]["documents"]
-        for part in (0.5, 0.1)
-    )
-    assert half > 2 * tenth
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        ([], 2, "--on RECIPE --text FILE"),
-        (["--on", "tiny.yaml", "data.held_out_fraction=1e-9"], 3, "tiny.yaml data.held_out_fraction"),
-        (["--text", "none.txt"], 3, "--text none.txt"),
-        (["none.json", "--text", "text.txt"], 3, "none.json tokenizer.json spiece.model"),
-    ],
-)
-def test_what_compare_refuses(file: str, switchcli: SwitchCLI, arguments: list[str], code: int, words: str) -> None:
-    done = switchcli(*COMPARE, file, *arguments)
-    assert (done.code, done.out) == (code, "")
-    assert not lacking(done.err, words)

@@ -35,15 +35,6 @@ def test_the_maps_show_what_was_counted() -> None:
         ("Encoder block 12", "token", 0.5),
         ("Encoder block 12", "text", 0.0),
     ]
-    drift = figures[f"drift_{suffix}"].table
-    moved = {(one, other) for other, one, share in drift.rows if share == 1.0}
-    assert moved == {(1, 2), (2, 1), (3, 0)}  # expert 0 has no token
-    assert list(dict.fromkeys(drift.column("second"))) == [
-        3,
-        2,
-        1,
-        0,
-    ]  # by the matching: what agrees is on the diagonal
 
 
 def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
