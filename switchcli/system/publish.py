@@ -1,37 +1,35 @@
 """Publish files and folders: complete or not at all, durable, and never through a link.
 
 An output is written under a temporary name beside its target, synced, and renamed to the target. A crash at any moment
-leaves the old output or the new one, and perhaps a temporary file or folder. The writer holds a lock (flock) on its
-temporary file or folder, and the system releases the lock of a process that dies. The next publication of the same
-target therefore removes what dead processes left, and nothing that another process is still writing.
+leaves the old output or the new one, and perhaps a temporary file or folder. The next publication of the same target
+removes it once it is a day old: before, another process may be writing it.
 
 Temporary names are PREFIX followed by 16 random hexadecimal digits. No other name is removed, and a link is neither
 followed nor removed. Every function raises OSError when the system refuses.
 """
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
-TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}-[0-9a-f]{16}")
+TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}-[0-9a-f]{16}")
 """Names of the temporary files and folders of any target."""
+DAY: Final = 86_400
+"""Seconds after which a temporary file or folder is a leftover."""
 Content = str | bytes | Iterable[bytes]
 """The content of a file: text, which is written as UTF-8, or bytes, in one piece or several."""
-_RANDOM = "[0-9a-f]{16}"
-_LOCK, _REPLACED = "lock", "old"
-"""Names in a temporary folder: its lock, and the old folder of the target while it is being replaced."""
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
-"""Errors of flock on file systems without locks."""
+_REPLACED = "old"
+"""Name in a temporary folder of the old folder of the target while it is being replaced."""
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 """Errors of fsync on a folder, where the file system cannot sync one or the user may not read it."""
 
@@ -45,56 +43,38 @@ def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
     The new file gets the permissions of the file that it replaces, and its owner may always read and write it. A target
     that is a link, a folder or a device is refused.
     """
-    remove_stale(path)
     if not replace and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    check_file(path)
-    temporary, descriptor = _new_file(path.parent, _prefix(path))
-    try:
-        _write_and_sync(descriptor, content, path)
-        temporary.rename(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        os.close(descriptor)
-    _sync_folder(path.parent)
+    write_files(path.parent, {path.name: content})
 
 
 def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
     """Publish several files in a folder, each like `write_file`. All are written and synced before one is renamed."""
-    prefix = _prefix(folder)
-    remove_stale_in(folder, temporary_name_pattern(prefix))
-    for name in contents:
-        check_file(folder / name)
-    with locked_folder(folder, prefix) as temporary:
-        for name, content in contents.items():
-            descriptor = os.open(temporary / name, _CREATE, 0o666)
-            try:
-                _write_and_sync(descriptor, content, folder / name)
-            finally:
-                os.close(descriptor)
-        for name in contents:
-            (temporary / name).rename(folder / name)
-        _sync_folder(folder)  # before the temporary folder goes
+    temporary = {folder / name: _temporary(folder / name) for name in contents}
+    for target in temporary:
+        remove_stale(target)
+        check_file(target)
+    try:
+        for content, (target, path) in zip(contents.values(), temporary.items(), strict=True):
+            _write_and_sync(path, content, target)
+        for target, path in temporary.items():
+            path.rename(target)
+    finally:
+        for path in temporary.values():
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+    _sync_folder(folder)
 
 
-def _write_and_sync(descriptor: int, content: Content, target: Path) -> None:
+def _write_and_sync(path: Path, content: Content, target: Path) -> None:
     """Write and sync a new file, with the permissions of the target that it will replace."""
-    with suppress(OSError):  # no such target, or a file system without permissions
-        os.fchmod(descriptor, target.lstat().st_mode & 0o777 | 0o600)
-    with open(descriptor, "wb", closefd=False) as stream:
+    with os.fdopen(os.open(path, _CREATE, 0o666), "wb") as stream:
+        with suppress(OSError):  # no such target, or a file system without permissions
+            os.fchmod(stream.fileno(), target.lstat().st_mode & 0o777 | 0o600)
         chunks = content.encode() if isinstance(content, str) else content
         stream.writelines([chunks] if isinstance(chunks, bytes) else chunks)
-    os.fsync(descriptor)
-
-
-def _new_file(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Return an empty temporary file and its descriptor, which holds the lock."""
-    while True:
-        path = parent / f"{prefix}{secrets.token_hex(8)}"
-        descriptor = os.open(path, _CREATE, 0o666)
-        if _lock_new_file(path, descriptor):
-            return path, descriptor
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 # Folders
@@ -104,18 +84,24 @@ def _new_file(parent: Path, prefix: str) -> tuple[Path, int]:
 def temporary_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside the target. Build a folder in it, and pass that to `publish_folder`.
 
-    Leftovers of earlier publications of the target are removed first (`remove_stale`).
+    It is removed at the end. If it holds the old folder of a target that has no new one, that is moved back first.
     """
     remove_stale(target)
-    with locked_folder(target.parent, _prefix(target), target) as folder:
+    folder = _temporary(target)
+    folder.mkdir(mode=0o700)
+    try:
         yield folder
+    finally:
+        with suppress(OSError):
+            _restore(folder, target)
+            shutil.rmtree(folder)
 
 
 def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
     """Sync `built`, a child of `temporary_folder(target)`, and rename it to the target.
 
     The target may be an empty folder. With `replace` it may be any folder. It is moved into the temporary folder first,
-    and moved back if this process dies or fails before the new one has its name.
+    and moved back if this process fails before the new one has its name; if it dies, by the next publication.
     """
     check_folder(target)
     for folder, _, names in os.walk(built):
@@ -128,133 +114,50 @@ def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
     _sync_folder(target.parent)
 
 
-@contextmanager
-def locked_folder(parent: Path, prefix: str, target: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder `parent`/`prefix`RANDOM. The lock on its file `lock` shows other processes that it is in use.
-
-    It is removed at the end. If it holds the old folder of a target that has no new one, that is moved back first.
-    """
-    path, descriptor = _new_folder(parent, prefix)
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            _restore(path, target)
-            _remove(path)
-        os.close(descriptor)
-        _remove_if_empty(path)
-
-
-def _new_folder(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Return a new temporary folder and the descriptor of its lock file, which holds the lock."""
-    while True:
-        path = parent / f"{prefix}{secrets.token_hex(8)}"
-        path.mkdir(mode=0o700)
-        try:
-            descriptor = os.open(path / _LOCK, _CREATE, 0o600)
-        except FileNotFoundError:  # another process took the folder for a leftover, as it had no lock yet
-            continue
-        except OSError:
-            path.rmdir()
-            raise
-        if _lock_new_file(path / _LOCK, descriptor):
-            return path, descriptor
-
-
 # Leftovers
 
 
-def remove_stale(target: Path) -> None:
-    """Remove the temporary files and folders that dead processes left when they published `target`.
+def remove_stale(target: Path, seconds: float = DAY) -> None:
+    """Remove temporary files and folders of `target` that are older than so many seconds, by a dead process.
 
     A folder that such a process was replacing is moved back. What the system refuses to remove stays.
     """
-    remove_stale_in(target.parent, temporary_name_pattern(_prefix(target)), target)
+    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), seconds, target)
 
 
-def temporary_name_pattern(prefix: str) -> re.Pattern[str]:
-    """Return the pattern of the names of temporary files and folders with this prefix."""
-    return re.compile(re.escape(prefix) + _RANDOM)
-
-
-def remove_stale_in(parent: Path, pattern: re.Pattern[str], target: Path | None = None) -> None:
-    """Remove the temporary files and folders of dead processes in `parent` whose names match `pattern`."""
+def remove_stale_in(
+    parent: Path, pattern: re.Pattern[str] = TEMPORARY, seconds: float = DAY, target: Path | None = None
+) -> None:
+    """Remove the temporary files and folders in `parent` whose names match `pattern`, older than so many seconds."""
     with suppress(OSError):
         for path in sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name)):
             with suppress(OSError):
-                _remove_if_stale(path, target)
+                found = path.lstat()
+                if target is not None and stat.S_ISDIR(found.st_mode):
+                    _restore(path, target)
+                if time.time() - found.st_mtime < seconds:
+                    continue
+                if stat.S_ISDIR(found.st_mode):
+                    shutil.rmtree(path)
+                elif stat.S_ISREG(found.st_mode):
+                    path.unlink()
 
 
-def _remove_if_stale(path: Path, target: Path | None) -> None:
-    mode = path.lstat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        return
-    lock = path if stat.S_ISREG(mode) else path / _LOCK
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        path.rmdir()  # empty: its process died before it made the lock, or after it had removed it
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process holds it
-        _restore(path, target)
-        _remove(path)
-    finally:
-        os.close(descriptor)
-        _remove_if_empty(path)
-
-
-def _restore(folder: Path, target: Path | None) -> None:
+def _restore(folder: Path, target: Path) -> None:
     """Move a folder that was being replaced back to the target, unless the new one is there."""
-    if target is not None and is_folder(folder / _REPLACED) and not os.path.lexists(target):
+    if is_folder(folder / _REPLACED) and not os.path.lexists(target):
         (folder / _REPLACED).rename(target)
         _sync_folder(target.parent)
 
 
-def _remove(path: Path) -> None:
-    """Remove a temporary file or folder. The lock goes last: until then another process sees that it is a leftover."""
-    if not is_folder(path):
-        path.unlink()
-        return
-    for child in sorted(path.iterdir()):
-        if is_folder(child):
-            shutil.rmtree(child)
-        elif child.name != _LOCK:
-            child.unlink()
-    (path / _LOCK).unlink(missing_ok=True)
-    path.rmdir()
-
-
-def _remove_if_empty(path: Path) -> None:
-    """Remove a temporary folder that is empty now that its lock is closed.
-
-    NFS keeps a removed file under another name in the same folder as long as it is open: until then `_remove` cannot
-    remove the folder.
-    """
-    with suppress(OSError):
-        if is_folder(path):
-            path.rmdir()
+def _temporary(target: Path) -> Path:
+    """Return a new temporary name beside the target."""
+    return target.parent / f"{_prefix(target)}{secrets.token_hex(8)}"
 
 
 def _prefix(target: Path) -> str:
     """Return the start of the temporary names of a target, of a length that any file system allows."""
     return f".tmp-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
-
-
-def _lock_new_file(path: Path, descriptor: int) -> bool:
-    """Lock a new file. Return False, with the descriptor closed, if it was removed as a leftover before the lock."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits only for a process that is removing the file
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            os.close(descriptor)
-            raise
-        return True  # without locks no process can take it for a leftover either
-    with suppress(FileNotFoundError):
-        if os.path.samestat(path.lstat(), os.fstat(descriptor)):
-            return True
-    os.close(descriptor)
-    return False
 
 
 # Links

@@ -6,7 +6,6 @@ processes build the same folder, the second one to finish uses the first one's.
 
 import errno
 import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from switchcli.data.prepare.store import is_complete, read_manifest
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
 
-PARTIAL = ".partial-"
 ELSEWHERE = "set $SWITCHCLI_CACHE to another folder"
 """The alternative fix in messages about a disk that refuses to hold the cache."""
 
@@ -62,27 +60,18 @@ def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """Create a new folder in `parent` and remove it at the end. `remove_stale` removes those of killed processes."""
     parent.mkdir(parents=True, exist_ok=True)
-    with publish.locked_folder(parent, _prefix()) as scratch:
+    with publish.temporary_folder(parent / "built") as scratch:
         yield scratch
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the unfinished folders that killed processes of this machine left in `folder`.
-
-    Unfinished folders of other machines stay, because a network file system may not show the locks of their processes.
-    """
-    publish.remove_stale_in(folder, publish.temporary_name_pattern(_prefix()))
+    """Remove the unfinished folders that killed processes left in `folder` a day ago or more."""
+    publish.remove_stale_in(folder)
 
 
 def damage_warning(folder: Path) -> str:
     """Return the warning about a folder whose files do not match its manifest."""
     return f"{folder}: a file is missing, or has changed since it was prepared: it is prepared again"
-
-
-def _prefix() -> str:
-    """Return the prefix of the names of this machine's unfinished folders."""
-    # A host name contains no plus sign, so the prefix of `gpu` does not match a folder of `gpu-1`.
-    return f"{PARTIAL}{platform.node()}+"
 
 
 def _publish(scratch: Path, folder: Path) -> None:
