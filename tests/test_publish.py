@@ -33,6 +33,12 @@ def leave_behind(target: Path, act: Callable[[Path], object] = lambda folder: No
         disk.die()
 
 
+def pass_a_day(folder: Path) -> None:
+    """Make all that is in the folder older than a day."""
+    for path in folder.rglob("*"):
+        os.utime(path, times=(0, 0), follow_symlinks=False)
+
+
 def test_a_file_is_replaced_and_keeps_its_permissions(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     publish.write_file(path, "old")
@@ -79,6 +85,17 @@ def test_a_name_of_the_longest_kind_can_be_published(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
+def test_what_a_process_still_builds_stays(tmp_path: Path) -> None:
+    """The temporary folder itself may be older than a day, when a file deep in it is new."""
+    with publish.temporary_folder(tmp_path / "target") as folder:
+        (folder / "new").mkdir()
+        (folder / "new" / "file").write_text("begun")
+        pass_a_day(tmp_path)
+        (folder / "new" / "file").write_text("going on")
+        publish.remove_stale(tmp_path / "target")
+        assert (folder / "new" / "file").exists()
+
+
 def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path) -> None:
     target, disk = tmp_path / "target", Disk(tmp_path)
 
@@ -102,6 +119,9 @@ def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path) -
     for leave in (write_a_file, lambda: leave_behind(target, look_while_it_is_written)):
         leave()
         (temporary,) = names(tmp_path)
+        publish.remove_stale(target)
+        assert names(tmp_path) == [temporary], "another process may be writing it"
+        pass_a_day(tmp_path)
         publish.remove_stale(tmp_path / "other")
         assert names(tmp_path) == [temporary]
         publish.remove_stale(target)
@@ -143,11 +163,9 @@ def test_only_dead_leftovers_of_the_exact_form_are_removed(tmp_path: Path) -> No
     (target.parent / f"{prefix}{'2' * 16}-mine").mkdir()
     (target.parent / f"{prefix}{'G' * 16}").write_text("mine")
     (target.parent / ".tmp-mine").mkdir()
-    taken = target.parent / f"{prefix}{'3' * 16}"  # not one of ours: it is not empty, and has no lock
-    taken.mkdir()
-    (taken / "picture").write_text("mine")
     before = names(target.parent)
-    (target.parent / f"{prefix}{'4' * 16}").mkdir()  # of a process that died before it had a lock
+    (target.parent / f"{prefix}{'4' * 16}").mkdir()  # of a process that died
+    pass_a_day(target.parent)
     publish.remove_stale(target)
     assert names(target.parent) == before
     assert names(outside) == ["file", "lock"]
@@ -163,36 +181,10 @@ def test_a_link_within_a_leftover_is_removed_and_not_followed(tmp_path: Path) ->
             (folder / name).symlink_to(outside)
 
     leave_behind(target, plant)
+    pass_a_day(tmp_path)
     publish.remove_stale(target)
     assert names(tmp_path) == ["outside"]
     assert names(outside) == ["file"]
-
-
-def test_nothing_is_left_where_an_open_file_keeps_a_name_until_it_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """NFS gives a file that is removed while it is open a name in the same folder, until it is closed."""
-    unlink, close = Path.unlink, os.close
-    kept: list[Path] = []
-
-    def unlink_as_nfs(self: Path, missing_ok: bool = False) -> None:
-        if self.name == "lock":
-            kept.append(self.rename(self.with_name(".nfs0000")))
-        else:
-            unlink(self, missing_ok=missing_ok)
-
-    def close_as_nfs(descriptor: int) -> None:
-        close(descriptor)
-        while kept:
-            unlink(kept.pop())
-
-    monkeypatch.setattr(Path, "unlink", unlink_as_nfs)
-    monkeypatch.setattr(os, "close", close_as_nfs)
-    target = tmp_path / "target"
-    publish_a_folder(target)
-    publish_a_folder(target)
-    publish.write_files(tmp_path, {"page": "text"})
-    assert names(tmp_path) == ["page", "target"]
 
 
 def test_a_file_is_replaced_on_a_file_system_without_permissions(
@@ -245,4 +237,4 @@ def test_an_output_is_the_old_or_the_new_one_wherever_its_process_dies(
         assert found["inner/file"] == (found["file"] if change is publish_a_folder else "old")
         if is_done:
             break
-    assert at >= 3
+    assert at >= 2

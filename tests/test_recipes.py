@@ -58,6 +58,7 @@ def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path):
 
 
 PAPER = ROOT / "recipes" / "paper"
+RESULTS = ROOT / "docs" / "results" / "paper"
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,6 @@ PAPER = ROOT / "recipes" / "paper"
 )
 def test_a_table_of_the_paper_has_its_runs_at_full_scale_its_results_and_a_line_in_the_summary(folder):
     assert (folder / "full.runs").is_file()
-    results = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"recipes/paper/{folder.name}/" in results
-    assert f"({folder.name}/README.md)" in (PAPER / "README.md").read_text(encoding="utf-8")
+    results = (RESULTS / f"{folder.name}.md").read_text(encoding="utf-8")
+    assert f"paper/{folder.name}/" in results
+    assert f"({folder.name}.md)" in (RESULTS / "index.md").read_text(encoding="utf-8")

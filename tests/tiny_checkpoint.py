@@ -41,13 +41,13 @@ def wanted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_step(
     folder: Path,
     step: int,
-    figures: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float] | None = None,
     *,
     evaluated_step: int | None = None,
     files: FileOperations = DISK,
 ) -> Path:
     evaluated = step if evaluated_step is None else evaluated_step
-    return save_with(folder, {"step": step, "figures": figures or {}, "evaluated_step": evaluated}, files)
+    return save_with(folder, {"step": step, "eval_metrics": metrics or {}, "evaluated_step": evaluated}, files)
 
 
 def state_json(**state: Any) -> bytes:

@@ -151,7 +151,6 @@ def _model_axis(
     They are [tokens, D] forward and backward for each attention and feed-forward, the embeddings, the loss, and the
     gradients of tensors that enter several regions at once. A recomputed dense block without dropout leaves out its
     last sum, because nothing needs it; it counts all the same.
-
     """
     model = mesh.model
     for stack in STACKS:

@@ -119,7 +119,8 @@ def _suggestions(name: str, names: Set[str]) -> Iterator[Suggestion]:
     yield from WORDS.get(name.rpartition(".")[2], ())
     mappings = {known.rpartition(".")[0] for known in names}
     keys = sorted(names - mappings, key=lambda known: (known.count("."), len(known), known))
-    if name not in WORDS and not difflib.get_close_matches(option, names, n=1, cutoff=_NEAR):
+    options = [known for known in names if known.startswith("--")]
+    if name not in WORDS and not difflib.get_close_matches(option, options, n=1, cutoff=_NEAR):
         parts = {known.rpartition(".")[2] for known in keys}
         for part in (name, *difflib.get_close_matches(name, parts, n=2, cutoff=_NEAR)):
             yield from (_key(known) for known in keys if known == part or known.endswith(f".{part}"))

@@ -2,7 +2,7 @@
 
 An output is written under a temporary name beside its target, synced, and renamed to the target. A crash at any moment
 leaves the old output or the new one, and perhaps a temporary file or folder. The next publication of the same target
-removes it once it is a day old: before, another process may be writing it.
+removes it once nothing in it has changed for a day: before, another process may be writing it.
 
 Temporary names are PREFIX followed by 16 random hexadecimal digits. No other name is removed, and a link is neither
 followed nor removed. Every function raises OSError when the system refuses.
@@ -135,12 +135,20 @@ def remove_stale_in(
                 found = path.lstat()
                 if target is not None and stat.S_ISDIR(found.st_mode):
                     _restore(path, target)
-                if time.time() - found.st_mtime < seconds:
+                if time.time() - _last_change(path) < seconds:
                     continue
                 if stat.S_ISDIR(found.st_mode):
                     shutil.rmtree(path)
                 elif stat.S_ISREG(found.st_mode):
                     path.unlink()
+
+
+def _last_change(path: Path) -> float:
+    """Return when a temporary file, or anything in a temporary folder, was last changed: a build may take days."""
+    changes = [path.lstat().st_mtime]
+    for folder, folders, files in os.walk(path):
+        changes += [Path(folder, name).lstat().st_mtime for name in (*folders, *files)]
+    return max(changes)
 
 
 def _restore(folder: Path, target: Path) -> None:

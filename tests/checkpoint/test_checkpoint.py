@@ -406,10 +406,13 @@ UNSOUND_STATES = (
     *(state_json(step=step) for step in (3, "4", 1e400, -4, None, True)),
     *(state_json(step=4, targets_seen=targets) for targets in (-1, 2**63, 1.5, None)),
     *(state_json(step=4, seconds=seconds) for seconds in (-1.0, 1e10, "1", math.inf)),
-    *(state_json(step=4, figures=metrics) for metrics in ([1], {"a": math.nan}, {"a": "1"})),
+    *(state_json(step=4, eval_metrics=metrics) for metrics in ([1], {"a": math.nan}, {"a": "1"})),
     *(state_json(step=4, best=best) for best in ([1], {"a": [1.0]}, {"a": [1.0, -1]}, {"a": [1.0, 5]})),
     *(state_json(step=4, branch=branch) for branch in ([-1, 0, 0, True], [0, -1, 0, True], [5, 0, 0, True])),
-    *(state_json(step=4, window={"loss": loss}) for loss in ([1], [1, [2]], [[1, 2], [1]], [[[1], [1, 2]], 1])),
+    *(
+        state_json(step=4, metrics_since_log={"loss": loss})
+        for loss in ([1], [1, [2]], [[1, 2], [1]], [[[1], [1, 2]], 1])
+    ),
     *(state_json(step=4, skipped_steps=[skipped]) for skipped in ([3, 1], [-1, 1], [1])),
     *(state_json(step=4, evaluated_step=5), state_json(step=4, position=[-1])),
 )

@@ -55,7 +55,7 @@ def test_without_a_recipe_the_dense_student_is_trained_as_its_teacher_was(
     assert said["compression"] == pytest.approx(1 - said["student"]["parameters"] / said["teacher"]["parameters"])
     kept = (student - baseline) / (teacher - baseline) if teacher > baseline else None
     assert said["gain_kept"] == (None if kept is None else pytest.approx(kept, rel=1e-3))
-    assert len(said["inherited"]["fresh"]) == 4
+    assert len(said["student_init"]["random_init"]) == 4
     logged = [record for record in records("a") if "teacher_divergence" in record]
     assert logged
     assert all(record["teacher_divergence"] > 0 for record in logged)
@@ -151,7 +151,7 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
     assert said["figure"] == "tasks/average"
     assert said["teacher"]["metrics"].keys() >= {"tasks/colour", "tasks/last", "tasks/average"}
     assert said["baseline"]["metrics"] == {"tasks/average": 12.5}
-    assert "inherited" not in said
+    assert "student_init" not in said
     assert json.loads(done.out)["tasks"].keys() == {"colour", "last"}
     assert f"path: {dense}/checkpoints/step-00000002" in Path("a/recipe.yaml").read_text()
     evaluated = switchcli("eval", "a", "--json", "--out", "scores")
@@ -172,7 +172,10 @@ def test_a_student_of_another_width_and_a_smaller_sparse_one(trained: Path, here
     assert (refused.code, lacking(refused.err, words)) == (2, [])
     done = switchcli(*narrow, "student.on_shape_mismatch=random_init", "--json")
     assert done.code == 0, done.err
-    assert "encoder.blocks.0.feed_forward.layer.wi.weight" in json.loads(done.out)["distillation"]["inherited"]["fresh"]
+    assert (
+        "encoder.blocks.0.feed_forward.layer.wi.weight"
+        in json.loads(done.out)["distillation"]["student_init"]["random_init"]
+    )
 
 
 def test_a_dense_student_is_served_by_transformers(distilled: Path, here: Path, switchcli: SwitchCLI) -> None:

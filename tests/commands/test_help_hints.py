@@ -77,8 +77,6 @@ KEYS = {
     "epochs=3": "train.steps=N",
     "max_steps=10": "train.steps=10",
     "train.gradient_accumulation_steps=4": "train.microbatch_tokens=N",
-    "warmup_ratio=0.1": "schedule.warmup_steps=N",
-    "data.block_size=64": "data.objective.inputs_length=64",
     "gradient_checkpointing=true": "train.activation_checkpointing=blocks",
     "fsdp=true": "parallel.shard=zero3",
 }

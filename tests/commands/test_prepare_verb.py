@@ -254,7 +254,7 @@ def change_quietly(path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", [(), ("--check",)])
-def test_a_text_that_changes_and_keeps_its_size_and_time_is_prepared_anew_and_told(
+def test_a_text_that_changes_and_keeps_its_size_and_time_is_prepared_anew(
     check: tuple[str, ...], recipe: str, own_text: Path, switchcli: SwitchCLI
 ) -> None:
     command = ("data", "prepare", recipe, "--json")
@@ -264,8 +264,6 @@ def test_a_text_that_changes_and_keeps_its_size_and_time_is_prepared_anew_and_to
     after = switchcli(*command, *check)
     assert after.code == 0, after.err
     assert json.loads(after.out)["texts"][""]["identity"] != json.loads(before.out)["texts"][""]["identity"]
-    assert own_text.name in after.err
-    assert "changed" in after.err
 
 
 @pytest.mark.integration

@@ -156,7 +156,6 @@ class Opened:
 
     def __init__(self, number: int, documents: Sequence[int]) -> None:
         self.opened: list[int] = []
-        self.glanced: list[int] = []
         self._held: list[weakref.ref[Ids]] = []
         self.shards = [self._shard(one, documents) for one in range(number)]
 
@@ -167,11 +166,7 @@ class Opened:
             self._held.append(weakref.ref(found.tokens))
             return found
 
-        def glanced() -> TokenStore:
-            self.glanced.append(number)
-            return store(documents, 100 + 1000 * number)
-
-        return TokenShard(len(documents), sum(documents), opened, glanced)
+        return TokenShard(len(documents), sum(documents), opened)
 
     def held(self) -> int:
         return sum(array() is not None for array in self._held)
@@ -189,12 +184,12 @@ def test_no_more_than_two_windows_are_held() -> None:
     assert len(opened.opened) == 3 * 11, "once an epoch each"
 
 
-def test_rows_of_whole_documents_are_counted_by_a_glance_and_shards_opened_when_they_are_read() -> None:
+def test_rows_of_whole_documents_are_counted_with_one_shard_open_at_a_time() -> None:
     opened = Opened(5, [40, 90, 130])
     found = TokenDataset(opened.shards, WHOLE, 0)
-    assert (sorted(opened.glanced), opened.opened) == ([0, 1, 2, 3, 4], [])
+    assert (sorted(opened.opened), opened.held()) == ([0, 1, 2, 3, 4], 0)
     found.raw_rows(np.arange(found.rows_per_epoch))
-    assert (len(opened.glanced), sorted(opened.opened)) == (5, [0, 1, 2, 3, 4])
+    assert sorted(opened.opened) == sorted(2 * [0, 1, 2, 3, 4])
 
 
 def test_small_shards_together_show_what_each_alone_would_leave_over() -> None:
@@ -221,8 +216,8 @@ def test_shards_put_together_are_the_same_documents_in_order_and_a_large_one_sta
         patch.setattr(module, "SMALL_TOKENS", small)
         found = group_small_shards(shards)
     wanted = [document.tolist() for one in stores(text) for document in np.split(one.tokens, one.offsets[1:-1])]
-    for opened in ([one.open() for one in found], [one.open_index() for one in found]):
-        assert [ids.tolist() for one in opened for ids in np.split(one.tokens, one.offsets[1:-1])] == wanted
+    opened = [one.open() for one in found]
+    assert [ids.tolist() for one in opened for ids in np.split(one.tokens, one.offsets[1:-1])] == wanted
     for one in found:
         assert (one.num_documents, one.num_tokens) == (one.open().num_documents, one.open().num_tokens)
         assert any(one is shard for shard in shards) or one.num_tokens < 2 * small
@@ -236,7 +231,7 @@ def test_one_shard_stays_itself_and_shards_put_together_are_opened_when_they_are
     assert group_small_shards([]) == []
     (one,) = group_small_shards(opened.shards)
     found = TokenDataset([one], CORRUPTION, 0)
-    assert opened.opened == opened.glanced == []
+    assert opened.opened == []
     assert found.rows_per_epoch == 6 * 260 // LENGTH
     found.raw_rows(np.arange(1))
     assert opened.opened == [0, 1, 2, 3, 4, 5]

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from switchcli.model import attention
 from switchcli.model.attention import (
     MASKED,
     Attention,
@@ -21,6 +20,7 @@ from switchcli.model.attention import (
 )
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
+from switchcli.model.kernels import biased_attention
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 
@@ -171,7 +171,7 @@ def in_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: to
 def test_attention_in_chunks_and_its_gradients_are_those_of_the_formula(
     dtype: torch.dtype, logits: int, bias_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "CACHED_LOGITS", -(-logits // torch.get_num_threads()))
+    monkeypatch.setattr(biased_attention, "CACHED_LOGITS", -(-logits // torch.get_num_threads()))
     query, key, value, bias, mask = operands(dtype, bias_rows)
     found = attend(query, KeyValue(key, value), SplitBias(bias, mask), 0.0)
     expected = in_one(query, key, value, bias + mask)

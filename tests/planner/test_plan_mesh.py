@@ -56,13 +56,13 @@ def test_data_parallel_reduces_every_gradient_once_a_step() -> None:
 
 def test_tokens_travel_four_times_a_layer_and_microbatch() -> None:
     found = calls(SPARSE, Mesh(8, expert=8), 2)
-    there = found["all_to_all encoder tokens, there"]
+    dispatch = found["all_to_all encoder tokens, dispatch"]
     capacity = int(512 * 1.25 / 8)
-    assert there.payload_bytes == 2 * 8 * 2 * capacity * 64  # bfloat16: E experts, G groups, C slots, D
-    assert (there.calls, there.axis, there.ranks) == (2 * 2 * 4, "expert", 8)  # two layers, four microbatches
-    assert there.network_bytes == there.calls * there.payload_bytes * 7 / 8
-    back = found["all_to_all encoder tokens, back"]
-    assert (back.calls, back.payload_bytes) == (there.calls, there.payload_bytes)
+    assert dispatch.payload_bytes == 2 * 8 * 2 * capacity * 64  # bfloat16: E experts, G groups, C slots, D
+    assert (dispatch.calls, dispatch.axis, dispatch.ranks) == (2 * 2 * 4, "expert", 8)  # two layers, four microbatches
+    assert dispatch.network_bytes == dispatch.calls * dispatch.payload_bytes * 7 / 8
+    combine = found["all_to_all encoder tokens, combine"]
+    assert (combine.calls, combine.payload_bytes) == (dispatch.calls, dispatch.payload_bytes)
     assert "all_reduce expert gradients" not in found  # every expert is there once
 
 
@@ -77,16 +77,18 @@ def test_without_a_capacity_a_row_for_each_choice_travels_after_the_counts() -> 
         (TopKRouter(capacity_factor="dropless", k=3), 3),
     ):
         found = calls(SPARSE.model_copy(update={"router": router}), Mesh(8, expert=8), 2)
-        assert found["all_to_all encoder tokens, there"].payload_bytes == 2 * choices * 2 * 512 * 64
+        assert found["all_to_all encoder tokens, dispatch"].payload_bytes == 2 * choices * 2 * 512 * 64
         counts = found["all_to_all encoder counts"]
         assert (counts.calls, counts.payload_bytes) == (2 * 4, 8 * 8)
 
 
 def test_experts_of_attention_send_queries_and_keys_back() -> None:
     found = calls(SPARSE.model_copy(update={"sparse": "both"}), Mesh(8, expert=8), 2)
-    there, back = (found[f"all_to_all encoder tokens of attention, {way}"].payload_bytes for way in ("there", "back"))
-    assert back / there == 2 * 64 / 64
-    assert "all_to_all encoder tokens of feed_forward, there" in found
+    dispatch, combine = (
+        found[f"all_to_all encoder tokens of attention, {way}"].payload_bytes for way in ("dispatch", "combine")
+    )
+    assert combine / dispatch == 2 * 64 / 64
+    assert "all_to_all encoder tokens of feed_forward, dispatch" in found
 
 
 def test_the_model_axis_sums_each_attention_and_feed_forward_both_ways() -> None:
@@ -184,7 +186,7 @@ def test_what_is_computed_again_is_all_but_the_logits() -> None:
     tokens, layers = (
         [calls(spec, mesh, 2, step)[name].calls for step in (STEP, again)]
         for spec, mesh, name in (
-            (SPARSE, Mesh(8, expert=8), "all_to_all encoder tokens, there"),
+            (SPARSE, Mesh(8, expert=8), "all_to_all encoder tokens, dispatch"),
             (DENSE, Mesh(8, model=2), "all_reduce decoder layers"),
         )
     )

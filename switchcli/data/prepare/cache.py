@@ -85,7 +85,7 @@ def _publish(scratch: Path, folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not is_complete(folder) or _facts(folder) != _facts(built):
+        if not is_complete(folder, check=True) or _facts(folder) != _facts(built):
             folder.rename(scratch / "replaced")
             built.rename(folder)
 

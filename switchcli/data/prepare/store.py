@@ -150,20 +150,30 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] | None = None) -> None:
-    """Write the manifest: `facts`, and the size and digest of each file; without `files`, all files are read."""
+    """Write the manifest: `facts`, the size and digest of each file, and a digest of all this.
+
+    Without `files`, all files are read.
+    """
     if files is None:
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): identity_of(path) for path in paths}
-    publish.write_file(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=1))
+    facts = {**facts, "files": files}
+    publish.write_file(folder / MANIFEST, json.dumps({**facts, "sha256": _digest_of_facts(facts)}, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the facts in a folder's manifest; None if it is missing or no manifest."""
+    """Return the facts in a folder's manifest; None if it is missing or has been altered."""
     try:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
+    if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest_of_facts(facts):
+        return None
+    return facts
+
+
+def _digest_of_facts(facts: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def is_complete(folder: Path, *, check: bool = False) -> bool:
