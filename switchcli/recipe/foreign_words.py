@@ -73,6 +73,8 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
         "device": [_key("train.device"), _key("device")],
         "gradient_checkpointing": [_key("train.activation_checkpointing", "blocks")],
         "fsdp": [_key("parallel.shard", "zero3, or zero2")],
+        "branch": [_option("--branch-from"), _key("start.checkpoint", "RUN start.keep=run")],
+        "start.optimizer": [_key("start.keep", "optimizer, or weights for a new optimizer")],
         "max_length": [_option("--max-tokens"), _key("scoring.decoding.max_tokens")],
     }
 )
@@ -116,7 +118,7 @@ def _suggestions(name: str, names: Set[str]) -> Iterator[Suggestion]:
     option = f"--{name.replace('_', '-')}"
     if option in names:
         yield _option(option)
-    yield from WORDS.get(name.rpartition(".")[2], ())
+    yield from WORDS.get(name, WORDS.get(name.rpartition(".")[2], ()))
     mappings = {known.rpartition(".")[0] for known in names}
     keys = sorted(names - mappings, key=lambda known: (known.count("."), len(known), known))
     options = [known for known in names if known.startswith("--")]

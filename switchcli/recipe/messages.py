@@ -228,8 +228,8 @@ def _default_hint(schema: type[BaseModel], location: Keys) -> str:
 def _unknown_key(node: _SchemaNode, key: str, value: Any, schema: type[BaseModel]) -> str:
     """Return the message for a key that `node` does not have.
 
-    It suggests, in this order: a very similar key of `node`, another kind that has the key, a very similar key
-    anywhere, the key for a word of another tool, a similar key of `node`.
+    It suggests, in this order: a very similar key of `node`, another kind that has the key, the key for a word of
+    another tool, a very similar key anywhere, a similar key of `node`.
     """
     siblings = _keys_of(node.models)
     if suggestion := _did_you_mean(key, siblings, cutoff=_VERY_SIMILAR):
@@ -238,11 +238,16 @@ def _unknown_key(node: _SchemaNode, key: str, value: Any, schema: type[BaseModel
     if kinds := _kinds([model for model in all_kinds if key in model.model_fields]):
         return f"no such key for this kind; it belongs to kind: {' or '.join(kinds)}"
     all_paths = list(_all_keys(schema, ()))
+    names = {dotted(path) for path in all_paths}
+    path = dotted((*node.path, key))
+    word = path if path in foreign_words.WORDS else key
+    known = foreign_words.hint(word, display_value(value).strip("'"), names)
+    if known and word in foreign_words.WORDS:
+        return f"no such key: use {known}"
     if close := difflib.get_close_matches(key, [str(path[-1]) for path in all_paths], n=1, cutoff=_VERY_SIMILAR):
         shortest = min((path for path in all_paths if path[-1] == close[0]), key=len)
         return f"no such key. Did you mean {dotted(shortest)}?"
-    names = {dotted(path) for path in all_paths}
-    if known := foreign_words.hint(key, display_value(value).strip("'"), names):
+    if known:
         return f"no such key: use {known}"
     return f"no such key{_did_you_mean(key, siblings) or '; the keys are ' + ', '.join(siblings)}"
 

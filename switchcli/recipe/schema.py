@@ -94,8 +94,6 @@ class PretrainRecipe(TextRecipe):
 
     verb: Literal["pretrain"] = "pretrain"
     """The command that runs this recipe."""
-    start: StartSpec | None = None
-    """The checkpoint to start from; absent: initial weights."""
 
 
 class FinetuneRecipe(TaskRecipe):
@@ -128,6 +126,11 @@ class DistillRecipe(TrainingRecipe, ABC):
     """The initial weights of the student, by `kind`: teacher, random_init or checkpoint."""
 
     def _verb_rules(self) -> Iterator[str]:
+        if self.start is not None and self.start.keep != "run":
+            yield (
+                f"start.keep ({self.start.keep}): `student` says what a student begins with: take start.keep=run to "
+                "continue a distillation, or student.kind=checkpoint"
+            )
         start, steps = self.distill.start_step, self.train.steps
         if start >= steps:
             yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never used."
@@ -202,7 +205,7 @@ def _label_rules(specs: Sequence[TaskSpec], scoring: ScoringSpec) -> Iterator[st
 
 
 StartedRecipe = PretrainRecipe | FinetuneRecipe
-"""The recipes that have the key `start`."""
+"""The recipes of runs that can start from the weights of any checkpoint."""
 RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
     {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )

@@ -14,7 +14,7 @@ from pydantic import model_validator
 from switchcli.distributed.parallel_spec import ParallelSpec, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.spec import Spec
-from switchcli.training.config import BranchSpec, CheckpointSpec, EvalSpec, LogSpec, TrainSpec
+from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, StartSpec, TrainSpec
 from switchcli.training.optimizer_specs import Adafactor, OptimizerSpec
 from switchcli.training.schedules import ScheduleSpec
 
@@ -42,8 +42,8 @@ class TrainingRecipe(Spec, ABC):
     """How often checkpoints are saved, and which of them are kept."""
     parallel: ParallelSpec = ParallelSpec()
     """How ranks share the batch, the experts and the weights."""
-    branch: BranchSpec | None = None
-    """The checkpoint of another run of the same verb that this run continues with other settings; absent: none."""
+    start: StartSpec | None = None
+    """The checkpoint to start from; absent: initial weights."""
 
     @property
     @abstractmethod
@@ -54,6 +54,11 @@ class TrainingRecipe(Spec, ABC):
     @abstractmethod
     def targets_length(self) -> int:
         """Tokens in a row of targets."""
+
+    @property
+    def parent(self) -> StartSpec | None:
+        """The checkpoint of the run that this run continues as a branch; None if it is no branch."""
+        return self.start if self.start is not None and self.start.keep == "run" else None
 
     @property
     def rows_per_step(self) -> int:

@@ -68,7 +68,8 @@ def resolve_job(
     if not isinstance(named_teacher, str):
         raise RecipeError(f"{_TEACHER_KEY}: missing: name the model to learn from by --teacher CHECKPOINT")
     resumed = run_recipe(out) if resume else None
-    branch = branching.find("distill", branch_from, tree, resumed, out, console)
+    named_start = branching.named_start(None, branch_from, tree)
+    branch = branching.find("distill", named_start, resumed, out, console)
     begun = _with_teacher(resumed if branch is None else branch.recipe, named_teacher, out)
     teacher_path = named_teacher if begun is None else begun.distill.teacher
     teacher = _open(_TEACHER_KEY, teacher_path, out, console)

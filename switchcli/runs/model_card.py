@@ -225,7 +225,7 @@ def _languages(corpora: Iterable[CorpusSpec]) -> list[str]:
 def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
     if not result:
         return f"No result of step {handle.step:,} was found next to the checkpoint.\n" if handle.step else ""
-    branched_at = number(as_mapping(result.get("branch")).get("step"))
+    branched_at = number(as_mapping(result.get("start")).get("step"))
     first = "before training" if branched_at is None else f"at step {branched_at:,.0f}, before the branch"
     loss = "held-out loss, nats a target token"
     labels = {HELD_OUT_LOSS: loss, FIRST_HELD_OUT_LOSS: first, HELD_OUT_BITS: "bits per byte"}

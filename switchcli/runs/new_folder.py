@@ -97,7 +97,7 @@ def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRec
     """Return the recipe with `checkpoint` as its start, if its verb can start from a checkpoint."""
     if not isinstance(recipe, StartedRecipe):
         return recipe
-    return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), optimizer="reset")})
+    return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), keep="weights")})
 
 
 def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:

@@ -34,9 +34,8 @@ class Pretraining(TrainingTask):
 
     def build_data(self) -> TrainData:
         recipe, context, console = self._job.recipe, self._context, self._console
-        is_from_scratch = recipe.start is None and self._job.branch is None
         # A resumed run uses the tokenizer in its folder, because one that is trained again may differ.
-        if is_from_scratch and not (self._folder.is_resumed and self._folder.tokenizer.exists()):
+        if recipe.start is None and not (self._folder.is_resumed and self._folder.tokenizer.exists()):
             accept = partial(check_tokenizer_fits, recipe)
             main = context.main_only(
                 lambda: text_sets.prepare_texts(recipe.data, recipe.eval.sequences, console, accept=accept)

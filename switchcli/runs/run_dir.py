@@ -53,7 +53,7 @@ They affect neither the training so far nor the data of a metric. The best check
 """
 
 
-_FIXED_IN_BRANCHES = ("verb", "branch", "start", "student", "data.tokenizer", "optimizer.kind", "update")
+_FIXED_IN_BRANCHES = ("verb", "start", "student", "data.tokenizer", "optimizer.kind", "update")
 """Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
 
 
@@ -85,10 +85,10 @@ def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: C
 def _pinned_arguments(recipe: TrainingRecipe | EvalRecipe) -> list[str]:
     """Return the arguments of the ranks. They name the checkpoint to branch from, as its run may save a newer one."""
     arguments = sys.argv[1:]
-    if isinstance(recipe, EvalRecipe) or recipe.branch is None or not Path(recipe.branch.checkpoint).exists():
+    if isinstance(recipe, EvalRecipe) or recipe.parent is None or not Path(recipe.parent.checkpoint).exists():
         return arguments
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    return [*arguments[:end], branching.OPTION, recipe.branch.checkpoint, *arguments[end:]]
+    return [*arguments[:end], branching.OPTION, recipe.parent.checkpoint, *arguments[end:]]
 
 
 def run_name(checkpoint: Path) -> Path:
@@ -188,12 +188,12 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
     changed.sort(key=lambda difference: difference.key == "model.vocab_size")  # it may follow from the tokenizer
     if changed:
         key, old, new = changed[0]
-        if saved.branch is not None and recipe.branch is None:
+        if saved.parent is not None and recipe.parent is None:
             raise RecipeError(
-                f"{out} holds a run that was branched from {saved.branch.checkpoint}: add "
-                f"{branching.OPTION} {saved.branch.checkpoint} to resume it, or give another folder by --out"
+                f"{out} holds a run that was branched from {saved.parent.checkpoint}: take "
+                f"{branching.OPTION} {saved.parent.checkpoint} to resume it, or give another folder by --out"
             )
-        if recipe.branch is not None and (saved.branch is None or saved.branch.checkpoint != recipe.branch.checkpoint):
+        if recipe.parent is not None and (saved.parent is None or saved.parent.checkpoint != recipe.parent.checkpoint):
             raise RecipeError(f"{out} holds another run: give a branch a folder of its own by --out")
         more = [other.key for other in changed[1:]]
         others = f" (also changed: {', '.join(more[:3])}{', ...' if len(more) > 3 else ''})" if more else ""

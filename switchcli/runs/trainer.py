@@ -56,6 +56,7 @@ from switchcli.training.callbacks import (
     ValidationCallback,
 )
 from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
+from switchcli.training.config import StartSpec
 from switchcli.training.loop import call, fit
 from switchcli.training.loss import packed_cross_entropy
 from switchcli.training.microbatches import Microbatches
@@ -248,7 +249,7 @@ class Trainer:
                     pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, steps)]
                     # A stop may have interrupted evaluations, whose results belong in a checkpoint. A run that rolls
                     # back needs a checkpoint of step 0 to return to, and a branch one to resume without the other run.
-                    needs_start = recipe.branch is not None or recipe.train.nonfinite.policy == "roll_back"
+                    needs_start = recipe.parent is not None or recipe.train.nonfinite.policy == "roll_back"
                     if pending or (is_at_start and needs_start):
                         call([*pending, save], state, nonfinite)
                     fit(
@@ -420,7 +421,7 @@ class Trainer:
             "mesh": self.context.mesh,
             **(task_results(scores, state.best) if scores else {}),
             **additions,
-            **({"branch": self._branch()} if self.recipe.branch else {}),
+            **({"start": self._start(self.recipe.start)} if self.recipe.start else {}),
             "samples": [*samples],
             **({"learned": learned_summary.to_json()} if learned_summary else {}),
             **machine_info(self.context),
@@ -428,12 +429,13 @@ class Trainer:
         self.folder.write_result(result)
         return result
 
-    def _branch(self) -> dict[str, Any]:
-        """Return what the run was branched from, and what became of the data, for result.json."""
-        assert self.recipe.branch is not None
+    def _start(self, start: StartSpec) -> dict[str, Any]:
+        """Return what the run started from and, of a branch, what became of the data, for result.json."""
+        if start.keep != "run":
+            return start.model_dump()
         point = self.state.branch
         data = "continued" if point.is_data_continued else "new"
-        return {**self.recipe.branch.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
+        return {**start.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
 
     def sample(self, is_shown: bool = True) -> list[dict[str, str]]:
         """Return held-out texts with the gaps filled in by the model, and print them if `is_shown`.

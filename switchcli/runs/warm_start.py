@@ -71,32 +71,33 @@ def resolve_job(
     tree = resolve.load(name, overrides)
     resolve.check_verb(tree, schema)
     begun_recipe = run_recipe(out) if resume else None
-    branch = branching.find(schema.model_fields["verb"].default, branch_from, tree, begun_recipe, out, console)
+    named = branching.named_start(model, branch_from, tree)
+    branch = branching.find(schema.model_fields["verb"].default, named, begun_recipe, out, console)
     if branch is not None:
-        return _branched_job(name, overrides, model, branch, tree, schema)
-    checkpoint_path = model or resolve.stated_path(tree, _START_KEY)
-    if checkpoint_path is None and not schema.model_fields["start"].is_required():
+        return _branched_job(name, overrides, branch, schema)
+    if named is None:
+        if schema.model_fields["start"].is_required():
+            raise RecipeError(f"{_START_KEY}: missing: name the model to start from by --model CHECKPOINT")
         return TrainJob(resolve.validate(tree, schema, _vocab_size(tree, schema, begun_recipe)), None)
-    if not isinstance(checkpoint_path, str):
-        raise RecipeError(f"{_START_KEY}: missing: name the model to start from by --model CHECKPOINT")
-    begun = _begun_recipe(out, checkpoint_path, schema) if resume else None
+    begun = _begun_recipe(out, named.checkpoint, schema) if resume else None
     if begun is not None and begun.start is not None:
-        spec, path, start = begun.model, begun.start.checkpoint, None
+        start, spec, path, sha256 = None, begun.model, begun.start.checkpoint, begun.start.sha256
     else:
-        recorded = _recorded_start(out, checkpoint_path, console) if resume and begun_recipe is None else None
-        start = _open(recorded or checkpoint_path, console, in_recipe=not model)
-        spec, path = start.recipe.model, str(start.path)
+        recorded = _recorded_start(out, named.checkpoint, console) if resume and begun_recipe is None else None
+        start = _open(recorded or named.checkpoint, console, named.in_recipe)
         check_outside(_START_KEY, start.path, out)
+        spec, path, sha256 = start.recipe.model, str(start.path), branching.digest(named, start)
+    pinned = [resolve.override(_START_KEY, path), resolve.override("start.sha256", sha256)]
     defaults = resolve.layer({"model": spec.model_dump(mode="json")}, f"the checkpoint {path}")
-    tree = resolve.load(name, [*overrides, resolve.override(_START_KEY, path)], defaults)
+    tree = resolve.load(name, [*overrides, *pinned], defaults)
     recipe = resolve.validate(tree, schema, spec.vocab_size)
     check_shape(spec, recipe.model, path)
     if start is not None:
         check_tokenizer(recipe, start.tokenizer)
         has_optimizer_state = start.native is not None and start.native.tensor_specs("optimizer")
-        if not has_optimizer_state and recipe.start is not None and recipe.start.optimizer == "carry":
+        if not has_optimizer_state and recipe.start is not None and recipe.start.keep == "optimizer":
             raise CheckpointError(
-                f"{path}: holds no optimizer state to carry over: start.optimizer=reset begins with a new one"
+                f"{path}: holds no optimizer state to carry over: start.keep=weights begins with a new one"
             )
     return TrainJob(recipe, start)
 
@@ -121,27 +122,16 @@ def _vocab_size(tree: Node, schema: type[R], begun: TrainingRecipe | None) -> in
     return None if tokenizer.kind == "train" else resolve.padded_vocab_size(tokenizer.load(dict).vocab_size)
 
 
-def _branched_job(
-    name: str | None, overrides: Sequence[str], model: str | None, branch: Branch, tree: Node, schema: type[R]
-) -> TrainJob[R]:
-    """Resolve the recipe of a branch. It keeps the start of the other run, whose model provides defaults.
+def _branched_job(name: str | None, overrides: Sequence[str], branch: Branch, schema: type[R]) -> TrainJob[R]:
+    """Resolve the recipe of a branch. The model of the parent provides defaults.
 
     Raises:
-        RecipeError: the recipe starts from something else, or would change the shape of the weights.
+        RecipeError: the recipe would change the shape of the weights.
     """
-    other = branch.recipe
-    assert isinstance(other, StartedRecipe), "of the same verb"
-    named = model or resolve.stated_path(tree, _START_KEY)
-    if named is not None and (other.start is None or not is_within(other.start.checkpoint, named)):
-        began = "initial weights" if other.start is None else other.start.checkpoint
-        raise RecipeError(
-            f"{'--model' if model else _START_KEY} ({named}): the run of {branch.spec.checkpoint} began from {began}, "
-            f"and a branch continues it: leave it out, or leave {branching.OPTION} out"
-        )
-    start = None if other.start is None else other.start.model_dump(mode="json")
-    overrides = [*overrides, *branching.overrides(branch), *([resolve.override("start", start)] if start else [])]
-    defaults = resolve.layer({"model": other.model.model_dump(mode="json")}, f"the run of {branch.spec.checkpoint}")
-    recipe = resolve.validate(resolve.load(name, overrides, defaults), schema, other.model.vocab_size)
+    model = branch.recipe.model
+    defaults = resolve.layer({"model": model.model_dump(mode="json")}, f"the run of {branch.spec.checkpoint}")
+    tree = resolve.load(name, [*overrides, *branching.overrides(branch)], defaults)
+    recipe = resolve.validate(tree, schema, model.vocab_size)
     check_branch(branch, recipe)
     return TrainJob(recipe, None, branch.handle)
 
@@ -168,7 +158,7 @@ def load_start(
     optimizer: Optimizer,
     console: Console,
 ) -> None:
-    """Load the weights, and with `optimizer: carry` the optimizer state, of a new run, and say where they are from.
+    """Load the weights, and with `keep: optimizer` the optimizer state, of a new run, and say where they are from.
 
     Raises:
         CheckpointError: as `load_optimizer_state` says.
@@ -176,7 +166,7 @@ def load_start(
     assert start is not None, "a run that has begun restores its own checkpoint"
     console.message(f"starting from {start.path}")
     load_weights(weights, start.weights())
-    if settings.optimizer == "reset":
+    if settings.keep == "weights":
         return
     assert start.native is not None, "refused when the recipe was resolved"
     load_optimizer_state(optimizer, start.native, weights.experts)

@@ -277,7 +277,7 @@ def preflight(
     context.main_only(lambda: checkpoint.preflight(folder, checkpoint_bytes * num_new))
 
 
-_RESET = "start.optimizer=reset begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
+_RESET = "start.keep=weights begins with a new one, or take the optimizer of the checkpoint's recipe.yaml."
 
 
 def load_optimizer_state(optimizer: Optimizer, start: checkpoint.Checkpoint, experts: range, fix: str = _RESET) -> None:

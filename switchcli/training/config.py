@@ -75,22 +75,17 @@ class TrainSpec(Spec):
 
 
 class StartSpec(Spec):
-    """The checkpoint that a run starts from, instead of initial weights."""
+    """The checkpoint that a run starts from, instead of initial weights, and what the run keeps of it."""
 
     checkpoint: PathOrUrl
-    """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--model`."""
-    optimizer: Literal["carry", "reset"] = "carry"
-    """`carry` continues with the checkpoint's optimizer state, as T5 does, and `reset` starts a new one; a converted
-    checkpoint has none."""
-
-
-class BranchSpec(Spec):
-    """The checkpoint of another run that this run continues with other settings."""
-
-    checkpoint: PathOrUrl
-    """RUN (its newest checkpoint), RUN@STEP, or the folder of one checkpoint; `--branch-from`."""
+    """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--model`. With
+    `keep: run` also RUN@STEP; `--branch-from`."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """A digest of its weights and optimizer state, which the run records; a checkpoint with another one is refused."""
+    keep: Literal["weights", "optimizer", "run"] = "optimizer"
+    """`weights` begins with a new optimizer. `optimizer` continues with the optimizer state too, as T5 does; a
+    converted checkpoint has none. `run` continues that run of the same verb as a branch with other settings: its steps
+    and its position in the data too."""
 
 
 class RandomInit(Spec):

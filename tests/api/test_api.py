@@ -212,7 +212,7 @@ def test_a_thread_can_train_from_a_checkpoint_and_progress_goes_to_stderr(
     assert spec.start.checkpoint.startswith(str(trained))  # type: ignore[attr-defined]
     more = switchcli.Recipe.load(recipe, {"train.steps": 2})
     branched = switchcli.train(more, tmp_path / "new", branch_from=f"{tmp_path / 'run'}@1", quiet=True)
-    assert branched.record["branch"]["step"] == 1
+    assert branched.record["start"]["step"] == 1
 
 
 def test_distill_takes_a_teacher_also_as_an_entry_of_a_folder_listing(

@@ -93,8 +93,8 @@ def test_with_the_same_settings_it_goes_on_with_the_same_bits(branch: Callable[.
     assert new == old
     assert [line["step"] for line in new] == [5, 8]
     assert result["input_tokens"] == STEPS * 256
-    assert result["branch"]["step"] == 4
-    assert result["branch"]["data"] == "continued"
+    assert result["start"]["step"] == 4
+    assert result["start"]["data"] == "continued"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "it is only read"
 
 
@@ -118,7 +118,7 @@ def test_another_batch_goes_on_at_the_next_row(branch: Callable[..., dict[str, A
     training = [row for row in rows_read if row >= 8]  # held-out rows, which are read too, are 0 to 7
     assert training == list(range(32, 32 + 4 * 4))
     assert result["input_tokens"] == 4 * 256 + 4 * 128
-    assert result["branch"]["data"] == "continued"
+    assert result["start"]["data"] == "continued"
 
 
 def test_a_branch_of_a_branch_goes_on_at_the_next_row(begun: str, rows_read: list[int], switchcli: SwitchCLI) -> None:
@@ -160,7 +160,7 @@ def test_its_messages_and_records_count_the_tokens_of_both_runs(run: Path, recip
 def test_other_data_begins_anew(change: str, branch: Callable[..., dict[str, Any]], rows_read: list[int]) -> None:
     Path("other.txt").write_text(Path("text.txt").read_text().replace("red", "blue"))
     result = branch(change)
-    assert result["branch"]["data"] == "new"
+    assert result["start"]["data"] == "new"
     assert result["step"] == STEPS
     assert max(rows_read) == 4 * 8 - 1, "four steps of eight rows, from the first"
 
@@ -175,7 +175,7 @@ def test_a_stream_goes_on_where_it_was(run: Path, recipe: str, switchcli: Switch
     assert switchcli("pretrain", *stream, *half, "half").code == 0
     assert switchcli("pretrain", *stream, "train.seed=3", "--branch-from", "streamed@4", "--out", "anew").code == 0
     state = json.loads((Path("half/checkpoints/step-00000008/state.json")).read_text())
-    assert (state["branch"], json.loads(Path("anew/result.json").read_text())["branch"]["data"]) == (
+    assert (state["branch"], json.loads(Path("anew/result.json").read_text())["start"]["data"]) == (
         [4, 1024, 16, True],
         "new",
     )
@@ -212,11 +212,10 @@ def test_a_branch_cannot_change_a_shape_and_so_the_refusal_names_none(
     ("source", "change", "code", "words"),
     [
         ("run@4", "model.d_model=64", 2, "model.d_model 64 32"),
-        ("run@4", "optimizer.kind=adamw", 4, "optimizer --model start.optimizer=reset"),
+        ("run@4", "optimizer.kind=adamw", 4, "optimizer --model start.keep=weights"),
         ("run@4", "train.steps=4", 2, "train.steps 4 8"),
         ("run@5", "train.steps=20", 4, "run 5 4 8 RUN@STEP"),
         ("nowhere", "train.steps=20", 4, "nowhere checkpoint"),
-        ("run@4", "start.checkpoint=run", 2, "start.checkpoint initial weights"),
         ("run@4", "data.tokenizer={kind: file, path: other.json}", 2, "data.tokenizer other.json"),
     ],
 )
@@ -238,10 +237,31 @@ def test_another_verb_and_its_own_folder_are_refused(run: Path, recipe: str, swi
     lay_out_tuning(Path())
     done = switchcli("finetune", "tune.yaml", "--branch-from", "run", "--out", "tuned")
     assert done.code == 2
-    assert not lacking(done.err, "pretrain --model start.optimizer=reset")
+    assert not lacking(done.err, "pretrain --model start.keep=weights")
     within = switchcli("pretrain", recipe, "train.steps=20", "--branch-from", "run", "--out", "run", "--no-resume")
     assert within.code == 2
     assert not lacking(within.err, "--branch-from --out")
+
+
+@pytest.mark.parametrize("keys", [("--branch-from", "run"), ("start.checkpoint=run", "start.keep=run")])
+def test_two_checkpoints_to_start_from_are_refused(keys: tuple[str, ...], recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, "--model", "other", *keys)
+    assert (done.code, lacking(done.err, "--model --branch-from")) == (2, [])
+
+
+def test_a_recipe_can_name_the_run_that_it_continues(begun: str, switchcli: SwitchCLI) -> None:
+    keys = ("start.checkpoint=a", "start.keep=run", "train.steps=3")
+    done = switchcli("pretrain", begun, *keys, "--out", "new", "--json")
+    start = json.loads(done.out)["start"]
+    assert (start["keep"], start["step"], Path(start["checkpoint"]).parents[1]) == ("run", 2, Path("a"))
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"), [("branch.checkpoint=a", "start.keep=run"), ("start.optimizer=reset", "start.keep=optimizer")]
+)
+def test_keys_that_name_a_start_otherwise_get_the_key(key: str, fix: str, recipe: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("pretrain", recipe, "start.checkpoint=a", key)
+    assert (done.code, lacking(done.err, f"{key.partition('=')[0].partition('.')[0]} {fix}")) == (2, [])
 
 
 @pytest.mark.integration
@@ -268,12 +288,12 @@ def test_its_recipe_repeats_it_though_the_run_has_gone_on(
     """`run` names its newest checkpoint when the branch begins; the recipe of the branch names that one."""
     steps = ("train.steps=10", "schedule.learning_rate=0.002")
     result = branch(*steps, source="run")
-    assert result["branch"]["step"] == STEPS
+    assert result["start"]["step"] == STEPS
     more = switchcli("pretrain", recipe, "train.steps=12", KEPT, *CONSTANT, "--out", "run", "--quiet")
     assert more.code == 0, more.err
     again = switchcli("pretrain", "new/recipe.yaml", "--out", "again", "--json")
     assert again.code == 0, again.err
-    assert json.loads(again.out)["branch"] == result["branch"]
+    assert json.loads(again.out)["start"] == result["start"]
     assert weights_of(Path("again")) == weights_of(Path("new"))
     # The command that made the branch resumes it.
     arguments = (recipe, KEPT, *CONSTANT, "schedule.learning_rate=0.002", "train.steps=11", "--out", "new", "--quiet")
@@ -286,19 +306,14 @@ def test_its_recipe_repeats_it_though_the_run_has_gone_on(
 
 
 @pytest.mark.integration
-def test_finetune_keeps_the_start_of_the_run(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
+def test_a_fine_tuned_run_is_continued(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     tune = ("finetune", tuning, "--json")
     assert switchcli(*tune, "--model", trained, "--out", "run").code == 0
     changed = (*tune, "schedule.learning_rate=0.001", "train.steps=8", "--branch-from", "run@2", "--out")
-    for number, model in enumerate([(), ("--model", trained)]):
-        done = switchcli(*changed, f"new{number}", *model)
-        assert done.code == 0, done.err
-        result = json.loads(done.out)
-        assert (result["branch"]["step"], result["step"], result["branch"]["data"]) == (2, 8, "continued")
-    assert weights_of(Path("new0")) == weights_of(Path("new1"))
-    other = switchcli(*changed, "new2", "--model", "run")
-    assert other.code == 2
-    assert not lacking(other.err, "--model run --branch-from")
+    done = switchcli(*changed, "new")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert (result["start"]["step"], result["step"], result["start"]["data"]) == (2, 8, "continued")
 
 
 @pytest.mark.integration
@@ -310,7 +325,7 @@ def test_distill_with_another_temperature(trained: Path, recipe: str, switchcli:
     assert not lacking(refused.err, "distill.temperature --branch-from run")
     done = switchcli(*distill, "new", "distill.temperature=2.0", "--branch-from", "run@1")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["branch"]["step"] == 1
+    assert json.loads(done.out)["start"]["step"] == 1
     same = switchcli(*distill, "same", "--branch-from", "run@1")
     assert same.code == 0, same.err
     assert weights_of(Path("same")) == weights_of(Path("run")) != weights_of(Path("new"))

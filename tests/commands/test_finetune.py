@@ -59,21 +59,21 @@ def test_only_the_named_weights_learn(trained: Path, tuning: str, switchcli: Swi
 
 def test_the_optimizer_goes_on_or_begins_anew(trained: Path, tuned: Path, tuning: str, switchcli: SwitchCLI) -> None:
     command = ("finetune", tuning, "--model", trained, "train.steps=2", "eval.every_steps=2", "--out")
-    assert switchcli(*command, "new", "start.optimizer=reset").code == 0
+    assert switchcli(*command, "new", "start.keep=weights").code == 0
     for run, steps in ((tuned, 4), (Path("new"), 2)):
         saved = load_file(run / "checkpoints/step-00000002/optimizer-00000.safetensors")
         assert int(saved["optimizer/steps"]) == steps
     adamw = switchcli(*command, "other", "optimizer.kind=adamw")
     assert adamw.code == 4
-    assert "start.optimizer=reset" in adamw.err
+    assert "start.keep=weights" in adamw.err
 
 
 @pytest.mark.integration
 def test_a_hugging_face_folder_is_a_start_too(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     assert switchcli("convert", trained, "theirs", "--to", "huggingface").code == 0
     refused = switchcli("finetune", tuning, "--model", "theirs", "--out", "a")
-    assert (refused.code, "start.optimizer=reset" in refused.err) == (4, True)
-    keys = ("start.optimizer=reset", "train.steps=2", "eval.every_steps=2")
+    assert (refused.code, "start.keep=weights" in refused.err) == (4, True)
+    keys = ("start.keep=weights", "train.steps=2", "eval.every_steps=2")
     done = switchcli("finetune", tuning, "--model", "theirs", *keys, "--out", "b", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["step"] == 2

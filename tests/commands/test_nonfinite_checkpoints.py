@@ -83,7 +83,7 @@ def test_an_optimizer_state_that_no_run_wrote_ends_a_start(
     spoil(bad, name, value, "optimizer")
     done = switchcli("pretrain", "bad/recipe.yaml", "train.steps=3", "--out", "bad")
     assert (done.code, lacking(done.err, f"step-00000002 {name}")) == (code, []), done.err
-    done = switchcli("pretrain", "tiny.yaml", "--model", "bad", "start.optimizer=carry", "--out", "new")
+    done = switchcli("pretrain", "tiny.yaml", "--model", "bad", "start.keep=optimizer", "--out", "new")
     assert (done.code, lacking(done.err, f"step-00000002 {name}")) == (code, []), done.err
 
 

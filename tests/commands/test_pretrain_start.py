@@ -25,7 +25,7 @@ def test_it_begins_with_the_weights_and_the_vocabulary_of_the_checkpoint(switchc
 @pytest.mark.integration
 def test_a_run_that_was_killed_before_its_first_save_keeps_its_start(switchcli, begun):
     """The run that it started from has gone on since, and is gone at last."""
-    command = ("pretrain", begun, "--model", "a", "--out", "on", "train.steps=1", "start.optimizer=reset")
+    command = ("pretrain", begun, "--model", "a", "--out", "on", "train.steps=1", "start.keep=weights")
     first = switchcli(*command)
     assert first.code == 0, first.err
     start = "a/checkpoints/step-00000002"
@@ -37,7 +37,7 @@ def test_a_run_that_was_killed_before_its_first_save_keeps_its_start(switchcli, 
     assert again.code == 0, again.err
     assert f"starting from {start}" in again.err
     shutil.rmtree(start)
-    resumed = switchcli(*command[:-2], "train.steps=2", "start.optimizer=reset")
+    resumed = switchcli(*command[:-2], "train.steps=2", "start.keep=weights")
     assert resumed.code == 0, "a run that has saved does not need its start"
     shutil.rmtree("on/checkpoints")
     gone = switchcli(*command)

@@ -37,5 +37,5 @@ steps = [json.loads(line)["step"] for line in open("runs/quickstart/switch/metri
 assert steps == sorted(steps)
 assert steps[-1] == 40
 branch = json.load(open("runs/quickstart/switch-branch1/result.json"))
-assert (branch["step"], branch["branch"]["step"], branch["branch"]["data"]) == (44, 40, "continued")
+assert (branch["step"], branch["start"]["step"], branch["start"]["data"]) == (44, 40, "continued")
 CHECK

@@ -15,7 +15,7 @@ from switchcli.system import credentials
 NO_PLACES = {
     "TrainingRecipe.description",
     "EvalRecipe.description",
-    "BranchSpec.sha256",
+    "StartSpec.sha256",
     "ModelSpec.size",
     "CorpusSpec.language",
     "CorpusSpec.languages",

@@ -140,7 +140,7 @@ def test_a_checkpoint_without_an_optimizer_is_refused_with_the_way_out(tmp_path:
     parts = Parts(tmp_path, NOISY, Adafactor(), seed=0)
     weights = logical_tensors(parts.model)
     path = checkpoint.save(tmp_path, 0, model=weights, optimizer={}, documents={"state.json": TrainState().to_json({})})
-    with pytest.raises(CheckpointError, match=naming("step-00000000", "optimizer state", "start.optimizer=reset")):
+    with pytest.raises(CheckpointError, match=naming("step-00000000", "optimizer state", "start.keep=weights")):
         load_optimizer_state(parts.optimizer, checkpoint.Checkpoint.open(path), range(NOISY.num_experts))
 
 
