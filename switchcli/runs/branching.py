@@ -133,7 +133,8 @@ def digest(named: NamedStart, handle: CheckpointHandle) -> str | None:
 
 def overrides(branch: Branch | None) -> list[str]:
     """Return the KEY=VALUE that records the checkpoint in the recipe."""
-    return [] if branch is None else [resolve.override("start", branch.spec.model_dump(mode="json"))]
+    values = {} if branch is None else branch.spec.model_dump(mode="json")
+    return [resolve.override(f"start.{key}", value) for key, value in values.items()]
 
 
 def parse(option: str) -> tuple[str, int | None]:

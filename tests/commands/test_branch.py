@@ -260,7 +260,7 @@ def test_a_recipe_can_name_the_run_that_it_continues(begun: str, switchcli: Swit
     ("key", "fix"), [("branch.checkpoint=a", "start.keep=run"), ("start.optimizer=reset", "start.keep=optimizer")]
 )
 def test_keys_that_name_a_start_otherwise_get_the_key(key: str, fix: str, recipe: str, switchcli: SwitchCLI) -> None:
-    done = switchcli("pretrain", recipe, "start.checkpoint=a", key)
+    done = switchcli("pretrain", recipe, key)
     assert (done.code, lacking(done.err, f"{key.partition('=')[0].partition('.')[0]} {fix}")) == (2, [])
 
 
