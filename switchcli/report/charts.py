@@ -31,9 +31,11 @@ _FILE_STYLE: Mapping[str, Any] = {
     "font": "sans-serif",
     "view": {"stroke": None},
     "axis": {"gridColor": "#e4e4e4", "domainColor": "#888", "tickColor": "#888", "titleFontWeight": "normal"},
-    "legend": {"orient": "bottom", "columns": 3, "symbolSize": 90, "symbolOpacity": 1, "labelLimit": 240},
     "title": {"anchor": "start", "fontWeight": 600, "offset": 12},
 }
+_LEGEND = {"orient": "bottom", "columns": {"expr": "max(1, floor(width / 250))"}, "symbolOpacity": 1, "labelLimit": 240}
+_SHOWN = {"name": "shown", "bind": "legend", "select": {"type": "point", "fields": ["series"]}}
+"""A click on a series in the legend shows it alone, and Shift adds another one."""
 _ZOOM = {
     "name": "view",
     "bind": "scales",
@@ -84,6 +86,12 @@ class Figure(NamedTuple):
     caption: str
     spec: Mapping[str, Any]
     table: Table
+    subject: str = ""
+    """The series or the layer that it belongs to, where the page says that once for several charts."""
+
+    @property
+    def full_title(self) -> str:
+        return f"{self.subject}: {self.title}" if self.subject else self.title
 
 
 class Axis(NamedTuple):
@@ -127,15 +135,16 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
     Column `series` of the table holds labels; points are joined in the order of its rows. `series` lists all labels in
     the order of their styles, which is the same in all figures of a report.
     """
+    scales = (
+        {"domain": [*series], "range": [*styles]} for styles in zip(*map(style_of, range(len(series))), strict=True)
+    )
     color, dash, shape = (
-        {"field": "series", "type": "nominal", "title": None, "scale": {"domain": [*series], "range": [*styles]}}
-        for styles in zip(*map(style_of, range(len(series))), strict=True)
+        {"field": "series", "type": "nominal", "title": None, "scale": scale, "legend": _LEGEND} for scale in scales
     )
     position = {axis: column.channel(scale=_line_scale(column)) for axis, column in (("x", x), ("y", y))}
 
     def layer(mark: dict[str, Any], opacity: float, encoding: dict[str, Any], **options: Any) -> dict[str, Any]:
-        # The legend of a page sets the signal `hidden` to the labels of hidden series.
-        visible = {"condition": {"test": "indexof(hidden, datum.series) < 0", "value": opacity}, "value": 0}
+        visible = {"condition": {"param": "shown", "value": opacity}, "value": 0}
         channels = {**position, "color": color, "opacity": visible, **encoding}
         return {"mark": {"clip": True, **mark}, "encoding": channels, **options}
 
@@ -149,19 +158,21 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
     tooltip = [names, x.tooltip(), y.tooltip(), y.tooltip("least"), y.tooltip("most")]
     layers = [
         layer({"type": "area"}, 0.16, band),
-        layer({"type": "line", "strokeWidth": 1.8, "strokeJoin": "round"}, 1, {"strokeDash": dash}, params=[_ZOOM]),
+        layer(
+            {"type": "line", "strokeWidth": 1.8, "strokeJoin": "round"}, 1, {"strokeDash": dash}, params=[_SHOWN, _ZOOM]
+        ),
         layer(
             {"type": "point", "filled": True, "size": 34}, 1, {"shape": shape, "tooltip": tooltip}, transform=nth_points
         ),
     ]
-    return Figure(name, title, caption, {"params": [{"name": "hidden", "value": []}], "layer": layers}, table)
+    return Figure(name, title, caption, {"layer": layers}, table)
 
 
 def _line_scale(axis: Axis) -> dict[str, Any]:
     return axis.scale(zero=False, nice=axis.domain is None)
 
 
-def heat_map(title: str, caption: str, table: Table, x: Axis, y: Axis, color: Axis) -> Figure:
+def heat_map(title: str, table: Table, x: Axis, y: Axis, color: Axis, subject: str = "") -> Figure:
     """Return a heat map with the name of its table and one cell per row; higher values are lighter.
 
     `x` and `y` are ordinal and keep the order of the rows.
@@ -182,7 +193,8 @@ def heat_map(title: str, caption: str, table: Table, x: Axis, y: Axis, color: Ax
     }
     map_rows = len(set(table.column(y.field)))
     height = map_rows * max(3, min(28, 360 // max(map_rows, 1)))  # 3 to 28 pixels a row, 360 in all where that fits
-    return Figure(table.name, title, caption, {"mark": {"type": "rect"}, "encoding": encoding, "height": height}, table)
+    spec = {"mark": {"type": "rect"}, "encoding": encoding, "height": height}
+    return Figure(table.name, title, "", spec, table, subject)
 
 
 def in_page(figure: Figure) -> dict[str, Any]:
@@ -218,7 +230,7 @@ def png(figure: Figure) -> bytes:
 
 def _for_file(figure: Figure) -> dict[str, Any]:
     rows = [dict(zip(figure.table.columns, row, strict=True)) for row in figure.table.rows]
-    return {**_SIZE, **figure.spec, "title": figure.title, "data": {"values": rows}, "config": _FILE_STYLE}
+    return {**_SIZE, **figure.spec, "title": figure.full_title, "data": {"values": rows}, "config": _FILE_STYLE}
 
 
 def write_files(figures: Iterable[Figure], tables: Iterable[Table], folder: Path) -> None:

@@ -82,7 +82,7 @@ def loads(comparison: Comparison) -> Iterator[tuple[str, list[Figure]]]:
     for index, (label, layers) in enumerate(maps.items()):
         figures = []
         for layer, (steps, load) in layers.items():
-            figures.append(_load_map(file_name(f"load_{index}_{layer}"), layer, steps, load, scale))
+            figures.append(_load_map(file_name(f"load_{index}_{layer}"), label, layer, steps, load, scale))
         yield label, figures
 
 
@@ -187,11 +187,6 @@ def _mean_entropy(run: Run) -> Curve | None:
     return None if layers is None else Curve(layers.steps, layers.mean)
 
 
-def x_title(figure: Figure) -> str:
-    """Return the title of the horizontal axis of a chart of lines."""
-    return str(figure.spec["layer"][0]["encoding"]["x"]["title"])
-
-
 def _band_caption(comparison: Comparison) -> str:
     is_band = any(len(series.runs) > 1 for series in comparison.series)
     if not is_band:
@@ -211,26 +206,18 @@ def _per_step(lines: Sequence[_Line], column: str) -> float | None:
 def _window(lines: Sequence[_Line], column: str, first: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the ranges of x and y shown before the reader zooms, with room for the markers of the outermost points.
 
-    They begin at a fraction `first` of the shortest line, and hold all lines from there on.
+    They begin at a fraction `first` of the shortest line, and hold all points from there on.
     """
-    curves = []
-    for line in lines:
-        known = np.isfinite(line.columns[column])
-        if known.any():
-            curves.append([line.columns[name][known] for name in (column, "least", "most")])
-    if not curves:
+    x, least, most = (np.concatenate([line.columns[name] for line in lines]) for name in (column, "least", "most"))
+    if np.isnan(x).all():
         return (0.0, 1.0), (0.0, 1.0)
-    begin, end = min(x.min() for x, _, _ in curves), max(x.max() for x, _, _ in curves)
-    if first:
-        begin = max(begin, first * min(x.max() for x, _, _ in curves))
-    margin = 0.02 * (end - begin) or 1.0
-    begin, end = begin - margin, end + margin
-    shown = []
-    for x, *bounds in curves:
-        for values in bounds:
-            shown += [*values[x >= begin], *([np.interp(begin, x, values)] if x[0] < begin else [])]
-    margin = 0.04 * (max(shown) - min(shown)) or 0.1 * abs(shown[0]) or 0.1
-    return (float(begin), float(end)), (float(min(shown) - margin), float(max(shown) + margin))
+    shortest = np.nanmin([np.fmax.reduce(line.columns[column]) for line in lines])  # NaN where a line has no x
+    begin, end = max(np.nanmin(x), first * shortest), np.nanmax(x)
+    x_margin = 0.02 * (end - begin) or 1.0
+    shown = x >= begin - x_margin
+    low, high = least[shown].min(), most[shown].max()
+    y_margin = 0.04 * (high - low) or 0.1 * abs(low) or 0.1
+    return (float(begin - x_margin), float(end + x_margin)), (float(low - y_margin), float(high + y_margin))
 
 
 def _time_unit(comparison: Comparison) -> tuple[str, float]:
@@ -253,7 +240,7 @@ def _relative_load(load: Loads, columns: int) -> tuple[Floats, Floats]:
     return load.steps[[stretch[-1] for stretch in stretches]], tokens / total * tokens.shape[1]
 
 
-def _load_map(name: str, layer: str, steps: Floats, load: Floats, scale: tuple[float, float]) -> Figure:
+def _load_map(name: str, label: str, layer: str, steps: Floats, load: Floats, scale: tuple[float, float]) -> Figure:
     # [C, E] transposed: all steps of expert 0 come first, and experts keep their order on the y axis.
     rows = [
         (expert, int(step), value)
@@ -262,7 +249,7 @@ def _load_map(name: str, layer: str, steps: Floats, load: Floats, scale: tuple[f
     ]
     x, y = Axis("step", "steps", kind="ordinal"), Axis("expert", "expert", kind="ordinal")
     table = Table(name, ("expert", "step", "share"), rows)
-    return charts.heat_map(shown_layer(layer), "", table, x, y, load_axis(scale))
+    return charts.heat_map(shown_layer(layer), table, x, y, load_axis(scale), label)
 
 
 def load_axis(scale: tuple[float, float]) -> Axis:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from switchcli import __version__
 from switchcli.errors import disk_errors
-from switchcli.report.charts import COLORS, DARK_COLORS, Figure, in_page, style_of
+from switchcli.report.charts import COLORS, DARK_COLORS, Figure, in_page
 from switchcli.report.safe_text import one_line, safe_text, shell_words
 from switchcli.system import publish
 
@@ -47,20 +47,9 @@ class Part(NamedTuple):
     """The title of a section, which the top of the page links to."""
 
 
-def highlights(facts: Iterable[tuple[str, str]]) -> Part:
-    """Return the results to see first, of (value, caption) pairs."""
-    cells = (f"<div><dd>{_text(value)}</dd><dt>{_text(caption)}</dt></div>" for value, caption in facts)
-    return Part(f'<dl class="facts">{"".join(cells)}</dl>')
-
-
 def paragraphs(*lines: str, kind: Literal["words", "note", "caption"] = "words") -> Part:
     """Return paragraphs; a `note` is for what the reader has to know before the results."""
     return Part("\n".join(f'<p class="{kind}">{_text(line)}</p>' for line in lines))
-
-
-def legend(series: Sequence[str]) -> Part:
-    """Return a legend for all charts of the page; a click on a series hides it and shows it again."""
-    return Part(f'<div class="legend">{"".join(map(_legend_button, range(len(series)), series))}</div>')
 
 
 def charts(figures: Sequence[Figure]) -> Part:
@@ -74,10 +63,11 @@ def sample(title: str, texts: Mapping[str, str]) -> Part:
     return Part(f'<article class="sample"><h3>{_text(title)}</h3><dl>{items}</dl></article>')
 
 
-def collapsible(summary: str, *elements: Part | HtmlTable) -> Part:
-    """Return elements that a click on the summary shows; their charts are drawn only then."""
+def collapsible(summary: str, *elements: Part | HtmlTable, is_open: bool = False) -> Part:
+    """Return elements that a click on the summary shows or hides; their charts are drawn when they are first shown."""
     content = _join(elements)
-    return Part(f"<details><summary>{_text(summary)}</summary>\n{content.html}\n</details>", content.figures)
+    tag = "<details open>" if is_open else "<details>"
+    return Part(f"{tag}<summary>{_text(summary)}</summary>\n{content.html}\n</details>", content.figures)
 
 
 def section(title: str, *elements: Part | HtmlTable) -> Part:
@@ -159,28 +149,9 @@ def _row(tag: str, cells: Sequence[str]) -> str:
 
 def _figure(figure: Figure) -> str:
     caption = f'<p class="caption">{_text(figure.caption)}</p>' if figure.caption else ""
-    plot = f'<div class="plot" data-figure="{_text(figure.name)}" role="img" aria-label="{_text(figure.title)}"></div>'
+    name, label = _text(figure.name), _text(figure.full_title)
+    plot = f'<div class="plot" data-figure="{name}" role="img" aria-label="{label}"></div>'
     return f"<figure><figcaption>{_text(figure.title)}</figcaption>{plot}{caption}</figure>"
-
-
-def _legend_button(index: int, label: str) -> str:
-    """Return a button with the line and the marker of a series."""
-    color, dash, shape = style_of(index)
-    line = f'<line x1="1" x2="33" y1="7" y2="7" stroke="{color}" stroke-dasharray="{" ".join(map(str, dash))}"/>'
-    marker = f'<path d="{_MARKER_PATHS[shape]}" transform="translate(17 7)" fill="{color}"/>'
-    image = f'<svg width="34" height="14" aria-hidden="true" stroke-width="2">{line}{marker}</svg>'
-    return f'<button type="button" aria-pressed="true">{image}{_text(label)}</button>'
-
-
-_MARKER_PATHS: Mapping[str, str] = {
-    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
-    "square": "M-4 -4h8v8h-8z",
-    "triangle-up": "M0 -5l5 9h-10z",
-    "diamond": "M0 -6l4 6l-4 6l-4 -6z",
-    "cross": "M-2 -5h4v3h3v4h-3v3h-4v-3h-3v-4h3z",
-    "triangle-down": "M0 5l5 -9h-10z",
-}
-"""SVG paths of the shapes of `style_of`, centered on 0."""
 
 
 def _data(figures: Sequence[Figure]) -> str:

@@ -2,8 +2,6 @@
 (() => {
   "use strict";
   const { tables, figures } = JSON.parse(document.getElementById("data").textContent);
-  const hidden = new Set();
-  const views = new Set();
 
   const rows = (columns) => {
     const names = Object.keys(columns);
@@ -18,7 +16,7 @@
     view: { stroke: null },
     axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", domain: false, tickSize: 4 },
     axisY: { titleAnchor: "end", titleAngle: 0, titleAlign: "left", titleX: 0, titleY: -12 },
-    legend: { disable: true, labelFontSize: 12, titleFontSize: 12 },
+    legend: { labelFontSize: 12, titleFontSize: 12 },
   };
   const options = {
     mode: "vega-lite",
@@ -35,12 +33,7 @@
     plot.dataset.drawn = "true";
     const { spec, table } = figures[plot.dataset.figure];
     const { view } = await vegaEmbed(plot, { ...spec, data: { values: rows(tables[table]) } }, options);
-    if (spec.params?.some((param) => param.name === "hidden")) views.add(view);
-    hide(view);
     plot.view = view;
-  };
-  const hide = (view) => {
-    if (views.has(view)) view.signal("hidden", [...hidden]).runAsync();
   };
   const drawAll = async (root) => {
     for (const plot of root.querySelectorAll(".plot")) {
@@ -48,15 +41,6 @@
     }
   };
 
-  for (const button of document.querySelectorAll(".legend button")) {
-    button.addEventListener("click", () => {
-      const series = button.textContent;
-      const shown = button.getAttribute("aria-pressed") === "true";
-      button.setAttribute("aria-pressed", String(!shown));
-      hidden[shown ? "add" : "delete"](series);
-      views.forEach(hide);
-    });
-  }
   for (const details of document.querySelectorAll("details")) {
     details.addEventListener("toggle", () => drawAll(details));
   }

@@ -1,14 +1,15 @@
-"""The report of runs: its tables for a terminal, the sections of its page, its files and its JSON object."""
+"""A report of runs and checkpoints: its tables for a terminal, the sections of its page, its files, its JSON object."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, LOSS
-from switchcli.report import figures, html_page, task_results
-from switchcli.report.charts import Figure, Table
+from switchcli.report import figures, html_page, routing_section, task_results
+from switchcli.report.charts import Table
 from switchcli.report.comparison import Comparison
 from switchcli.report.html_page import HtmlTable, Part
+from switchcli.report.routing_section import Survey
 from switchcli.report.runs import Run, as_mapping
 from switchcli.report.safe_text import capitalize
 from switchcli.report.series import SeedSpread, Series, differences
@@ -17,23 +18,35 @@ from switchcli.report.speed import SpeedUp
 from switchcli.report.task_results import Scores
 from switchcli.report.units import clock, si
 
-MAX_NAMES = 4
-"""Series that a sentence names, at most."""
 MAX_SAMPLES = 12
 """Texts with answers that a page shows, at most."""
 _USAGE = (
-    "Click a series to hide it in all charts. In a chart, Ctrl and the wheel zoom, a drag moves, a double click resets."
+    "A click on a series in a legend shows it alone, Shift and a click add another one. In a chart, Ctrl and the wheel "
+    "zoom, a drag moves, a double click resets."
 )
 
 
-class Report(NamedTuple):
-    """What the folders hold: trained runs compared with each other, and evaluations."""
+_LOAD_CAPTION = (
+    "Each expert's share of its layer's tokens, as a multiple of the even share, over the first run of a series: 1 is "
+    "even, dark experts are hardly used, light ones are crowded."
+)
+_VERDICT_CAPTIONS: Mapping[str | None, str] = {
+    Verdict.NO_DIFFERENCE: "No difference seen: the interval contains 0.",
+    Verdict.ONE_SEED: "With one seed nothing tells a difference from chance: train each with train.seed=1 and 2 too.",
+    Verdict.NO_COMMON_STEP: "No step in common: there is no step after 0 at which all runs were evaluated.",
+}
 
-    comparison: Comparison | None
-    """The runs that trained; None where there are evaluations alone."""
-    evaluations: Sequence[Series]
+
+class Report(NamedTuple):
+    """Trained runs compared with each other, evaluations, and the routing of checkpoints: whichever there is."""
+
+    comparison: Comparison | None = None
+    """The runs that trained; None where there are none."""
+    evaluations: Sequence[Series] = ()
     """Folders of `switchcli eval`, each a series by itself."""
-    notes: Sequence[str]
+    notes: Sequence[str] = ()
+    routing: Survey | None = None
+    """The routing of one or two checkpoints; None where it was not measured."""
 
     @property
     def trained(self) -> Sequence[Series]:
@@ -48,10 +61,12 @@ class Report(NamedTuple):
 
 
 def tables(report: Report) -> Iterator[HtmlTable]:
-    """Yield the tables for a terminal: quality and speed-up, sizes and rates, then scores."""
+    """Yield the tables for a terminal: quality and speed-up, sizes and rates, then scores, then the routing."""
     if report.comparison is not None:
         yield from overview(report.comparison)
     yield from (table.to_html() for table in score_tables(report))
+    if report.routing is not None:
+        yield from routing_section.tables(report.routing)
 
 
 def overview(comparison: Comparison) -> list[HtmlTable]:
@@ -82,7 +97,7 @@ def quality_table(comparison: Comparison) -> HtmlTable:
     ]
     columns["steps"] = [_spread(row.steps, ",.0f") for row in series_rows]
     rows = [*zip(*columns.values(), strict=True)]
-    return HtmlTable(capitalize(metric.title), [*columns], rows, " ".join(_quality_caption(comparison)))
+    return HtmlTable(capitalize(metric.title), [*columns], rows, " ".join(filter(None, _quality_caption(comparison))))
 
 
 def _quality_caption(comparison: Comparison) -> Iterator[str]:
@@ -92,18 +107,14 @@ def _quality_caption(comparison: Comparison) -> Iterator[str]:
         yield f"Each value is the mean of the last {metric.evaluations} evaluations of a run."
     if any(row.seeds > 1 for row in rows):
         yield "Values are means over seeds (least to most)."
-    gains = [row.over for row in rows if row.over is not None and row.verdict != Verdict.BASELINE]
-    methods = {gain.is_paired for gain in gains if gain.interval is not None}
-    if methods:
-        how = {True: "run by run of the same seed (Student)", False: "of the means (Welch)"}
-        ways = " or, where no seeds match, ".join(how[paired] for paired in sorted(methods, reverse=True))
-        yield f"Gain over {baseline}: how much lower the {metric.title} is, with its 95 % interval, {ways}."
-    if any(row.verdict == Verdict.NO_DIFFERENCE for row in rows):
-        yield f"{capitalize(Verdict.NO_DIFFERENCE)}: the interval contains 0."
-    if any(row.verdict == Verdict.ONE_SEED for row in rows):
-        yield "With one seed nothing tells a difference from chance: train each with train.seed=1 and 2 too."
-    if any(row.verdict == Verdict.NO_COMMON_STEP for row in rows):
-        yield "No step in common: there is no step after 0 at which all runs were evaluated. Nothing is interpolated."
+    others = [row for row in rows if row.verdict != Verdict.BASELINE]
+    if any(row.over is not None and row.over.interval is not None for row in others):
+        yield (
+            f"Gain over {baseline}: how much lower the {metric.title} is, with its 95 % interval, run by run of the "
+            "same seed (Student) or, where no seeds match, of the means (Welch)."
+        )
+    for verdict in dict.fromkeys(row.verdict for row in rows):
+        yield _VERDICT_CAPTIONS.get(verdict, "")
 
 
 def _speed_table(comparison: Comparison) -> HtmlTable:
@@ -120,30 +131,14 @@ def _speed_table(comparison: Comparison) -> HtmlTable:
             "-" if cost is None else write(cost.mean) for cost, write in zip(row.speed.costs, formats, strict=True)
         ]
         rows.append([row.label, *factors, f"{row.speed.reached} of {row.seeds}", *costs])
-    verdicts = {factor.verdict for row in comparison.rows for factor in row.speed.factors if factor is not None}
-    caption = [
+    caption = (
         f"x: how many times fewer steps, seconds and FLOPs than {baseline}, run by run, against its run of the same "
-        "seed where there is one."
-    ]
-    if any(verdict.is_difference for verdict in verdicts) or Verdict.NO_DIFFERENCE in verdicts:
-        caption.append(
-            "In parentheses the 95 % interval, from Student's of the logarithms; no difference is seen where it "
-            "contains 1."
-        )
-    if any("-" in row for row in rows):
-        caption.append(
-            "-: no run of the series reaches the quality, or one does before its first evaluation in training, so that "
-            "its steps are not known."
-        )
-    caption.append(
-        "Steps, time and FLOPs are means over the runs that reach it, interpolated: a run reaches it where the "
-        "straight line between two of its evaluations in training first does."
+        "seed where there is one; in parentheses the 95 % interval, from Student's of the logarithms. Steps, time and "
+        "FLOPs are means over the runs that reach it, interpolated on straight lines between evaluations in training; "
+        "-: no run does, or one does before its first evaluation in training. FLOPs are forward and backward."
     )
-    if comparison.metric.evaluations > 1:
-        caption.append("A mean of evaluations counts at the mean of their steps.")
-    caption.append("FLOPs are those of training, forward and backward.")
     headings = ("series", "x steps", "x time", "x FLOPs", "reach it", "steps", "time", "FLOPs")
-    return HtmlTable(f"Speed-up to {goal}, interpolated", headings, rows, " ".join(caption))
+    return HtmlTable(f"Speed-up to {goal}, interpolated", headings, rows, caption)
 
 
 def _speed_up(factor: SpeedUp | None) -> str:
@@ -177,15 +172,13 @@ def _size_table(comparison: Comparison) -> HtmlTable:
     for row in comparison.rows:
         sizes = ["-" if size is None else si(size) for size in row.sizes.values()]
         rows.append([row.label, _spread(row.tokens_per_second, si), _spread(row.dropped, ".1%"), *sizes])
-    caption = [
-        "Active parameters are those that process a token. FLOPs are of the forward pass, by the paper's formula."
-    ]
-    if any(row.dropped is not None for row in comparison.rows):
-        caption.append("Dropped is the share of tokens without a slot over the last tenth of the run.")
-    if any(row.seeds > 1 for row in comparison.rows):
-        caption.append("Tokens/s and dropped: means over seeds (least to most).")
+    caption = (
+        "Tokens/s and dropped are means over seeds (least to most). Dropped: the share of tokens without a slot over "
+        "the last tenth of the run. Active: the parameters that process a token. FLOPs are of the forward pass, by the "
+        "paper's formula."
+    )
     headings = ("series", "tokens/s", "dropped", "parameters", "active", "FLOPs a sequence")
-    return HtmlTable("Size and speed", headings, rows, " ".join(caption))
+    return HtmlTable("Size and speed", headings, rows, caption)
 
 
 class ScoreTable(NamedTuple):
@@ -225,18 +218,13 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
     """Yield the tables of task scores and of held-out texts that the runs have results for."""
     runs = report.runs_by_label
     if scores := task_results.tasks(runs):
-        caption = f"Scores from 0 to 100{_over_seeds(scores)}."
+        caption = "Scores from 0 to 100, means over seeds (least to most)."
         yield ScoreTable("tasks", "Tasks", "task", ".2f", scores, caption)
     titles = {LOSS: "Loss by text"} if task_results.by_tokens(runs) else {}
     for metric, title in {**titles, BITS_PER_BYTE: "Bits per byte by text"}.items():
         if scores := task_results.texts(runs, metric):
-            caption = f"Held-out text of each language or corpus{_over_seeds(scores)}."
+            caption = "Held-out text of each language or corpus, means over seeds (least to most)."
             yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, caption)
-
-
-def _over_seeds(scores: Scores) -> str:
-    spreads = [spread for by_name in scores.values() for spread in by_name.values()]
-    return ", the mean over seeds (least to most)" if any(one.least != one.most for one in spreads) else ""
 
 
 def _difference_table(comparison: Comparison) -> HtmlTable | None:
@@ -282,35 +270,38 @@ def _spread(value: SeedSpread | None, write: str | Callable[[float], str]) -> st
 
 
 def title(report: Report) -> str:
-    """Return the title of the page, which counts runs, series and evaluations."""
+    """Return the title of the page, which counts runs, series and evaluations, and names checkpoints."""
     num_runs = sum(len(series.runs) for series in report.trained)
     counts = {"run": num_runs, "evaluation": len(report.evaluations)}
     counted = [f"{count} {noun}{'s' if count > 1 else ''}" for noun, count in counts.items() if count]
     if len(report.trained) > 1:
         counted[0] += f" in {len(report.trained)} series"
+    if report.routing is not None:
+        counted.append(f"routing of {routing_section.names(report.routing)}")
     return f"switchcli report: {', '.join(counted)}"
 
 
 def parts(report: Report) -> Iterator[Part]:
-    """Yield the page: notes, highlights and a legend, then a section per topic that the runs know something of."""
+    """Yield the page: notes, then a section per topic that the runs or checkpoints know something of."""
     yield html_page.paragraphs(*report.notes, kind="note")
     comparison = report.comparison
     if comparison is not None:
-        yield html_page.highlights(highlights(comparison))
         yield html_page.section("Overview", *overview(comparison))
-        yield html_page.legend([series.label for series in comparison.series])
         yield html_page.paragraphs(_USAGE, kind="caption")
         if curves := figures.quality(comparison):
             yield html_page.section("Quality", html_page.charts(curves))
         if curves := figures.training(comparison):
             first = html_page.charts(curves[:1] + figures.rates(comparison))
-            against = _listed([figures.x_title(curve) for curve in curves[1:]])
-            others = html_page.collapsible(f"Against {against}", html_page.charts(curves[1:]))
+            others = html_page.collapsible("Against other measures than steps", html_page.charts(curves[1:]))
             yield html_page.section("Training", first, others)
         if curves := figures.routing(comparison):
             yield html_page.section("Routing", html_page.charts(curves))
-        if loads := _expert_loads(comparison):
-            yield html_page.section("Expert load", *loads)
+        loads = [
+            html_page.collapsible(label, html_page.charts(maps), is_open=index == 0)
+            for index, (label, maps) in enumerate(figures.loads(comparison))
+        ]
+        if loads:
+            yield html_page.section("Expert load", html_page.paragraphs(_LOAD_CAPTION), *loads)
     if scores := [table.to_html() for table in score_tables(report)]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
@@ -319,78 +310,10 @@ def parts(report: Report) -> Iterator[Part]:
         if samples := [*_samples(comparison)]:
             caption = "Held-out texts, their targets, and the answer of each series."
             yield html_page.section("Samples", html_page.paragraphs(caption), *samples)
-    yield html_page.section("Runs", _run_table(report))
-
-
-def highlights(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return the facts to see first, as (value, caption): the best series, its quality, and what is faster.
-
-    A series is best, or faster than the baseline, only where the 95 % interval says so; else the facts say that no
-    series is.
-    """
-    metric, baseline, step = comparison.metric, comparison.baseline.label, comparison.common_step
-    values = {row.label: row.final if step is None else row.at_common for row in comparison.rows}
-    means = {label: value.mean for label, value in values.items() if value is not None}
-    if not means:
-        return [(str(len(comparison.rows)), "series, none of them evaluated yet")]
-    where = "at the end" if step is None else f"at step {step:,}"
-    facts = []
-    shown = baseline if baseline in means else next(iter(means))
-    if len(means) > 1 and comparison.window is None:
-        facts.append((str(Verdict.NO_COMMON_STEP), f"between {_listed([*means])}"))
-    elif len(means) > 1:
-        top = max(means, key=lambda label: metric.sign * means[label])
-        series = {one.label: one for one in comparison.series}
-        gains = {label: comparison.gain(series[top], series[label]) for label in means if label != top}
-        rivals = {
-            label: Verdict.ONE_SEED if gain is None else gain.verdict
-            for label, gain in gains.items()
-            if gain is None or gain.verdict != Verdict.BETTER
-        }
-        if rivals:
-            doubt = Verdict.ONE_SEED if Verdict.ONE_SEED in rivals.values() else Verdict.NO_DIFFERENCE
-            names = _listed([label for label in means if label == top or label in rivals])
-            facts.append((str(doubt), f"{where}, between {names}"))
-        else:
-            facts.append((top, f"is best {where}: better than {_listed([*gains])}, by 95 % intervals"))
-            shown = top
-    facts.append((f"{means[shown]:.4f}", f"{metric.title} of {shown} {where}"))
-    for index, unit in enumerate(("steps", "time")):
-        faster = [
-            (factor, row.label)
-            for row in comparison.rows
-            if (factor := row.speed.factors[index]) is not None and factor.verdict == Verdict.FASTER
-        ]
-        if faster:
-            factor, label = max(faster, key=lambda one: one[0].spread.mean)
-            around = "" if factor.interval is None else f" (95 % interval {_range(factor.interval, '.2f')})"
-            facts.append(
-                (f"{factor.spread.mean:.2f} x", f"speed-up of {label} over {baseline}, in {unit}, interpolated{around}")
-            )
-    return facts
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return `a, b and c`, or the first names and how many more there are."""
-    if len(names) > MAX_NAMES:
-        names = [*names[: MAX_NAMES - 1], f"{len(names) - MAX_NAMES + 1} more"]
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def _expert_loads(comparison: Comparison) -> list[Part]:
-    """Return the heat maps of the first series, and those of the others folded."""
-    several = any(len(series.runs) > 1 for series in comparison.series)
-    caption = (
-        "Each expert's share of its layer's tokens, as a multiple of the even share, over the run"
-        f"{' of the first seed' if several else ''}: 1 is even, dark experts are hardly used, light ones are crowded."
-    )
-    parts: list[Part] = []
-    for label, maps in figures.loads(comparison):
-        if parts:
-            parts.append(html_page.collapsible(label, html_page.charts(maps)))
-        else:
-            parts += [html_page.paragraphs(caption), html_page.paragraphs(label), html_page.charts(maps)]
-    return parts
+    if report.routing is not None:
+        yield routing_section.section(report.routing)
+    if report.runs_by_label:
+        yield html_page.section("Runs", _run_table(report))
 
 
 def _samples(comparison: Comparison) -> Iterator[Part]:
@@ -408,19 +331,11 @@ def _samples(comparison: Comparison) -> Iterator[Part]:
 # Files
 
 
-def every_figure(report: Report) -> Iterator[Figure]:
-    """Yield the figures of the page, for files."""
-    if report.comparison is None:
-        return
-    for charts_of in (figures.quality, figures.training, figures.routing, figures.rates):
-        yield from charts_of(report.comparison)
-    for label, maps in figures.loads(report.comparison):
-        yield from (figure._replace(title=f"{label}: {figure.title}") for figure in maps)
-
-
 def every_table(report: Report) -> Iterator[Table]:
-    """Yield the tables that belong to no figure, for files: scores, all series, and what their recipes differ in."""
+    """Yield the tables that belong to no figure, for files: scores, tokens, series, and how their recipes differ."""
     yield from (table.to_table() for table in score_tables(report))
+    if report.routing is not None:
+        yield from routing_section.token_tables(report.routing)
     if (comparison := report.comparison) is not None:
         rows = [row.flat() for row in comparison.rows]
         yield Table("runs", [*rows[0]], [[*row.values()] for row in rows])
@@ -436,7 +351,7 @@ def _difference_rows(comparison: Comparison) -> Iterator[tuple[str, str, str | f
 
 
 def to_json(report: Report) -> Mapping[str, Any]:
-    """Return the comparison, the rows of its tables and the notes, for scripts."""
+    """Return the comparison, the rows of its tables, the notes and the routing, for scripts."""
     comparison = report.comparison
     compared: dict[str, Any] = {}
     if comparison is not None:
@@ -455,6 +370,7 @@ def to_json(report: Report) -> Mapping[str, Any]:
         "series": [row.to_json() for row in comparison.rows] if comparison is not None else [],
         "tables": {table.name: table.to_json() for table in score_tables(report)},
         "notes": [*report.notes],
+        "routing": report.routing,
     }
 
 

@@ -19,20 +19,22 @@ from switchcli.training import memory
 def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
     """Return the routing of one or two checkpoints, measured on the text of the first, as a JSON object.
 
+    Dense ones among `paths` are left out.
+
     `overrides` are KEY=VALUE for a recipe of `switchcli eval`.
 
     Raises:
-        CheckpointError: there is no checkpoint, it is dense, or the two cannot be compared.
-        RecipeError: a key breaks a rule, or the number of checkpoints is not 1 or 2.
+        CheckpointError: there is no checkpoint, all are dense, or the two cannot be compared.
+        RecipeError: a key breaks a rule, or the number of checkpoints with experts is not 1 or 2.
         DataError: the text cannot be used.
         OutOfMemory: the device has not enough memory.
     """
-    if not 1 <= len(paths) <= 2:
-        raise RecipeError(f"--routing takes a checkpoint, or two to compare, and {len(paths)} are named")
-    handles = [open_model(path, console) for path in paths]
-    for handle in handles:
-        if handle.recipe.model.num_experts == 1:
-            raise CheckpointError(f"{handle.path}: a dense model has no routing: name one with experts")
+    named = [open_model(path, console) for path in paths]
+    handles = [handle for handle in named if handle.recipe.model.num_experts > 1]
+    if named and not handles:
+        raise CheckpointError(f"{named[0].path}: a dense model has no routing: name one with experts")
+    if not 1 <= len(handles) <= 2:
+        raise RecipeError(f"--routing takes a checkpoint with experts, or two to compare, and {len(handles)} are named")
     if len(handles) > 1:
         _check_comparable(*handles)
     recipe, _ = resolve_job(handles[0], None, overrides)

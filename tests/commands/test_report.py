@@ -82,26 +82,6 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     assert {float(row["share"]) for row in load if row["expert"] == "3"} == {1.6}  # 4 of 10 parts, of 4 experts
 
 
-def facts(file: str) -> list[tuple[str, str]]:
-    """What the page says first, as (value, caption)."""
-    return re.findall(r"<dd>([^<]*)</dd><dt>([^<]*)</dt></div>", Path(file).read_text(encoding="utf-8"))
-
-
-def test_the_page_says_first_who_is_best_only_by_more_than_seeds_differ(runs: list[str], switchcli: SwitchCLI) -> None:
-    assert switchcli("report", *runs, "--html", "page.html").code == 0
-    (who, what), _, (times, unit), _ = facts("page.html")
-    assert (who, times) == ("switch", "2.00 x")
-    assert "best" in what
-    assert not lacking(unit, "speed-up switch dense steps 95")
-    for seed in (0, 1):
-        a_run(Path(f"level-{seed}"), lambda step, s=seed: 0.02 * step - 5 + s / 10, seed=seed, model={"size": "level"})
-    assert switchcli("report", *runs, "level-0", "level-1", "--html", "made/page.html").code == 0
-    who, what = facts("made/page.html")[0]
-    assert who == "no difference seen"
-    assert not lacking(what, "switch level")
-    assert "dense" not in what
-
-
 VICTORY = re.compile(r"\b(best|better|worse|faster|slower|wins?|winner|ahead|speed-up of)\b")
 
 
@@ -124,7 +104,6 @@ def test_one_seed_each_within_the_spread_of_three_declares_no_winner(
         for shown in (done.out, page):
             assert verdict in shown
             assert VICTORY.search(shown) is None
-        assert facts("page.html")[0][0] == verdict
         series = json.loads(switchcli("report", *folders, "--json").out)["series"]
         assert [one["verdict"] for one in series] == ["baseline", verdict]
         assert VICTORY.search(json.dumps(series)) is None
@@ -347,7 +326,7 @@ def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
     assert done.code == 0
     assert not lacking(done.err, "warning: step 0 evaluated eval.every_steps")
     assert "no step in common" in done.out
-    assert facts("page.html")[0][0] == "no step in common: cannot tell"
+    assert "no step in common: cannot tell" in Path("page.html").read_text(encoding="utf-8")
 
 
 def test_a_real_run(trained: Path, dense: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:

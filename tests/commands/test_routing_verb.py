@@ -25,7 +25,7 @@ def languages(recipe: str, text: Path, switchcli: SwitchCLI) -> Path:
 def survey(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
     done = switchcli("report", "--routing", *arguments, "--json")
     assert done.code == 0, done.err
-    found = json.loads(done.out)
+    found = json.loads(done.out)["routing"]
     assert isinstance(found, dict)
     return found
 
@@ -131,7 +131,7 @@ def test_what_has_no_atlas_is_refused_in_one_line(
     for override, out in (("model.num_experts=2", "two"), ("model.sparse_encoder_layers=[]", "other")):
         assert switchcli("pretrain", trained / "recipe.yaml", override, "--out", out, "--quiet").code == 0
     cases: list[tuple[list[object], int, str]] = [
-        ([trained, dense], 4, f"{dense}/checkpoints/step-00000002 dense experts"),
+        ([dense], 4, f"{dense}/checkpoints/step-00000002 dense experts"),
         ([trained, "text.sequences=3", "nowhere"], 4, "nowhere checkpoint checkpoints/step-*"),
         ([trained, "words"], 4, "vocabularies"),
         ([trained, "two"], 4, "4 experts 2"),
@@ -140,7 +140,7 @@ def test_what_has_no_atlas_is_refused_in_one_line(
         (["text.sequences=3"], 2, "--routing 0"),
         ([trained, "text.sequencs=3"], 2, "text.sequencs sequences"),
         ([trained, "capacities=[paper, dropless]"], 2, "capacities 'paper' 'dropless' one"),
-        ([trained, "--smooth", 2], 2, "--baseline --quality --smooth"),
+        ([trained, "--baseline", dense], 2, f"--baseline {dense} none"),
         ([trained, "text.sequences=1", "--html", trained / "recipe.yaml/page.html"], 4, "page.html file --html"),
         ([trained, "text.sequences=1", "--figures", trained / "recipe.yaml"], 4, "recipe.yaml folder --figures"),
     ]

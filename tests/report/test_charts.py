@@ -36,11 +36,11 @@ def test_a_heat_map_has_a_cell_a_row() -> None:
     cells = Table("cells", ("expert", "step", "share"), [(0, 10, 0.0), (0, 20, 1.0), (1, 10, 1.5), (1, 20, 2.0)])
     share = Axis("share", "share", ".1f", domain=(0.0, 2.0))
     where = [Axis(name, name, kind="ordinal") for name in ("step", "expert")]
-    drawn = charts.svg(charts.heat_map("A", "", cells, *where, share))
+    drawn = charts.svg(charts.heat_map("A", cells, *where, share))
     colours = re.findall(r'<path aria-label="[^"]*" [^>]*fill="(#[0-9a-f]{6}|rgb[^"]*)"', drawn)
     assert len(colours) == 4
     assert len(set(colours)) == 4
-    assert charts.png(charts.heat_map("A", "", cells, *where, share)).startswith(b"\x89PNG")
+    assert charts.png(charts.heat_map("A", cells, *where, share)).startswith(b"\x89PNG")
 
 
 def test_csv_is_read_back() -> None:

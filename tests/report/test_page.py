@@ -164,11 +164,15 @@ def test_it_draws_fits_is_readable_and_says_nothing(
 
     before = shown()
     assert before[:2] == [2, 2]
-    for lines_left in ([1, 1], [2, 2]):  # a click on a series hides it in every chart, and another one shows it
-        tab.locator(".legend button").first.click()
+    legend = plots[0].locator(".role-legend-label text")
+    for modifiers, lines_left in (
+        ([], 1),
+        (["Shift"], 2),
+    ):  # a click on a series shows it alone, Shift adds another one
+        legend.nth(len(modifiers)).click(modifiers=modifiers)
         tab.wait_for_timeout(300)
-        assert shown()[:2] == lines_left
-        assert too_faint(tab) == {}  # a hidden series stays readable
+        assert shown()[:2] == [lines_left, 2]
+        assert too_faint(tab) == {}
     assert shown() == before
     tab.context.close()
 
@@ -238,14 +242,14 @@ def too_faint(tab: Page) -> dict[str, float]:
             const ratio = (more + 0.05) / (less + 0.05);
             if (ratio < 4.5) found[name] = ratio;
         };
-        const texts = "h1, h2, h3, p, a, th, td, dt, dd, summary, button, figcaption, text";
+        const texts = "h1, h2, h3, p, a, th, td, dt, dd, summary, figcaption, text";
         for (const one of document.querySelectorAll(texts)) {
             const style = getComputedStyle(one);
             const ink = one.tagName === "text" ? style.fill : style.color;
             note(`${one.tagName} ${one.textContent.slice(0, 40)}`, ink, behind(one.closest("svg") ?? one));
         }
         const page = getComputedStyle(document.body).backgroundColor;
-        for (const line of document.querySelectorAll(".mark-line path, .legend line"))
+        for (const line of document.querySelectorAll(".mark-line path"))
             note(getComputedStyle(line).stroke, getComputedStyle(line).stroke, page);
         return found;
     }"""
@@ -256,8 +260,8 @@ def too_faint(tab: Page) -> dict[str, float]:
 def test_nothing_of_the_data_runs(browser: Browser, report: Path) -> None:
     tab, seen = opened(browser, report, DESKTOP, "light")
     tab.mouse.move(400, 400)
-    for button in tab.locator(".legend button").all():
-        button.click()
+    for symbol in tab.locator(".role-legend-symbol path").all():
+        symbol.click()
     assert tab.evaluate("window.hacked") is None
     assert tab.locator("main script, main img, main iframe, svg [onload]").count() == 0
     assert seen.words == []

@@ -1,0 +1,272 @@
+"""The part of a report on routing: the tokens of each expert, where they go, and the drift between two checkpoints."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from switchcli.metric_names import DROPPED_FRACTION
+from switchcli.report import html_page
+from switchcli.report.charts import Axis, Figure, Table, heat_map
+from switchcli.report.figures import even_scale, file_name, load_axis, shown_layer
+from switchcli.report.html_page import HtmlTable, Part
+from switchcli.report.safe_text import one_line
+from switchcli.report.units import percent, si
+
+Survey = Mapping[str, Any]
+"""The routing of one or two checkpoints, as `runs.routing_survey` measures it and `--json` has it."""
+TERMINAL_EXPERTS, PAGE_EXPERTS = 16, 64
+"""Experts of a layer that a terminal and a page show, those with the most tokens; --json has all."""
+_TOKEN_CHARACTERS = 50
+"""Characters of an expert's tokens in a terminal."""
+_TEXT_EXPERTS = 6
+"""Experts that are listed for a text."""
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's mark for a space."""
+_NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
+_EXPERT_HEADINGS = ("share", "no slot", "sure", "positions", "of sentinels")
+_EXPERT_CAPTION = (
+    "No slot: the share of the tokens that chose it. Sure: the mean of its probability where it is chosen. Positions: "
+    "where it takes most tokens against its share of all. Of sentinels: its share of them."
+)
+_LIFT_CAPTION = (
+    "Lift: how many times more often the expert gets a token than all experts together; without rare tokens."
+)
+_MAP_CAPTION = (
+    "In a map a cell is an expert's share of the tokens of its row, as a multiple of the even share: 1 is even, and "
+    "where it is dark the tokens go elsewhere. A decoder reads its targets one position later, after (start)."
+)
+
+
+def tables(survey: Survey) -> Iterator[HtmlTable]:
+    """Yield the tables for a terminal."""
+    for atlas in survey["models"]:
+        yield _summary(atlas, survey["sequences"])
+        for name, layer in atlas["layers"].items():
+            yield _expert_table(shown_layer(name), layer, TERMINAL_EXPERTS, with_tokens=True)
+            if len(layer["texts"]) > 1:
+                yield _text_table(name, layer)
+    if survey["drift"] is not None:
+        yield _drift_table(survey["drift"])
+
+
+def section(survey: Survey) -> Part:
+    """Return the section of a page: the drift between two checkpoints, and the maps and tables of each."""
+    elements: list[Part | HtmlTable] = [] if survey["drift"] is None else [_drift_table(survey["drift"])]
+    elements.append(html_page.paragraphs(_MAP_CAPTION))
+    for index, atlas in enumerate(survey["models"]):
+        elements += [_summary(atlas, survey["sequences"]), html_page.charts([_load_map(index, atlas)])]
+        for name, layer in atlas["layers"].items():
+            maps = html_page.charts([*_layer_maps(index, name, layer, survey["rare"])])
+            experts = _expert_table("Experts", layer, PAGE_EXPERTS, with_tokens=False)
+            lifts = _token_table(layer, "by_lift", "Tokens by lift", "{lift:.1f}x", _LIFT_CAPTION)
+            counts = _token_table(layer, "by_count", "Most frequent tokens", "{count:,}")
+            tables = [experts._replace(caption=_EXPERT_CAPTION)]
+            tables += [table for table in (lifts, counts) if len(table.headings) > 1]
+            elements.append(html_page.collapsible(shown_layer(name), maps, *tables))
+    return html_page.section("Experts", *elements)
+
+
+def names(survey: Survey) -> str:
+    """Return the folder of each run and the step of its checkpoint, for a title."""
+    named = []
+    for atlas in survey["models"]:
+        path = Path(atlas["checkpoint"]).resolve()
+        run = path.parents[1] if path.parent.name == "checkpoints" else path
+        named.append(f"{run.name}, step {atlas['step']:,}")
+    return " and of ".join(named)
+
+
+def token_tables(survey: Survey) -> Iterator[Table]:
+    """Yield a table per checkpoint, for files: the tokens listed for each expert, by lift or by count, each once."""
+    for index, atlas in enumerate(survey["models"]):
+        rows = []
+        for name, layer in atlas["layers"].items():
+            for expert, info in enumerate(layer["experts"]):
+                tokens = {token["id"]: token for token in (*info["by_lift"], *info["by_count"])}
+                for token in tokens.values():
+                    rows.append((shown_layer(name), expert, token["piece"], token["count"], token["lift"]))
+        yield Table(f"tokens_{index}", ("layer", "expert", "piece", "count", "lift"), rows)
+
+
+# Tables
+
+
+def _summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable:
+    """Return a row per layer of a checkpoint, measured over so many sequences of each text."""
+    layers = atlas["layers"]
+    deciders = next(iter(layers.values()))["explained_by"]
+    headings = ("layer", "tokens", "dropped", "unused", "sure", "entropy", *(f"by {kind}" for kind in deciders))
+    rows = [
+        (
+            shown_layer(name),
+            si(layer["tokens"]),
+            percent(layer[DROPPED_FRACTION]),
+            str(layer["load"].count(0)),
+            f"{layer['confidence']:.2f}",
+            f"{layer['entropy']:.2f}",
+            *(_share(info["share"]) for info in layer["explained_by"].values()),
+        )
+        for name, layer in layers.items()
+    ]
+    caption = (
+        "Unused: experts without a token. Sure: the mean of the highest probability. Entropy: of all probabilities, in "
+        f"nats. By {', '.join(deciders)}: how much of the choice of an expert it decides, from 0, no more than chance, "
+        "to 1, all."
+    )
+    measured = ", ".join(f"{number:,} of {text}" for text, number in sequences.items())
+    title = f"{atlas['checkpoint']}, capacity {atlas['capacity']}; held-out sequences: {measured}"
+    return HtmlTable(title, headings, rows, caption)
+
+
+def _expert_table(title: str, layer: Mapping[str, Any], count: int, with_tokens: bool) -> HtmlTable:
+    """Return a row per expert, which begins with the tokens that it gets more often than others do `with_tokens`."""
+    rows = []
+    for expert in _most_used(layer, count):
+        name = f"{expert:<4} {_first_tokens(layer, expert)}" if with_tokens else str(expert)
+        rows.append((name, *_expert_cells(layer, expert)))
+    headings = ("expert, tokens by lift" if with_tokens else "expert", *_EXPERT_HEADINGS)
+    return HtmlTable(f"{title}{_limited(layer, count)}", headings, rows)
+
+
+def _expert_cells(layer: Mapping[str, Any], expert: int) -> tuple[str, ...]:
+    """Return an expert's cells under `_EXPERT_HEADINGS`."""
+    info = layer["experts"][expert]
+    if not layer["load"][expert]:
+        return (percent(info["share"]), *["-"] * (len(_EXPERT_HEADINGS) - 1))
+    all_sentinels = sum(map(sum, layer["sentinels"].values()))
+    sentinels = sum(load[expert] for load in layer["sentinels"].values())
+    return (
+        percent(info["share"]),
+        percent(info["turned_away_fraction"]),
+        f"{info['confidence']:.2f}",
+        _favorite_positions(layer, expert),
+        percent(sentinels / all_sentinels) if all_sentinels else "-",
+    )
+
+
+def _first_tokens(layer: Mapping[str, Any], expert: int) -> str:
+    """Return the first tokens of an expert, as many as fit a terminal."""
+    info = layer["experts"][expert]
+    if not layer["load"][expert]:
+        return "no token"
+    pieces = [shown(token["piece"]) for token in info["by_lift"] or info["by_count"]]
+    while len(" ".join(pieces)) > _TOKEN_CHARACTERS:
+        pieces.pop()
+    return " ".join(pieces)
+
+
+def _token_table(layer: Mapping[str, Any], order: str, title: str, amount: str, caption: str = "") -> HtmlTable:
+    """Return a row per expert with the tokens that are listed for it `by_lift` or `by_count`, each with its amount."""
+    tokens = {expert: layer["experts"][expert][order] for expert in _most_used(layer, PAGE_EXPERTS)}
+    columns = max(map(len, tokens.values()))
+    rows = []
+    for expert, listed in tokens.items():
+        cells = [f"{shown(token['piece'])}{_NO_BREAK_SPACE}{amount.format_map(token)}" for token in listed]
+        rows.append((str(expert), *cells, *[""] * (columns - len(cells))))
+    return HtmlTable(title, ("expert", *map(str, range(1, columns + 1))), rows, caption)
+
+
+def _favorite_positions(layer: Mapping[str, Any], expert: int) -> str:
+    """Return the range of positions of which the expert takes most, against its share of all tokens."""
+    overall = layer["load"][expert] / sum(layer["load"])
+    lifts = {label: load[expert] / max(1, sum(load)) / overall for label, load in _loads_by_position(layer).items()}
+    best = max(lifts, key=lifts.__getitem__)
+    return f"{best}: {lifts[best]:.1f}x"
+
+
+def _text_table(name: str, layer: Mapping[str, Any]) -> HtmlTable:
+    rows = []
+    for text, load in layer["texts"].items():
+        experts = _by_load(load)[:_TEXT_EXPERTS]
+        rows.append((text, "  ".join(f"{expert} ({load[expert] / max(1, sum(load)):.0%})" for expert in experts)))
+    return HtmlTable(f"{shown_layer(name)}: where most of a text's tokens go", ("", "experts, and their share"), rows)
+
+
+def _drift_table(layers: Mapping[str, Any]) -> HtmlTable:
+    """Return how many tokens of each layer change their expert from the first checkpoint to the second."""
+    headings = ("layer", "tokens", "changed", "shared information")
+    rows = []
+    for name, layer in layers.items():
+        shared = _share(layer["shared_information"]["share"])
+        rows.append((shown_layer(name), f"{layer['tokens']:,}", percent(layer["changed"]), shared))
+    caption = (
+        "Changed: tokens that change their expert, by the numbers of the experts. Shared information: how well one "
+        "checkpoint's expert predicts the other's, whatever their numbers: 0 = chance, 1 = fully. It stays below 1 if "
+        "tokens have several experts."
+    )
+    return HtmlTable("From the first to the second", headings, rows, caption)
+
+
+def _most_used(layer: Mapping[str, Any], count: int) -> list[int]:
+    """Return the experts with the most tokens, in the order of their numbers."""
+    return sorted(_by_load(layer["load"])[:count])
+
+
+def _by_load(load: Sequence[int]) -> list[int]:
+    return sorted(range(len(load)), key=lambda expert: -load[expert])
+
+
+def _limited(layer: Mapping[str, Any], count: int) -> str:
+    """Return a remark for a title where not all experts are shown."""
+    num_experts = len(layer["load"])
+    return "" if num_experts <= count else f": the {count} of {num_experts} experts with most tokens, --json has all"
+
+
+def shown(piece: str) -> str:
+    """Return a piece of a vocabulary on one line, with four spaces or more as their number."""
+    line = one_line(piece).replace("<pad>", "(start)")
+    return re.sub(f"{SPACE}{{4,}}", lambda match: f"{SPACE}\N{MULTIPLICATION SIGN}{len(match[0])}", line)
+
+
+def _share(value: float | None) -> str:
+    """Return a share with two decimals, or `-` where it is not known."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+# Maps
+
+
+def _load_map(index: int, atlas: Mapping[str, Any]) -> Figure:
+    """Return the load of the experts by layer."""
+    loads = {shown_layer(name): layer["load"] for name, layer in atlas["layers"].items()}
+    total = {"load": [*map(sum, zip(*loads.values(), strict=True))]}
+    return _map(f"experts_{index}", "Load of the experts", "layer", total, loads)
+
+
+def _layer_maps(index: int, name: str, layer: Mapping[str, Any], rare: int) -> Iterator[Figure]:
+    """Yield a layer's load by position, by sentinel (those read `rare` times at least) and by text."""
+    sentinels = {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= rare}
+    texts = layer["texts"] if len(layer["texts"]) > 1 else {}
+    for kind, loads in (("position", _loads_by_position(layer)), ("sentinel", sentinels), ("text", texts)):
+        if loads:
+            yield _map(f"{kind}_{index}_{name}", f"By {kind}", kind, layer, loads, shown_layer(name))
+
+
+def _map(
+    name: str, title: str, kind: str, layer: Mapping[str, Any], loads: Mapping[str, Sequence[int]], subject: str = ""
+) -> Figure:
+    """Return a map of the experts with the most tokens of a layer, and of the labels of `loads`, tokens [E] each.
+
+    A cell is the expert's share of the tokens of its label, times the number of experts: 1 is even.
+    """
+    rows = [
+        (label, expert, load[expert] / max(1, sum(load)) * len(load))
+        for expert in _most_used(layer, PAGE_EXPERTS)
+        for label, load in loads.items()
+    ]
+    table = Table(file_name(name), (kind, "expert", "share"), rows)
+    x, y = (Axis(field, field, kind="ordinal") for field in ("expert", kind))
+    color = load_axis(even_scale([relative for _, _, relative in rows]))
+    return heat_map(f"{title}{_limited(layer, PAGE_EXPERTS)}", table, x, y, color, subject)
+
+
+def _loads_by_position(layer: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the tokens [E] that each expert gets in each range of positions, keyed by `first-last`."""
+    firsts, last, loads = layer["positions"].values()
+    # A range ends before the next one begins.
+    ends = [*(first - 1 for first in firsts[1:]), last]
+    return {
+        str(first) if first == end else f"{first}-{end}": load
+        for first, end, load in zip(firsts, ends, loads, strict=True)
+    }
