@@ -33,7 +33,8 @@ _FILE_STYLE: Mapping[str, Any] = {
     "axis": {"gridColor": "#e4e4e4", "domainColor": "#888", "tickColor": "#888", "titleFontWeight": "normal"},
     "title": {"anchor": "start", "fontWeight": 600, "offset": 12},
 }
-_LEGEND = {"orient": "bottom", "columns": {"expr": "max(1, floor(width / 250))"}, "symbolOpacity": 1, "labelLimit": 240}
+_LEGEND_WIDTH = 290
+"""Pixels of a chart on a phone."""
 _SHOWN = {"name": "shown", "bind": "legend", "select": {"type": "point", "fields": ["series"]}}
 """A click on a series in the legend shows it alone, and Shift adds another one."""
 _ZOOM = {
@@ -135,11 +136,14 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
     Column `series` of the table holds labels; points are joined in the order of its rows. `series` lists all labels in
     the order of their styles, which is the same in all figures of a report.
     """
+    # A symbol and its gaps take 30 pixels, a letter of a label at most 8.
+    columns = max(1, _LEGEND_WIDTH // (30 + 8 * max(map(len, series))))
+    legend = {"orient": "bottom", "columns": columns, "symbolOpacity": 1, "labelLimit": _LEGEND_WIDTH - 30}
     scales = (
         {"domain": [*series], "range": [*styles]} for styles in zip(*map(style_of, range(len(series))), strict=True)
     )
     color, dash, shape = (
-        {"field": "series", "type": "nominal", "title": None, "scale": scale, "legend": _LEGEND} for scale in scales
+        {"field": "series", "type": "nominal", "title": None, "scale": scale, "legend": legend} for scale in scales
     )
     position = {axis: column.channel(scale=_line_scale(column)) for axis, column in (("x", x), ("y", y))}
 

@@ -83,10 +83,6 @@ class Comparison(NamedTuple):
     rows: tuple[SeriesRow, ...]
     notes: tuple[str, ...]
 
-    def gain(self, series: Series, reference: Series) -> Gain | None:
-        """Return the gain of a series over another, from values at the steps of the window."""
-        return _gain(series, reference, self.metric, self.window)
-
     @property
     def num_tokenizers(self) -> int:
         return _num_tokenizers(self.series)
@@ -106,7 +102,7 @@ def compare(series: Sequence[Series], baseline: str | None, quality: float | Non
     window = _common_window(series, metric)
     step = _common_step(series, metric, window)
     rows = tuple(_row(one, reference, metric, quality, window, step) for one in series)
-    notes = tuple(_notes(series, metric, window, step))
+    notes = tuple(_notes(series, metric, window))
     return Comparison(tuple(series), reference, metric, quality, window, step, rows, notes)
 
 
@@ -193,9 +189,7 @@ def _dropped_fraction(run: Run) -> float | None:
     return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
 
 
-def _notes(
-    series: Sequence[Series], metric: QualityMetric, window: Window | None, common_step: float | None
-) -> Iterator[str]:
+def _notes(series: Sequence[Series], metric: QualityMetric, window: Window | None) -> Iterator[str]:
     """Yield what the reader has to know before the results are compared."""
     tokenizers = _num_tokenizers(series)
     if tokenizers > 1:
@@ -215,24 +209,16 @@ def _notes(
     unevaluated = [run.name for one in series for run in one.runs if metric.name not in run.curves]
     if unevaluated:
         yield f"No {metric.title} was logged by {', '.join(unevaluated)}: left out of the comparison."
-    if common_step is not None:
-        yield (
-            f"The last evaluations of the runs are at different steps: besides the value at the end of each, "
-            f"{metric.title} is given at step {common_step:,}, the last at which all of them were evaluated."
-        )
     windows = _windows(series, metric)
     if window is None and len(windows) > 1:
         if all(steps[-1][-1] == 0 for steps in windows):
             yield "No run was evaluated after step 0 yet: nothing is compared."
         else:
-            yield f"No {_shared(metric)}, so that nothing is compared: give them equal eval.every_steps."
-
-
-def _shared(metric: QualityMetric) -> str:
-    """Return what runs must have in common to be compared."""
-    if metric.evaluations == 1:
-        return "step after 0 at which all runs were evaluated"
-    return f"{metric.evaluations} evaluations in a row at the same steps of all runs"
+            smoothed = "" if metric.evaluations == 1 else f", {metric.evaluations} times in a row"
+            yield (
+                f"There is no step after 0 at which all runs were evaluated{smoothed}, so that nothing is compared: "
+                "give them equal eval.every_steps."
+            )
 
 
 def _json(value: SeedSpread | None) -> dict[str, float | None]:

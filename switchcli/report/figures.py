@@ -27,7 +27,6 @@ MIN_COLUMNS, MAX_COLUMNS = 12, 60
 CurveOf = Callable[[Run], Curve | None]
 """Returns the curve of one metric, or None for a run without it."""
 _STEP = Axis("step", "steps", precise=",")
-_START_CAPTION = f"The chart begins at {WINDOW_START:.0%} of the shortest run."
 
 
 def quality(comparison: Comparison) -> list[Figure]:
@@ -151,11 +150,9 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
     table = _table(name, lines, [*lines[0].columns])
     figures = []
     for key, axis in axes.items():
-        x_range, y_range = _window(lines, axis.field, WINDOW_START)
-        x, y = axis._replace(domain=x_range), Axis("value", title, ".3~f", precise=".4f", domain=y_range)
-        words = filter(None, (caption, _band_caption(comparison), _START_CAPTION))
+        x, y = _window(lines, axis, Axis("value", title, ".3~f", precise=".4f"), WINDOW_START)
         heading = f"{capitalize(title)} against {axis.title.partition(' (')[0]}"
-        figures.append(charts.lines(f"{name}_{key}", heading, " ".join(words), table, x, y, _labels(comparison)))
+        figures.append(charts.lines(f"{name}_{key}", heading, caption, table, x, y, _labels(comparison)))
     return figures
 
 
@@ -167,11 +164,9 @@ def _by_step(
     if not lines:
         return []
     table = _table(name, lines, ["step", "value", "least", "most"])
-    x_range, y_range = _window(lines, "step", 0)
     precise = ".1%" if tick_format == "~%" else ".4~s"
-    x, y = _STEP._replace(domain=x_range), Axis("value", title, tick_format, precise, domain=y_range)
-    words = " ".join(filter(None, (caption, _band_caption(comparison))))
-    return [charts.lines(name, capitalize(title), words, table, x, y, _labels(comparison))]
+    x, y = _window(lines, _STEP, Axis("value", title, tick_format, precise), 0)
+    return [charts.lines(name, capitalize(title), caption, table, x, y, _labels(comparison))]
 
 
 def _labels(comparison: Comparison) -> list[str]:
@@ -187,37 +182,30 @@ def _mean_entropy(run: Run) -> Curve | None:
     return None if layers is None else Curve(layers.steps, layers.mean)
 
 
-def _band_caption(comparison: Comparison) -> str:
-    is_band = any(len(series.runs) > 1 for series in comparison.series)
-    if not is_band:
-        return ""
-    return (
-        "The line is the mean over seeds, the band goes from the least to the most. A seed without a value at a step "
-        "is interpolated there, but not from step 0."
-    )
-
-
 def _per_step(lines: Sequence[_Line], column: str) -> float | None:
     """Return the value of a column per step where it is the same in all lines, at all steps; else None."""
     ratios = np.concatenate([line.columns[column][1:] / line.columns["step"][1:] for line in lines])
     return float(ratios[0]) if len(ratios) and np.allclose(ratios, ratios[0], rtol=1e-6, atol=0) else None
 
 
-def _window(lines: Sequence[_Line], column: str, first: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the ranges of x and y shown before the reader zooms, with room for the markers of the outermost points.
+def _window(lines: Sequence[_Line], x: Axis, y: Axis, first: float) -> tuple[Axis, Axis]:
+    """Return the axes with the ranges shown before the reader zooms, with room for the markers of the outermost points.
 
-    They begin at a fraction `first` of the shortest line, and hold all points from there on.
+    They hold all points from a fraction `first` of the shortest line on.
     """
-    x, least, most = (np.concatenate([line.columns[name] for line in lines]) for name in (column, "least", "most"))
-    if np.isnan(x).all():
-        return (0.0, 1.0), (0.0, 1.0)
-    shortest = np.nanmin([np.fmax.reduce(line.columns[column]) for line in lines])  # NaN where a line has no x
-    begin, end = max(np.nanmin(x), first * shortest), np.nanmax(x)
+    places, least, most = (
+        np.concatenate([line.columns[name] for line in lines]) for name in (x.field, "least", "most")
+    )
+    if np.isnan(places).all():
+        return x, y
+    shortest = np.nanmin([np.fmax.reduce(line.columns[x.field]) for line in lines])  # NaN where a line has no x
+    shown = places >= first * shortest
+    begin, end = places[shown].min(), places[shown].max()
     x_margin = 0.02 * (end - begin) or 1.0
-    shown = x >= begin - x_margin
     low, high = least[shown].min(), most[shown].max()
     y_margin = 0.04 * (high - low) or 0.1 * abs(low) or 0.1
-    return (float(begin - x_margin), float(end + x_margin)), (float(low - y_margin), float(high + y_margin))
+    x_range = (float(begin - x_margin), float(end + x_margin))
+    return x._replace(domain=x_range), y._replace(domain=(float(low - y_margin), float(high + y_margin)))
 
 
 def _time_unit(comparison: Comparison) -> tuple[str, float]:

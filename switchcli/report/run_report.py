@@ -21,11 +21,11 @@ from switchcli.report.units import clock, si
 MAX_SAMPLES = 12
 """Texts with answers that a page shows, at most."""
 _USAGE = (
-    "A click on a series in a legend shows it alone, Shift and a click add another one. In a chart, Ctrl and the wheel "
-    "zoom, a drag moves, a double click resets."
+    "A line of a chart is the mean over seeds, its band goes from the least to the most. A seed without a value at a "
+    "step is interpolated there, but not from step 0. Charts of losses begin at a tenth of the shortest run. A click "
+    "on a series in a legend shows it alone, Shift and a click add another one. Ctrl and the wheel zoom, a drag moves, "
+    "a double click resets."
 )
-
-
 _LOAD_CAPTION = (
     "Each expert's share of its layer's tokens, as a multiple of the even share, over the first run of a series: 1 is "
     "even, dark experts are hardly used, light ones are crowded."

@@ -156,6 +156,12 @@ def test_it_draws_fits_is_readable_and_says_nothing(
         size["width"],
     )
     assert over == []
+    below = tab.evaluate(
+        """[...document.querySelectorAll(".plot svg text")]
+            .filter((one) => one.getBoundingClientRect().bottom > one.closest("svg").getBoundingClientRect().bottom + 3)
+            .map((one) => one.textContent)"""
+    )
+    assert below == []  # a legend ends above the chart's caption
     assert too_faint(tab) == {}
 
     def shown() -> list[int]:
