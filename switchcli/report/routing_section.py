@@ -21,7 +21,7 @@ _TOKEN_CHARACTERS = 50
 """Characters of an expert's tokens in a terminal."""
 _TEXT_EXPERTS = 6
 """Experts that are listed for a text."""
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's mark for a space."""
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 _EXPERT_HEADINGS = ("share", "no slot", "sure", "positions", "of sentinels")
@@ -40,9 +40,9 @@ _MAP_CAPTION = (
 
 def tables(survey: Survey) -> Iterator[HtmlTable]:
     """Yield the tables for a terminal."""
-    for atlas in survey["models"]:
-        yield _summary(atlas, survey["sequences"])
-        for name, layer in atlas["layers"].items():
+    for model in survey["models"]:
+        yield _summary(model, survey["sequences"])
+        for name, layer in model["layers"].items():
             yield _expert_table(shown_layer(name), layer, TERMINAL_EXPERTS, with_tokens=True)
             if len(layer["texts"]) > 1:
                 yield _text_table(name, layer)
@@ -54,34 +54,34 @@ def section(survey: Survey) -> Part:
     """Return the section of a page: the drift between two checkpoints, and the maps and tables of each."""
     elements: list[Part | HtmlTable] = [] if survey["drift"] is None else [_drift_table(survey["drift"])]
     elements.append(html_page.paragraphs(_MAP_CAPTION))
-    for index, atlas in enumerate(survey["models"]):
-        elements += [_summary(atlas, survey["sequences"]), html_page.charts([_load_map(index, atlas)])]
-        for name, layer in atlas["layers"].items():
+    for index, model in enumerate(survey["models"]):
+        elements += [_summary(model, survey["sequences"]), html_page.charts([_load_map(index, model)])]
+        for name, layer in model["layers"].items():
             maps = html_page.charts([*_layer_maps(index, name, layer, survey["rare"])])
             experts = _expert_table("Experts", layer, PAGE_EXPERTS, with_tokens=False)
             lifts = _token_table(layer, "by_lift", "Tokens by lift", "{lift:.1f}x", _LIFT_CAPTION)
             counts = _token_table(layer, "by_count", "Most frequent tokens", "{count:,}")
-            tables = [experts._replace(caption=_EXPERT_CAPTION)]
-            tables += [table for table in (lifts, counts) if len(table.headings) > 1]
-            elements.append(html_page.collapsible(shown_layer(name), maps, *tables))
+            listed = [table for table in (lifts, counts) if len(table.headings) > 1]
+            experts = experts._replace(caption=_EXPERT_CAPTION)
+            elements.append(html_page.collapsible(shown_layer(name), maps, experts, *listed))
     return html_page.section("Experts", *elements)
 
 
 def names(survey: Survey) -> str:
     """Return the folder of each run and the step of its checkpoint, for a title."""
     named = []
-    for atlas in survey["models"]:
-        path = Path(atlas["checkpoint"]).resolve()
+    for model in survey["models"]:
+        path = Path(model["checkpoint"]).resolve()
         run = path.parents[1] if path.parent.name == "checkpoints" else path
-        named.append(f"{run.name}, step {atlas['step']:,}")
+        named.append(f"{run.name}, step {model['step']:,}")
     return " and of ".join(named)
 
 
 def token_tables(survey: Survey) -> Iterator[Table]:
     """Yield a table per checkpoint, for files: the tokens listed for each expert, by lift or by count, each once."""
-    for index, atlas in enumerate(survey["models"]):
+    for index, model in enumerate(survey["models"]):
         rows = []
-        for name, layer in atlas["layers"].items():
+        for name, layer in model["layers"].items():
             for expert, info in enumerate(layer["experts"]):
                 tokens = {token["id"]: token for token in (*info["by_lift"], *info["by_count"])}
                 for token in tokens.values():
@@ -92,9 +92,9 @@ def token_tables(survey: Survey) -> Iterator[Table]:
 # Tables
 
 
-def _summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable:
+def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable:
     """Return a row per layer of a checkpoint, measured over so many sequences of each text."""
-    layers = atlas["layers"]
+    layers = model["layers"]
     deciders = next(iter(layers.values()))["explained_by"]
     headings = ("layer", "tokens", "dropped", "unused", "sure", "entropy", *(f"by {kind}" for kind in deciders))
     rows = [
@@ -115,7 +115,7 @@ def _summary(atlas: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTabl
         "to 1, all."
     )
     measured = ", ".join(f"{number:,} of {text}" for text, number in sequences.items())
-    title = f"{atlas['checkpoint']}, capacity {atlas['capacity']}; held-out sequences: {measured}"
+    title = f"{model['checkpoint']}, capacity {model['capacity']}; held-out sequences: {measured}"
     return HtmlTable(title, headings, rows, caption)
 
 
@@ -216,7 +216,7 @@ def _limited(layer: Mapping[str, Any], count: int) -> str:
 def shown(piece: str) -> str:
     """Return a piece of a vocabulary on one line, with four spaces or more as their number."""
     line = one_line(piece).replace("<pad>", "(start)")
-    return re.sub(f"{SPACE}{{4,}}", lambda match: f"{SPACE}\N{MULTIPLICATION SIGN}{len(match[0])}", line)
+    return re.sub(f"{_SPACE}{{4,}}", lambda match: f"{_SPACE}\N{MULTIPLICATION SIGN}{len(match[0])}", line)
 
 
 def _share(value: float | None) -> str:
@@ -227,9 +227,9 @@ def _share(value: float | None) -> str:
 # Maps
 
 
-def _load_map(index: int, atlas: Mapping[str, Any]) -> Figure:
+def _load_map(index: int, model: Mapping[str, Any]) -> Figure:
     """Return the load of the experts by layer."""
-    loads = {shown_layer(name): layer["load"] for name, layer in atlas["layers"].items()}
+    loads = {shown_layer(name): layer["load"] for name, layer in model["layers"].items()}
     total = {"load": [*map(sum, zip(*loads.values(), strict=True))]}
     return _map(f"experts_{index}", "Load of the experts", "layer", total, loads)
 

@@ -206,19 +206,19 @@ class _Points:
         self.texts: Mapping[str, Mapping[str, float]] = {}
         self._values: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self._loads: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
-        self._left_out: dict[str, tuple[int, int]] = {}
-        """The first line and the number of lines, by what is wrong with them."""
+        self._left_out: dict[str, list[int]] = defaultdict(list)
+        """The numbers of lines by what is wrong with them."""
         self._skipped: Any = []
 
     def add(self, number: int, record: Mapping[str, Any] | None) -> None:
         """Add the record of a line, None for a line that is not whole."""
         if record is None:
-            self._leave_out("not a whole line", number)
+            self._left_out["not a whole line"].append(number)
             return
         step = step_of(record)
         self._skipped = record.get("skipped_steps", self._skipped)
         if step is None:
-            self._leave_out("a record without a step", number)
+            self._left_out["a record without a step"].append(number)
             return
         values: dict[str, Any] = {name: value for name, value in record.items() if name in LOGGED or "/" in name}
         max_entropies: dict[str, float] = {}
@@ -233,7 +233,7 @@ class _Points:
         floats = {name: value for name, value in values.items() if isinstance(value, float)}
         large = [name for name, value in floats.items() if not abs(value) < MAX_METRIC]  # NaN is not less either
         if large:
-            self._leave_out(f"{large[0]} is not a finite number", number)
+            self._left_out[f"{large[0]} is not a finite number"].append(number)
         for name, value in floats.items():
             maximum = max_entropies.get(name, 1.0)
             if name not in large and maximum:
@@ -241,16 +241,12 @@ class _Points:
         if "texts" in record:
             self.texts = as_mapping(record["texts"])
 
-    def _leave_out(self, reason: str, number: int) -> None:
-        first, count = self._left_out.get(reason, (number, 0))
-        self._left_out[reason] = (first, count + 1)
-
     def unreadable_lines_note(self, path: Path) -> list[str]:
         """Return a note on the lines and values that were left out, if there are any."""
         reasons = []
-        for reason, (first, count) in self._left_out.items():
-            others = f" (and {count - 1:,} more)" if count > 1 else ""
-            reasons.append(f"line {first:,}: {reason}{others}")
+        for reason, (first, *others) in self._left_out.items():
+            more = f" (and {len(others):,} more)" if others else ""
+            reasons.append(f"line {first:,}: {reason}{more}")
         return [f"{path}: left out: {'; '.join(reasons)}"] if reasons else []
 
     def skipped_steps_note(self, folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
-"""`switchcli report --routing`: the atlas of a run, of languages, of tasks; the drift between two; what is refused."""
+"""`switchcli report --routing`: a run, languages, tasks; the drift between two; what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, 
     assert found["sequences"] == {"text": 8}
     assert found["drift"] is None
     assert found["rare"] == 10
-    (atlas,) = found["models"]
-    assert (atlas["step"], atlas["capacity"], atlas["num_experts"]) == (2, "paper", 4)
+    (model,) = found["models"]
+    assert (model["step"], model["capacity"], model["num_experts"]) == (2, "paper", 4)
     measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["text"]["layers"]
-    assert list(atlas["layers"]) == list(measured)
-    for name, layer in atlas["layers"].items():
+    assert list(model["layers"]) == list(measured)
+    for name, layer in model["layers"].items():
         assert layer["load"] == measured[name]["load"]
         for figure in ("dropped_fraction", "confidence", "entropy"):
             assert layer[figure] == pytest.approx(measured[name][figure], rel=1e-5)
@@ -54,12 +55,27 @@ def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, 
     assert switchcli("report", "--routing", trained, "--quiet") == (0, shown.out, "")
 
 
+def test_it_is_a_section_of_the_report_of_the_runs_dense_ones_included(
+    trained: Path, dense: Path, tmp_path: Path, switchcli: SwitchCLI
+) -> None:
+    page = tmp_path / "page.html"
+    done = switchcli("report", "--routing", dense, trained, "text.sequences=2", "--html", page, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert len(found["series"]) == 2
+    (model,) = found["routing"]["models"]
+    assert model["checkpoint"].startswith(f"{trained}/")
+    sections = re.findall('<section id="([^"]+)"', page.read_text(encoding="utf-8"))
+    assert {"overview", "quality", "expert-load", "experts", "runs"} <= {*sections}
+    assert json.loads(switchcli("report", dense, trained, "--json").out) == {**found, "routing": None}
+
+
 def test_what_is_measured_can_be_named(trained: Path, switchcli: SwitchCLI) -> None:
     found = survey(switchcli, trained, "text.sequences=3", "capacities=[dropless]")
     assert found["sequences"] == {"text": 3}
-    (atlas,) = found["models"]
-    assert atlas["capacity"] == "dropless"
-    assert {layer["dropped_fraction"] for layer in atlas["layers"].values()} == {0.0}
+    (model,) = found["models"]
+    assert model["capacity"] == "dropless"
+    assert {layer["dropped_fraction"] for layer in model["layers"].values()} == {0.0}
 
 
 def test_a_checkpoint_whose_path_looks_like_a_key_can_be_named(
@@ -119,12 +135,13 @@ def test_a_folder_in_the_hugging_face_layout_is_shown_on_text_that_is_named(
     assert (alone.code, lacking(alone.err, f"{theirs} tasks=[rte] text.corpora=[...]")) == (2, [])
     named = (f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]", "text.held_out_fraction=0.1")
     keys = (*named, "text.sequences=8", "data.inputs_length=32", "capacities=[dropless]")
+    assert json.loads(switchcli("report", "--routing", theirs, *keys, "--json").out)["series"] == []
     drift = survey(switchcli, theirs, trained, *keys)["drift"]
     assert {layer["changed"] for layer in drift.values()} == {0.0}
 
 
 @pytest.mark.integration
-def test_what_has_no_atlas_is_refused_in_one_line(
+def test_what_has_no_routing_is_refused_in_one_line(
     trained: Path, dense: Path, recipe: str, switchcli: SwitchCLI
 ) -> None:
     assert switchcli("pretrain", recipe, "data.tokenizer.vocab_size=400", "--out", "words", "--quiet").code == 0

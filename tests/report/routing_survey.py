@@ -1,4 +1,4 @@
-"""A routing atlas as the tables and the page get it, of two layers that are alike."""
+"""A routing report as the tables and the page get it, of two layers that are alike."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
         "shared_information": {"share": 0.25},
     }
     layers, drifts = (dict(zip(LAYERS, (each, each), strict=True)) for each in (layer, drift))
-    atlases = [
+    models = [
         {
             "checkpoint": f"runs/{name}/checkpoints/step-00000010",
             "step": 10,
@@ -44,4 +44,4 @@ def a_survey(experts: int = 4, pieces: list[str] | None = None) -> dict[str, Any
         }
         for name in ("one", "two")
     ]
-    return {"sequences": {"en": 8, "de": 8}, "rare": 10, "models": atlases, "drift": drifts}
+    return {"sequences": {"en": 8, "de": 8}, "rare": 10, "models": models, "drift": drifts}
