@@ -71,19 +71,19 @@ def report(
         console = Console(quiet=quiet)
         if figures is not None:
             require_renderer()
-        paths, survey = [*map(Path, runs)], None
+        folders = [*map(Path, runs)]
+        if routing:
+            overrides = [argument for argument in runs if "=" in argument and not os.path.lexists(argument)]
+            checkpoints = [Path(argument) for argument in runs if argument not in overrides]
+            # A checkpoint that is no run, such as a converted one, has no metrics to compare.
+            folders = [path for path in checkpoints if (path / "metrics.jsonl").is_file()]
+        report = Report()
+        if folders or baseline is not None or not routing:
+            report = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
         if routing:
             from switchcli.runs.routing_survey import survey_checkpoints
 
-            overrides = [argument for argument in runs if "=" in argument and not os.path.lexists(argument)]
-            paths = [Path(argument) for argument in runs if argument not in overrides]
-            survey = survey_checkpoints(paths, overrides, console)
-            # A checkpoint that is no run, such as a converted one, has no metrics to compare.
-            paths = [path for path in paths if (path / "metrics.jsonl").is_file()]
-        report = Report()
-        if paths or baseline is not None or not routing:
-            report = compare_runs(paths, console, baseline=baseline, quality=quality, smooth=smooth)
-        report = report._replace(routing=survey)
+            report = report._replace(routing=survey_checkpoints(checkpoints, overrides, console))
         parts = [*run_report.parts(report)] if html is not None or figures is not None else []
         if html is not None:
             write_page(html, run_report.title(report), parts)

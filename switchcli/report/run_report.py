@@ -227,14 +227,6 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
             yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, caption)
 
 
-def _difference_table(comparison: Comparison) -> HtmlTable | None:
-    rows = [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]
-    if not rows:
-        return None
-    headings = ("key", *(series.label for series in comparison.series))
-    return HtmlTable("", headings, rows, "Keys of the recipes that are the same in all series are left out.")
-
-
 def _recipe_value(value: Any) -> str:
     if value is None:
         return "-"
@@ -305,8 +297,10 @@ def parts(report: Report) -> Iterator[Part]:
     if scores := [table.to_html() for table in score_tables(report)]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
-        if (table := _difference_table(comparison)) is not None:
-            yield html_page.section("Recipes", table)
+        if rows := [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]:
+            headings = ("key", *(series.label for series in comparison.series))
+            caption = "Keys of the recipes that are the same in all series are left out."
+            yield html_page.section("Recipes", HtmlTable("", headings, rows, caption))
         if samples := [*_samples(comparison)]:
             caption = "Held-out texts, their targets, and the answer of each series."
             yield html_page.section("Samples", html_page.paragraphs(caption), *samples)

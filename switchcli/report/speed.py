@@ -151,7 +151,8 @@ def speed(series: Series, baseline: Series, metric: QualityMetric, quality: floa
     elif len(pairs) < 2:
         doubt = Verdict.NO_PAIRS
     speed_ups = [_speed_up([getattr(one, name) for one in factors], len(pairs), doubt) for name in Cost._fields]
-    return Speed(len(costs), _spreads(costs), tuple(speed_ups))
+    spreads = tuple(seed_spread(getattr(one, name) for one in costs) for name in Cost._fields)
+    return Speed(len(costs), spreads, tuple(speed_ups))
 
 
 def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -> SpeedUp | None:
@@ -173,7 +174,3 @@ def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -
 def _divide(reference: Cost, run: Cost) -> Cost:
     """Return how many times the reference costs more; NaN, which `seed_spread` leaves out, where the run costs 0."""
     return Cost(*(theirs / ours if ours else np.nan for theirs, ours in zip(reference, run, strict=True)))
-
-
-def _spreads(costs: Sequence[Cost]) -> tuple[SeedSpread | None, ...]:
-    return tuple(seed_spread(getattr(cost, name) for cost in costs) for name in Cost._fields)
