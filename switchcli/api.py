@@ -23,8 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from switchcli.checkpoint.saved_state import Best
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.distributed.launch import join_srun
-from switchcli.distributed.rendezvous import prepare_rank
+from switchcli.distributed.rendezvous import join_srun, prepare_rank
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from switchcli.distributed.launch import is_rank, write_error_file
+from switchcli.distributed.launch import write_error_file
+from switchcli.distributed.rendezvous import is_rank
 from switchcli.errors import (
     Interrupted,
     InterruptedByForce,

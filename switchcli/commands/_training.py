@@ -20,7 +20,7 @@ from switchcli.commands._options import (
     Resume,
     default_out,
 )
-from switchcli.distributed.launch import is_rank, join_srun
+from switchcli.distributed.rendezvous import is_rank, join_srun
 from switchcli.report.console import main_console, print_json
 from switchcli.report.safe_text import safe_text
 from switchcli.system.startup import is_main_rank

@@ -30,12 +30,11 @@ from switchcli.distributed.collectives import HostGroup, explain_lost_ranks
 from switchcli.distributed.cpu_settings import keep_freed_memory, limit_threads
 from switchcli.distributed.deterministic_reduce import DeterministicReduce
 from switchcli.distributed.expert_parallel import ExpertGradients
-from switchcli.distributed.launch import is_rank
 from switchcli.distributed.layout import Layout, ModelWeights
 from switchcli.distributed.mesh import MeshGroups, build_groups
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec, check_world
 from switchcli.distributed.parallelize import GradientNorm
-from switchcli.distributed.rendezvous import announce_waiting
+from switchcli.distributed.rendezvous import DEFAULT_PORT, is_rank, warn_of_waiting
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.moe.layer import sparse_layers
@@ -121,7 +120,7 @@ class DistributedContext:
         )
         if on_cpu:
             keep_freed_memory()
-        with explain_lost_ranks(), announce_waiting():
+        with explain_lost_ranks(), warn_of_waiting():
             _init_process_group("gloo" if on_cpu else "nccl")
             self._accelerator = _create_accelerator(on_cpu)
         limit_threads()  # after accelerate, which gives ranks on a CPU all cores of the machine
@@ -446,7 +445,7 @@ def _init_process_group(backend: str) -> None:
     """
     if not is_rank() or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
         return
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
     init_process_group = partial(dist.init_process_group, backend, timeout=STEP_TIMEOUT)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

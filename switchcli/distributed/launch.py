@@ -1,4 +1,4 @@
-"""Ranks of one command: started by torchrun from here, or found where srun started them.
+"""The launcher of `--processes`: it starts the ranks of one command by torchrun.
 
 torchrun watches the ranks that it starts: it ends the others when one fails, forwards signals and collects error files.
 This module chooses its options, and reports in one line why the ranks ended. torch is imported only to start ranks.
@@ -10,11 +10,10 @@ This module chooses its options, and reports in one line why the ranks ended. to
 import json
 import logging
 import os
-import re
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -165,7 +164,7 @@ def _forward_signals() -> Iterator[None]:
 
 
 def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:
-    """Return how the rank ended that made all others end.
+    """Return how the rank ended that made all others end: the earliest that did not follow another one.
 
     Args:
         failures: what torchrun knows of each rank that failed, by rank: exit code (minus the signal) and time.
@@ -174,39 +173,25 @@ def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[in
     Raises:
         LostRankError, DistributedError, Interrupted: as `launch` says.
     """
-    # torchrun rounds times down to seconds; those in the error files are exact.
-    times = {rank: failure.error_file_data.get("timestamp", failure.timestamp) for rank, failure in failures.items()}
-    codes = {rank: failures[rank].exitcode for rank in sorted(times, key=times.__getitem__)}  # the earliest first
-    # After the first failure torchrun sends SIGTERM to the others, and SIGKILL to those that have not ended in time.
-    deadline = min(times.values()) + TORCHRUN_SAVING_SECONDS - 1  # 1 s for the rounding
-    hung = {rank for rank, code in codes.items() if code == -signal.SIGKILL and times[rank] >= deadline}
-    # Followers ended because of another rank: they report so, or torchrun ended them.
-    followers = set(hung)
-    for rank, code in codes.items():
+
+    def order(rank: int) -> tuple[int, float]:
+        """0: the rank failed itself. 1: it reports that it followed another one. 2: torchrun ended it by SIGTERM."""
+        failure = failures[rank]
         if rank in reports:
-            if reports[rank].location:
-                followers.add(rank)
-        elif code == -signal.SIGTERM:
-            followers.add(rank)
+            kind = 1 if reports[rank].location else 0
+        else:
+            kind = 2 if failure.exitcode == -signal.SIGTERM else 0
+        # torchrun rounds times down to seconds; those in the error files are exact.
+        return kind, failure.error_file_data.get("timestamp", failure.timestamp)
 
-    def priority(rank: int) -> int:
-        """Rank killed by a signal, rank that failed, hung rank, follower with a report, follower without."""
-        if rank in followers:
-            if rank in hung:
-                return 2
-            return 3 if rank in reports else 4
-        return 0 if codes[rank] < 0 else 1
-
-    first = min(codes, key=priority)  # the earliest of those with the same priority
-    if first not in reports or (codes[first] < 0 and first not in followers):
-        how = "was stopped or hung, and was killed" if first in hung else _describe_exit(codes[first])
-        lost = LostRankError(f"rank {first} {how}")
-        # The note is read by `training_location`. min prefers "after step N" to "outside training".
-        locations = [report.location for report in reports.values() if report.location]
-        lost.add_note(min(locations, default=errors.UNKNOWN))
-        raise lost
-    # If the main rank failed itself, its message is the one that it has printed for all.
-    return _raise_if_common(reports[0] if 0 in reports and 0 not in followers else reports[first])
+    first = min(failures, key=order)
+    if first in reports:
+        return _raise_if_common(reports[first])
+    lost = LostRankError(f"rank {first} {_describe_exit(failures[first].exitcode)}")
+    # The note is read by `training_location`. min prefers "after step N" to "outside training".
+    locations = [report.location for report in reports.values() if report.location]
+    lost.add_note(min(locations, default=errors.UNKNOWN))
+    raise lost
 
 
 def _raise_if_common(report: Exit) -> Exit:
@@ -220,7 +205,7 @@ def _describe_exit(code: int) -> str:
     """Return how a rank ended, from its exit code or minus the number of a signal; it follows "rank 1"."""
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
+    hint = ", for lack of memory or because it hung" if code == -signal.SIGKILL else ""
     return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
 
 
@@ -246,47 +231,8 @@ def write_error_file(error: SwitchError, message: str) -> bool:
 
 def _read_reports(logs: str) -> dict[int, Exit]:
     """Return what the ranks have written to their error files, by rank. torchrun names their folders by the rank."""
-
     reports = {}
     for path in Path(logs).rglob("error.json"):
         report = json.loads(path.read_text("utf-8"))
         reports[int(path.parent.name)] = Exit(report["exit_code"], report["message"], report["where"])
     return reports
-
-
-def is_rank() -> bool:
-    """Return whether a launcher started this process as a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def join_srun(environment: MutableMapping[str, str]) -> None:
-    """Set the variables that torchrun sets for a rank, if srun started this process as one of several tasks.
-
-    These are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Those that are set stay,
-    and nothing is done if RANK is set.
-
-    Raises:
-        DistributedError: there are several tasks, and the machine of the first one is not known.
-    """
-    rank = environment.get("SLURM_PROCID", "0")
-    # A batch script is not a task, but SLURM_NTASKS is set in it: this variable counts only where the rank is not 0.
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1") if rank != "0" else "1")
-    if "RANK" in environment or tasks == "1":
-        return
-    # The first machine of a list such as `node[03-05,9]`, `a,b` or `a`: a name, and the first number in brackets.
-    host = re.match(r"([\w.-]+)(?:\[(\d+)[\d,-]*\])?(?:,|$)", environment.get("SLURM_STEP_NODELIST", ""))
-    if "MASTER_ADDR" not in environment and host is None:
-        raise DistributedError(
-            f"started by srun with {tasks} tasks: set MASTER_ADDR and MASTER_PORT for them to meet at, or use torchrun"
-        )
-    if host is not None:
-        environment.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
-    # All tasks derive the same port, from 20000 to 29999, from the last four digits of the job's number.
-    job = environment.get("SLURM_JOB_ID", "0")
-    if "MASTER_PORT" not in environment and not re.fullmatch("[0-9]+", job):
-        raise DistributedError(f"SLURM_JOB_ID ({job!r}) must be a number: set MASTER_PORT for the tasks to meet at")
-    environment.setdefault("MASTER_PORT", str(20000 + int(job[-4:])))
-    environment.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
-    local_tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
-    if local_tasks is not None:
-        environment.setdefault("LOCAL_WORLD_SIZE", local_tasks[0])

@@ -1,35 +1,28 @@
-"""The rendezvous of the ranks: check the environment that describes it, and report what a rank waits for.
+"""Which rank this process is, and where the ranks meet: environment variables that torchrun, srun or a user sets.
 
-The variables are those of torchrun: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+The variables are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 import os
 import re
-import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from datetime import timedelta
-from threading import Event, Thread
-from typing import NamedTuple
+from threading import Timer
 
-from switchcli.distributed.launch import join_srun
-from switchcli.errors import RecipeError
+from switchcli.errors import DistributedError, RecipeError
 from switchcli.system.startup import LAUNCHER
 
-RESOLVE_SECONDS = 3.0
-"""How long an unknown host name is looked up again: a machine that is starting may be known a moment later."""
-ANNOUNCE_SECONDS = 3.0
-"""How long a rank waits for the others before it reports what it waits for."""
-STORE_SECONDS = 1.5
-"""How long the store of rank 0 may take to answer which ranks have arrived."""
-STORE_THREAD = "asking the store"
-"""Name of the thread that asks the store. Python must not exit normally while it runs: torch's C++ code would abort."""
-MAX_LISTED_RANKS = 8
-"""Missing ranks that a message lists; further ones become an ellipsis."""
-CHECK_PORT = "see that rank 0 was started, and that no other program uses that port"
+WAITING_SECONDS = 3.0
+"""How long a rank waits for the others before it says so."""
+DEFAULT_PORT = "29500"
+"""The port where ranks meet if MASTER_PORT is not set."""
 UNSET = "start the ranks with --processes or torchrun, or unset RANK and WORLD_SIZE to run one process"
+
+
+def is_rank() -> bool:
+    """Return whether a launcher started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def prepare_rank(environment: MutableMapping[str, str]) -> None:
@@ -43,12 +36,45 @@ def prepare_rank(environment: MutableMapping[str, str]) -> None:
     check_environment(environment)
 
 
+def join_srun(environment: MutableMapping[str, str]) -> None:
+    """Set the variables that torchrun sets for a rank, if srun started this process as one of several tasks.
+
+    These are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Those that are set stay,
+    and nothing is done if RANK is set.
+
+    Raises:
+        DistributedError: there are several tasks, and the machine of the first one is not known.
+    """
+    rank = environment.get("SLURM_PROCID", "0")
+    # A batch script is not a task, but SLURM_NTASKS is set in it: this variable counts only where the rank is not 0.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1") if rank != "0" else "1")
+    if "RANK" in environment or tasks == "1":
+        return
+    # The first machine of a list such as `node[03-05,9]`, `a,b` or `a`: a name, and the first number in brackets.
+    host = re.match(r"([\w.-]+)(?:\[(\d+)[\d,-]*\])?(?:,|$)", environment.get("SLURM_STEP_NODELIST", ""))
+    if "MASTER_ADDR" not in environment and host is None:
+        raise DistributedError(
+            f"started by srun with {tasks} tasks: set MASTER_ADDR and MASTER_PORT for them to meet at, or use torchrun"
+        )
+    if host is not None:
+        environment.setdefault("MASTER_ADDR", host[1] + (host[2] or ""))
+    # All tasks derive the same port, from 20000 to 29999, from the last four digits of the job's number.
+    job = environment.get("SLURM_JOB_ID", "0")
+    if "MASTER_PORT" not in environment and not re.fullmatch("[0-9]+", job):
+        raise DistributedError(f"SLURM_JOB_ID ({job!r}) must be a number: set MASTER_PORT for the tasks to meet at")
+    environment.setdefault("MASTER_PORT", str(20000 + int(job[-4:])))
+    environment.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
+    local_tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
+    if local_tasks is not None:
+        environment.setdefault("LOCAL_WORLD_SIZE", local_tasks[0])
+
+
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Raise a RecipeError for variables, set by a launcher or a user, with which ranks cannot meet."""
+    """Raise a RecipeError for variables with which ranks cannot meet. torch itself reports an unknown address."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if name in environment and not _is_number(environment[name]):
             raise RecipeError(f"{name} is {environment[name]!r} and must be a number without leading zeros: {UNSET}")
-    world, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
+    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if "RANK" in environment and "WORLD_SIZE" not in environment:
         raise RecipeError(f"RANK is {rank} and WORLD_SIZE is not set: {UNSET}")
     if rank >= world:
@@ -58,102 +84,35 @@ def check_environment(environment: Mapping[str, str]) -> None:
     for name in ("RANK", "MASTER_ADDR"):
         if not environment.get(name):
             raise RecipeError(f"WORLD_SIZE is {world} and {name} is not set: {UNSET}")
-    port = environment.get("MASTER_PORT", "29500")
+    port = environment.get("MASTER_PORT", DEFAULT_PORT)
     if not _is_number(port) or not 0 < int(port) < 2**16:
         raise RecipeError(f"MASTER_PORT is {port!r} and must be a number from 1 to 65535: give a port that is free")
-    _check_host(environment["MASTER_ADDR"])
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch("0|[1-9][0-9]{0,8}", text) is not None
 
 
-def _check_host(address: str) -> None:
-    """Raise a RecipeError if the address of rank 0's machine is a name that stays unknown."""
-    deadline = time.monotonic() + RESOLVE_SECONDS
-    while True:
-        try:
-            socket.getaddrinfo(address, None)
-            return
-        except UnicodeError:
-            pass  # no valid name
-        except OSError as error:
-            if error.errno != socket.EAI_NONAME:
-                return  # the network may recover: torch tries again
-        if time.monotonic() > deadline:
-            raise RecipeError(
-                f"MASTER_ADDR is {address!r}, a name that is not known: give the name or address of rank 0's machine"
-            )
-        time.sleep(0.2)
-
-
 @contextmanager
-def announce_waiting() -> Iterator[None]:
-    """Print on stderr what this rank waits for, if the code in this context takes longer than ANNOUNCE_SECONDS.
+def warn_of_waiting() -> Iterator[None]:
+    """Print a warning if the code in this context, in which the ranks meet, takes longer than WAITING_SECONDS.
 
-    The first rank of each machine prints. Ranks of `--processes` do not: their launcher knows whether one has ended.
+    The first rank of each machine prints it. Ranks of `--processes` do not: their launcher knows whether one has ended.
     """
-    if LAUNCHER in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    waits_for_others = is_rank() and os.environ["WORLD_SIZE"] != "1"
+    if not waits_for_others or LAUNCHER in os.environ or os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
-    met = Event()
-    Thread(target=_announce, args=(met,), name="rendezvous", daemon=True).start()
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    address, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", DEFAULT_PORT)
+    warning = (
+        f"warning: rank {rank} of {world} waits for the others at {address!r}, port {port}: see that all "
+        "were started, and that no other program uses that port\n"
+    )
+    timer = Timer(WAITING_SECONDS, sys.stderr.write, [warning])
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        met.set()
-
-
-class _Rendezvous(NamedTuple):
-    """Which rank this process is, and where the ranks meet."""
-
-    rank: int
-    world: int
-    address: str
-    port: int
-
-    def waiting(self) -> str:
-        """Return the beginning of a message: which rank waits, and where."""
-        return f"rank {self.rank} of {self.world} waits at {self.address!r}, port {self.port},"
-
-    def no_store(self) -> str:
-        """Return the message for an address at which something else than the store of rank 0 answers, or nothing."""
-        return f"{self.waiting()} where no store of rank 0 answers: {CHECK_PORT}"
-
-
-def _announce(met: Event) -> None:
-    if met.wait(ANNOUNCE_SECONDS):
-        return
-    port = int(os.environ.get("MASTER_PORT", "29500"))
-    rendezvous = _Rendezvous(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"], port)
-    answers: list[str] = []
-    # In a thread: if the program at that port is not a store, torch may wait for its answer for minutes.
-    query = Thread(target=lambda: answers.append(_missing_ranks(rendezvous, met)), name=STORE_THREAD, daemon=True)
-    query.start()
-    query.join(STORE_SECONDS)
-    message = answers[0] if answers else rendezvous.no_store()
-    if not met.is_set() and os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"warning: {message}\n")
-
-
-def _missing_ranks(rendezvous: _Rendezvous, met: Event) -> str:
-    """Register this rank in the store of rank 0, and return a message that says which ranks have not done so."""
-    try:
-        socket.create_connection((rendezvous.address, rendezvous.port), timeout=1).close()
-    except OSError as error:
-        reason = error.strerror or error
-        return f"{rendezvous.waiting()} for rank 0, which does not answer there ({reason}): see if it was started"
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    try:
-        store = TCPStore(
-            rendezvous.address, rendezvous.port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False
-        )
-        store.set(f"switchcli/waits/{rendezvous.rank}", "")
-        met.wait(0.5)  # the other ranks register at about the same time
-        missing = [str(rank) for rank in range(rendezvous.world) if not store.check([f"switchcli/waits/{rank}"])]
-    except (RuntimeError, ValueError):  # raised by torch if another program uses that port
-        return rendezvous.no_store()
-    names = ", ".join(missing[:MAX_LISTED_RANKS]) + (", ..." if len(missing) > MAX_LISTED_RANKS else "")
-    num_met = rendezvous.world - len(missing)
-    return f"{rendezvous.waiting()} and {num_met} of {rendezvous.world} ranks have come: rank {names} is missing"
+        timer.cancel()

@@ -5,15 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from messages import lacking
 from tiny_run import SwitchCLI
-
-from switchcli.distributed import rendezvous
 
 SECONDS = 5
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
@@ -28,10 +25,6 @@ REJECTED = {
     "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK ''"),
     "a port that is text": ({**TWO, "MASTER_PORT": "abc"}, "MASTER_PORT 'abc'"),
     "a port out of range": ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT '65536'"),
-    "an address that is unknown": (
-        {**TWO, "MASTER_ADDR": "no.such.host.invalid"},
-        "MASTER_ADDR 'no.such.host.invalid'",
-    ),
     "a task of srun with a strange rank": (
         {"SLURM_PROCID": "x", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1"},
         "RANK 'x'",
@@ -51,32 +44,6 @@ def test_what_cannot_work_is_rejected_at_once(case: str, switchcli: SwitchCLI, m
     assert (done.code, done.out) == (2, ""), done.err
     assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", pytest.param(b"", marks=pytest.mark.nightly)])
-def test_a_rank_that_meets_another_program_says_so(
-    answer: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(rendezvous, "ANNOUNCE_SECONDS", 0.1)
-    monkeypatch.delenv("SWITCHCLI_LAUNCHER", raising=False)
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        for name, value in {**TWO, "RANK": "1", "MASTER_PORT": str(other.getsockname()[1])}.items():
-            monkeypatch.setenv(name, value)
-        with rendezvous.announce_waiting():
-            other.accept()[0].close()
-            connection, _ = other.accept()  # that of the store
-            with connection:
-                connection.sendall(answer)
-                time.sleep(rendezvous.STORE_SECONDS + 0.5)
-    for thread in threading.enumerate():
-        if thread.name == rendezvous.STORE_THREAD:  # it ends when torch gives up, now that nobody answers
-            thread.join(30)
-            assert not thread.is_alive()
-    said = capsys.readouterr().err
-    assert said.startswith("warning: ")
-    assert not lacking(said, f"rank 1 2 '127.0.0.1' {os.environ['MASTER_PORT']} other program")
-    assert "Traceback" not in said
 
 
 # A launcher that starts one rank and is then killed.
@@ -102,13 +69,8 @@ def meeting(rank: str, port: str) -> dict[str, str]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("rank", "words"),
-    [("0", "1 3 ranks rank 2 missing"), pytest.param("1", "rank 0 not answer", marks=pytest.mark.nightly)],
-)
-def test_a_rank_says_what_it_waits_for_and_ends_when_it_is_asked(
-    rank: str, words: str, recipe: str, port: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.nightly)])
+def test_a_rank_says_that_it_waits_and_ends_when_it_is_asked(rank: str, recipe: str, port: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.device=cpu", "--out", tmp_path / "run"]
     with subprocess.Popen(command, env=meeting(rank, port), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -119,7 +81,7 @@ def test_a_rank_says_what_it_waits_for_and_ends_when_it_is_asked(
         finally:
             process.kill()
     assert said.startswith("warning: ")
-    assert not lacking(said, f"'127.0.0.1' port {port} {words}")
+    assert not lacking(said, f"rank {rank} 3 '127.0.0.1' port {port}")
 
 
 @pytest.mark.integration
