@@ -6,7 +6,6 @@ This module imports no torch, which takes seconds to import.
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,8 +30,6 @@ from switchcli.system.signals import stop_signals
 from switchcli.system.startup import is_main_rank
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
-RESEND_SECONDS = 1.0
-"""Seconds after which a signal is sent again if the command still runs. A library may have swallowed the exception."""
 
 
 @contextmanager
@@ -47,35 +44,19 @@ def interruptible(saves_nothing: bool = False) -> Iterator[None]:
             and the command `saves_nothing`.
     """
     interruption: SwitchError | None = None
-    resend = threading.Timer(0, lambda: None)
-
-    def error_for(number: int) -> SwitchError:
-        name = signal.Signals(number).name
-        if saves_nothing:
-            return InterruptedByForce(f"stopped by {name}: run the same command again")
-        return Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
 
     def handle_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal interruption, resend
-        resend.cancel()
-        resend = threading.Timer(RESEND_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
-        resend.daemon = True
-        resend.start()
+        nonlocal interruption
         if any(isinstance(error, (SwitchError, KeyboardInterrupt)) for error in cause_chain(sys.exception())):
-            # The command already ends and cleans up. If only a library handles its own error here, the signal that is
-            # sent again ends the command.
-            return
-        if interruption is None:
-            interruption = error_for(number)
+            return  # the command already ends, and cleans up
+        name = signal.Signals(number).name
+        if saves_nothing:
+            interruption = InterruptedByForce(f"stopped by {name}: run the same command again")
+        else:
+            interruption = Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
         raise interruption
 
-    def ignore_interruption(unraisable: "sys.UnraisableHookArgs") -> None:
-        # An interruption that is raised in a destructor would print a traceback.
-        if interruption is None or unraisable.exc_value is not interruption:
-            unraisable_hook(unraisable)
-
     previous_handlers = {number: signal.signal(number, handle_signal) for number in stop_signals()}
-    unraisable_hook, sys.unraisablehook = sys.unraisablehook, ignore_interruption
     try:
         yield
     except BaseException as error:
@@ -86,8 +67,6 @@ def interruptible(saves_nothing: bool = False) -> Iterator[None]:
             raise
         raise InterruptedByForce(FORCED) from None
     finally:
-        resend.cancel()
-        sys.unraisablehook = unraisable_hook
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 

@@ -4,15 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
 
-from switchcli.commands._exit import RESEND_SECONDS, interruptible
+from switchcli.commands._exit import interruptible
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, training_location
-from switchcli.system.signals import STOPPING, StopRequest
+from switchcli.system.signals import STOPPING
 
 ON_ITS_WAY_OUT = """
 import time
@@ -72,22 +69,6 @@ def test_what_a_clean_up_makes_of_it_is_the_signals_doing() -> None:
         tidy()
 
 
-def unraisable(action: Callable[[], None]) -> None:
-    """Call `action` from a finalizer, whose errors Python only prints."""
-
-    class Dying:
-        def __del__(self) -> None:
-            action()
-
-    Dying()
-
-
-def refused(action: Callable[[], None]) -> None:
-    """Call `action` and drop its errors, as a library may."""
-    with suppress(Exception):
-        action()
-
-
 def test_other_errors_pass() -> None:
     with pytest.raises(ValueError, match="mine"), interruptible():
         raise ValueError("mine")
@@ -110,45 +91,6 @@ def test_a_rank_is_left_to_tidy_up_and_not_where_it_waits_for_others(rank: str, 
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, then)
-
-
-@pytest.mark.parametrize("swallow", [unraisable, refused])
-def test_a_library_that_swallows_it_does_not_keep_the_command_going(
-    swallow: Callable[[Callable[[], None]], None], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Long enough for the signal to be given again; nor does the user see a traceback of it."""
-
-    def going_on() -> None:
-        swallow(lambda: signal.raise_signal(signal.SIGTERM))
-        time.sleep(3 * RESEND_SECONDS)
-
-    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
-        going_on()
-    assert capfd.readouterr().err == ""
-
-
-def test_one_that_was_swallowed_before_training_stops_it() -> None:
-    with interruptible():
-        refused(lambda: signal.raise_signal(signal.SIGTERM))
-        with StopRequest() as stop:
-            time.sleep(2 * RESEND_SECONDS)
-            assert stop.requested
-
-
-@pytest.mark.integration
-def test_a_clean_up_that_takes_long_is_not_cut_by_the_signal_that_is_given_again() -> None:
-    tidied: list[str] = []
-
-    def tidying() -> None:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            time.sleep(2.5 * RESEND_SECONDS)
-            tidied.append("all of it")
-
-    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
-        tidying()
-    assert tidied == ["all of it"]
 
 
 def test_a_signal_does_not_replace_the_error_that_a_command_ends_by() -> None:
