@@ -33,42 +33,32 @@ class JsonLines:
     def rewind(self, step: int) -> str | None:
         """Drop the records after `step`, so that the run can continue there. Return a warning about damage, or None.
 
-        Lines that hold no record of a step are moved to a new file beside this one, NAME.damaged-1 or the next free
-        number. A torn last line is what a killed process leaves: it is dropped without a warning. A file that has
-        another hard link is replaced by a copy, so that records are not appended to both. Memory does not grow with the
-        file. The file is replaced in one rename, after the damaged lines are on the disk: a crash at any moment leaves
-        the old file or the new one.
+        A torn last line, which a killed process leaves, is dropped as well. If another line holds no record of a step,
+        the old file is kept as NAME.damaged-1, or the next free number. A file that has another hard link is replaced
+        by a copy, so that records are not appended to both. Memory does not grow with the file. The file is replaced in
+        one rename: a crash at any moment leaves the old file or the new one.
         """
         if not os.path.lexists(self.path):
             return None
         with disk_errors(self.path):
             publish.check_file(self.path)
-            rewrite = os.lstat(self.path).st_nlink > 1
-            num_damaged, first_damaged, last_damaged = 0, 0, 0
+            is_changed, first_damaged = os.lstat(self.path).st_nlink > 1, 0
             for line in read_lines(self.path):
                 action = _action_for(line, step)
-                rewrite = rewrite or action != "keep" or not line.is_ended
-                if action == "damaged" and line.number != last_damaged:  # a long line comes in several pieces
-                    num_damaged += 1
-                    first_damaged, last_damaged = first_damaged or line.number, line.number
-            if not rewrite:
+                is_changed = is_changed or action != "keep" or not line.is_ended
+                if action == "damaged" and not first_damaged:
+                    first_damaged = line.number
+            if not is_changed:
                 return None
-            if num_damaged:
-                aside = self._free_name()
-                publish_file(aside, self._lines("damaged", step))
-            publish_file(self.path, self._lines("keep", step))
-        if not num_damaged:
+            if first_damaged:
+                old = self._free_name()
+                publish_file(old, (line.content for line in read_lines(self.path)))
+            kept = (line.content for line in read_lines(self.path) if _action_for(line, step) == "keep")
+            # Only the last line of the file may lack its newline.
+            publish_file(self.path, (content.removesuffix(b"\n") + b"\n" for content in kept))
+        if not first_damaged:
             return None
-        lines = f"line {first_damaged:,} holds"
-        if num_damaged > 1:
-            lines = f"{num_damaged:,} lines, the first at line {first_damaged:,}, hold"
-        return f"{self.path}: {lines} no record of a step: moved to {aside.name}"
-
-    def _lines(self, action: "LineAction", step: int) -> Iterator[bytes]:
-        for line in read_lines(self.path):
-            if _action_for(line, step) == action:
-                # Only the last line of the file may lack its newline; pieces of a damaged line have none.
-                yield line.content if line.is_ended or action == "damaged" else line.content + b"\n"
+        return f"{self.path}: line {first_damaged:,} holds no record of a step: the old file is kept as {old.name}"
 
     def _free_name(self) -> Path:
         number = 1
