@@ -1,9 +1,8 @@
 """Parse YAML text to nodes that know their line, and write plain data as YAML text.
 
-Scalars follow the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Some features
-are refused, because a recipe does not need them and each can hide a mistake or an attack: tags, merge keys, keys that
-are not text, duplicate keys, a second document, nesting beyond 32, more than 1 MiB or 10,000 values (which would take
-long to read; an alias counts as what it stands for), bytes that are not UTF-8.
+Scalars follow the core schema of YAML 1.2: `1e-4` is a number, `no` and `12:30` are text, `012` is 12. Refused are
+duplicate keys, keys that are not text, and tags, which construct objects. As reading must not take long, so are nesting
+beyond 32 and more than 1 MiB or 10,000 values, where an alias counts as what it stands for.
 
 This module knows nothing about recipes: `resolve` and the schema give keys their meaning.
 """
@@ -23,7 +22,6 @@ from switchcli.system.user_files import open_regular, to_utf8
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
 MAX_VALUES = 10_000
-MAX_DIGITS = 1000
 
 Scalar = str | int | float | bool | None
 
@@ -44,7 +42,8 @@ def _integer(text: str) -> int:
 _PLAIN_SCALARS: tuple[tuple[str, re.Pattern[str], str, Callable[[str], Scalar]], ...] = (
     ("null", re.compile(r"(?:null|Null|NULL|~|)\Z"), "nN~", lambda text: None),
     ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), "tTfF", lambda text: text[0] in "tT"),
-    ("int", re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"), "-+0123456789", _integer),
+    # More digits are a float, infinity, which no key accepts: Python refuses to convert integers of 5,000 digits.
+    ("int", re.compile(r"(?:[-+]?[0-9]{1,400}|0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400})\Z"), "-+0123456789", _integer),
     (
         "float",
         re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z"),
@@ -68,6 +67,7 @@ _FIXES = {
         ("expected <block end>", "expected '<document start>'"),
         "lines of one mapping or list must begin in the same column",
     ),
+    "but found another document": "a recipe is one document: remove the line '---'",
     "could not find expected ':'": "a key is followed by a colon and a space",
     "undefined alias": "write an anchor (&NAME) before its alias, or put text that begins with * in quotes",
 }
@@ -115,14 +115,12 @@ def read_bytes(data: bytes, name: str) -> Node:
     """Return the root node of the YAML in `data`, which messages call `name`. Raises RecipeError like `read_file`."""
     if len(data) > MAX_BYTES:
         raise RecipeError(f"{name}: more than the {MAX_BYTES} bytes that a recipe may have: is it a recipe?")
-    fix = f"save the file as UTF-8, for example with {to_utf8(data)}"
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        fix = f"save the file as UTF-8, for example with {to_utf8(data)}"
         raise RecipeError(f"{name}:{line}: byte {error.start} is not UTF-8: {fix}") from error
-    if "\0" in text:
-        raise RecipeError(f"{name}:1: a NUL byte, which is not text in UTF-8: {fix}")
     return read(text, lambda line: f"{name}:{line}")
 
 
@@ -150,24 +148,18 @@ def read(text: str, where: Callable[[int], str]) -> Node:
 
 
 def _refuse(text: str, where: Callable[[int], str]) -> None:
-    """Raise RecipeError for a feature that is refused, before the whole text is read. `_node` expands aliases."""
-    depth = documents = values = 0
+    """Raise RecipeError for a tag, and for text beyond the bounds, before it is composed: that would take long."""
+    depth = values = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        rule = None
-        if isinstance(event, yaml.DocumentStartEvent):
-            documents += 1
-            if documents > 1:
-                rule = "a second document: a recipe is one; remove the line '---' above"
-        elif isinstance(event, yaml.CollectionEndEvent):
+        source = where(_line(event))
+        if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent):
             depth += isinstance(event, yaml.CollectionStartEvent)
             values += 1
             if event.tag is not None:
-                rule = f"tags ({event.tag}) are not allowed: remove it"
-        if rule:
-            raise RecipeError(f"{where(_line(event))}: {rule}")
-        _check_bounds(depth, values, where(_line(event)))
+                raise RecipeError(f"{source}: tags ({event.tag}) are not allowed: remove it")
+        _check_bounds(depth, values, source)
 
 
 def _check_bounds(depth: int, values: int, source: str) -> None:
@@ -199,8 +191,6 @@ def _mapping(node: yaml.MappingNode, where: Callable[[int], str], values: Iterat
         key = _scalar(name, source) if isinstance(name, yaml.ScalarNode) else None
         if not isinstance(key, str):
             raise RecipeError(f"{source}: a key must be text: put it in quotes")
-        if key == "<<":
-            raise RecipeError(f"{source}: merge keys (<<) are not allowed: write the keys out, or use extends")
         if key in children:
             first = children[key].where
             raise RecipeError(f"{source}: {display_key(key)}: given twice, first at {first}: remove one")
@@ -215,10 +205,8 @@ def _scalar(node: yaml.ScalarNode, source: str) -> Scalar:
         raise RecipeError(f"{source}: half a surrogate pair is not a character: write the character itself")
     if node.style is not None:  # quoted or block: text
         return text
-    for tag, pattern, _, parse in _PLAIN_SCALARS:
+    for _, pattern, _, parse in _PLAIN_SCALARS:
         if pattern.match(text):
-            if tag == "int" and len(text) > MAX_DIGITS:
-                raise RecipeError(f"{source}: an integer of more than {MAX_DIGITS} digits: remove the extra ones")
             return parse(text)
     return text
 

@@ -43,6 +43,9 @@ def read(source):
         ('"null"', "null"),
         ("=", "="),
         ("<<", "<<"),
+        ("9" * 400, int("9" * 400)),
+        ("9" * 401, float("inf")),
+        ("0x" + "f" * 401, "0x" + "f" * 401),
         ("[1, [a], {b: c}]", [1, ["a"], {"b": "c"}]),
     ],
 )
@@ -81,11 +84,9 @@ def test_an_alias_stands_for_its_anchors_value(source, value):
         ("&x [&y [*x, *y]]", "f:1", "32"),
         (f"a: &x {'[' * 20}{']' * 20}\nb: {'[' * 13}*x{']' * 13}", "f:1", "32"),
         (many(99), "f:1", "10000"),
-        ("<<: &x {a: 1}", "f:1", "<< extends"),
         ("a: !!str 3", "f:1", "tags tag:yaml.org,2002:str"),
         ("a: !python/object:os.system {}", "f:1", "tags !python/object:os.system"),
         ("!x a: 1", "f:1", "tags !x"),
-        ("<<: {a: 1}", "f:1", "<< extends"),
         ("a: 1\n2: 3", "f:2", "key quotes"),
         ("no: 1\nnull: 2", "f:2", "key quotes"),
         ("? [a]\n: 1", "f:1", "key quotes"),
@@ -109,8 +110,6 @@ def test_an_alias_stands_for_its_anchors_value(source, value):
         ('a: "\\ud800"', "f:1", "surrogate"),
         ('a: "\\U00110000"', "f:1", "YAML escape"),
         ('a: "\\UFFFFFFFF"', "f:1", "YAML escape"),
-        ("a: " + "9" * 5000, "f:1", "1000 digits"),
-        ("a: 0x" + "f" * 5000, "f:1", "1000 digits"),
         ("- " * 3000, "f:1", "32"),
         ("a:\n" + "- 1\n" * 10_000, "f:9999", "10000"),
     ],
@@ -147,7 +146,7 @@ def test_nesting_of_32_is_read():
     [
         (b"a: 1\nb: \xff", "mine.yaml:2", "8 UTF-8 iconv latin1"),
         ("a: 1".encode("utf-16"), "mine.yaml:1", "0 UTF-8 iconv utf-16"),
-        ("a: 1".encode("utf-16-le"), "mine.yaml:1", "NUL iconv utf-16"),
+        ("a: 1".encode("utf-16-le"), "mine.yaml:1", r"'\x00'"),
         (b"#" * (2**20 + 1), "mine.yaml", "1048576 bytes"),
     ],
 )
@@ -205,7 +204,7 @@ scalars = (
         ]
     )
 )
-keys = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda key: key != "<<")
+keys = st.text(st.characters(exclude_categories=["Cs"]))
 values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(keys, inner), max_leaves=10)
 
 
