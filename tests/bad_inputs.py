@@ -83,7 +83,6 @@ FILES: dict[str, tuple[str, str]] = {
     "laughs.yaml": (_LAUGHS, "laughs.yaml:1 10000"),
     "alias.yaml": ("a: *b\n", "alias.yaml:1 alias 'b'"),
     "tag.yaml": ("a: 1\nb: !!python/object/apply:os.system [id]\n", "tag.yaml:2 tags os.system"),
-    "merge.yaml": ("<<: {train: {steps: 1}}\n", "merge.yaml:1 merge << extends"),
     "colon.yaml": ("a: 1\nb: source: {text}\n", "colon.yaml:2 YAML ': ' quotes"),
     "two.yaml": ("a: 1\n---\nb: 2\n", "two.yaml:2 document '---'"),
     "deep.yaml": ("[" * 3000, "deep.yaml:1 32 deep"),

@@ -51,7 +51,7 @@ def plant(fault: str, phase: str, moment: Path) -> None:
         "step": (loop, "accumulate_gradients", STEP),
         "all-to-all": (expert_parallel, "_all_to_all", 30),
         "save": (CheckpointWriter, "write", 1),
-        "evaluation": (ValidationCallback, "__call__", 1),
+        "evaluation": (ValidationCallback, "__call__", 2),  # the first one comes before the first step
         "end": (Trainer, "sample", 1),
     }
     owner, name, count = places[phase]
