@@ -1,14 +1,13 @@
-"""Types that all packages share: `Spec`, the base class of settings; `PathOrUrl`; and T5's special tokens.
+"""Types that all packages share: `Spec`, the base class of settings; bounded numbers; `PathOrUrl`; T5's special tokens.
 
 A Spec is a frozen pydantic model that refuses unknown keys. A choice among several is a union of specs with a
 discriminator, `kind`. The spec itself does the work (`assign`, `build`, a call), so that YAML validates straight into
 the object that is used.
 """
 
-from types import MappingProxyType
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from switchcli.system import credentials
 
@@ -21,33 +20,23 @@ VOCAB_SIZE: Final = 32128
 """T5's rows of the embedding matrix: its 32,100 pieces, padded to a multiple of 128."""
 AUTO: Final = "auto"
 """The value of `model.vocab_size` in a recipe that leaves it to the tokenizer."""
-LIMITS: Final = MappingProxyType(
-    {
-        "vocab_size": 1 << 24,
-        "d_model": 1 << 17,
-        "d_kv": 1 << 17,
-        "d_ff": 1 << 20,
-        "num_heads": 1 << 13,
-        "num_layers": 1 << 10,
-        "num_decoder_layers": 1 << 10,
-        "num_experts": 1 << 14,
-        "expert_capacity": 1 << 31,
-        "relative_attention_num_buckets": 1 << 16,
-        "relative_attention_max_distance": 1 << 31,
-        "experts_in_all": 1 << 17,
-        "row_tokens": 1 << 20,
-        "batch_tokens": 1 << 40,
-        "steps": 1 << 40,
-        "count": 1 << 40,
-        "ranks": 1 << 20,
-        "beams": 1 << 10,
-        "threads": 1 << 10,
-        "seed": (1 << 63) - 1,
-    }
-)
-"""Upper bounds of sizes in a recipe or a config.json, far above any published model.
 
-Switch-C has 2,048 experts in each of 30 blocks, 61,440 in all, and batches of 2**20 tokens."""
+# Upper bounds of the numbers in a recipe or a config.json, far above any published model: Switch-C has 2,048 experts in
+# each of 30 blocks, 61,440 in all, and batches of 2**20 tokens. They stop a slip of the keyboard from taking an hour,
+# or sizes from exceeding 64 bits.
+MAX_FEW: Final = 2**10
+"""Upper bound of what takes time for each one, such as layers and threads."""
+MAX_SIZE: Final = 2**20
+"""Upper bound of a dimension of a tensor, and of ranks."""
+MAX_COUNT: Final = 2**40
+"""Upper bound of what is only counted, such as steps, tokens and examples."""
+MAX_SEED: Final = 2**63 - 1
+MAX_EXPERTS_IN_ALL: Final = 2**17
+"""Upper bound of the experts of all layers together: each is planned for, and saved as tensors of its own."""
+
+Few = Annotated[int, Field(ge=1, le=MAX_FEW)]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 
 def check_path_or_url(text: str) -> str:

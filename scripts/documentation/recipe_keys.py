@@ -41,7 +41,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 DEFAULTS = {"verb": "the verb of the command", "model.decoder_router.kind": "switch"}
 """Defaults that the schema does not say."""
 LARGEST_BOUND = 1000
-"""Upper bounds beyond this one only stop typing errors (`spec.LIMITS`): they are not part of a type in words."""
+"""Upper bounds beyond this one only stop typing errors (`spec.MAX_SIZE`): they are not part of a type in words."""
 
 
 class Member(NamedTuple):

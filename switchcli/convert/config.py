@@ -22,7 +22,7 @@ from switchcli.convert.weight_names import ModelType
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.spec import EOS, LIMITS, PAD, Spec
+from switchcli.spec import EOS, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, PAD, Spec
 from switchcli.system.user_files import read_regular
 
 NAME: Final = "config.json"
@@ -218,16 +218,17 @@ def check_sizes(config: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError if a size in `config`, the content of the file `path`, is far above any known model."""
     sizes = {key: value for key in _SIZES if type(value := config.get(key)) is int}
     for key, size in sizes.items():
-        if not 1 <= size <= LIMITS[key]:
+        largest = MAX_FEW if key in ("num_layers", "num_decoder_layers") else MAX_SIZE
+        if not 1 <= size <= largest:
             raise CheckpointError(
-                f"{path}: {key}: from 1 to {LIMITS[key]:,} (got {reprlib.repr(size)}): take the file that "
+                f"{path}: {key}: from 1 to {largest:,} (got {reprlib.repr(size)}): take the file that "
                 "save_pretrained wrote"
             )
     encoder_blocks = sizes.get("num_layers", 0)
     blocks = encoder_blocks + sizes.get("num_decoder_layers", encoder_blocks)
-    if blocks * sizes.get("num_experts", 1) > LIMITS["experts_in_all"]:
+    if blocks * sizes.get("num_experts", 1) > MAX_EXPERTS_IN_ALL:
         raise CheckpointError(
-            f"{path}: num_experts ({sizes['num_experts']}) in {blocks} blocks: at most {LIMITS['experts_in_all']:,} in "
+            f"{path}: num_experts ({sizes['num_experts']}) in {blocks} blocks: at most {MAX_EXPERTS_IN_ALL:,} in "
             "all: take the file that save_pretrained wrote"
         )
 

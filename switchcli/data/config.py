@@ -14,7 +14,7 @@ from switchcli.data.prepare.filters import Filters
 from switchcli.data.sources.corpus import Corpus, PythonStdlib
 from switchcli.data.text_mixture import JoinedTexts, TextMixture, TextMixtureSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec, TrainedTokenizer
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import Count, Size, Spec
 
 RowObjective = TextObjective | WholeDocumentObjective
 """An objective that turns raw rows into the rows of a batch."""
@@ -85,7 +85,7 @@ class DataSpec(TextsSpec):
     packing: Literal["windows", "documents"] = "windows"
     """`windows` joins documents end to end and cuts rows from them; `documents` packs whole documents into rows, masked
     from each other."""
-    stream_shards: int = Field(default=8, ge=1, le=LIMITS["ranks"])
+    stream_shards: Size = 8
     """Number of parts of a batch that a stream reads independently. It is the largest number of ranks that can share a
     batch."""
 
@@ -128,5 +128,5 @@ class DataSpec(TextsSpec):
 class TextSpec(TextsSpec):
     """Text to evaluate a model on: its held-out documents, encoded by the model's own tokenizer."""
 
-    sequences: int = Field(default=512, ge=1, le=LIMITS["count"])
+    sequences: Count = 512
     """Rows of each text to evaluate, or all if there are fewer."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import Count, Spec
 
 
 class Proportional(Spec):
@@ -18,7 +18,7 @@ class Proportional(Spec):
 
     kind: Literal["proportional"] = "proportional"
     """`proportional` samples tasks in proportion to their numbers of examples."""
-    cap: int | None = Field(default=None, ge=1, le=LIMITS["count"])
+    cap: Count | None = None
     """Number of examples beyond which a larger task is not shown more often, so that it does not drown small ones."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Smoothing of the rates: at 1 they are in proportion to the examples, above 1 closer to each other."""

@@ -4,11 +4,11 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from switchcli.errors import RecipeError
 from switchcli.model.config import ModelSpec
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import Size, Spec
 
 Shard = Literal["none", "zero2", "zero3"]
 CommDtype = Literal["compute", "float32"]
@@ -21,12 +21,12 @@ class ParallelSpec(Spec):
     auto: bool = False
     """Choose the mesh that `switchcli plan` finds fastest for these ranks and the main rank's memory, at the plan's
     default rates, instead of the keys below."""
-    data: int | None = Field(default=None, ge=1, le=LIMITS["ranks"])
+    data: Size | None = None
     """Number of ranks that share the batch; absent: all ranks that are started, divided by `model`."""
-    model: int = Field(default=1, ge=1, le=LIMITS["ranks"])
+    model: Size = 1
     """Number of ranks that divide the heads, d_ff (of experts too) and the vocabulary; it must divide each of these. 1:
     every rank holds all of them."""
-    expert: int = Field(default=1, ge=1, le=LIMITS["ranks"])
+    expert: Size = 1
     """Number of ranks of the data axis that divide the experts of each sparse layer; it must divide both numbers. 1:
     every rank holds all experts."""
     shard: Shard = "none"

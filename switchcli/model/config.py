@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.model.moe.router import RouterSpec, SwitchRouter
-from switchcli.spec import AUTO, LIMITS, VOCAB_SIZE, Spec
+from switchcli.spec import AUTO, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, VOCAB_SIZE, Few, Size, Spec
 
 Stack = Literal["encoder", "decoder"]
 STACKS: tuple[Stack, Stack] = ("encoder", "decoder")
 Reduction = Literal["sum", "mean", "pooled"]
-Layers = tuple[Annotated[int, Field(ge=0, le=LIMITS["num_layers"])], ...]
+Layers = tuple[Annotated[int, Field(ge=0, le=MAX_FEW)], ...]
 
 
 def _or_auto(schema: dict[str, Any]) -> None:
@@ -28,20 +28,20 @@ class ModelSpec(Spec):
 
     size: str = "custom"
     """Name of the size that filled in the keys which the recipe does not set; only a label once resolved."""
-    vocab_size: int = Field(default=VOCAB_SIZE, ge=1, le=LIMITS["vocab_size"], json_schema_extra=_or_auto)
+    vocab_size: int = Field(default=VOCAB_SIZE, ge=1, le=MAX_SIZE, json_schema_extra=_or_auto)
     """Rows of the embedding matrix. `auto` is the size of the tokenizer, rounded up to a multiple of 64, or that of the
     checkpoint which the run starts from."""
-    d_model: int = Field(default=512, ge=1, le=LIMITS["d_model"])
+    d_model: Size = 512
     """Width of the hidden states; 512 is T5-Small's."""
-    d_ff: int = Field(default=2048, ge=1, le=LIMITS["d_ff"])
+    d_ff: Size = 2048
     """Hidden units of a feed-forward and of each expert; 2,048 is T5-Small's."""
-    d_kv: int | None = Field(default=None, ge=1, le=LIMITS["d_kv"])
+    d_kv: Size | None = None
     """Width of one attention head; absent: d_model / num_heads, from which the heads of T5-3B and Switch-C differ."""
-    num_heads: int = Field(default=8, ge=1, le=LIMITS["num_heads"])
+    num_heads: Size = 8
     """Number of attention heads; 8 is T5-Small's."""
-    num_layers: int = Field(default=6, ge=1, le=LIMITS["num_layers"])
+    num_layers: Few = 6
     """Blocks of the encoder, and of the decoder unless `num_decoder_layers` is set."""
-    num_decoder_layers: int | None = Field(default=None, ge=1, le=LIMITS["num_decoder_layers"])
+    num_decoder_layers: Few | None = None
     """Blocks of the decoder; absent: `num_layers`."""
     activation: Literal["relu", "geglu"] = "relu"
     """Activation of feed-forwards and experts: `relu` (T5 1.0), or `geglu` with a second input projection that goes
@@ -55,18 +55,16 @@ class ModelSpec(Spec):
     """Dropout rate of the experts' hidden vector (paper section 2.4: 0.4 for fine-tuning); absent: `dropout`."""
     layer_norm_epsilon: float = Field(default=1e-6, gt=0.0)
     """Number added to the mean square in RMS norm; 1e-6 is T5's."""
-    relative_attention_num_buckets: int = Field(
-        default=32, ge=4, multiple_of=4, le=LIMITS["relative_attention_num_buckets"]
-    )
+    relative_attention_num_buckets: int = Field(default=32, ge=4, multiple_of=4, le=MAX_SIZE)
     """Buckets of the relative position bias; 32 is T5's."""
-    relative_attention_max_distance: int = Field(default=128, ge=2, le=LIMITS["relative_attention_max_distance"])
+    relative_attention_max_distance: int = Field(default=128, ge=2, le=MAX_SIZE)
     """Distance, in positions, from which on all distances share the last bucket; 128 is T5's."""
     init_scale: float = Field(default=0.1, gt=0.0)
     """s in sigma = sqrt(s / fan_in) of the initial weights of feed-forwards, experts and router; 0.1 is the paper's
     (Table 3)."""
-    num_experts: int = Field(default=1, ge=1, le=LIMITS["num_experts"])
+    num_experts: Size = 1
     """Experts in each sparse layer; 1 is the dense model, without routers and sparse layers."""
-    sparse_every: int = Field(default=2, ge=1, le=LIMITS["num_layers"])
+    sparse_every: Few = 2
     """Period of the sparse blocks: block i of a stack, from 0, is sparse if i % sparse_every == sparse_every - 1; 2 is
     the paper's frequency 1/2."""
     sparse_encoder_layers: Layers | None = None
@@ -118,7 +116,7 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _experts_are_bounded(self) -> Self:
         layers = sum(len(self.sparse_layers(stack)) for stack in STACKS)
-        total, max_total = layers * self.num_experts, LIMITS["experts_in_all"]
+        total, max_total = layers * self.num_experts, MAX_EXPERTS_IN_ALL
         if total > max_total:
             raise ValueError(
                 f"num_experts ({self.num_experts}) in {layers} sparse layers is {total:,} in all, and at most "

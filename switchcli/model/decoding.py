@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import MAX_SEED, Few, Size, Spec
 
 LARGEST_LOG_PENALTY: Final = 80.0
 """Logarithm of the largest length penalty allowed; float32 overflows at 88.7."""
@@ -17,9 +17,9 @@ LARGEST_LOG_PENALTY: Final = 80.0
 class Decoding(Spec):
     """Settings of decoding; the defaults decode greedily."""
 
-    max_tokens: int = Field(default=128, ge=1, le=LIMITS["row_tokens"])
+    max_tokens: Size = 128
     """Maximum length of an answer in tokens, including its EOS; 128 is T5's."""
-    beams: int = Field(default=1, ge=1, le=LIMITS["beams"])
+    beams: Few = 1
     """Number of beams of beam search; 1 is greedy."""
     length_penalty: float = Field(default=0.6, ge=0.0)
     """Exponent alpha of T5's beam search, where an answer of n tokens scores log p / ((5 + n) / 6)**alpha."""
@@ -27,7 +27,7 @@ class Decoding(Spec):
     """Temperature of sampling from softmax(logits / temperature); 0 takes the most probable token."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Probability of the nucleus, the fewest tokens that sum to it, to which sampling is limited; 1 is all tokens."""
-    seed: int = Field(default=0, ge=0, le=LIMITS["seed"])
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of sampling; a row with a given number has the same answer in any batch."""
 
     @model_validator(mode="after")

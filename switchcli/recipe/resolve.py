@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, messages, sizes, yaml_nodes
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.spec import AUTO, LIMITS, VOCAB_SIZE, Spec, check_path_or_url
+from switchcli.spec import AUTO, MAX_SIZE, VOCAB_SIZE, Spec, check_path_or_url
 
 S = TypeVar("S", bound=Spec)
 
@@ -205,7 +205,7 @@ def _fill_vocab_size(tree: Node, schema: type[Spec], vocab_size: int | None) -> 
         if tokenizer is not None and stated(tree, "data.tokenizer.kind") in (None, tokenizer.kind):
             num_pieces = stated(tree, "data.tokenizer.vocab_size") or tokenizer.vocab_size
         vocab_size = VOCAB_SIZE
-        if isinstance(num_pieces, int) and 1 <= num_pieces <= LIMITS["vocab_size"]:
+        if isinstance(num_pieces, int) and 1 <= num_pieces <= MAX_SIZE:
             vocab_size = padded_vocab_size(num_pieces)
     # The model and the root keep their places, which messages name.
     return _set(tree, ("model", "vocab_size"), Node(vocab_size, "model.vocab_size: auto"))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.task_mixture import MixtureSpec, Proportional
-from switchcli.spec import LIMITS, PathOrUrl, Spec
+from switchcli.spec import MAX_SIZE, PathOrUrl, Spec
 from switchcli.tasks.registry import METRICS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row, Task
@@ -130,9 +130,9 @@ class TaskDataSpec(Spec):
 
     folder: PathOrUrl | None = None
     """Folder of data sets as `SET/SPLIT.jsonl` with the hub's columns; by default they are downloaded from the hub."""
-    inputs_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
+    inputs_length: int = Field(default=512, ge=2, le=MAX_SIZE)
     """Tokens in a row of inputs. Short examples share a row. Longer ones are truncated, and the run counts them."""
-    targets_length: int = Field(default=128, ge=2, le=LIMITS["row_tokens"])
+    targets_length: int = Field(default=128, ge=2, le=MAX_SIZE)
     """Tokens in a row of targets."""
     mixture: MixtureSpec = Proportional()
     """Sampling rates of the tasks, by `kind`: `proportional` to the number of examples, or `equal`."""

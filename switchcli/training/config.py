@@ -6,7 +6,7 @@ from pydantic import Field
 
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
-from switchcli.spec import LIMITS, PathOrUrl, Spec
+from switchcli.spec import MAX_FEW, Count, Few, PathOrUrl, Spec
 
 if TYPE_CHECKING:
     import torch
@@ -22,18 +22,18 @@ class NonfiniteSpec(Spec):
     skips all batches since then. With `skip`, a number that becomes non-finite after the update still ends the run.
     With `roll_back`, the skipped batches depend on where the run was stopped and saved. Both check each gradient before
     it is used, so every step waits for the GPU."""
-    at_most: int = Field(default=10, ge=1, le=LIMITS["count"])
+    at_most: Count = 10
     """Number of times a run may skip or roll back; the next non-finite number ends it."""
 
 
 class TrainSpec(Spec):
     """Length, batch size, precision and seed of a training run."""
 
-    steps: int = Field(ge=1, le=LIMITS["steps"])
+    steps: Count
     """Optimizer steps of the whole run."""
-    batch_tokens: int = Field(ge=1, le=LIMITS["batch_tokens"])
+    batch_tokens: Count
     """Encoder input tokens of one optimizer step, over all ranks and microbatches (2**20 in the paper)."""
-    microbatch_tokens: int | None = Field(default=None, ge=1, le=LIMITS["batch_tokens"])
+    microbatch_tokens: Count | None = None
     """Encoder input tokens of one forward pass on one rank; gradients are accumulated over a rank's microbatches.
 
     By default a rank processes its share of the batch in one pass. Dropout and jitter are drawn for each microbatch, so
@@ -61,9 +61,9 @@ class TrainSpec(Spec):
     """What to do when a number is not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU if there is one."""
-    workers: int = Field(default=1, ge=0, le=LIMITS["threads"])
+    workers: int = Field(default=1, ge=0, le=MAX_FEW)
     """Threads on each rank that prepare batches while the model computes, 0 for none; batches do not depend on it."""
-    batches_ahead: int = Field(default=2, ge=1, le=LIMITS["threads"])
+    batches_ahead: Few = 2
     """Steps whose batches are prepared in advance, at most."""
 
     @property
@@ -110,9 +110,9 @@ StudentSpec = Annotated[FromTeacherInit | RandomInit | FromCheckpoint, Field(dis
 class LogSpec(Spec):
     """How often metrics are logged, and where; metrics.jsonl always gets them."""
 
-    every_steps: int = Field(default=10, ge=1, le=LIMITS["steps"])
+    every_steps: Count = 10
     """Steps between two log records."""
-    sample_every_steps: int | None = Field(default=None, ge=1, le=LIMITS["steps"])
+    sample_every_steps: Count | None = None
     """Steps between two samples on the console, in which the model fills in two held-out texts; by default only at the
     end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -122,9 +122,9 @@ class LogSpec(Spec):
 class EvalSpec(Spec):
     """Evaluation on held-out text, before the first step, regularly, and at the end."""
 
-    every_steps: int = Field(default=100, ge=1, le=LIMITS["steps"])
+    every_steps: Count = 100
     """Steps between two evaluations."""
-    sequences: int = Field(default=64, ge=1, le=LIMITS["count"])
+    sequences: Count = 64
     """Held-out sequences of each evaluation, the same ones each time; all of them if there are fewer."""
     capacity: Policy = "paper"
     """`paper` gives experts the capacity of the router's eval_capacity_factor, and `dropless` a slot for every token
@@ -134,9 +134,9 @@ class EvalSpec(Spec):
 class CheckpointSpec(Spec):
     """How often checkpoints are saved, and which are kept."""
 
-    save_every_steps: int = Field(default=500, ge=1, le=LIMITS["steps"])
+    save_every_steps: Count = 500
     """Steps between two checkpoints."""
-    keep_last: int = Field(default=2, ge=1, le=LIMITS["count"])
+    keep_last: Count = 2
     """Newest checkpoints that are kept; 2 by default, so that one remains if the newest is damaged."""
     keep_best: bool = True
     """Also keep, for each evaluation metric, the best of the checkpoints that were saved at an evaluated step."""

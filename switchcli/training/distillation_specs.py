@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.model.moe.router import Policy
-from switchcli.spec import LIMITS, PathOrUrl, Spec
+from switchcli.spec import MAX_COUNT, PathOrUrl, Size, Spec
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ class TeacherCacheSpec(Spec):
 
     folder: PathOrUrl
     """Folder of the cache, which is created if missing; before training the teacher answers what it lacks."""
-    top_k: int = Field(default=64, ge=1, le=LIMITS["vocab_size"])
+    top_k: Size = 64
     """Largest probabilities cached for each target, at most the vocabulary; of all others their sum is cached."""
     precision: Literal["float16", "float32"] = "float16"
     """Type of the cached probabilities; a token id takes 2 bytes, or 4 with a vocabulary above 65,536."""
@@ -38,7 +38,7 @@ class DistillSpec(Spec):
     mixture, 0 to train without a teacher."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Temperature T of both softmaxes; the paper gives none, and Mesh-TensorFlow has no default."""
-    start_step: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    start_step: int = Field(default=0, ge=0, le=MAX_COUNT)
     """First step that uses the teacher; before it the loss is that of the targets alone."""
     capacity: Policy = "dropless"
     """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""

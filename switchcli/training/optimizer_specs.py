@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import Count, Spec
 
 if TYPE_CHECKING:
     from switchcli.training.optimizers import Layouts, NamedParameters, Optimizer
@@ -46,7 +46,7 @@ class Adafactor(Spec):
     scale_epsilon: float = Field(default=1e-3, gt=0.0)
     """Smallest root mean square that a weight is taken to have, so that a weight of 0 moves; 0.001 as in the Adafactor
     paper."""
-    min_dim_to_factor: int = Field(default=128, ge=1, le=LIMITS["count"])
+    min_dim_to_factor: Count = 128
     """Smallest size of the last two dims at which second moments are factored; 128 as in T5."""
     scale_by_parameter: bool = True
     """Multiply updates by the root mean square of the weight; if false, the learning rate is absolute."""

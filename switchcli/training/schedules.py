@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import MAX_COUNT, Count, Spec
 
 
 class Schedule(Spec, ABC):
@@ -34,7 +34,7 @@ class InverseSquareRoot(Schedule):
     """`inverse_square_root` is T5's schedule for pre-training: constant, then falling with 1 / sqrt(step)."""
     learning_rate: float = Field(default=0.01, gt=0.0)
     """Learning rate of the constant part; 0.01 as in T5."""
-    warmup_steps: int = Field(default=10_000, ge=1, le=LIMITS["steps"])
+    warmup_steps: Count = 10_000
     """Steps of the constant part; 10,000 as in T5."""
     decay_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Last fraction of the run over which the rate also falls linearly, to 0 after the last update: 0.1 in
@@ -53,7 +53,7 @@ class Constant(Schedule):
     """`constant` keeps one learning rate after an optional warm-up: T5's schedule for fine-tuning."""
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Learning rate after the warm-up; 0.001 as in T5's fine-tuning."""
-    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Steps of the linear warm-up from 0; none by default, as in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -73,7 +73,7 @@ class Cosine(Schedule):
     """`cosine` falls along half a cosine after an optional warm-up."""
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate."""
-    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate that is reached after the last update, as a fraction of the peak."""
@@ -98,7 +98,7 @@ class Linear(Schedule):
     """`linear` falls along a straight line after an optional warm-up."""
     learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate."""
-    warmup_steps: int = Field(default=0, ge=0, le=LIMITS["steps"])
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Steps of the linear warm-up from 0."""
     final_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate that is reached after the last update, as a fraction of the peak."""

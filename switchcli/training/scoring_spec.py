@@ -2,11 +2,11 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import Count, Size, Spec
 
 
 class ScoringSpec(Spec):
@@ -14,10 +14,10 @@ class ScoringSpec(Spec):
 
     split: Literal["validation", "test"] = "validation"
     """Split of each task that is scored."""
-    examples: int | None = Field(default=None, ge=1, le=LIMITS["count"])
+    examples: Count | None = None
     """Examples of each task, at most: a random sample, the same in each evaluation, that keeps all answers to a
     question together; by default all examples."""
-    batch_examples: int = Field(default=32, ge=1, le=LIMITS["count"])
+    batch_examples: Count = 32
     """Examples that one rank answers together."""
     by: Literal["generation", "likelihood"] = "generation"
     """`generation` decodes an answer. `likelihood` answers with the label of the task that has the highest probability,
@@ -27,7 +27,7 @@ class ScoringSpec(Spec):
     """How answers are decoded."""
     capacity: Policy = "dropless"
     """How routers count capacity in evaluations during training: `dropless`, `paper`, or a factor."""
-    draws: int = Field(default=1000, ge=1, le=LIMITS["ranks"])
+    draws: Size = 1000
     """Bootstrap samples for the confidence intervals."""
 
     @model_validator(mode="after")

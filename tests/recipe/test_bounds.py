@@ -15,7 +15,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import planning
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import MAX_COUNT, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, Spec
 
 NO_SIZES = {"FilesCorpus.where", "HubCorpus.where"}
 """Values of a column of the text, which are compared and no more."""
@@ -55,11 +55,11 @@ def test_a_number_without_an_upper_bound_is_found() -> None:
 
 
 LARGEST = f"""\
-model: {{vocab_size: {LIMITS["vocab_size"]}, d_model: {LIMITS["d_model"]}, d_ff: {LIMITS["d_ff"]},
-  d_kv: {LIMITS["d_kv"]},
-  num_heads: {LIMITS["num_heads"]}, num_layers: {LIMITS["num_layers"]}, num_experts: 64, sparse_every: 1}}
-data: {{tokenizer: {{kind: file, path: t5.json}}, objective: {{inputs_length: {LIMITS["row_tokens"]}}}}}
-train: {{steps: {LIMITS["steps"]}, batch_tokens: {LIMITS["batch_tokens"]}}}
+model: {{vocab_size: {MAX_SIZE}, d_model: {MAX_SIZE}, d_ff: {MAX_SIZE},
+  d_kv: {MAX_SIZE},
+  num_heads: {MAX_SIZE}, num_layers: {MAX_FEW}, num_experts: 64, sparse_every: 1}}
+data: {{tokenizer: {{kind: file, path: t5.json}}, objective: {{inputs_length: {MAX_SIZE}}}}}
+train: {{steps: {MAX_COUNT}, batch_tokens: {MAX_COUNT}}}
 """
 
 
@@ -67,8 +67,8 @@ train: {{steps: {LIMITS["steps"]}, batch_tokens: {LIMITS["batch_tokens"]}}}
     "text",
     [
         LARGEST,
-        LARGEST.replace("num_experts: 64", f"num_experts: {LIMITS['num_experts']}").replace(
-            f"num_layers: {LIMITS['num_layers']}", "num_layers: 4"
+        LARGEST.replace("num_experts: 64", f"num_experts: {MAX_EXPERTS_IN_ALL // 8}").replace(
+            f"num_layers: {MAX_FEW}", "num_layers: 4"
         ),
         LARGEST.replace("objective: {", "objective: {kind: denoisers, "),
     ],
@@ -95,10 +95,11 @@ def dry_run(recipe: str) -> None:
             "data.objective.noise_density noise_density mean_span_length mean_span_length",
         ),
         ("model.num_layers=1000000", "model.num_layers 1024"),
-        ("model.num_experts=1000000", "model.num_experts 16384"),
+        ("model.num_experts=10000000", "model.num_experts 1048576"),
+        ("model={num_experts: 1000000, num_layers: 2, sparse_every: 2}", "model.num_experts 131,072 65536"),
         ("model={num_experts: 16384, num_layers: 1024, sparse_every: 1}", "model.num_experts 2048 131,072 64"),
-        (f"train.steps={'9' * 400}", f"train.steps {LIMITS['steps']}"),
-        ("train.batch_tokens=1000000000000000000000", f"train.batch_tokens {LIMITS['batch_tokens']}"),
+        (f"train.steps={'9' * 400}", f"train.steps {MAX_COUNT}"),
+        ("train.batch_tokens=1000000000000000000000", f"train.batch_tokens {MAX_COUNT}"),
         ("train.workers=100000", "train.workers 1024"),
     ],
 )

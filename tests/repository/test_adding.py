@@ -444,7 +444,7 @@ class Echo(Spec):
     """A text is given, and is to be said again."""
 
     kind: Literal["echo"] = "echo"
-    inputs_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
+    inputs_length: int = Field(default=512, ge=2, le=MAX_SIZE)
 
     @property
     def targets_length(self) -> int:

@@ -28,7 +28,7 @@ from switchcli.data.objectives.span_corruption import (
 )
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import MAX_SIZE, Spec
 
 
 class PrefixLanguageModel(Spec):
@@ -39,11 +39,11 @@ class PrefixLanguageModel(Spec):
 
     kind: Literal["prefix_lm"] = "prefix_lm"
     """`prefix_lm` splits a text at a random position; the model continues the first part."""
-    inputs_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
+    inputs_length: int = Field(default=512, ge=2, le=MAX_SIZE)
     """Tokens of the encoder's input, including EOS; 512 as in T5."""
-    targets_length: int = Field(default=512, ge=2, le=LIMITS["row_tokens"])
+    targets_length: int = Field(default=512, ge=2, le=MAX_SIZE)
     """Tokens of a target row, including EOS; 512, so that any position of a text of 512 tokens is possible."""
-    text_length: int | None = Field(default=None, ge=2, le=LIMITS["row_tokens"])
+    text_length: int | None = Field(default=None, ge=2, le=MAX_SIZE)
     """Tokens of text in a row; T5 takes as many as `inputs_length` and `targets_length`. Absent: as many as both hold
     together, which leaves only one position to split at."""
 
@@ -108,9 +108,9 @@ class Denoisers(Spec):
 
     kind: Literal["denoisers"] = "denoisers"
     """`denoisers` mixes several settings of span corruption, as UL2 does."""
-    inputs_length: int = Field(default=512, ge=3, le=LIMITS["row_tokens"])
+    inputs_length: int = Field(default=512, ge=3, le=MAX_SIZE)
     """Tokens of the encoder's input, including its prompt, sentinels and EOS; 512 as in UL2."""
-    prompt_tokens: int = Field(default=4, ge=0, le=LIMITS["row_tokens"])
+    prompt_tokens: int = Field(default=4, ge=0, le=MAX_SIZE)
     """Room for the longest prompt in the inputs, in tokens; 4 hold a space and the three characters of `[R]`."""
     denoisers: Annotated[tuple[Denoiser, ...], Field(min_length=1)] = (
         Denoiser(prompt="[R]", noise_density=0.15, mean_span_length=3.0),

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from switchcli.data.objectives.example_packing import concatenated_ranges, pad_rows
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import MAX_SIZE, Spec
 
 MAX_RAW = 1 << 23
 """Upper bound on the raw tokens of a row."""
@@ -110,7 +110,7 @@ class SpanCorruption(Spec):
 
     kind: Literal["span_corruption"] = "span_corruption"
     """`span_corruption` hides random spans, which the model predicts (T5, and the paper)."""
-    inputs_length: int = Field(default=512, ge=3, le=LIMITS["row_tokens"])
+    inputs_length: int = Field(default=512, ge=3, le=MAX_SIZE)
     """Tokens of the encoder's input, including its sentinels and EOS; 512 as in T5."""
     noise_density: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Fraction of the tokens that are hidden; 0.15 as in T5."""

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from switchcli.data.sources.document import Document
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import Count, Spec
 
 SHORT_LINE: Final = 10
 """Characters below which a repeated line always stays, such as a bracket, a bullet or `Yes.`"""
@@ -16,9 +16,9 @@ SHORT_LINE: Final = 10
 class Filters(Spec):
     """Rules for leaving out documents and lines. Lines go first: those left out do not count as length."""
 
-    min_characters: int | None = Field(default=None, ge=1, le=LIMITS["count"])
+    min_characters: Count | None = None
     """Length below which a document is left out, in characters. Absent: documents may be as short as they like."""
-    max_characters: int | None = Field(default=None, ge=1, le=LIMITS["count"])
+    max_characters: Count | None = None
     """Length above which a document is left out, in characters. Absent: documents may be as long as they like."""
     repeated_lines: Literal["keep", "drop"] = "keep"
     """Whether a line that repeats an earlier one of its document is kept; drop imitates the C4 of section 5.6.

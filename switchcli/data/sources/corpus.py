@@ -24,7 +24,7 @@ from switchcli.data.sources.io_errors import data_errors, reason
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
-from switchcli.spec import LIMITS, PathOrUrl
+from switchcli.spec import Count, PathOrUrl
 from switchcli.system.user_files import is_within_folder, read_regular
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class HubCorpus(RowCorpus):
     """Files of the dataset, or globs of them, instead of a subset: `en/*.json.gz`."""
     revision: str | None = None
     """Commit or tag. Default: the latest commit when the dataset is opened."""
-    max_documents: int | None = Field(default=None, ge=1, le=LIMITS["count"])
+    max_documents: Count | None = None
     """Rows to read, from the first. They are one source shard. Default: all."""
 
     def source_shards(self) -> tuple[SourceShard, ...]:

@@ -25,7 +25,7 @@ from switchcli.data.tokenizer.sample import sample_texts
 from switchcli.data.tokenizer.sentencepiece import read_model
 from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, VocabSize, sentinel, train_unigram
 from switchcli.errors import DataError
-from switchcli.spec import EOS, LIMITS, PAD, PathOrUrl, Spec
+from switchcli.spec import EOS, PAD, Count, PathOrUrl, Size, Spec
 from switchcli.system.user_files import expanded, read_regular
 
 MAX_BYTES: Final = 2**28
@@ -184,16 +184,16 @@ class TrainedTokenizer(Spec):
 
     kind: Literal["train"] = "train"
     """`train` makes a tokenizer from the text of the run."""
-    vocab_size: int = Field(default=8192, ge=1, le=LIMITS["vocab_size"])
+    vocab_size: Size = 8192
     """Number of ids, including sentinels and bytes. If a small corpus yields fewer pieces, unused ones are added."""
-    max_characters: int = Field(default=10_000_000, ge=1, le=LIMITS["count"])
+    max_characters: Count = 10_000_000
     """Size in characters of the sample of documents to train on."""
     byte_fallback: bool = False
     """Whether a character without a piece becomes its UTF-8 bytes, which have 256 ids, instead of `<unk>`."""
     character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
     """Fraction of the sample's characters, by frequency, that have a piece. Rarer characters become `<unk>` or
     bytes."""
-    num_sentinels: int = Field(default=NUM_SENTINELS, ge=1, le=LIMITS["row_tokens"])
+    num_sentinels: Size = NUM_SENTINELS
     """Number of sentinels. T5 has 100."""
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     """Exponent for the fraction of the sample that each component (a corpus or a language) makes up: it is in

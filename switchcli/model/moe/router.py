@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats, softmax_over_experts
-from switchcli.spec import LIMITS, Spec
+from switchcli.spec import MAX_SIZE, Count, Size, Spec
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +57,9 @@ class Router(Spec, ABC):
     eval_capacity_factor: Factor | Literal["dropless"] = 2.0
     """Slots for evaluation, as a multiple of an even share of the tokens, or `dropless`; 2.0 is Mesh-TensorFlow's
     default, the paper gives none."""
-    min_capacity: int = Field(default=4, ge=1, le=LIMITS["expert_capacity"])
+    min_capacity: Size = 4
     """Minimum number of slots per expert and group; 4 is Mesh-TensorFlow's default."""
-    group_sequences: int = Field(default=1, ge=1, le=LIMITS["count"])
+    group_sequences: Count = 1
     """Number of sequences that share a capacity."""
     jitter: float = Field(default=0.01, ge=0.0, lt=1.0)
     """Half-width of the noise U[1 - jitter, 1 + jitter] that multiplies the router's copy of its input in training
@@ -299,7 +299,7 @@ class TopKRouter(TokenChoiceRouter):
 
     kind: Literal["top_k"] = "top_k"
     """`top_k` sends each token to its k most probable experts: the paper's Mixture-of-Experts baseline."""
-    k: int = Field(default=2, ge=1, le=LIMITS["num_experts"])
+    k: Size = 2
     """Number of experts per token."""
     renormalize: bool = True
     """Whether the k gates are divided by their sum."""
@@ -358,7 +358,7 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
 
     kind: Literal["no_token_left_behind"] = "no_token_left_behind"
     """`no_token_left_behind` routes in rounds: a token that found no slot goes to its next expert (Appendix B)."""
-    k: int = Field(default=4, ge=2, le=LIMITS["num_experts"])
+    k: int = Field(default=4, ge=2, le=MAX_SIZE)
     """Number of rounds, limited to the number of experts."""
 
     def num_choices(self, num_experts: int) -> int:
