@@ -1,4 +1,4 @@
-"""The command that starts this program from a shell: its name, and the whole command line."""
+"""The command that started this program: its words, its name for a shell, and the whole command line."""
 
 import shutil
 import sys
@@ -16,6 +16,13 @@ def program_name() -> str:
     if not script.exists():
         return shell_words(sys.executable, "-m", "switchcli")
     return shell_words(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+
+
+def command_words() -> list[str] | None:
+    """Return the words of this command from `switchcli` on, or None in a program of the user's own."""
+    program = Path(sys.argv[0])
+    is_ours = program.name == "switchcli" or program.parts[-2:] == ("switchcli", "__main__.py")
+    return ["switchcli", *sys.argv[1:]] if is_ours else None
 
 
 def command_line() -> str:

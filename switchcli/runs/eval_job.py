@@ -15,6 +15,7 @@ from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
 from switchcli.report.console import Console
+from switchcli.report.program import command_words
 from switchcli.report.sinks import to_json
 from switchcli.runs.evaluator import TEXT_KEYS, EvalPass, Evaluator
 from switchcli.runs.loading import CheckpointHandle, LoadedModel, load_model
@@ -160,6 +161,7 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
             explain_malformed(console, evaluator.scored, eval_pass.scores, eval_pass.answers)
     result = {
         "verb": recipe.verb,
+        "command": command_words(),
         "checkpoint": str(handle.path),
         "step": handle.step,
         "tokenizer": handle.tokenizer.sha256,

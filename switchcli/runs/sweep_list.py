@@ -107,40 +107,79 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
     return runs
 
 
+class _Word(NamedTuple):
+    """A word of a grid: a key with its values, or another argument, which is its own only value."""
+
+    key: str | None
+    values: list[str]
+    is_in_name: bool
+    """Whether the value that a run has is part of the run's name."""
+
+
 def expand_grid(
     name: str, command: Sequence[str], out: Path, stage: int = 0, overrides: Sequence[str] = ()
 ) -> Iterator[SweepRun]:
     """Yield a run for each combination of the values of the keys of `command`. The last key varies fastest.
 
-    An override replaces the value of its key. A key with several values in `command` is part of the names of the runs
-    even when an override leaves one value.
+    An override replaces the values of its key. A key with several values in `command` is part of the names of the runs
+    even when an override leaves one value. For example, the line
+
+        student  distill r --teacher {out}/teacher-{train.seed} train.seed=0,1
+
+    with the overrides train.seed=2 and train.steps=5,9 has these words, and two runs:
+
+        key          values                             is_in_name
+        None         distill                            no
+        None         r                                  no
+        None         --teacher                          no
+        None         {out}/teacher-{train.seed}         no
+        train.seed   2                                  yes: the line has two values
+        train.steps  5, 9                               yes
+
+        student-2-5  distill r --teacher OUT/teacher-2 train.seed=2 train.steps=5
+        student-2-9  distill r --teacher OUT/teacher-2 train.seed=2 train.steps=9
 
     Raises:
         RecipeError: a key is given twice, or there are too many combinations.
     """
     _check_given_once(command)
     _check_given_once(overrides)
-    replaced = {override.partition("=")[0]: override for override in overrides}
-    current = [replaced.pop(argument.partition("=")[0], argument) for argument in command]
-    original = [*command, *replaced.values()]
-    current += replaced.values()
-    values = [split_values(argument.partition("=")[2]) if is_key(argument) else [argument] for argument in current]
-    _check_number(math.prod(map(len, values)))
-    is_in_name = [
-        max(len(now), len(split_values(before)) if is_key(before) else 1) > 1
-        for before, now in zip(original, values, strict=True)
-    ]
-    keys = [argument.partition("=")[0] if is_key(argument) else None for argument in current]
-    for chosen in itertools.product(*values):
+    words = _override([*map(_parse_word, command)], [*map(_parse_word, overrides)])
+    _check_number(math.prod(len(word.values) for word in words))
+    for chosen in itertools.product(*(word.values for word in words)):
         known = {"out": str(out)}
-        known.update((key, value) for key, value in zip(keys, chosen, strict=True) if key is not None)
-        arguments = [value if key is None else f"{key}={value}" for key, value in zip(keys, chosen, strict=True)]
-        name_parts = [name, *(_as_name(value) for value, shown in zip(chosen, is_in_name, strict=True) if shown)]
+        arguments, name_parts = [], [name]
+        for word, value in zip(words, chosen, strict=True):
+            if word.key is None:
+                arguments.append(value)
+            else:
+                known[word.key] = value
+                arguments.append(f"{word.key}={value}")
+            if word.is_in_name:
+                name_parts.append(_as_name(value))
         yield SweepRun(
             "-".join(part for part in name_parts if part),
             tuple(_substitute(argument, known) for argument in arguments),
             stage,
         )
+
+
+def _parse_word(argument: str) -> _Word:
+    if not is_key(argument):
+        return _Word(None, [argument], is_in_name=False)
+    key, _, text = argument.partition("=")
+    values = split_values(text)
+    return _Word(key, values, is_in_name=len(values) > 1)
+
+
+def _override(words: Sequence[_Word], overrides: Sequence[_Word]) -> list[_Word]:
+    """Return the words with the values of the overrides, and after them the overrides of keys that no word has."""
+    by_key = {word.key: word for word in overrides if word.key is not None}
+    result = []
+    for word in words:
+        override = by_key.pop(word.key, word) if word.key is not None else word
+        result.append(override._replace(is_in_name=word.is_in_name or override.is_in_name))
+    return result + [word for word in overrides if word.key is None or word.key in by_key]
 
 
 def _check_given_once(arguments: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Run a sweep: several runs at once, each on its own GPU or on its share of the processors.
 
-A run is the command `switchcli VERB ARGUMENTS --out OUT/NAME`. A run whose folder has a result.json is skipped if its
-log says that this command made it. Any other is left to its verb, which resumes an interrupted run and one with more
-steps, and refuses a run of other settings. A failed run stops no other run, except those that need its folder.
+A run is the command `switchcli VERB ARGUMENTS --out OUT/NAME`. A run is skipped if the result.json in its folder says
+that this command made it. Any other is left to its verb, which resumes an interrupted run and one with more steps, and
+refuses a run of other settings. A failed run stops no other run, except those that need its folder.
 """
 
 import itertools
@@ -30,11 +30,10 @@ from switchcli.system import publish
 from switchcli.system.processor import available_processors, is_thread_count_set
 from switchcli.system.signals import stop_signals
 from switchcli.system.startup import LAUNCHER
-from switchcli.system.user_files import open_regular
+from switchcli.system.user_files import open_regular, read_regular
 
 RESULT = "result.json"
-_COMPLETED = "completed: "
-"""The beginning of the line of a log that has the command of a run that is complete."""
+_MAX_RESULT_BYTES = 2**24
 STOPPED = "the sweep was stopped"
 """The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
 _POLL_SECONDS = 0.5
@@ -127,8 +126,8 @@ class Sweep:
                 self._free_slots.append(slot)
 
     def _run_on(self, slot: Mapping[str, str], run: SweepRun, label: str) -> Outcome:
-        log, line = self._log(run), shell_words(*command(run, self._out))
-        self._console.message(f"{label}: {line}")
+        log = self._out / f"{run.name}.log"
+        self._console.message(f"{label}: {shell_words(*command(run, self._out))}")
         started = time.monotonic()
         with disk_errors(log):
             file = publish.open_append(log)
@@ -136,8 +135,6 @@ class Sweep:
             with self._start(run, file, {**os.environ, **slot}) as process:
                 code = self._wait(process, run, label)
             self._processes.discard(process)
-            if code == 0:
-                file.write(f"{_COMPLETED}{line}\n")
         minutes = (time.monotonic() - started) / 60
         end = "done" if code == 0 else f"exit code {code}"
         self._console.message(f"{label}: {end} after {minutes:.1f} minutes")
@@ -161,14 +158,12 @@ class Sweep:
                         show(step_of(logged) or 0, steps, logged.get(metric.LOSS))
 
     def _is_complete(self, run: SweepRun) -> bool:
-        """Return whether the run has a result that this command has made. Without a log, any result counts."""
-        if not (self._out / run.name / RESULT).exists():
+        """Return whether the run has a result, and this command made it."""
+        try:
+            result = parse(read_regular(self._out / run.name / RESULT, _MAX_RESULT_BYTES))
+        except OSError:
             return False
-        completed = _completed_command(self._log(run))
-        return completed is None or completed == shell_words(*command(run, self._out))
-
-    def _log(self, run: SweepRun) -> Path:
-        return self._out / f"{run.name}.log"
+        return result is not None and result.get("command") == command(run, self._out)
 
     def _needs(self, run: SweepRun, other: str) -> bool:
         """Return whether an argument of the run is the other run's folder, or lies in it."""
@@ -272,12 +267,6 @@ def _steps(recipe: Path) -> int:
         steps = resolve.stated(resolve.load(str(recipe)), "train.steps")
         return steps if isinstance(steps, int) else 0
     return 0
-
-
-def _completed_command(log: Path) -> str | None:
-    """Return the last command line that a sweep has completed by its log, or None if there is none."""
-    lines = reversed(_tail(log))
-    return next((line.removeprefix(_COMPLETED) for line in lines if line.startswith(_COMPLETED)), None)
 
 
 def _last_line(log: Path) -> str:

@@ -32,6 +32,7 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.console import TrainingDisplay as Progress
+from switchcli.report.program import command_words
 from switchcli.report.sinks import JsonLines
 from switchcli.runs import branching, learned, run_messages
 from switchcli.runs.learned import Learned
@@ -404,6 +405,7 @@ class Trainer:
         result = {
             "verb": self.recipe.verb,
             "run": str(self.folder.path),
+            "command": command_words(),
             "step": state.step,
             HELD_OUT: state.eval_metrics.get(HELD_OUT),
             FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),

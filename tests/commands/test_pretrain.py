@@ -20,7 +20,7 @@ from switchcli.runs.planning import describe
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",
     "held_out/neg_log_perplexity", "held_out/first_neg_log_perplexity", "held_out/bits_per_byte",
-    "held_out/loss", "held_out/first_loss", "hardware", "versions", "mesh", "samples", "learned",
+    "held_out/loss", "held_out/first_loss", "command", "hardware", "versions", "mesh", "samples", "learned",
     "parameters", "dense_parameters", "expert_parameters", "active_parameters",
 }  # fmt: skip
 

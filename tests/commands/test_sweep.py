@@ -39,7 +39,7 @@ if told in ("saves", "hangs"):
     (out / "ready").touch()
     time.sleep(60)
 if told == "completes":
-    (out / "result.json").write_text(json.dumps({"step": 2}))
+    (out / "result.json").write_text(json.dumps({"command": ["switchcli", *words]}))
 print("error: what the run said last", file=sys.stderr)
 sys.exit(3 if told == "fails" else 0)
 """
@@ -80,6 +80,18 @@ def test_keys_with_many_values_end_at_once_and_a_thousand_runs_are_a_sweep_with_
     grid = ["train.seed=" + ",".join(map(str, range(20))), "train.steps=" + ",".join(map(str, range(1, 51)))]
     assert len(sweep_list.parse_sweep(["pretrain", "quickstart/dense", *grid], Path("out"))) == 1000
     assert len(sweep_runner.available_slots(10**9, 3)) == 3
+
+
+def test_keys_and_options_after_a_list_follow_the_words_of_each_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs"
+    path.write_text("student distill r --teacher {out}/teacher-{train.seed} train.seed=0,1\n")
+    overrides = ["train.seed=2", "train.steps=5,9", "--processes", "2", "--top", "2"]
+    runs = sweep_list.parse_sweep([str(path), *overrides], Path("OUT"))
+    options = ("--processes", "2", "--top", "2")
+    assert [(run.name, *run.arguments[1:]) for run in runs] == [
+        ("student-2-5", "r", "--teacher", "OUT/teacher-2", "train.seed=2", "train.steps=5", *options),
+        ("student-2-9", "r", "--teacher", "OUT/teacher-2", "train.seed=2", "train.steps=9", *options),
+    ]
 
 
 def test_a_list_has_stages_and_fills_in_what_its_runs_know(tmp_path):
@@ -214,7 +226,6 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(switchcl
     first = swept(switchcli, lines, "--json")
     assert first.code == 1
     assert not lacking(first.err, "failed: bad: code 3 error: said last out/bad.log")
-    assert not lacking(Path("out/good.log").read_text(), "completed: switchcli pretrain out/good")
     bad, good = json.loads(first.out)["runs"]
     assert ((bad["name"], bad["status"]), (good["name"], good["status"])) == (("bad", "failed"), ("good", "done"))
     assert bad["command"] == ["switchcli", *f"pretrain quickstart/dense {FAILS} --out out/bad --quiet".split()]
@@ -349,20 +360,20 @@ def test_a_log_that_is_no_file_fails_its_run(make, tmp_path):
 @pytest.mark.integration
 @pytest.mark.usefixtures("stub")
 @pytest.mark.parametrize(
-    ("log", "status"),
+    ("result", "status"),
     [
-        (None, "skipped"),
-        ("completed: switchcli pretrain x description=fails --out out/a --quiet\nwarning: none\n", "skipped"),
-        ("completed: switchcli pretrain x description=x --out out/a --quiet\n", "failed"),
-        ("completed: switchcli pretrain y description=fails --out out/a --quiet\n", "failed"),
+        (f'{{"command": {json.dumps(f"switchcli pretrain x {FAILS} --out out/a --quiet".split())}}}', "skipped"),
+        (f'{{"command": {json.dumps(f"switchcli pretrain y {FAILS} --out out/a --quiet".split())}}}', "failed"),
+        ('{"command": null}', "failed"),
+        ("{}", "failed"),
+        ("[", "failed"),
     ],
+    ids=["the same command", "another command", "the Python API", "no command", "damaged"],
 )
-def test_a_complete_run_of_another_command_is_not_skipped(log: str | None, status: str) -> None:
-    """Its verb decides: here it refuses."""
+def test_a_run_is_skipped_only_if_its_result_is_that_of_the_same_command(result: str, status: str) -> None:
+    """The verb decides about the others: here it refuses."""
     Path("out/a").mkdir(parents=True)
-    Path("out/a/result.json").write_text("{}")
-    if log is not None:
-        Path("out/a.log").write_text(log)
+    Path("out/a/result.json").write_text(result)
     for _ in range(2):  # a refused command completes nothing
         run = sweep_list.SweepRun("a", ("pretrain", "x", FAILS))
         sweep = sweep_runner.Sweep([run], Path("out"), [{}], Console(quiet=True))
