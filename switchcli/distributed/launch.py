@@ -139,12 +139,10 @@ def _forward_signals() -> Iterator[None]:
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    is_stopping = has_ended = False
+    is_stopping = False
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal is_stopping
-        if has_ended:
-            return
         if not is_stopping:
             is_stopping = True
             raise SignalException("stopped", signal.Signals(number))  # torchrun catches it and stops the ranks
@@ -158,7 +156,6 @@ def _forward_signals() -> Iterator[None]:
             signal.signal(number, forward)
         yield
     finally:
-        has_ended = True
         for number, handler in previous.items():
             signal.signal(number, handler)
 
