@@ -44,7 +44,7 @@ def keep_modules_of_current_folder_out(environment: MutableMapping[str, str]) ->
 
     The exception is `python -m switchcli` in a folder that holds this package, from which all of them import it.
     """
-    if sys.path[0] != str(Path(__file__).parents[1]):
+    if sys.path[0] != str(Path(__file__).parents[2]):
         environment[SAFE_PATH] = "1"
 
 
