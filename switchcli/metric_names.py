@@ -1,5 +1,7 @@
 """Names of metrics, in records, checkpoints, result.json and reports: a contract with scripts that read them."""
 
+import re
+
 NEG_LOG_PERPLEXITY = "neg_log_perplexity"
 LOSS = "loss"
 """The cross-entropy in nats per target token: minus `NEG_LOG_PERPLEXITY`."""
@@ -36,6 +38,19 @@ TASKS_AVERAGE = f"{TASK_PREFIX}average"
 """The average of the scores of all tasks."""
 MALFORMED = "malformed"
 """Percentages of answers that are not one of the labels, by task."""
+
+
+def layer_title(layer: str) -> str:
+    """Return the name of a sparse layer for people: `decoder block 0` for `decoder.blocks.0.feed_forward`.
+
+    Blocks count from 0, as in the name. Other sublayers are named after the block: `decoder block 0, self attention`.
+    A name of another form is returned as it is.
+    """
+    match = re.fullmatch(r"(\w+)\.blocks\.(\d+)\.(\w+)", layer)
+    if match is None:
+        return layer
+    stack, block, sublayer = match.groups()
+    return f"{stack} block {block}" + ("" if sublayer == "feed_forward" else f", {sublayer.replace('_', ' ')}")
 
 
 def task_score(task: str) -> str:

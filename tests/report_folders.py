@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 STEPS, EVERY, TOKENS, FLOPS = 100, 10, 1000, 5000
-LAYERS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.0.feed_forward.layer")
+LAYERS = ("encoder.blocks.1.feed_forward", "decoder.blocks.0.feed_forward")
 Quality = Callable[[int], float]
 
 

@@ -16,7 +16,7 @@ from switchcli.recipe import yaml_nodes
 RUNS, SEEDS, LINES, EVALUATE_EVERY = 50, 3, 10_000, 100
 """Runs, of so many seeds a recipe, with so many logged steps; an evaluation in every so many of them."""
 EXPERTS = 8
-LAYERS = [f"{stack}.blocks.{block}.feed_forward.layer" for stack in ("encoder", "decoder") for block in range(2)]
+LAYERS = [f"{stack}.blocks.{block}.feed_forward" for stack in ("encoder", "decoder") for block in range(2)]
 TOKENS = 8192
 
 

@@ -379,10 +379,14 @@ def _clean_up(folder: Path, files: FileOperations) -> None:
         if replaced and not os.path.lexists(successor := folder / f"step-{replaced[1]}"):
             files.rename(path, successor)
     remaining = leftovers(folder)
-    if remaining:
+    replaced_checkpoints = [path for path in remaining if _REPLACED.fullmatch(path.name)]
+    for path in remaining:
+        if path not in replaced_checkpoints:
+            files.remove_tree(path)  # before the sync, which a full disk may refuse
+    if replaced_checkpoints:
         # A successor may have just been renamed. Its name must be on disk before the checkpoint that it replaced goes.
         files.sync(folder)
-    for path in remaining:
+    for path in replaced_checkpoints:
         files.remove_tree(path)
 
 

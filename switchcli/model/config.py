@@ -187,13 +187,16 @@ class ModelSpec(Spec):
         return self.sparse in (sublayer, "both") and layer in self.sparse_layers(stack)
 
     def sparse_layer_names(self) -> tuple[str, ...]:
-        """Return the module name of each sparse layer, in the order of the model's `router_stats`."""
-        modules = {"attention": "self_attention.attention", "feed_forward": "feed_forward.layer"}
-        routed = [module for sublayer, module in modules.items() if self.sparse in (sublayer, "both")]
+        """Return the name of each sparse layer, in the order of the model's `router_stats`.
+
+        It is the name of the sublayer: `decoder.blocks.0.feed_forward`, or `.self_attention` with experts of attention.
+        """
+        sublayers = {"attention": "self_attention", "feed_forward": "feed_forward"}
+        routed = [name for sublayer, name in sublayers.items() if self.sparse in (sublayer, "both")]
         names = []
         for stack in STACKS:
             for layer in self.sparse_layers(stack):
-                names += [f"{stack}.blocks.{layer}.{module}" for module in routed]
+                names += [f"{stack}.blocks.{layer}.{name}" for name in routed]
         return tuple(names)
 
     def _listed_layers(self, stack: Stack) -> tuple[int, ...] | None:

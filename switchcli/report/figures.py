@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import DROPPED_FRACTION, LOSS, TOKENS_PER_SECOND
+from switchcli.metric_names import DROPPED_FRACTION, LOSS, TOKENS_PER_SECOND, layer_title
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure, Table
 from switchcli.report.comparison import Comparison
@@ -256,12 +256,5 @@ def file_name(name: str) -> str:
 
 
 def shown_layer(layer: str) -> str:
-    """Return the name of a layer for people: `Encoder block 2` for `encoder.blocks.1.feed_forward.layer`.
-
-    Other parts of a block are named after it.
-    """
-    match = re.fullmatch(r"(\w+)\.blocks\.(\d+)\.(.*?)(?:\.layer|\.attention)?", layer)
-    if match is None:
-        return layer
-    module = "" if match[3] == "feed_forward" else f", {match[3].replace('_', ' ').replace('.', ' ')}"
-    return f"{capitalize(match[1])} block {int(match[2]) + 1}{module}"
+    """Return the name of a layer as a title: `Encoder block 1` for `encoder.blocks.1.feed_forward`."""
+    return capitalize(layer_title(layer))

@@ -8,6 +8,7 @@ from switchcli.analysis.routing_counts import LayerCounts, count_routing
 from switchcli.analysis.specialization import information, top_tokens, within
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
+from switchcli.metric_names import layer_title
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
@@ -139,7 +140,7 @@ def _marked(example: GuessedToken) -> str:
 
 def _show_experts(layer: LayerExperts, console: Console) -> None:
     console.rows(
-        f"tokens that each expert takes more often than the others: {_layer_title(layer.layer)}",
+        f"tokens that each expert takes more often than the others: {layer_title(layer.layer)}",
         ("expert", "of all tokens", "tokens"),
         _expert_rows(layer.experts),
         justify="left",
@@ -152,9 +153,3 @@ def _expert_rows(experts: Sequence[ExpertTokens]) -> Iterator[tuple[str, str, st
         yield str(number), f"{expert.share:.0%}", "  ".join(expert.tokens[:_TOKENS_SHOWN]) or "-"
     if len(experts) > 16:
         yield "...", "", f"and {len(experts) - 16} more in result.json"
-
-
-def _layer_title(name: str) -> str:
-    """Return the name of a layer for people: `decoder.blocks.0.feed_forward.layer` is `decoder block 0`."""
-    stack, _, block, *_ = name.split(".")
-    return f"{stack} block {block}"

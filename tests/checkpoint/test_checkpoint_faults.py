@@ -156,6 +156,18 @@ def test_a_disk_that_refuses_any_operation_keeps_what_was_saved(tmp_path: Path, 
         assert at >= 10
 
 
+def test_a_save_on_a_full_disk_leaves_no_file_behind(tmp_path: Path) -> None:
+    """The disk stays full: it refuses writes and syncs, and files can be removed."""
+    for at in range(12):
+        folder = prepare(tmp_path / str(at), save_a_new_step)
+        with (
+            Disk(folder, strike_at(at, refuse(errno.ENOSPC, "write", "sync"), for_good=True)),
+            suppress(CheckpointError),
+        ):
+            save_a_new_step(folder)
+        assert all(PLAIN.fullmatch(path.name) for path in folder.iterdir()), at
+
+
 def test_a_limit_on_the_size_of_files_is_met_as_a_full_disk_is(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

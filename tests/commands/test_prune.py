@@ -12,7 +12,7 @@ from tiny_run import SwitchCLI
 
 from switchcli.runs.loading import load_checkpoint
 
-LAYERS = ["encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer"]
+LAYERS = ["encoder.blocks.1.feed_forward", "decoder.blocks.1.feed_forward"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: Swit
         assert 0.25 < layer["wo"] < 1
         gone = [load for expert, load in enumerate(layer["load"]) if expert not in layer["kept"]]
         assert layer["lost_fraction"] == pytest.approx(sum(gone) / sum(layer["load"]))
-        rows_ED = whole.model.get_parameter(f"{name}.router.weight")
-        assert torch.equal(small.model.get_parameter(f"{name}.router.weight"), rows_ED[layer["kept"]])
+        rows_ED = whole.model.get_parameter(f"{name}.layer.router.weight")
+        assert torch.equal(small.model.get_parameter(f"{name}.layer.router.weight"), rows_ED[layer["kept"]])
     done = switchcli("eval", "small", "capacities=[dropless]", "text.sequences=8", "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]

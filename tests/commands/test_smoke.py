@@ -54,7 +54,7 @@ WORK = {
     "data tokenizer show": (["{trained}", "red green"], "512"),
     "convert": (["{trained}", "made", "--to", "huggingface"], "made"),
     "upcycle": (["{dense}", "made", "--experts", "2"], "2 experts"),
-    "prune": (["{trained}", "made", "--experts", "2", "text.sequences=4"], "feed_forward.layer"),
+    "prune": (["{trained}", "made", "--experts", "2", "text.sequences=4"], "feed_forward"),
     "report": (["{dense}", "{trained}"], "Held-out"),
     "report --routing": (["{trained}", "text.sequences=4"], "by token"),
     "sweep": (["--jobs", "1", "--out", "made", "pretrain", "tiny.yaml", *SHORT, "--", "--quiet"], "done after"),

@@ -54,7 +54,7 @@ from switchcli.training.validation import HeldOutText
 STEPS, SAVE_EVERY, BATCH = 6, 2, 8
 NUMBERS = {"NaN": float("nan"), "infinity": float("inf"), "overflow": 3.4e38}
 """The last is finite in float32 alone, and its runs compute in bfloat16."""
-LAYER = "encoder.blocks.1.feed_forward.layer"
+LAYER = "encoder.blocks.1.feed_forward"
 AMONG = r"\brank (\d, )*{rank}\b"
 """Where no number of the way forward is lost, all ranks that share the gradient have it and are named."""
 DIVIDED = rf"{AMONG}|\bgradient of \S+ .*\brank \d"
@@ -62,7 +62,7 @@ DIVIDED = rf"{AMONG}|\bgradient of \S+ .*\brank \d"
 WORDS = {
     "embedding": rf"\brouter\b.* {LAYER}\W.*\brank {{rank}}\b",
     "router": rf"\brouter\b.* {LAYER}\W.*\brank {{rank}}\b",
-    "gradient": rf"\b{LAYER}\.experts\.{{expert}}\.wi\b.*" + AMONG,
+    "gradient": rf"\b{LAYER}\.layer\.experts\.{{expert}}\.wi\b.*" + AMONG,
     "loss": r"\bneg_log_perplexity\b.*\brank {rank}\b",
     "teacher": r"\bsoft_cross_entropy\b.*\brank {rank}\b",
 }

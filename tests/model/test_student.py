@@ -11,7 +11,7 @@ from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
 
 PARTS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer")
-LOAD = {name: torch.tensor([3.0, 1.0, 7.0, 5.0]) for name in PARTS}
+LOAD = {name.removesuffix(".layer"): torch.tensor([3.0, 1.0, 7.0, 5.0]) for name in PARTS}
 
 
 def taught(spec: ModelSpec, settings: FromTeacherInit, teacher: ModelSpec = SPARSE) -> tuple[SwitchTransformer, dict]:

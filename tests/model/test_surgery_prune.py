@@ -11,7 +11,7 @@ from tiny_model import SHAPE, rows
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
-from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating
+from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating, sublayer_name
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, TopKRouter
 from switchcli.model.surgery.prune import By, Gate, LayerPruning, merge_weights, plan_pruning, probability_mass, prune
 from switchcli.model.transformer import SwitchTransformer
@@ -82,8 +82,7 @@ def test_dropping_is_hiding_from_the_router(case: str) -> None:
     routers = {name: module for name, module in model.named_modules() if isinstance(module, RouterWeights)}
     assert len(routers) == len(loads)
     for name, router in routers.items():
-        layer = name.removesuffix(".router").removesuffix(".switch")
-        router.register_forward_hook(only(stay[layer].kept))
+        router.register_forward_hook(only(stay[sublayer_name(name)].kept))
     assert torch.allclose(smaller, logits(model), rtol=1e-5, atol=1e-5)
     assert (before - smaller).abs().max() > 1e-2
 
@@ -97,11 +96,11 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
         for one in (model, pruned(model, loads, 2, "merge"))
     )
     for name, weight in smaller.items():
-        layer = name.partition(".experts.")[0].removesuffix(".router.weight")
-        if layer.removesuffix(".switch") not in loads:
+        layer, _, expert = name.partition(".experts.")
+        if not expert and not name.endswith(".router.weight"):
             assert torch.equal(weight, whole[name])
             continue
-        load = loads[layer.removesuffix(".switch")]
+        load, layer = loads[sublayer_name(name)], layer.removesuffix(".router.weight")
         first, second = sorted(sorted(range(5), key=lambda expert: -load[expert])[:2])
         rows_ED = whole[f"{layer}.router.weight"]
         if name.endswith("router.weight"):
@@ -150,7 +149,7 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
 
     for name, module in model.named_modules():
         if isinstance(module, SwitchLayer):
-            module.register_forward_hook(see(name.removesuffix(".switch")))
+            module.register_forward_hook(see(sublayer_name(name)))
     for name, found in cuts_of(model, loads, 3, "scaled").items():
         if isinstance(model.spec.router, TopKRouter) and model.spec.router.renormalize:
             assert found.wo == 1
@@ -159,6 +158,9 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
         assert float(found.wo) == pytest.approx(float(seen[name][keep_A][:, found.kept].sum(-1).mean()), rel=1e-5)
     raw, scaled = (dict(pruned(model, loads, 3, gate=gate).named_parameters()) for gate in ("raw", "scaled"))
     for name, weight in raw.items():
-        layer = name.partition(".experts.")[0].removesuffix(".switch")
-        factor = cuts_of(model, loads, 3, "scaled")[layer].wo if name.endswith("experts.wo") else torch.tensor(1.0)
+        factor = (
+            cuts_of(model, loads, 3, "scaled")[sublayer_name(name)].wo
+            if name.endswith("experts.wo")
+            else torch.tensor(1.0)
+        )
         assert torch.allclose(scaled[name], weight * factor.float())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-LAYERS = ("encoder.blocks.11.feed_forward.layer", "decoder.blocks.11.self_attention.attention")
+LAYERS = ("encoder.blocks.11.feed_forward", "decoder.blocks.11.self_attention")
 
 
 def a_layer(experts: int, pieces: list[str]) -> dict[str, Any]:

@@ -30,11 +30,11 @@ def test_all_is_there_and_fits_a_terminal() -> None:
     said = printed(a_survey(experts=2 * TERMINAL_EXPERTS, pieces=["antidisestablishment"] * 10))
     assert max(map(len, said.splitlines())) <= PLAIN_WIDTH
     rows = [line.split() for line in said.splitlines()]
-    assert ["Encoder", "block", "12", "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
+    assert ["Encoder", "block", "11", "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
     assert ["31", *["antidisestablishment"] * 2, "6.2%", "12.5%", "0.50", "256-511:", "1.0x", "6.2%"] in rows
-    assert not lacking(said, f"Encoder block 12: {TERMINAL_EXPERTS} {2 * TERMINAL_EXPERTS} experts --json")
+    assert not lacking(said, f"Encoder block 11: {TERMINAL_EXPERTS} {2 * TERMINAL_EXPERTS} experts --json")
     assert [row[0] for row in rows if "antidisestablishment" in row] == [*map(str, range(16, 32))] * 4
-    attention = ["Decoder", "block", "12,", "self", "attention"]
+    attention = ["Decoder", "block", "11,", "self", "attention"]
     assert [*attention, "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
     assert [*attention, "60", "50.0%", "0.25"] in rows
     assert ["en", "31", "(6%)", "30", "(6%)", "29", "(6%)", "28", "(6%)", "27", "(5%)", "26", "(5%)"] in rows
@@ -68,7 +68,7 @@ def test_the_maps_show_what_was_counted() -> None:
     assert len(figures) == 2 * (1 + 2 * 3)
     suffix = LAYERS[0].replace(".", "_")
     position = figures[f"position_1_{suffix}"]
-    assert position.full_title == "Encoder block 12: By position"
+    assert position.full_title == "Encoder block 11: By position"
     cells = position.table.rows
     assert {(label, expert): round(float(times or 0), 6) for label, expert, times in cells} == {
         (label, expert): round(4 * 10 * expert / 60, 6) if label == "256-511" else 0.0
@@ -77,7 +77,7 @@ def test_the_maps_show_what_was_counted() -> None:
     }
     assert set(figures[f"sentinel_0_{suffix}"].table.column("sentinel")) == {"<extra_id_0>"}  # the other is rare
     experts = figures["experts_0"].table
-    assert experts.rows[:2] == [("Encoder block 12", 0, 0.0), ("Decoder block 12, self attention", 0, 0.0)]
+    assert experts.rows[:2] == [("Encoder block 11", 0, 0.0), ("Decoder block 11, self attention", 0, 0.0)]
 
 
 def test_of_many_experts_those_with_most_tokens_are_drawn() -> None:
@@ -122,12 +122,12 @@ def test_figures_are_files(tmp_path: Path) -> None:
     assert heading == ["layer", "expert", "piece", "count", "lift"]
     assert tokens == [
         [layer, expert, piece, "1234", "2.0"]
-        for layer in ("Encoder block 12", "Decoder block 12, self attention")
+        for layer in ("Encoder block 11", "Decoder block 11, self attention")
         for expert in "123"
         for piece in ('a,"b', "\n")
     ]
     rows = [*csv.reader(io.StringIO((tmp_path / "figures/experts_0.csv").read_text()))]
-    assert rows[1] == ["Encoder block 12", "0", "0.0"]
+    assert rows[1] == ["Encoder block 11", "0", "0.0"]
     assert figures[1].full_title in charts.svg(figures[1])
 
 

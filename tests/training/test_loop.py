@@ -230,7 +230,7 @@ def test_it_ends_the_run_also_when_no_callback_is_due(every_steps: tuple[int, ..
 
 
 def lose_in_router(model: SwitchTransformer) -> None:
-    layer = sparse_layers(model)["decoder.blocks.1.feed_forward.layer"]
+    layer = sparse_layers(model)["decoder.blocks.1.feed_forward"]
     layer.router.register_forward_hook(lambda module, given, logits: logits * math.nan)
 
 
@@ -240,14 +240,14 @@ def lose_in_decoder(model: SwitchTransformer) -> None:
 
 def lose_in_expert(model: SwitchTransformer) -> None:
     for stack in ("encoder", "decoder"):  # the backward pass comes to the decoder first
-        layer = sparse_layers(model)[f"{stack}.blocks.1.feed_forward.layer"]
+        layer = sparse_layers(model)[f"{stack}.blocks.1.feed_forward"]
         layer.experts.wi.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor(2), math.inf))
 
 
 @pytest.mark.parametrize(
     ("lose", "words"),
     [
-        (lose_in_router, ("nan", "router", "decoder.blocks.1.feed_forward.layer")),
+        (lose_in_router, ("nan", "router", "decoder.blocks.1.feed_forward")),
         (lose_in_decoder, ("neg_log_perplexity",)),
         (lose_in_expert, ("inf", "decoder.blocks.1.feed_forward.layer.experts.2.wi")),
     ],

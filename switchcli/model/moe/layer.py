@@ -4,6 +4,7 @@ Legend: B batch, S positions, G groups, N tokens per group, E experts, D model, 
 experts.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -100,8 +101,15 @@ class SwitchLayer(nn.Module):
 def sparse_layers(model: nn.Module) -> dict[str, SwitchLayer]:
     """Return the sparse layers in the order of their statistics, keyed as in `ModelSpec.sparse_layer_names`."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchLayer)}
-    # A Switch attention is named by the attention, not by the layer in it.
-    return {name.removesuffix(".switch"): layer for name, layer in layers.items()}
+    return {sublayer_name(name): layer for name, layer in layers.items()}
+
+
+def sublayer_name(module: str) -> str:
+    """Return the name of the sublayer that a SwitchLayer, or a tensor within it, belongs to.
+
+    `decoder.blocks.0.feed_forward.layer.router.weight` belongs to `decoder.blocks.0.feed_forward`.
+    """
+    return re.split(r"\.(?:layer|attention\.switch)(?=\.|$)", module)[0]
 
 
 def local_experts(model: nn.Module) -> range:

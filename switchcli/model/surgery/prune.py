@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.moe.layer import SwitchLayer, SwitchOutput, sparse_layers
+from switchcli.model.moe.layer import SwitchLayer, SwitchOutput, sparse_layers, sublayer_name
 from switchcli.model.moe.router import Router
 from switchcli.model.transformer import SwitchTransformer
 
@@ -108,11 +108,10 @@ def prune(model: SwitchTransformer, prunings: Mapping[str, LayerPruning], pruned
     weights = dict(model.named_parameters())
     for name, parameter in pruned.named_parameters():
         weight = weights[name].detach()
-        layer = name.partition(".experts.")[0].removesuffix(".router.weight")
-        # A Switch attention is named by the attention, not by the layer in it.
-        pruning = prunings.get(layer.removesuffix(".switch"))
-        if pruning is not None:  # an expert or a router
-            if by == "merge" and ".experts." in name:
+        layer, _, expert = name.partition(".experts.")
+        pruning = prunings.get(sublayer_name(name))
+        if pruning is not None and (expert or name.endswith(".router.weight")):
+            if by == "merge" and expert:
                 merge_NE = merge_weights(weights[f"{layer}.router.weight"], pruning)
                 weight = torch.tensordot(merge_NE.to(weight.dtype), weight, dims=1)  # [N, E] . [E, ...] -> [N, ...]
             else:

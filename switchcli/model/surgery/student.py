@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.layer import SwitchLayer, sublayer_name
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
 
@@ -103,11 +103,9 @@ def init_weights(
             mean = weight.mean(0)
             yield name, mean.expand(len(experts), *mean.shape) if is_stacked else mean
             continue
-        # Drop the module path within the sparse layer: "encoder.blocks.1.feed_forward.layer".
-        layer = re.split(r"(?:\.switch)?\.(?:experts|router)\.", source)[0]
         num_used = spec.num_experts if is_stacked else 1
         # The most used experts, in ascending order of their numbers.
-        used = load[layer].argsort(descending=True, stable=True)[:num_used].sort().values
+        used = load[sublayer_name(source)].argsort(descending=True, stable=True)[:num_used].sort().values
         selected = weight[used.to(weight.device)]
         if not is_stacked:
             selected = selected[0]
