@@ -80,7 +80,7 @@ def _show_diagnosis(diagnosis: "Diagnosis") -> None:
     width = max(len(finding.probe) for finding in diagnosis.findings)
     indent = len("pass  ") + width + len("  ")
     for finding in diagnosis.findings:
-        console.message(f"{finding.verdict}  {finding.probe:{width}}  {finding.figure}", _STYLES[finding.verdict])
+        console.message(f"{finding.verdict}  {finding.probe:{width}}  {finding.measured}", _STYLES[finding.verdict])
         if finding.advice:
             console.message(f"{'':{indent}}{finding.advice}")
     failed, warned = diagnosis.count("fail"), diagnosis.count("warn")

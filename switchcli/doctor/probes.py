@@ -65,7 +65,7 @@ class Finding(NamedTuple):
 
     probe: str
     verdict: Verdict
-    figure: str
+    measured: str
     value: float | None
     advice: str
 

@@ -241,7 +241,7 @@ def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
 
 
 def _distillation_rows(distillation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    metric = str(distillation.get("figure"))
+    metric = str(distillation.get("metric"))
     for role in ("teacher", "baseline"):
         model = as_mapping(distillation.get(role))
         value = number(as_mapping(model.get("metrics")).get(metric))

@@ -148,7 +148,7 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
     done = switchcli(*command, "--out", "a", "--json")
     assert done.code == 0, done.err
     said = json.loads(done.out)["distillation"]
-    assert said["figure"] == "tasks/average"
+    assert said["metric"] == "tasks/average"
     assert said["teacher"]["metrics"].keys() >= {"tasks/colour", "tasks/last", "tasks/average"}
     assert said["baseline"]["metrics"] == {"tasks/average": 12.5}
     assert "student_init" not in said

@@ -97,7 +97,7 @@ def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
     }
     assert [finding["probe"] for finding in findings] == [probe.name for probe in PROBES]
     for finding in findings:
-        assert finding.keys() == {"probe", "verdict", "figure", "value", "advice"}
+        assert finding.keys() == {"probe", "verdict", "measured", "value", "advice"}
         assert finding["verdict"] in ("pass", "warn", "fail", "skip")
         assert isinstance(finding["value"], int | float | None)
         assert bool(finding["advice"]) == (finding["verdict"] in ("warn", "fail"))

@@ -205,7 +205,7 @@ def test_distillation_has_the_losses_of_the_cpu(
         folder = tuple(key.replace("=answers", f"={tmp_path}/answers_{out}") for key in answers)
         found = run("distill", "--teacher", trained, *keys, *folder, "--out", out)
         assert found["step"] == 4
-        assert found["distillation"]["student"]["figures"].keys() == found["distillation"]["teacher"]["figures"].keys()
+        assert found["distillation"]["student"]["metrics"].keys() == found["distillation"]["teacher"]["metrics"].keys()
     assert_same_course("on_device", "on_cpu", BOUND[precision])
 
 

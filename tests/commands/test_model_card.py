@@ -79,7 +79,7 @@ def test_text_of_a_stranger_is_shown_as_it_is(copied: Path, card_of: Any) -> Non
     result = json.loads((copied / "result.json").read_text())
     result["hardware"]["device"] = EVIL
     result["tasks"] = {EVIL: {"score": {"value": 1.0, "low": EVIL, "high": None}, "chance": [], "num_examples": EVIL}}
-    result["distillation"] = {"figure": EVIL, "teacher": {"figures": {EVIL: 1.0}, "parameters": EVIL}}
+    result["distillation"] = {"metric": EVIL, "teacher": {"metrics": {EVIL: 1.0}, "parameters": EVIL}}
     result["seconds"] = EVIL
     (copied / "result.json").write_text(json.dumps(result))
     header, kinds, titles = parsed(card_of(copied))

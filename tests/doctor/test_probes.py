@@ -54,7 +54,7 @@ def test_our_models_are_sound(settings: dict[str, Any]) -> None:
     found = findings(subject)
     skipped = {name for name, finding in found.items() if finding.verdict == "skip"}
     assert skipped == {probe.name for probe in PROBES if probe.needs_routers and subject.dense}
-    assert all("dense" in found[name].figure for name in skipped)
+    assert all("dense" in found[name].measured for name in skipped)
     assert {finding.verdict for finding in found.values()} <= {"pass", "skip"}
     assert torch.equal(torch.random.get_rng_state(), state), "probes leave the generator as it was"
     assert all(weight.grad is None for weight in subject.model.parameters())
