@@ -136,7 +136,7 @@ def test_folders_that_cannot_be_probed(folder: Path) -> None:
         ({"encoder_sparse_step": "2"}, "TypeError"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"config\.json.*\bquantization_config\b.*\bfloat32\b"),
         ({"num_experts": 10**7}, r"config\.json.*\bnum_experts\b.*\b1\b.*\b1,048,576\b.*\b10000000\b"),
-        ({"hidden_size": 10**400}, r"config\.json.*\bd_model\b.*\b1\b.*\b131,072\b.*\b1000"),
+        ({"hidden_size": 10**400}, r"config\.json.*\bd_model\b.*\b1\b.*\b1,048,576\b.*\b1000"),
         ({"num_layers": 10**6}, r"config\.json.*\bnum_layers\b.*\b1\b.*\b1,024\b"),
         ({"num_layers": 1024, "num_experts": 16384}, r"num_experts \(16384\).*\b1028\b.*\b131,072\b"),
     ]:
