@@ -52,10 +52,12 @@ STEPS = ("train.steps=4", "checkpoint.save_every_steps=2", "log.every_steps=1", 
 ANSWERS = "distill.cache.folder=answers"
 CHILD = """\
 #!/bin/sh
+shift
+words=$(printf '"%s", ' "$@")
 while [ "$1" != --out ]; do shift; done
-mkdir -p "$2" && echo '{}' > "$2/result.json" && echo trained
+mkdir -p "$2" && echo "{\\"command\\": [${words%, }]}" > "$2/result.json" && echo trained
 """
-"""Stands for Python in a sweep, whose runs take seconds of their own to import."""
+"""Stands for Python in a sweep, whose runs take seconds of their own to import: its result has the command's words."""
 
 
 # Commands in forks
@@ -258,8 +260,8 @@ class Fault(NamedTuple):
     """What happens at an operation of a command, and what must hold after it.
 
     After every fault: no traceback; each checkpoint of a run is whole; an output that was to be replaced is there, or
-    comes back; and once the same command has run again the output is that of a command that nothing happened to, and no
-    temporary file is left.
+    comes back; and once the same command has run again, a day later, the output is that of a command that nothing
+    happened to, and no temporary file is left.
     """
 
     strike: Callable[[int], Strike]
@@ -417,11 +419,12 @@ class Prepared(NamedTuple):
         return ""
 
     def goes_on(self, said: str = "") -> str:
-        """What is wrong once the command has run again with nothing in its way; nothing if all is well.
+        """What is wrong once the command has run again, a day later; nothing if all is well.
 
         What it says must match the pattern `said`.
         """
         verb = self.verb
+        pass_a_day()
         done = run(*verb.words, within=verb.within)
         if done.code not in (0, *THERE_ALREADY):
             return f"then exit code {done.code}: {done.said[-800:]}"
@@ -432,6 +435,13 @@ class Prepared(NamedTuple):
             differing = sorted(name for name in found.keys() | self.wanted if found.get(name) != self.wanted.get(name))
             return f"then another output, in {differing} (exit code {done.code}): {done.said[-800:]}"
         return f"then left {left}" if (left := leftovers()) else ""
+
+
+def pass_a_day() -> None:
+    """Make what a killed command left older than a day: the next writer of the same output removes it then."""
+    for left in leftovers():
+        for path in (Path(left), *Path(left).rglob("*")):
+            os.utime(path, times=(0, 0), follow_symlinks=False)
 
 
 def leftovers() -> list[str]:
