@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from drill import fingerprint
 from messages import lacking
 from tiny_run import SwitchCLI, lay_out
@@ -19,11 +18,9 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
-from switchcli.recipe import resolve
 from switchcli.report.program import program_name
 from switchcli.runs import pretraining as verb
-from switchcli.runs import run_dir, trainer
-from switchcli.spec import Spec
+from switchcli.runs import trainer
 from switchcli.system.lock import lock
 
 INTERRUPTED, CHECKPOINT = 75, 4
@@ -147,34 +144,6 @@ def test_a_folder_in_use_is_refused_by_name(recipe: str, switchcli: SwitchCLI) -
             assert re.fullmatch(rf"error: run: in use .*process {os.getpid()}\b.*--out.*\n", done.err)
     assert not Path("run").exists()
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
-
-
-@pytest.mark.integration
-def test_a_run_whose_recipes_an_earlier_version_saved(
-    straight: dict[str, str], recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It goes on, by the recipe that it began with or by the one in its folder, is evaluated, and answers."""
-
-    def dumped(spec: Spec) -> str:
-        keys = yaml.safe_load(resolve.dump(spec))
-        objective = keys["data"].pop("objective")
-        assert (objective.pop("kind"), keys["data"].pop("packing")) == ("span_corruption", "windows")
-        return yaml.safe_dump({**keys, "data": {**keys["data"], "span_corruption": objective}}, sort_keys=False)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "dump", dumped)
-        patch.setattr(trainer, "dump", dumped)
-        assert switchcli("pretrain", recipe, "train.steps=4", "--out", "run").code == 0
-    saved = [Path("run/recipe.yaml"), Path("run/checkpoints/step-00000004/recipe.yaml")]
-    assert all("span_corruption" in path.read_text() and "objective" not in path.read_text() for path in saved)
-    assert switchcli("eval", "run", "--out", "scores").code == 0
-    assert switchcli("generate", "run", "a <extra_id_0>").code == 0
-    again = switchcli("pretrain", "run/recipe.yaml", "train.steps=7", "--out", "run")
-    assert not lacking(again.err, "step 4 7")
-    assert "objective:" in Path("run/recipe.yaml").read_text()
-    assert switchcli("pretrain", recipe, f"train.steps={STEPS}", "--out", "run").code == 0
-    ended = fingerprint(Path("run"))
-    assert {**ended, "metrics": straight["metrics"]} == straight, "but for the lines of the stops"
 
 
 @pytest.mark.integration

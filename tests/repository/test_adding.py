@@ -429,7 +429,9 @@ class Numerals(CorpusSpec):
 ''',
     )
     imported = "from switchcli.data.sources.numerals import Numerals\n"
-    tree.insert("switchcli/data/sources/corpus.py", imported, before="^from switchcli.data.sources.paths import")
+    tree.insert(
+        "switchcli/data/sources/corpus.py", imported, before="^from switchcli.data.sources.python_stdlib import"
+    )
     tree.insert("switchcli/data/sources/corpus.py", "Numerals | ", after=r"^Corpus = Annotated\[\s*")
 
 
