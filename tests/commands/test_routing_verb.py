@@ -104,9 +104,7 @@ def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None
     done = switchcli("report", "--routing", languages, "--html", "page.html", "--figures", "figures", "--quiet")
     assert done == (0, shown, "")
     assert Path("page.html").read_text().count("By text") == 8  # a caption and a name for each layer
-    assert (
-        Path("figures/text_0_encoder_blocks_1_feed_forward_layer.csv").read_text().startswith("text,expert,share\nde,")
-    )
+    assert Path("figures/text_0_encoder_blocks_1_feed_forward.csv").read_text().startswith("text,expert,share\nde,")
 
 
 @pytest.mark.integration

@@ -16,7 +16,8 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -69,6 +70,9 @@ class Disk:
         self._undo: list[_Undo] = []
         self._begun: list[Callable[[], bool]] = []
         """Operations that may not be done yet; each returns whether it is, and is then noted."""
+        self._folders: list[int] = []
+        """Open folders, in which operations can be taken back until this disk is garbage."""
+        weakref.finalize(self, _close, self._folders)
         self._kept = self._root.with_name(f"{self._root.name}.replaced-{os.getpid()}")
         """A folder of hard links to files that were replaced, for a rename that is taken back."""
 
@@ -157,7 +161,7 @@ class Disk:
     def _begin(self, kind: str, path: Path, arguments: tuple[Any, ...]) -> None:
         """Remember what to look for once the operation is done."""
         if kind in ("write", "make") and not os.path.lexists(path):
-            parent = os.open(path.parent, os.O_RDONLY)
+            parent = self._open_folder(path.parent)
             self._begun.append(lambda: os.path.lexists(path) and self._made(path, parent))
         elif kind == "write" and arguments[2] & os.O_TRUNC:
             self._synced_bytes.pop(_inode(path), None)
@@ -166,12 +170,16 @@ class Disk:
         elif kind == "rename" and os.path.lexists(path):
             self._begin_to_rename(path, _absolute(arguments[1], arguments[3]) or path)
 
+    def _open_folder(self, path: Path) -> int:
+        self._folders.append(os.open(path, os.O_RDONLY))
+        return self._folders[-1]
+
     def _made(self, path: Path, parent: int) -> bool:
         self._undo.append(_Undo((_inode_of(parent),), lambda: _remove(path.name, parent)))
         return True
 
     def _begin_to_rename(self, source: Path, target: Path) -> None:
-        moved, folders = _inode(source), [os.open(path.parent, os.O_RDONLY) for path in (source, target)]
+        moved, folders = _inode(source), [self._open_folder(path.parent) for path in (source, target)]
         old: Path | None = None
         if target.is_file() and not target.is_symlink():
             self._kept.mkdir(exist_ok=True)
@@ -238,6 +246,11 @@ def _absolute(name: Any, folder: Any) -> Path | None:
     base = Path(f"/proc/self/fd/{folder}").readlink() if isinstance(folder, int) and folder >= 0 else Path.cwd()
     path = base / os.fsdecode(name)
     return Path(os.path.realpath(path.parent)) / path.name
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _remove(name: str, folder: int) -> None:

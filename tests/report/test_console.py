@@ -49,7 +49,7 @@ class Terminal(NamedTuple):
     def output(self) -> str:
         """All that was written; a terminal hands it out in pieces."""
         pieces = []
-        while select.select([self.descriptor], [], [], 0.05)[0]:
+        while self._is_readable_within(0.05):
             pieces.append(os.read(self.descriptor, 1 << 20))
         return b"".join(pieces).decode()
 
@@ -57,8 +57,13 @@ class Terminal(NamedTuple):
         """Read until all patterns were shown. Bars are drawn some times a second."""
         seen = ""
         while not all(re.search(pattern, seen) for pattern in patterns):
-            assert select.select([self.descriptor], [], [], 30)[0], seen
+            assert self._is_readable_within(30), seen
             seen += self.shown()
+
+    def _is_readable_within(self, seconds: float) -> bool:
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self.descriptor, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
 
     def shown(self) -> str:
         """The same without what moves the cursor or colours."""
