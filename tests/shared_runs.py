@@ -4,7 +4,6 @@ Nobody writes into them. A test that goes on with a run, or damages it, copies i
 """
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,10 @@ from typer.testing import CliRunner
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder that `make` has filled, in this process or in another worker of the session."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    base = (
+        factory.getbasetemp()
+    )  # SESSION/popen-gw0 of a worker; tests that start pytest hand on the worker's variables
+    folder = (base.parent if base.name.startswith("popen-") else base) / name
     made = Path(f"{folder}.made")
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
