@@ -69,8 +69,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of the session, one for all workers: what one test has prepared another finds."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    from shared_runs import session_folder  # here, where what stands at the top of this file has been set
+
+    folder = session_folder(tmp_path_factory) / "cache"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SWITCHCLI_CACHE", str(folder))

@@ -13,12 +13,16 @@ from tiny_run import RECIPE, lay_out_tuning, write_text
 from typer.testing import CliRunner
 
 
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of this session, which all workers share."""
+    # SESSION, or SESSION/popen-gw0 of a worker. Its variables tell nothing: a pytest that a test starts has them too.
+    base = factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder that `make` has filled, in this process or in another worker of the session."""
-    base = (
-        factory.getbasetemp()
-    )  # SESSION/popen-gw0 of a worker; tests that start pytest hand on the worker's variables
-    folder = (base.parent if base.name.startswith("popen-") else base) / name
+    folder = session_folder(factory) / name
     made = Path(f"{folder}.made")
     with Path(f"{folder}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
