@@ -11,12 +11,25 @@ from test_smoke import WORK
 from tiny_run import SwitchCLI, lay_out, lay_out_tuning, records
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "run-folder.md"
-PLAIN = {"integer": (int,), "number": (int, float), "text": (str,), "true or false": (bool,), "anything": (object,)}
+PLAIN = {
+    "integer": (int,),
+    "number": (int, float),
+    "text": (str,),
+    "text or number": (str, int, float),
+    "true or false": (bool,),
+    "anything": (object,),
+}
 """JSON types, as the page names them."""
 TRAINED = ("pretrain", "finetune", "distill")
 """Verbs that print their result.json."""
 NOT_MADE = {
-    *("metrics.jsonl mixture", "metrics.jsonl suites/NAME", "result.json texts", "result.json skipped_steps"),
+    *(
+        "metrics.jsonl mixture",
+        "metrics.jsonl suites/NAME",
+        "metrics.jsonl skipped_steps",
+        "result.json texts",
+        "result.json skipped_steps",
+    ),
     *("Start step", "Start input_tokens", "Start data"),
 }
 """Keys that the runs of this test have no cause to write: several texts, suites, skipped steps, a branch."""
@@ -97,6 +110,9 @@ def test_the_page_lists_the_keys_that_the_verbs_write(
                 checker.check_form(json.loads(line), "predictions")
     for words, form in (
         (("plan", trained.parent / "tiny.yaml", "--memory", "1MB"), "plan"),
+        (("plan", trained.parent / "tiny.yaml", "train.device=auto", "--gpu", "h100"), "plan"),
+        (("plan", "--memory", "80GB"), "plan of all sizes"),
+        (("doctor", trained, "--checkpoint-files"), "doctor of files"),
         (("eval", trained, "--out", "of_text"), "result.json of eval"),
     ):
         checker.check_form(json.loads(switchcli(*words, "--json").out), form)
