@@ -270,7 +270,7 @@ def test_what_is_whole_stays_whole_after_a_stop_and_is_not_made_again(corpus: Co
     assert [folder.name for folder in first] == ["piece-00000", "piece-00001"]
     assert {path.name for path in first[0].parent.iterdir()} == {"piece-00000", "piece-00001"}, "nothing half done"
     times = [(folder / "manifest.json").stat().st_mtime_ns for folder in first]
-    (first[0].parent / ".partial-killed").mkdir()  # what SIGKILL leaves harms nothing
+    (first[0].parent / f".tmp-{0:016x}-{0:016x}").mkdir()  # what SIGKILL leaves harms nothing
     shows = Shows()
     text = corpus.prepare(shows)
     assert shows.num_pieces == NUM_FILES - 2
@@ -332,7 +332,7 @@ def test_what_one_process_meets_ends_all(corpus: Corpus) -> None:
         corpus.prepare(processes=2)
     assert not active_children()
     assert all(is_complete(folder) for folder in corpus.folders)
-    assert not list(corpus.cache.glob("tokens/*/.partial-*"))
+    assert not list(corpus.cache.glob("tokens/*/.tmp-*"))
 
 
 MAIN = """\
@@ -517,6 +517,15 @@ def test_a_lost_or_foreign_manifest_is_written_anew(corpus: Corpus, damage: str)
     assert contents(text.folder) == before
 
 
+def test_a_tokenizer_of_the_cache_that_is_damaged_and_keeps_its_size_is_made_anew(corpus: Corpus) -> None:
+    text = corpus.prepare()
+    (kept,) = corpus.cache.glob("tokenizers/*/tokenizer.json")
+    before = kept.read_bytes()
+    flip(kept)
+    assert corpus.prepare().identity == text.identity
+    assert kept.read_bytes() == before
+
+
 # Disks
 
 
@@ -545,7 +554,7 @@ def test_a_disk_that_fills_up_keeps_what_is_whole_and_goes_on_after_room_is_made
     first = corpus.folders
     assert first
     assert all(is_complete(folder) for folder in first)
-    assert not list(corpus.cache.glob("tokens/*/.partial-*"))
+    assert not list(corpus.cache.glob("tokens/*/.tmp-*"))
     shows = Shows()
     text = corpus.prepare(shows)
     assert shows.num_pieces == NUM_FILES - len(first)

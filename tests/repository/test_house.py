@@ -70,14 +70,12 @@ READ_BY_PATH = {
     "switchcli/data/prepare/pipeline.py": "of the cache",
     "switchcli/data/prepare/shards.py": "of the cache",
     "switchcli/data/prepare/store.py": "of the cache",
-    "switchcli/data/prepare/verified.py": "of the cache",
     "switchcli/data/sources/python_stdlib.py": "of Python",
     "switchcli/distributed/launch.py": "of the launcher itself",
     "switchcli/system/processor.py": "of the system",
     "switchcli/recipe/key_index.py": "of the package",
     "switchcli/recipe/library.py": "of the package",
     "switchcli/report/html_page.py": "of the package",
-    "switchcli/runs/accelerate_settings.py": "of the system",
     "switchcli/tasks/stdlib_tasks.py": "of Python",
 }
 """The files that read others by their paths, and whose files these are: no stranger made them."""

@@ -1,1 +1,1 @@
-"""Text preparation: documents as token IDs on disk, written once and verified when they are read."""
+"""Text preparation: documents as token IDs on disk, written once, and then memory-mapped."""

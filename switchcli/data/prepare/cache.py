@@ -40,7 +40,7 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
     # A folder of the cache is CACHE/KIND/DIGEST, so parents[1] is the cache itself.
     with disk_errors(folder.parents[1], ELSEWHERE):
         remove_stale(folder.parent)
-        if not is_complete(folder):
+        if not is_complete(folder, check=True):
             build_atomically(folder, build)
         yield
 

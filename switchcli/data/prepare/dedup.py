@@ -160,8 +160,8 @@ def write_distinct(
 ) -> None:
     """Write a new text of the documents of `text` that `masks`, from `find_distinct`, selects, shard by shard.
 
-    The other documents are counted as dropped for this `reason`. Raises DataError for a shard that has changed since it
-    was prepared.
+    The other documents are counted as dropped for this `reason`. Raises DataError for a shard that cannot be
+    read.
     """
     folder.mkdir()
     manifests: dict[str, list[ShardManifest]] = {TRAIN: [], HELD_OUT: []}

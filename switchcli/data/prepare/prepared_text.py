@@ -15,7 +15,7 @@ from switchcli.data.prepare.store import (
 )
 
 FORMAT = 4
-"""Version of the files and ids that a digest of sources stands for."""
+"""Version of the format of prepared text. It is part of the name of each folder in the cache."""
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
 

@@ -17,7 +17,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, remove_stale
+from switchcli.data.prepare.cache import ELSEWHERE, build_atomically
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, TRAIN
 from switchcli.data.prepare.store import ShardWriter, write_manifest
@@ -79,11 +79,7 @@ def tokenize_shards(
     if processes == 1:
         _build_here(jobs, loaded, show)
         return
-    try:
-        _build_in_processes(jobs, tokenizer, processes, threads, show)
-    finally:
-        for folder in {job.folder.parent for job in jobs}:
-            remove_stale(folder)  # killed processes leave unfinished folders
+    _build_in_processes(jobs, tokenizer, processes, threads, show)
 
 
 def _build_here(jobs: Sequence[TokenizeJob], tokenizer: Tokenizer, show: Callable[[PrepareProgress], None]) -> None:

@@ -38,8 +38,10 @@ class TokenStore(NamedTuple):
     def open(cls, folder: Path, name: str) -> Self:
         """Map the store of that name. Raises DataError if a file is missing or is not a NumPy file."""
         try:
-            return cls(*(np.load(folder / f"{name}{part}", mmap_mode="r") for part in (TOKENS, OFFSETS)))
-        except (OSError, ValueError) as error:
+            return cls(
+                *(np.load(folder / f"{name}{part}", mmap_mode="r", allow_pickle=False) for part in (TOKENS, OFFSETS))
+            )
+        except (OSError, EOFError, ValueError) as error:  # EOFError: of an empty file
             raise DataError(
                 f"{folder / name}: cannot be read ({error}): run `switchcli data prepare RECIPE`"
             ) from error
@@ -67,7 +69,7 @@ class TokenShard(NamedTuple):
 
 
 class StoreWriter:
-    """Writer of a TokenStore, used in a `with` statement. It holds the tokens in memory until the end."""
+    """Writer of a TokenStore. It holds the tokens in memory until `close`, or the end of a `with` statement."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
         self._path, self._dtype = folder / name, token_type(vocab_size)
