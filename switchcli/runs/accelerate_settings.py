@@ -43,12 +43,15 @@ def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: Distribute
     environment, console = os.environ, Console()
     if not context.is_main:
         return
-    precision = recipe.train.precision if isinstance(recipe, TrainingRecipe) else recipe.precision
-    ignored = {name: key for name, key in KEYS.items() if environment.get(name, "").lower() not in OFF}
+    if isinstance(recipe, TrainingRecipe):
+        precision, keys = recipe.train.precision, KEYS
+    else:
+        precision, keys = recipe.precision, {"ACCELERATE_MIXED_PRECISION": "precision"}
+    ignored = {name: key for name, key in keys.items() if environment.get(name, "").lower() not in OFF}
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
-        ignored.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+        ignored.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     if precision in PRECISIONS.get(environment.get("ACCELERATE_MIXED_PRECISION", "").lower(), ()):
-        ignored.pop("ACCELERATE_MIXED_PRECISION")
+        ignored.pop("ACCELERATE_MIXED_PRECISION", None)
     if context.parallel.shard != "none":
         ignored.pop("ACCELERATE_USE_FSDP", None)
     if ignored:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from switchcli.checkpoint.run_folder import MAX_RESULT_BYTES
 from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
@@ -31,8 +32,6 @@ from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
 from switchcli.training import memory
 from switchcli.training.checkpointer import DATA, TEXT
-
-MAX_RESULT_BYTES = 2**28
 
 
 class EvalJob(NamedTuple):

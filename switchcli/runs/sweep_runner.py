@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from switchcli import metric_names as metric
+from switchcli.checkpoint.run_folder import MAX_RESULT_BYTES, RunFolder
 from switchcli.distributed.launch import kill_with_children
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.report.console import Console
@@ -32,8 +33,6 @@ from switchcli.system.signals import stop_signals
 from switchcli.system.startup import LAUNCHER
 from switchcli.system.user_files import open_regular, read_regular
 
-RESULT = "result.json"
-_MAX_RESULT_BYTES = 2**24
 STOPPED = "the sweep was stopped"
 """The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
 _POLL_SECONDS = 0.5
@@ -160,10 +159,12 @@ class Sweep:
     def _is_complete(self, run: SweepRun) -> bool:
         """Return whether the run has a result, and this command made it."""
         try:
-            result = parse(read_regular(self._out / run.name / RESULT, _MAX_RESULT_BYTES))
+            result = parse(read_regular(RunFolder(self._out / run.name).result, MAX_RESULT_BYTES))
         except OSError:
             return False
-        return result is not None and result.get("command") == command(run, self._out)
+        words, found = command(run, self._out), (result or {}).get("command")
+        # `--processes` adds the checkpoint of a branch to the arguments of its ranks.
+        return isinstance(found, list) and found[: len(words)] == words
 
     def _needs(self, run: SweepRun, other: str) -> bool:
         """Return whether an argument of the run is the other run's folder, or lies in it."""

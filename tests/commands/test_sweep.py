@@ -364,11 +364,16 @@ def test_a_log_that_is_no_file_fails_its_run(make, tmp_path):
     [
         (f'{{"command": {json.dumps(f"switchcli pretrain x {FAILS} --out out/a --quiet".split())}}}', "skipped"),
         (f'{{"command": {json.dumps(f"switchcli pretrain y {FAILS} --out out/a --quiet".split())}}}', "failed"),
+        # of a rank of --processes, with the checkpoint of a branch
+        (
+            f'{{"command": {json.dumps(f"switchcli pretrain x {FAILS} --out out/a --quiet --branch-from b".split())}}}',
+            "skipped",
+        ),
         ('{"command": null}', "failed"),
         ("{}", "failed"),
         ("[", "failed"),
     ],
-    ids=["the same command", "another command", "the Python API", "no command", "damaged"],
+    ids=["the same command", "another command", "ranks of a branch", "the Python API", "no command", "damaged"],
 )
 def test_a_run_is_skipped_only_if_its_result_is_that_of_the_same_command(result: str, status: str) -> None:
     """The verb decides about the others: here it refuses."""
