@@ -310,7 +310,7 @@ class Trainer:
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """Add the number of the step to an error in this block, and raise DataError if changed data caused it."""
+        """Add the number of the step to an error in this block."""
         try:
             yield
         except Exception as error:
@@ -318,12 +318,12 @@ class Trainer:
             raise
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint. Raises DataError instead if the data is not that of its identity any more."""
+        """Write a checkpoint, with the position in the data."""
+        self.checkpointer.wait()  # a background save uses the same process group as what follows
         if local_position := self.data.source.state(state.step):
             # The ranks of a model axis read the same data, so the sum counts each position `tp_size` times.
             position = self.context.sum_over_ranks(local_position)
             state.position = [number // self.context.tp_size for number in position]
-        self.checkpointer.wait()  # a background save uses the same process group as the check
         self.context.main_only(self.metrics.sync)
         self.checkpointer.save(state)
 

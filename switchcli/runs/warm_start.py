@@ -79,7 +79,7 @@ def resolve_job(
         if schema.model_fields["start"].is_required():
             raise RecipeError(f"{_START_KEY}: missing: name the model to start from by --model CHECKPOINT")
         return TrainJob(resolve.validate(tree, schema, _vocab_size(tree, schema, begun_recipe)), None)
-    begun = _begun_recipe(out, named.checkpoint, schema) if resume else None
+    begun = _begun_recipe(begun_recipe, named.checkpoint, schema)
     if begun is not None and begun.start is not None:
         start, spec, path, sha256 = None, begun.model, begun.start.checkpoint, begun.start.sha256
     else:
@@ -239,9 +239,8 @@ def is_within(checkpoint: str, path: str) -> bool:
     return Path(checkpoint).resolve().is_relative_to(Path(path).resolve())
 
 
-def _begun_recipe(out: Path, start: str, schema: type[R]) -> R | None:
-    """Return the recipe of the run in `out` if it has saved a checkpoint and started from `start`, else None."""
-    recipe = run_recipe(out)
+def _begun_recipe(recipe: TrainingRecipe | None, start: str, schema: type[R]) -> R | None:
+    """Return `recipe`, that of a run that has begun, if it is of this verb and started from `start`, else None."""
     if not isinstance(recipe, schema) or recipe.start is None:
         return None
     return recipe if is_within(recipe.start.checkpoint, start) else None

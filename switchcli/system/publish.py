@@ -4,8 +4,8 @@ An output is written under a temporary name beside its target, synced, and renam
 leaves the old output or the new one, and perhaps a temporary file or folder. The next publication of the same target
 removes it once nothing in it has changed for a day: before, another process may be writing it.
 
-Temporary names are PREFIX followed by 16 random hexadecimal digits. No other name is removed, and a link is neither
-followed nor removed. Every function raises OSError when the system refuses.
+A temporary name is `.tmp-`, a digest of the name of its target, and 16 random hexadecimal digits. No other name is
+removed, and a link is neither followed nor removed. Every function raises OSError when the system refuses.
 """
 
 import errno
@@ -117,25 +117,26 @@ def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
 # Leftovers
 
 
-def remove_stale(target: Path, seconds: float = DAY) -> None:
-    """Remove temporary files and folders of `target` that are older than so many seconds, by a dead process.
+def remove_stale(target: Path) -> None:
+    """Remove temporary files and folders of `target` that have not changed for a day.
 
     A folder that such a process was replacing is moved back. What the system refuses to remove stays.
     """
-    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), seconds, target)
+    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), target)
 
 
-def remove_stale_in(
-    parent: Path, pattern: re.Pattern[str] = TEMPORARY, seconds: float = DAY, target: Path | None = None
-) -> None:
-    """Remove the temporary files and folders in `parent` whose names match `pattern`, older than so many seconds."""
+def remove_stale_in(parent: Path, pattern: re.Pattern[str] = TEMPORARY, target: Path | None = None) -> None:
+    """Remove the temporary files and folders in `parent` whose names match and that have not changed for a day.
+
+    With `target`, a folder that was being replaced is moved back to it first.
+    """
     with suppress(OSError):
         for path in sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name)):
             with suppress(OSError):
                 found = path.lstat()
                 if target is not None and stat.S_ISDIR(found.st_mode):
                     _restore(path, target)
-                if time.time() - _last_change(path) < seconds:
+                if time.time() - _last_change(path) < DAY:
                     continue
                 if stat.S_ISDIR(found.st_mode):
                     shutil.rmtree(path)
