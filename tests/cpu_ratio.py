@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def cpu_ratio(one: Callable[[], object], other: Callable[[], object], turns: int = 5) -> float:
-    """Return how many times the CPU time of `other` is that of `one`: of each the least of several turns."""
+    """Return the CPU time of `one` divided by that of `other`: of each the least of several turns."""
     least = [math.inf, math.inf]
     for _ in range(turns):
         for side, call in enumerate((one, other)):

@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: by torch's usual library, by oneDNN, and with a packed weight (`model/cpu_products.py`)."""
+"""Matrix products on a CPU: by torch's usual library, by oneDNN, and packed (`model/kernels/cpu_products.py`)."""
 
 from collections.abc import Callable
 from functools import partial

@@ -25,7 +25,7 @@ from switchcli.system.user_files import open_regular
 
 NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"
-"""Change this only if older code would misread the files; add keys to state.json otherwise (`saved_state._upgrade`)."""
+"""Change this only if older code would misread the files."""
 _FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES: Final = 1 << 28

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.recipe import yaml_nodes
 from switchcli.report.console import Console, print_json
 from switchcli.report.safe_text import one_line, shell_words
-
-if TYPE_CHECKING:
-    pass
 
 group = typer.Typer(
     name="tokenizer",

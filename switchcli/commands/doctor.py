@@ -94,5 +94,5 @@ def _show_files(verified: Mapping[str, Any]) -> None:
     console = Console(stream=sys.stdout)
     loaded = verified["loaded"]
     for path, damage in verified["damage"].items():
-        console.message(f"damaged  {damage}" if damage else f"whole    {path}", "bold red" if damage else "green")
-    console.message(f"loading takes {loaded}" if loaded else "none is whole: loading refuses", "bold")
+        console.message(f"damaged  {damage}" if damage else f"complete {path}", "bold red" if damage else "green")
+    console.message(f"loading takes {loaded}" if loaded else "none is complete: loading refuses", "bold")

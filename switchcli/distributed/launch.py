@@ -202,7 +202,7 @@ def _describe_exit(code: int) -> str:
     """Return how a rank ended, from its exit code or minus the number of a signal; it follows "rank 1"."""
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = ", for lack of memory or because it hung" if code == -signal.SIGKILL else ""
+    hint = ", perhaps for lack of memory, or because it hung" if code == -signal.SIGKILL else ""
     return f"was killed by signal {-code} ({signal.Signals(-code).name}{hint})"
 
 

@@ -34,7 +34,7 @@ S = TypeVar("S", bound=Spec)
 _VOCAB_MULTIPLE = 64
 """Embedding matrices get a multiple of this many rows, for fast matrix products and for the ranks of a model axis."""
 SAVED = "recipe.yaml"
-"""The name of the recipe that a run saves. Old names of keys in such a file cause no warning."""
+"""The name of the recipe that a run saves."""
 
 
 # Public functions

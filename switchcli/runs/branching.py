@@ -125,8 +125,8 @@ def digest(named: NamedStart, handle: CheckpointHandle) -> str | None:
         sha256 = hashlib.sha256(repr([(entry.name, entry.sha256) for entry in entries]).encode()).hexdigest()
     if named.sha256 not in (None, sha256):
         raise CheckpointError(
-            f"{handle.path}: not the checkpoint that start.sha256 of the recipe names, it was saved again since: "
-            "take start.sha256=null to begin from what it holds now"
+            f"{handle.path}: not the checkpoint that start.sha256 of the recipe names: it was saved again since, "
+            "or is of another layout: take start.sha256=null to begin from what it holds now"
         )
     return sha256
 

@@ -156,7 +156,7 @@ def _parse_baseline(baseline: str) -> float | str:
     except ValueError:
         return baseline
     if not math.isfinite(value):
-        raise RecipeError(f"--baseline ({baseline}): must be a checkpoint, or a finite figure")
+        raise RecipeError(f"--baseline ({baseline}): must be a checkpoint, or a finite number")
     return value
 
 

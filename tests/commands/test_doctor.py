@@ -142,7 +142,7 @@ def test_the_files_of_a_run_are_verified_as_loading_does(begun: str, switchcli: 
     two, three = (f"a/checkpoints/step-0000000{step}" for step in (2, 3))
     done = switchcli("doctor", FILES, "a")
     assert done.code == 0
-    assert ends(done.out) == [("whole", three), ("whole", two), ("loading", three)]
+    assert ends(done.out) == [("complete", three), ("complete", two), ("loading", three)]
 
     file = Path(three, "optimizer-00000.safetensors")
     content = bytearray(file.read_bytes())
@@ -154,7 +154,7 @@ def test_the_files_of_a_run_are_verified_as_loading_does(begun: str, switchcli: 
     damage = first.removeprefix("damaged  ")
     assert damage.startswith(f"{file}: ")
     assert not lacking(damage, "SHA-256 checkpoint")
-    assert ends("\n".join(others)) == [("whole", two), ("loading", two)]
+    assert ends("\n".join(others)) == [("complete", two), ("loading", two)]
     done = switchcli("doctor", FILES, "a", "--json")
     assert (done.code, json.loads(done.out)) == (
         CHECKPOINT,
@@ -164,7 +164,7 @@ def test_the_files_of_a_run_are_verified_as_loading_does(begun: str, switchcli: 
     one = switchcli("doctor", FILES, three)
     assert one.code == CHECKPOINT
     lines = one.out.splitlines()
-    assert (lines[0], len(lines), lacking(lines[1], "none whole")) == (f"damaged  {damage}", 2, [])
+    assert (lines[0], len(lines), lacking(lines[1], "none complete")) == (f"damaged  {damage}", 2, [])
     assert switchcli("eval", three, "--out", "scores").err == f"error: {damage}\n"
 
     again = switchcli("pretrain", begun, "train.steps=3", "--out", "a")

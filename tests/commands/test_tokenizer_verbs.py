@@ -1,4 +1,4 @@
-"""`switchcli data tokenizer`: train, show, compare; for people, for scripts, and what they refuse."""
+"""`switchcli data tokenizer`: train, show; for people, for scripts, and what they refuse."""
 
 import io
 import json

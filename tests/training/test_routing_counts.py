@@ -1,4 +1,4 @@
-"""The routing atlas: its counts are those of a loop, of the reports, of a router by hand; the model is as it was."""
+"""Routing counts: they are those of a loop, of the reports, of a router by hand; the model is as it was."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What an atlas's counts say: against loops, and where the answer is known."""
+"""Specialization: against loops, and where the answer is known."""
 
 import math
 from collections import Counter
