@@ -10,9 +10,6 @@ from switchcli.errors import RecipeError, disk_errors
 from switchcli.report.sinks import publish_file, to_json
 from switchcli.system import publish
 
-MAX_RESULT_BYTES = 2**28
-"""Bytes of a result.json that is read, at most."""
-
 
 class RunFolder:
     """The paths in the folder of one run (docs/reference/run-folder.md). Nothing is created until it is written."""

@@ -14,6 +14,9 @@ from switchcli.system.user_files import open_regular
 LONGEST_LINE: Final = 2**24
 """Bytes of the longest line that is parsed. A record of 64 layers with 2,048 experts each takes about a tenth."""
 
+MAX_RESULT_BYTES: Final = 2**28
+"""Bytes of a result.json that is read, at most."""
+
 
 class JsonLines:
     """A file of records. A resumed run continues it as if the run had never stopped.

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.checkpoint.run_folder import MAX_RESULT_BYTES
 from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import command_words
-from switchcli.report.sinks import to_json
+from switchcli.report.sinks import MAX_RESULT_BYTES, to_json
 from switchcli.runs.evaluator import TEXT_KEYS, EvalPass, Evaluator
 from switchcli.runs.loading import CheckpointHandle, LoadedModel, load_model
 from switchcli.runs.mesh_choice import build_context

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from switchcli import metric_names as metric
-from switchcli.checkpoint.run_folder import MAX_RESULT_BYTES, RunFolder
 from switchcli.distributed.launch import kill_with_children
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.report.sinks import parse, step_of
+from switchcli.report.sinks import MAX_RESULT_BYTES, parse, step_of
 from switchcli.runs.sweep_list import SweepRun
 from switchcli.system import publish
 from switchcli.system.processor import available_processors, is_thread_count_set
@@ -159,7 +158,7 @@ class Sweep:
     def _is_complete(self, run: SweepRun) -> bool:
         """Return whether the run has a result, and this command made it."""
         try:
-            result = parse(read_regular(RunFolder(self._out / run.name).result, MAX_RESULT_BYTES))
+            result = parse(read_regular(self._out / run.name / "result.json", MAX_RESULT_BYTES))
         except OSError:
             return False
         words, found = command(run, self._out), (result or {}).get("command")
