@@ -1,1 +1,1 @@
-"""What a trained router does."""
+"""What a trained model does: its guesses, its routing, and what its experts specialize in."""

@@ -95,5 +95,5 @@ def _layer_routing(choices: ExpertChoices) -> LayerRouting:
 
 def _short_name(name: str) -> str:
     """Return the stack and the block of a sparse layer: `encoder 1` for `encoder.blocks.1.feed_forward`."""
-    stack, _, block, *sublayer = name.split(".")
-    return f"{stack} {block}" + (" attention" if sublayer[0] == "self_attention" else "")
+    stack, _, block, sublayer = name.split(".")
+    return f"{stack} {block}" + (" attention" if sublayer == "self_attention" else "")
