@@ -319,6 +319,7 @@ def test_a_killed_worker_ends_the_others_and_the_rest_goes_on(corpus: Corpus, ma
     whole = len(corpus.folders)
     assert made <= whole < NUM_FILES
     assert all(is_complete(folder) for folder in corpus.folders)
+    assert not list(corpus.cache.glob("tokens/*/.tmp-*"))
     shows = Shows()
     text = corpus.prepare(shows, processes=2)
     assert shows.num_pieces == NUM_FILES - whole

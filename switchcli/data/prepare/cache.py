@@ -45,13 +45,13 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
         yield
 
 
-def build_atomically(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` create a folder under a temporary name, then rename it to `folder`.
+def build_atomically(folder: Path, build: Callable[[Path], None], parent: Path | None = None) -> None:
+    """Let `build` create a folder under a temporary name in `parent`, or beside `folder`; then rename it to `folder`.
 
     If a complete folder with the same contents exists by then, it stays. Callers run `remove_stale` on the parent
     beforehand: once, and not for each folder in it.
     """
-    with scratch_folder(folder.parent) as scratch:
+    with scratch_folder(parent or folder.parent) as scratch:
         build(scratch / "built")
         _publish(scratch, folder)
 

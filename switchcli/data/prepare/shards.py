@@ -17,7 +17,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from switchcli.data.prepare.cache import ELSEWHERE, build_atomically
+from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, scratch_folder
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.prepared_text import FORMAT, HELD_OUT, TRAIN
 from switchcli.data.prepare.store import ShardWriter, write_manifest
@@ -76,13 +76,16 @@ def tokenize_shards(
         OutOfMemory: a process was killed.
     """
     loaded = _load_tokenizer(tokenizer)  # before any process starts, so that an error is raised once
-    if processes == 1:
-        _build_here(jobs, loaded, show)
-        return
-    _build_in_processes(jobs, tokenizer, processes, threads, show)
+    with scratch_folder(jobs[0].folder.parent) as scratch:  # of all processes: those that are ended leave nothing
+        if processes == 1:
+            _build_here(jobs, scratch, loaded, show)
+        else:
+            _build_in_processes(jobs, scratch, tokenizer, processes, threads, show)
 
 
-def _build_here(jobs: Sequence[TokenizeJob], tokenizer: Tokenizer, show: Callable[[PrepareProgress], None]) -> None:
+def _build_here(
+    jobs: Sequence[TokenizeJob], scratch: Path, tokenizer: Tokenizer, show: Callable[[PrepareProgress], None]
+) -> None:
     """Build the folders one after the other in this process."""
     progress = PrepareProgress(0, 0, 0)
 
@@ -92,13 +95,18 @@ def _build_here(jobs: Sequence[TokenizeJob], tokenizer: Tokenizer, show: Callabl
         show(progress)
 
     for job in jobs:
-        _build(job, tokenizer, add_tokens)
+        _build(job, scratch, tokenizer, add_tokens)
         progress = progress.with_shard(job.source_shard)
         show(progress)
 
 
 def _build_in_processes(
-    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[PrepareProgress], None]
+    jobs: Sequence[TokenizeJob],
+    scratch: Path,
+    tokenizer: Path,
+    processes: int,
+    threads: int,
+    show: Callable[[PrepareProgress], None],
 ) -> None:
     """Build the folders in a pool of processes. The first error ends all of them."""
     context = multiprocessing.get_context("spawn")  # the threads of this process would not survive a fork
@@ -108,7 +116,7 @@ def _build_in_processes(
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         executor = ProcessPoolExecutor(processes, context, _start_worker, (threads,))
-        pending = {executor.submit(_build_in_worker, job, tokenizer): job for job in jobs}
+        pending = {executor.submit(_build_in_worker, job, scratch, tokenizer): job for job in jobs}
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
     progress = PrepareProgress(0, 0, 0)
@@ -145,10 +153,10 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _build_in_worker(job: TokenizeJob, tokenizer: Path) -> int:
+def _build_in_worker(job: TokenizeJob, scratch: Path, tokenizer: Path) -> int:
     """Build the folder of one job, and return the number of its tokens."""
     counts: list[int] = []
-    _build(job, _load_tokenizer_once(tokenizer), counts.append)
+    _build(job, scratch, _load_tokenizer_once(tokenizer), counts.append)
     return sum(counts)
 
 
@@ -159,8 +167,8 @@ def _load_tokenizer(file: Path) -> Tokenizer:
 _load_tokenizer_once = cache(_load_tokenizer)
 
 
-def _build(job: TokenizeJob, tokenizer: Tokenizer, add_tokens: Callable[[int], None]) -> None:
-    """Build the folder of one job. `add_tokens` is called with the number of tokens at each write."""
+def _build(job: TokenizeJob, scratch: Path, tokenizer: Tokenizer, add_tokens: Callable[[int], None]) -> None:
+    """Build the folder of one job in `scratch`. `add_tokens` is called with the number of tokens at each write."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -185,7 +193,7 @@ def _build(job: TokenizeJob, tokenizer: Tokenizer, add_tokens: Callable[[int], N
         write_manifest(folder, facts)
 
     with disk_errors(job.folder.parents[2], ELSEWHERE):  # the cache itself
-        build_atomically(job.folder, write)
+        build_atomically(job.folder, write, scratch)
 
 
 class DocumentPart(NamedTuple):
