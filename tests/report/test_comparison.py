@@ -197,7 +197,7 @@ def test_a_speed_up_within_the_spread_of_seeds_is_none() -> None:
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 20, 21, 40, 1000])
 def test_the_bounds_of_students_t_hold_95_percent(freedom: int) -> None:
-    """The probability is integrated by Simpson's rule over the density, with t = tan(angle): the integrand is cos(angle) ** (freedom - 1)."""
+    """Integrate the density, with t = tan(angle): the integrand is cos(angle) ** (freedom - 1)."""
     bound = np.arctan(t_95(freedom) / freedom**0.5)
     weights = np.array([1, *([4, 2] * 2000)[:-1], 1])
 
