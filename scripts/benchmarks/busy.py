@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from contestants import Contestant
 from data import stream, unshown, untracked
-from machine import Job, begin
-from small import ROWS, SOURCE, SPEC, TARGET
+from machine import Job, begin, random_batch
+from models import OurStep, microbatch_of
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.config import DataSpec
@@ -30,20 +30,32 @@ from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.sources.corpus import PythonStdlib
 from switchcli.data.tokenizer.tokenizer import TrainedTokenizer
+from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate as decode
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluate_by
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.system.startup import SPIN_COUNT
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
-from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import Objective, cross_entropy
-from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
-from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.microbatches import Microbatches
 from switchcli.training.prefetch import Loader
 
+ROWS, SOURCE, TARGET = 64, 128, 29
+SPEC = ModelSpec(
+    vocab_size=1024,
+    d_model=64,
+    d_ff=256,
+    num_heads=4,
+    num_layers=2,
+    num_experts=8,
+    sparse_every=1,
+    router=SwitchRouter(group_sequences=16),
+)
+"""The quickstart's model, and the size of its batch."""
 SECONDS = 1.0
 """A turn begins no further piece of work after this time."""
 TEXT = PythonStdlib(sources=True)
@@ -126,21 +138,16 @@ def _step(job: Job, objective: Objective = cross_entropy) -> Callable[[], None]:
 
     Its batch is always the same, unless the job has `workers`: then it comes from a text, as in a run.
     """
-    context, _ = begin(job)
-    model = _model()
-    wrapped, optimizer = context.wrap(model.train()), Adafactor().build(dict(model.named_parameters()))
-    batch = _batch()
-    microbatches = repeat([Microbatch(0, batch, RealTokens.of(batch))])
+    context = begin(job)
+    one_step = OurStep(_model().train(), context, objective)
+    microbatches = repeat([microbatch_of(_batch())])
     if "workers" in job:
         loader = Loader(Microbatches(_text_batches(job), ROWS, None, 1, 0, 1), job["workers"], 2, context)
         microbatches = (each for _, each in loader.from_step(0, 10**9))
 
     def step() -> None:
         (microbatch,) = next(microbatches)
-        of_all_ranks = RealTokens(*(count * context.world for count in microbatch.real))
-        accumulate_gradients(wrapped, objective, [microbatch], of_all_ranks, context, "0")
-        optimizer.step(1e-3)
-        optimizer.zero_grad()
+        one_step(microbatch)
 
     return step
 
@@ -216,8 +223,7 @@ def _text_batches(job: Job) -> BatchSource:
 
 
 def _batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    return Batch(*(torch.randint(2, SPEC.vocab_size, (ROWS, size), generator=generator) for size in (SOURCE, TARGET)))
+    return random_batch(ROWS, SOURCE, TARGET, SPEC.vocab_size)
 
 
 def _tokenization(job: Job) -> Callable[[], object]:

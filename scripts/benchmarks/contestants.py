@@ -1,8 +1,8 @@
 """What takes turns with this project's code: contestants in processes of their own, and what they say of themselves.
 
-A contestant is built, takes two uncounted turns (the first of them compiles), says that it is ready, and then takes
-one turn for each line on stdin. One that cannot run says why instead. All of them begin with the same setting of
-OpenMP's threads and, unless the row says otherwise, with an allocator that keeps freed memory.
+A contestant is built, takes uncounted turns (the first of them compiles), says that it is ready, and then takes one
+turn for each line on stdin. One that cannot run says why instead. All of them begin with the same setting of OpenMP's
+threads and, unless the row says otherwise, with an allocator that keeps freed memory.
 """
 
 import importlib
@@ -16,12 +16,17 @@ from collections.abc import Callable
 from typing import IO, Any, NamedTuple
 
 import torch
-from machine import SIZES, Clock, Job, Sizes, begin, plain
+from machine import Clock, Job, begin, plain
 
 from switchcli.distributed.context import DistributedContext
 
-AGAINST_OTHERS = ("layer", "step", "generate")
-BUILDERS = {**{section: f"{section}_against_others" for section in AGAINST_OTHERS}, "busy": "busy_contestant"}
+BUILDERS = {
+    "layer": "layer_against_others",
+    "step": "step_against_others",
+    "generate": "generate_against_others",
+    "busy": "busy_contestant",
+    "data": "data_contestant",
+}
 """Builder of a contestant of each section, in the file of its name."""
 
 
@@ -33,7 +38,7 @@ class Contestant(NamedTuple):
     """Work that takes turns."""
 
     turn: Callable[[], object]
-    """Its result, if it is a number, is the amount of work that was done."""
+    """Its result, if it is a number, is the amount of work that was done, such as tokens."""
     notes: dict[str, Any]
     """Figures of this contestant, such as its number of parameters."""
 
@@ -48,17 +53,12 @@ class Row(NamedTuple):
     """Keys that change this project's job for this row, so that both do the same work."""
 
 
-def sizes_of(job: Job) -> Sizes:
-    return SIZES[job.get("shape", "base")]
-
-
-def prepare(job: Job) -> tuple[torch.device, Clock, DistributedContext | None]:
-    """The device, its clock, and our context unless the job has torch's own allocator."""
+def prepare(job: Job) -> tuple[torch.device, DistributedContext | None]:
+    """Return the device, and our context unless the job has torch's own allocator."""
     if job.get("allocator") == "default":
-        device = plain(job)
-        return device, Clock(device), None
-    context, clock = begin(job)
-    return context.device, clock, context
+        return plain(job), None
+    context = begin(job)
+    return context.device, context
 
 
 def check_compiler() -> None:
@@ -81,7 +81,7 @@ def serve(
             check_compiler()
         contestant = build(job)
         wait = Clock(torch.device("cuda" if torch.cuda.is_available() and job["device"] != "cpu" else "cpu"))
-        warm_up = [wait(contestant.turn) for _ in range(2)]
+        warm_up = [wait(contestant.turn) for _ in range(job.get("warm_up", 2))]
     except Exception as error:
         if job["who"] == "switchcli" and not job.get("compile"):
             raise  # a bug of this project

@@ -8,7 +8,6 @@ Lines, as `prepare` does, which also tells what is held out, and takes checksums
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,10 +15,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import torch
-from machine import Job, Result, begin, shape
+from contestants import Contestant
+from machine import Job, begin, random_batch
+from models import OurStep, microbatch_of, without_values
 
-from switchcli.data.batch import Batch
 from switchcli.data.config import DataSpec
 from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.denoisers import Denoisers, ObjectiveSpec, PrefixLanguageModel
@@ -32,14 +31,9 @@ from switchcli.data.sources.corpus import FilesCorpus, PythonStdlib
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.data.text_mixture import TemperatureMixing, TextMixture
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TrainedTokenizer
-from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
-from switchcli.model.transformer import SwitchTransformer
-from switchcli.training.loop import accumulate_gradients
-from switchcli.training.loss import cross_entropy
-from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
-from switchcli.training.optimizer_specs import Adafactor
+from switchcli.training.microbatches import Microbatches
 from switchcli.training.prefetch import Loader
 
 DOCUMENT_CHARACTERS = 2000
@@ -47,35 +41,41 @@ TEXTS = 8
 """Files, each a piece that a process takes whole; and the texts of the mixture."""
 BATCH_TOKENS = 8192
 MODELS = {
-    "tiny": (shape(1, d_model=128, d_ff=512, num_heads=4, num_layers=2, vocab_size=8192), 512),
-    "quickstart/dense": (shape(1, d_model=64, d_ff=256, num_heads=4, num_layers=2, vocab_size=1024), 128),
+    "tiny": (ModelSpec(d_model=128, d_ff=512, num_heads=4, num_layers=2, vocab_size=8192, dropout=0.1), 512),
+    "quickstart/dense": (ModelSpec(d_model=64, d_ff=256, num_heads=4, num_layers=2, vocab_size=1024, dropout=0.1), 128),
 }
 """The smallest models of the recipes, and the length of the inputs that they are trained on."""
+PREPARING = ("prepare", "map", "load and map")
+LOADING = ("the model", "one thread", "1 worker", "2 workers", "a mixture of 8 texts", "prefix_lm", "denoisers")
 BATCHES = 20
-"""Number of the loader's batches that are timed together."""
+"""Number of the loader's batches in a turn."""
 
 
-def data(job: Job) -> Result:
-    """Run one part of the benchmark, `job["what"]`: `text` writes the files that the others read."""
+def data_contestant(job: Job) -> Contestant:
+    """Return one of PREPARING or LOADING by name, `job["who"]`. The amount of work of a turn is its tokens."""
     os.environ["RAYON_NUM_THREADS"] = str(job["threads"])  # the tokenizer's
-    jobs = {"text": _text, "prepare": _prepare, "map": _map, "load and map": _map, "loader": _loader}
-    return jobs[job["what"]](job)
+    folder = Path(job["folder"])
+    if job["who"] == "prepare":
+        return Contestant(partial(_prepare, folder, job["processes"]), {})
+    if job["who"] in PREPARING:
+        return Contestant(partial(_map, folder, None if job["processes"] == 1 else job["processes"], job["who"]), {})
+    return Contestant(_loading(job, folder), {})
 
 
-def _text(job: Job) -> Result:
-    folder, size = Path(job["folder"]), 0
+def write_texts(folder: Path, megabytes: int) -> None:
+    """Write what the contestants read: texts, a tokenizer, an Arrow file, and prepared texts for the loader."""
+    size = 0
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in _paths(folder)]
         for text, file in zip(_documents(), cycle(files)):
             file.write(json.dumps({"text": text}) + "\n")
-            if (size := size + len(text.encode())) >= job["megabytes"] * 10**6:
+            if (size := size + len(text.encode())) >= megabytes * 10**6:
                 break
     trained = TrainedTokenizer(max_characters=2_000_000).load(lambda: {"": PythonStdlib(sources=True).documents()})
     _tokenizer_file(folder).write_text(trained.to_json(), encoding="utf-8")
     for spec in _specs(folder).values():
         _prepared(spec, folder, folder / "cache", None)
     _loaded(folder, folder / "read", None).save_to_disk(str(folder / "arrow"))
-    return {"bytes": size}
 
 
 def _documents() -> Iterator[str]:
@@ -112,14 +112,10 @@ def unshown(label: str, pieces: int, size: int | None) -> Iterator[Callable[[Pre
     yield lambda progress: None
 
 
-def _prepare(job: Job) -> Result:
-    folder = Path(job["folder"])
+def _prepare(folder: Path, processes: int) -> int:
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        began = time.perf_counter()
-        made = _prepared(_specs(folder)["joined"], folder, Path(cache), job["processes"])
-        seconds = time.perf_counter() - began
-    tokens = sum(part.tokens for text in made.texts.values() for part in text.counts.values())
-    return {"seconds": seconds, "tokens": tokens}
+        made = _prepared(_specs(folder)["joined"], folder, Path(cache), processes)
+        return sum(part.tokens for text in made.texts.values() for part in text.counts.values())
 
 
 def _loaded(folder: Path, cache: Path, processes: int | None) -> Any:
@@ -129,16 +125,15 @@ def _loaded(folder: Path, cache: Path, processes: int | None) -> Any:
     return datasets.load_dataset("json", data_files=paths, split="train", cache_dir=str(cache), num_proc=processes)
 
 
-def _map(job: Job) -> Result:
+def _map(folder: Path, processes: int | None, who: str) -> int:
     import datasets
 
-    folder, processes = Path(job["folder"]), None if job["processes"] == 1 else job["processes"]
     datasets.disable_progress_bars()
-    source = datasets.load_from_disk(str(folder / "arrow"))
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        began = time.perf_counter()
-        if job["what"] == "load and map":
+        if who == "load and map":
             source = _loaded(folder, Path(cache), processes)
+        else:
+            source = datasets.load_from_disk(str(folder / "arrow"))
         made = source.map(
             partial(_ids, tokenizer=Tokenizer.read(_tokenizer_file(folder))),
             batched=True,
@@ -148,74 +143,50 @@ def _map(job: Job) -> Result:
             num_proc=processes,
             new_fingerprint="new",
         )
-        seconds = time.perf_counter() - began
-        tokens = sum(len(chunk.flatten()) for chunk in made.data.column("ids").chunks)
-    return {"seconds": seconds, "tokens": tokens}
+        return sum(len(chunk.flatten()) for chunk in made.data.column("ids").chunks)
 
 
 def _ids(batch: dict[str, list[str]], tokenizer: Tokenizer) -> dict[str, Any]:
     return {"ids": tokenizer.encode_batch(batch["text"])}
 
 
-def _loader(job: Job) -> Result:
-    """Seconds of a batch of each way, and of a step of the model, in turn."""
-    context, clock = begin(job)
+def _loading(job: Job, folder: Path) -> Callable[[], int]:
+    """Return a call for BATCHES batches of the loader, or for a step of the model that takes them."""
+    context, who = begin(job), job["who"]
     spec, length = MODELS[job["model"]]
-    rows, folder = BATCH_TOKENS // length, Path(job["folder"])
-    texts = {name: _prepared(made_of, folder, folder / "cache", None) for name, made_of in _specs(folder).items()}
-    spans = SpanCorruption(inputs_length=length)
+    rows, spans = BATCH_TOKENS // length, SpanCorruption(inputs_length=length)
+    if who == "the model":
+        model = without_values(spec, context.device)
+        initialize(model, 0)
+        step = OurStep(model, context)
+        microbatch = microbatch_of(random_batch(rows, length, spans.targets_length, spec.vocab_size))
+
+        def one_step() -> int:
+            step(microbatch)
+            return rows * length
+
+        return one_step
+    objectives: dict[str, ObjectiveSpec] = {
+        "prefix_lm": PrefixLanguageModel(inputs_length=length, targets_length=length),
+        "denoisers": Denoisers(inputs_length=length),
+    }
+    made_of = _specs(folder)["mixture" if who == "a mixture of 8 texts" else "joined"]
+    batches = stream(_prepared(made_of, folder, folder / "cache", None), objectives.get(who, spans), rows)
+    microbatches = Microbatches(batches, rows, None, 1, 0, 1)
+    workers = {"1 worker": 1, "2 workers": 2}.get(who, 0)
     ahead = iter(range(0, 10**9, BATCHES))  # no batch twice
 
-    def batches(name: str, objective: ObjectiveSpec, workers: int = 0) -> Callable[[], None]:
-        batches_of_text = stream(texts[name], objective, rows)
+    def some_batches() -> int:
+        first = next(ahead)
+        with Loader(microbatches, workers, 2, context) as loader:
+            for _ in loader.from_step(first, first + BATCHES):
+                pass
+        return BATCHES * rows * length
 
-        def call() -> None:
-            first = next(ahead)
-            microbatches = Microbatches(batches_of_text, rows, None, 1, 0, 1)
-            with Loader(microbatches, workers, 2, context) as loader:
-                for _ in loader.from_step(first, first + BATCHES):
-                    pass
-
-        return call
-
-    calls = {
-        "the model": _step(spec, length, rows, context),
-        "one thread": batches("joined", spans),
-        "1 worker": batches("joined", spans, 1),
-        "2 workers": batches("joined", spans, 2),
-        "a mixture of 8 texts": batches("mixture", spans),
-        "prefix_lm": batches("joined", PrefixLanguageModel(inputs_length=length, targets_length=length)),
-        "denoisers": batches("joined", Denoisers(inputs_length=length)),
-    }
-    seconds = clock.in_turn(calls, job["rounds"])
-    timed = {name: 1 if name == "the model" else BATCHES for name in calls}
-    return {
-        "seconds": {name: [one / timed[name] for one in each] for name, each in seconds.items()},
-        "tokens": rows * length,
-    }
+    return some_batches
 
 
 def stream(text: PreparedTexts, objective: ObjectiveSpec, rows: int) -> PreparedTextSource:
     chunks = [TokenDataset(one.shards[TRAIN], objective, 0) for one in text.texts.values()]
     mixture = None if len(chunks) == 1 else TextMixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0)
     return PreparedTextSource(chunks, text.tokenizer, objective, 0, rows, mixture)
-
-
-def _step(spec: ModelSpec, length: int, rows: int, context: DistributedContext) -> Callable[[], None]:
-    """Forward, backward and Adafactor on rows of span corruption's lengths."""
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    model = model.to_empty(device=context.device).train()
-    initialize(model, 0)
-    optimizer = Adafactor().build(dict(model.named_parameters()))
-    lengths = (length, SpanCorruption(inputs_length=length).targets_length)
-    here = context.to_device(Batch(*(torch.randint(2, spec.vocab_size, (rows, each)) for each in lengths)))
-
-    real = RealTokens.of(here)
-
-    def call() -> None:
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, here, real)], real, context, "")
-        optimizer.step(1e-3)
-        optimizer.zero_grad()
-
-    return call

@@ -12,7 +12,8 @@ from typing import Any
 import gpu_device
 import torch
 import torch.nn.functional as F
-from layer import padded
+from layer import both_ways, padded
+from models import their_layer
 from torch import nn
 
 from switchcli.model.config import ModelSpec
@@ -24,10 +25,6 @@ from switchcli.model.moe.router import SwitchRouter
 Call = Callable[[], object]
 Build = Callable[["Shape"], Call]
 DENSE = "dense feed-forward"
-
-
-class Absent(Exception):
-    """A library is not installed."""
 
 
 class Shape:
@@ -54,7 +51,7 @@ class Shape:
         return 12 * self.tokens * self.d_model * self.d_ff
 
     def made(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The module on the device with small random weights."""
+        """Return the module on the device with small random weights."""
         module = module.to(self.device, dtype)
         with torch.no_grad():
             for weight in module.parameters():
@@ -62,17 +59,12 @@ class Shape:
         return module
 
     def both_ways(self, module: nn.Module, forward: Callable[[], torch.Tensor], autocast: bool = True) -> Call:
-        """A call of forward and backward that leaves gradients of the input and of every weight of `module`."""
-        learned = [self.x_BSD, *module.parameters()]
+        """Return a call of forward and backward that leaves gradients of the input and of every weight of `module`."""
 
-        def call() -> None:
-            for tensor in learned:
-                tensor.grad = None
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                y = forward()
-            y.backward(self.gradient_BSD.to(y.dtype).reshape(y.shape))
+        def context() -> torch.autocast:
+            return torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)
 
-        return call
+        return both_ways([self.x_BSD, *module.parameters()], self.gradient_BSD, forward, context)
 
 
 def layer(job: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +79,8 @@ def layer(job: dict[str, Any]) -> dict[str, Any]:
             call = build(shape)
             gpu_device.reset_peak(device)
             seconds = gpu_device.windows(call, device, rounds, calls, warm_up=3)
-        except Absent as error:
-            rows[name] = {"absent": str(error)}
+        except ImportError as error:
+            rows[name] = {"absent": f"not installed: {error}"}
         except Exception as error:  # noqa: BLE001  # one way that fails must not cost the others their figures
             rows[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
         else:
@@ -133,17 +125,7 @@ def ours_dropless(shape: Shape) -> Call:
 def batched(shape: Shape) -> Call:
     """Rows gathered into [E, capacity, D]: empty slots are computed too."""
     module = shape.made(SwitchLayer(shape.spec, "encoder", shape.d_model))
-    rows = shape.tokens + shape.tokens // (shape.group * shape.length)  # one row of padding for each group
-
-    def call() -> None:
-        shape.x_BSD.grad = None
-        module.zero_grad()
-        with torch.autocast(shape.device.type, torch.bfloat16):
-            y_AD = padded(module, shape.x_BSD, torch.bfloat16)
-        assert len(y_AD) == rows
-        y_AD.backward(torch.ones_like(y_AD))
-
-    return call
+    return shape.both_ways(module, lambda: padded(module, shape.x_BSD, torch.bfloat16))
 
 
 def grouped_alone(shape: Shape) -> Call:
@@ -162,10 +144,8 @@ def grouped_alone(shape: Shape) -> Call:
 
 
 def scattermoe(shape: Shape) -> Call:
-    try:
-        from scattermoe.mlp import MLP
-    except ImportError as error:
-        raise Absent("scattermoe is not installed") from error
+    from scattermoe.mlp import MLP
+
     module = nn.ModuleDict(
         {
             "router": nn.Linear(shape.d_model, shape.experts, bias=False),
@@ -183,11 +163,9 @@ def scattermoe(shape: Shape) -> Call:
 
 
 def sonicmoe(shape: Shape) -> Call:
-    try:
-        from sonicmoe import MoE
-        from sonicmoe.enums import ActivationType
-    except ImportError as error:
-        raise Absent("sonicmoe is not installed") from error
+    from sonicmoe import MoE
+    from sonicmoe.enums import ActivationType
+
     module = MoE(
         num_experts=shape.experts,
         num_experts_per_tok=1,
@@ -202,12 +180,10 @@ def sonicmoe(shape: Shape) -> Call:
 
 
 def megablocks(shape: Shape) -> Call:
-    try:
-        from megablocks.layers.arguments import Arguments
-        from megablocks.layers.dmoe import dMoE
-        from megablocks.layers.moe import clear_load_balancing_loss
-    except ImportError as error:
-        raise Absent("megablocks is not installed") from error
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import dMoE
+    from megablocks.layers.moe import clear_load_balancing_loss
+
     arguments = Arguments(
         hidden_size=shape.d_model,
         ffn_hidden_size=shape.d_ff,
@@ -231,20 +207,8 @@ def megablocks(shape: Shape) -> Call:
 
 
 def transformers_loop(shape: Shape) -> Call:
-    try:
-        from transformers import SwitchTransformersConfig
-        from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
-    except ImportError as error:
-        raise Absent("transformers is not installed") from error
-    config = SwitchTransformersConfig(
-        d_model=shape.d_model,
-        d_ff=shape.d_ff,
-        num_experts=shape.experts,
-        dropout_rate=0.0,
-        expert_capacity=max(1, int(1.25 * shape.length / shape.experts)),
-        router_jitter_noise=0.0,
-    )
-    module = shape.made(SwitchTransformersSparseMLP(config))
+    capacity = max(1, int(1.25 * shape.length / shape.experts))
+    module = shape.made(their_layer(shape.d_model, shape.d_ff, shape.experts, capacity))
     return shape.both_ways(module, lambda: module(shape.x_BSD.clone()))
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import gpu_device
 import torch
+from machine import random_batch
+from models import OurStep, microbatch_of, their_model, their_step, without_values
 from torch import nn
 
 from switchcli.data.batch import Batch
@@ -26,9 +28,6 @@ from switchcli.planner.devices import GPUS
 from switchcli.planner.plan import Machine, plan
 from switchcli.planner.step import Step, rank_weights
 from switchcli.recipe.sizes import SIZES
-from switchcli.training.loop import accumulate_gradients
-from switchcli.training.loss import cross_entropy
-from switchcli.training.microbatches import Microbatch, RealTokens
 from switchcli.training.optimizer_specs import Adafactor
 
 GROUP = 16
@@ -157,16 +156,6 @@ def eager_batch(job: dict[str, Any]) -> int | None:
     return found.get("batch") if is_alike else None
 
 
-def some_batch(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device) -> Batch:
-    """Random tokens without padding, in pinned memory where the device is a GPU."""
-    generator = torch.Generator().manual_seed(1)
-    ids = [
-        torch.randint(2, spec.vocab_size, (batch, length), generator=generator)
-        for length in (lengths.source, lengths.target)
-    ]
-    return Batch(*(each.pin_memory() if device.type == "cuda" else each for each in ids))
-
-
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
     """Random weights, drawn on the device: billions of them would take the CPU minutes."""
@@ -181,27 +170,19 @@ def fill(model: nn.Module) -> None:
 
 def ours(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch.device) -> Stepper:
     context = DistributedContext(job["device"], "selective")
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    model = model.to_empty(device=device).train()
+    model = without_values(spec, device)
     fill(model)
-    optimizer = Adafactor().build(dict(model.named_parameters()))
-    held = one_batch_held(spec, lengths, device)
+    train, held = OurStep(model, context), one_batch_held(spec, lengths, device)
     before: list[SupportsFloat] = []
 
     def one(batch: int) -> None:
-        real = RealTokens(batch * lengths.source, batch * lengths.target)  # no token is padding
-        accumulate_gradients(model, cross_entropy, [Microbatch(0, held(batch), real)], real, context, "0")
-        norm = context.gradient_norm(optimizer.parameters, optimizer.layouts).total
-        optimizer.step(1e-4)
-        optimizer.zero_grad()
-        before.append(context.to_host(norm))
+        before.append(context.to_host(train(microbatch_of(held(batch)))))
         if len(before) > 1 and not math.isfinite(float(before.pop(0))):  # one step late, as in training
             raise AssertionError("the gradient is not finite")
 
     def clean() -> None:
         before.clear()
-        optimizer.zero_grad()
+        train.optimizer.zero_grad()
 
     notes: dict[str, Any] = {"optimizer": "adafactor", "flex_attention": False}
 
@@ -229,25 +210,16 @@ def theirs(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch
         return None
     dense = spec.num_experts == 1
     with torch.device(device):
-        model = their_model(spec, lengths).train()
+        capacity = max(1, int(1.25 * lengths.source / spec.num_experts))
+        model = their_model(spec, capacity=capacity).train()
+    model.config.use_cache = False
     fill(model)
     parameters = list(model.parameters())
     if dense:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
     else:
         optimizer = transformers.Adafactor(parameters, lr=1e-4, scale_parameter=True, relative_step=False)
-    routed = {} if dense else {"output_router_logits": True}
-    held = one_batch_held(spec, lengths, device)
-
-    def one(batch: int) -> None:
-        inputs_BS, targets_BT = (ids.to(device, non_blocking=True) for ids in held(batch))
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
-        optimizer.step()
-        optimizer.zero_grad()
-
+    train, held = their_step(model, optimizer, is_bfloat16=True), one_batch_held(spec, lengths, device)
     compiled = dense and device.type == "cuda"
     notes = {
         "optimizer": "adamw, fused" if dense else "adafactor of transformers",
@@ -255,48 +227,22 @@ def theirs(job: dict[str, Any], spec: ModelSpec, lengths: Lengths, device: torch
         "attention": getattr(model.config, "_attn_implementation", None),
         "transformers": transformers.__version__,
     }
-    return Stepper(one, optimizer.zero_grad, (lambda: model.compile(dynamic=False)) if compiled else nothing, notes)
-
-
-def their_model(spec: ModelSpec, lengths: Lengths) -> Any:
-    """Return transformers' T5 or SwitchTransformers of the same sizes, on the current default device."""
-    import transformers
-
-    keys: dict[str, Any] = {
-        "vocab_size": spec.vocab_size,
-        "d_model": spec.d_model,
-        "d_ff": spec.d_ff,
-        "d_kv": spec.head_width,
-        "num_heads": spec.num_heads,
-        "num_layers": spec.num_layers,
-        "num_decoder_layers": spec.decoder_layers,
-        "dropout_rate": spec.dropout,
-        "decoder_start_token_id": 0,
-        "tie_word_embeddings": spec.tie_embeddings,
-        "use_cache": False,
-    }
-    if spec.num_experts == 1:
-        gated = "gated-gelu" if spec.activation == "geglu" else "relu"
-        return transformers.T5ForConditionalGeneration(transformers.T5Config(**keys, feed_forward_proj=gated))
-    config = transformers.SwitchTransformersConfig(
-        **keys,
-        num_experts=spec.num_experts,
-        num_sparse_encoder_layers=len(spec.sparse_layers("encoder")),
-        num_sparse_decoder_layers=len(spec.sparse_layers("decoder")),
-        expert_capacity=max(1, int(1.25 * lengths.source / spec.num_experts)),
-        router_jitter_noise=0.01,
-    )
-    return transformers.SwitchTransformersForConditionalGeneration(config)
+    compile_it = (lambda: model.compile(dynamic=False)) if compiled else nothing
+    return Stepper(lambda batch: train(held(batch)), optimizer.zero_grad, compile_it, notes)
 
 
 def one_batch_held(spec: ModelSpec, lengths: Lengths, device: torch.device) -> Callable[[int], Batch]:
-    """Return a function from a number of sequences to a batch. It holds the last batch only, as memory is searched."""
+    """Return a function from a number of sequences to a batch without padding, in pinned memory for a GPU.
+
+    It holds the last batch only, as memory is searched.
+    """
     batches: dict[int, Batch] = {}
 
     def held(batch: int) -> Batch:
         if batch not in batches:
             batches.clear()
-            batches[batch] = some_batch(spec, batch, lengths, device)
+            ids = random_batch(batch, lengths.source, lengths.target, spec.vocab_size)
+            batches[batch] = Batch(*(each.pin_memory() if device.type == "cuda" else each for each in ids))
         return batches[batch]
 
     return held

@@ -1,20 +1,24 @@
-"""A Switch layer against the dense feed-forward of equal FLOPs, other ways to compute it, and its floor."""
+"""A Switch layer against the dense feed-forward of equal FLOPs, other ways to compute it, and packages with one."""
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
-from contestants import Contestant, prepare, sizes_of
-from machine import BATCH, D_FF, D_MODEL, PRECISIONS, SOURCE, TOKENS, Job, Result, Sizes, bandwidth, begin, shape
+from contestants import Contestant, prepare
+from machine import PRECISIONS, Job, sizes_of, spec_of
+from models import their_layer
 from peers import st_moe_layer, switch_transformers_layer
 from torch import nn
 
 from switchcli.model.layers import FeedForward
-from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.router import SwitchRouter
+
+OURS = ("switchcli", "dense", "padded", "one-hot")
+"""Contestants that are made of this project's modules."""
+Layer = tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], float]]
+"""A layer, its output for x_BSD, and the share of the tokens of x_BSD that an expert takes."""
 
 
 def padded(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -27,7 +31,8 @@ def padded(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch
     sent_ESD = rows.index_select(0, row_EGC.flatten()).view(E, G * C, -1)
     y_ESD = (sent_ESD @ layer.experts.wi.to(dtype).mT).relu() @ layer.experts.wo.to(dtype).mT
     y_AD = y_ESD.flatten(0, 1) * weight_GEC.transpose(0, 1).flatten().unsqueeze(1).to(dtype)
-    return y_AD.new_zeros(G * (N + 1), x_BSD.shape[-1]).index_add(0, row_EGC.flatten(), y_AD)
+    y_RD = y_AD.new_zeros(G * (N + 1), x_BSD.shape[-1]).index_add(0, row_EGC.flatten(), y_AD)
+    return y_RD.view(G, N + 1, -1)[:, :N]  # without the row of each group to which empty capacity is added
 
 
 def one_hot(layer: SwitchLayer, x_BSD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -50,81 +55,23 @@ def routed(layer: SwitchLayer, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch
     return x_GND, routing.token_GEC, routing.weight_GEC
 
 
-def products_alone(experts: Experts, dtype: torch.dtype) -> Callable[[], None]:
-    """The six products of each expert with an equal share of the tokens, into standing memory."""
-    E = len(experts.wi)
-    wi, wo = experts.wi.detach().to(dtype), experts.wo.detach().to(dtype)
-    x, y = (torch.randn(E, TOKENS // E, D_MODEL, device=wi.device).to(dtype) for _ in range(2))
-    hidden, back = (torch.randn(E, TOKENS // E, D_FF, device=wi.device).to(dtype) for _ in range(2))
-    grad_wi, grad_wo = torch.empty_like(wi), torch.empty_like(wo)
+def both_ways(
+    learned: Iterable[torch.Tensor],
+    gradient: torch.Tensor,
+    forward: Callable[[], torch.Tensor],
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Callable[[], None]:
+    """Return a call of forward and backward that leaves the gradients of `learned`, of this call alone."""
+    learned = list(learned)
 
     def call() -> None:
-        for e in range(E):
-            torch.mm(x[e], wi[e].T, out=hidden[e])
-            torch.mm(hidden[e], wo[e].T, out=y[e])
-        for e in range(E):
-            torch.mm(y[e], wo[e], out=back[e])
-            torch.mm(y[e].T, hidden[e], out=grad_wo[e])
-            torch.mm(back[e].T, x[e], out=grad_wi[e])
-            torch.mm(back[e], wi[e], out=y[e])
+        for tensor in learned:
+            tensor.grad = None
+        with autocast():
+            y = forward()
+        y.backward(gradient.to(y.dtype).reshape(y.shape))
 
     return call
-
-
-def layer(job: Job) -> Result:
-    """Forward and backward of one layer, on 4,096 tokens that are one group (masked products: eight), by all ways."""
-    from transformers.models.switch_transformers import modeling_switch_transformers as theirs
-    from transformers.models.switch_transformers.configuration_switch_transformers import SwitchTransformersConfig
-
-    context, clock = begin(job)
-    dtype, device, E = PRECISIONS[job["precision"]], context.device, job["experts"]
-    with torch.device(device):
-        specs = [
-            shape(E, dropout=0.0, router=SwitchRouter(capacity_factor=1.25, group_sequences=n)) for n in (BATCH, 1)
-        ]
-        ours, grouped = (SwitchLayer(spec, "encoder", D_MODEL) for spec in specs)
-        dense = FeedForward(specs[0])
-        config = SwitchTransformersConfig(
-            d_model=D_MODEL, d_ff=D_FF, num_experts=E, dropout_rate=0.0, expert_capacity=max(4, int(SOURCE * 1.25 / E))
-        )
-        loop = theirs.SwitchTransformersSparseMLP(config)
-        x_BSD = torch.randn(BATCH, SOURCE, D_MODEL)
-    with torch.no_grad():
-        for parameter in [*ours.parameters(), *dense.parameters(), *loop.parameters()]:
-            parameter.normal_(0.0, 0.01)
-        loop.router.classifier.weight.copy_(ours.router.weight)
-        for name, parameter in grouped.named_parameters():
-            parameter.set_(ours.get_parameter(name).detach())
-    x_BSD.requires_grad_()
-    real_BS = torch.ones(BATCH, SOURCE, dtype=torch.bool, device=device)
-    gradient_BSD = torch.randn_like(x_BSD)
-
-    def both_ways(forward: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        def call() -> None:
-            for tensor in (x_BSD, *ours.parameters(), *grouped.parameters(), *dense.parameters(), *loop.parameters()):
-                tensor.grad = None
-            with context.autocast():
-                y = forward()
-            y.backward(gradient_BSD.to(y.dtype).expand(y.shape) if y.shape == x_BSD.shape else torch.ones_like(y))
-
-        return call
-
-    ways = {
-        "dense": both_ways(lambda: dense(x_BSD)),
-        "this layer": both_ways(lambda: ours(x_BSD, real_BS).y_BSO),
-        "padded batches": both_ways(lambda: padded(ours, x_BSD, dtype)),
-        "one-hot products": both_ways(lambda: one_hot(grouped, x_BSD, dtype)),
-        "loop over experts": both_ways(lambda: loop(x_BSD.clone())),
-        "its products alone": products_alone(ours.experts, dtype),
-    }
-    seconds = clock.in_turn(ways, job["rounds"])
-    report = ours(x_BSD, real_BS).stats
-    moved = 2 * 4 * sum(parameter.numel() for parameter in ours.experts.parameters())
-    return {
-        "seconds": seconds,
-        "kept": 1 - float(report.dropped / report.tokens),
-        "floor": statistics.median(seconds["dense"]) + moved / bandwidth(device, clock),
-    }
 
 
 def layer_against_others(job: Job) -> Contestant:
@@ -133,9 +80,9 @@ def layer_against_others(job: Job) -> Contestant:
     A sequence is a group, and capacities, router weights and jitter (none) are equal, so every contestant with a
     capacity keeps the same tokens.
     """
-    device, _, context = prepare(job)
+    device, context = prepare(job)
     sizes, low = sizes_of(job), job["precision"] == "bfloat16"
-    module, forward, kept = layer_of(job, sizes)
+    module, forward, kept = layer_of(job)
     module = module.to(device).train()
     generator = torch.Generator().manual_seed(1)
     x_BSD = torch.randn(sizes.batch, sizes.source, sizes.d_model, generator=generator).to(device).requires_grad_()
@@ -153,53 +100,40 @@ def layer_against_others(job: Job) -> Contestant:
         module.compile()
 
     def autocast() -> AbstractContextManager[object]:
-        ours = context is not None and job["who"] in ("switchcli", "dense")
+        ours = context is not None and job["who"] in OURS
         return context.autocast() if ours else torch.autocast(device.type, torch.bfloat16, enabled=low)
 
-    def turn() -> None:
-        for tensor in (x_BSD, *module.parameters()):
-            tensor.grad = None
-        with autocast():
-            y = forward(x_BSD)
-        y.backward(gradient_BSD.to(y.dtype).reshape(y.shape))
-
+    turn = both_ways([x_BSD, *module.parameters()], gradient_BSD, lambda: forward(x_BSD), autocast)
     return Contestant(turn, {"parameters": sum(weight.numel() for weight in module.parameters()), "kept": share})
 
 
-def layer_of(
-    job: Job, sizes: Sizes
-) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], float]]:
-    """The layer of a contestant, its output for x_BSD, and the share of the tokens that an expert takes."""
+def layer_of(job: Job) -> Layer:
+    sizes, who = sizes_of(job), job["who"]
     tokens = sizes.batch * sizes.source
-    if job["who"] == "transformers":
-        from transformers import SwitchTransformersConfig
-        from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
-
-        config = SwitchTransformersConfig(
-            d_model=sizes.d_model,
-            d_ff=sizes.d_ff,
-            num_experts=job["experts"],
-            dropout_rate=0.0,
-            router_jitter_noise=0.0,
-            expert_capacity=max(4, int(sizes.source * 1.25 / job["experts"])),
-        )
-        loop = SwitchTransformersSparseMLP(config)
+    if who == "transformers":
+        capacity = max(4, int(sizes.source * 1.25 / job["experts"]))
+        loop = their_layer(sizes.d_model, sizes.d_ff, job["experts"], capacity)
         return loop, lambda x_BSD: loop(x_BSD.clone()), lambda x_BSD: float(loop.router(x_BSD)[0].sum()) / tokens
-    if job["who"] == "switch-transformers":
+    if who == "switch-transformers":
         package = switch_transformers_layer(job)
         return package, lambda x_BSD: package(x_BSD.flatten(0, 1))[0], lambda x_BSD: 1.0
-    if job["who"] == "st-moe-pytorch":
+    if who == "st-moe-pytorch":
         moe = st_moe_layer(job)
         return moe, lambda x_BSD: moe(x_BSD).outputs, lambda x_BSD: float(moe.gate(x_BSD)[0].sum()) / tokens
     router = SwitchRouter(capacity_factor=job.get("capacity_factor", 1.25), group_sequences=1, jitter=0.0)
-    spec = shape(job["experts"], sizes, dropout=0.0, router=router)
-    if job["who"] == "dense":
+    spec, dtype = spec_of(job, dropout=0.0, router=router), PRECISIONS[job["precision"]]
+    if who == "dense":
         dense = FeedForward(spec)
         return dense, dense, lambda x_BSD: 1.0
     ours, real_BS = SwitchLayer(spec, "encoder", sizes.d_model), torch.ones(sizes.batch, sizes.source, dtype=torch.bool)
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "switchcli": lambda x_BSD: ours(x_BSD, real_BS.to(x_BSD.device)).y_BSO,
+        "padded": lambda x_BSD: padded(ours, x_BSD, dtype),
+        "one-hot": lambda x_BSD: one_hot(ours, x_BSD, dtype),
+    }
 
     def kept(x_BSD: torch.Tensor) -> float:
         stats = ours(x_BSD, real_BS.to(x_BSD.device)).stats
         return 1 - float(stats.dropped / stats.tokens)
 
-    return ours, lambda x_BSD: ours(x_BSD, real_BS.to(x_BSD.device)).y_BSO, kept
+    return ours, ways[who], kept

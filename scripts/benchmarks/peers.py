@@ -10,8 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from contestants import Refused, Row, sizes_of
-from machine import Job, Sizes
+from contestants import Refused, Row
+from machine import Job, sizes_of
 from torch import nn
 
 INSTALL = "pip install --no-deps switch-transformers st-moe-pytorch colt5-attention local-attention hyper-connections "
@@ -54,6 +54,8 @@ SPARSE_STEP = (
 DROPLESS: Job = {"capacity_factor": "dropless"}
 LAYER = (
     Row("dense feed-forward", {"who": "dense"}),
+    Row("padded batches", {"who": "padded"}),
+    Row("one-hot products", {"who": "one-hot"}),
     Row("transformers", THEIRS),
     Row("transformers, compiled", {**THEIRS, "compile": True}),
     Row("switch-transformers", {"who": "switch-transformers"}, DROPLESS),
@@ -89,38 +91,10 @@ def chosen(rows: tuple[Row, ...], patterns: list[str]) -> list[Row]:
     return [row for row in rows if not patterns or any(selects(pattern, row.name) for pattern in patterns)]
 
 
-def their_model(job: Job, sizes: Sizes, layers: int, **changes: Any) -> Any:
-    """transformers' T5 or SwitchTransformers of these sizes by the job's implementations, on the default device.
-
-    Raises:
-        Refused: the model takes the name of an implementation and does not read it.
-    """
-    import transformers
-
-    num_experts = job["experts"]
-    keys = {
-        "vocab_size": sizes.vocabulary,
-        "d_model": sizes.d_model,
-        "d_ff": sizes.d_ff,
-        "d_kv": sizes.d_model // sizes.heads,
-        "num_heads": sizes.heads,
-        "num_layers": layers,
-        "num_decoder_layers": layers,  # or SwitchTransformers take 12
-        "dropout_rate": job.get("dropout", 0.1),
-        "decoder_start_token_id": 0,
-        **changes,
-    }
+def implementations(job: Job) -> dict[str, str]:
+    """Return the implementations that a job names, by the arguments of transformers' models."""
     names = {"attention": "attn_implementation", "experts_implementation": "experts_implementation"}
-    implementations = {names[key]: job[key] for key in names if key in job}
-    if num_experts == 1:
-        return transformers.T5ForConditionalGeneration._from_config(transformers.T5Config(**keys), **implementations)
-    sparse = {"num_experts": num_experts, "expert_capacity": 10**9, "router_jitter_noise": 0.01}
-    sparse |= {f"num_sparse_{stack}_layers": layers // 2 for stack in ("encoder", "decoder")}
-    config = transformers.SwitchTransformersConfig(**keys, **sparse)
-    model = transformers.SwitchTransformersForConditionalGeneration._from_config(config, **implementations)
-    if job.get("experts_implementation", "eager") != "eager" and not model._can_set_experts_implementation():
-        raise Refused("accepted, but the model does not read it: its experts are the loop of `eager`")
-    return model
+    return {argument: job[key] for key, argument in names.items() if key in job}
 
 
 class Expert(nn.Module):

@@ -7,10 +7,10 @@ so that the work is equal.
 from collections.abc import Callable
 
 import torch
-from contestants import Contestant, prepare, sizes_of
-from machine import Job, batch, shape
-from peers import their_model
-from torch import nn
+from contestants import Contestant, prepare
+from machine import Job, batch_of, sizes_of, spec_of
+from models import their_model, their_step, without_values
+from peers import implementations
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
@@ -28,15 +28,17 @@ from switchcli.training.state import TrainState
 
 
 def step_against_others(job: Job) -> Contestant:
-    """One training step a turn."""
-    device, _, context = prepare(job)
+    """Return a contestant whose turn is one training step."""
+    device, context = prepare(job)
+    spec = spec_of(job, router=SwitchRouter(capacity_factor="dropless", group_sequences=1))
     if job["who"] == "transformers":
-        model = their_model(job, sizes_of(job), job["layers"]).to(device).train()
-        turn = their_step(job, model, device)
+        model = their_model(spec, implementations(job)).to(device).train()
+        turn = theirs(job, model)
     else:
         assert context is not None, "ours has our allocator"
-        model = our_model(job, device)
-        turn = our_step(job, model, context)
+        model = without_values(spec, device)
+        initialize(model, 0)
+        turn = ours(job, model, context)
     return Contestant(turn, {"parameters": sum(parameter.numel() for parameter in model.parameters())})
 
 
@@ -44,14 +46,14 @@ class OneBatch(BatchSource):
     """Source that returns an equal batch in every step."""
 
     def __init__(self, job: Job) -> None:
-        self.sizes = sizes_of(job)
+        self.job = job
 
     def batch(self, step: int, first: int, count: int) -> Batch:
-        return batch(sizes=self.sizes)
+        return batch_of(self.job)
 
 
-def our_step(job: Job, model: SwitchTransformer, context: DistributedContext) -> Callable[[], None]:
-    """The training loop, asked for one more step each time."""
+def ours(job: Job, model: SwitchTransformer, context: DistributedContext) -> Callable[[], None]:
+    """Return the training loop, asked for one more step each time."""
     sizes, state = sizes_of(job), TrainState()
     if job.get("compile"):
         context.compile(model)
@@ -75,40 +77,22 @@ def our_step(job: Job, model: SwitchTransformer, context: DistributedContext) ->
     return one
 
 
-def our_model(job: Job, device: torch.device) -> SwitchTransformer:
-    router, dropout = SwitchRouter(capacity_factor="dropless", group_sequences=1), job.get("dropout", 0.1)
-    spec = shape(job["experts"], sizes_of(job), num_layers=job["layers"], router=router, dropout=dropout)
-    with torch.device("meta"):
-        model = SwitchTransformer(spec)
-    model = model.to_empty(device=device).train()
-    initialize(model, 0)
-    return model
-
-
-def their_step(job: Job, model: nn.Module, device: torch.device) -> Callable[[], None]:
-    """transformers' model and Adafactor (or torch's fused AdamW) in the plainest loop, the gradient's norm included."""
+def theirs(job: Job, model: torch.nn.Module) -> Callable[[], None]:
+    """Return transformers' step with its own Adafactor, or with torch's fused AdamW."""
     import transformers
 
-    parameters = list(model.parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "router" in name:  # saturated by its own initialisation: a router must not make the work uneven
+            if "router" in name:  # saturated by its own initialization: a router must not make the work uneven
                 parameter.mul_(0.01)
+    parameters = list(model.parameters())
     if job["optimizer"] == "adafactor":
         optimizer = transformers.Adafactor(parameters, lr=1e-3, scale_parameter=True, relative_step=False)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
     if job.get("compile"):
         model.compile()
-    inputs_BS, targets_BT = batch(device, sizes_of(job))
-    routed = {"output_router_logits": True} if job["experts"] > 1 else {}
-
-    def one() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=job["precision"] == "bfloat16"):
-            loss = model(input_ids=inputs_BS, labels=targets_BT, **routed).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1e9)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return one
+    device = parameters[0].device
+    batch = Batch(*(ids.to(device) for ids in batch_of(job)))
+    step = their_step(model, optimizer, job["precision"] == "bfloat16")
+    return lambda: step(batch)

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own, and what is printed of them: ratios within a round, tables in Markdown."""
+"""Contestants in processes of their own, and what is printed of them: ratios within a round, tables in Markdown."""
 
 import json
 import os
@@ -12,27 +12,14 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 from contestants import Refused
-from machine import Job, Result
+from machine import Job
 
 from switchcli.system.startup import SPIN_VARIABLES, limit_spinning
 
 FOLDER = Path(__file__).parent
-
-
-def run(job: Job) -> Result:
-    """The answer of `job`, from a process of its own."""
-    print(" ".join(str(value) for value in job.values()), file=sys.stderr, flush=True)
-    launcher = []
-    if (ranks := job.get("ranks", 1)) > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, str(FOLDER), "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-4000:])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Live:
@@ -68,19 +55,19 @@ class Live:
         finally:
             limit.cancel()
 
-    def turn(self) -> Result:
-        """Seconds and processor seconds of one turn, and the most memory so far."""
+    def turn(self) -> Job:
+        """Return the seconds and processor seconds of one turn, the work done in it, and the most memory so far."""
         assert self._process.stdin
         with suppress(BrokenPipeError):  # it has ended: the missing answer says so
             self._process.stdin.write("turn\n")
             self._process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> Result:
+    def _answer(self) -> Job:
         assert self._process.stdout
         for line in self._process.stdout:
             if line.startswith('{"contestant": '):  # not a line that a library prints
-                found: dict[str, Any] = json.loads(line)
+                found: Job = json.loads(line)
                 if "refused" in found:
                     raise Refused(found["refused"])
                 return found
@@ -106,28 +93,18 @@ class Live:
                 stream.close()
 
 
-class Turns(NamedTuple):
-    """What two contestants measured in turns: theirs, then ours."""
-
-    seconds: list[list[float]]
-    cpu: list[list[float]]
-    peaks: list[int]
-    """The most memory, in bytes, that each process has had."""
-
-
-def in_turns(theirs: Live, ours: Live, rounds: int) -> Turns:
-    """Let both take turns, the first of a round alternating.
+def in_turns(live: Sequence[Live], rounds: int) -> list[list[Job]]:
+    """Let all take turns, in the reverse order every second round, and return the turns of each.
 
     Raises:
         Refused: one has ended.
     """
-    both = [theirs, ours]
-    found: list[list[Result]] = [[], []]
+    found: list[list[Job]] = [[] for _ in live]
     for number in range(rounds):
-        for side in (0, 1) if number % 2 else (1, 0):
-            found[side].append(both[side].turn())
-    seconds, cpu = ([[turn[key] for turn in side] for side in found] for key in ("seconds", "cpu"))
-    return Turns(seconds, cpu, [side[-1]["peak"] for side in found])
+        order = range(len(live))
+        for each in order if number % 2 else reversed(order):
+            found[each].append(live[each].turn())
+    return found
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:

@@ -51,27 +51,6 @@ def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_attention_with_a_learned_bias_is_timed_against_the_alternatives(
-    benchmark: Import, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    attention = benchmark("attention")
-    monkeypatch.setitem(attention.WIDTHS, "base", (2, 3, 5, 4))
-    job = {"device": "cpu", "threads": 1, "rounds": 2, "precision": precision, "widths": "base"}
-    seconds = attention.attention(job)["seconds"]
-    assert {"this project's", "plain products", "SDPA without bias", "the six products alone"} <= set(seconds)
-    assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
-
-
-def test_a_small_step_is_timed_beside_its_products_alone(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = benchmark("small")
-    monkeypatch.setattr(small, "ROWS", 16)
-    found = small.small({"device": "cpu", "threads": 1, "rounds": 1, "precision": "float32"})
-    assert set(found["seconds"]) == {"step", "forward", "forward and backward", "products alone"}
-    assert found["tokens"] == 16 * small.SOURCE
-    assert found["operations"] > 500
-
-
 def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = benchmark("busy")
     monkeypatch.setattr(busy, "SECONDS", 0)
@@ -85,6 +64,19 @@ def test_two_ranks_take_turns_as_one_contestant(benchmark: Import) -> None:
     job = {**TINY, "section": "busy", "who": "switchcli", "work": "pretrain --processes 2", "threads": 2}
     with benchmark("turns").Live(job) as ranks:
         assert ranks.turn()["done"] >= 1
+
+
+@pytest.mark.skipif(find_spec("datasets") is None, reason="it compares with datasets")
+def test_texts_are_prepared_and_loaded_with_equal_numbers_of_tokens(benchmark: Import, tmp_path: Path) -> None:
+    data = benchmark("data")
+    data.write_texts(tmp_path, 1)
+    job = {**TINY, "section": "data", "folder": str(tmp_path), "processes": 1, "warm_up": 1}
+    done = {
+        who: said(benchmark, data.data_contestant, {**job, "who": who, "model": "tiny"})[-1]["done"]
+        for who in (*data.PREPARING, "one thread", "a mixture of 8 texts")
+    }
+    assert done["prepare"] == done["map"] == done["load and map"] > 10**5
+    assert done["one thread"] == done["a mixture of 8 texts"] == data.BATCHES * data.BATCH_TOKENS
 
 
 def test_every_implementation_that_transformers_knows_has_a_row(benchmark: Import) -> None:
@@ -143,11 +135,16 @@ def test_a_fault_of_our_own_is_not_a_refused_row(benchmark: Import) -> None:
         said(benchmark, broken, {**STEP, "who": "switchcli"})
 
 
-def test_layers_with_a_capacity_keep_the_same_tokens(benchmark: Import) -> None:
-    layer = benchmark("layer")
+def uneven_layer(benchmark: Import) -> dict[str, Any]:
+    """A job with a layer some of whose tokens are dropped."""
     sizes = benchmark("machine").SIZES
     sizes["uneven"] = sizes["tiny"]._replace(batch=4, source=64)
-    job = {**TINY, "section": "layer", "experts": 8, "shape": "uneven"}
+    return {**TINY, "section": "layer", "experts": 8, "shape": "uneven"}
+
+
+def test_layers_with_a_capacity_keep_the_same_tokens(benchmark: Import) -> None:
+    layer = benchmark("layer")
+    job = uneven_layer(benchmark)
     ours = said(benchmark, layer.layer_against_others, {**job, "who": "switchcli"})[0]
     theirs = said(benchmark, layer.layer_against_others, {**job, "who": "transformers"})[0]
     assert ours["kept"] == pytest.approx(theirs["kept"], abs=1e-9)
@@ -159,10 +156,27 @@ def test_layers_with_a_capacity_keep_the_same_tokens(benchmark: Import) -> None:
     assert dropless["kept"] == 1
 
 
+def test_other_ways_to_compute_the_layer_have_its_output(benchmark: Import) -> None:
+    layer, job = benchmark("layer"), uneven_layer(benchmark)
+    x_BSD = torch.randn(4, 64, 32)
+    outputs = {}
+    for who in ("switchcli", "padded", "one-hot"):
+        module, forward, _ = layer.layer_of({**job, "who": who})
+        with torch.no_grad():
+            for number, weight in enumerate(module.parameters()):
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+        outputs[who] = forward(x_BSD).reshape(x_BSD.shape)
+    ours, *others = outputs.values()
+    assert (ours == 0).all(-1).any(), "a token is dropped"
+    for other in others:
+        torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("experts", [1, 4])
-def test_both_generate_the_same_answers(benchmark: Import, experts: int) -> None:
+def test_both_generate_the_same_answers(benchmark: Import, experts: int, beams: int) -> None:
     build = benchmark("generate").generate_against_others
-    job = {**TINY, "section": "generate", "experts": experts}
+    job = {**TINY, "section": "generate", "experts": experts, "beams": beams}
     ours, theirs = (said(benchmark, build, {**job, "who": who})[0] for who in ("switchcli", "transformers"))
     assert ours["answers"] == theirs["answers"]
     assert len(ours["answers"][0]) == benchmark("machine").SIZES["tiny"].target
@@ -179,14 +193,3 @@ def test_a_table_has_figures_and_refused_rows() -> None:
     assert " to " in rows["transformers, eager experts"]
     assert "not run: ValueError" in rows["transformers, grouped_mm experts"]
     assert len({line.count("|") for line in rows.values()}) == 1
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_products_are_timed_both_ways(benchmark: Import, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    products = benchmark("products")
-    monkeypatch.setattr(products.cpu_products, "onednn_is_faster", products.cpu_products.onednn_is_faster)  # put back
-    monkeypatch.setitem(products.SHAPES, "small", (16, 24, 32))
-    job = {"device": "cpu", "threads": 1, "rounds": 2, "precision": precision, "row": "small"}
-    for seconds in products.products(job)["seconds"].values():
-        assert {"usual", "oneDNN"} <= set(seconds)
-        assert all(len(each) == 2 for each in seconds.values())
