@@ -66,10 +66,11 @@ def test_two_ranks_take_turns_as_one_contestant(benchmark: Import) -> None:
         assert ranks.turn()["done"] >= 1
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(find_spec("datasets") is None, reason="it compares with datasets")
 def test_texts_are_prepared_and_loaded_with_equal_numbers_of_tokens(benchmark: Import, tmp_path: Path) -> None:
     data = benchmark("data")
-    data.write_texts(tmp_path, 1)
+    data.write_texts(tmp_path, 4)
     job = {**TINY, "section": "data", "folder": str(tmp_path), "processes": 1, "warm_up": 1}
     done = {
         who: said(benchmark, data.data_contestant, {**job, "who": who, "model": "tiny"})[-1]["done"]
