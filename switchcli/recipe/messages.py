@@ -9,20 +9,17 @@ key, and so is one before a value in parentheses. A ValueError with several argu
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from types import MappingProxyType
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from switchcli.recipe import foreign_words
 from switchcli.recipe.foreign_words import PRECISIONS
+from switchcli.recipe.schema_walk import Path, SchemaNode, key_names
 from switchcli.recipe.yaml_nodes import Node, display_key
 from switchcli.system import credentials
-
-Keys = tuple[str | int, ...]
-"""The path of a value in a recipe: keys of mappings and positions in lists."""
-Models = tuple[type[BaseModel], ...]
 
 _RULES: Mapping[str, str] = MappingProxyType(
     {
@@ -63,21 +60,13 @@ class UnknownKey(str):
     __slots__ = ()
 
 
-class _SchemaNode(NamedTuple):
-    """A position in the schema: the specs allowed there (several for a choice by `kind`), its annotation and path."""
-
-    models: Models
-    annotation: Any
-    path: Keys
-
-
 def error_lines(error: ValidationError, tree: Node, schema: type[BaseModel]) -> list[str]:
     """Return one line for each error of `tree` as a value of `schema`, in the order of the schema."""
     lines: dict[tuple[str, str], str] = {}
-    errors = error.errors(include_url=False)
-    misspelt = {key for details in errors if (key := _meant_key(details, schema))}
+    errors, root = error.errors(include_url=False), SchemaNode.root(schema)
+    misspelt = {key for details in errors if (key := _meant_key(details, root))}
     for details in errors[:_MAX_ERRORS]:
-        if details["type"] == "missing" and _schema_node(schema, details["loc"]).path in misspelt:
+        if details["type"] == "missing" and root.find(details["loc"]).path in misspelt:
             continue  # the line of the misspelt key suggests it
         if details["type"] == "too_short" and len(details["input"]) >= details["ctx"]["min_length"]:
             continue  # pydantic counts only the valid items of a list, and each invalid one has a line of its own
@@ -125,27 +114,27 @@ def display_value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iterator[tuple[Keys, str]]:
+def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iterator[tuple[Path, str]]:
     """Yield the path and the line of each rule that an error of pydantic reports."""
-    node = _schema_node(schema, details["loc"])
+    node = SchemaNode.root(schema).find(details["loc"])
     path, error_type = node.path, details["type"]
     if error_type == "value_error":
         yield from _explain_own_rules(details["ctx"]["error"].args, node, tree)
         return
     if error_type == "extra_forbidden":
-        rule = _unknown_key(_schema_node(schema, details["loc"][:-1]), str(path[-1]), details["input"], schema)
+        rule = _unknown_key(details["loc"], details["input"], schema)
     elif error_type in ("union_tag_invalid", "union_tag_not_found"):
-        rule = _kind_rule(node.models, details)
+        rule = _kind_rule(node.kinds, details)
         path = (*path, "kind")
     else:
-        rule = _value_rule(details, node, schema, is_override=_where(tree, path).startswith("override "))
+        rule = _value_rule(details, node, is_override=_where(tree, path).startswith("override "))
     line = f"{_where(tree, path)}: {dotted(path)}: {rule}"
     yield path, UnknownKey(line) if error_type == "extra_forbidden" else line
 
 
-def _explain_own_rules(rules: Sequence[str], node: _SchemaNode, tree: Node) -> Iterator[tuple[Keys, str]]:
+def _explain_own_rules(rules: Sequence[str], node: SchemaNode, tree: Node) -> Iterator[tuple[Path, str]]:
     """Yield the path and the line of each rule of a spec's validator."""
-    fields = set(_keys_of(node.models))
+    fields = set(node.keys)
     for rule in rules:
         # A key at the start of the message, dotted or not, and dotted keys and keys with a value anywhere.
         matches = re.findall(r"^[a-z_]\w*(?:\.\w+)*|\b[a-z_]\w*+(?:\.\w+)+|\b[a-z_]\w*+(?= \()", rule)
@@ -160,7 +149,7 @@ def _explain_own_rules(rules: Sequence[str], node: _SchemaNode, tree: Node) -> I
         yield path, f"{_where(tree, path)}: {prefix if node.path else ''}{rule}"
 
 
-def _value_rule(details: ErrorDetails, node: _SchemaNode, schema: type[BaseModel], is_override: bool) -> str:
+def _value_rule(details: ErrorDetails, node: SchemaNode, is_override: bool) -> str:
     """Return the rule for a value of the wrong type or range, with the value and a fix."""
     error_type = details["type"]
     rule = _rule(details)
@@ -168,14 +157,14 @@ def _value_rule(details: ErrorDetails, node: _SchemaNode, schema: type[BaseModel
         return f"{rule}: add it, as {dotted(node.path)}=VALUE on the command line or in the recipe"
     value = details["input"]
     if error_type == "literal_error":
-        choices = [str(choice) for choice in _choices(node.annotation)]
+        choices = [str(choice) for choice in node.choices]
         meant = PRECISIONS.get(display_value(value).strip("'").lower())
         fix = f". Did you mean {meant}?" if meant in choices else _did_you_mean(str(value), choices)
     else:
         key = f"{dotted(node.path)}=" if is_override else ""
         needs_list = error_type in ("tuple_type", "list_type")
-        hint = _list_hint(node.annotation, value, key) if needs_list else _rewrite_hint(error_type, value)
-        fix = hint or _default_hint(schema, details["loc"])
+        hint = _list_hint(node.item, value, key) if needs_list else _rewrite_hint(error_type, value)
+        fix = hint or _default_hint(node, details["loc"])
     return f"{rule} (got {display_value(value)}){fix}"
 
 
@@ -193,15 +182,14 @@ def _rewrite_hint(error_type: str, value: Any) -> str | None:
     return None
 
 
-def _list_hint(annotation: Any, value: Any, key: str) -> str | None:
+def _list_hint(item: SchemaNode | None, value: Any, key: str) -> str | None:
     """Return the advice to put a value into brackets, or None if it cannot be an item of the list that is needed.
 
     `key` comes before the value on the command line: `tasks=`.
     """
-    item = next(iter(get_args(annotation)), None)
-    is_mapping = bool(_annotated_node(item, ()).models)
-    # A plain value stands for a mapping where a validator expands it.
-    takes_plain = not is_mapping or any(isinstance(rule, BeforeValidator) for rule in get_args(item)[1:])
+    is_mapping = item is not None and bool(item.mappings)
+    # A plain value may stand for a mapping, as the name of a task does.
+    takes_plain = item is None or any("properties" not in part for part in item.parts)
     if isinstance(value, dict) and is_mapping:
         return f"; put it in brackets: {key}[{{...}}]"
     if isinstance(value, str | int | float) and takes_plain:
@@ -215,63 +203,62 @@ def _plain_number(value: str) -> str | None:
     return digits if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits) else None
 
 
-def _default_hint(schema: type[BaseModel], location: Keys) -> str:
+def _default_hint(node: SchemaNode, location: Path) -> str:
     """Return the advice to leave out the key at `location`, with its default; "" if the key is required."""
-    parent = _schema_node(schema, location[:-1])
-    field = parent.models[0].model_fields.get(str(location[-1])) if parent.models else None
-    if field is None or field.is_required():
+    if node.path[-1:] != location[-1:] or "default" not in node.schema:
         return ""
-    default = f", {display_value(field.default)}" if isinstance(field.default, str | int | float | None) else ""
-    return f"; leave it out for the default{default}"
+    default = node.schema["default"]
+    text = f", {display_value(default)}" if isinstance(default, str | int | float | None) else ""
+    return f"; leave it out for the default{text}"
 
 
-def _unknown_key(node: _SchemaNode, key: str, value: Any, schema: type[BaseModel]) -> str:
-    """Return the message for a key that `node` does not have.
+def _unknown_key(location: Path, value: Any, schema: type[BaseModel]) -> str:
+    """Return the message for a key, the last one of `location`, that its mapping does not have.
 
-    It suggests, in this order: a very similar key of `node`, another kind that has the key, the key for a word of
-    another tool, a very similar key anywhere, a similar key of `node`.
+    It suggests, in this order: a very similar key of the mapping, another kind that has the key, the key for a word of
+    another tool, a very similar key anywhere, a similar key of the mapping.
     """
-    siblings = _keys_of(node.models)
+    root, key = SchemaNode.root(schema), str(location[-1])
+    node = root.find(location[:-1])
+    siblings = node.keys
     if suggestion := _did_you_mean(key, siblings, cutoff=_VERY_SIMILAR):
         return f"no such key{suggestion}"
-    all_kinds = _schema_node(schema, node.path).models
-    if kinds := _kinds([model for model in all_kinds if key in model.model_fields]):
+    if kinds := root.find(node.path).having(key).kinds:
         return f"no such key for this kind; it belongs to kind: {' or '.join(kinds)}"
-    all_paths = list(_all_keys(schema, ()))
-    names = {dotted(path) for path in all_paths}
+    names = key_names(schema)
     path = dotted((*node.path, key))
     word = path if path in foreign_words.WORDS else key
-    known = foreign_words.hint(word, display_value(value).strip("'"), names)
+    known = foreign_words.hint(word, display_value(value).strip("'"), set(names))
     if known and word in foreign_words.WORDS:
         return f"no such key: use {known}"
-    if close := difflib.get_close_matches(key, [str(path[-1]) for path in all_paths], n=1, cutoff=_VERY_SIMILAR):
-        shortest = min((path for path in all_paths if path[-1] == close[0]), key=len)
-        return f"no such key. Did you mean {dotted(shortest)}?"
+    last_parts = {name: name.rpartition(".")[2] for name in names}
+    if close := difflib.get_close_matches(key, last_parts.values(), n=1, cutoff=_VERY_SIMILAR):
+        shortest = min((name for name in names if last_parts[name] == close[0]), key=lambda name: name.count("."))
+        return f"no such key. Did you mean {shortest}?"
     if known:
         return f"no such key: use {known}"
     return f"no such key{_did_you_mean(key, siblings) or '; the keys are ' + ', '.join(siblings)}"
 
 
-def _meant_key(details: ErrorDetails, schema: type[BaseModel]) -> Keys | None:
+def _meant_key(details: ErrorDetails, root: SchemaNode) -> Path | None:
     """Return the path of the key for which an unknown key of the same mapping is a misspelling, or None."""
     if details["type"] != "extra_forbidden":
         return None
-    node = _schema_node(schema, details["loc"][:-1])
-    siblings = _keys_of(node.models)
-    close = difflib.get_close_matches(str(details["loc"][-1]), siblings, n=1, cutoff=_VERY_SIMILAR)
+    node = root.find(details["loc"][:-1])
+    close = difflib.get_close_matches(str(details["loc"][-1]), node.keys, n=1, cutoff=_VERY_SIMILAR)
     return (*node.path, close[0]) if close else None
 
 
-def _kind_rule(models: Models, details: ErrorDetails) -> str:
+def _kind_rule(kinds: Sequence[str], details: ErrorDetails) -> str:
     """Return the message for a choice whose `kind` is missing or unknown."""
-    kinds = _kinds(models)
     value = details["input"].get("kind") if isinstance(details["input"], dict) else None
+    allowed = f"one of {', '.join(kinds)}" if len(kinds) > 1 else kinds[0]
     if details["type"] == "union_tag_not_found":
         keys = [str(key) for key in details["input"]] if isinstance(details["input"], dict) else []
         close = difflib.get_close_matches("kind", keys, n=1)
         typo = f"; {close[0]}: no such key. Did you mean kind?" if close else ""
-        return f"missing; it is one of {', '.join(kinds)}{typo}"
-    return f"must be one of {', '.join(kinds)} (got {display_value(value)}){_did_you_mean(str(value), kinds)}"
+        return f"missing; it is {allowed}{typo}"
+    return f"must be {allowed} (got {display_value(value)}){_did_you_mean(str(value), kinds)}"
 
 
 def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
@@ -279,11 +266,11 @@ def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
     return f". Did you mean {close[0]}?" if close else ""
 
 
-def _where(tree: Node, path: Keys) -> str:
+def _where(tree: Node, path: Path) -> str:
     return _lookup(tree, path)[0].where
 
 
-def _nearness(tree: Node, path: Keys) -> int:
+def _nearness(tree: Node, path: Path) -> int:
     """Return how near to the user a key is set: 2 by an override, 1 in the file itself, 0 in one that it extends."""
     where = _where(tree, path)
     if where.startswith("override "):
@@ -299,7 +286,7 @@ def in_line_order(lines: Sequence[str]) -> list[str]:
     return [line for _, line in sorted(zip(keys, lines, strict=True), key=lambda item: item[0])]
 
 
-def _lookup(tree: Node, path: Keys) -> tuple[Node, bool]:
+def _lookup(tree: Node, path: Path) -> tuple[Node, bool]:
     """Return the node at `path` and True, or its nearest ancestor that the recipe states and False."""
     for key in path:
         if isinstance(tree.value, dict) and key in tree.value:
@@ -309,53 +296,3 @@ def _lookup(tree: Node, path: Keys) -> tuple[Node, bool]:
         else:
             return tree, False
     return tree, True
-
-
-def _schema_node(schema: type[BaseModel], location: Keys) -> _SchemaNode:
-    """Return the schema node at pydantic's `location`, which, unlike the node's path, also names each chosen kind."""
-    node = _SchemaNode((schema,), schema, ())
-    for key in location:
-        if len(node.models) > 1 and key in _kinds(node.models):
-            node = node._replace(models=tuple(model for model in node.models if key in _kinds([model])))
-        elif node.models:
-            field = node.models[0].model_fields.get(str(key))
-            node = _annotated_node(field.annotation if field else None, (*node.path, key))
-        elif get_origin(node.annotation) is tuple:
-            node = _annotated_node(get_args(node.annotation)[0], (*node.path, key))
-    return node
-
-
-def _annotated_node(annotation: Any, path: Keys) -> _SchemaNode:
-    """Return the schema node of a value with this annotation. Annotated and a union with None are unwrapped."""
-    if get_origin(annotation) is Annotated:
-        return _annotated_node(get_args(annotation)[0], path)
-    members: tuple[Any, ...] = (annotation,)
-    if get_origin(annotation) in (Union, UnionType):
-        members = tuple(member for member in get_args(annotation) if member is not type(None))
-        if len(members) == 1:
-            return _annotated_node(members[0], path)
-    models = tuple(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
-    return _SchemaNode(models, members[0], path)
-
-
-def _all_keys(model: type[BaseModel], path: Keys) -> Iterator[Keys]:
-    """Yield the path of every key of `model`, in all kinds. Keys of list items have the position 0."""
-    for name, field in model.model_fields.items():
-        node = _annotated_node(field.annotation, (*path, name))
-        yield node.path
-        if get_origin(node.annotation) is tuple:
-            node = _annotated_node(get_args(node.annotation)[0], (*node.path, 0))
-        for member in node.models:
-            yield from _all_keys(member, node.path)
-
-
-def _keys_of(models: Sequence[type[BaseModel]]) -> list[str]:
-    return [name for model in models for name in model.model_fields]
-
-
-def _kinds(models: Sequence[type[BaseModel]]) -> list[str]:
-    return [kind for model in models for kind in _choices(model.model_fields["kind"].annotation)]
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
