@@ -25,8 +25,8 @@ from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.devices import GPUS
-from switchcli.planner.plan import Machine, plan
-from switchcli.planner.step import Step, rank_weights
+from switchcli.planner.plan import Machine, Planner
+from switchcli.planner.step import Step
 from switchcli.recipe.sizes import SIZES
 from switchcli.training.optimizer_specs import Adafactor
 
@@ -137,10 +137,9 @@ def planned(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device)
         return None
     with torch.device("meta"):
         weights = dict(SwitchTransformer(spec).named_parameters())
-    own = rank_weights(weights, Adafactor().build(weights).state(), 1)
+    planner = Planner(spec, Step(batch, *lengths[:2]), weights, Adafactor().build(weights).state(), batch)
     # A step that fits is estimated, whatever the planner says of its memory.
-    machine = Machine.of_gpu(1, gpu)._replace(memory_bytes=2**60)
-    (fit,) = plan(spec, Step(batch, lengths.source, lengths.target), machine, batch, {1: own}).fits
+    (fit,) = planner.plan(Machine.of_gpu(1, gpu)._replace(memory_bytes=2**60)).fits
     return {
         "gpu": gpu,
         "tokens_per_second": batch * lengths.source / fit.step_seconds,

@@ -8,8 +8,7 @@ from pages import GENERATED
 from switchcli.planner.devices import RESERVED_FRACTION, UTILIZATION
 from switchcli.planner.plan import GIB, Fit, Machine
 from switchcli.report.units import si
-from switchcli.runs.planning import StepPlan, describe
-from switchcli.runs.size_plans import plan_sizes
+from switchcli.runs.planning import RecipePlan, describe, plan_sizes
 
 TOP = f"""\
 # What can I train on my machine?
@@ -93,20 +92,20 @@ def _section(target: Target) -> str:
     if target.machine.gpu:  # the rates of a laptop are not known
         headings += ["tokens/s", "days"]
     lines = [f"## {target.title}\n", f"<!-- not run: as above -->\n```bash\n{target.command}\n```\n"]
-    plans = plan_sizes(target.overrides, target.machine).rows
-    rows = [[*_cells(plan, plan.best)][: len(headings)] for plan in plans if plan.best]
+    plans = plan_sizes(target.overrides, target.machine)
+    rows = [[*_cells(one, one.plan.best)][: len(headings)] for one in plans if one.plan.best]
     lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
-    too_large = [_too_large(plan) for plan in plans if not plan.best]
+    too_large = [_too_large(one) for one in plans if not one.plan.best]
     lines.append(f"\nToo large, with the number of devices that each fits on: {', '.join(too_large) or 'none'}.\n")
     return "\n".join(lines)
 
 
-def _too_large(plan: StepPlan) -> str:
+def _too_large(plan: RecipePlan) -> str:
     """Return a size with the number of devices that it needs; without, where no number of them suffices."""
     return f"`{plan.name}`" + (f" ({plan.devices_needed:,})" if plan.devices_needed else "")
 
 
-def _cells(plan: StepPlan, fit: Fit) -> Iterator[str]:
+def _cells(plan: RecipePlan, fit: Fit) -> Iterator[str]:
     yield f"`{plan.name}`"
     yield si(describe(plan.recipe)["parameters"])
     yield _mesh(fit)

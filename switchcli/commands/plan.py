@@ -20,8 +20,7 @@ from switchcli.report.units import gib, number, parse_bytes, si
 if TYPE_CHECKING:
     from switchcli.planner.plan import Fit, Machine
     from switchcli.report.html_page import HtmlTable
-    from switchcli.runs.planning import StepPlan
-    from switchcli.runs.size_plans import SizePlans
+    from switchcli.runs.planning import RecipePlan
 
 app = typer.Typer()
 
@@ -101,7 +100,7 @@ def plan(
     with _exit.interruptible(saves_nothing=True):
         from switchcli.recipe.sizes import SIZES
         from switchcli.report.html_page import write_page
-        from switchcli.runs import planning, size_plans
+        from switchcli.runs import planning
 
         rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
         machine = _machine(gpu, devices, memory, rates, node_devices)
@@ -109,20 +108,18 @@ def plan(
         tables: Callable[[int | None], Iterator[HtmlTable]]  # with at most so many rows of meshes
         if name is None:
             with main_console().counting("planning", len(SIZES)) as show:
-                sizes = size_plans.plan_sizes(overrides, machine, show)
-            title, result, tables = "every size", sizes.to_json(), lambda max_rows: _size_tables(sizes)
-            fits = any(row.best for row in sizes.rows)
+                plans = planning.plan_sizes(overrides, machine, show)
+            title, result, tables = "every size", planning.sizes_to_json(plans), lambda max_rows: _size_tables(plans)
         else:
-            step_plan = planning.plan_step(name, overrides, machine)
-            title, result, tables = name, step_plan.to_json(), partial(_step_tables, step_plan)
-            fits = bool(step_plan.plan.fits)
+            plans = [planning.plan_recipe(name, overrides, machine)]
+            title, result, tables = name, plans[0].to_json(), partial(_step_tables, plans[0])
         if html is not None:
             write_page(html, f"switchcli plan: {title}", tables(None))
         if as_json:
             print_json(result)
         else:
             _show(tables(_CONSOLE_ROWS))
-        if not fits:
+        if not any(one.plan.best for one in plans):
             raise typer.Exit(1)
 
 
@@ -175,37 +172,39 @@ def _show(tables: Iterable["HtmlTable"]) -> None:
 # Every size
 
 
-def _size_tables(plans: "SizePlans") -> Iterator["HtmlTable"]:
+def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator["HtmlTable"]:
     """Yield the tables of all sizes: the devices, what fits, and the keys to paste."""
     from switchcli.report.html_page import HtmlTable
     from switchcli.runs.planning import SIZES_RECIPE, describe
 
-    about, machine, product_bytes = describe(plans.recipe), plans.machine, plans.rows[0].product_bytes
+    first = plans[0]
+    about = describe(first.recipe)
     rows = [
-        *_device_rows(machine, product_bytes),
+        *_device_rows(first),
         ("recipe", SIZES_RECIPE),
         ("steps", number(about["steps"])),
         ("input tokens", si(about["input_tokens"])),
     ]
-    if not any(row.best for row in plans.rows):
-        rows.append(("none fits: the smallest because", plans.rows[0].plan.reasons()[0][0]))
-    yield HtmlTable("Every size", ("", ""), rows, _assumptions(machine, product_bytes))
+    if not any(one.plan.best for one in plans):
+        rows.append(("none fits: the smallest because", first.plan.reasons()[0][0]))
+    yield HtmlTable("Every size", ("", ""), rows, _assumptions(first))
     caption = (
         "needs: the smallest power of two of such devices, - where the batch cannot be shared by enough of them. "
         "Input tokens a second of all devices, and days for the tokens of the recipe."
     )
     title = "Sizes on their fastest mesh, GiB a device"
-    yield HtmlTable(title, _SIZE_HEADINGS, map(_size_row, plans.rows), caption)
-    yield from _keys_to_paste(_OWN_RECIPE, plans.recipe.verb, machine, plans.rows)
+    yield HtmlTable(title, _SIZE_HEADINGS, map(_size_row, plans), caption)
+    yield from _keys_to_paste(_OWN_RECIPE, plans)
 
 
-def _keys_to_paste(recipe: str, verb: str, machine: "Machine", plans: Iterable["StepPlan"]) -> Iterator["HtmlTable"]:
+def _keys_to_paste(recipe: str, plans: Sequence["RecipePlan"]) -> Iterator["HtmlTable"]:
     """Yield a table of the keys of each plan that fits, under the command that starts a rank for each device."""
     from switchcli.report.html_page import HtmlTable
 
     title = f"Keys for your {_OWN_RECIPE}, to paste after" if recipe == _OWN_RECIPE else "Keys to paste after"
-    if keys := [(shell_words(*plan.overrides),) for plan in plans if plan.best]:
-        yield HtmlTable(f"{title}: switchcli {_start(recipe, verb, machine)}", ("",), keys)
+    command = _start(recipe, plans[0].recipe.verb, plans[0].machine)
+    if keys := [(shell_words(*one.overrides),) for one in plans if one.plan.best]:
+        yield HtmlTable(f"{title}: switchcli {command}", ("",), keys)
 
 
 def _start(recipe: str, verb: str, machine: "Machine") -> str:
@@ -219,64 +218,62 @@ def _start(recipe: str, verb: str, machine: "Machine") -> str:
     return f"launch --slurm --nodes {nodes} --ranks {devices // nodes} -- {command}"
 
 
-def _size_row(row: "StepPlan") -> tuple[str, ...]:
+def _size_row(row: "RecipePlan") -> tuple[str, ...]:
     from switchcli.runs.planning import describe
 
-    parameters, needed, fit = si(describe(row.recipe)["parameters"]), _devices_needed(row), row.best
+    parameters, needed, fit = si(describe(row.recipe)["parameters"]), _devices_needed(row), row.plan.best
     if fit is None:
         return (row.name, parameters, "no", needed, *["-"] * (len(_SIZE_HEADINGS) - 4))
     times = (si(row.tokens_per_second(fit)), _days(row.days(fit)))
     return (row.name, parameters, "yes", needed, *_mesh_cells(fit), gib(fit.bytes.total), *times)
 
 
-def _devices_needed(plan: "StepPlan") -> str:
+def _devices_needed(plan: "RecipePlan") -> str:
     return "-" if plan.devices_needed is None else f"{plan.devices_needed:,}"
 
 
 # One recipe or size
 
 
-def _step_tables(step_plan: "StepPlan", max_rows: int | None) -> Iterator["HtmlTable"]:
+def _step_tables(plan: "RecipePlan", max_rows: int | None) -> Iterator["HtmlTable"]:
     """Yield the tables of one plan, those of meshes and reasons with at most `max_rows` rows if that is not None."""
     from switchcli.recipe.sizes import SIZES
     from switchcli.report.html_page import HtmlTable
 
-    machine, fits, rejected = step_plan.machine, *step_plan.plan
-    caption = _assumptions(machine, step_plan.product_bytes)
-    yield HtmlTable(step_plan.name, ("", ""), [*_summary(step_plan)], caption)
-    if settings := step_plan.laptop_settings:
+    fits, rejected = plan.plan
+    yield HtmlTable(plan.name, ("", ""), [*_summary(plan)], _assumptions(plan))
+    if settings := plan.laptop_settings:
         yield HtmlTable("Keys that this recipe sets for a laptop", _LAPTOP_HEADINGS, settings)
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_truncation(fits, max_rows)}"
         yield HtmlTable(title, _FIT_HEADINGS, map(_fit_row, fits[:max_rows]))
-        recipe = _OWN_RECIPE if step_plan.name in SIZES else step_plan.name
-        yield from _keys_to_paste(recipe, step_plan.recipe.verb, machine, [step_plan])
+        yield from _keys_to_paste(_OWN_RECIPE if plan.name in SIZES else plan.name, [plan])
     if rejected:
-        reasons = [(reason, str(meshes)) for reason, meshes in step_plan.plan.reasons()]
+        reasons = [(reason, str(meshes)) for reason, meshes in plan.plan.reasons()]
         yield HtmlTable(f"Refused{_truncation(reasons, max_rows)}", ("why", "meshes"), reasons[:max_rows])
 
 
-def _summary(step_plan: "StepPlan") -> Iterator[tuple[str, str]]:
+def _summary(plan: "RecipePlan") -> Iterator[tuple[str, str]]:
     """Yield the rows of the table about the model, the batch, the devices and the fastest mesh."""
     from switchcli.runs.planning import describe
 
-    sizes, (fits, rejected) = describe(step_plan.recipe), step_plan.plan
+    sizes, (fits, rejected) = describe(plan.recipe), plan.plan
     yield "parameters", number(sizes["parameters"])
     yield "of the experts", number(sizes["expert_parameters"])
     yield "outside the experts", number(sizes["dense_parameters"])
     yield "that a token meets", number(sizes["active_parameters"])
     yield "FLOPs a sequence, forward", si(sizes["flops_per_sequence"])
-    yield "FLOPs a step, forward and backward", si(step_plan.flops_per_step)
-    yield "activation checkpointing", step_plan.recipe.train.activation_checkpointing
+    yield "FLOPs a step, forward and backward", si(plan.flops_per_step)
+    yield "activation checkpointing", plan.recipe.train.activation_checkpointing
     yield "sequences a step", number(sizes["sequences_per_step"])
     yield "tokens of a sequence", f"{sizes['inputs_length']:,} + {sizes['targets_length']:,}"
-    yield "sequences of a routing group", number(step_plan.recipe.model.group_sequences)
-    yield from _device_rows(step_plan.machine, step_plan.product_bytes)
-    yield "fewest devices, a power of two", _devices_needed(step_plan)
+    yield "sequences of a routing group", number(plan.recipe.model.group_sequences)
+    yield from _device_rows(plan)
+    yield "fewest devices, a power of two", _devices_needed(plan)
     yield "meshes that fit", f"{len(fits)} of {len(fits) + len(rejected)}"
     if fits:
-        yield "input tokens/s on the fastest", si(step_plan.tokens_per_second(fits[0]))
-        yield f"days for {sizes['steps']:,} steps on it", _days(step_plan.days(fits[0]))
+        yield "input tokens/s on the fastest", si(plan.tokens_per_second(fits[0]))
+        yield f"days for {sizes['steps']:,} steps on it", _days(plan.days(fits[0]))
 
 
 def _truncation(rows: Sequence[Any], max_rows: int | None) -> str:
@@ -288,7 +285,13 @@ def _fit_row(fit: "Fit") -> tuple[str, ...]:
     size = fit.bytes
     buffers = size.copies + size.dispatch + size.vocabulary
     sizes = (size.weights, size.gradients, size.optimizer, size.activations, buffers, size.total)
-    return (*_mesh_cells(fit), str(fit.microbatch), *map(gib, sizes), f"{fit.step_seconds:.3g}", fit.bound_by)
+    return (
+        *_mesh_cells(fit),
+        str(fit.microbatch),
+        *map(gib, sizes),
+        f"{fit.step_seconds:.3g}",
+        fit.bound_by.replace("_", " "),
+    )
 
 
 def _mesh_cells(fit: "Fit") -> tuple[str, ...]:
@@ -299,25 +302,27 @@ def _mesh_cells(fit: "Fit") -> tuple[str, ...]:
 # The devices
 
 
-def _device_rows(machine: "Machine", product_bytes: int) -> list[tuple[str, str]]:
+def _device_rows(plan: "RecipePlan") -> list[tuple[str, str]]:
     """Return what the plan is told of the devices."""
+    machine = plan.machine
     return [
         ("devices", f"{machine.devices:,}" + (f" x {machine.gpu}" if machine.gpu else "")),
         ("memory of each", f"{gib(machine.memory_bytes)} GiB"),
         ("that a plan may fill", f"{gib(machine.usable_bytes)} GiB"),
-        ("FLOP/s that each reaches", si(machine.product_flops(product_bytes))),
+        ("FLOP/s that each reaches", si(machine.product_flops(plan.product_bytes))),
     ]
 
 
-def _assumptions(machine: "Machine", product_bytes: int) -> str:
+def _assumptions(plan: "RecipePlan") -> str:
     """Return what the plan assumes of the devices, and how far its times are from measurements."""
     from switchcli.planner.devices import RESERVED_FRACTION
-    from switchcli.runs.planning import TIMES, utilization
+    from switchcli.runs.planning import TIMES
 
+    machine = plan.machine
     reserve = f"{RESERVED_FRACTION:.0%} of the memory is left to CUDA's context, buffers and fragmentation."
-    reached = utilization(machine, product_bytes)
+    reached = machine.utilization(plan.product_bytes)
     if reached is not None:
-        products = "float32" if product_bytes == 4 else "bfloat16"
+        products = "float32" if plan.product_bytes == 4 else "bfloat16"
         source = "as given" if machine.float32_flops is None else "an assumption, not a measurement"
         rate = f"The FLOP/s are {reached:.0%} of the data sheet's in {products}: {source}."
     elif machine.flops == machine._field_defaults["flops"]:

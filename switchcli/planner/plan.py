@@ -6,15 +6,16 @@ and writing the weights, plus the time of each collective, which overlaps with n
 is for comparing meshes; it was never compared with the time of a step on a GPU.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, Self
+from collections.abc import Iterator
+from math import ceil
+from typing import Any, Literal, NamedTuple, Self
 
-from switchcli.distributed.parallel_spec import Shard, divides_experts, indivisible_sizes
+from switchcli.distributed.parallel_spec import ParallelSpec, Shard, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.planner import devices
 from switchcli.planner.memory_use import DeviceBytes, device_bytes
-from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, output_widths, slots
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, Tensors, output_widths, rank_weights, slots
 from switchcli.planner.traffic import Collective, collectives
 
 GIB = 2**30
@@ -65,6 +66,22 @@ class Machine(NamedTuple):
         """Return the FLOP/s of matrix products whose elements have so many bytes: 4 for float32, 2 for bfloat16."""
         return self.float32_flops or self.flops if product_bytes == FLOAT else self.flops
 
+    def utilization(self, product_bytes: int) -> float | None:
+        """Return the share of the data sheet's FLOP/s that products are assumed to reach; None if it has no name."""
+        if self.gpu is None:
+            return None
+        gpu = devices.GPUS[self.gpu]
+        return self.product_flops(product_bytes) / (gpu.float32_flops if product_bytes == FLOAT else gpu.flops)
+
+    def to_json(self, product_bytes: int) -> dict[str, Any]:
+        """Return the devices with what a plan assumes of them in products of so many bytes an element."""
+        return {
+            **self._asdict(),
+            "usable_bytes": self.usable_bytes,
+            "reserved_fraction": devices.RESERVED_FRACTION,
+            "utilization": self.utilization(product_bytes),
+        }
+
     def rate(self, collective: Collective, mesh: Mesh) -> float:
         """Return the bytes per second of a collective: `bandwidth` if each group of ranks is within a node."""
         # Neighbors on an axis are so many ranks apart (see distributed/mesh.py), so a group spans ranks * stride.
@@ -81,7 +98,7 @@ class Fit(NamedTuple):
     """Sequences of a microbatch: as the recipe says, else the most that fit."""
     bytes: DeviceBytes
     seconds: dict[str, float]
-    """Seconds of `compute`, of `memory`, and of the collectives of each axis (`data axis`, ...)."""
+    """Seconds of `compute`, of `memory`, and of the collectives of each axis (`data_axis`, ...)."""
 
     @property
     def step_seconds(self) -> float:
@@ -106,11 +123,16 @@ class Rejection(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All meshes of a number of devices, divided into those that fit and those that do not."""
+    """The meshes of a number of devices, divided into those that fit and those that do not."""
 
     fits: tuple[Fit, ...]
     """The fastest first."""
     rejected: tuple[Rejection, ...]
+
+    @property
+    def best(self) -> Fit | None:
+        """The fastest mesh; None if the step does not fit on the devices."""
+        return self.fits[0] if self.fits else None
 
     def reasons(self) -> list[tuple[str, int]]:
         """Return each reason for rejecting meshes, and the number of these meshes.
@@ -130,49 +152,91 @@ class Plan(NamedTuple):
         return list(entries.values())
 
 
-def plan(
-    spec: ModelSpec, step: Step, machine: Machine, microbatch: int | None, weights_by_model: Mapping[int, RankWeights]
-) -> Plan:
-    """Return which meshes of the machine's devices the step fits on.
+class Planner:
+    """A training step of a model on any devices: the meshes that fit, with their bytes and seconds."""
 
-    Args:
-        spec: the model.
-        step: the batch and its precision.
-        machine: the devices.
-        microbatch: sequences of a microbatch; None for the most that fit.
-        weights_by_model: `rank_weights` by the size of the model axis, for each of `model_axes`.
-    """
-    outcomes = [
-        try_mesh(spec, step, machine, mesh, microbatch, weights_by_model) for mesh in meshes(spec, machine.devices)
-    ]
-    fits = [outcome for outcome in outcomes if isinstance(outcome, Fit)]
-    fits.sort(key=lambda fit: (fit.step_seconds, fit.bytes.total))
-    return Plan(tuple(fits), tuple(outcome for outcome in outcomes if isinstance(outcome, Rejection)))
+    def __init__(
+        self,
+        spec: ModelSpec,
+        step: Step,
+        weights: Tensors,
+        state: Tensors,
+        microbatch: int | None = None,
+        parallel: ParallelSpec | None = None,
+    ) -> None:
+        """Plan for these sizes.
 
+        Args:
+            spec: the model.
+            step: the batch and its precision.
+            weights: the parameters of the unsharded model, on the meta device.
+            state: their optimizer state, by `<parameter>/<slot>`, on the meta device.
+            microbatch: sequences of a microbatch; None for the most that fit.
+            parallel: the mesh to plan, as far as it is set; None for every mesh.
+        """
+        self.spec, self.step = spec, step
+        self._weights, self._state = weights, state
+        self._microbatch = microbatch
+        self._parallel = parallel or ParallelSpec()
+        self._rank_weights: dict[int, RankWeights] = {}
 
-def try_mesh(
-    spec: ModelSpec,
-    step: Step,
-    machine: Machine,
-    mesh: Mesh,
-    microbatch: int | None,
-    weights_by_model: Mapping[int, RankWeights],
-) -> Fit | Rejection:
-    """Return how the step fits on one mesh, or why it does not. Arguments are those of `plan`."""
-    violation = mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, microbatch)
-    if violation:
-        return violation
-    weights = weights_by_model[mesh.model]
-    sizes = [microbatch] if microbatch else microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
-    for size in sizes:
-        needed = device_bytes(spec, step, mesh, weights, size)
-        if needed.total <= machine.usable_bytes:
-            break
-    else:
-        return _memory_violation(mesh, needed, machine, size)
-    calls = collectives(spec, step, mesh, weights, size)
-    seconds = _seconds(spec, step, machine, mesh, weights, size, calls)
-    return Fit(mesh, size, needed, seconds)
+    def plan(self, machine: Machine) -> Plan:
+        """Return which meshes of the machine's devices the step fits on."""
+        outcomes = [self._try_mesh(mesh, machine) for mesh in self._meshes(machine.devices)]
+        fits = [outcome for outcome in outcomes if isinstance(outcome, Fit)]
+        fits.sort(key=lambda fit: (fit.step_seconds, fit.bytes.total))
+        return Plan(tuple(fits), tuple(outcome for outcome in outcomes if isinstance(outcome, Rejection)))
+
+    def fewest_devices(self, machine: Machine) -> int | None:
+        """Return the smallest power of two of such devices that a mesh fits on; None if no number of them suffices."""
+        # At best, all devices divide the weights and their gradients among them. Fewer devices need not be tried.
+        num_bytes = 2 * FLOAT * sum(weight.numel() for weight in self._weights.values())
+        number = 1 << (ceil(num_bytes / machine.usable_bytes) - 1).bit_length()
+        # Each row of the batch on a rank of its own, and each head.
+        max_number = self.step.sequences * self.spec.num_heads
+        while number <= max_number:
+            more = machine._replace(devices=number)
+            if any(isinstance(self._try_mesh(mesh, more), Fit) for mesh in self._meshes(number)):
+                return number
+            number *= 2
+        return None
+
+    def _meshes(self, number: int) -> Iterator[Mesh]:
+        """Yield every mesh of so many devices that `parallel` allows."""
+        return filter(self._allows, meshes(self.spec, number))
+
+    def _allows(self, mesh: Mesh) -> bool:
+        """Return whether the mesh is as `parallel` says: any, if it says nothing."""
+        parallel = self._parallel
+        if parallel.is_unset:
+            return True
+        shard = parallel.shard if mesh.data > 1 else "none"  # sharding matters only with several data-parallel ranks
+        if parallel.data not in (None, mesh.data):
+            return False
+        return (mesh.expert, mesh.model, mesh.shard) == (parallel.expert, parallel.model, shard)
+
+    def _try_mesh(self, mesh: Mesh, machine: Machine) -> Fit | Rejection:
+        """Return how the step fits on a mesh of the machine's devices, or why it does not."""
+        spec, step = self.spec, self.step
+        violation = mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, self._microbatch)
+        if violation:
+            return violation
+        weights, sizes = self._weights_of_rank(mesh.model), [self._microbatch or 0]
+        if not self._microbatch:
+            sizes = microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
+        for size in sizes:
+            needed = device_bytes(spec, step, mesh, weights, size)
+            if needed.total <= machine.usable_bytes:
+                break
+        else:
+            return _memory_violation(mesh, needed, machine, size)
+        return Fit(mesh, size, needed, _seconds(spec, step, machine, mesh, weights, size))
+
+    def _weights_of_rank(self, model: int) -> RankWeights:
+        """Return the weights of a rank on a model axis of this size."""
+        if model not in self._rank_weights:
+            self._rank_weights[model] = rank_weights(self._weights, self._state, model)
+        return self._rank_weights[model]
 
 
 def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:
@@ -182,11 +246,6 @@ def meshes(spec: ModelSpec, devices: int) -> Iterator[Mesh]:
         for expert in divisors(data) if spec.num_experts > 1 else [1]:
             for shard in SHARDS if data > 1 else SHARDS[:1]:
                 yield Mesh(data, expert, model, shard)
-
-
-def model_axes(spec: ModelSpec, devices: int) -> list[int]:
-    """Return the sizes of the model axis that the sizes of the model allow, ascending."""
-    return [model for model in divisors(devices) if mesh_violation(spec, Mesh(devices // model, 1, model)) is None]
 
 
 def divisors(number: int) -> list[int]:
@@ -271,13 +330,7 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
 
 
 def _seconds(
-    spec: ModelSpec,
-    step: Step,
-    machine: Machine,
-    mesh: Mesh,
-    weights: RankWeights,
-    microbatch: int,
-    calls: tuple[Collective, ...],
+    spec: ModelSpec, step: Step, machine: Machine, mesh: Mesh, weights: RankWeights, microbatch: int
 ) -> dict[str, float]:
     """Return the seconds of compute, of access to the device's memory, and of the collectives of each axis."""
     experts, num_microbatches = weights.expert / mesh.expert, step.sequences // mesh.data // microbatch
@@ -290,7 +343,7 @@ def _seconds(
         "compute": flops_of(spec, step, mesh, microbatch) / machine.product_flops(step.product_bytes),
         "memory": FLOAT * accesses / machine.memory_bandwidth,
     }
-    for call in calls:
-        axis = f"{call.axis} axis"
+    for call in collectives(spec, step, mesh, weights, microbatch):
+        axis = f"{call.axis}_axis"
         seconds[axis] = seconds.get(axis, 0.0) + call.network_bytes / machine.rate(call, mesh)
     return seconds

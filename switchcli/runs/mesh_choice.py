@@ -11,7 +11,7 @@ from switchcli.planner.plan import Machine
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.runs import accelerate_settings
-from switchcli.runs.step_planner import StepPlanner
+from switchcli.runs.planning import planner_of
 
 
 def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
@@ -40,7 +40,7 @@ def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
     cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
     # On a CPU, the ranks of a machine share its memory.
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // local_ranks
-    candidates = StepPlanner(recipe, fused=cuda).plan(Machine(ranks, memory, node_devices=local_ranks))
+    candidates = planner_of(recipe, fused=cuda).plan(Machine(ranks, memory, node_devices=local_ranks))
     # Without train.microbatch_tokens a rank takes its share of a batch at once. A plan may divide it into microbatches.
     at_once = not recipe.train.microbatch_tokens
     for fit in candidates.fits:

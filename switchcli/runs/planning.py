@@ -1,8 +1,8 @@
-"""The size of a recipe's model and run, and the plan of a training step on given devices."""
+"""What a recipe's training costs: the size of its model and run, and the plan of its step on given devices."""
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,14 @@ from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
 from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
-from switchcli.planner.devices import GPUS, RESERVED_FRACTION
-from switchcli.planner.plan import Fit, Machine, Plan
+from switchcli.planner.plan import Fit, Machine, Plan, Planner
+from switchcli.planner.step import Step
 from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.units import si
-from switchcli.runs.step_planner import StepPlanner
+from switchcli.runs.transformers_checkpoint import meta_model
 
 SIZES_RECIPE = "pretrain/base"
 """The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
@@ -62,6 +62,26 @@ def describe_as_yaml(recipe: TrainingRecipe) -> str:
     return "".join([*comments, resolve.dump(recipe)])
 
 
+def planner_of(recipe: TrainingRecipe, fused: bool) -> Planner:
+    """Return the planner of a recipe's step, on the meshes that it allows. `fused` assumes the kernels of a GPU."""
+    train = recipe.train
+    step = Step(
+        recipe.rows_per_step,
+        recipe.inputs_length,
+        recipe.targets_length,
+        product_bytes=4 if train.precision == "float32" else 2,
+        router_bytes=train.router_dtype.itemsize,
+        fused=fused,
+        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,
+        recomputed=train.activation_checkpointing == "blocks",
+        ordered=recipe.parallel.reduction == "ordered",
+    )
+    microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
+    weights = dict(meta_model(recipe.model).named_parameters())
+    state = recipe.optimizer.build(weights).state()
+    return Planner(recipe.model, step, weights, state, microbatch, recipe.parallel)
+
+
 class LaptopSetting(NamedTuple):
     """A key of a recipe whose value suits a laptop, with a value for GPUs."""
 
@@ -71,8 +91,8 @@ class LaptopSetting(NamedTuple):
     reason: str
 
 
-class StepPlan(NamedTuple):
-    """The plan of a training step, with the recipe and the devices that it is for."""
+class RecipePlan(NamedTuple):
+    """The plan of a recipe's step on given devices, with the keys that give it."""
 
     name: str
     """The recipe or the size, as the user named it."""
@@ -85,17 +105,13 @@ class StepPlan(NamedTuple):
     """The smallest power of two of such devices that the step fits on; None if no number of them suffices."""
 
     @property
-    def best(self) -> Fit | None:
-        """The fastest mesh; None if the step does not fit on the devices."""
-        return self.plan.fits[0] if self.plan.fits else None
-
-    @property
     def overrides(self) -> list[str]:
         """The KEY=VALUE that give this step on its fastest mesh: behind the planned recipe, or behind any recipe of
         `switchcli pretrain` if a size was planned. None if it does not fit."""
-        if self.best is None:
+        best = self.plan.best
+        if best is None:
             return []
-        recipe, mesh, keys = self.recipe, self.best.mesh, {}
+        recipe, mesh, keys = self.recipe, best.mesh, {}
         if self.name in SIZES:
             keys["model.size"] = self.name
             if recipe.model.num_experts > 1:
@@ -104,7 +120,7 @@ class StepPlan(NamedTuple):
             keys["train.batch_tokens"] = str(recipe.train.batch_tokens)
             keys["train.precision"] = recipe.train.precision
         keys |= {key: value for key, _, value in (override.partition("=") for override in self.given)}
-        keys["train.microbatch_tokens"] = str(self.best.microbatch * recipe.inputs_length)
+        keys["train.microbatch_tokens"] = str(best.microbatch * recipe.inputs_length)
         if recipe.parallel.auto:  # the keys below are the mesh that it would choose
             from_user = keys.get("parallel") == "auto" or "parallel.auto" in keys
             keys = {key: value for key, value in keys.items() if (key, value) != ("parallel", "auto")}
@@ -158,7 +174,7 @@ class StepPlan(NamedTuple):
             **describe(self.recipe),
             "flops_per_step": self.flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
-            "machine": machine_to_json(self.machine, self.product_bytes),
+            "machine": self.machine.to_json(self.product_bytes),
             "times": TIMES,
             "devices_needed": self.devices_needed,
             "overrides": self.overrides,
@@ -182,25 +198,7 @@ class StepPlan(NamedTuple):
         }
 
 
-def utilization(machine: Machine, product_bytes: int) -> float | None:
-    """Return the fraction of the data sheet's FLOP/s that a device is assumed to reach; None if it has no name."""
-    if machine.gpu is None:
-        return None
-    gpu = GPUS[machine.gpu]
-    return machine.product_flops(product_bytes) / (gpu.float32_flops if product_bytes == 4 else gpu.flops)
-
-
-def machine_to_json(machine: Machine, product_bytes: int) -> dict[str, Any]:
-    """Return the devices with what the plan assumes of them in matrix products of so many bytes an element."""
-    return {
-        **machine._asdict(),
-        "usable_bytes": machine.usable_bytes,
-        "reserved_fraction": RESERVED_FRACTION,
-        "utilization": utilization(machine, product_bytes),
-    }
-
-
-def plan_step(name: str, overrides: Sequence[str], machine: Machine) -> StepPlan:
+def plan_recipe(name: str, overrides: Sequence[str], machine: Machine) -> RecipePlan:
     """Resolve the recipe or the size, and plan its step on every mesh that the recipe allows.
 
     Raises:
@@ -209,8 +207,65 @@ def plan_step(name: str, overrides: Sequence[str], machine: Machine) -> StepPlan
     """
     recipe = _recipe(name, overrides)
     check_world(recipe.parallel, machine.devices)
-    planner = StepPlanner(recipe, fused=recipe.train.device != "cpu")
-    return StepPlan(name, tuple(overrides), recipe, machine, planner.plan(machine), planner.fewest_devices(machine))
+    planner = planner_of(recipe, fused=recipe.train.device != "cpu")
+    return RecipePlan(name, tuple(overrides), recipe, machine, planner.plan(machine), planner.fewest_devices(machine))
+
+
+def plan_sizes(
+    overrides: Sequence[str], machine: Machine, show: Callable[[int], None] = lambda count: None
+) -> list[RecipePlan]:
+    """Plan a step of `SIZES_RECIPE` with each model size, in the order of their parameters.
+
+    All have the same steps, batch and precision. Sizes that the overrides do not suit, such as `parallel.expert=8` a
+    dense one, are left out. `show` is called with the number of sizes that are done.
+
+    Raises:
+        RecipeError: the overrides name a size, or suit none.
+    """
+    if any(override.partition("=")[0] == "model.size" for override in overrides):
+        raise RecipeError("model.size: all sizes are planned: name this one as the argument, or leave the key out")
+    plans, first_error = [], None
+    for number, size in enumerate(SIZES, start=1):
+        show(number)
+        try:
+            plans.append(plan_recipe(size, overrides, machine))
+        except RecipeError as error:
+            first_error = first_error or error
+    if first_error and not plans:
+        raise first_error
+    return sorted(plans, key=lambda plan: describe(plan.recipe)["parameters"])
+
+
+def sizes_to_json(plans: Sequence[RecipePlan]) -> dict[str, Any]:
+    """Return the plans of `plan_sizes` for programs. What follows from a mesh is null where none fits."""
+    first = plans[0]
+    about = describe(first.recipe)
+    return {
+        "recipe": SIZES_RECIPE,
+        "steps": about["steps"],
+        "input_tokens": about["input_tokens"],
+        "machine": first.machine.to_json(first.product_bytes),
+        "times": TIMES,
+        "sizes": [_size_to_json(plan) for plan in plans],
+    }
+
+
+def _size_to_json(plan: RecipePlan) -> dict[str, Any]:
+    about, best = describe(plan.recipe), plan.plan.best
+    return {
+        "size": plan.name,
+        "parameters": about["parameters"],
+        "active_parameters": about["active_parameters"],
+        "fits": best is not None,
+        "devices_needed": plan.devices_needed,
+        "mesh": best and best.mesh._asdict(),
+        "microbatch_tokens": best and best.microbatch * plan.recipe.inputs_length,
+        "device_bytes": best and best.bytes.total,
+        "step_seconds": best and best.step_seconds,
+        TOKENS_PER_SECOND: best and plan.tokens_per_second(best),
+        "days": best and plan.days(best),
+        "overrides": plan.overrides,
+    }
 
 
 def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:

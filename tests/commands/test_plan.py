@@ -14,7 +14,7 @@ from tiny_run import SwitchCLI
 from switchcli.planner.devices import GPUS, RESERVED_FRACTION, UTILIZATION
 from switchcli.planner.plan import Machine
 from switchcli.recipe.sizes import SIZES
-from switchcli.runs.planning import plan_step
+from switchcli.runs.planning import plan_recipe
 
 
 def planned(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def test_without_a_fit_the_exit_code_is_1_and_scripts_get_the_plan(
 def few_sizes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sizes that fit on one small device, on eight, and only on more than eight. Returns them by their parameters."""
     names = ["switch-xxl", "switch-base-64", "tiny"]
-    monkeypatch.setattr("switchcli.runs.size_plans.SIZES", {name: SIZES[name] for name in names})
+    monkeypatch.setattr("switchcli.runs.planning.SIZES", {name: SIZES[name] for name in names})
     return names[::-1]
 
 
@@ -265,10 +265,10 @@ def test_nodes_have_equally_many_ranks(few_sizes: list[str], switchcli: SwitchCL
 
 def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
     """Check that the keys of a size, pasted behind any recipe, give its mesh and its numbers."""
-    vocab_size = plan_step(row["size"], [], Machine.of_gpu(devices, gpu)).recipe.model.vocab_size
+    vocab_size = plan_recipe(row["size"], [], Machine.of_gpu(devices, gpu)).recipe.model.vocab_size
     own = [*row["overrides"], f"model.vocab_size={vocab_size}"]  # where the tokenizer of the recipe is another one
     for recipe, keys in (("pretrain/base", row["overrides"]), ("quickstart/switch", own), ("pretrain/local", own)):
-        (fit,) = plan_step(recipe, keys, Machine.of_gpu(devices, gpu)).plan.fits
+        (fit,) = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu)).plan.fits
         assert (fit.mesh._asdict(), fit.bytes.total) == (row["mesh"], row["device_bytes"]), recipe
         assert fit.step_seconds == row["step_seconds"], recipe
 

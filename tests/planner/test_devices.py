@@ -10,7 +10,7 @@ from switchcli.planner import devices
 from switchcli.planner.plan import Machine
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs.step_planner import StepPlanner
+from switchcli.runs.planning import planner_of
 
 
 @pytest.mark.parametrize("name", devices.GPUS)
@@ -55,7 +55,7 @@ def test_a_machine_of_known_devices() -> None:
 def test_the_fewest_devices_are_the_first_power_of_two_that_fits(gib: float, keys: tuple[str, ...]) -> None:
     recipe = resolve_standalone("quickstart/switch", ["train.batch_tokens=16384", *keys])
     assert isinstance(recipe, TrainingRecipe)
-    planner, machine = StepPlanner(recipe, fused=True), Machine(1, int(gib * 2**30))
+    planner, machine = planner_of(recipe, fused=True), Machine(1, int(gib * 2**30))
     powers = [2**power for power in range(8)]
     fitting = [devices for devices in powers if planner.plan(machine._replace(devices=devices)).fits]
     assert planner.fewest_devices(machine) == (min(fitting) if fitting else None)

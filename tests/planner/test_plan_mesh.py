@@ -10,7 +10,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.planner.plan import Machine, Plan, Rejection, flops_of, meshes, microbatch_sizes, model_axes, plan
+from switchcli.planner.plan import Machine, Plan, Planner, Rejection, flops_of, meshes, microbatch_sizes
 from switchcli.planner.step import Mesh, RankWeights, Step, rank_weights
 from switchcli.planner.traffic import Collective, collectives
 from switchcli.training.optimizer_specs import Adafactor
@@ -21,10 +21,15 @@ DENSE = ModelSpec(**SHAPE)
 STEP = Step(64, 512, 114)
 
 
-def held_of(spec: ModelSpec, model: int = 1) -> RankWeights:
+def tensors_of(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and optimizer state on the meta device."""
     with torch.device("meta"):
-        weights = dict(SwitchTransformer(spec).named_parameters())
-    return rank_weights(weights, Adafactor().build(weights).state(), model)
+        weights: dict[str, torch.Tensor] = dict(SwitchTransformer(spec).named_parameters())
+    return weights, Adafactor().build(weights).state()
+
+
+def held_of(spec: ModelSpec, model: int = 1) -> RankWeights:
+    return rank_weights(*tensors_of(spec), model)
 
 
 def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> dict[str, Collective]:
@@ -35,9 +40,7 @@ def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> di
 
 
 def planned(spec: ModelSpec, devices: int, microbatch: int | None = None, step: Step = STEP, gib: float = 80) -> Plan:
-    machine = Machine(devices, int(gib * 2**30))
-    own = {model: held_of(spec, model) for model in model_axes(spec, devices)}
-    return plan(spec, step, machine, microbatch, own)
+    return Planner(spec, step, *tensors_of(spec), microbatch).plan(Machine(devices, int(gib * 2**30)))
 
 
 def test_one_device_has_no_collective() -> None:
@@ -194,16 +197,15 @@ def test_what_is_computed_again_is_all_but_the_logits() -> None:
 
 
 def test_what_bounds_a_step_follows_the_rates() -> None:
-    own = {1: held_of(SPARSE)}
+    planner = Planner(SPARSE, STEP, *tensors_of(SPARSE))
     fast = {"flops": 1e30, "memory_bandwidth": 1e30, "bandwidth": 1e30, "network": 1e30}
     for slow, rate, bound in (
         ("flops", 1e3, {"compute"}),
         ("memory_bandwidth", 1e3, {"memory"}),
-        ("bandwidth", 1e3, {"data axis", "expert axis", "replica axis"}),
+        ("bandwidth", 1e3, {"data_axis", "expert_axis", "replica_axis"}),
     ):
         machine = Machine(8, 2**40, **(fast | {slow: rate}))
-        found = plan(SPARSE, STEP, machine, None, own | {model: held_of(SPARSE, model) for model in (2, 4)})
-        assert {fit.bound_by for fit in found.fits if fit.mesh.model == 1} <= bound
+        assert {fit.bound_by for fit in planner.plan(machine).fits if fit.mesh.model == 1} <= bound
 
 
 def test_weights_are_read_and_gradients_written_in_each_microbatch_and_the_optimizer_takes_five_accesses() -> None:
