@@ -1,18 +1,18 @@
 """`switchcli data tokenizer`: train and show tokenizers. Imports torch only when it reads a recipe."""
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
+from switchcli.commands._result import Line, finish
 from switchcli.recipe import yaml_nodes
-from switchcli.report.console import Console, print_json
-from switchcli.report.safe_text import one_line, shell_words
+from switchcli.report.console import Console
+from switchcli.report.safe_text import shell_words
+from switchcli.report.table import Table
 
 group = typer.Typer(
     name="tokenizer",
@@ -44,16 +44,11 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the tokenizer of a recipe (data.tokenizer, kind: train) on its training documents, and write a file."""
-    with _exit.interruptible(saves_nothing=True):
-        from switchcli.runs import tokenizer_tools
+    from switchcli.runs import tokenizer_tools
 
-        tokenizer_tools.check_free(out, replace=force)
-        facts = tokenizer_tools.train(recipe, overrides or [], out, Console(quiet=quiet))
-        if as_json:
-            print_json(facts)
-        else:
-            _show_facts(facts)
-            _show_use(out)
+    tokenizer_tools.check_free(out, replace=force)
+    facts = tokenizer_tools.train(recipe, overrides or [], out, Console(quiet=quiet))
+    finish(facts, as_json, [_facts_table(facts), *_use_lines(out)])
 
 
 @group.command(
@@ -77,34 +72,36 @@ def show(
     tokenizer = tokenizer_tools.open_tokenizer(name)
     facts = tokenizer_tools.tokenizer_facts(name, tokenizer)
     tokenized = tokenizer_tools.encode_texts(tokenizer, texts or [])
-    if as_json:
-        print_json({**facts, "texts": tokenized})
-    else:
-        _show_facts(facts)
-        _show_tokenized(tokenized)
+    finish({**facts, "texts": tokenized}, as_json, [_facts_table(facts), *_tokenized_lines(tokenized)])
 
 
-def _show_facts(facts: Mapping[str, Any]) -> None:
-    """Print the facts about a tokenizer on stdout."""
-    rows = {
-        key.replace("_", " "): ("no", "yes")[value] if isinstance(value, bool) else value
+def _facts_table(facts: Mapping[str, Any]) -> Table:
+    rows = [
+        (key.replace("_", " "), ("no", "yes")[value] if isinstance(value, bool) else value)
         for key, value in facts.items()
         if key != "tokenizer"
-    }
-    Console(stream=sys.stdout).table(facts["tokenizer"], rows)
+    ]
+    return Table(("", ""), rows, facts["tokenizer"])
 
 
-def _show_use(file: Path) -> None:
-    """Print how a run uses the tokenizer: an override to paste into a shell, and lines to paste into a recipe."""
+def _use_lines(file: Path) -> Iterator[Line]:
+    """Yield how a run uses the tokenizer: an override to paste into a shell, and lines to paste into a recipe."""
     value = {"kind": "file", "path": str(file)}
     override = f"data.tokenizer={yaml_nodes.write(value, in_one_line=True).strip()}"
-    typer.echo(f"\non the command line:\n  {shell_words(override)}\nin a recipe:")
-    for line in yaml_nodes.write({"data": {"tokenizer": value}}).splitlines():
-        typer.echo(f"  {one_line(line)}")
+    lines = yaml_nodes.write({"data": {"tokenizer": value}}).splitlines()
+    for text in (
+        "",
+        "on the command line:",
+        f"  {shell_words(override)}",
+        "in a recipe:",
+        *(f"  {line}" for line in lines),
+    ):
+        yield Line(text)
 
 
-def _show_tokenized(texts: Iterable[Mapping[str, Any]]) -> None:
+def _tokenized_lines(texts: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
     for text in texts:
-        typer.echo(f"\n{one_line(text['text'])}")
-        typer.echo(f"pieces  {' '.join(map(one_line, text['pieces']))}")
-        typer.echo(f"ids     {' '.join(map(str, text['ids']))}")
+        yield Line("")
+        yield Line(text["text"])
+        yield Line(f"pieces  {' '.join(text['pieces'])}")
+        yield Line(f"ids     {' '.join(map(str, text['ids']))}")

@@ -1,7 +1,6 @@
 """Functions that the verbs share which train or evaluate: a common command, the dry run, the ranks, the result."""
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -20,10 +19,10 @@ from switchcli.commands._options import (
     Resume,
     default_out,
 )
+from switchcli.commands._result import finish
 from switchcli.distributed.rendezvous import is_rank, join_srun
 from switchcli.report.console import main_console, print_json
 from switchcli.report.safe_text import safe_text
-from switchcli.system.startup import is_main_rank
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
@@ -38,6 +37,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
     app = typer.Typer()
 
     @app.command(verb, help=help, epilog=epilog)
+    @_exit.interruptible()
     def train(
         recipe: Recipe,
         overrides: Overrides = None,
@@ -50,19 +50,18 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
         as_json: Json = False,
         quiet: Quiet = False,
     ) -> None:
-        with _exit.interruptible():
-            from switchcli import api
+        from switchcli import api
 
-            run = api.Recipe(recipe, tuple(overrides or ()), verb)
-            out = out or default_out(recipe)
-            if dry_run or starts_ranks(processes):
-                job, _ = api.resolve_job(run, out, model=model, branch_from=branch_from, resume=resume)
-                if dry_run:
-                    print_dry_run(job, as_json)
-                    return
-                start_ranks(processes, job.recipe, as_json)
-            result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
-            finish(result.record, as_json)
+        run = api.Recipe(recipe, tuple(overrides or ()), verb)
+        out = out or default_out(recipe)
+        if dry_run or starts_ranks(processes):
+            job, _ = api.resolve_job(run, out, model=model, branch_from=branch_from, resume=resume)
+            if dry_run:
+                print_dry_run(job, as_json)
+                return
+            start_ranks(processes, job.recipe, as_json)
+        result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
+        finish(result.record, as_json)
 
     return app
 
@@ -94,10 +93,3 @@ def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: 
     if as_json and ended.error is not None:
         print_json({"error": ended.error, "exit_code": ended.exit_code})
     _exit.exit_with(ended.exit_code)
-
-
-def finish(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print the result with `as_json`, once for all ranks, and end this process if it is a rank."""
-    if as_json and is_main_rank(os.environ):
-        print_json(result)
-    _exit.exit_rank()

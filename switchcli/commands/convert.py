@@ -10,8 +10,9 @@ import typer
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Destination, Json, Quiet
+from switchcli.commands._result import finish
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console, print_json
+from switchcli.report.console import Console
 
 app = typer.Typer()
 
@@ -33,6 +34,7 @@ _LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
         "switchcli convert google/switch-base-8 base-8 --to switchcli --unpickle",
     )
 )
+@_exit.interruptible()
 def convert(
     source: Annotated[
         str,
@@ -80,34 +82,30 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint to or from the layout of transformers, or for CTranslate2, completely or not at all."""
-    with _exit.interruptible():
-        from switchcli.runs import conversion
+    from switchcli.runs import conversion
 
-        layout = "huggingface" if to == "hf" else to
-        _check_options(
-            layout,
-            {
-                "--tokenizer": tokenizer is not None,
-                "--revision": revision != "main",
-                "--unpickle": unpickle,
-                "--quantization": quantization is not None,
-                "--license": license_ is not None,
-            },
-        )
-        if license_ is not None and not _LICENSE.fullmatch(license_):
-            raise RecipeError(f"--license ({license_}): give an identifier of the hub, such as apache-2.0 or cc-by-4.0")
-        console = Console(quiet=quiet)
-        if layout == "switchcli":
-            result = conversion.to_switchcli(
-                source, destination, tokenizer=tokenizer, revision=revision, unpickle=unpickle
-            )
-        elif layout == "huggingface":
-            result = conversion.to_huggingface(Path(source), destination, console, license_)
-        else:
-            result = conversion.to_ctranslate2(Path(source), destination, console, quantization or "float32", license_)
-        console.message(f"{result['parameters']:,} parameters in {destination}")
-        if as_json:
-            print_json(result)
+    layout = "huggingface" if to == "hf" else to
+    _check_options(
+        layout,
+        {
+            "--tokenizer": tokenizer is not None,
+            "--revision": revision != "main",
+            "--unpickle": unpickle,
+            "--quantization": quantization is not None,
+            "--license": license_ is not None,
+        },
+    )
+    if license_ is not None and not _LICENSE.fullmatch(license_):
+        raise RecipeError(f"--license ({license_}): give an identifier of the hub, such as apache-2.0 or cc-by-4.0")
+    console = Console(quiet=quiet)
+    if layout == "switchcli":
+        result = conversion.to_switchcli(source, destination, tokenizer=tokenizer, revision=revision, unpickle=unpickle)
+    elif layout == "huggingface":
+        result = conversion.to_huggingface(Path(source), destination, console, license_)
+    else:
+        result = conversion.to_ctranslate2(Path(source), destination, console, quantization or "float32", license_)
+    console.message(f"{result['parameters']:,} parameters in {destination}")
+    finish(result, as_json)
 
 
 def _check_options(layout: str, is_given: Mapping[str, bool]) -> None:

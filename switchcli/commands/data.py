@@ -1,7 +1,6 @@
 """`switchcli data`: prepare text before a run, and work with tokenizers. Imports torch only when it reads a recipe."""
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +8,9 @@ import typer
 from switchcli.commands import _exit, _tokenizers
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
-from switchcli.report.console import Console, print_json
+from switchcli.commands._result import Line, finish
+from switchcli.report.console import Console
+from switchcli.report.table import Table
 from switchcli.report.units import binary
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.add_typer(_tokenizers.group)
         "switchcli data prepare pretrain/wikipedia --share 2/4",
     )
 )
+@_exit.interruptible()
 def prepare(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -58,26 +60,22 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Tokenize a recipe's text once, with all processors; the same command resumes after a stop."""
-    with _exit.interruptible():
-        from switchcli.runs import text_preparation
+    from switchcli.runs import text_preparation
 
-        result = text_preparation.prepare(
-            recipe,
-            overrides or [],
-            Console(quiet=quiet),
-            model=model,
-            processes=processes,
-            share=share,
-            check=check,
-        )
-        if as_json:
-            print_json(result)
-        else:
-            _show_prepared(result, Console(quiet=quiet, stream=sys.stdout))
+    result = text_preparation.prepare(
+        recipe,
+        overrides or [],
+        Console(quiet=quiet),
+        model=model,
+        processes=processes,
+        share=share,
+        check=check,
+    )
+    finish(result, as_json, _shown(result), quiet=quiet)
 
 
-def _show_prepared(result: Mapping[str, Any], console: Console) -> None:
-    """Print the size and the folder of each text that is completely prepared."""
+def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
+    """Yield the size and the folder of each text that is completely prepared."""
     from switchcli.data.prepare.prepared_text import SPLITS
 
     texts = {label or "text": text for label, text in result["texts"].items() if text is not None}
@@ -85,9 +83,9 @@ def _show_prepared(result: Mapping[str, Any], console: Console) -> None:
     for label, text in texts.items():
         train, held_out = (text[part] for part in SPLITS)
         counts = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
-        rows.append([label, *(f"{count:,}" for count in counts), binary(train["bytes"] + held_out["bytes"])])
-    console.rows("prepared", ("", "documents", "tokens", "held out", "tokens", "text"), rows)
+        rows.append((label, *counts, binary(train["bytes"] + held_out["bytes"])))
+    yield Table(("", "documents", "tokens", "held out", "tokens", "text"), rows, "prepared")
     for label, text in texts.items():
         if dropped := ", ".join(f"{count:,} {reason}" for reason, count in text["dropped"].items() if count):
-            console.message(f"left out of {label}: {dropped}")
-        console.message(f"{label}: {text['folder']}")
+            yield Line(f"left out of {label}: {dropped}")
+        yield Line(f"{label}: {text['folder']}")

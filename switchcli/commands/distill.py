@@ -19,6 +19,7 @@ from switchcli.commands._options import (
     default_out,
     split_arguments,
 )
+from switchcli.commands._result import finish
 
 app = typer.Typer()
 
@@ -30,6 +31,7 @@ app = typer.Typer()
         "switchcli distill --teacher runs/quickstart/switch --out runs/student",
     )
 )
+@_exit.interruptible()
 def distill(
     arguments: Annotated[
         list[str] | None,
@@ -77,25 +79,24 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command resumes after a stop."""
-    with _exit.interruptible():
-        from switchcli import api
-        from switchcli.runs import distilling, run_dir
+    from switchcli import api
+    from switchcli.runs import distilling, run_dir
 
-        source, overrides = split_arguments(arguments or [])
-        if out is None and source is not None:
-            out = default_out(source)
-        elif out is None:
-            out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
-        recipe = api.Recipe(source, tuple(overrides), "distill")
-        models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
-        if dry_run or cache_only or _training.starts_ranks(processes):
-            job, _ = api.resolve_job(recipe, out, **models, resume=resume)
-            if dry_run:
-                _training.print_dry_run(job, as_json)
-                return
-            if _training.starts_ranks(processes):
-                _training.start_ranks(processes, job.recipe, as_json)
-            _training.finish(distilling.fill_teacher_cache(job, quiet), as_json)
+    source, overrides = split_arguments(arguments or [])
+    if out is None and source is not None:
+        out = default_out(source)
+    elif out is None:
+        out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
+    recipe = api.Recipe(source, tuple(overrides), "distill")
+    models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
+    if dry_run or cache_only or _training.starts_ranks(processes):
+        job, _ = api.resolve_job(recipe, out, **models, resume=resume)
+        if dry_run:
+            _training.print_dry_run(job, as_json)
             return
-        result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
-        _training.finish(result.record, as_json)
+        if _training.starts_ranks(processes):
+            _training.start_ranks(processes, job.recipe, as_json)
+        finish(distilling.fill_teacher_cache(job, quiet), as_json)
+        return
+    result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
+    finish(result.record, as_json)

@@ -1,7 +1,6 @@
 """`switchcli doctor`: check a model's computation, or a checkpoint's files. Imports torch only when it runs."""
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +9,9 @@ import typer
 from switchcli.commands import _completion
 from switchcli.commands._help import epilog
 from switchcli.commands._options import A_CHECKPOINT, Json, Overrides
+from switchcli.commands._result import Line, finish
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.report.console import Console, print_json
+from switchcli.report.console import Console
 
 if TYPE_CHECKING:
     from switchcli.runs.diagnosis import Diagnosis
@@ -57,42 +57,33 @@ def doctor(
         if overrides:
             raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out")
         verified = diagnosis.verify(model)
-        if as_json:
-            print_json(verified)
-        else:
-            _show_files(verified)
-        raise typer.Exit(0 if verified["complete"] else CheckpointError.exit_code)
+        exit_code = 0 if verified["complete"] else CheckpointError.exit_code
+        finish(verified, as_json, _file_lines(verified), exit_code=exit_code)
+        return
     diagnosed = diagnosis.diagnose(model, overrides or [], Console())
-    if as_json:
-        print_json(diagnosed.to_json())
-    else:
-        _show_diagnosis(diagnosed)
-    if not diagnosed.sound:
-        raise typer.Exit(1)
+    finish(diagnosed.to_json(), as_json, _probe_lines(diagnosed), exit_code=0 if diagnosed.sound else 1)
 
 
-def _show_diagnosis(diagnosis: "Diagnosis") -> None:
-    """Print each probe on stdout, with advice below a probe that the model did not pass."""
-    console = Console(stream=sys.stdout)
+def _probe_lines(diagnosis: "Diagnosis") -> Iterator[Line]:
+    """Yield a line for each probe, with advice below a probe that the model did not pass."""
     weights = "initial weights" if diagnosis.initialized else "trained weights"
     sparse = f"{diagnosis.layers} sparse layers of {diagnosis.experts} experts" if diagnosis.layers else "a dense model"
-    console.message(f"{diagnosis.model}: {sparse}, {weights}, in the code of {diagnosis.code}", "bold")
+    yield Line(f"{diagnosis.model}: {sparse}, {weights}, in the code of {diagnosis.code}", "bold")
     width = max(len(finding.probe) for finding in diagnosis.findings)
     indent = len("pass  ") + width + len("  ")
     for finding in diagnosis.findings:
-        console.message(f"{finding.verdict}  {finding.probe:{width}}  {finding.measured}", _STYLES[finding.verdict])
+        yield Line(f"{finding.verdict}  {finding.probe:{width}}  {finding.measured}", _STYLES[finding.verdict])
         if finding.advice:
-            console.message(f"{'':{indent}}{finding.advice}")
+            yield Line(f"{'':{indent}}{finding.advice}")
     failed, warned = diagnosis.count("fail"), diagnosis.count("warn")
     conclusion = "sound" if diagnosis.sound else "not sound"
     probes = f"{failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning"
-    console.message(f"{conclusion}: {probes}", "bold")
+    yield Line(f"{conclusion}: {probes}", "bold")
 
 
-def _show_files(verified: Mapping[str, Any]) -> None:
-    """Print the state of each checkpoint on stdout, and which of them loading takes."""
-    console = Console(stream=sys.stdout)
+def _file_lines(verified: Mapping[str, Any]) -> Iterator[Line]:
+    """Yield the state of each checkpoint, and which of them loading takes."""
     loaded = verified["loaded"]
     for path, damage in verified["damage"].items():
-        console.message(f"damaged  {damage}" if damage else f"complete {path}", "bold red" if damage else "green")
-    console.message(f"loading takes {loaded}" if loaded else "none is complete: loading refuses", "bold")
+        yield Line(f"damaged  {damage}" if damage else f"complete {path}", "bold red" if damage else "green")
+    yield Line(f"loading takes {loaded}" if loaded else "none is complete: loading refuses", "bold")

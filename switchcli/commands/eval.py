@@ -1,20 +1,18 @@
 """`switchcli eval`: task scores, held-out loss, routing health. Imports torch only when it runs."""
 
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchcli.commands import _exit, _training
+from switchcli.commands import _training
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
+from switchcli.commands._result import Line, finish
 from switchcli.metric_names import BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, MAX_LOAD
-from switchcli.report.console import Console
+from switchcli.report.table import Table
 from switchcli.report.units import number, percent
-from switchcli.system.startup import is_main_rank
 
 if TYPE_CHECKING:
     from switchcli.runs.evaluator import EvalPass
@@ -56,50 +54,39 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a checkpoint: task scores with intervals, held-out loss, and routing health."""
-    with _exit.interruptible(saves_nothing=True):
-        from switchcli import api
-        from switchcli.runs import eval_job
+    from switchcli import api
+    from switchcli.runs import eval_job
 
-        recipe, overrides = split_arguments(arguments or [])
-        model = api.open_checkpoint(checkpoint)
-        if _training.starts_ranks(processes):
-            _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides).recipe, as_json)
-        out = out or eval_job.default_out(checkpoint)
-        evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
-        if is_main_rank(os.environ) and not as_json:
-            console = Console(stream=sys.stdout)
-            for eval_pass in evaluation.passes:
-                _show_pass(eval_pass, console)
-        _training.finish(evaluation.result, as_json)
+    recipe, overrides = split_arguments(arguments or [])
+    model = api.open_checkpoint(checkpoint)
+    if _training.starts_ranks(processes):
+        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides).recipe, as_json)
+    out = out or eval_job.default_out(checkpoint)
+    evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
+    shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))
+    finish(evaluation.result, as_json, shown)
 
 
-def _show_pass(eval_pass: "EvalPass", console: Console) -> None:
-    """Print the metrics that were measured under one capacity."""
-    from switchcli.runs.score_tables import show_scores, show_texts
+def _shown(eval_pass: "EvalPass") -> Iterator[Table | Line]:
+    """Yield the metrics that were measured under one capacity."""
+    from switchcli.runs.score_tables import score_table, text_table
 
-    capacities = ", ".join(f"{name} {capacity}" for name, capacity in eval_pass.capacity.items())
-    console.message()
-    console.message(f"capacity: {capacities}", "bold")
+    yield Line("")
+    yield Line(f"capacity: {', '.join(f'{name} {capacity}' for name, capacity in eval_pass.capacity.items())}", "bold")
     if eval_pass.scores:
-        show_scores(console, eval_pass.scores)
+        yield score_table(eval_pass.scores)
     held_out = eval_pass.held_out
     for name, metrics in {"text": held_out.text, **held_out.tasks}.items():
         if metrics is not None:
-            console.table(
-                f"held-out {name}",
-                {label: write(metrics[key]) for key, (label, write) in _SHOWN_METRICS.items() if key in metrics},
-            )
+            rows = [(label, write(metrics[key])) for key, (label, write) in _SHOWN_METRICS.items() if key in metrics]
+            yield Table(("", ""), rows, f"held-out {name}")
     if held_out.texts:
-        show_texts(console, held_out.texts)
-        _show_most_used_experts(held_out.texts, console)
-
-
-def _show_most_used_experts(texts: Mapping[str, Mapping[str, Any]], console: Console) -> None:
-    """Print a table with a row for each text and a column for each sparse layer."""
-    layers = next(iter(texts.values())).get("layers", {})
-    if layers:
-        rows = ([name, *map(_most_used, metrics.get("layers", {}).values())] for name, metrics in texts.items())
-        console.rows("the expert that most of its tokens go to, and their share", ("", *layers), rows)
+        yield text_table(held_out.texts)
+        if layers := next(iter(held_out.texts.values())).get("layers", {}):
+            experts = [
+                (name, *map(_most_used, metrics.get("layers", {}).values())) for name, metrics in held_out.texts.items()
+            ]
+            yield Table(("", *layers), experts, "the expert that most of its tokens go to, and their share")
 
 
 def _most_used(layer: Mapping[str, Any]) -> str:

@@ -1,25 +1,25 @@
 """`switchcli plan`: the cost of a training step on given devices, and the meshes that fit. Imports torch late."""
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchcli.commands import _completion, _exit
+from switchcli.commands import _completion
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, split_arguments
+from switchcli.commands._result import finish
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console, main_console, print_json
+from switchcli.report.console import main_console
 from switchcli.report.safe_text import shell_words
+from switchcli.report.table import Table
 from switchcli.report.units import gib, number, parse_bytes, si
 
 if TYPE_CHECKING:
     from switchcli.planner.plan import Fit, Machine
-    from switchcli.report.html_page import HtmlTable
     from switchcli.runs.planning import RecipePlan
 
 app = typer.Typer()
@@ -33,13 +33,13 @@ _OWN_RECIPE = "RECIPE"
 _CONSOLE_ROWS = 12
 """The number of meshes that the console shows. --json and --html have all."""
 
-_FIT_HEADINGS = (
+_FIT_COLUMNS = (
     *("mesh", "expert", "shard", "micro"),
     *("weights", "grads", "optim", "activ", "buffers", "total"),
     *("seconds", "bound by"),
 )
-_LAPTOP_HEADINGS = ("key", "value", "try", "reason")
-_SIZE_HEADINGS = ("size", "parameters", "fits", "needs", "mesh", "expert", "shard", "GiB", "tokens/s", "days")
+_LAPTOP_COLUMNS = ("key", "value", "try", "reason")
+_SIZE_COLUMNS = ("size", "parameters", "fits", "needs", "mesh", "expert", "shard", "GiB", "tokens/s", "days")
 
 
 @app.command(
@@ -97,30 +97,25 @@ def plan(
 
     The exit code is 1 if nothing fits.
     """
-    with _exit.interruptible(saves_nothing=True):
-        from switchcli.recipe.sizes import SIZES
-        from switchcli.report.html_page import write_page
-        from switchcli.runs import planning
+    from switchcli.recipe.sizes import SIZES
+    from switchcli.report.html_page import write_page
+    from switchcli.runs import planning
 
-        rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
-        machine = _machine(gpu, devices, memory, rates, node_devices)
-        name, overrides = split_arguments(arguments or [])
-        tables: Callable[[int | None], Iterator[HtmlTable]]  # with at most so many rows of meshes
-        if name is None:
-            with main_console().counting("planning", len(SIZES)) as show:
-                plans = planning.plan_sizes(overrides, machine, show)
-            title, result, tables = "every size", planning.sizes_to_json(plans), lambda max_rows: _size_tables(plans)
-        else:
-            plans = [planning.plan_recipe(name, overrides, machine)]
-            title, result, tables = name, plans[0].to_json(), partial(_step_tables, plans[0])
-        if html is not None:
-            write_page(html, f"switchcli plan: {title}", tables(None))
-        if as_json:
-            print_json(result)
-        else:
-            _show(tables(_CONSOLE_ROWS))
-        if not any(one.plan.best for one in plans):
-            raise typer.Exit(1)
+    rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
+    machine = _machine(gpu, devices, memory, rates, node_devices)
+    name, overrides = split_arguments(arguments or [])
+    tables: Callable[[int | None], Iterator[Table]]  # with at most so many rows of meshes
+    if name is None:
+        with main_console().counting("planning", len(SIZES)) as show:
+            plans = planning.plan_sizes(overrides, machine, show)
+        title, result, tables = "every size", planning.sizes_to_json(plans), lambda max_rows: _size_tables(plans)
+    else:
+        plans = [planning.plan_recipe(name, overrides, machine)]
+        title, result, tables = name, plans[0].to_json(), partial(_step_tables, plans[0])
+    if html is not None:
+        write_page(html, f"switchcli plan: {title}", tables(None))
+    fits = any(one.plan.best for one in plans)
+    finish(result, as_json, tables(_CONSOLE_ROWS), exit_code=0 if fits else 1)
 
 
 def _machine(
@@ -156,25 +151,11 @@ def _machine(
     return machine._replace(**given, node_devices=node_devices)
 
 
-def _show(tables: Iterable["HtmlTable"]) -> None:
-    """Print tables on stdout. Those of one column have lines to paste, which no width of a terminal breaks."""
-    console = Console(stream=sys.stdout)
-    for table in tables:
-        if len(table.headings) > 1:
-            console.rows(*table)
-            continue
-        console.message()
-        console.message(table.title, "bold")
-        for (line,) in table.rows:
-            console.message(line, wrap=False)
-
-
 # Every size
 
 
-def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator["HtmlTable"]:
+def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator[Table]:
     """Yield the tables of all sizes: the devices, what fits, and the keys to paste."""
-    from switchcli.report.html_page import HtmlTable
     from switchcli.runs.planning import SIZES_RECIPE, describe
 
     first = plans[0]
@@ -187,24 +168,23 @@ def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator["HtmlTable"]:
     ]
     if not any(one.plan.best for one in plans):
         rows.append(("none fits: the smallest because", first.plan.reasons()[0][0]))
-    yield HtmlTable("Every size", ("", ""), rows, _assumptions(first))
-    caption = (
+    yield Table(("", ""), rows, "Every size", _assumptions(first))
+    note = (
         "needs: the smallest power of two of such devices, - where the batch cannot be shared by enough of them. "
         "Input tokens a second of all devices, and days for the tokens of the recipe."
     )
     title = "Sizes on their fastest mesh, GiB a device"
-    yield HtmlTable(title, _SIZE_HEADINGS, map(_size_row, plans), caption)
+    yield Table(_SIZE_COLUMNS, [*map(_size_row, plans)], title, note)
     yield from _keys_to_paste(_OWN_RECIPE, plans)
 
 
-def _keys_to_paste(recipe: str, plans: Sequence["RecipePlan"]) -> Iterator["HtmlTable"]:
+def _keys_to_paste(recipe: str, plans: Sequence["RecipePlan"]) -> Iterator[Table]:
     """Yield a table of the keys of each plan that fits, under the command that starts a rank for each device."""
-    from switchcli.report.html_page import HtmlTable
 
     title = f"Keys for your {_OWN_RECIPE}, to paste after" if recipe == _OWN_RECIPE else "Keys to paste after"
     command = _start(recipe, plans[0].recipe.verb, plans[0].machine)
     if keys := [(shell_words(*one.overrides),) for one in plans if one.plan.best]:
-        yield HtmlTable(f"{title}: switchcli {command}", ("",), keys)
+        yield Table(("",), keys, f"{title}: switchcli {command}")
 
 
 def _start(recipe: str, verb: str, machine: "Machine") -> str:
@@ -223,7 +203,7 @@ def _size_row(row: "RecipePlan") -> tuple[str, ...]:
 
     parameters, needed, fit = si(describe(row.recipe)["parameters"]), _devices_needed(row), row.plan.best
     if fit is None:
-        return (row.name, parameters, "no", needed, *["-"] * (len(_SIZE_HEADINGS) - 4))
+        return (row.name, parameters, "no", needed, *["-"] * (len(_SIZE_COLUMNS) - 4))
     times = (si(row.tokens_per_second(fit)), _days(row.days(fit)))
     return (row.name, parameters, "yes", needed, *_mesh_cells(fit), gib(fit.bytes.total), *times)
 
@@ -235,22 +215,21 @@ def _devices_needed(plan: "RecipePlan") -> str:
 # One recipe or size
 
 
-def _step_tables(plan: "RecipePlan", max_rows: int | None) -> Iterator["HtmlTable"]:
+def _step_tables(plan: "RecipePlan", max_rows: int | None) -> Iterator[Table]:
     """Yield the tables of one plan, those of meshes and reasons with at most `max_rows` rows if that is not None."""
     from switchcli.recipe.sizes import SIZES
-    from switchcli.report.html_page import HtmlTable
 
     fits, rejected = plan.plan
-    yield HtmlTable(plan.name, ("", ""), [*_summary(plan)], _assumptions(plan))
+    yield Table(("", ""), [*_summary(plan)], plan.name, _assumptions(plan))
     if settings := plan.laptop_settings:
-        yield HtmlTable("Keys that this recipe sets for a laptop", _LAPTOP_HEADINGS, settings)
+        yield Table(_LAPTOP_COLUMNS, settings, "Keys that this recipe sets for a laptop")
     if fits:
         title = f"Meshes that fit, the fastest first: GiB a device, seconds a step{_truncation(fits, max_rows)}"
-        yield HtmlTable(title, _FIT_HEADINGS, map(_fit_row, fits[:max_rows]))
+        yield Table(_FIT_COLUMNS, [*map(_fit_row, fits[:max_rows])], title)
         yield from _keys_to_paste(_OWN_RECIPE if plan.name in SIZES else plan.name, [plan])
     if rejected:
         reasons = [(reason, str(meshes)) for reason, meshes in plan.plan.reasons()]
-        yield HtmlTable(f"Refused{_truncation(reasons, max_rows)}", ("why", "meshes"), reasons[:max_rows])
+        yield Table(("why", "meshes"), reasons[:max_rows], f"Refused{_truncation(reasons, max_rows)}")
 
 
 def _summary(plan: "RecipePlan") -> Iterator[tuple[str, str]]:

@@ -1,15 +1,16 @@
 """`switchcli prune`: a trained model with fewer experts. Imports torch only when it runs."""
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
-from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, Destination, EvalArguments, Json, Quiet, split_arguments
-from switchcli.report.console import Console, print_json
+from switchcli.commands._result import Line, finish
+from switchcli.report.console import Console
+from switchcli.report.table import Table, Value
+from switchcli.report.units import percent
 
 app = typer.Typer()
 
@@ -52,42 +53,39 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Remove the experts that held-out text uses least from each sparse layer, to serve a smaller model."""
-    with _exit.interruptible(saves_nothing=True):
-        from switchcli.runs import pruning
+    from switchcli.runs import pruning
 
-        recipe, overrides = split_arguments(arguments or [])
-        result = pruning.prune(
-            checkpoint,
-            destination,
-            recipe,
-            overrides,
-            Console(quiet=quiet),
-            experts=experts,
-            by=by,
-            gate=gate,
-            sequences=sequences,
-        )
-        if as_json:
-            print_json(result)
-        else:
-            _show(result)
+    recipe, overrides = split_arguments(arguments or [])
+    result = pruning.prune(
+        checkpoint,
+        destination,
+        recipe,
+        overrides,
+        Console(quiet=quiet),
+        experts=experts,
+        by=by,
+        gate=gate,
+        sequences=sequences,
+    )
+    finish(result, as_json, _shown(result))
 
 
-def _show(result: Mapping[str, Any]) -> None:
-    """Print the metrics before and after, and the tokens that each layer lost, on stdout."""
+def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
+    """Yield the metrics before and after, and the tokens that each layer lost."""
     from switchcli.report.program import program_name
 
-    console = Console(stream=sys.stdout)
-    headings = ("", "before", "after")
-    rows = [[name, *(f"{result[name][when]:,}" for when in headings[1:])] for name in ("experts", "parameters")]
+    times = ("before", "after")
+    rows: list[Sequence[Value]] = [
+        (name, *(result[name][time] for time in times)) for name in ("experts", "parameters")
+    ]
     for name, held_out in result["held_out"].items():
-        rows.append([f"loss of {name}", *(f"{-held_out[when]:.4f}" for when in headings[1:])])
-    console.rows(f"{result['destination']}: by {result['by']}, capacity {result['capacity']}", headings, rows)
+        rows.append((f"loss of {name}", *(f"{-held_out[time]:.4f}" for time in times)))
+    yield Table(("", *times), rows, f"{result['destination']}: by {result['by']}, capacity {result['capacity']}")
     layer_rows = [
-        [name, f"{layer['lost_fraction']:.1%}", f"{layer['wo']:.3f}", " ".join(map(str, layer["kept"]))]
+        (name, percent(layer["lost_fraction"]), f"{layer['wo']:.3f}", " ".join(map(str, layer["kept"])))
         for name, layer in result["layers"].items()
     ]
-    console.rows("tokens whose expert was removed", ("layer", "share", "wo times", "kept"), layer_rows)
-    console.message()
-    console.message("Next:")
-    console.message(f"  {program_name()} {result['next']}")
+    yield Table(("layer", "share", "wo times", "kept"), layer_rows, "tokens whose expert was removed")
+    yield Line("")
+    yield Line("Next:")
+    yield Line(f"  {program_name()} {result['next']}")

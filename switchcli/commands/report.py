@@ -1,16 +1,16 @@
 """`switchcli report`: compare runs, and the routing of checkpoints. Imports torch only for the routing."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from switchcli.commands import _completion, _exit
+from switchcli.commands import _completion
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Quiet
-from switchcli.report.console import Console, print_json
+from switchcli.commands._result import finish
+from switchcli.report.console import Console
 
 app = typer.Typer()
 
@@ -61,41 +61,35 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Compare runs by quality, speed-up, routing and throughput, as tables, an HTML page or charts."""
-    with _exit.interruptible(saves_nothing=True):
-        from switchcli.report import run_report
-        from switchcli.report.charts import require_renderer, write_files
-        from switchcli.report.html_page import write_page
-        from switchcli.report.run_report import Report
-        from switchcli.runs.run_comparison import compare_runs
+    from switchcli.report import run_report
+    from switchcli.report.charts import require_renderer, write_files
+    from switchcli.report.html_page import write_page
+    from switchcli.report.run_report import Report
+    from switchcli.runs.run_comparison import compare_runs
 
-        console = Console(quiet=quiet)
-        if figures is not None:
-            require_renderer()
-        folders = [*map(Path, runs)]
-        if routing:
-            overrides = [argument for argument in runs if "=" in argument and not os.path.lexists(argument)]
-            checkpoints = [Path(argument) for argument in runs if argument not in overrides]
-            # A checkpoint that is no run, such as a converted one, has no metrics to compare.
-            folders = [path for path in checkpoints if (path / "metrics.jsonl").is_file()]
-        report = Report()
-        if folders or baseline is not None or not routing:
-            report = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
-        if routing:
-            from switchcli.runs.routing_survey import survey_checkpoints
+    console = Console(quiet=quiet)
+    if figures is not None:
+        require_renderer()
+    folders = [*map(Path, runs)]
+    if routing:
+        overrides = [argument for argument in runs if "=" in argument and not os.path.lexists(argument)]
+        checkpoints = [Path(argument) for argument in runs if argument not in overrides]
+        # A checkpoint that is no run, such as a converted one, has no metrics to compare.
+        folders = [path for path in checkpoints if (path / "metrics.jsonl").is_file()]
+    report = Report()
+    if folders or baseline is not None or not routing:
+        report = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
+    if routing:
+        from switchcli.runs.routing_survey import survey_checkpoints
 
-            report = report._replace(routing=survey_checkpoints(checkpoints, overrides, console))
-        parts = [*run_report.parts(report)] if html is not None or figures is not None else []
-        if html is not None:
-            write_page(html, run_report.title(report), parts)
-        if figures is not None:
-            drawn = [figure for part in parts for figure in part.figures]
-            write_files(drawn, run_report.every_table(report), figures)
-        if as_json:
-            print_json(run_report.to_json(report))
-        else:
-            tables = Console(stream=sys.stdout)
-            for table in run_report.tables(report):
-                tables.rows(*table)
-        for path in (html, figures):
-            if path is not None:
-                console.message(f"wrote {path}")
+        report = report._replace(routing=survey_checkpoints(checkpoints, overrides, console))
+    parts = [*run_report.parts(report)] if html is not None or figures is not None else []
+    if html is not None:
+        write_page(html, run_report.title(report), parts)
+    if figures is not None:
+        drawn = [figure for part in parts for figure in part.figures]
+        write_files(drawn, run_report.every_table(report), figures)
+    finish(run_report.to_json(report), as_json, run_report.tables(report))
+    for path in (html, figures):
+        if path is not None:
+            console.message(f"wrote {path}")

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import A_CHECKPOINT, Destination, Json, Overrides, Quiet
-from switchcli.report.console import Console, print_json
+from switchcli.commands._result import finish
+from switchcli.report.console import Console
 
 app = typer.Typer()
 
@@ -45,17 +45,15 @@ def upcycle(
     quiet: Quiet = False,
 ) -> None:
     """Make a sparse model from a dense one: its experts are copies of the dense feed-forwards."""
-    with _exit.interruptible(saves_nothing=True):
-        from switchcli.runs import upcycling
+    from switchcli.runs import upcycling
 
-        console = Console(quiet=quiet)
-        result = upcycling.upcycle(
-            dense, destination, overrides or [], console, experts=experts, gate=gate, noise=noise, seed=seed
-        )
-        for line in _summary(result):
-            console.message(line)
-        if as_json:
-            print_json(result)
+    console = Console(quiet=quiet)
+    result = upcycling.upcycle(
+        dense, destination, overrides or [], console, experts=experts, gate=gate, noise=noise, seed=seed
+    )
+    for line in _summary(result):
+        console.message(line)
+    finish(result, as_json)
 
 
 def _summary(result: Mapping[str, Any]) -> Iterator[str]:

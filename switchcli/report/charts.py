@@ -6,14 +6,13 @@ The colors are those of Okabe and Ito without yellow and black, darker for a whi
 one, so that every line has a contrast of at least 4.5 to 1.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from switchcli.errors import RecipeError, disk_errors
+from switchcli.report.table import Table
 from switchcli.system import publish
 
 COLORS = ("#0072B2", "#B84A00", "#00795A", "#A84A80", "#8F6400", "#20799F", "#6B6B6B")
@@ -47,36 +46,6 @@ _ZOOM = {
         "translate": "[pointerdown[event.pointerType != 'touch'], window:pointerup] > window:pointermove!",
     },
 }
-
-Value = str | float | None
-
-
-class Table(NamedTuple):
-    """Rows of values under the names of their columns, written as `NAME.csv`. An unknown value is None."""
-
-    name: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Value]]
-
-    def column(self, name: str) -> list[Value]:
-        """Return the values of one column."""
-        index = self.columns.index(name)
-        return [row[index] for row in self.rows]
-
-    def csv(self) -> str:
-        """Return the table as CSV with a heading; an unknown value is empty.
-
-        Text that a spreadsheet would run as a formula, judged by its first character, gets an apostrophe before it.
-        """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(map(_without_formula, row) for row in self.rows)
-        return text.getvalue()
-
-
-def _without_formula(value: Value) -> Value:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 class Figure(NamedTuple):
@@ -145,7 +114,10 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
     color, dash, shape = (
         {"field": "series", "type": "nominal", "title": None, "scale": scale, "legend": legend} for scale in scales
     )
-    position = {axis: column.channel(scale=_line_scale(column)) for axis, column in (("x", x), ("y", y))}
+    position = {
+        channel: axis.channel(scale=axis.scale(zero=False, nice=axis.domain is None))
+        for channel, axis in (("x", x), ("y", y))
+    }
 
     def layer(mark: dict[str, Any], opacity: float, encoding: dict[str, Any], **options: Any) -> dict[str, Any]:
         visible = {"condition": {"param": "shown", "value": opacity}, "value": 0}
@@ -170,10 +142,6 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
         ),
     ]
     return Figure(name, title, caption, {"layer": layers}, table)
-
-
-def _line_scale(axis: Axis) -> dict[str, Any]:
-    return axis.scale(zero=False, nice=axis.domain is None)
 
 
 def heat_map(title: str, table: Table, x: Axis, y: Axis, color: Axis, subject: str = "") -> Figure:

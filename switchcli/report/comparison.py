@@ -9,8 +9,8 @@ import numpy as np
 from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
-from switchcli.report.significance import Gain, Interval, Verdict, gain
-from switchcli.report.speed import Cost, QualityMetric, Speed, SpeedUp, Window, quality_metric, speed
+from switchcli.report.significance import Effect, Interval, Verdict, gain
+from switchcli.report.speed import Cost, QualityMetric, Speed, Window, quality_metric, speed
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 MAX_KEYS = 3
@@ -28,7 +28,7 @@ class SeriesRow(NamedTuple):
     steps: SeedSpread | None
     final: SeedSpread | None
     """The quality metric at the end of each run."""
-    over: Gain | None
+    over: Effect | None
     """Gain over the baseline, at the last evaluation that all runs have; positive is better."""
     verdict: Verdict | None
     """The verdict of the gain over the baseline; None where the series was not evaluated in training."""
@@ -129,7 +129,7 @@ def _common_step(series: Sequence[Series], metric: QualityMetric, window: Window
     return int(step) if step.is_integer() else step
 
 
-def _gain(series: Series, reference: Series, metric: QualityMetric, window: Window | None) -> Gain | None:
+def _gain(series: Series, reference: Series, metric: QualityMetric, window: Window | None) -> Effect | None:
     if window is None:
         return None
     ours, theirs = (
@@ -225,7 +225,7 @@ def _json(value: SeedSpread | None) -> dict[str, float | None]:
     return dict.fromkeys(SeedSpread._fields) if value is None else value._asdict()
 
 
-def _judged_json(value: Gain | SpeedUp | None) -> dict[str, float | None]:
+def _judged_json(value: Effect | None) -> dict[str, float | None]:
     """Return the spread with the bounds of the 95 % interval, `low` and `high`; they are None without an interval."""
     interval = None if value is None else value.interval
     bounds = dict.fromkeys(Interval._fields) if interval is None else interval._asdict()

@@ -1,8 +1,8 @@
 """The console: messages, progress and results for people on stderr, and JSON for scripts on stdout.
 
 A terminal gets colors and a live bar, any other stream plain lines only. The console takes numbers and text, never
-tensors, and keeps nothing: that is the metrics file's job (`switchcli.report.sinks`). All text goes through `one_line`
-and `rich.text.Text`, never through markup.
+tensors, and keeps nothing: that is the metrics file's job (`switchcli.report.sinks`). All text goes through
+`terminal_text`, never through markup.
 """
 
 import io
@@ -13,17 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, Protocol, TextIO, TypeVar
+from typing import Any, NamedTuple, Protocol, TextIO, TypeVar
 
 from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from switchcli import metric_names as metric
 from switchcli.report.safe_text import one_line, shorten
 from switchcli.report.sinks import to_json
-from switchcli.report.units import clock, number, percent, si
+from switchcli.report.table import Table, terminal_text
+from switchcli.report.units import clock, percent, si
 from switchcli.system.startup import is_main_rank
 
 T = TypeVar("T")
@@ -64,9 +64,6 @@ SPARSE_COLUMNS = (
     Column(metric.DEAD_EXPERTS, "dead", 4, "{:.0f}".format, 7),
 )
 _COLUMN_GAP = 2
-_TABLE_GAP = 3
-_FOLDED_WIDTH = 16
-"""Columns that the names of a table's rows need at least. They are folded where they are longer."""
 
 
 class AdvanceTo(Protocol):
@@ -270,58 +267,17 @@ class Console:
         with self._bar("training", steps, first) as advance:
             yield TrainingDisplay(self, steps, advance, not_measured)
 
-    def table(self, title: str, values: Mapping[str, str | float]) -> None:
-        """Print names with their values, one per line."""
-        rows = [(name, value if isinstance(value, str) else number(value)) for name, value in values.items()]
-        self.rows(title, ("", ""), rows)
-
-    def rows(
-        self,
-        title: str,
-        headings: Sequence[str],
-        rows: Iterable[Sequence[str]],
-        caption: str = "",
-        justify: Literal["left", "right"] = "right",
-    ) -> None:
-        """Print a table with a heading per column, and its caption. `justify` aligns all columns but the first.
-
-        A row may leave out its last cells. In a terminal that is too narrow for columns of numbers, which are aligned
-        right, each row becomes several lines: its first cell, then a heading and a value per line. No number is folded.
-        """
-        # With and without a terminal, so that no table fails in one of them alone.
-        rows = [[*row, *[""] * (len(headings) - len(row))] for row in rows]
-        assert all(len(row) == len(headings) for row in rows), f"{title}: a row has more cells than headings"
-        if self._quiet:
-            return
-        self._rich.print()
-        self._print(title, "bold", wrap=True)
-        numbers = justify == "right" and any(headings)
-        if numbers and not self._fits([headings, *rows]):
-            self._print_stacked(headings[1:], rows)
-        else:
-            grid = Table.grid(padding=(0, _TABLE_GAP))
-            for index in range(len(headings)):
-                side = justify if index else "left"
-                grid.add_column(justify=side, overflow="fold", no_wrap=numbers and index > 0)
-            if any(headings):
-                grid.add_row(*(_text(heading, "dim") for heading in headings))
-            for row in rows:
-                grid.add_row(*map(_text, row))
-            self._print_grid(grid)
-        if caption:
-            self._rich.print(_text(caption, "dim"))
+    def show(self, table: Table) -> None:
+        """Print a table below an empty line."""
+        if not self._quiet:
+            self._rich.print()
+            table.print(self._rich)
 
     def sample(self, input: str, target: str, prediction: str) -> None:
         """Print a text with its gaps, the text of the gaps, and what the model puts there."""
-        if self._quiet:
-            return
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_column(overflow="fold")
-        for name, text in (("input", input), ("target", target), ("model", prediction)):
-            grid.add_row(name, _text(shorten(text, _SAMPLE_CHARACTERS)))
-        self._rich.print()
-        self._print_grid(grid)
+        texts = {"input": input, "target": target, "model": prediction}
+        rows = [(name, shorten(text, _SAMPLE_CHARACTERS)) for name, text in texts.items()]
+        self.show(Table(("", ""), rows, align="left"))
 
     @property
     def _terminal_width(self) -> int | None:
@@ -341,37 +297,8 @@ class Console:
             fitting.append(column)
         return tuple(column for column in columns if column in fitting)
 
-    def _fits(self, rows: Sequence[Sequence[str]]) -> bool:
-        """Return whether a table fits the terminal without folding any column but the first."""
-        if self._terminal_width is None:
-            return True
-        first, *others = (max(_text(cell).cell_len for cell in column) for column in zip(*rows, strict=True))
-        return min(first, _FOLDED_WIDTH) + sum(_TABLE_GAP + width for width in others) <= self._terminal_width
-
-    def _print_stacked(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print each row as its first cell, and below it a line for each other one that is not empty."""
-        width = max((_text(heading).cell_len for heading in headings), default=0)
-        for name, *cells in rows:
-            self._print(name, "", wrap=True)
-            for heading, cell in zip(headings, cells, strict=True):
-                if cell:
-                    label = _text(heading, "dim")
-                    label.pad_right(width - label.cell_len)
-                    # Wrapped between words, unlike a cell of a table.
-                    self._rich.print(Text.assemble("  ", label, " " * _TABLE_GAP, _text(cell)))
-
-    def _print_grid(self, grid: Table) -> None:
-        """Print a table. rich pads its cells with blanks, which only a terminal needs not show."""
-        if self._terminal_width is not None:
-            self._rich.print(grid)
-            return
-        with self._rich.capture() as capture:
-            self._rich.print(grid)
-        for line in capture.get().splitlines():
-            self._rich.print(Text(line.rstrip()), soft_wrap=True)
-
     def _print(self, text: str, style: str, wrap: bool = False) -> None:
-        self._rich.print(_text(text, style), soft_wrap=not (wrap and self._rich.is_terminal))
+        self._rich.print(terminal_text(text, style), soft_wrap=not (wrap and self._rich.is_terminal))
 
     @contextmanager
     def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[AdvanceTo]:
@@ -521,7 +448,3 @@ def _columns(metrics: Mapping[str, float]) -> tuple[Column, ...]:
         if any(column.key in metrics for column in optional):
             columns += optional
     return columns
-
-
-def _text(text: str, style: str = "") -> Text:
-    return Text(one_line(text), style)

@@ -9,11 +9,12 @@ import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, LOSS, TOKENS_PER_SECOND, layer_title
 from switchcli.report import charts
-from switchcli.report.charts import Axis, Figure, Table
+from switchcli.report.charts import Axis, Figure
 from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run
 from switchcli.report.safe_text import capitalize
 from switchcli.report.series import band, downsample
+from switchcli.report.table import Table
 from switchcli.report.units import si
 
 MAX_POINTS = 360
@@ -125,7 +126,7 @@ def _table(name: str, lines: Sequence[_Line], columns: Sequence[str]) -> Table:
         points = np.stack([line.columns[column] for column in columns], axis=1)  # [P, columns]
         for point in points.tolist():
             rows.append((line.label, *(value if math.isfinite(value) else None for value in point)))
-    return Table(name, ("series", *columns), rows)
+    return Table(("series", *columns), rows, name=name)
 
 
 def _against(comparison: Comparison, name: str, title: str, caption: str, curve_of: CurveOf) -> list[Figure]:
@@ -236,7 +237,7 @@ def _load_map(name: str, label: str, layer: str, steps: Floats, load: Floats, sc
         for step, value in zip(steps, values, strict=True)
     ]
     x, y = Axis("step", "steps", kind="ordinal"), Axis("expert", "expert", kind="ordinal")
-    table = Table(name, ("expert", "step", "share"), rows)
+    table = Table(("expert", "step", "share"), rows, name=name)
     return charts.heat_map(shown_layer(layer), table, x, y, load_axis(scale), label)
 
 

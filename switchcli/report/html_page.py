@@ -12,14 +12,14 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from switchcli import __version__
 from switchcli.errors import disk_errors
 from switchcli.report.charts import COLORS, DARK_COLORS, Figure, in_page
-from switchcli.report.safe_text import one_line, safe_text, shell_words
+from switchcli.report.safe_text import html_text, one_line, safe_text, shell_words
+from switchcli.report.table import Table
 from switchcli.system import publish
 
 _FOLDER = Path(__file__).parent
@@ -27,15 +27,6 @@ _LIBRARY = _FOLDER / "vega" / "vega-embed.min.js"
 """Vega, Vega-Lite and vega-embed in one script, which defines `vegaEmbed`."""
 _DIGITS = 6
 """Significant digits of a number in a chart."""
-
-
-class HtmlTable(NamedTuple):
-    """A table with a title and a heading per column: the first column aligned left, the others right."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Iterable[Sequence[str]]
-    caption: str = ""
 
 
 class Part(NamedTuple):
@@ -49,7 +40,7 @@ class Part(NamedTuple):
 
 def paragraphs(*lines: str, kind: Literal["words", "note", "caption"] = "words") -> Part:
     """Return paragraphs; a `note` is for what the reader has to know before the results."""
-    return Part("\n".join(f'<p class="{kind}">{_text(line)}</p>' for line in lines))
+    return Part("\n".join(f'<p class="{kind}">{html_text(line)}</p>' for line in lines))
 
 
 def charts(figures: Sequence[Figure]) -> Part:
@@ -59,32 +50,32 @@ def charts(figures: Sequence[Figure]) -> Part:
 
 def sample(title: str, texts: Mapping[str, str]) -> Part:
     """Return texts under their names, such as input, target and the answer of each series."""
-    items = "".join(f"<dt>{_text(name)}</dt><dd>{_text(text.strip())}</dd>" for name, text in texts.items())
-    return Part(f'<article class="sample"><h3>{_text(title)}</h3><dl>{items}</dl></article>')
+    items = "".join(f"<dt>{html_text(name)}</dt><dd>{html_text(text.strip())}</dd>" for name, text in texts.items())
+    return Part(f'<article class="sample"><h3>{html_text(title)}</h3><dl>{items}</dl></article>')
 
 
-def collapsible(summary: str, *elements: Part | HtmlTable, is_open: bool = False) -> Part:
+def collapsible(summary: str, *elements: Part | Table, is_open: bool = False) -> Part:
     """Return elements that a click on the summary shows or hides; their charts are drawn when they are first shown."""
     content = _join(elements)
     tag = "<details open>" if is_open else "<details>"
-    return Part(f"{tag}<summary>{_text(summary)}</summary>\n{content.html}\n</details>", content.figures)
+    return Part(f"{tag}<summary>{html_text(summary)}</summary>\n{content.html}\n</details>", content.figures)
 
 
-def section(title: str, *elements: Part | HtmlTable) -> Part:
+def section(title: str, *elements: Part | Table) -> Part:
     """Return elements under a heading, which the top of the page links to."""
     content = _join(elements)
-    html = f'<section id="{_anchor(title)}"><h2>{_text(title)}</h2>\n{content.html}\n</section>'
+    html = f'<section id="{_anchor(title)}"><h2>{html_text(title)}</h2>\n{content.html}\n</section>'
     return Part(html, content.figures, title)
 
 
-def page(title: str, elements: Iterable[Part | HtmlTable], origin: Mapping[str, str] | None = None) -> str:
+def page(title: str, elements: Iterable[Part | Table], origin: Mapping[str, str] | None = None) -> str:
     """Return the HTML document, which names its `origin` at the top: dates, versions and the like."""
     elements = list(elements)
     content = _join(elements)
     sections = [element.section for element in elements if isinstance(element, Part) and element.section]
-    links = "".join(f'<a href="#{_anchor(section)}">{_text(section)}</a>' for section in sections)
-    facts = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in (origin or {}).items())
-    body = [f"<header><h1>{_text(title)}</h1>", f'<dl class="origin">{facts}</dl>' if facts else ""]
+    links = "".join(f'<a href="#{_anchor(section)}">{html_text(section)}</a>' for section in sections)
+    facts = "".join(f"<dt>{html_text(name)}</dt><dd>{html_text(value)}</dd>" for name, value in (origin or {}).items())
+    body = [f"<header><h1>{html_text(title)}</h1>", f'<dl class="origin">{facts}</dl>' if facts else ""]
     body += [f"<nav>{links}</nav>" if links else "", "</header>"]
     body += ["<main>", content.html, "</main>"]
     scripts: list[str] = []
@@ -96,14 +87,14 @@ def page(title: str, elements: Iterable[Part | HtmlTable], origin: Mapping[str, 
         '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{_text(title)}</title>",
+        f"<title>{html_text(title)}</title>",
         f"<style>\n{(_FOLDER / 'page.css').read_text(encoding='utf-8')}{_dark_colors()}</style>",
     ]
     lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def write_page(file: Path, title: str, elements: Iterable[Part | HtmlTable]) -> None:
+def write_page(file: Path, title: str, elements: Iterable[Part | Table]) -> None:
     """Publish a page as `file`, whose folder is made. Raises CheckpointError where the disk refuses."""
     text = page(title, elements, _origin())
     with disk_errors(file, "give another file by --html"):
@@ -131,27 +122,16 @@ def _dark_colors() -> str:
     return "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}\n"
 
 
-def _join(elements: Iterable[Part | HtmlTable]) -> Part:
-    parts = [_table(element) if isinstance(element, HtmlTable) else element for element in elements]
+def _join(elements: Iterable[Part | Table]) -> Part:
+    parts = [Part(element.html()) if isinstance(element, Table) else element for element in elements]
     return Part("\n".join(part.html for part in parts), tuple(figure for part in parts for figure in part.figures))
 
 
-def _table(table: HtmlTable) -> Part:
-    rows = [_row("th", table.headings), *(_row("td", row) for row in table.rows)]
-    title = f"<h3>{_text(table.title)}</h3>\n" if table.title else ""
-    caption = f'\n<p class="caption">{_text(table.caption)}</p>' if table.caption else ""
-    return Part(f'{title}<div class="scroll" tabindex="0"><table>\n' + "\n".join(rows) + f"\n</table></div>{caption}")
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
 def _figure(figure: Figure) -> str:
-    caption = f'<p class="caption">{_text(figure.caption)}</p>' if figure.caption else ""
-    name, label = _text(figure.name), _text(figure.full_title)
+    caption = f'<p class="caption">{html_text(figure.caption)}</p>' if figure.caption else ""
+    name, label = html_text(figure.name), html_text(figure.full_title)
     plot = f'<div class="plot" data-figure="{name}" role="img" aria-label="{label}"></div>'
-    return f"<figure><figcaption>{_text(figure.title)}</figcaption>{plot}{caption}</figure>"
+    return f"<figure><figcaption>{html_text(figure.title)}</figcaption>{plot}{caption}</figure>"
 
 
 def _data(figures: Sequence[Figure]) -> str:
@@ -160,8 +140,8 @@ def _data(figures: Sequence[Figure]) -> str:
     The characters of HTML markup are written as escapes, so that no text ends the element that holds the JSON.
     """
     tables = {
-        table.name: {column: [*map(_json_value, table.column(column))] for column in table.columns}
-        for table in {figure.table.name: figure.table for figure in figures}.values()
+        name: {column: [*map(_json_value, values)] for column, values in table.to_json().items()}
+        for name, table in {figure.table.name: figure.table for figure in figures}.items()
     }
     specs = {figure.name: {"table": figure.table.name, "spec": in_page(figure)} for figure in figures}
     text = json.dumps({"tables": tables, "figures": specs}, allow_nan=False, separators=(",", ":"))
@@ -191,7 +171,3 @@ def _policy(scripts: Iterable[str]) -> str:
 
 def _anchor(title: str) -> str:
     return re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _text(text: str) -> str:
-    return escape(safe_text(text))

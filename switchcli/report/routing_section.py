@@ -7,10 +7,11 @@ from typing import Any
 
 from switchcli.metric_names import DROPPED_FRACTION
 from switchcli.report import html_page
-from switchcli.report.charts import Axis, Figure, Table, heat_map
+from switchcli.report.charts import Axis, Figure, heat_map
 from switchcli.report.figures import even_scale, file_name, load_axis, shown_layer
-from switchcli.report.html_page import HtmlTable, Part
+from switchcli.report.html_page import Part
 from switchcli.report.safe_text import one_line
+from switchcli.report.table import Table, Value
 from switchcli.report.units import percent, si
 
 Survey = Mapping[str, Any]
@@ -25,20 +26,18 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's mark for a space."""
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 _EXPERT_HEADINGS = ("share", "no slot", "sure", "positions", "of sentinels")
-_EXPERT_CAPTION = (
+_EXPERT_NOTE = (
     "No slot: the share of the tokens that chose it. Sure: the mean of its probability where it is chosen. Positions: "
     "where it takes most tokens against its share of all. Of sentinels: its share of them."
 )
-_LIFT_CAPTION = (
-    "Lift: how many times more often the expert gets a token than all experts together; without rare tokens."
-)
-_MAP_CAPTION = (
+_LIFT_NOTE = "Lift: how many times more often the expert gets a token than all experts together; without rare tokens."
+_MAP_NOTE = (
     "In a map a cell is an expert's share of the tokens of its row, as a multiple of the even share: 1 is even, and "
     "where it is dark the tokens go elsewhere. A decoder reads its targets one position later, after (start)."
 )
 
 
-def tables(survey: Survey) -> Iterator[HtmlTable]:
+def tables(survey: Survey) -> Iterator[Table]:
     """Yield the tables for a terminal."""
     for model in survey["models"]:
         yield _summary(model, survey["sequences"])
@@ -52,17 +51,16 @@ def tables(survey: Survey) -> Iterator[HtmlTable]:
 
 def section(survey: Survey) -> Part:
     """Return the section of a page: the drift between two checkpoints, and the maps and tables of each."""
-    elements: list[Part | HtmlTable] = [] if survey["drift"] is None else [_drift_table(survey["drift"])]
-    elements.append(html_page.paragraphs(_MAP_CAPTION))
+    elements: list[Part | Table] = [] if survey["drift"] is None else [_drift_table(survey["drift"])]
+    elements.append(html_page.paragraphs(_MAP_NOTE))
     for index, model in enumerate(survey["models"]):
         elements += [_summary(model, survey["sequences"]), html_page.charts([_load_map(index, model)])]
         for name, layer in model["layers"].items():
             maps = html_page.charts([*_layer_maps(index, name, layer, survey["rare"])])
-            experts = _expert_table("Experts", layer, PAGE_EXPERTS, with_tokens=False)
-            lifts = _token_table(layer, "by_lift", "Tokens by lift", "{lift:.1f}x", _LIFT_CAPTION)
+            experts = _expert_table("Experts", layer, PAGE_EXPERTS, with_tokens=False, note=_EXPERT_NOTE)
+            lifts = _token_table(layer, "by_lift", "Tokens by lift", "{lift:.1f}x", _LIFT_NOTE)
             counts = _token_table(layer, "by_count", "Most frequent tokens", "{count:,}")
-            listed = [table for table in (lifts, counts) if len(table.headings) > 1]
-            experts = experts._replace(caption=_EXPERT_CAPTION)
+            listed = [table for table in (lifts, counts) if len(table.columns) > 1]
             elements.append(html_page.collapsible(shown_layer(name), maps, experts, *listed))
     return html_page.section("Experts", *elements)
 
@@ -86,13 +84,13 @@ def token_tables(survey: Survey) -> Iterator[Table]:
                 tokens = {token["id"]: token for token in (*info["by_lift"], *info["by_count"])}
                 for token in tokens.values():
                     rows.append((shown_layer(name), expert, token["piece"], token["count"], token["lift"]))
-        yield Table(f"tokens_{index}", ("layer", "expert", "piece", "count", "lift"), rows)
+        yield Table(("layer", "expert", "piece", "count", "lift"), rows, name=f"tokens_{index}")
 
 
 # Tables
 
 
-def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTable:
+def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> Table:
     """Return a row per layer of a checkpoint, measured over so many sequences of each text."""
     layers = model["layers"]
     deciders = next(iter(layers.values()))["explained_by"]
@@ -102,46 +100,46 @@ def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> HtmlTabl
             shown_layer(name),
             si(layer["tokens"]),
             percent(layer[DROPPED_FRACTION]),
-            str(layer["load"].count(0)),
-            f"{layer['confidence']:.2f}",
-            f"{layer['entropy']:.2f}",
-            *(_share(info["share"]) for info in layer["explained_by"].values()),
+            layer["load"].count(0),
+            _two_decimals(layer["confidence"]),
+            _two_decimals(layer["entropy"]),
+            *(_two_decimals(info["share"]) for info in layer["explained_by"].values()),
         )
         for name, layer in layers.items()
     ]
-    caption = (
+    note = (
         "Unused: experts without a token. Sure: the mean of the highest probability. Entropy: of all probabilities, in "
         f"nats. By {', '.join(deciders)}: how much of the choice of an expert it decides, from 0, no more than chance, "
         "to 1, all."
     )
     measured = ", ".join(f"{number:,} of {text}" for text, number in sequences.items())
     title = f"{model['checkpoint']}, capacity {model['capacity']}; held-out sequences: {measured}"
-    return HtmlTable(title, headings, rows, caption)
+    return Table(headings, rows, title, note)
 
 
-def _expert_table(title: str, layer: Mapping[str, Any], count: int, with_tokens: bool) -> HtmlTable:
+def _expert_table(title: str, layer: Mapping[str, Any], count: int, with_tokens: bool, note: str = "") -> Table:
     """Return a row per expert, which begins with the tokens that it gets more often than others do `with_tokens`."""
     rows = []
     for expert in _most_used(layer, count):
         name = f"{expert:<4} {_first_tokens(layer, expert)}" if with_tokens else str(expert)
         rows.append((name, *_expert_cells(layer, expert)))
     headings = ("expert, tokens by lift" if with_tokens else "expert", *_EXPERT_HEADINGS)
-    return HtmlTable(f"{title}{_limited(layer, count)}", headings, rows)
+    return Table(headings, rows, f"{title}{_limited(layer, count)}", note)
 
 
-def _expert_cells(layer: Mapping[str, Any], expert: int) -> tuple[str, ...]:
+def _expert_cells(layer: Mapping[str, Any], expert: int) -> tuple[Value, ...]:
     """Return an expert's cells under `_EXPERT_HEADINGS`."""
     info = layer["experts"][expert]
     if not layer["load"][expert]:
-        return (percent(info["share"]), *["-"] * (len(_EXPERT_HEADINGS) - 1))
+        return (percent(info["share"]), *[None] * (len(_EXPERT_HEADINGS) - 1))
     all_sentinels = sum(map(sum, layer["sentinels"].values()))
     sentinels = sum(load[expert] for load in layer["sentinels"].values())
     return (
         percent(info["share"]),
         percent(info["turned_away_fraction"]),
-        f"{info['confidence']:.2f}",
+        _two_decimals(info["confidence"]),
         _favorite_positions(layer, expert),
-        percent(sentinels / all_sentinels) if all_sentinels else "-",
+        percent(sentinels / all_sentinels) if all_sentinels else None,
     )
 
 
@@ -156,15 +154,15 @@ def _first_tokens(layer: Mapping[str, Any], expert: int) -> str:
     return " ".join(pieces)
 
 
-def _token_table(layer: Mapping[str, Any], order: str, title: str, amount: str, caption: str = "") -> HtmlTable:
+def _token_table(layer: Mapping[str, Any], order: str, title: str, amount: str, note: str = "") -> Table:
     """Return a row per expert with the tokens that are listed for it `by_lift` or `by_count`, each with its amount."""
     tokens = {expert: layer["experts"][expert][order] for expert in _most_used(layer, PAGE_EXPERTS)}
     columns = max(map(len, tokens.values()))
     rows = []
     for expert, listed in tokens.items():
         cells = [f"{shown(token['piece'])}{_NO_BREAK_SPACE}{amount.format_map(token)}" for token in listed]
-        rows.append((str(expert), *cells, *[""] * (columns - len(cells))))
-    return HtmlTable(title, ("expert", *map(str, range(1, columns + 1))), rows, caption)
+        rows.append((str(expert), *cells))
+    return Table(("expert", *map(str, range(1, columns + 1))), rows, title, note)
 
 
 def _favorite_positions(layer: Mapping[str, Any], expert: int) -> str:
@@ -175,27 +173,27 @@ def _favorite_positions(layer: Mapping[str, Any], expert: int) -> str:
     return f"{best}: {lifts[best]:.1f}x"
 
 
-def _text_table(name: str, layer: Mapping[str, Any]) -> HtmlTable:
+def _text_table(name: str, layer: Mapping[str, Any]) -> Table:
     rows = []
     for text, load in layer["texts"].items():
         experts = _by_load(load)[:_TEXT_EXPERTS]
         rows.append((text, "  ".join(f"{expert} ({load[expert] / max(1, sum(load)):.0%})" for expert in experts)))
-    return HtmlTable(f"{shown_layer(name)}: where most of a text's tokens go", ("", "experts, and their share"), rows)
+    return Table(("", "experts, and their share"), rows, f"{shown_layer(name)}: where most of a text's tokens go")
 
 
-def _drift_table(layers: Mapping[str, Any]) -> HtmlTable:
+def _drift_table(layers: Mapping[str, Any]) -> Table:
     """Return how many tokens of each layer change their expert from the first checkpoint to the second."""
     headings = ("layer", "tokens", "changed", "shared information")
     rows = []
     for name, layer in layers.items():
-        shared = _share(layer["shared_information"]["share"])
+        shared = _two_decimals(layer["shared_information"]["share"])
         rows.append((shown_layer(name), f"{layer['tokens']:,}", percent(layer["changed"]), shared))
-    caption = (
+    note = (
         "Changed: tokens that change their expert, by the numbers of the experts. Shared information: how well one "
         "checkpoint's expert predicts the other's, whatever their numbers: 0 = chance, 1 = fully. It stays below 1 if "
         "tokens have several experts."
     )
-    return HtmlTable("From the first to the second", headings, rows, caption)
+    return Table(headings, rows, "From the first to the second", note)
 
 
 def _most_used(layer: Mapping[str, Any], count: int) -> list[int]:
@@ -219,9 +217,8 @@ def shown(piece: str) -> str:
     return re.sub(f"{_SPACE}{{4,}}", lambda match: f"{_SPACE}\N{MULTIPLICATION SIGN}{len(match[0])}", line)
 
 
-def _share(value: float | None) -> str:
-    """Return a share with two decimals, or `-` where it is not known."""
-    return "-" if value is None else f"{value:.2f}"
+def _two_decimals(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
 
 
 # Maps
@@ -255,7 +252,7 @@ def _map(
         for expert in _most_used(layer, PAGE_EXPERTS)
         for label, load in loads.items()
     ]
-    table = Table(file_name(name), (kind, "expert", "share"), rows)
+    table = Table((kind, "expert", "share"), rows, name=file_name(name))
     x, y = (Axis(field, field, kind="ordinal") for field in ("expert", kind))
     color = load_axis(even_scale([relative for _, _, relative in rows]))
     return heat_map(f"{title}{_limited(layer, PAGE_EXPERTS)}", table, x, y, color, subject)

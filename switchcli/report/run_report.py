@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 
 from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, LOSS
 from switchcli.report import figures, html_page, routing_section, task_results
-from switchcli.report.charts import Table
 from switchcli.report.comparison import Comparison
-from switchcli.report.html_page import HtmlTable, Part
+from switchcli.report.html_page import Part
 from switchcli.report.routing_section import Survey
 from switchcli.report.runs import Run, as_mapping
 from switchcli.report.safe_text import capitalize
 from switchcli.report.series import SeedSpread, Series, differences
-from switchcli.report.significance import Gain, Interval, Verdict
-from switchcli.report.speed import SpeedUp
+from switchcli.report.significance import Effect, Verdict
+from switchcli.report.table import Table, Value
 from switchcli.report.task_results import Scores
 from switchcli.report.units import clock, si
 
@@ -60,16 +59,16 @@ class Report(NamedTuple):
 # Tables
 
 
-def tables(report: Report) -> Iterator[HtmlTable]:
+def tables(report: Report) -> Iterator[Table]:
     """Yield the tables for a terminal: quality and speed-up, sizes and rates, then scores, then the routing."""
     if report.comparison is not None:
         yield from overview(report.comparison)
-    yield from (table.to_html() for table in score_tables(report))
+    yield from (scores.table for scores in score_tables(report))
     if report.routing is not None:
         yield from routing_section.tables(report.routing)
 
 
-def overview(comparison: Comparison) -> list[HtmlTable]:
+def overview(comparison: Comparison) -> list[Table]:
     """Return the tables with a row per series: quality, speed-up, and size with rates."""
     tables = [quality_table(comparison), _size_table(comparison)]
     # A series alone is compared with nothing, but for a quality that the user names.
@@ -78,29 +77,30 @@ def overview(comparison: Comparison) -> list[HtmlTable]:
     return tables
 
 
-def quality_table(comparison: Comparison) -> HtmlTable:
+def quality_table(comparison: Comparison) -> Table:
     """Return the verdict on each series, its gain over the baseline, and its held-out quality."""
     baseline, metric, step = comparison.baseline.label, comparison.metric, comparison.common_step
     series_rows = comparison.rows
-    columns: dict[str, list[str]] = {"series": [row.label for row in series_rows]}
+    columns: dict[str, Sequence[Value]] = {"series": [row.label for row in series_rows]}
     if len(series_rows) > 1:
         over = f"gain over {baseline}" if step is None else f"gain over {baseline} at step {step:,}"
-        columns["verdict"] = [row.verdict or "-" for row in series_rows]
+        gains = [row.over and row.over.text("+z.4f") for row in series_rows]
+        columns["verdict"] = [row.verdict for row in series_rows]
         columns[over] = [
-            "" if row.verdict == Verdict.BASELINE else _with_interval(row.over, "+z.4f") for row in series_rows
+            "" if row.verdict == Verdict.BASELINE else gain for row, gain in zip(series_rows, gains, strict=True)
         ]
     columns["at the end"] = [_spread(row.final, ".4f") for row in series_rows]
     if step is not None:
         columns[f"at step {step:,}"] = [_spread(row.at_common, ".4f") for row in series_rows]
     columns["seeds"] = [
-        f"{row.seeds}, {row.num_unfinished} going on" if row.num_unfinished else str(row.seeds) for row in series_rows
+        f"{row.seeds}, {row.num_unfinished} going on" if row.num_unfinished else row.seeds for row in series_rows
     ]
     columns["steps"] = [_spread(row.steps, ",.0f") for row in series_rows]
     rows = [*zip(*columns.values(), strict=True)]
-    return HtmlTable(capitalize(metric.title), [*columns], rows, " ".join(filter(None, _quality_caption(comparison))))
+    return Table([*columns], rows, capitalize(metric.title), " ".join(filter(None, _quality_note(comparison))))
 
 
-def _quality_caption(comparison: Comparison) -> Iterator[str]:
+def _quality_note(comparison: Comparison) -> Iterator[str]:
     """Yield what the numbers of the table are, only as far as it has them."""
     rows, metric, baseline = comparison.rows, comparison.metric, comparison.baseline.label
     if metric.evaluations > 1:
@@ -117,7 +117,7 @@ def _quality_caption(comparison: Comparison) -> Iterator[str]:
         yield _VERDICT_CAPTIONS.get(verdict, "")
 
 
-def _speed_table(comparison: Comparison) -> HtmlTable:
+def _speed_table(comparison: Comparison) -> Table:
     """Return how many times faster than the baseline each series reaches a quality, and its steps, time and FLOPs."""
     baseline, quality = comparison.baseline.label, comparison.quality
     goal = f"what {baseline} ends with" if quality is None else f"{comparison.metric.title} {quality:g}"
@@ -126,80 +126,48 @@ def _speed_table(comparison: Comparison) -> HtmlTable:
     for row in comparison.rows:
         # The baseline reaches its own final quality after one times its own cost.
         is_trivial = row.label == baseline and quality is None
-        factors = ["" if is_trivial else _speed_up(factor) for factor in row.speed.factors]
-        costs = [
-            "-" if cost is None else write(cost.mean) for cost, write in zip(row.speed.costs, formats, strict=True)
-        ]
+        factors = ["" if is_trivial else factor and _speed_up(factor) for factor in row.speed.factors]
+        costs = [cost and write(cost.mean) for cost, write in zip(row.speed.costs, formats, strict=True)]
         rows.append([row.label, *factors, f"{row.speed.reached} of {row.seeds}", *costs])
-    caption = (
+    note = (
         f"x: how many times fewer steps, seconds and FLOPs than {baseline}, run by run, against its run of the same "
         "seed where there is one; in parentheses the 95 % interval, from Student's t of the logarithms. Steps, time "
         "and FLOPs are means over the runs that reach it, interpolated on straight lines between evaluations in "
         "training; -: no run does, or one does before its first evaluation in training. FLOPs are forward and backward."
     )
     headings = ("series", "x steps", "x time", "x FLOPs", "reach it", "steps", "time", "FLOPs")
-    return HtmlTable(f"Speed-up to {goal}, interpolated", headings, rows, caption)
+    return Table(headings, rows, f"Speed-up to {goal}, interpolated", note)
 
 
-def _speed_up(factor: SpeedUp | None) -> str:
+def _speed_up(factor: Effect) -> str:
     """Return the factor with its interval where it is more than chance, else why it says nothing."""
-    if factor is None:
-        return "-"
     if factor.verdict == Verdict.BASELINE or factor.verdict.is_difference:
-        return _with_interval(factor, ".2f")
+        return factor.text(".2f")
     if factor.verdict == Verdict.SOME_SEEDS:  # the number would be of the fast seeds alone
         return str(factor.verdict)
-    doubt = _range(factor.interval, ".2f") if factor.interval else f"{factor.spread.mean:.2f}"
+    doubt = factor.interval.text(".2f") if factor.interval else f"{factor.spread.mean:.2f}"
     return f"{factor.verdict} ({doubt})"
 
 
-def _with_interval(value: Gain | SpeedUp | None, number_format: str) -> str:
-    """Return `mean (low to high)`, or the mean alone without an interval or with one that is a point."""
-    if value is None:
-        return "-"
-    mean = f"{value.spread.mean:{number_format}}"
-    around = "" if value.interval is None else _range(value.interval, number_format)
-    return mean if around in ("", mean) else f"{mean} ({around})"
-
-
-def _range(interval: Interval, number_format: str) -> str:
-    low, high = (f"{bound:{number_format}}" for bound in interval)
-    return low if low == high else f"{low} to {high}"
-
-
-def _size_table(comparison: Comparison) -> HtmlTable:
+def _size_table(comparison: Comparison) -> Table:
     rows = []
     for row in comparison.rows:
-        sizes = ["-" if size is None else si(size) for size in row.sizes.values()]
+        sizes = [None if size is None else si(size) for size in row.sizes.values()]
         rows.append([row.label, _spread(row.tokens_per_second, si), _spread(row.dropped, ".1%"), *sizes])
-    caption = (
+    note = (
         "Tokens/s and dropped are means over seeds (least to most). Dropped: the share of tokens without a slot over "
         "the last tenth of the run. Active: the parameters that process a token. FLOPs are of the forward pass, by the "
         "paper's formula."
     )
     headings = ("series", "tokens/s", "dropped", "parameters", "active", "FLOPs a sequence")
-    return HtmlTable("Size and speed", headings, rows, caption)
+    return Table(headings, rows, "Size and speed", note)
 
 
 class ScoreTable(NamedTuple):
-    """Scores of tasks, or metrics of held-out texts, by series."""
+    """Scores of tasks, or metrics of held-out texts, by series, and their table for people."""
 
-    name: str
-    title: str
-    row_kind: str
-    """`task` or `text`: the heading of the first column."""
-    number_format: str
     scores: Scores
-    caption: str
-
-    def to_html(self) -> HtmlTable:
-        """Return the table with a row per task or text and a column per series."""
-        names = dict.fromkeys(name for by_name in self.scores.values() for name in by_name)
-        rows = [
-            [name, *(_spread(by_name.get(name), self.number_format) for by_name in self.scores.values())]
-            for name in names
-        ]
-        return HtmlTable(self.title, (self.row_kind, *self.scores), rows, self.caption)
+    table: Table
 
     def to_json(self) -> dict[str, Any]:
         """Return the mean, least and most by series and by task or text."""
@@ -208,54 +176,62 @@ class ScoreTable(NamedTuple):
             for label, by_name in self.scores.items()
         }
 
-    def to_table(self) -> Table:
+    def by_row(self) -> Table:
         """Return the table for a file, with a row per series and task or text."""
         rows = [(label, name, *spread) for label, by_name in self.scores.items() for name, spread in by_name.items()]
-        return Table(self.name, ("series", self.row_kind, "value", "least", "most"), rows)
+        return Table(("series", self.table.columns[0], "value", "least", "most"), rows, name=self.table.name)
 
 
 def score_tables(report: Report) -> Iterator[ScoreTable]:
     """Yield the tables of task scores and of held-out texts that the runs have results for."""
     runs = report.runs_by_label
     if scores := task_results.tasks(runs):
-        caption = "Scores from 0 to 100, means over seeds (least to most)."
-        yield ScoreTable("tasks", "Tasks", "task", ".2f", scores, caption)
+        note = "Scores from 0 to 100, means over seeds (least to most)."
+        yield ScoreTable(scores, _score_table("tasks", "Tasks", "task", ".2f", scores, note))
     titles = {LOSS: "Loss by text"} if task_results.by_tokens(runs) else {}
     for metric, title in {**titles, BITS_PER_BYTE: "Bits per byte by text"}.items():
         if scores := task_results.texts(runs, metric):
-            caption = "Held-out text of each language or corpus, means over seeds (least to most)."
-            yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, caption)
+            note = "Held-out text of each language or corpus, means over seeds (least to most)."
+            yield ScoreTable(scores, _score_table(f"texts_{metric}", title, "text", ".4f", scores, note))
 
 
-def _recipe_value(value: Any) -> str:
+def _score_table(name: str, title: str, row_kind: str, number_format: str, scores: Scores, note: str) -> Table:
+    """Return a table with a row per task or text and a column per series."""
+    names = dict.fromkeys(name for by_name in scores.values() for name in by_name)
+    rows = [[name, *(_spread(by_name.get(name), number_format) for by_name in scores.values())] for name in names]
+    return Table((row_kind, *scores), rows, title, note, name)
+
+
+def _recipe_value(value: Any) -> str | None:
     if value is None:
-        return "-"
+        return None
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _run_table(report: Report) -> HtmlTable:
-    rows = []
+def _run_table(report: Report) -> Table:
+    rows: list[Sequence[Value]] = []
     for run in [run for series in (*report.trained, *report.evaluations) for run in series.runs]:
         ended, final, seconds = (run.number(name) for name in ("step", HELD_OUT, "seconds"))
         step = run.step if ended is None else int(ended)
         versions = as_mapping(run.result.get("versions"))
+        named_versions = [f"{name} {versions[name]}" for name in ("switchcli", "torch") if name in versions]
         rows.append(
-            [
+            (
                 run.name,
-                run.verb or "-",
-                "-" if run.seed is None else str(run.seed),
+                run.verb or None,
+                None if run.seed is None else str(run.seed),
                 f"{step:,}" if run.steps in (None, step) else f"{step:,} of {run.steps:,}",
-                "-" if final is None else f"{-final:.4f}",
+                None if final is None else f"{-final:.4f}",
                 clock(float(run.seconds.values[-1]) if seconds is None else seconds),
                 str(as_mapping(run.result.get("hardware")).get("device", "-")),
-                ", ".join(f"{name} {versions[name]}" for name in ("switchcli", "torch") if name in versions) or "-",
-            ]
+                ", ".join(named_versions) or None,
+            )
         )
-    return HtmlTable("", ("folder", "verb", "seed", "steps", "held-out loss", "time", "device", "versions"), rows)
+    return Table(("folder", "verb", "seed", "steps", "held-out loss", "time", "device", "versions"), rows)
 
 
-def _spread(value: SeedSpread | None, write: str | Callable[[float], str]) -> str:
-    return "-" if value is None else value.text(write)
+def _spread(value: SeedSpread | None, write: str | Callable[[float], str]) -> str | None:
+    return None if value is None else value.text(write)
 
 
 # Page
@@ -294,13 +270,13 @@ def parts(report: Report) -> Iterator[Part]:
         ]
         if loads:
             yield html_page.section("Expert load", html_page.paragraphs(_LOAD_CAPTION), *loads)
-    if scores := [table.to_html() for table in score_tables(report)]:
+    if scores := [scores.table for scores in score_tables(report)]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
         if rows := [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]:
             headings = ("key", *(series.label for series in comparison.series))
-            caption = "Keys of the recipes that are the same in all series are left out."
-            yield html_page.section("Recipes", HtmlTable("", headings, rows, caption))
+            note = "Keys of the recipes that are the same in all series are left out."
+            yield html_page.section("Recipes", Table(headings, rows, note=note))
         if samples := [*_samples(comparison)]:
             caption = "Held-out texts, their targets, and the answer of each series."
             yield html_page.section("Samples", html_page.paragraphs(caption), *samples)
@@ -327,13 +303,13 @@ def _samples(comparison: Comparison) -> Iterator[Part]:
 
 def every_table(report: Report) -> Iterator[Table]:
     """Yield the tables that belong to no figure, for files: scores, tokens, series, and how their recipes differ."""
-    yield from (table.to_table() for table in score_tables(report))
+    yield from (scores.by_row() for scores in score_tables(report))
     if report.routing is not None:
         yield from routing_section.token_tables(report.routing)
     if (comparison := report.comparison) is not None:
         rows = [row.flat() for row in comparison.rows]
-        yield Table("runs", [*rows[0]], [[*row.values()] for row in rows])
-        yield Table("recipes", ("key", "series", "value"), [*_difference_rows(comparison)])
+        yield Table([*rows[0]], [[*row.values()] for row in rows], name="runs")
+        yield Table(("key", "series", "value"), [*_difference_rows(comparison)], name="recipes")
 
 
 def _difference_rows(comparison: Comparison) -> Iterator[tuple[str, str, str | float | None]]:
@@ -362,7 +338,7 @@ def to_json(report: Report) -> Mapping[str, Any]:
     return {
         **compared,
         "series": [row.to_json() for row in comparison.rows] if comparison is not None else [],
-        "tables": {table.name: table.to_json() for table in score_tables(report)},
+        "tables": {scores.table.name: scores.to_json() for scores in score_tables(report)},
         "notes": [*report.notes],
         "routing": report.routing,
     }

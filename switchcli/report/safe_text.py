@@ -1,10 +1,11 @@
-"""Text made harmless for a terminal: `safe_text` keeps line breaks, `one_line` does not.
+"""Text made harmless for a terminal (`safe_text` keeps line breaks, `one_line` does not), HTML and Markdown.
 
-Neither escapes rich markup: wrap the result in `rich.text.Text`, which reads none. `html_page` escapes HTML.
+The first two do not escape rich markup: wrap the result in `rich.text.Text`, which reads none.
 """
 
 import re
 import shlex
+from html import escape
 
 from switchcli.system import credentials
 
@@ -17,6 +18,8 @@ _UNSAFE = re.compile(
     "]"
 )
 _BREAKS = re.compile("[\n\t\u2028\u2029]")
+_MARKUP = re.compile(r"[\\`*_{}\[\]<>()#+!|~&:@$^=-]|(?<!\d)\.|\.(?!\d)")
+"""Punctuation with a meaning in Markdown, HTML or a link. A decimal point has none."""
 
 
 def safe_text(text: str) -> str:
@@ -33,6 +36,16 @@ def one_line(text: str) -> str:
     A path or a value that a user gave can then not forge a line of its own. Credentials in URLs are left out.
     """
     return credentials.redact(_BREAKS.sub(_escape, safe_text(text)))
+
+
+def html_text(text: str) -> str:
+    """Return text that HTML shows as it is, with line breaks."""
+    return escape(safe_text(text))
+
+
+def markdown_text(text: str) -> str:
+    """Return text on one line that Markdown shows as it is, without credentials in URLs."""
+    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def _escape(match: re.Match[str]) -> str:

@@ -68,7 +68,10 @@ def group_by_recipe(runs: Sequence[Run]) -> list[Series]:
     for run, identity in zip(runs, _identities(runs), strict=True):
         members = groups.setdefault(identity, [])
         members.append(run._replace(loads={}) if members else run)
-    names = _short_names(runs)
+    # The last component of each folder's name, or the full names where two of them are equal.
+    names = {run.name: one_line(Path(run.name).name or run.name) for run in runs}
+    if len(set(names.values())) < len(names):
+        names = {name: one_line(name) for name in names}
     series: dict[str, Series] = {}
     for members in groups.values():
         label = _common_label([names[run.name] for run in members])
@@ -201,12 +204,6 @@ def downsample(values: Floats, count: int) -> NDArray[np.int64]:
     for stretch in np.array_split(np.arange(len(values)), max(1, (count - 2) // 2)):  # two values of each, and the ends
         kept += [int(stretch[np.argmin(values[stretch])]), int(stretch[np.argmax(values[stretch])])]
     return np.unique(kept)
-
-
-def _short_names(runs: Sequence[Run]) -> dict[str, str]:
-    """Return the last component of each folder's name, or the full names where two of them are equal."""
-    names = {run.name: one_line(Path(run.name).name or run.name) for run in runs}
-    return names if len(set(names.values())) == len(names) else {name: one_line(name) for name in names}
 
 
 def _common_label(names: Sequence[str]) -> str:

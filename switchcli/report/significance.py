@@ -40,6 +40,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def text(self, number_format: str) -> str:
+        """Return `low to high`, or one number where both are equal in this format."""
+        low, high = (f"{bound:{number_format}}" for bound in self)
+        return low if low == high else f"{low} to {high}"
+
     def verdict(self, zero: float, above: Verdict, below: Verdict) -> Verdict:
         """Return whether the interval is above or below `zero`, the value without a difference, or contains it."""
         if self.low > zero:
@@ -47,23 +52,24 @@ class Interval(NamedTuple):
         return below if self.high < zero else Verdict.NO_DIFFERENCE
 
 
-class Gain(NamedTuple):
-    """The gain of a series over another; positive is better."""
+class Effect(NamedTuple):
+    """The effect of one series over another: its gain, where positive is better, or how many times faster it is."""
 
     spread: SeedSpread
     """Over the pairs of a seed; without pairs, of each run over the mean of the other series."""
     interval: Interval | None
-    """None where one of the two series has one seed."""
-    is_paired: bool
+    """None where there are too few seeds for one."""
+    verdict: Verdict
+    is_paired: bool = True
 
-    @property
-    def verdict(self) -> Verdict:
-        if self.interval is None:
-            return Verdict.ONE_SEED
-        return self.interval.verdict(0.0, Verdict.BETTER, Verdict.WORSE)
+    def text(self, number_format: str) -> str:
+        """Return `mean (low to high)`, or the mean alone without an interval or with one that is a point."""
+        mean = f"{self.spread.mean:{number_format}}"
+        around = mean if self.interval is None else self.interval.text(number_format)
+        return mean if around == mean else f"{mean} ({around})"
 
 
-def gain(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Gain | None:
+def gain(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Effect | None:
     """Return the gain of one series over another, from a value per seed where higher is better.
 
     None where one of them has no value.
@@ -78,7 +84,8 @@ def gain(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Gain | None:
         values = [value - float(np.mean([*theirs.values()])) for value in ours.values()]
         interval = _welch_interval([*ours.values()], [*theirs.values()])
     spread = seed_spread(values)
-    return None if spread is None else Gain(spread, interval, values is paired)
+    verdict = Verdict.ONE_SEED if interval is None else interval.verdict(0.0, Verdict.BETTER, Verdict.WORSE)
+    return None if spread is None else Effect(spread, interval, verdict, values is paired)
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:

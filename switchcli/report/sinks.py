@@ -146,16 +146,6 @@ def is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file that have a step, in order. Other lines are left out.
-
-    Raises `CheckpointError` when there is no such file.
-    """
-    with disk_errors(path, "name another run's"):
-        records = [parse(line.content) for line in read_lines(path) if line.is_whole]
-    return [record for record in records if record is not None and step_of(record) is not None]
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
     """Return a value as JSON in ASCII. NaN and infinity, which JSON does not have, become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)

@@ -15,7 +15,7 @@ import numpy as np
 from switchcli.metric_names import HELD_OUT_BITS, HELD_OUT_LOSS
 from switchcli.report.runs import Curve, Run
 from switchcli.report.series import SeedSpread, Series, by_seed, seed_spread, smooth
-from switchcli.report.significance import Interval, Verdict, mean_interval
+from switchcli.report.significance import Effect, Interval, Verdict, mean_interval
 
 Window = tuple[float, ...]
 """The steps of the evaluations that a value is a mean of: one step without smoothing."""
@@ -77,17 +77,9 @@ class Speed(NamedTuple):
     reached: int
     """Number of runs that reach it."""
     costs: tuple[SeedSpread | None, ...]
-    factors: tuple["SpeedUp | None", ...]
-
-
-class SpeedUp(NamedTuple):
-    """The speed-up of a series: how many times fewer steps, seconds or FLOPs it takes than the baseline."""
-
-    spread: SeedSpread
-    """The baseline's cost divided by the run's, over the pairs of a seed that both reach the quality."""
-    interval: Interval | None
-    """The interval of the geometric mean, from Student's interval of the logarithms; None for less than two pairs."""
-    verdict: Verdict
+    factors: tuple[Effect | None, ...]
+    """How many times fewer steps, seconds and FLOPs it takes than the baseline, over the pairs of a seed that both
+    reach the quality. The interval is that of the geometric mean, from Student's interval of the logarithms."""
 
 
 def first_step_reaching(curve: Curve, quality: float) -> float | None:
@@ -119,11 +111,6 @@ def cost(run: Run, metric: QualityMetric, quality: float) -> Cost | None:
     return Cost(step, float(run.seconds_at(steps)[0]), float(run.flops_at(steps)[0]))
 
 
-def baseline_run(run: Run, baseline: Series) -> Run:
-    """Return the baseline's run of the same seed, or its first run where there is none."""
-    return next((one for one in baseline.runs if one.seed == run.seed), baseline.runs[0])
-
-
 def speed(series: Series, baseline: Series, metric: QualityMetric, quality: float | None = None) -> Speed:
     """Return how soon a series reaches a quality; for None, the one that each run's baseline run ends with.
 
@@ -134,7 +121,8 @@ def speed(series: Series, baseline: Series, metric: QualityMetric, quality: floa
     ours, theirs = by_seed(series), by_seed(baseline)
     pairs = {run.name for seed, run in ours.items() if seed in theirs}
     for run in series.runs:
-        reference = baseline_run(run, baseline)
+        # The baseline's run of the same seed, or its first run where there is none.
+        reference = next((one for one in baseline.runs if one.seed == run.seed), baseline.runs[0])
         goal = metric.at_end(reference) if quality is None else quality
         run_cost = None if goal is None else cost(run, metric, goal)
         if goal is None or run_cost is None:
@@ -155,20 +143,20 @@ def speed(series: Series, baseline: Series, metric: QualityMetric, quality: floa
     return Speed(len(costs), spreads, tuple(speed_ups))
 
 
-def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -> SpeedUp | None:
+def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -> Effect | None:
     """Return the speed-up by so many pairs, or None where none has a factor. `doubt` is what forbids an interval."""
     spread = seed_spread(factors)
     if spread is None:
         return None
     if doubt is not None:
-        return SpeedUp(spread, None, doubt)
+        return Effect(spread, None, doubt)
     known = [factor for factor in factors if 0 < factor < math.inf]
     # The seeds that do not reach the quality are the slow ones: the others alone would look faster.
     logarithms = mean_interval(np.log(known).tolist()) if len(known) == num_pairs else None
     if logarithms is None:
-        return SpeedUp(spread, None, Verdict.SOME_SEEDS)
+        return Effect(spread, None, Verdict.SOME_SEEDS)
     interval = Interval(*map(math.exp, logarithms))
-    return SpeedUp(spread, interval, interval.verdict(1.0, Verdict.FASTER, Verdict.SLOWER))
+    return Effect(spread, interval, interval.verdict(1.0, Verdict.FASTER, Verdict.SLOWER))
 
 
 def _divide(reference: Cost, run: Cost) -> Cost:

@@ -28,6 +28,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import publish_file, to_json
+from switchcli.report.table import Table
 from switchcli.report.units import si
 from switchcli.runs import finetuning, pretraining, run_messages, transformers_checkpoint
 from switchcli.runs.loading import CheckpointHandle, load_model
@@ -276,7 +277,7 @@ class Distillation(TrainingTask):
             if fraction is not None and fraction > 1:
                 text += ", as it is better than its teacher"
             rows["of the teacher's gain over the baseline kept"] = text
-        self._console.table(f"distilled: {label}", rows)
+        self._console.show(Table(("", ""), [*rows.items()], f"distilled: {label}"))
 
     @property
     def _metric(self) -> str:

@@ -1,6 +1,6 @@
 """The summary at the end of a run on text: guesses at hidden tokens, and the tokens that each expert takes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from switchcli.analysis.guesses import GuessedToken, Guesses, measure_guesses, text_of, visible_tokens
@@ -12,12 +12,15 @@ from switchcli.metric_names import layer_title
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
+from switchcli.report.table import Table
+from switchcli.report.units import percent
 from switchcli.training.validation import HeldOutText, rank_batches
 
 MAX_ROWS = 256
 """Rows of the first held-out text that are looked at. They take a few seconds even on a CPU."""
 _CONTEXT_CHARACTERS = 24
 _TOKENS_SHOWN = 7
+_EXPERTS_SHOWN = 16
 
 
 class ExpertTokens(NamedTuple):
@@ -107,21 +110,16 @@ def show(learned: Learned, console: Console) -> None:
 
 
 def _show_guesses(guesses: Guesses, rows: int, console: Console) -> None:
-    console.rows(
-        "held-out text: the token in brackets is hidden, and these are the model's guesses",
-        ("text", "guesses, the most probable first"),
-        ((_in_context(example), _marked(example)) for example in guesses.examples),
-        justify="left",
-    )
-    console.rows(
-        "hidden tokens guessed right",
-        ("", "the model", "always the most frequent"),
-        (
-            ("first guess", f"{guesses.first:.1%}", f"{guesses.most_frequent:.1%}"),
-            ("one of five guesses", f"{guesses.first_five:.1%}", f"{guesses.five_most_frequent:.1%}"),
-        ),
-        caption=f"{guesses.tokens:,} hidden tokens of {rows:,} held-out rows; blanks do not count",
-    )
+    title = "held-out text: the token in brackets is hidden, and these are the model's guesses"
+    examples = [(_in_context(example), _marked(example)) for example in guesses.examples]
+    console.show(Table(("text", "guesses, the most probable first"), examples, title, align="left"))
+    accuracies = [
+        ("first guess", percent(guesses.first), percent(guesses.most_frequent)),
+        ("one of five guesses", percent(guesses.first_five), percent(guesses.five_most_frequent)),
+    ]
+    note = f"{guesses.tokens:,} hidden tokens of {rows:,} held-out rows; blanks do not count"
+    columns = ("", "the model", "always the most frequent")
+    console.show(Table(columns, accuracies, "hidden tokens guessed right", note))
 
 
 def _in_context(example: GuessedToken) -> str:
@@ -139,17 +137,12 @@ def _marked(example: GuessedToken) -> str:
 
 
 def _show_experts(layer: LayerExperts, console: Console) -> None:
-    console.rows(
-        f"tokens that each expert takes more often than the others: {layer_title(layer.layer)}",
-        ("expert", "of all tokens", "tokens"),
-        _expert_rows(layer.experts),
-        justify="left",
-        caption="the layer in which the token says most about the expert",
-    )
-
-
-def _expert_rows(experts: Sequence[ExpertTokens]) -> Iterator[tuple[str, str, str]]:
-    for number, expert in enumerate(experts[:16]):
-        yield str(number), f"{expert.share:.0%}", "  ".join(expert.tokens[:_TOKENS_SHOWN]) or "-"
-    if len(experts) > 16:
-        yield "...", "", f"and {len(experts) - 16} more in result.json"
+    rows = [
+        (str(number), f"{expert.share:.0%}", "  ".join(expert.tokens[:_TOKENS_SHOWN]) or "-")
+        for number, expert in enumerate(layer.experts[:_EXPERTS_SHOWN])
+    ]
+    if len(layer.experts) > _EXPERTS_SHOWN:
+        rows.append(("...", "", f"and {len(layer.experts) - _EXPERTS_SHOWN} more in result.json"))
+    title = f"tokens that each expert takes more often than the others: {layer_title(layer.layer)}"
+    note = "the layer in which the token says most about the expert"
+    console.show(Table(("expert", "of all tokens", "tokens"), rows, title, note, align="left"))

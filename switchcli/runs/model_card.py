@@ -19,8 +19,9 @@ from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_
 from switchcli.recipe.schema import DistillRecipe, TaskRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.runs import as_mapping, number
-from switchcli.report.safe_text import one_line
+from switchcli.report.safe_text import markdown_text
 from switchcli.report.sinks import parse
+from switchcli.report.table import Table, Value
 from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.score_tables import shown_metric
 from switchcli.system.user_files import read_regular
@@ -29,8 +30,6 @@ NAME: Final = "README.md"
 _MAX_RESULT_BYTES: Final = 1 << 24
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}")
 _WORD: Final = re.compile(r"[A-Za-z0-9_.-]+")
-_MARKUP: Final = re.compile(r"[\\`*_{}\[\]<>()#+!|~&:@$^=.-]")
-"""Punctuation with a meaning in Markdown, HTML or a link. A backslash before it takes the meaning away."""
 
 _TRANSFORMERS: Final = """\
 ```python
@@ -87,17 +86,12 @@ def model_card(handle: CheckpointHandle, parameters: int, export: Export) -> byt
     text = "\n".join(
         [
             *_front_matter(handle, export),
-            f"# {escape(export.name)}\n",
+            f"# {markdown_text(export.name)}\n",
             *_introduction(handle, export),
             *(f"## {title}\n\n{section}" for title, section in sections.items() if section),
         ]
     )
     return (text.rstrip() + "\n").encode()
-
-
-def escape(text: str) -> str:
-    """Return text on one line that Markdown shows as it is, without credentials in URLs."""
-    return _MARKUP.sub(r"\\\g<0>", one_line(text))
 
 
 def _result(handle: CheckpointHandle) -> Mapping[str, Any]:
@@ -139,15 +133,15 @@ def _introduction(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     layout = "transformers" if export.layout == "huggingface" else "CTranslate2"
     yield f"A {model}, {how} with switchcli and saved for {layout}.\n"
     if handle.has_training_recipe and recipe.description:
-        yield f"{escape(recipe.description)}\n"
+        yield f"{markdown_text(recipe.description)}\n"
 
 
-def _model_rows(recipe: TrainingRecipe, parameters: int, export: Export) -> Iterator[tuple[str, str]]:
+def _model_rows(recipe: TrainingRecipe, parameters: int, export: Export) -> Iterator[tuple[str, Value]]:
     spec = recipe.model
-    yield "parameters", f"{parameters:,}"
+    yield "parameters", parameters
     yield "weights", export.quantization
     if spec.size != "custom":
-        yield "size", escape(spec.size)
+        yield "size", spec.size
     yield "blocks", f"{spec.num_layers} in the encoder, {spec.decoder_layers} in the decoder"
     yield "d_model, d_ff", f"{spec.d_model:,}, {spec.d_ff:,}"
     yield "attention", f"{spec.num_heads} heads of width {spec.head_width}"
@@ -161,9 +155,9 @@ def _training(handle: CheckpointHandle) -> str:
     if not handle.has_training_recipe:
         return "The model was converted from another checkpoint. How it was trained is not known here.\n"
     recipe = handle.recipe
-    rows = {
-        "steps": f"{handle.step:,}",
-        "input tokens of a step": f"{recipe.train.batch_tokens:,}",
+    rows: dict[str, Value] = {
+        "steps": handle.step,
+        "input tokens of a step": recipe.train.batch_tokens,
         "seed": str(recipe.train.seed),
         "precision": recipe.train.precision,
         "optimizer": _settings(recipe.optimizer),
@@ -185,7 +179,7 @@ def _data(handle: CheckpointHandle) -> str:
     if not handle.has_training_recipe:
         return ""
     if isinstance(recipe, TaskRecipe):
-        names = ", ".join(escape(task.name) for task in recipe.tasks)
+        names = ", ".join(markdown_text(task.name) for task in recipe.tasks)
         return f"Tasks: {names}.\n"
     return _bullets(map(_corpus, _corpora(recipe)))
 
@@ -203,10 +197,10 @@ def _corpus(corpus: CorpusSpec) -> str:
         text = "the documentation of Python's standard library" + (" and its sources" if corpus.sources else "")
     elif isinstance(corpus, HubCorpus) and _is_on_hub(corpus):
         subset = f", subset {corpus.name}" if corpus.name else ""
-        text = escape(f"{corpus.path} on the Hugging Face hub{subset}, split {corpus.split}")
+        text = markdown_text(f"{corpus.path} on the Hugging Face hub{subset}, split {corpus.split}")
     else:
         text = "files that are not published with this model"
-    language = f", language {escape(corpus.language)}" if corpus.language else ""
+    language = f", language {markdown_text(corpus.language)}" if corpus.language else ""
     return f"{text}{language} (weight {corpus.weight:g})"
 
 
@@ -236,7 +230,7 @@ def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
         (label, f"{value:,.0f}") for key, label in counts.items() if (value := number(result.get(key))) is not None
     ]
     if device := as_mapping(result.get("hardware")).get("device"):
-        rows.append(("trained on", escape(str(device))))
+        rows.append(("trained on", str(device)))
     return "\n".join(filter(None, [_table(rows), _scores(as_mapping(result.get("tasks")))]))
 
 
@@ -249,7 +243,7 @@ def _distillation_rows(distillation: Mapping[str, Any]) -> Iterator[tuple[str, s
             parameters = number(model.get("parameters"))
             count = "" if parameters is None else f", {parameters:,.0f} parameters"
             label, value = shown_metric(metric, value)
-            yield f"{role}{count}: {escape(label)}", f"{value:.4f}"
+            yield f"{role}{count}: {label}", f"{value:.4f}"
     for key, label in {"compression": "compression", "gain_kept": "of the teacher's gain kept"}.items():
         if (value := number(distillation.get(key))) is not None:
             yield label, f"{value:.1%}"
@@ -262,11 +256,11 @@ def _scores(tasks: Mapping[str, Any]) -> str:
         score = as_mapping(task.get("score"))
         value, low, high = (number(score.get(key)) for key in ("value", "low", "high"))
         if value is not None:
-            interval = "-" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+            interval = None if low is None or high is None else f"{low:.2f} to {high:.2f}"
             chance, examples = (number(task.get(key)) for key in ("chance", "num_examples"))
-            chance_cell = "-" if chance is None else f"{chance:.2f}"
-            rows.append([escape(name), f"{value:.2f}", interval, chance_cell, f"{examples or 0:,.0f}"])
-    return _rows(["task", "score", "95 % interval", "chance", "examples"], rows) if rows else ""
+            chance_cell = None if chance is None else f"{chance:.2f}"
+            rows.append((name, f"{value:.2f}", interval, chance_cell, f"{examples or 0:,.0f}"))
+    return Table(("task", "score", "95 % interval", "chance", "examples"), rows).markdown() if rows else ""
 
 
 def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
@@ -282,7 +276,7 @@ def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
         yield "The model was trained on the inputs of its tasks, in the form that they have there, and on no others."
     if export.quantization != "float32":
         yield f"The weights are rounded to {export.quantization}: answers may differ from those of the float32 model."
-    yield from map(escape, export.warnings)
+    yield from map(markdown_text, export.warnings)
 
 
 def _use(recipe: TrainingRecipe, export: Export) -> str:
@@ -297,20 +291,15 @@ def _settings(spec: BaseModel) -> str:
     values = spec.model_dump()
     words = [str(values["kind"])] if _is_plain(values.get("kind")) else []
     words += [f"{key} {value}" for key, value in values.items() if key != "kind" and _is_plain(value)]
-    return escape(", ".join(words))
+    return ", ".join(words)
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return _rows(["", ""], [list(row) for row in rows])
-
-
-def _rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _table(rows: Iterable[tuple[str, Value]]) -> str:
+    return Table(("", ""), [*rows]).markdown()
 
 
 def _bullets(lines: Iterable[str]) -> str:

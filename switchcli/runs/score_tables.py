@@ -16,12 +16,13 @@ from switchcli.metric_names import (
 )
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shorten
+from switchcli.report.table import Table, Value
 from switchcli.tasks.scores import Score, Scores
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.scoring import score_metrics, suite_scores
 
-_HEADINGS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
+_COLUMNS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
 MALFORMED_LIMIT = 50.0
 """The percentage of malformed answers above which a score needs an explanation."""
 
@@ -38,16 +39,16 @@ def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None =
     return {"tasks": tasks, "average": average, "suites": suites}
 
 
-def show_scores(console: Console, scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> None:
-    """Print a table with a row for each metric of each task, and the averages below it."""
-    headings = _HEADINGS + (("best", "at step") if best else ())
-    console.rows("scores", headings, _score_rows(scores, best or {}))
+def score_table(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> Table:
+    """Return a table with a row for each metric of each task, and the averages below them."""
+    columns = _COLUMNS + (("best", "at step") if best else ())
     means = dict(suite_scores(scores))
     metrics = score_metrics(scores)
     if len(scores) > 1 and TASKS_AVERAGE in metrics:
         means["average"] = metrics[TASKS_AVERAGE]
-    for name, mean in means.items():
-        console.message(f"{name}: {mean:.2f}", "bold")
+    rows = [*_score_rows(scores, best or {})]
+    rows += [[name, f"{mean:.2f}"] for name, mean in means.items()]
+    return Table(columns, rows, "scores")
 
 
 def shown_metric(name: str, value: float) -> tuple[str, float]:
@@ -82,25 +83,25 @@ def explain_malformed(
         )
 
 
-def show_texts(console: Console, texts: Mapping[str, Mapping[str, float]]) -> None:
-    """Print a table with a row for each held-out text."""
-    headings = {LOSS: "loss", BITS_PER_BYTE: "bits per byte"}
+def text_table(texts: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table with a row for each held-out text."""
+    columns = {LOSS: "loss", BITS_PER_BYTE: "bits per byte"}
     rows = []
     for name, metrics in texts.items():
         values = {LOSS: -metrics[NEG_LOG_PERPLEXITY], **metrics}
-        rows.append([name, *(f"{values[key]:.4f}" if key in values else "-" for key in headings)])
-    console.rows("held-out texts", ("", *headings.values()), rows)
+        rows.append([name, *(f"{values[key]:.4f}" if key in values else None for key in columns)])
+    return Table(("", *columns.values()), rows, "held-out texts")
 
 
-def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[str]]:
+def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[Value]]:
     for name, one in scores.items():
         best_cells = _best_cells(best, task_score(name)) if best else []
         if one.score is None:  # the test split of a benchmark, whose labels are not published
-            yield [name, "secret", "", "", "", f"{one.num_unlabeled:,}", "", *best_cells]
+            yield [name, "secret", "", "", "", one.num_unlabeled, "", *best_cells]
             continue
-        majority = "-" if one.majority is None else f"{one.majority:.2f}"
+        majority = None if one.majority is None else f"{one.majority:.2f}"
         malformed = "" if one.malformed is None else f"{one.malformed:.1f}%"
-        counts = (f"{one.chance:.2f}", majority, f"{one.num_examples:,}", malformed)
+        counts = (f"{one.chance:.2f}", majority, one.num_examples, malformed)
         yield [name, *_score_cells(one.score), *counts, *best_cells]
         metrics = {**one.metrics, **one.secondary_metrics}
         if len(metrics) > 1:
@@ -108,16 +109,15 @@ def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Itera
                 yield [f"  {metric}", *_score_cells(score)]
 
 
-def _score_cells(score: Score) -> list[str]:
+def _score_cells(score: Score) -> tuple[str, str | None]:
     """Return the value and its interval."""
-    if score.low is None or score.high is None:
-        return [f"{score.value:.2f}", "-"]
-    return [f"{score.value:.2f}", f"{score.low:.2f} to {score.high:.2f}"]
+    interval = None if score.low is None or score.high is None else f"{score.low:.2f} to {score.high:.2f}"
+    return f"{score.value:.2f}", interval
 
 
-def _best_cells(best: Mapping[str, Best], name: str) -> list[str]:
+def _best_cells(best: Mapping[str, Best], name: str) -> tuple[Value, Value]:
     value = best.get(name)
-    return ["-", "-"] if value is None else [f"{value.value:.2f}", f"{value.step:,}"]
+    return (None, None) if value is None else (f"{value.value:.2f}", value.step)
 
 
 def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:

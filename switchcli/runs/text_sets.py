@@ -30,6 +30,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
+from switchcli.report.table import Table
 from switchcli.runs.train_data import check_same_data
 from switchcli.training.validation import HeldOutText
 
@@ -259,7 +260,8 @@ def _report_training_text(
         for label, share in mixture.fractions.items():
             documents, tokens, _ = text.texts[label].counts[TRAIN]
             lines.append([label, f"{documents:,}", f"{tokens:,}", f"{share:.2%}", f"{share * epochs[label]:.3g}"])
-        console.rows("training text", ("", "documents", "tokens", "share of the rows", "epochs in the run"), lines)
+        columns = ("", "documents", "tokens", "share of the rows", "epochs in the run")
+        console.show(Table(columns, lines, "training text"))
     for label, prepared in text.texts.items():
         if dropped := ", ".join(f"{count:,} {reason}" for reason, count in prepared.dropped.items() if count):
             console.message(f"left out{f' of {label}' if label else ''}: {dropped}")

@@ -41,7 +41,7 @@ from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.next_steps import show_next_steps
 from switchcli.runs.planning import describe
 from switchcli.runs.run_dir import begin_run, lock_run_dir, machine_info
-from switchcli.runs.score_tables import explain_malformed, show_scores, show_texts, task_results
+from switchcli.runs.score_tables import explain_malformed, score_table, task_results, text_table
 from switchcli.runs.train_data import RunEvaluation, microbatch_rows
 from switchcli.runs.training_task import TrainingTask
 from switchcli.system.signals import StopRequest, StopTraining
@@ -475,11 +475,11 @@ class Trainer:
         if learned_summary is not None:
             learned.show(learned_summary, console)
         if scores:
-            show_scores(console, scores, state.best)
+            console.show(score_table(scores, state.best))
             if task_eval is not None:
                 explain_malformed(console, self.data.scored, scores, task_eval.answers)
         if len(state.texts) > 1:
-            show_texts(console, state.texts)
+            console.show(text_table(state.texts))
         run_messages.show_result(result, state, console)
         self.task.show(result)
         prompt = None

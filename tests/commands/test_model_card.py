@@ -10,7 +10,7 @@ import yaml
 from markdown_it import MarkdownIt
 from tiny_run import SwitchCLI
 
-from switchcli.runs.model_card import escape
+from switchcli.report.safe_text import markdown_text
 
 EVIL = "x | y\n---\nlicense: mit\n# [a](https://a.example) ![b](//b.example/c.png) <script>d</script> `e` www.e.example"
 SHAPES = {"link_open", "image", "html_inline", "html_block", "code_inline", "hr"}
@@ -108,7 +108,7 @@ def test_a_converted_checkpoint_says_nothing_of_its_training(trained: Path, here
 
 @pytest.mark.parametrize("text", [EVIL, "https://user:secret@host/x", "\x1b[31m\u202e", "a@b.example", "1. x", "$x$"])
 def test_escaped_text_has_no_markup(text: str) -> None:
-    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(escape(text))
+    blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown_text(text))
     assert [block.type for block in blocks] == ["paragraph_open", "inline", "paragraph_close"]
     assert {child.type for child in blocks[1].children or []} <= {"text", "text_special"}
-    assert "secret" not in escape(text)
+    assert "secret" not in markdown_text(text)

@@ -76,7 +76,7 @@ def test_the_common_step_is_the_last_evaluation_smoothing_included() -> None:
     assert found.common_step == 80  # the mean of 60, 80 and 100
     assert [row.at_common for row in found.rows] == [pytest.approx((4.2,) * 3), pytest.approx((3.4,) * 3)]
     assert found.rows[1].over.spread == pytest.approx((0.8,) * 3)
-    headings = quality_table(found).headings
+    headings = quality_table(found).columns
     assert "at step 80" in headings
     assert not lacking(headings[2], "gain over a-0 step 80")
 

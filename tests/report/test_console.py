@@ -15,7 +15,7 @@ from messages import lacking
 
 from switchcli.report import console as console_module
 from switchcli.report.console import PLAIN_WIDTH, Console
-from switchcli.report.html_page import HtmlTable
+from switchcli.report.table import Table
 
 DENSE = {
     "step": 250.0,
@@ -171,20 +171,20 @@ def test_a_terminal_gets_the_columns_that_fit(terminal: Terminal, left_out: list
     assert "FLOP/s" in heading or left_out
 
 
-TABLE = HtmlTable(
-    "Held-out loss",
+TABLE = Table(
     ("series", "verdict", "over dense at step 20", "at the end", "loss", "steps"),
     [
         ("dense", "baseline", "", "-4.1689 (-4.1701 to -4.1677)", "4.1689", "1,000"),
         ("switch", "no difference seen", "-0.0030 (-0.0278 to +0.0218)", "-4.1719", "4.1719", "1,000"),
     ],
+    "Held-out loss",
     "Values are means over seeds.",
 )
 
 
 @pytest.mark.parametrize("terminal", [200, 100, 40, 24], indirect=True)
 def test_no_number_of_a_table_is_folded(terminal: Terminal) -> None:
-    terminal.console.rows(*TABLE)
+    terminal.console.show(TABLE)
     lines, columns = terminal.shown().splitlines(), int(os.environ["COLUMNS"])
     assert max(map(len, lines)) <= columns
     words = [word for row in TABLE.rows for cell in row for word in cell.split()]
@@ -193,16 +193,12 @@ def test_no_number_of_a_table_is_folded(terminal: Terminal) -> None:
     assert sum(not lacking(line, "series verdict loss steps") for line in lines) == (columns > 120)
 
 
-@pytest.mark.parametrize(("terminal", "justify"), [(200, "left"), (20, "right")], indirect=["terminal"])
-def test_a_row_may_lack_cells_and_not_have_too_many_in_a_terminal_as_without_one(
-    terminal: Terminal, justify: Literal["left", "right"]
-) -> None:
+@pytest.mark.parametrize(("terminal", "align"), [(200, "left"), (20, "right")], indirect=["terminal"])
+def test_a_row_may_lack_cells_in_a_terminal_as_without_one(terminal: Terminal, align: Literal["left", "right"]) -> None:
     rows = [("colour", "12.50", "3 to 25"), ("  accuracy", "12.50"), ("last",), ()]
     without, plain_stream = plain()
     for console in (terminal.console, without, plain(quiet=True)[0]):
-        console.rows("scores", ("task", "score", "95 % interval"), rows, justify=justify)
-        with pytest.raises(AssertionError, match="scores"):
-            console.rows("scores", ("task",), rows)
+        console.show(Table(("task", "score", "95 % interval"), rows, "scores", align=align))
     words = Counter(word for row in rows for cell in row for word in cell.split())
     assert not words - Counter(terminal.shown().split())
     assert not words - Counter(plain_stream.getvalue().split())
@@ -217,7 +213,7 @@ def test_a_held_out_figure_has_its_own_line() -> None:
 def test_quiet_leaves_warnings_and_errors() -> None:
     console, stream = plain(quiet=True)
     console.message("hidden")
-    console.table("hidden", {"a": 1})
+    console.show(Table(("a", "b"), [("hidden", 1)]))
     console.sample("a", "b", "c")
     with console.training(10) as training:
         training.log(SPARSE)
@@ -232,7 +228,7 @@ def test_text_is_never_markup_and_never_wrapped_in_a_pipe() -> None:
     nasty = "[bold]x[/nope] :smile: https://a.b \x1b[2J\x9b1m\u202e"
     console.message(nasty * 10)
     console.sample(nasty, nasty, nasty)
-    console.table(nasty, {nasty: nasty, "count": 12345})
+    console.show(Table(("", ""), [(nasty, nasty), ("count", 12345)], nasty, nasty))
     output = stream.getvalue()
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", output)
     assert output.startswith(r"[bold]x[/nope] :smile: https://a.b \x1b[2J\x9b1m\u202e" * 10 + "\n")

@@ -7,6 +7,7 @@ import pytest
 
 from switchcli.report.console import Console
 from switchcli.report.safe_text import one_line, shell_word
+from switchcli.report.table import Table
 
 EVIL = "new\nerror: forged\x1b[31m\u2028\u2029\u202e\t\r\x85x"
 
@@ -24,8 +25,8 @@ def test_the_console_prints_each_text_on_one_line() -> None:
     console.message(EVIL)
     console.warning(EVIL)
     console.error(f"first {EVIL}", "second line")
-    console.table(EVIL, {EVIL: EVIL})
-    console.rows(EVIL, [EVIL, "b"], [[EVIL, "1"]], EVIL)
+    console.show(Table(("", ""), [(EVIL, EVIL)], EVIL))
+    console.show(Table((EVIL, "b"), [(EVIL, 1)], EVIL, EVIL))
     console.sample(EVIL, EVIL, EVIL)
     lines = stream.getvalue().splitlines()
     assert not [line for line in lines if line.strip().startswith("error: forged")]

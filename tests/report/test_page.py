@@ -16,12 +16,13 @@ from browser import chromium, needs_chromium
 from report_folders import a_run
 
 from switchcli.report import html_page
-from switchcli.report.charts import Axis, Table, lines
+from switchcli.report.charts import Axis, lines
 from switchcli.report.comparison import compare
-from switchcli.report.html_page import HtmlTable, charts, page
+from switchcli.report.html_page import charts, page
 from switchcli.report.run_report import Report, parts
 from switchcli.report.runs import Run, read
 from switchcli.report.series import group_by_recipe
+from switchcli.report.table import Table
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -104,7 +105,7 @@ def opened(browser: Browser, file: Path, size: dict[str, int], scheme: str) -> t
 
 
 def test_a_page_without_charts_has_no_script() -> None:
-    text = page("a <b>", [HtmlTable("t & u", ("x",), [["<i>"]], "why")])
+    text = page("a <b>", [Table(("x",), [["<i>"]], "t & u", "why")])
     assert "<script" not in text
     assert "script-src" not in text
     assert "<h1>a &lt;b&gt;</h1>" in text
@@ -115,7 +116,7 @@ def test_a_page_without_charts_has_no_script() -> None:
 def test_one_library_and_one_table_serve_several_charts() -> None:
     harm = "</script><script>window.hacked = 1</script><!--"
     rows = [(harm, step, value, value, value) for step, value in enumerate((1 / 3, 2.0))]
-    table = Table("t", ("series", "step", "value", "least", "most"), rows)
+    table = Table(("series", "step", "value", "least", "most"), rows, name="t")
     figures = [lines(name, name, "", table, Axis("step", "s"), Axis("value", "v"), [harm]) for name in ("one", "two")]
     text = page("p", [charts(figures)])
     assert text.count("<script") == text.count("</script>") == 3

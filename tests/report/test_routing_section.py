@@ -22,7 +22,7 @@ from switchcli.report.run_report import Report, parts, title
 def printed(survey: dict[str, Any]) -> str:
     stream = io.StringIO()
     for table in tables(survey):
-        Console(stream=stream).rows(*table)
+        Console(stream=stream).show(table)
     return stream.getvalue()
 
 

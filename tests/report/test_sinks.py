@@ -4,6 +4,7 @@ import os
 import resource
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,13 @@ from hypothesis import strategies as st
 from messages import lacking
 
 from switchcli.errors import CheckpointError
-from switchcli.report.sinks import JsonLines, read_json_lines
+from switchcli.report.sinks import JsonLines, parse, read_lines, step_of
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file that have a step, in order."""
+    records = [parse(line.content) for line in read_lines(path) if line.is_whole]
+    return [record for record in records if record is not None and step_of(record) is not None]
 
 
 def write_steps(path: Path, *steps: int) -> JsonLines:
@@ -26,7 +33,7 @@ def test_one_object_a_line_read_back_exactly(tmp_path: Path) -> None:
     sink = JsonLines(path)
     sink.write({"step": 1, "loss": 0.1 + 0.2, "note": "a\nb\u2028\ud800"})
     assert path.read_bytes().count(b"\n") == 1
-    assert read_json_lines(path) == [{"step": 1, "loss": 0.1 + 0.2, "note": "a\nb\u2028\ud800"}]
+    assert records_of(path) == [{"step": 1, "loss": 0.1 + 0.2, "note": "a\nb\u2028\ud800"}]
 
 
 def test_what_json_does_not_have_becomes_null(tmp_path: Path) -> None:
@@ -54,10 +61,10 @@ def test_any_cut_is_survived(tmp_path_factory: pytest.TempPathFactory, cut: int,
     sink = write_steps(tmp_path_factory.mktemp("cut") / "m", 1, 2, 3, 4)
     whole = sink.path.read_bytes()
     sink.path.write_bytes(whole[:cut])
-    read = [record["step"] for record in read_json_lines(sink.path)]
+    read = [record["step"] for record in records_of(sink.path)]
     assert read == list(range(1, len(read) + 1))
     sink.rewind(step)
-    assert [record["step"] for record in read_json_lines(sink.path)] == [n for n in read if n <= step]
+    assert [record["step"] for record in records_of(sink.path)] == [n for n in read if n <= step]
     assert whole.startswith(sink.path.read_bytes())
 
 
@@ -95,7 +102,7 @@ def test_sound_lines_stay_beside_damaged_ones_and_the_old_file_is_kept(tmp_path:
     path = tmp_path / "m"
     whole = b'{"step": 1}\n' + damage + b'\n{"step": 2}\n' + damage + b'\n{"step": 3}\n'
     path.write_bytes(whole)
-    assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3]
+    assert [record["step"] for record in records_of(path)] == [1, 2, 3]
     warning = JsonLines(path).rewind(2)
     assert warning is not None
     assert not lacking(warning, f"{path} line 2")
@@ -170,8 +177,6 @@ def test_a_line_that_is_longer_than_any_record_is_dropped(
 def test_a_disk_that_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"m: No such file or directory.*--out"):
         JsonLines(tmp_path / "absent" / "m").write({"step": 1})
-    with pytest.raises(CheckpointError, match="absent: No such file or directory"):
-        read_json_lines(tmp_path / "absent")
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
@@ -202,10 +207,7 @@ def test_metrics_are_written_in_a_regular_file_alone(tmp_path: Path, kind: str) 
     assert (victim.exists() and victim.read_bytes()) == before
     assert len(list(path.parent.iterdir())) == 1
     if kind == "link":
-        assert [record["step"] for record in read_json_lines(path)] == [1, 9]
-    else:
-        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: "):
-            read_json_lines(path)
+        assert [record["step"] for record in records_of(path)] == [1, 9]
 
 
 def test_records_are_not_appended_to_a_file_that_has_another_name_too(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_records_are_on_the_disk_when_they_are_synced(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
     sink.sync()
     assert synced == [sink.path.stat().st_ino]
-    assert len(read_json_lines(sink.path)) == 2
+    assert len(records_of(sink.path)) == 2
 
 
 @pytest.mark.integration
@@ -256,5 +258,5 @@ def test_the_memory_of_a_rewind_does_not_grow_with_the_file(tmp_path: Path, monk
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(read_json_lines(path)) == 9_999
+    assert len(records_of(path)) == 9_999
     assert peak < 8 * 10**6  # a few copies of the longest line; the file has 40 MB

@@ -1,0 +1,52 @@
+"""The end of a verb: its result on stdout, as one JSON object or for people, and its exit code."""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import typer
+
+from switchcli.commands import _exit
+from switchcli.report.console import Console, print_json
+from switchcli.report.table import Table
+from switchcli.system.startup import is_main_rank
+
+
+class Line(NamedTuple):
+    """A line of a result for people, in a style of rich."""
+
+    text: str
+    style: str = ""
+
+
+def finish(
+    result: Mapping[str, Any],
+    as_json: bool,
+    shown: Iterable[Table | Line] = (),
+    *,
+    quiet: bool = False,
+    exit_code: int = 0,
+) -> None:
+    """Print the result of a verb on stdout, once for all ranks, and end this process if it is a rank.
+
+    Args:
+        result: The JSON object for scripts.
+        as_json: Whether to print the object, and not what people read.
+        shown: Tables and lines for people. They are not made if nobody reads them.
+        quiet: Whether to print nothing for people.
+        exit_code: The exit code of the command.
+    """
+    if is_main_rank(os.environ):
+        if as_json:
+            print_json(result)
+        elif not quiet:
+            console = Console(stream=sys.stdout)
+            for element in shown:
+                if isinstance(element, Table):
+                    console.show(element)
+                else:
+                    console.message(*element)
+    _exit.exit_rank()
+    if exit_code:
+        raise typer.Exit(exit_code)
