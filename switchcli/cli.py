@@ -127,6 +127,7 @@ def main() -> None:
     except SystemExit as ended:
         if isinstance(ended.__context__, USAGE_ERROR):  # which typer has just printed
             _exit.print_json_error(ended.__context__.format_message(), RecipeError.exit_code)
+        _exit.exit_rank(ended.code)
         raise
     except SwitchError as error:
         _exit.exit_with_error(error)

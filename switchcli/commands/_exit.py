@@ -71,11 +71,10 @@ def interruptible(saves_nothing: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def exit_rank() -> None:
+def exit_rank(code: str | int | None) -> None:
     """End this process at once if it is a rank. Torn down by the interpreter, process groups may abort a thread."""
     if is_rank():
-        sys.stdout.flush()
-        exit_with(0)
+        exit_with(code if isinstance(code, int) else 0)
 
 
 def exit_with(code: int) -> NoReturn:

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import typer
 
-from switchcli.commands import _exit
 from switchcli.report.console import Console, print_json
 from switchcli.report.table import Table
 from switchcli.system.startup import is_main_rank
 
 
 class Line(NamedTuple):
-    """A line of a result for people, in a style of rich."""
+    """A line of a result for people, in a style of rich; a line to paste is not wrapped."""
 
     text: str
     style: str = ""
+    wrap: bool = True
 
 
 def finish(
@@ -28,7 +28,7 @@ def finish(
     quiet: bool = False,
     exit_code: int = 0,
 ) -> None:
-    """Print the result of a verb on stdout, once for all ranks, and end this process if it is a rank.
+    """Print the result of a verb on stdout, once for all ranks, and end the verb with an exit code that is not 0.
 
     Args:
         result: The JSON object for scripts.
@@ -36,6 +36,9 @@ def finish(
         shown: Tables and lines for people. They are not made if nobody reads them.
         quiet: Whether to print nothing for people.
         exit_code: The exit code of the command.
+
+    Raises:
+        typer.Exit: the exit code is not 0.
     """
     if is_main_rank(os.environ):
         if as_json:
@@ -47,6 +50,5 @@ def finish(
                     console.show(element)
                 else:
                     console.message(*element)
-    _exit.exit_rank()
     if exit_code:
         raise typer.Exit(exit_code)

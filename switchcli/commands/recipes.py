@@ -13,6 +13,7 @@ import typer
 from switchcli.commands import _completion
 from switchcli.commands._help import epilog
 from switchcli.commands._options import OVERRIDE, Json
+from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 from switchcli.recipe import key_index, library, yaml_nodes
 from switchcli.recipe.key_index import KeyInfo
@@ -50,16 +51,15 @@ Name = Annotated[
 )
 def list_recipes(as_json: Json = False) -> None:
     """List the name and description of each shipped recipe."""
-    rows = [(name, library.description(name)) for name in library.recipe_names()]
-    if as_json:
-        print_json({"recipes": [{"name": name, "description": description} for name, description in rows]})
-        return
-    name_width = max((len(name) for name, _ in rows), default=0)
-    width = _width() if sys.stdout.isatty() else None  # a line each for a program that reads them
-    for name, description in rows:
+    recipes = {name: library.description(name) for name in library.recipe_names()}
+    name_width = max(map(len, recipes), default=0)
+    lines: list[str] = []
+    for name, description in recipes.items():
         start = f"{name:{name_width}}  "
-        lines = [f"{start}{description}"] if width is None else _wrapped(start, description or " ", width)
-        typer.echo("\n".join(lines).rstrip())
+        # Without a terminal, a line each for the program that reads them.
+        lines += _wrapped(start, description or " ", _width()) if sys.stdout.isatty() else [f"{start}{description}"]
+    result = {"recipes": [{"name": name, "description": description} for name, description in recipes.items()]}
+    finish(result, as_json, [Line(line.rstrip(), wrap=False) for line in lines])
 
 
 @app.command(
@@ -93,10 +93,7 @@ def copy(
 ) -> None:
     """Copy a shipped recipe to a file, to change it; its `extends` names the shipped recipe that it extends."""
     target = library.copy_recipe(name, file)
-    if as_json:
-        print_json({"name": name, "file": str(target)})
-    else:
-        typer.echo(one_line(str(target)))
+    finish({"name": name, "file": str(target)}, as_json, [Line(str(target), wrap=False)])
 
 
 @app.command(
@@ -123,13 +120,9 @@ def validate(
     if not names:
         raise RecipeError("FILE: missing: name the recipe that the keys are to be set in")
     errors = {file: _errors_in(file, overrides) for file in names}
-    if as_json:
-        results = [{"file": file, "ok": not file_errors, "errors": file_errors} for file, file_errors in errors.items()]
-        print_json({"files": results})
-    else:
-        for file, file_errors in errors.items():
-            if not file_errors:
-                typer.echo(f"{yaml_nodes.display_key(file)}: ok")
+    results = [{"file": file, "ok": not file_errors, "errors": file_errors} for file, file_errors in errors.items()]
+    valid = [Line(f"{yaml_nodes.display_key(file)}: ok", wrap=False) for file, lines in errors.items() if not lines]
+    finish({"files": results}, as_json, valid)
     lines = [line for file_errors in errors.values() for line in file_errors]
     if lines:
         raise RecipeError(*lines)
@@ -184,13 +177,12 @@ def explain(
     below = key_index.below(name) if key else [info for info in key_index.all_keys() if "." not in info.key]
     if key and not meanings:
         raise RecipeError(_unknown_key(key))
-    if as_json:
-        rows = [{**info._asdict(), "example": key_index.example(info)} for info in meanings]
-        print_json({"key": name, "meanings": rows, "below": [info._asdict() for info in below]})
-        return
+    explained = [{**info._asdict(), "example": key_index.example(info)} for info in meanings]
+    result = {"key": name, "meanings": explained, "below": [info._asdict() for info in below]}
     width = _width()
     blocks = [*(_explanation(alike, width) for alike in _alike(meanings)), *([_table(below, width)] if below else [])]
-    typer.echo("\n\n".join("\n".join(block) for block in blocks))
+    lines = "\n\n".join("\n".join(block) for block in blocks).splitlines()
+    finish(result, as_json, [Line(line, wrap=False) for line in lines])
 
 
 def _width() -> int:

@@ -20,8 +20,9 @@ from switchcli.commands._options import (
     refuse_pipes,
     split_arguments,
 )
+from switchcli.commands._result import Line, finish
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
-from switchcli.report.console import Console, print_json
+from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs import cluster, sweep_list
 
@@ -74,12 +75,10 @@ def sweep(
     runs = sweep_list.parse_sweep(arguments, out)
     if errors := [*_errors(runs, out), *([] if print_only else sweep_list.missing_runs(runs, out))]:
         raise RecipeError(*errors)
-    if print_only and as_json:
-        print_json({"out": str(out), "runs": [{"name": run.name, "command": command(run, out)} for run in runs]})
-        return
     if print_only:
-        for run in runs:
-            typer.echo(shell_words(*command(run, out)))
+        commands = {run.name: command(run, out) for run in runs}
+        result = {"out": str(out), "runs": [{"name": name, "command": words} for name, words in commands.items()]}
+        finish(result, as_json, [Line(shell_words(*words), wrap=False) for words in commands.values()])
         return
     if slurm:
         typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
@@ -97,10 +96,7 @@ def sweep(
         raise InterruptedByForce(_exit.FORCED)
     if started.stopped:
         raise Interrupted("stopped: the same command resumes")
-    if as_json:
-        print_json(started.to_json())
-    if has_failed:
-        raise typer.Exit(1)
+    finish(started.to_json(), as_json, exit_code=int(has_failed))
 
 
 def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:

@@ -144,11 +144,14 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
     return Figure(name, title, caption, {"layer": layers}, table)
 
 
-def heat_map(title: str, table: Table, x: Axis, y: Axis, color: Axis, subject: str = "") -> Figure:
-    """Return a heat map with the name of its table and one cell per row; higher values are lighter.
+def load_map(title: str, table: Table, scale: tuple[float, float], subject: str = "") -> Figure:
+    """Return a heat map of the load of experts, with the name of its table and one cell per row; light is much.
 
-    `x` and `y` are ordinal and keep the order of the rows.
+    The columns of the table are the y axis, the x axis, which keep the order of the rows, and a share of tokens times
+    the number of experts, whose colors span `scale`.
     """
+    y, x = (Axis(column, column, kind="ordinal") for column in table.columns[:2])
+    color = Axis(table.columns[2], "tokens, times the even share", ".1f", precise=".2f", domain=scale)
     legend = {"orient": "top", "direction": "horizontal", "format": color.format, "gradientLength": 160, "offset": 30}
     legend |= {"gradientThickness": 8, "tickCount": 3, "titleFontWeight": "normal"}
     encoding = {

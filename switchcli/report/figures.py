@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +26,8 @@ MIN_COLUMNS, MAX_COLUMNS = 12, 60
 """Columns of a heat map, at least and at most."""
 CurveOf = Callable[[Run], Curve | None]
 """Returns the curve of one metric, or None for a run without it."""
+Line = Mapping[str, Floats]
+"""The points of a series as a chart draws them: values by column, [P] for P points."""
 _STEP = Axis("step", "steps", precise=",")
 
 
@@ -86,17 +87,10 @@ def loads(comparison: Comparison) -> Iterator[tuple[str, list[Figure]]]:
         yield label, figures
 
 
-class _Line(NamedTuple):
-    """A series as a chart draws it, with few points, over those of its runs that have the metric."""
-
-    label: str
-    columns: Mapping[str, Floats]
-    """Values by column, [P] for P points."""
-
-
-def _lines(comparison: Comparison, curve_of: CurveOf) -> list[_Line]:
+def _lines(comparison: Comparison, curve_of: CurveOf) -> dict[str, Line]:
+    """Return a line of few points for each series, by its label, over those of its runs that have the metric."""
     unit, unit_seconds = _time_unit(comparison)
-    lines = []
+    lines = {}
     for series in comparison.series:
         curves = [(run, curve) for run in series.runs if (curve := curve_of(run)) is not None]
         values = band([curve for _, curve in curves])
@@ -106,7 +100,7 @@ def _lines(comparison: Comparison, curve_of: CurveOf) -> list[_Line]:
             continue
         points, first_run = downsample(values.mean, MAX_POINTS), curves[0][0]
         steps = values.steps[points]
-        columns = {
+        lines[series.label] = {
             "step": steps,
             "tokens": first_run.input_tokens_at(steps),
             unit: seconds.mean[points] / unit_seconds,
@@ -115,17 +109,16 @@ def _lines(comparison: Comparison, curve_of: CurveOf) -> list[_Line]:
             "least": values.low[points],
             "most": values.high[points],
         }
-        lines.append(_Line(series.label, columns))
     return lines
 
 
-def _table(name: str, lines: Sequence[_Line], columns: Sequence[str]) -> Table:
+def _table(name: str, lines: Mapping[str, Line], columns: Sequence[str]) -> Table:
     """Return a table with a row per point and the label of its series in the first column."""
     rows = []
-    for line in lines:
-        points = np.stack([line.columns[column] for column in columns], axis=1)  # [P, columns]
+    for label, line in lines.items():
+        points = np.stack([line[column] for column in columns], axis=1)  # [P, columns]
         for point in points.tolist():
-            rows.append((line.label, *(value if math.isfinite(value) else None for value in point)))
+            rows.append((label, *(value if math.isfinite(value) else None for value in point)))
     return Table(("series", *columns), rows, name=name)
 
 
@@ -143,12 +136,12 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
     }
     # A chart that would show the same curves as that of steps is left out, and the axis of steps has its unit.
     per_step = {key: ratio for key in ("tokens", "flops") if (ratio := _per_step(lines, key)) is not None}
-    known = any(np.isfinite(line.columns["flops"]).any() for line in lines)
+    known = any(np.isfinite(line["flops"]).any() for line in lines.values())
     if per_step:
         units = [f"{si(ratio)} {axes[key].title}" for key, ratio in per_step.items()]
         axes["steps"] = _STEP._replace(title=f"steps (of {' and '.join(units)})")
     axes = {key: axis for key, axis in axes.items() if key not in per_step and (key != "flops" or known)}
-    table = _table(name, lines, [*lines[0].columns])
+    table = _table(name, lines, [*next(iter(lines.values()))])
     figures = []
     for key, axis in axes.items():
         x, y = _window(lines, axis, Axis("value", title, ".3~f", precise=".4f"), WINDOW_START)
@@ -183,23 +176,23 @@ def _mean_entropy(run: Run) -> Curve | None:
     return None if layers is None else Curve(layers.steps, layers.mean)
 
 
-def _per_step(lines: Sequence[_Line], column: str) -> float | None:
+def _per_step(lines: Mapping[str, Line], column: str) -> float | None:
     """Return the value of a column per step where it is the same in all lines, at all steps; else None."""
-    ratios = np.concatenate([line.columns[column][1:] / line.columns["step"][1:] for line in lines])
+    ratios = np.concatenate([line[column][1:] / line["step"][1:] for line in lines.values()])
     return float(ratios[0]) if len(ratios) and np.allclose(ratios, ratios[0], rtol=1e-6, atol=0) else None
 
 
-def _window(lines: Sequence[_Line], x: Axis, y: Axis, first: float) -> tuple[Axis, Axis]:
+def _window(lines: Mapping[str, Line], x: Axis, y: Axis, first: float) -> tuple[Axis, Axis]:
     """Return the axes with the ranges shown before the reader zooms, with room for the markers of the outermost points.
 
     They hold all points from a fraction `first` of the shortest line on.
     """
     places, least, most = (
-        np.concatenate([line.columns[name] for line in lines]) for name in (x.field, "least", "most")
+        np.concatenate([line[name] for line in lines.values()]) for name in (x.field, "least", "most")
     )
     if np.isnan(places).all():
         return x, y
-    shortest = np.nanmin([np.fmax.reduce(line.columns[x.field]) for line in lines])  # NaN where a line has no x
+    shortest = np.nanmin([np.fmax.reduce(line[x.field]) for line in lines.values()])  # NaN where a line has no x
     shown = places >= first * shortest
     begin, end = places[shown].min(), places[shown].max()
     x_margin = 0.02 * (end - begin) or 1.0
@@ -236,14 +229,7 @@ def _load_map(name: str, label: str, layer: str, steps: Floats, load: Floats, sc
         for expert, values in enumerate(load.T.tolist())
         for step, value in zip(steps, values, strict=True)
     ]
-    x, y = Axis("step", "steps", kind="ordinal"), Axis("expert", "expert", kind="ordinal")
-    table = Table(("expert", "step", "share"), rows, name=name)
-    return charts.heat_map(shown_layer(layer), table, x, y, load_axis(scale), label)
-
-
-def load_axis(scale: tuple[float, float]) -> Axis:
-    """Return the color axis of column `share`, a share of tokens times the number of experts."""
-    return Axis("share", "tokens, times the even share", ".1f", precise=".2f", domain=scale)
+    return charts.load_map(shown_layer(layer), Table(("expert", "step", "share"), rows, name=name), scale, label)
 
 
 def even_scale(relative_loads: Floats | Sequence[float]) -> tuple[float, float]:

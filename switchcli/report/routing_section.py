@@ -7,8 +7,8 @@ from typing import Any
 
 from switchcli.metric_names import DROPPED_FRACTION
 from switchcli.report import html_page
-from switchcli.report.charts import Axis, Figure, heat_map
-from switchcli.report.figures import even_scale, file_name, load_axis, shown_layer
+from switchcli.report.charts import Figure, load_map
+from switchcli.report.figures import even_scale, file_name, shown_layer
 from switchcli.report.html_page import Part
 from switchcli.report.safe_text import one_line
 from switchcli.report.table import Table, Value
@@ -253,9 +253,8 @@ def _map(
         for label, load in loads.items()
     ]
     table = Table((kind, "expert", "share"), rows, name=file_name(name))
-    x, y = (Axis(field, field, kind="ordinal") for field in ("expert", kind))
-    color = load_axis(even_scale([relative for _, _, relative in rows]))
-    return heat_map(f"{title}{_limited(layer, PAGE_EXPERTS)}", table, x, y, color, subject)
+    scale = even_scale([relative for _, _, relative in rows])
+    return load_map(f"{title}{_limited(layer, PAGE_EXPERTS)}", table, scale, subject)
 
 
 def _loads_by_position(layer: Mapping[str, Any]) -> dict[str, list[int]]:

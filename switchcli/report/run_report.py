@@ -68,13 +68,13 @@ def tables(report: Report) -> Iterator[Table]:
         yield from routing_section.tables(report.routing)
 
 
-def overview(comparison: Comparison) -> list[Table]:
-    """Return the tables with a row per series: quality, speed-up, and size with rates."""
-    tables = [quality_table(comparison), _size_table(comparison)]
+def overview(comparison: Comparison) -> Iterator[Table]:
+    """Yield the tables with a row per series: quality, speed-up, and size with rates."""
+    yield quality_table(comparison)
     # A series alone is compared with nothing, but for a quality that the user names.
     if len(comparison.rows) > 1 or comparison.quality is not None:
-        tables.insert(1, _speed_table(comparison))
-    return tables
+        yield _speed_table(comparison)
+    yield _size_table(comparison)
 
 
 def quality_table(comparison: Comparison) -> Table:

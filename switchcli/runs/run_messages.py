@@ -1,14 +1,11 @@
-"""What a training run prints besides its progress: at its start what it will do, and at its end the result."""
+"""What a training run prints at its start: what it will do, where, and how to stop it."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.table import Table
 from switchcli.report.units import si
 from switchcli.runs.planning import describe
 from switchcli.runs.train_data import TrainData
@@ -56,25 +53,6 @@ def not_measured(data: TrainData) -> str:
     """Return what takes time and is not measured before the first evaluation: answering the examples of tasks."""
     examples = _num_examples(data)
     return f"answering {examples:,} examples at each evaluation comes on top" if examples else ""
-
-
-def show_result(result: Mapping[str, Any], state: TrainState, console: Console) -> None:
-    """Print the main numbers of result.json."""
-    num_skipped = state.num_skipped_steps()
-    first = f"at step {state.branch.step:,}, before the branch" if state.branch.step else "before training"
-    rows = {
-        "held-out loss": f"{result[HELD_OUT_LOSS]:.4f}",
-        first: f"{result[FIRST_HELD_OUT_LOSS]:.4f}",
-        **({"held-out bits per byte": f"{result[HELD_OUT_BITS]:.4f}"} if HELD_OUT_BITS in result else {}),
-        "parameters": result["parameters"],
-        "active for a token": result["active_parameters"],
-        **({"steps left out": f"{num_skipped:,} of {state.step:,}"} if num_skipped else {}),
-        "input tokens": result["input_tokens"],
-        "tokens/s": si(result[TOKENS_PER_SECOND]),
-    }
-    console.show(Table(("", ""), [*rows.items()], "done"))
-    if num_skipped and num_skipped == state.step:
-        console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
 
 
 def _num_examples(data: TrainData) -> int:

@@ -34,11 +34,10 @@ from switchcli.report.console import Console
 from switchcli.report.console import TrainingDisplay as Progress
 from switchcli.report.program import command_words
 from switchcli.report.sinks import JsonLines
-from switchcli.runs import branching, learned, run_messages
+from switchcli.runs import branching, ending, learned, run_messages
 from switchcli.runs.learned import Learned
 from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.mesh_choice import build_context
-from switchcli.runs.next_steps import show_next_steps
 from switchcli.runs.planning import describe
 from switchcli.runs.run_dir import begin_run, lock_run_dir, machine_info
 from switchcli.runs.score_tables import explain_malformed, score_table, task_results, text_table
@@ -480,13 +479,13 @@ class Trainer:
                 explain_malformed(console, self.data.scored, scores, task_eval.answers)
         if len(state.texts) > 1:
             console.show(text_table(state.texts))
-        run_messages.show_result(result, state, console)
+        ending.show_result(result, state, console)
         self.task.show(result)
         prompt = None
         if self.data.scored:
             prompt = min((example.input for example in self.data.scored[0].examples), key=len)
         best = self._best_checkpoint()
-        show_next_steps(self.recipe, self.folder.path, result, self.context.world, best, prompt, console)
+        ending.show_next_steps(self.recipe, self.folder.path, result, self.context.world, best, prompt, console)
 
     def _best_checkpoint(self) -> Path | None:
         """Return the checkpoint with the best average of task scores, or None if it is the last or not kept."""

@@ -33,10 +33,9 @@ def test_series_differ_without_colour() -> None:
 
 def test_a_heat_map_has_a_cell_a_row() -> None:
     cells = Table(("expert", "step", "share"), [(0, 10, 0.0), (0, 20, 1.0), (1, 10, 1.5), (1, 20, 2.0)], name="cells")
-    share = Axis("share", "share", ".1f", domain=(0.0, 2.0))
-    where = [Axis(name, name, kind="ordinal") for name in ("step", "expert")]
-    drawn = charts.svg(charts.heat_map("A", cells, *where, share))
+    figure = charts.load_map("A", cells, (0.0, 2.0))
+    drawn = charts.svg(figure)
     colours = re.findall(r'<path aria-label="[^"]*" [^>]*fill="(#[0-9a-f]{6}|rgb[^"]*)"', drawn)
     assert len(colours) == 4
     assert len(set(colours)) == 4
-    assert charts.png(charts.heat_map("A", cells, *where, share)).startswith(b"\x89PNG")
+    assert charts.png(figure).startswith(b"\x89PNG")

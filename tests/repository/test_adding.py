@@ -533,6 +533,27 @@ def use_figure(run: Fork) -> None:
     assert "Gradient norm" in written
 
 
+def add_table(tree: Tree) -> None:
+    table = '''
+def _run_counts(comparison: Comparison) -> Table:
+    """Return the number of runs of each series."""
+    return Table(("series", "runs"), [(row.label, row.seeds) for row in comparison.rows], "Number of runs")
+
+
+'''
+    tree.insert("switchcli/report/run_report.py", table, before="^def quality_table")
+    line = "    yield _run_counts(comparison)\n"
+    tree.insert("switchcli/report/run_report.py", line, after=r"^    yield _size_table\(comparison\)\n")
+
+
+def use_table(run: Fork) -> None:
+    page = Path(f"{run.out}.html")
+    shown = run("report", run.sparse, run.dense, "--html", page).out
+    written = page.read_text(encoding="utf-8")
+    assert "Number of runs" in shown
+    assert "<h3>Number of runs</h3>" in written
+
+
 def add_probe(tree: Tree) -> None:
     probe = '''
 def embedding_scale(subject: Subject) -> ProbeResult:
@@ -563,7 +584,8 @@ def add_verb(tree: Tree) -> None:
 import typer
 
 from switchcli.commands._options import Checkpoint, Json
-from switchcli.report.console import print_json
+from switchcli.commands._result import finish
+from switchcli.report.table import Table
 
 app = typer.Typer()
 
@@ -575,7 +597,8 @@ def count(checkpoint: Checkpoint, as_json: Json = False) -> None:
     from switchcli.runs.loading import open_model
 
     weights = open_model(checkpoint, silent()).weights()
-    print_json({"parameters": sum(weight.numel() for weight in weights.values())})
+    count = sum(weight.numel() for weight in weights.values())
+    finish({"parameters": count}, as_json, [Table(("", ""), [("parameters", count)], str(checkpoint))])
 ''',
     )
 
@@ -585,6 +608,7 @@ def use_verb(run: Fork) -> None:
     assert "count" in run("--help").out
     result = json.loads((run.sparse / "result.json").read_text())
     assert run("count", run.sparse, "--json").json == {"parameters": result["parameters"]}
+    assert f"{result['parameters']:,}" in run("count", run.sparse).out
 
 
 def add_training_verb(tree: Tree) -> None:
@@ -677,6 +701,7 @@ ADDITIONS: dict[str, tuple[Callable[[Tree], None], Callable[[Fork], None]]] = {
     "a pre-training objective": (add_objective, use_objective),
     "a recipe key": (add_recipe_key, use_recipe_key),
     "a figure of a report": (add_figure, use_figure),
+    "a table of a report": (add_table, use_table),
     "a probe of `doctor`": (add_probe, use_probe),
     "a verb": (add_verb, use_verb),
     "a verb that trains": (add_training_verb, use_training_verb),

@@ -1,15 +1,19 @@
-"""The last lines of a training run: commands that the user may run next, by verb, each with its purpose."""
+"""What a training run prints at its end: its result, where it is, and commands to run next, each with its purpose."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
 from switchcli.recipe.schema import DistillRecipe, FinetuneRecipe, PretrainRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.report.safe_text import shell_words, shorten
+from switchcli.report.table import Table
+from switchcli.report.units import si
+from switchcli.training.state import TrainState
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _PROMPT = "The <extra_id_0> of a list is its <extra_id_1>."
@@ -20,6 +24,25 @@ class NextStep(NamedTuple):
 
     purpose: str
     command: str
+
+
+def show_result(result: Mapping[str, Any], state: TrainState, console: Console) -> None:
+    """Print the main numbers of result.json."""
+    num_skipped = state.num_skipped_steps()
+    first = f"at step {state.branch.step:,}, before the branch" if state.branch.step else "before training"
+    rows = {
+        "held-out loss": f"{result[HELD_OUT_LOSS]:.4f}",
+        first: f"{result[FIRST_HELD_OUT_LOSS]:.4f}",
+        **({"held-out bits per byte": f"{result[HELD_OUT_BITS]:.4f}"} if HELD_OUT_BITS in result else {}),
+        "parameters": result["parameters"],
+        "active for a token": result["active_parameters"],
+        **({"steps left out": f"{num_skipped:,} of {state.step:,}"} if num_skipped else {}),
+        "input tokens": result["input_tokens"],
+        "tokens/s": si(result[TOKENS_PER_SECOND]),
+    }
+    console.show(Table(("", ""), [*rows.items()], "done"))
+    if num_skipped and num_skipped == state.step:
+        console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
 
 
 def show_next_steps(
@@ -48,8 +71,11 @@ def show_next_steps(
     for purpose, command in _next_steps(recipe, out, result, world, best, prompt):
         console.message(f"  {purpose}:")
         console.message(f"    {program} {command}")
-    if note := _fills_note(recipe, result):
-        console.message(note)
+    if isinstance(recipe, TextRecipe) and not _shows_fills(result):
+        console.message(
+            "`generate` would leave most gaps blank for now: at each token, a blank or the end of the gap is more "
+            "probable than any one word, until the model knows more."
+        )
 
 
 def _next_steps(
@@ -80,27 +106,13 @@ def _next_steps(
         yield NextStep("make a dense student of it that answers faster", distill)
     if not isinstance(recipe, FinetuneRecipe):
         yield NextStep("see its charts", shell_words("report", out, "--html", f"{out}.html"))
+    last, steps = recipe.train.steps - 1, recipe.train.steps
+    longer = "train it longer"
+    if recipe.schedule(last, 2 * steps) != recipe.schedule(last, steps):  # it falls to the end of a run
+        longer += "; the learning rate rises again, because the schedule is then that of a longer run"
     ranks = ["--processes", str(world)] if world > 1 else []
     more_steps = f"train.steps={2 * result['step']}"
-    yield NextStep(_longer(recipe), shell_words(recipe.verb, out / "recipe.yaml", more_steps, "--out", out, *ranks))
-
-
-def _longer(recipe: TrainingRecipe) -> str:
-    """Return the purpose of more steps, with a note if the schedule falls to the end of a run."""
-    last, steps = recipe.train.steps - 1, recipe.train.steps
-    if recipe.schedule(last, 2 * steps) == recipe.schedule(last, steps):
-        return "train it longer"
-    return "train it longer; the learning rate rises again, because the schedule is then that of a longer run"
-
-
-def _fills_note(recipe: TrainingRecipe, result: Mapping[str, Any]) -> str:
-    """Return why `generate` is not suggested after training on text, or "" if it is."""
-    if not isinstance(recipe, TextRecipe) or _shows_fills(result):
-        return ""
-    return (
-        "`generate` would leave most gaps blank for now: at each token, a blank or the end of the gap is more probable "
-        "than any one word, until the model knows more."
-    )
+    yield NextStep(longer, shell_words(recipe.verb, out / "recipe.yaml", more_steps, "--out", out, *ranks))
 
 
 def _shows_fills(result: Mapping[str, Any]) -> bool:
