@@ -222,13 +222,9 @@ def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
     branched_at = number(as_mapping(result.get("start")).get("step"))
     first = "before training" if branched_at is None else f"at step {branched_at:,.0f}, before the branch"
     loss = "held-out loss, nats a target token"
-    labels = {HELD_OUT_LOSS: loss, FIRST_HELD_OUT_LOSS: first, HELD_OUT_BITS: "bits per byte"}
-    rows = [(label, f"{value:.4f}") for key, label in labels.items() if (value := number(result.get(key))) is not None]
+    rows = _numbers(result, {HELD_OUT_LOSS: loss, FIRST_HELD_OUT_LOSS: first, HELD_OUT_BITS: "bits per byte"}, ".4f")
     rows += _distillation_rows(as_mapping(result.get("distillation")))
-    counts = {"input_tokens": "input tokens in all", "seconds": "seconds of training"}
-    rows += [
-        (label, f"{value:,.0f}") for key, label in counts.items() if (value := number(result.get(key))) is not None
-    ]
+    rows += _numbers(result, {"input_tokens": "input tokens in all", "seconds": "seconds of training"}, ",.0f")
     if device := as_mapping(result.get("hardware")).get("device"):
         rows.append(("trained on", str(device)))
     return "\n".join(filter(None, [_table(rows), _scores(as_mapping(result.get("tasks")))]))
@@ -244,9 +240,14 @@ def _distillation_rows(distillation: Mapping[str, Any]) -> Iterator[tuple[str, s
             count = "" if parameters is None else f", {parameters:,.0f} parameters"
             label, value = shown_metric(metric, value)
             yield f"{role}{count}: {label}", f"{value:.4f}"
-    for key, label in {"compression": "compression", "gain_kept": "of the teacher's gain kept"}.items():
-        if (value := number(distillation.get(key))) is not None:
-            yield label, f"{value:.1%}"
+    labels = {"compression": "compression", "gain_kept": "of the teacher's gain kept"}
+    yield from _numbers(distillation, labels, ".1%")
+
+
+def _numbers(values: Mapping[str, Any], labels: Mapping[str, str], number_format: str) -> list[tuple[str, str]]:
+    """Return a row for each of the keys of `labels` whose value is a number."""
+    found = {label: number(values.get(key)) for key, label in labels.items()}
+    return [(label, f"{value:{number_format}}") for label, value in found.items() if value is not None]
 
 
 def _scores(tasks: Mapping[str, Any]) -> str:
