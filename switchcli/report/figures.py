@@ -87,7 +87,7 @@ def loads(comparison: Comparison) -> Iterator[tuple[str, list[Figure]]]:
         yield label, figures
 
 
-def _lines(comparison: Comparison, curve_of: CurveOf) -> dict[str, Line]:
+def _lines(comparison: Comparison, curve_of: CurveOf) -> Mapping[str, Line]:
     """Return a line of few points for each series, by its label, over those of its runs that have the metric."""
     unit, unit_seconds = _time_unit(comparison)
     lines = {}
