@@ -84,6 +84,10 @@ class Comparison(NamedTuple):
     notes: tuple[str, ...]
 
     @property
+    def labels(self) -> list[str]:
+        return [series.label for series in self.series]
+
+    @property
     def num_tokenizers(self) -> int:
         return _num_tokenizers(self.series)
 

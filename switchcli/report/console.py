@@ -66,16 +66,21 @@ SPARSE_COLUMNS = (
 _COLUMN_GAP = 2
 
 
-class AdvanceTo(Protocol):
-    """A function that moves a bar to a count, and sets its description, time left and total if they are given."""
+class Bar(NamedTuple):
+    """A bar of a terminal; without one, or over nothing, it shows nothing."""
 
-    def __call__(
-        self,
-        count: int,
-        description: str | None = None,
-        seconds_left: float | None = None,
-        total: int | None = None,
-    ) -> None: ...
+    progress: Progress
+    task: TaskID | None
+
+    def advance(
+        self, count: int, description: str | None = None, seconds_left: float | None = None, total: int | None = None
+    ) -> None:
+        """Move to a count, and set the description, the time left and the total if they are given."""
+        if self.task is not None:
+            line = None if description is None else one_line(description)
+            self.progress.update(self.task, completed=count, description=line, total=total)
+            if seconds_left is not None:
+                self.progress.update(self.task, end=time.monotonic() + seconds_left)
 
 
 class Preparation(Protocol):
@@ -160,14 +165,14 @@ class Console:
         """
         timer = _Timer(self._live)
         last = 0
-        with self._bar(description, total) as advance:
+        with self._bar(description, total) as bar:
 
             def show(count: int) -> None:
                 nonlocal last
                 last = count
                 if not timer.is_due():
                     return
-                advance(count)
+                bar.advance(count)
                 if not self._live:
                     left = ""
                     if total and count:
@@ -213,12 +218,12 @@ class Console:
         The number of steps is 0 where it is not known.
         """
         tenth = 0
-        with self._bar(description, None) as advance:
+        with self._bar(description, None) as bar:
 
             def show(step: int, steps: int, loss: float | None) -> None:
                 nonlocal tenth
                 line = description if loss is None else f"{description}: loss {loss:.4f}"
-                advance(step, line, total=steps or None)
+                bar.advance(step, line, total=steps or None)
                 if not self._live and steps and 10 * step // steps > tenth:
                     tenth = 10 * step // steps
                     self.message(f"{line}, step {step:,} of {steps:,}")
@@ -238,7 +243,7 @@ class Console:
         """
         timer = _Timer(self._live)
         last: Preparation | None = None
-        with self._bar(label, source_shards) as advance:
+        with self._bar(label, source_shards) as bar:
 
             def show(done: Preparation) -> None:
                 nonlocal last
@@ -247,7 +252,7 @@ class Console:
                     return
                 seconds = timer.elapsed
                 line = f"{label}: {si(done.tokens)} tokens, {si(done.tokens / seconds)} tokens/s"
-                advance(done.source_shards, line)
+                bar.advance(done.source_shards, line)
                 if not self._live:
                     seconds_left = (size - done.size) * seconds / done.size if size and done.size else math.nan
                     shards = f"{done.source_shards:,} of {source_shards:,} shards"
@@ -264,8 +269,8 @@ class Console:
 
         `not_measured` says what the first estimate of the run's time does not include, if there is anything.
         """
-        with self._bar("training", steps, first) as advance:
-            yield TrainingDisplay(self, steps, advance, not_measured)
+        with self._bar("training", steps, first) as bar:
+            yield TrainingDisplay(self, steps, bar, not_measured)
 
     def show(self, table: Table) -> None:
         """Print a table below an empty line."""
@@ -301,33 +306,16 @@ class Console:
         self._rich.print(terminal_text(text, style), soft_wrap=not (wrap and self._rich.is_terminal))
 
     @contextmanager
-    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[AdvanceTo]:
-        """Show a live bar in a terminal, and yield the function that advances it. Bars may be nested, or of threads.
-
-        A bar over nothing is not shown.
-        """
-        task: TaskID | None = None
-
-        def advance(
-            count: int,
-            description: str | None = None,
-            seconds_left: float | None = None,
-            total: int | None = None,
-        ) -> None:
-            if task is not None:
-                line = None if description is None else one_line(description)
-                self._progress.update(task, completed=count, description=line, total=total)
-                if seconds_left is not None:
-                    self._progress.update(task, end=time.monotonic() + seconds_left)
-
+    def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[Bar]:
+        """Show a live bar in a terminal, unless it is over nothing. Bars may be nested, or of threads."""
         if not self._live or total == 0:
-            yield advance
+            yield Bar(self._progress, None)
             return
         with self._bars_lock:
             task = self._progress.add_task(one_line(description), total=total, completed=first)
             self._progress.start()
         try:
-            yield advance
+            yield Bar(self._progress, task)
         finally:
             with self._bars_lock:
                 self._progress.remove_task(task)
@@ -385,8 +373,8 @@ class _Timer:
 class TrainingDisplay:
     """The console of one run: `advance(step)` moves its bar at every step, `log` prints a line at a logged one."""
 
-    def __init__(self, console: Console, steps: int, advance: AdvanceTo, not_measured: str = "") -> None:
-        self._advance = advance
+    def __init__(self, console: Console, steps: int, bar: Bar, not_measured: str = "") -> None:
+        self._bar = bar
         self._not_measured = not_measured
         self._console = console
         self._steps = steps
@@ -396,7 +384,7 @@ class TrainingDisplay:
 
     def advance(self, step: int) -> None:
         """Move the bar to a step."""
-        self._advance(step)
+        self._bar.advance(step)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Print the lines of one logged step: of training, tasks and held-out text, whichever it has.
@@ -433,7 +421,7 @@ class TrainingDisplay:
         """Show the time left in the bar and, the first time that it is known, in a line."""
         if not math.isfinite(seconds_left):
             return
-        self._advance(step, seconds_left=seconds_left)
+        self._bar.advance(step, seconds_left=seconds_left)
         if not self._is_estimated and step < self._steps:
             self._is_estimated = True
             included = f"; {self._not_measured}" if self._not_measured else ", evaluations included"

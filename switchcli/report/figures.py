@@ -146,7 +146,7 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
     for key, axis in axes.items():
         x, y = _window(lines, axis, Axis("value", title, ".3~f", precise=".4f"), WINDOW_START)
         heading = f"{capitalize(title)} against {axis.title.partition(' (')[0]}"
-        figures.append(charts.lines(f"{name}_{key}", heading, caption, table, x, y, _labels(comparison)))
+        figures.append(charts.lines(f"{name}_{key}", heading, caption, table, x, y, comparison.labels))
     return figures
 
 
@@ -160,11 +160,7 @@ def _by_step(
     table = _table(name, lines, ["step", "value", "least", "most"])
     precise = ".1%" if tick_format == "~%" else ".4~s"
     x, y = _window(lines, _STEP, Axis("value", title, tick_format, precise), 0)
-    return [charts.lines(name, capitalize(title), caption, table, x, y, _labels(comparison))]
-
-
-def _labels(comparison: Comparison) -> list[str]:
-    return [series.label for series in comparison.series]
+    return [charts.lines(name, capitalize(title), caption, table, x, y, comparison.labels)]
 
 
 def _metric(name: str) -> CurveOf:

@@ -274,9 +274,8 @@ def parts(report: Report) -> Iterator[Part]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
         if rows := [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]:
-            headings = ("key", *(series.label for series in comparison.series))
             note = "Keys of the recipes that are the same in all series are left out."
-            yield html_page.section("Recipes", Table(headings, rows, note=note))
+            yield html_page.section("Recipes", Table(("key", *comparison.labels), rows, note=note))
         if samples := [*_samples(comparison)]:
             caption = "Held-out texts, their targets, and the answer of each series."
             yield html_page.section("Samples", html_page.paragraphs(caption), *samples)
@@ -315,9 +314,8 @@ def every_table(report: Report) -> Iterator[Table]:
 def _difference_rows(comparison: Comparison) -> Iterator[tuple[str, str, str | float | None]]:
     """Yield a row per key and series, with None where the recipe has no such key."""
     for key, values in differences(comparison.series).items():
-        for series, value in zip(comparison.series, values, strict=True):
-            plain = value is None or type(value) in (int, float)
-            yield key, series.label, value if plain else _recipe_value(value)
+        for label, value in zip(comparison.labels, values, strict=True):
+            yield key, label, value if type(value) in (int, float) else _recipe_value(value)
 
 
 def to_json(report: Report) -> Mapping[str, Any]:
@@ -325,13 +323,12 @@ def to_json(report: Report) -> Mapping[str, Any]:
     comparison = report.comparison
     compared: dict[str, Any] = {}
     if comparison is not None:
-        labels = [series.label for series in comparison.series]
         compared = {
             "baseline": comparison.baseline.label,
             "measure": comparison.metric.name,
             "common_step": comparison.common_step,
             "differences": {
-                key: dict(zip(labels, _finite(values), strict=True))
+                key: dict(zip(comparison.labels, _finite(values), strict=True))
                 for key, values in differences(comparison.series).items()
             },
         }
