@@ -13,9 +13,10 @@ import pytest
 
 pytest_plugins = ["cpu_budget", "shared_runs"]
 
-# A script's background job ignores SIGINT, and so would every process that a test starts and interrupts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A script's background job ignores SIGINT, and one under nohup SIGHUP: so would every process that a test starts.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 # Before torch and the hub's client are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -121,6 +121,12 @@ def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path) -
         (temporary,) = names(tmp_path)
         publish.remove_stale(target)
         assert names(tmp_path) == [temporary], "another process may be writing it"
+        publish.remove_stale(tmp_path / "other", age=0)
+        assert names(tmp_path) == [temporary]
+        publish.remove_stale(target, age=0)
+        assert names(tmp_path) == [], "the lock that is held says that none is"
+        leave()
+        (temporary,) = names(tmp_path)
         pass_a_day(tmp_path)
         publish.remove_stale(tmp_path / "other")
         assert names(tmp_path) == [temporary]

@@ -66,6 +66,11 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         publish_file(self.result, to_json(result, indent=1) + "\n")
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that a killed process left. Only the holder of the folder's lock may."""
+        for path in (self.recipe, self.tokenizer, self.metrics, self.result):
+            publish.remove_stale(path, age=0)
+
     def is_to_archive(self) -> bool:
         """Return whether the folder holds an earlier run, with a recipe or checkpoints, that is not resumed."""
         return not self.resume and (os.path.lexists(self.recipe) or os.path.lexists(self.checkpoints))

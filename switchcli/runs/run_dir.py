@@ -144,6 +144,7 @@ def begin_run(
         if archived := folder.archive():
             console.message(f"the run that was in {folder.path} is now in {archived}")
             locks.enter_context(lock(folder.path))
+        folder.remove_leftovers()
         folder.write_recipe(dump(recipe))
         folder.write_tokenizer(tokenizer.to_json())
 

@@ -2,7 +2,8 @@
 
 An output is written under a temporary name beside its target, synced, and renamed to the target. A crash at any moment
 leaves the old output or the new one, and perhaps a temporary file or folder. The next publication of the same target
-removes it once nothing in it has changed for a day: before, another process may be writing it.
+removes it once nothing in it has changed for a day: before, another process may be writing it. The next holder of the
+lock of a run or a teacher cache removes it at once.
 
 A temporary name is `.tmp-`, a digest of the name of its target, and 16 random hexadecimal digits. No other name is
 removed, and a link is neither followed nor removed. Every function raises OSError when the system refuses.
@@ -117,16 +118,19 @@ def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
 # Leftovers
 
 
-def remove_stale(target: Path) -> None:
-    """Remove temporary files and folders of `target` that have not changed for a day.
+def remove_stale(target: Path, age: float = DAY) -> None:
+    """Remove temporary files and folders of `target` that have not changed for `age` seconds.
 
-    A folder that such a process was replacing is moved back. What the system refuses to remove stays.
+    Who holds a lock that all writers of the target take may pass 0. A folder that such a process was replacing is moved
+    back. What the system refuses to remove stays.
     """
-    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), target)
+    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), target, age)
 
 
-def remove_stale_in(parent: Path, pattern: re.Pattern[str] = TEMPORARY, target: Path | None = None) -> None:
-    """Remove the temporary files and folders in `parent` whose names match and that have not changed for a day.
+def remove_stale_in(
+    parent: Path, pattern: re.Pattern[str] = TEMPORARY, target: Path | None = None, age: float = DAY
+) -> None:
+    """Remove the temporary files and folders in `parent` whose names match and that have not changed for `age` seconds.
 
     With `target`, a folder that was being replaced is moved back to it first.
     """
@@ -136,7 +140,7 @@ def remove_stale_in(parent: Path, pattern: re.Pattern[str] = TEMPORARY, target: 
                 found = path.lstat()
                 if target is not None and stat.S_ISDIR(found.st_mode):
                     _restore(path, target)
-                if time.time() - _last_change(path) < DAY:
+                if time.time() - _last_change(path) < age:
                     continue
                 if stat.S_ISDIR(found.st_mode):
                     shutil.rmtree(path)

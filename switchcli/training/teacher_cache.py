@@ -105,7 +105,7 @@ class TeacherCache:
         """
         with disk_errors(self._folder, ELSEWHERE):
             DISK.make_dir(self._folder)
-            publish.remove_stale_in(self._folder)
+            publish.remove_stale_in(self._folder, age=0)
             for path in [*leftovers(self._folder), *self.damaged()]:
                 DISK.remove_tree(path)
             if not self.is_begun(facts):

@@ -9,6 +9,7 @@ import pytest
 
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.errors import CheckpointError
+from switchcli.system import publish
 
 
 def a_folder(path: Path) -> RunFolder:
@@ -24,6 +25,17 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.path.iterdir()) == ["recipe.yaml", "result.json", "tokenizer.json"]
     assert folder.recipe.read_text() == "verb: pretrain\n"
     assert json.loads(folder.result.read_text()) == {"step": 3}
+
+
+def test_what_a_killed_process_left_of_the_runs_own_files_goes(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", resume=True)
+    folder.path.mkdir()
+    for path in (folder.recipe, folder.tokenizer, folder.metrics, folder.result, folder.path / "page.html"):
+        with publish.temporary_folder(path) as temporary:
+            leftover = temporary.name
+        (folder.path / leftover).write_text("half")
+    folder.remove_leftovers()
+    assert [path.name for path in folder.path.iterdir()] == [leftover], "the page may be in writing"
 
 
 def test_runs_are_set_aside_one_after_another(tmp_path: Path) -> None:
