@@ -61,6 +61,10 @@ def information_by_chance(pairs: ExpertCounts, num_experts: int, num_tokens: int
 
     Each value and each expert keep their counts. Where every token chose k experts, a token again gets k different
     ones. Otherwise choices are assigned one by one.
+
+    Example: four tokens chose k = 2 of three experts, which have 3, 3 and 2 choices. The sorted list of the eight
+    experts is 0 0 0 1, 1 1 2 2: its halves are the columns of four rows, 0 1, 0 1, 0 2 and 1 2. The shuffled rows are
+    dealt out to the tokens in the order of their values.
     """
     value_X, expert_X = pairs.key_X // num_experts, pairs.key_X % num_experts
     # The N choices, one entry each: their values in ascending order, and their experts in ascending order.

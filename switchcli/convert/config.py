@@ -166,14 +166,20 @@ class SwitchConfig(_CommonConfig):
         encoder, decoder = map(self.sparse_layers, STACKS)
         if not encoder and not decoder:
             return self._model_spec(self.tie_word_embeddings)
+        # `sparse_every` says which blocks are sparse if one step gives those of both stacks. Example: of six blocks 1,
+        # 3 and 5 are every second. A `*_sparse_step` of 3 gives the blocks 1 and 4, where `sparse_every` would give 2
+        # and 5: these are listed.
         num_blocks = (self.num_layers, self.decoder_layers)
-        candidates = range(1, min(num_blocks) + 1)
-        every = next((step for step in candidates if (encoder, decoder) == _sparse_every(step, num_blocks)), None)
-        layers: dict[str, Any] = (
-            {"sparse_every": every} if every else {"sparse_encoder_layers": encoder, "sparse_decoder_layers": decoder}
-        )
+        layers: dict[str, Any] = {"sparse_encoder_layers": encoder, "sparse_decoder_layers": decoder}
+        for step in range(1, min(num_blocks) + 1):
+            if (encoder, decoder) == _sparse_every(step, num_blocks):
+                layers = {"sparse_every": step}
+                break
         # Both stacks share a router with the factor expert_capacity * E / max(lengths). In the shorter stack that gives
         # an expert expert_capacity * min(lengths) / max(lengths) slots. If that is less than one, each has its own.
+        # Example: 64 slots and 8 experts, for 512 and 114 tokens. The factor 64 * 8 / 512 = 1 gives 64 slots for 512
+        # tokens and 14 for 114, which `min_capacity` raises to 64. With 4 slots the factor is 1 / 16, which gives 0.9
+        # slots for 114 tokens: the decoder has a router of its own, with the factor 4 * 8 / 114.
         shared = self.expert_capacity * min(lengths) >= max(lengths)
         return self._model_spec(
             self.tie_word_embeddings,

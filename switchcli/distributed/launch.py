@@ -163,6 +163,10 @@ def _forward_signals() -> Iterator[None]:
 def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:
     """Return how the rank ended that made all others end: the earliest that did not follow another one.
 
+    Example: rank 1 is killed at 10 s, without a report. Rank 0 misses it and reports at 12 s, with a location, that a
+    rank is lost. torchrun ends rank 2 by SIGTERM at 12 s. The kinds are 1 for rank 0, 0 for rank 1, 2 for rank 2: the
+    first failure is that of rank 1.
+
     Args:
         failures: what torchrun knows of each rank that failed, by rank: exit code (minus the signal) and time.
         reports: what the ranks have written to their error files, by rank.

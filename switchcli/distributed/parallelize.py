@@ -110,6 +110,16 @@ def gradient_norm(
     """Return the norms of the gradients; the total counts each slice once, whatever the number of its copies.
 
     Collective. Squares are float64: there the square of any float32 norm is finite, and not rounded to 0.
+
+    Example: a mesh of data 4 x model 2, whose experts lie on 2 ranks of the data axis each, without `shard`:
+
+    | gradient        | what a rank holds                 | squares are summed over     |
+    |-----------------|-----------------------------------|-----------------------------|
+    | norm            | all of it                         | no group                    |
+    | attention query | half of the heads                 | model                       |
+    | experts' wi     | half of the experts, half of d_ff | model, then experts         |
+
+    Summed over the data axis as well, the squares of `norm` would count four times.
     """
     gradients = {name: local_values(one.grad) for name, one in parameters.items() if one.grad is not None}
     norms = _local_norms(gradients)

@@ -128,6 +128,14 @@ def _sharded_bytes(
 ) -> _TrainedBytes:
     """Return the bytes on a rank that keeps one of `num_shards` shards, as fully_shard does.
 
+    Example: weights of 100 MB with a state of 50 MB, 4 shards, `gathered` 20 MB, `gradient_unit` 10 MB:
+
+    | shard | weights  | gradients                           | state |
+    |-------|----------|-------------------------------------|-------|
+    | none  | 100      | 100                                 | 50    |
+    | zero2 | 25 + 100 | 25 + 10; 100 if they are accumulated | 12.5  |
+    | zero3 | 25 + 20  | 25 + 10                             | 12.5  |
+
     Args:
         mesh: its `shard` says what is sharded.
         weights: bytes of all weights that the ranks divide.
@@ -149,14 +157,19 @@ def _sharded_bytes(
 
 
 def _copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, accumulates: bool) -> int:
-    """Return the bytes of weights in bfloat16, and of one gradient that is about to be accumulated."""
+    """Return the bytes of weights in bfloat16, and of one gradient that is about to be accumulated.
+
+    Example: 8 experts with two stacks of [512, 2048] each, and a softmax matrix of 32128 x 512, in bfloat16 on a GPU.
+    Of a layer 2 * 8 * 512 * 2048 = 16.8 M weights are copied, beside the dense matrices: 33.6 MB. The largest gradient
+    is that of the softmax matrix, 16.4 M elements, where a stack has 8.4 M: 65.8 MB in float32 and 32.9 MB in bfloat16.
+    """
     is_rounded = step.product_bytes < FLOAT
     num_layers = max(1, len(spec.sparse_layer_names()))
     experts_of_layer = weights.expert // mesh.expert // num_layers
     # A layer has two stacks of experts, or three with GEGLU.
     stack = experts_of_layer // (3 if spec.activation == "geglu" else 2)
     if not step.fused and stack * step.product_bytes > CPU_CACHE:
-        # A CPU computes one expert of a large stack at a time (`_ProductPerExpert`).
+        # A CPU computes one expert of a large stack at a time (`_ProductPerExpert`): only one matrix is copied.
         experts_of_layer = stack = stack * mesh.expert // spec.num_experts
     num_bytes = step.product_bytes * (weights.products + experts_of_layer) if is_rounded else 0
     if accumulates:
@@ -308,6 +321,8 @@ def _position_bias(spec: ModelSpec, step: Step, stack: Stack, sequences: int, mo
 
     On CUDA: the bias, its gradient in one block, and the sum of the gradients so far, in the dtype of products. On a
     CPU the bias is kept only as an input of recomputed blocks, in float32 and without a batch dim.
+
+    Example: 8 sequences of 512 tokens, 12 heads, bfloat16: on CUDA 512**2 * (8 + 3 * 8 * 12 * 2) = 153 MB.
     """
     length, heads = step.length(stack), spec.num_heads // model
     bias = 0
@@ -323,6 +338,8 @@ def _router(spec: ModelSpec, step: Step, stack: Stack, tokens: int) -> int:
 
     With jitter the noise [tokens, D] is kept as well. Of size [tokens, E] are the softmax, and in float32 once more the
     softmax and its logarithm. Choices, positions and weights take about 64 bytes a token.
+
+    Example: D = 512, E = 8, a float32 router with jitter: 4 * 512 * 2 + 8 * (4 + 8) + 64 = 4,256 bytes a token.
     """
     inputs = step.router_bytes * spec.d_model * (2 if spec.router_of(stack).jitter else 1)
     return tokens * (inputs + spec.num_experts * (step.router_bytes + 2 * FLOAT) + 64)
@@ -333,6 +350,8 @@ def _experts(spec: ModelSpec, step: Step, layer_slots: Slots, width: int, model:
 
     With dropout the mask [A, F / m] is kept as well. Weight and indices take about 25 bytes a row, and one element in
     the dtype of products.
+
+    Example: D = O = 512, F = 2048, ReLU without dropout, bfloat16: 2 * (512 + 2048 + 512 + 1) + 25 = 6,171 bytes a row.
     """
     dropout = spec.experts_dropout
     hidden = (_num_hidden_tensors(spec, dropout) + (dropout > 0.0)) * spec.d_ff // model

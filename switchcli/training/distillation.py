@@ -240,6 +240,10 @@ def _soft_top_k(
 
     How the student divides its probability among the other tokens does not matter. With K the whole vocabulary there
     is no such outcome, and the result is that of `_soft`.
+
+    Example: four tokens, of which the teacher gives the first two q = [0.6, 0.3] and the rest r = 0.1. For a student
+    with p = [0.5, 0.2, 0.2, 0.1] the result is -0.6 log 0.5 - 0.3 log 0.2 - 0.1 log 0.3. Its gradient is p - [0.6, 0.3,
+    0.0667, 0.0333]: the other tokens share r as the student shares 0.3 among them, 2 to 1.
     """
     # [C, K]: the row of each token among this rank's rows, or any row, with q 0, for a token on another rank.
     token = vocabulary.locate(teacher.ids_BTK.long())

@@ -193,12 +193,15 @@ class Denoisers(Spec):
         first_draw_R = row_R * self.num_draws + 1  # in the flattened draws, behind the one that chose the denoiser
         corrupted = corrupt_spans(raw_RL.ravel(), counts_R3, draws.ravel(), first_draw_R, sentinels)
 
-        # The prompts of all rows, end to end: ranges of the prompts of all denoisers, end to end.
+        # Insert the prompt of each row's denoiser before the row's inputs.
+        # Example: denoisers with the prompts A B, none and C, and three rows of the denoisers 2, 1 and 0, which have
+        # three inputs each. End to end the prompts are A B C. That of denoiser 2 begins at 2, and that of denoiser 0 at
+        # 0, so the rows take the positions 2, 0, 1: C A B. The inputs of the rows begin at 0, 3 and 6, so C is inserted
+        # at 0, and A and B at 6: C x x x, x x x, A B x x x.
         prompt_length_D = np.array([len(prompt) for prompt in prompts])
         prompt_start_D = np.cumsum(prompt_length_D) - prompt_length_D
         prompt_length_R = prompt_length_D[denoiser_R]
         prompt_position = concatenated_ranges(prompt_start_D[denoiser_R], prompt_length_R)
-        # Insert each row's prompt before the row's first token, whose index is given once for each token of the prompt.
         first_input_R = np.cumsum(corrupted.num_inputs_X) - corrupted.num_inputs_X
         insert_position = np.repeat(first_input_R, prompt_length_R)
         inputs = np.insert(corrupted.inputs, insert_position, np.concatenate(prompts)[prompt_position])

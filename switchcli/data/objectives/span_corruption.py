@@ -256,6 +256,11 @@ def _random_span_lengths(draws: Draws, first_draw_X: Ids, num_items_X: Ids, num_
 
     A text of N items has N - 1 gaps between items. To divide it into n spans is to cut at n - 1 gaps: at those with the
     smallest draws, so that every choice of gaps is equally likely.
+
+    Example: texts of 5 and 3 items, for 3 and 2 spans. The first has four gaps with the draws 7, 2, 9, 4: its two cuts
+    are gaps 1 and 3, so spans end with its items 1, 3 and 4. The second has two gaps with the draws 5, 1: its cut is
+    gap 1, so spans end with its items 1 and 2, which are 6 and 7 of both texts end to end. From the ends 1, 3, 4, 6, 7
+    come the lengths 2, 2, 1, 2, 1.
     """
     num_cuts_X = num_spans_X - 1
     start_X = np.cumsum(num_items_X) - num_items_X  # position of each text's first item, all texts end to end
@@ -264,11 +269,13 @@ def _random_span_lengths(draws: Draws, first_draw_X: Ids, num_items_X: Ids, num_
     # last draw; its gaps that do not exist then get the largest value, so that they are never among the smallest.
     draw_XP = draws.take(first_draw_X[:, None] + gap_P, mode="clip")
     draw_XP[gap_P >= num_items_X[:, None] - 1] = np.iinfo(np.uint64).max
+    # In the example the draws are [7, 2, 9, 4] and [5, 1, max, max].
     # A partition at k puts the k + 1 smallest draws of each row first, in any order, which costs less than sorting. It
     # is made at every number of cuts that occurs, so that the first num_cuts gaps of each row are its cuts.
     cut_counts = np.unique(num_cuts_X[num_cuts_X > 0])
     gap_XK = np.argpartition(draw_XP, cut_counts - 1, axis=1)[:, : num_cuts_X.max(initial=0)]  # K: the most cuts
     is_cut_XK = np.arange(gap_XK.shape[1]) < num_cuts_X[:, None]
+    # In the example the gaps are [1, 3] and [1, 0], of which the last is no cut.
     # The position of the last item of each span: the item before a cut, or the last item of a text.
     cuts = (start_X[:, None] + gap_XK)[is_cut_XK]
     span_ends = np.sort(np.concatenate([cuts, start_X + num_items_X - 1]))

@@ -299,11 +299,15 @@ def _ngram_hashes(ids_T: Ids, offsets: NDArray[np.int64], block: _Block) -> NDAr
     """Return a hash of the n-gram that begins at each token of the block [T].
 
     The last NGRAM - 1 tokens of a document give its last n-gram again, which does not change a minimum.
+
+    Example with n-grams of 3: the documents a b c d and e f give abc, bcd, bcd, bcd and ef0, ef0. Their last n-grams
+    start at the positions 1 and 4, so those of the six tokens start at 0, 1, 1, 1, 4, 4.
     """
     ends = offsets[1:]
-    last_start_D = np.maximum(ends - NGRAM, offsets[:-1])  # start of the last n-gram; a short document has one n-gram
+    last_start_D = np.maximum(ends - NGRAM, offsets[:-1])  # a document shorter than NGRAM has one n-gram, at its start
     start_T = np.minimum(np.arange(block.low, block.high), block.per_token(last_start_D))
     end_T = block.per_token(ends)
+    # The hash of an n-gram is the sum of its ids, each times an odd factor of its place, modulo 2**64, then mixed.
     hashes_T = np.zeros(len(start_T), dtype=np.uint64)
     for index, factor in enumerate(np.random.Philox(key=NGRAM + 1).random_raw(NGRAM) | np.uint64(1)):
         position_T = start_T + index
