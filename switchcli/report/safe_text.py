@@ -18,8 +18,12 @@ _UNSAFE = re.compile(
     "]"
 )
 _BREAKS = re.compile("[\n\t\u2028\u2029]")
-_MARKUP = re.compile(r"[\\`*_{}\[\]<>()#+!|~&:@$^=-]|(?<!\d)\.|\.(?!\d)")
-"""Punctuation with a meaning in Markdown, HTML or a link. A decimal point has none."""
+_MARKUP = re.compile(
+    r"[\\`*{}\[\]<>()#+!|~&:@$^=]"
+    r"|(?<!\d)\.|\.(?!\d)"  # a decimal point has no meaning
+    r"|(?<![^\W_])[-_]|[-_](?![^\W_])"  # nor has a hyphen or an underscore between letters or digits
+)
+"""Punctuation with a meaning in Markdown, HTML or a link."""
 
 
 def safe_text(text: str) -> str:

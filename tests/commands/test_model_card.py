@@ -106,7 +106,20 @@ def test_a_converted_checkpoint_says_nothing_of_its_training(trained: Path, here
     assert "seed |" not in card
 
 
-@pytest.mark.parametrize("text", [EVIL, "https://user:secret@host/x", "\x1b[31m\u202e", "a@b.example", "1. x", "$x$"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        EVIL,
+        "https://user:secret@host/x",
+        "\x1b[31m\u202e",
+        "a@b.example",
+        "1. x",
+        "$x$",
+        "- x",
+        "__a__ _b_c_",
+        "a\n---",
+    ],
+)
 def test_escaped_text_has_no_markup(text: str) -> None:
     blocks = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown_text(text))
     assert [block.type for block in blocks] == ["paragraph_open", "inline", "paragraph_close"]
