@@ -29,14 +29,17 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import messages, resolve
-from switchcli.recipe.schema import FinetuneRecipe, PretrainRecipe, StartedRecipe, resolve_standalone
+from switchcli.recipe.schema import EvalRecipe, validate_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import main_console
-from switchcli.runs import distill_job, eval_job, text_generation, text_routing, warm_start
-from switchcli.runs.distill_job import Models
+from switchcli.runs import eval_job, text_generation, text_routing
 from switchcli.runs.distilling import Distillation
-from switchcli.runs.eval_job import EvalJob, Evaluation
+from switchcli.runs.eval_job import Evaluation
 from switchcli.runs.finetuning import Finetuning
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.job import resolve as resolve_recipe
+from switchcli.runs.job.options import Options
+from switchcli.runs.job.pins import PinFinder
 from switchcli.runs.loading import (
     CheckpointHandle,
     LoadedModel,
@@ -50,6 +53,7 @@ from switchcli.runs.text_generation import Answer
 from switchcli.runs.text_routing import LayerRouting, TextRouting
 from switchcli.runs.trainer import open_trainer
 from switchcli.runs.training_task import TrainingTask
+from switchcli.spec import Spec
 from switchcli.tasks.scores import Score, Scores
 
 __all__ = [
@@ -71,11 +75,8 @@ PathLike = str | os.PathLike[str]
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values by dotted key, or KEY=VALUE texts as on the command line."""
 
-STARTED_VERBS: Mapping[str, tuple[type[StartedRecipe], type[TrainingTask]]] = {
-    "pretrain": (PretrainRecipe, Pretraining),
-    "finetune": (FinetuneRecipe, Finetuning),
-}
-"""The recipe and the training task of each verb that trains, except distill, which takes a teacher."""
+TASKS: Mapping[str, type[TrainingTask]] = {task.verb: task for task in (Pretraining, Finetuning, Distillation)}
+"""The training task of each verb that trains."""
 
 _CAPACITY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
@@ -84,8 +85,7 @@ _CAPACITY: TypeAdapter[Policy] = TypeAdapter(Policy)
 class Recipe:
     """The settings of a training run: a recipe file or a shipped recipe, and overrides.
 
-    Create it with `Recipe.load`, which checks keys and values. `train` reads the file again, and refuses one that has
-    changed since then.
+    Create it with `Recipe.load`, which reads the files once and checks keys and values.
     """
 
     source: str | None
@@ -94,6 +94,8 @@ class Recipe:
     """KEY=VALUE texts."""
     verb: str
     """The command that runs the recipe: pretrain, finetune or distill."""
+    _read: resolve.Source = field(repr=False)
+    """The contents of the files, and the overrides."""
     _spec: TrainingRecipe | None = field(default=None, repr=False, hash=False)
     """The resolved value at `load`. None if a command of switchcli created the recipe and checks it when it starts."""
 
@@ -116,16 +118,17 @@ class Recipe:
         Raises:
             RecipeError: a file is missing or not YAML, a key or value breaks a rule, or the recipe does not train.
         """
-        if verb not in (None, *STARTED_VERBS, "distill"):
+        if verb not in (None, *TASKS):
             raise RecipeError(f"verb ({verb!r}): must be pretrain, finetune or distill")
         name, texts = _as_text(source), _override_texts(overrides)
-        stated = resolve.stated(resolve.load(name, texts), "verb")
+        read = resolve.read(name, texts)
+        stated = resolve.stated(read.merge(), "verb")
         if verb is not None and stated not in (None, verb):
             raise RecipeError(f"verb: the recipe says {stated}, not {verb}: leave out verb=")
-        spec = resolve_standalone(name, texts if verb is None else [*texts, f"verb={verb}"])
+        spec = _validate(read, verb, name)
         if not isinstance(spec, TrainingRecipe):
             raise RecipeError(f"{name or 'overrides'}: a recipe of `eval`: give it to Model.evaluate")
-        return cls(name, tuple(texts), spec.verb, spec)
+        return cls(name, tuple(texts), spec.verb, read, spec)
 
     @property
     def spec(self) -> TrainingRecipe:
@@ -134,15 +137,7 @@ class Recipe:
         A run that starts from a checkpoint takes the keys that the recipe leaves out from there. Here, as in
         `switchcli recipes validate`, they have stand-ins, such as 8 experts. The recipe.yaml of the run has the values.
         """
-        return self._spec or self._resolve()
-
-    def _check_unchanged(self) -> None:
-        """Raise RecipeError if the file, or one that it extends, has other values than at `load`."""
-        if self._spec is not None and self._resolve() != self._spec:
-            raise RecipeError(f"{self.source} has changed since Recipe.load: load it again")
-
-    def _resolve(self) -> TrainingRecipe:
-        spec = resolve_standalone(self.source, [*self.overrides, f"verb={self.verb}"])
+        spec = self._spec or _validate(self._read, self.verb, self.source)
         assert isinstance(spec, TrainingRecipe), "of a verb that trains"
         return spec
 
@@ -213,7 +208,7 @@ def train(
         quiet: whether to print only warnings.
 
     Raises:
-        RecipeError: the recipe breaks a rule, its file has changed, or `out` holds a run of other settings.
+        RecipeError: the recipe breaks a rule, or `out` holds a run of other settings.
         DataError: the text or the tasks cannot be used.
         CheckpointError: a checkpoint or the disk cannot be used, or another run has locked `out`.
         NumericsError: a value is not finite.
@@ -224,7 +219,7 @@ def train(
     """
     folder = Path(out)
     with _explain_resume(folder):
-        job, task_type = resolve_job(
+        job = resolve_job(
             recipe,
             folder,
             model=model,
@@ -234,8 +229,9 @@ def train(
             branch_from=branch_from,
             resume=resume,
         )
-        with open_trainer(job, task_type, folder, resume, quiet) as run:
-            record = run.run()
+        with open_trainer(job, TASKS[recipe.verb], folder, resume, quiet) as run, run.begun():
+            scored = run.train()
+            record = run.conclude(scored)
             # The other ranks have no record. The state of the main rank has the scores of tasks too.
             summary = json.dumps([record, run.state.eval_metrics, run.state.best])
             record, metrics, best = json.loads(run.context.all_gather_text(summary)[0])
@@ -261,27 +257,19 @@ def resolve_job(
     baseline: PathLike | float | None = None,
     branch_from: PathLike | None = None,
     resume: bool = True,
-) -> tuple[Any, type[TrainingTask]]:
-    """Return the resolved settings of a run, with its open checkpoints, and the training task that takes them.
+) -> Job[Any]:
+    """Return the resolved settings of a run, with its open checkpoints.
 
     Raises:
         RecipeError, CheckpointError, DataError: as `train` says.
     """
     prepare_rank(os.environ)
-    recipe._check_unchanged()
-    source = recipe.source, recipe.overrides
-    models = Models(*map(_as_text, (teacher, student, baseline)))
-    branch = _as_text(branch_from)
-    if recipe.verb == "distill":
-        if model is not None:
-            raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
-        return distill_job.resolve_job(*source, models, out, resume, main_console(), branch), Distillation
-    if models != Models():
+    options = Options(*map(_as_text, (model, branch_from, teacher, student, baseline)))
+    if recipe.verb == "distill" and model is not None:
+        raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
+    if recipe.verb != "distill" and (teacher, student, baseline) != (None, None, None):
         raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {recipe.verb}")
-    schema, task_type = STARTED_VERBS[recipe.verb]
-    job = warm_start.resolve_job(*source, _as_text(model), out, resume, main_console(), schema, branch)
-    task_type.check_recipe(job.recipe)
-    return job, task_type
+    return resolve_recipe(TASKS[recipe.verb], options.write(recipe._read), PinFinder(out, resume, main_console()))
 
 
 class Model:
@@ -491,7 +479,12 @@ def answers(
     return text_generation.generate(model._load(), texts, decoding, capacity, batch_size, main_console())
 
 
-def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> EvalJob:
+def read_recipe(source: str | None, overrides: Sequence[str], verb: str) -> Recipe:
+    """Return a recipe that is checked when the run starts. Raises RecipeError if a file cannot be read."""
+    return Recipe(source, tuple(overrides), verb, resolve.read(source, overrides))
+
+
+def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> Job[EvalRecipe]:
     """Return the resolved settings of an evaluation. Raises like `Model.evaluate`."""
     prepare_rank(os.environ)
     return eval_job.resolve_job(model._handle, _as_text(recipe), overrides)
@@ -508,6 +501,11 @@ def make_decoding(settings: Mapping[str, Any]) -> Decoding:
         return Decoding.model_validate(settings)
     except ValidationError as error:
         raise RecipeError(*messages.plain_lines(error)) from None
+
+
+def _validate(source: resolve.Source, verb: str | None, name: str | None) -> Spec:
+    """Validate a recipe as one of `verb`; of what it says, if that is None."""
+    return validate_standalone(source if verb is None else source.overridden(f"verb={verb}"), name or "the checkpoint")
 
 
 @contextmanager

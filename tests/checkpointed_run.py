@@ -14,7 +14,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.system.signals import StopRequest
-from switchcli.training.callbacks import Callback
+from switchcli.training.callback import Callback
 from switchcli.training.checkpointer import DATA, Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import FixedLoss, cross_entropy

@@ -1,20 +1,27 @@
 """Test doubles: small implementations of what training is given, made of functions and lists."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.report.console import Console
+from switchcli.distributed.context import DistributedContext
+from switchcli.model.moe.router import Policy
+from switchcli.report.console import Console, silent
 from switchcli.system.signals import StopTraining
-from switchcli.training.callbacks import Callback, MetricsLog
+from switchcli.training.callback import Callback
 from switchcli.training.loop import fit
 from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
+from switchcli.training.schedules import InverseSquareRoot
+from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.state import TrainState
+from switchcli.training.validation import HeldOutText
 
 
 class KeepingConsole(Console):
@@ -52,14 +59,69 @@ class Source(BatchSource):
         return self._rows(step, first, count)
 
 
-class Records(MetricsLog):
-    """Keeps the records in a list."""
+class Records:
+    """A log that keeps the records in a list."""
 
     def __init__(self) -> None:
         self.written: list[dict[str, Any]] = []
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def __call__(self, record: Mapping[str, Any]) -> None:
         self.written.append(dict(record))
+
+
+class SaveEvery(Callback):
+    """Saves by what has a `save`."""
+
+    def __init__(self, every_steps: int, saver: Any) -> None:
+        super().__init__(every_steps)
+        self._saver = saver
+
+    def __call__(self, state: TrainState) -> None:
+        self._saver.save(state)
+
+
+def text_evaluator(context: DistributedContext, texts: Mapping[str, HeldOutText], rows_each: int = 2) -> Evaluator:
+    """What measures models on texts alone."""
+    capacity: Mapping[str, Policy] = {"text": "paper", "tasks": "paper"}
+    tokenizer: Any = None
+    return Evaluator(tokenizer, texts, (), ScoringSpec(), capacity, rows_each, context, silent())
+
+
+def a_run(
+    context: DistributedContext,
+    log: Records,
+    *,
+    model: Any = None,
+    texts: Mapping[str, HeldOutText] = MappingProxyType({}),
+    state: TrainState | None = None,
+    source: BatchSource | None = None,
+    console: Console | None = None,
+    every_steps: int = 1,
+    steps: int = 100,
+    batch_tokens: int = 1,
+    flops_per_step: int = 1,
+    layers: Sequence[str] = (),
+) -> Any:
+    """What callbacks read of a run. Rows of held-out text are evaluated two at a time."""
+    console = console or silent()
+    recipe = SimpleNamespace(
+        model=SimpleNamespace(sparse_layer_names=lambda: list(layers)),
+        train=SimpleNamespace(steps=steps, batch_tokens=batch_tokens),
+        schedule=InverseSquareRoot(),
+        log=SimpleNamespace(every_steps=every_steps),
+        eval=SimpleNamespace(every_steps=every_steps),
+    )
+    return SimpleNamespace(
+        recipe=recipe,
+        model=model,
+        evaluator=text_evaluator(context, texts),
+        data=SimpleNamespace(source=source),
+        state=state or TrainState(),
+        flops_per_step=flops_per_step,
+        context=context,
+        console=console,
+        log=log,
+    )
 
 
 class Still(Optimizer):

@@ -26,7 +26,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.system.signals import StopRequest
-from switchcli.training.callbacks import Callback
+from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import FixedLoss, Objective, cross_entropy

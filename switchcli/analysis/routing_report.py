@@ -18,7 +18,7 @@ from switchcli.training.validation import HeldOutText, rank_batches
 
 def routing_report(
     models: Sequence[SwitchTransformer],
-    texts: Mapping[str, tuple[HeldOutText, bool]],
+    texts: Mapping[str, HeldOutText],
     rows_each: int,
     policies: Sequence[Policy],
     context: DistributedContext,
@@ -29,7 +29,7 @@ def routing_report(
 
     Args:
         models: one or two models.
-        texts: each held-out text by name, and whether its rows are packed.
+        texts: the held-out texts by name.
         rows_each: rows of a batch, rounded up to whole groups of both models.
         policies: how the routers of each model count capacity.
         context: the device and the precision.
@@ -39,12 +39,12 @@ def routing_report(
     group_rows = math.lcm(*(model.spec.group_sequences for model in models))
     batch_rows = -(-rows_each // group_rows) * group_rows
     counts_by_text = {}
-    for name, (text, packed) in texts.items():
+    for name, text in texts.items():
         batches = rank_batches(text, batch_rows, 0, 1)
         tracked = console.track(batches, f"reading {name}", len(batches))
-        counts_by_text[name] = count_routing(models, tracked, packed, context, policies)
+        counts_by_text[name] = count_routing(models, tracked, text.is_packed, context, policies)
     return {
-        "sequences": {name: text.num_rows for name, (text, _) in texts.items()},
+        "sequences": {name: text.num_rows for name, text in texts.items()},
         "rare": MIN_COUNT,
         "layers": [_layers(index, counts_by_text, tokenizer) for index in range(len(models))],
         "drift": _drift(counts_by_text) if len(models) > 1 else None,

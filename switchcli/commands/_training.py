@@ -1,7 +1,7 @@
 """Functions that the verbs share which train or evaluate: a common command, the dry run, the ranks, the result."""
 
 import os
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -27,6 +27,7 @@ from switchcli.report.safe_text import safe_text
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
     from switchcli.recipe.training_rules import TrainingRecipe
+    from switchcli.runs.job.job import Job
 
 
 def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
@@ -52,26 +53,27 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
     ) -> None:
         from switchcli import api
 
-        run = api.Recipe(recipe, tuple(overrides or ()), verb)
+        run = api.read_recipe(recipe, overrides or (), verb)
         out = out or default_out(recipe)
         if dry_run or starts_ranks(processes):
-            job, _ = api.resolve_job(run, out, model=model, branch_from=branch_from, resume=resume)
+            job = api.resolve_job(run, out, model=model, branch_from=branch_from, resume=resume)
             if dry_run:
                 print_dry_run(job, as_json)
                 return
-            start_ranks(processes, job.recipe, as_json)
+            start_ranks(processes, job, as_json)
         result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
         finish(result.record, as_json)
 
     return app
 
 
-def print_dry_run(job: Any, as_json: bool) -> None:
+def print_dry_run(job: "Job[TrainingRecipe]", as_json: bool) -> None:
     """Open what the recipe names, and print the recipe with its model size, FLOPs and tokens, as YAML or as JSON."""
-    from switchcli.runs import dry_run, planning
+    from switchcli import api
+    from switchcli.runs import planning
 
-    dry_run.open_inputs(job)
-    recipe: TrainingRecipe = job.recipe
+    api.TASKS[job.recipe.verb].open_inputs(job)
+    recipe = job.recipe
     if as_json:
         print_json({**planning.describe(recipe), "recipe": recipe.model_dump(mode="json")})
     else:
@@ -85,11 +87,11 @@ def starts_ranks(processes: int) -> bool:
     return processes > 1 and not is_rank()
 
 
-def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", as_json: bool) -> NoReturn:
+def start_ranks(processes: int, job: "Job[TrainingRecipe | EvalRecipe]", as_json: bool) -> NoReturn:
     """Run this command as several ranks and exit with their exit code."""
     from switchcli.runs import run_dir
 
-    ended = run_dir.launch_ranks(processes, recipe, main_console())
+    ended = run_dir.launch_ranks(processes, job, main_console())
     if as_json and ended.error is not None:
         print_json({"error": ended.error, "exit_code": ended.exit_code})
     _exit.exit_with(ended.exit_code)

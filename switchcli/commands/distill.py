@@ -87,15 +87,15 @@ def distill(
         out = default_out(source)
     elif out is None:
         out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
-    recipe = api.Recipe(source, tuple(overrides), "distill")
+    recipe = api.read_recipe(source, overrides, "distill")
     models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
     if dry_run or cache_only or _training.starts_ranks(processes):
-        job, _ = api.resolve_job(recipe, out, **models, resume=resume)
+        job = api.resolve_job(recipe, out, **models, resume=resume)
         if dry_run:
             _training.print_dry_run(job, as_json)
             return
         if _training.starts_ranks(processes):
-            _training.start_ranks(processes, job.recipe, as_json)
+            _training.start_ranks(processes, job, as_json)
         finish(distilling.fill_teacher_cache(job, quiet), as_json)
         return
     result = api.train(recipe, out, **models, resume=resume, quiet=quiet)

@@ -15,7 +15,7 @@ from switchcli.report.table import Table
 from switchcli.report.units import number, percent
 
 if TYPE_CHECKING:
-    from switchcli.runs.evaluator import EvalPass
+    from switchcli.training.measure import Measurement
 
 app = typer.Typer()
 
@@ -60,32 +60,32 @@ def evaluate(
     recipe, overrides = split_arguments(arguments or [])
     model = api.open_checkpoint(checkpoint)
     if _training.starts_ranks(processes):
-        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides).recipe, as_json)
+        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides), as_json)
     out = out or eval_job.default_out(checkpoint)
     evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))
     finish(evaluation.result, as_json, shown)
 
 
-def _shown(eval_pass: "EvalPass") -> Iterator[Table | Line]:
+def _shown(eval_pass: "Measurement") -> Iterator[Table | Line]:
     """Yield the metrics that were measured under one capacity."""
     from switchcli.runs.score_tables import score_table, text_table
+    from switchcli.training.measure import ALL_TEXT
 
     yield Line("")
     yield Line(f"capacity: {', '.join(f'{name} {capacity}' for name, capacity in eval_pass.capacity.items())}", "bold")
     if eval_pass.scores:
         yield score_table(eval_pass.scores)
-    held_out = eval_pass.held_out
-    for name, metrics in {"text": held_out.text, **held_out.tasks}.items():
-        if metrics is not None:
+    held_out = eval_pass.held_out()
+    for name, metrics in held_out.items():
+        if name == ALL_TEXT or name in eval_pass.targets:
             rows = [(label, write(metrics[key])) for key, (label, write) in _SHOWN_METRICS.items() if key in metrics]
             yield Table(("", ""), rows, f"held-out {name}")
-    if held_out.texts:
-        yield text_table(held_out.texts)
-        if layers := next(iter(held_out.texts.values())).get("layers", {}):
-            experts = [
-                (name, *map(_most_used, metrics.get("layers", {}).values())) for name, metrics in held_out.texts.items()
-            ]
+    if len(eval_pass.texts) > 1:
+        texts = {label: held_out[label] for label in eval_pass.texts}
+        yield text_table(texts)
+        if layers := next(iter(texts.values())).get("layers", {}):
+            experts = [(name, *map(_most_used, metrics.get("layers", {}).values())) for name, metrics in texts.items()]
             yield Table(("", *layers), experts, "the expert that most of its tokens go to, and their share")
 
 

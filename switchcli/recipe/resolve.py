@@ -49,16 +49,41 @@ def resolve(name_or_path: str, overrides: Sequence[str], schema: type[S]) -> S:
     return validate(load(name_or_path, overrides), schema)
 
 
-def load(name_or_path: str | None, overrides: Sequence[str] = (), below: Node | None = None) -> Node:
-    """Return the merged recipe, not yet validated. Each node knows its source. Without a name, only overrides count.
+class Source(NamedTuple):
+    """A recipe that has been read, and is neither merged nor validated: its files, and KEY=VALUE overrides."""
 
-    `below` is a layer below all others: what a checkpoint defines for keys that the recipe leaves out.
+    layers: tuple[Node, ...]
+    """The contents of its files. Each extends the one before."""
+    overrides: tuple[str, ...]
+
+    def overridden(self, *overrides: str) -> "Source":
+        """Return the recipe with more overrides. Where two set the same key, the last one wins."""
+        return self._replace(overrides=(*self.overrides, *overrides))
+
+    def merge(self, below: Node | None = None) -> Node:
+        """Return the merged recipe, not yet validated. Each node knows its source.
+
+        `below` is a layer below all others: what a checkpoint defines for keys that the recipe leaves out.
+
+        Raises:
+            RecipeError: an override cannot be applied.
+        """
+        return _apply_overrides(_merge_layers(self.layers, below or self.layers[0]._replace(value={})), self.overrides)
+
+
+def read(name_or_path: str | None, overrides: Sequence[str] = ()) -> Source:
+    """Read the files of a recipe. Without a name, only overrides count.
 
     Raises:
-        RecipeError: a file is missing or is not YAML, or an `extends` or an override cannot be applied.
+        RecipeError: a file is missing or is not YAML, or its `extends` cannot be followed.
     """
     layers = [layer({}, "the command line")] if name_or_path is None else _read_layers(library.locate(name_or_path))
-    return _apply_overrides(_merge_layers(layers, below or layers[0]._replace(value={})), overrides)
+    return Source(tuple(layers), tuple(overrides))
+
+
+def load(name_or_path: str | None, overrides: Sequence[str] = (), below: Node | None = None) -> Node:
+    """Return `read(name_or_path, overrides).merge(below)`."""
+    return read(name_or_path, overrides).merge(below)
 
 
 def parse_saved(document: bytes, where: str) -> Node:

@@ -4,11 +4,12 @@ import math
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from switchcli.data.config import DataSpec, TextSpec
+from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.errors import RecipeError
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
@@ -32,6 +33,10 @@ class TextRecipe(TrainingRecipe, ABC):
     """The learning rate of each step, by the schedule's `kind`; the default is T5's for pre-training."""
     data: DataSpec = DataSpec()
     """The text to train on, the tokenizer and the objective."""
+
+    @property
+    def tokenizer(self) -> TokenizerSpec:
+        return self.data.tokenizer
 
     @property
     def inputs_length(self) -> int:
@@ -120,6 +125,7 @@ class DistillRecipe(TrainingRecipe, ABC):
     schedule. The default `model` is the dense model with the teacher's FLOPs per token.
     """
 
+    starts_from_weights: ClassVar[bool] = False
     distill: DistillSpec
     """The teacher, and how the student learns from it."""
     student: StudentSpec = FromTeacherInit()
@@ -204,8 +210,6 @@ def _label_rules(specs: Sequence[TaskSpec], scoring: ScoringSpec) -> Iterator[st
         )
 
 
-StartedRecipe = PretrainRecipe | FinetuneRecipe
-"""The recipes of runs that can start from the weights of any checkpoint."""
 RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
     {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )
@@ -228,7 +232,12 @@ def resolve_standalone(name: str | None, overrides: Sequence[str] = ()) -> Spec:
     Raises:
         RecipeError: one line for each error.
     """
-    tree = resolve.load(name, overrides)
+    return validate_standalone(resolve.read(name, overrides), name or "the checkpoint")
+
+
+def validate_standalone(source: resolve.Source, where: str) -> Spec:
+    """Validate a recipe that was read, like `resolve_standalone`. `where` is the source of the stand-ins in errors."""
+    tree = source.merge()
     schema = schema_of(tree) or (EvalRecipe if resolve.stated(tree, "tasks") is not None else PretrainRecipe)
     checkpoint_keys: Mapping[str, Any] = {}
     if schema is FinetuneRecipe:
@@ -236,7 +245,7 @@ def resolve_standalone(name: str | None, overrides: Sequence[str] = ()) -> Spec:
     elif issubclass(schema, DistillRecipe):
         checkpoint_keys = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
     if checkpoint_keys:
-        tree = resolve.load(name, overrides, resolve.layer(checkpoint_keys, name or "the checkpoint"))
+        tree = source.merge(resolve.layer(checkpoint_keys, where))
     return resolve.validate(tree, schema, VOCAB_SIZE if checkpoint_keys else None)
 
 

@@ -7,10 +7,11 @@ of full sequences.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
+from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ParallelSpec, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.spec import Spec
@@ -22,6 +23,8 @@ from switchcli.training.schedules import ScheduleSpec
 class TrainingRecipe(Spec, ABC):
     """A run that trains a model on rows of `inputs_length` and `targets_length` tokens. Each verb has a subclass."""
 
+    starts_from_weights: ClassVar[bool] = True
+    """Whether `start` may name the weights of any checkpoint, and not only a run to continue."""
     verb: str
     """The command that runs this recipe."""
     description: str = ""
@@ -54,6 +57,11 @@ class TrainingRecipe(Spec, ABC):
     @abstractmethod
     def targets_length(self) -> int:
         """Tokens in a row of targets."""
+
+    @property
+    def tokenizer(self) -> TokenizerSpec | None:
+        """The tokenizer that the recipe names; None for tasks, which take that of the checkpoint."""
+        return None
 
     @property
     def parent(self) -> StartSpec | None:

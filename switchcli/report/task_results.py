@@ -58,8 +58,12 @@ def _task_scores(run: Run) -> dict[str, object]:
 
 
 def _text_metrics(run: Run, metric: str) -> dict[str, object]:
+    texts: Mapping[str, object]
     if passes := _passes(run):
-        texts = as_mapping(passes[0].get("texts")) or {"text": passes[0].get("text")}
+        held_out, tasks = as_mapping(passes[0].get("held_out")), as_mapping(passes[0].get("tasks"))
+        texts = {name: metrics for name, metrics in held_out.items() if name not in tasks}
+        if len(texts) > 1:  # `text` is all of them together
+            texts = {name: metrics for name, metrics in texts.items() if name != "text"}
     else:
         texts = as_mapping(run.result.get("texts")) or run.texts
     found = {name: as_mapping(metrics) for name, metrics in texts.items()}

@@ -14,14 +14,19 @@ from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
-from switchcli.report.console import Console
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.report.console import Console, silent
 from switchcli.report.program import command_words
 from switchcli.report.sinks import MAX_RESULT_BYTES, to_json
-from switchcli.runs.evaluator import TEXT_KEYS, EvalPass, Evaluator
+from switchcli.runs.eval_data import TEXT_KEYS, build_eval_data, training_identity
+from switchcli.runs.job.job import Job, JobRules
+from switchcli.runs.job.job import resolve as resolve_recipe
+from switchcli.runs.job.pins import Pin, PinFinder
 from switchcli.runs.loading import CheckpointHandle, LoadedModel, load_model
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.run_dir import check_ranks_agree, machine_info, run_name
 from switchcli.runs.score_tables import explain_malformed
+from switchcli.spec import Spec
 from switchcli.system import publish
 from switchcli.system.user_files import read_regular
 from switchcli.tasks import reading, tokens
@@ -31,47 +36,70 @@ from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
 from switchcli.training import memory
 from switchcli.training.checkpointer import DATA, TEXT
+from switchcli.training.measure import Measurement
+
+CHECKPOINT = "checkpoint"
+"""The name in `Job.pins` of the checkpoint to evaluate. It is no key of the recipe."""
 
 
-class EvalJob(NamedTuple):
-    """The resolved command line of `switchcli eval`."""
-
-    recipe: EvalRecipe
-    checkpoint: CheckpointHandle
-
-
-def resolve_job(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> EvalJob:
+def resolve_job(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> Job[EvalRecipe]:
     """Resolve the recipe `name` with `overrides` for an open checkpoint, whose run provides defaults.
 
     Raises:
         RecipeError: the recipe breaks a rule, there is nothing to measure on, or a package of a metric is missing.
         DataError: `data.folder` lacks files of tasks.
     """
-    defaults = _defaults(handle)
-    tree = resolve.load(name, overrides)
-    resolve.check_verb(tree, EvalRecipe)  # before the defaults, whose keys would hide the recipe's own verb
-    named_tasks = resolve.stated(tree, "tasks")
-    if isinstance(named_tasks, list):
-        # A custom task of the checkpoint's run may be named without its definition.
-        definitions = {task["name"]: task for task in defaults.get("tasks", ()) if isinstance(task, dict)}
+    finder = PinFinder(handle.path, resume=False, console=silent())  # the recipe names no checkpoint
+    job = resolve_recipe(EvalRules(handle), resolve.read(name, overrides), finder)
+    return job._replace(pins={CHECKPOINT: Pin(str(handle.path), handle.recipe.model, handle)})
+
+
+class EvalRules(JobRules):
+    """How a recipe of `eval` is resolved: the run that trained the checkpoint provides what it leaves out."""
+
+    def __init__(self, handle: CheckpointHandle) -> None:
+        self._handle = handle
+        self._defaults = _defaults(handle)
+
+    def check_verb(self, tree: Node) -> None:
+        resolve.check_verb(tree, EvalRecipe)
+
+    def pins(self, tree: Node, finder: PinFinder) -> dict[str, Pin]:
+        return {}
+
+    def fixed(self, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
+        """Return the tasks with the definitions of those that the recipe names and the checkpoint's run defines."""
+        named = resolve.stated(tree, "tasks")
+        if not isinstance(named, list):
+            return {}
+        definitions = {task["name"]: task for task in self._defaults.get("tasks", ()) if isinstance(task, dict)}
         assert isinstance(tree.value, dict), "it states tasks"
-        _check_names(named_tasks, [*definitions], tree.value["tasks"].where)
-        tasks = [definitions.get(task, task) if isinstance(task, str) else task for task in named_tasks]
-        overrides = [*overrides, resolve.override("tasks", tasks)]
-    if named_tasks is not None:
-        defaults.pop("text", None)
-    tree = resolve.load(name, overrides, resolve.layer(defaults, f"{handle.path}"))
-    recipe = resolve.validate(tree, EvalRecipe)
-    if not recipe.tasks and recipe.text is None:
-        raise RecipeError(
-            f"{handle.path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
-            "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
-        )
-    requested, split = tasks_of(recipe.tasks), recipe.scoring.split
-    reading.check_tasks(requested.values(), (split,), recipe.data.folder)
-    if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
-        raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
-    return EvalJob(recipe, handle)
+        _check_names(named, [*definitions], tree.value["tasks"].where)
+        return {"tasks": [definitions.get(task, task) if isinstance(task, str) else task for task in named]}
+
+    def defaults(self, tree: Node, pins: Mapping[str, Pin]) -> Node:
+        defaults = dict(self._defaults)
+        if resolve.stated(tree, "tasks") is not None:
+            defaults.pop("text", None)
+        return resolve.layer(defaults, str(self._handle.path))
+
+    def schema(self, tree: Node) -> type[Spec]:
+        return EvalRecipe
+
+    def vocab_size(self, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> None:
+        return None
+
+    def check(self, job: Job[EvalRecipe]) -> None:
+        recipe, path = job.recipe, self._handle.path
+        if not recipe.tasks and recipe.text is None:
+            raise RecipeError(
+                f"{path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
+                "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
+            )
+        requested, split = tasks_of(recipe.tasks), recipe.scoring.split
+        reading.check_tasks(requested.values(), (split,), recipe.data.folder)
+        if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
+            raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
 
 
 def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
@@ -110,11 +138,11 @@ class Evaluation(NamedTuple):
 
     result: dict[str, Any]
     """The content of result.json, as plain values."""
-    passes: tuple[EvalPass, ...]
+    passes: tuple[Measurement, ...]
     """Everything that was measured, once for each capacity of the experts. By default there is one."""
 
     @property
-    def scores(self) -> dict[str, Scores]:
+    def scores(self) -> Mapping[str, Scores]:
         """The scores of each task under the first capacity, by task. Values go up to 100."""
         return self.passes[0].scores
 
@@ -122,12 +150,12 @@ class Evaluation(NamedTuple):
     def held_out(self) -> dict[str, dict[str, Any]]:
         """Metrics on held-out text and on the targets of each task under the first capacity, by text or task.
 
-        A single text has the name `text`. Neg. log perplexity is in nats per target token.
+        All text together has the name `text`. Neg. log perplexity is in nats per target token.
         """
-        return self.passes[0].held_out.by_name()
+        return self.passes[0].held_out()
 
 
-def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | None = None) -> Evaluation:
+def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedModel | None = None) -> Evaluation:
     """Measure the checkpoint on the data of the recipe, and write the result folder `out` unless it is None.
 
     `model` is the checkpoint's model where it is loaded already. It stays on its device, whose type `device: auto` then
@@ -139,7 +167,8 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
         DataError: the tasks or the text cannot be used.
         OutOfMemory: the device has not enough memory.
     """
-    recipe, handle = job
+    recipe, handle = job.recipe, job.handle(CHECKPOINT)
+    assert handle is not None
     context = build_context(recipe if model is None else _on_device_of(recipe, model))
     check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)
@@ -152,11 +181,13 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
         elif not _is_on(model, context.device):
             found = model.model.embedding.device
             raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
-        evaluator = Evaluator(model, recipe, context, console)
-        context.main_only(lambda: _warn_about_other_text(handle, evaluator, console))
-        passes = tuple(evaluator.evaluate(text, tasks) for text, tasks in evaluator.capacities())
-        for eval_pass in passes:
-            explain_malformed(console, evaluator.scored, eval_pass.scores, eval_pass.answers)
+        data = build_eval_data(model, recipe, context, console)
+        trained_text = training_identity(model, recipe, data.prepared)
+        context.main_only(lambda: _warn_about_other_text(handle, trained_text, console))
+        passes = tuple(evaluator.with_intervals(evaluator(model.model)) for evaluator in data.evaluators)
+        scored = data.evaluators[0].tasks
+        for measured in passes:
+            explain_malformed(console, scored, measured.scores, measured.answers)
     result = {
         "verb": recipe.verb,
         "command": command_words(),
@@ -164,17 +195,17 @@ def measure(job: EvalJob, out: Path | None, quiet: bool, model: LoadedModel | No
         "step": handle.step,
         "tokenizer": handle.tokenizer.sha256,
         "recipe": recipe.model_dump(mode="json"),
-        "passes": [eval_pass.to_json() for eval_pass in passes],
+        "passes": [measured.to_json() for measured in passes],
         **machine_info(context),
     }
 
     if out is not None:
-        context.main_only(lambda: _write(out, result, passes, evaluator.scored, console))
+        context.main_only(lambda: _write(out, result, passes, scored, console))
     context.close()
     return Evaluation(result, passes)
 
 
-def _warn_about_other_text(handle: CheckpointHandle, evaluator: Evaluator, console: Console) -> None:
+def _warn_about_other_text(handle: CheckpointHandle, identity: str | None, console: Console) -> None:
     """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
     if handle.native is None or not handle.has_training_recipe:
         return
@@ -182,7 +213,6 @@ def _warn_about_other_text(handle: CheckpointHandle, evaluator: Evaluator, conso
         trained_text = json.loads(handle.native.document(DATA)).get(TEXT)
     except CheckpointError:  # its run has removed the checkpoint since the weights were read
         return
-    identity = evaluator.training_identity()
     if identity is not None and trained_text != identity:
         console.warning(
             f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
@@ -207,17 +237,17 @@ def _on_device_of(recipe: EvalRecipe, model: LoadedModel) -> EvalRecipe:
 def _write(
     out: Path,
     result: Mapping[str, Any],
-    passes: Sequence[EvalPass],
+    passes: Sequence[Measurement],
     scored: Sequence[tokens.ScoredExamples],
     console: Console,
 ) -> None:
     """Write the result and the predictions of an evaluation as the folder `out`."""
     files = {"result.json": to_json(result, indent=1) + "\n"}
-    for eval_pass in passes:
-        subfolder = f"capacity-{eval_pass.capacity['tasks']}/" if len(passes) > 1 else ""
+    for measured in passes:
+        subfolder = f"capacity-{measured.capacity['tasks']}/" if len(passes) > 1 else ""
         for examples in scored:
             task = examples.task.name
-            lines = [to_json(line) + "\n" for line in _predictions(examples, eval_pass.answers[task])]
+            lines = [to_json(line) + "\n" for line in _predictions(examples, measured.answers[task])]
             files[f"{subfolder}predictions/{task}.jsonl"] = "".join(lines)
     # If `out` is a link, the folder that it points to is replaced, and the link stays.
     archived = _publish(out.resolve(), files, result)

@@ -65,7 +65,6 @@ def measure(
     model: SwitchTransformer,
     text: HeldOutText,
     rows_each: int,
-    packed: bool,
     policy: Policy,
     tokenizer: Tokenizer,
     context: DistributedContext,
@@ -74,10 +73,10 @@ def measure(
     few_rows = text._replace(num_rows=min(text.num_rows, MAX_ROWS))
     batches = rank_batches(few_rows, rows_each, 0, 1)
     with context.eager():
-        guesses = measure_guesses(model, batches, packed, policy, tokenizer, context)
+        guesses = measure_guesses(model, batches, text.is_packed, policy, tokenizer, context)
         experts = None
         if model.spec.sparse_layer_names():
-            counts = count_routing([model], batches, packed, context, [policy])
+            counts = count_routing([model], batches, text.is_packed, context, [policy])
             experts = _most_specialized(counts.layers[0], tokenizer, model.spec.vocab_size)
     return Learned(few_rows.num_rows, guesses, experts)
 

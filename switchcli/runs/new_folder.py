@@ -11,7 +11,6 @@ from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.schema import StartedRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.loading import CheckpointHandle
@@ -95,7 +94,7 @@ def publish_checkpoint(
 
 def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
     """Return the recipe with `checkpoint` as its start, if its verb can start from a checkpoint."""
-    if not isinstance(recipe, StartedRecipe):
+    if not recipe.starts_from_weights:
         return recipe
     return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), keep="weights")})
 
@@ -103,7 +102,7 @@ def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRec
 def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
     """Return the next command for a new checkpoint: train it further, or evaluate it if its verb has no start."""
     file = shell_words(checkpoint / "recipe.yaml")
-    if isinstance(recipe, StartedRecipe):
+    if recipe.starts_from_weights:
         return f"{recipe.verb} {file} --out FOLDER"
     return f"eval {shell_words(checkpoint)}"
 

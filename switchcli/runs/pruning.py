@@ -15,8 +15,8 @@ from switchcli.model.surgery.prune import By, Gate
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
 from switchcli.runs.accelerate_settings import warn_about_settings
+from switchcli.runs.eval_data import build_eval_data
 from switchcli.runs.eval_job import resolve_job
-from switchcli.runs.evaluator import Evaluator
 from switchcli.runs.loading import empty_model, load_model, open_model
 from switchcli.runs.new_folder import (
     check_checkpoint_destination,
@@ -53,7 +53,8 @@ def prune(
         DataError: the data to measure on cannot be used.
         OutOfMemory: the device has not enough memory.
     """
-    recipe, handle = resolve_job(open_model(checkpoint, console), name, overrides)
+    handle = open_model(checkpoint, console)
+    recipe = resolve_job(handle, name, overrides).recipe
     spec = handle.recipe.model
     _check_experts(spec, handle.path, experts, console)
     policy = _capacity(recipe)
@@ -67,15 +68,16 @@ def prune(
     console.message(f"measuring {handle.path}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
         original = load_model(handle, context.device)
-        evaluator = Evaluator(original, recipe, context, console)
+        (evaluator, *_), _ = build_eval_data(original, recipe, context, console)
+        evaluator = evaluator._replace(tasks=(), capacity={"text": policy, "tasks": policy})
         with pruning.probability_mass(original.model) as mass:
-            before = evaluator.held_out(original.model, policy).by_name()
+            before = evaluator(original.model).parts()
         if not before:
             raise DataError(f"{handle.path}: no labeled example in what it is measured on: name text or other tasks")
         layer_plans = pruning.plan_pruning(original.model, _load_by_layer(before), mass, experts, gate)
         pruned = empty_model(pruned_recipe, context.device)
         pruning.prune(original.model, layer_plans, pruned, by)
-        after = evaluator.held_out(pruned, policy).by_name()
+        after = evaluator(pruned).parts()
     publish_checkpoint(
         destination,
         continuation_recipe(pruned_recipe, destination),

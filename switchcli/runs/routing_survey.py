@@ -9,11 +9,12 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
 from switchcli.runs.accelerate_settings import warn_about_settings
+from switchcli.runs.eval_data import BATCH_ROWS, build_eval_data
 from switchcli.runs.eval_job import resolve_job
-from switchcli.runs.evaluator import BATCH_ROWS, Evaluator
 from switchcli.runs.loading import CheckpointHandle, load_model, open_model
 from switchcli.runs.run_dir import machine_info
 from switchcli.training import memory
+from switchcli.training.measure import ALL_TEXT
 
 
 def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
         raise RecipeError(f"--routing takes a checkpoint with experts, or two to compare, and {len(handles)} are named")
     if len(handles) > 1:
         _check_comparable(*handles)
-    recipe, _ = resolve_job(handles[0], None, overrides)
+    recipe = resolve_job(handles[0], None, overrides).recipe
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
     context = DistributedContext(recipe.device, recipe.precision)
@@ -45,11 +46,12 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
     console.message(f"measuring {' and '.join(str(handle.path) for handle in handles)}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
         models = [load_model(handle, context.device) for handle in handles]
-        evaluator = Evaluator(models[0], recipe, context, console)
+        evaluator = build_eval_data(models[0], recipe, context, console).evaluators[0]
+        texts = {label or ALL_TEXT: text for label, text in evaluator.texts.items()} | dict(evaluator.targets)
         policies = [recipe.capacities[0] if recipe.capacities else model.recipe.eval.capacity for model in models]
         report = routing_report(
             [model.model for model in models],
-            evaluator.texts_to_measure(),
+            texts,
             BATCH_ROWS,
             policies,
             context,

@@ -25,8 +25,10 @@ from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.runs import branching
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import BRANCH_FROM, hand_over
+from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
 from switchcli.runs.loading import saved_recipe
-from switchcli.runs.warm_start import CHANGEABLE_MODEL_KEYS
 from switchcli.spec import Spec
 from switchcli.system.lock import lock
 from switchcli.system.processor import available_processors
@@ -57,13 +59,14 @@ _FIXED_IN_BRANCHES = ("verb", "start", "student", "data.tokenizer", "optimizer.k
 """Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
 
 
-def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> Exit:
+def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console: Console) -> Exit:
     """Run this command again as `processes` ranks and return how they ended.
 
     Raises:
         RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
         DistributedError: as `launch` says.
     """
+    recipe = job.recipe
     parallel, device = (
         (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
     )
@@ -79,16 +82,9 @@ def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: C
             f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
             f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
         )
-    return launch(processes, _pinned_arguments(recipe))
-
-
-def _pinned_arguments(recipe: TrainingRecipe | EvalRecipe) -> list[str]:
-    """Return the arguments of the ranks. They name the checkpoint to branch from, as its run may save a newer one."""
-    arguments = sys.argv[1:]
-    if isinstance(recipe, EvalRecipe) or recipe.parent is None or not Path(recipe.parent.checkpoint).exists():
-        return arguments
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    return [*arguments[:end], branching.OPTION, recipe.parent.checkpoint, *arguments[end:]]
+    # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
+    with hand_over(job.pins):
+        return launch(processes, sys.argv[1:])
 
 
 def run_name(checkpoint: Path) -> Path:
@@ -192,7 +188,7 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
         if saved.parent is not None and recipe.parent is None:
             raise RecipeError(
                 f"{out} holds a run that was branched from {saved.parent.checkpoint}: take "
-                f"{branching.OPTION} {saved.parent.checkpoint} to resume it, or give another folder by --out"
+                f"{BRANCH_FROM} {saved.parent.checkpoint} to resume it, or give another folder by --out"
             )
         if recipe.parent is not None and (saved.parent is None or saved.parent.checkpoint != recipe.parent.checkpoint):
             raise RecipeError(f"{out} holds another run: give a branch a folder of its own by --out")

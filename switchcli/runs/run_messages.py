@@ -35,7 +35,7 @@ def announce(
         f"training {parameters:,} parameters for {steps:,} steps of {batch_tokens:,} tokens{first}: "
         f"{si(total)} tokens, on {context.device.type}{ranks}"
     )
-    held_out, examples = sum(text.num_rows for text in data.held_out.values()), _num_examples(data)
+    held_out, examples = sum(text.num_rows for text in data.evaluator.texts.values()), _num_examples(data)
     answers = f" and answering {examples:,} examples" if examples else ""
     evaluating, saving = _times(recipe.eval.every_steps, steps), _times(recipe.checkpoint.save_every_steps, steps)
     console.message(
@@ -56,4 +56,4 @@ def not_measured(data: TrainData) -> str:
 
 
 def _num_examples(data: TrainData) -> int:
-    return sum(len(scored.examples) for scored in data.scored)
+    return sum(len(scored.examples) for scored in data.evaluator.tasks)

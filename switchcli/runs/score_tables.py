@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from switchcli.checkpoint.saved_state import Best
 from switchcli.metric_names import (
@@ -11,7 +10,6 @@ from switchcli.metric_names import (
     LOSS,
     NEG_LOG_PERPLEXITY,
     TASKS_AVERAGE,
-    suite_score,
     task_score,
 )
 from switchcli.report.console import Console
@@ -25,18 +23,6 @@ from switchcli.training.scoring import score_metrics, suite_scores
 _COLUMNS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
 MALFORMED_LIMIT = 50.0
 """The percentage of malformed answers above which a score needs an explanation."""
-
-
-def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> dict[str, Any]:
-    """Return the scores of each task, their average and those of suites, for result.json.
-
-    With the `best` values of a run, each entry has its best value and the step of that.
-    """
-    best = best or {}
-    tasks = {name: {**one.to_json(), **_best(best, task_score(name))} for name, one in scores.items()}
-    average = {"score": score_metrics(scores).get(TASKS_AVERAGE), **_best(best, TASKS_AVERAGE)}
-    suites = {name: {"score": mean, **_best(best, suite_score(name))} for name, mean in suite_scores(scores).items()}
-    return {"tasks": tasks, "average": average, "suites": suites}
 
 
 def score_table(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> Table:
@@ -118,8 +104,3 @@ def _score_cells(score: Score) -> tuple[str, str | None]:
 def _best_cells(best: Mapping[str, Best], name: str) -> tuple[Value, Value]:
     value = best.get(name)
     return (None, None) if value is None else (f"{value.value:.2f}", value.step)
-
-
-def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:
-    value = best.get(name)
-    return {} if value is None else {"best": value.value, "best_step": value.step}

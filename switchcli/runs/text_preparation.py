@@ -15,7 +15,7 @@ from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.console import Console
 from switchcli.runs import text_sets
 from switchcli.runs.loading import open_model
-from switchcli.runs.pretraining import check_tokenizer_fits
+from switchcli.runs.text_data import check_tokenizer_fits
 
 
 def prepare(

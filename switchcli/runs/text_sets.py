@@ -32,6 +32,7 @@ from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.table import Table
 from switchcli.runs.train_data import check_same_data
+from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.validation import HeldOutText
 
 HELD_OUT_SEED = 0
@@ -227,16 +228,21 @@ def _datasets(text: PreparedTexts, part: str, rows: RowObjective, seed: int) -> 
     }
 
 
-def held_out_rows(text: PreparedTexts, objective: RowObjective, sequences: int) -> dict[str, HeldOutText]:
+def text_loss(data: DataSpec) -> Objective:
+    """Return the loss for rows that are packed as `data` says."""
+    return packed_cross_entropy if data.packing == "documents" else cross_entropy
+
+
+def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int) -> dict[str, HeldOutText]:
     """Return at most `sequences` held-out rows of each text, and how many bytes of text a target stands for."""
     texts = {}
-    for label, dataset in _datasets(text, HELD_OUT, objective, HELD_OUT_SEED).items():
-        source = PreparedTextSource([dataset], text.tokenizer, objective, HELD_OUT_SEED, sequences)
+    for label, dataset in _datasets(text, HELD_OUT, data.rows, HELD_OUT_SEED).items():
+        source = PreparedTextSource([dataset], text.tokenizer, data.rows, HELD_OUT_SEED, sequences)
         num_rows = min(sequences, dataset.rows_per_epoch)
         # Sentinels and EOS are targets too, but stand for no text.
         fraction = text_fraction(source.batch(0, 0, num_rows), text.tokenizer)
         bytes_per_target = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
-        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target)
+        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target, text_loss(data))
     return texts
 
 

@@ -1,28 +1,22 @@
-"""The data of a run, and the evaluation of models on its held-out part and its tasks."""
+"""The data of a run: what it is trained on, and what it is measured on."""
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
-
-from pydantic import ConfigDict, TypeAdapter
+from typing import Any, NamedTuple
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
-from switchcli.metric_names import HELD_OUT, NEG_LOG_PERPLEXITY, TOKENS_PER_SECOND
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.moe.router import Policy
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.tasks.scores import score
 from switchcli.tasks.tokens import ScoredExamples
-from switchcli.training import router_health
 from switchcli.training.loss import Objective
-from switchcli.training.metrics import Metrics, merge
+from switchcli.training.measure import Evaluator
 from switchcli.training.microbatches import rows_of_microbatch
-from switchcli.training.scoring import TaskPredictor, score_metrics
 from switchcli.training.scoring_spec import ScoringSpec
-from switchcli.training.validation import HeldOutText, evaluate_rows
+from switchcli.training.validation import HeldOutText
 
 NUM_SAMPLES = 2
 """The number of held-out texts that are printed with the answers of the model."""
@@ -31,80 +25,68 @@ NUM_SAMPLES = 2
 class TrainData(NamedTuple):
     """The training and evaluation data of a run."""
 
-    tokenizer: Tokenizer
     identity: str
     """A digest of the training data. A run can only be resumed with the data that it began with."""
     source: BatchSource
-    held_out: Mapping[str, HeldOutText]
-    """The held-out texts by label. The label of a single text is empty."""
+    evaluator: Evaluator
+    """Measures models on held-out text, and on the examples of tasks if there are some."""
     samples: Batch
     """A few held-out inputs with their targets, a row each, to print with the answers of the model."""
-    scored: tuple[ScoredExamples, ...] = ()
-    """The examples to score, one item for each task."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.evaluator.tokenizer
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several examples."""
+        return next(iter(self.evaluator.texts.values())).is_packed
 
 
-class HeldOutMeasurement(NamedTuple):
-    """The metrics of one model on the evaluation data of a run."""
+class RunData(ABC):
+    """What a run is trained and measured on: plain text or tasks."""
 
-    metrics: dict[str, float]
-    """Metrics by name, as in the training state; higher is better."""
-    tokens_per_second: float | None
-    """Input tokens of the held-out rows per second of the forward pass. None if another machine measured it."""
-    load: dict[str, list[float]]
-    """Held-out tokens that each expert got, by the name of the sparse layer."""
+    objective: Objective
+    """The loss on its rows."""
+    scoring: ScoringSpec = ScoringSpec()
+    num_metrics: int = 1
+    """The number of metrics of an evaluation. The best checkpoint by each of them is kept."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the measurement with the keys of files on disk."""
-        return {"metrics": self.metrics, TOKENS_PER_SECOND: self.tokens_per_second, "load": self.load}
+    def __init__(self, recipe: Any, context: DistributedContext, console: Console) -> None:
+        self._recipe, self._context, self._console = recipe, context, console
+
+    def _evaluator(
+        self, tokenizer: Tokenizer, texts: Mapping[str, HeldOutText], tasks: tuple[ScoredExamples, ...] = ()
+    ) -> Evaluator:
+        capacity: dict[str, Policy] = {"text": self._recipe.eval.capacity, "tasks": self.scoring.capacity}
+        rows = microbatch_rows(self._recipe, self._context)
+        return Evaluator(tokenizer, texts, tasks, self.scoring, capacity, rows, self._context, self._console)
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> Self:
-        """Return the measurement that `to_json` wrote. Raises KeyError, TypeError or ValueError if it did not."""
-        finite = TypeAdapter(cls, config=ConfigDict(allow_inf_nan=False))
-        return finite.validate_python((saved["metrics"], saved[TOKENS_PER_SECOND], saved["load"]))
+    def check(cls, recipe: Any) -> None:
+        """Raise an error if the files that the recipe names cannot be trained on. None is read."""
+        return
 
+    @classmethod
+    @abstractmethod
+    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> None:
+        """Open what the recipe names, for a dry run: the first document of each corpus, the first example of each task.
 
-class RunEvaluation(NamedTuple):
-    """Measures models with the vocabulary of a run on the run's evaluation data."""
+        Tasks of a hub are left out: reading one would download it.
 
-    recipe: TrainingRecipe
-    data: TrainData
-    objective: Objective
-    scoring: ScoringSpec
-    microbatch_rows: int
-    """Rows of a batch on one rank, rounded up to whole routing groups of the model."""
-    context: DistributedContext
-    console: Console
-
-    def held_out(self, model: SwitchTransformer) -> HeldOutMeasurement:
-        """Return neg. log perplexity, throughput and expert load on held-out text. Collective.
-
-        Compiled modules run in eager mode.
+        Raises:
+            RecipeError: the tokenizer does not fit the model.
+            DataError: a file or an address cannot be read, or holds no text.
         """
-        started = time.perf_counter()
-        metrics: Metrics = {}
-        capacity = self.recipe.eval.capacity
-        with self.context.eager():
-            for text in self.data.held_out.values():
-                text_metrics = evaluate_rows(model, self.objective, text, self.microbatch_rows, self.context, capacity)
-                metrics = merge(metrics, text_metrics)
-        neg_log_perplexity = float(metrics[NEG_LOG_PERPLEXITY].value())
-        num_rows = sum(text.num_rows for text in self.data.held_out.values())
-        tokens_per_second = num_rows * self.recipe.inputs_length / (time.perf_counter() - started)
-        layers = router_health.record(metrics, model.spec.sparse_layer_names()).get("layers", {})
-        load = {name: layer["load"] for name, layer in layers.items()}
-        return HeldOutMeasurement({HELD_OUT: neg_log_perplexity}, tokens_per_second, load)
 
-    def held_out_and_tasks(self, model: SwitchTransformer) -> HeldOutMeasurement:
-        """Return the measurement of `held_out`, with the scores of all tasks among the metrics. Collective."""
-        measured = self.held_out(model)
-        predictor = TaskPredictor(model, self.data.tokenizer, self.context, self.scoring, self.scoring.capacity)
-        answers = predictor.answer_all(self.data.scored, self.console)
-        scores = {}
-        for examples in self.data.scored:
-            name = examples.task.name
-            scores[name] = score(examples.task, answers[name], 0)  # 0 draws: without an interval
-        return measured._replace(metrics={**measured.metrics, **score_metrics(scores)})
+    @abstractmethod
+    def build(self, tokenizer: Tokenizer | None) -> TrainData:
+        """Return the data. This may take hours. Without `tokenizer`, the recipe's own is read or trained. Collective.
+
+        Raises:
+            RecipeError: the tokenizer does not fit the model.
+            DataError: the text or the tasks cannot be used, or the ranks read different ones.
+        """
 
 
 def check_same_data(digests: Mapping[str, str], context: DistributedContext) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,84 +30,63 @@ from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.report.console import Console
-from switchcli.report.console import TrainingDisplay as Progress
+from switchcli.report.console import Console, TrainingDisplay
 from switchcli.report.program import command_words
 from switchcli.report.sinks import JsonLines
 from switchcli.runs import branching, ending, learned, run_messages
+from switchcli.runs.callbacks import (
+    EvaluationCallback,
+    LogCallback,
+    SampleCallback,
+    SaveCallback,
+    TaskEvalCallback,
+    ValidationCallback,
+)
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import START
 from switchcli.runs.learned import Learned
 from switchcli.runs.loading import CheckpointHandle
 from switchcli.runs.mesh_choice import build_context
 from switchcli.runs.planning import describe
 from switchcli.runs.run_dir import begin_run, lock_run_dir, machine_info
-from switchcli.runs.score_tables import explain_malformed, score_table, task_results, text_table
-from switchcli.runs.train_data import RunEvaluation, microbatch_rows
+from switchcli.runs.score_tables import explain_malformed, score_table, text_table
+from switchcli.runs.train_data import microbatch_rows
 from switchcli.runs.training_task import TrainingTask
 from switchcli.system.signals import StopRequest, StopTraining
-from switchcli.tasks.scores import Scores
 from switchcli.training import memory
-from switchcli.training.callbacks import (
-    Callback,
-    EvaluationCallback,
-    LogCallback,
-    MetricsLog,
-    Record,
-    SaveCallback,
-    ValidationCallback,
-)
 from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
 from switchcli.training.config import StartSpec
 from switchcli.training.loop import call, fit
-from switchcli.training.loss import packed_cross_entropy
+from switchcli.training.measure import Measurement
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.nonfinite import NonFiniteHandler
 from switchcli.training.prefetch import Loader
-from switchcli.training.scoring import TaskEvalCallback, TaskPredictor, answer_texts
+from switchcli.training.scoring import answer_texts, task_results
 from switchcli.training.state import TrainState
 from switchcli.training.trackers import Trackers, check_usable
 
 
 @contextmanager
-def open_trainer(job: Any, task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool) -> Iterator["Trainer"]:
+def open_trainer(
+    job: Job[TrainingRecipe], task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool
+) -> Iterator["Trainer"]:
     """Yield the trainer of the run in `out`, and hold the lock of that folder.
 
-    `job` is a resolved command line with a `recipe` and a `branch`; `task_type` takes it. Lack of memory in this block
+    Lack of memory in this block
     raises an error that explains it.
 
     Raises:
         SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.
     """
-    recipe: TrainingRecipe = job.recipe
+    recipe = job.recipe
     context = build_context(recipe)
     console = Console(quiet=quiet or not context.is_main)
     with lock_run_dir(out, resume, recipe, context) as folder:
         task = task_type(job, folder, context, console)
         with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
-            yield Trainer(recipe, task, folder, context, console, job.branch)
+            parent = job.handle(START) if recipe.parent is not None else None
+            yield Trainer(recipe, task, folder, context, console, parent)
         context.close()
-
-
-class RunLog(MetricsLog):
-    """A log that writes each record to metrics.jsonl, to the trackers and to the console."""
-
-    def __init__(self, metrics: JsonLines, trackers: Trackers, progress: Progress) -> None:
-        self._metrics, self._trackers, self._progress = metrics, trackers, progress
-
-    def write(self, record: Record) -> None:
-        self._metrics.write(record)
-        self._trackers.log(record)
-        self._progress.log(record)
-
-
-class SampleCallback(Callback):
-    """Prints the model's answers to a few texts. The end of a run prints them too, so the last step is not due."""
-
-    def __init__(self, every_steps: int, trainer: "Trainer") -> None:
-        super().__init__(every_steps, at_end=False)
-        self._trainer = trainer
-
-    def __call__(self, state: TrainState) -> None:
-        self._trainer.sample()
 
 
 class Trainer:
@@ -126,8 +105,7 @@ class Trainer:
 
         `branch` is the checkpoint of another run that a new run begins from.
         """
-        self.recipe = recipe
-        self.task = task
+        self.recipe, self.task = recipe, task
         self.folder = folder
         self.metrics = JsonLines(folder.metrics)
         self.context = context
@@ -142,7 +120,13 @@ class Trainer:
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
         num_present = len(checkpoint.saved_checkpoints(folder.checkpoints)) if folder.is_resumed else 0
         preflight(
-            folder.checkpoints, weights, self.optimizer, context, recipe.checkpoint, task.num_metrics, num_present
+            folder.checkpoints,
+            weights,
+            self.optimizer,
+            context,
+            recipe.checkpoint,
+            task.run_data.num_metrics,
+            num_present,
         )
         if branch is not None:  # before the data, because that run may remove the checkpoint meanwhile
             branching.load(branch, weights, self.optimizer)
@@ -156,25 +140,10 @@ class Trainer:
             context.dp_size,
             recipe.inputs_length,
         )
-        self.evaluation = RunEvaluation(recipe, self.data, task.validation_loss, task.scoring, rows, context, console)
+        self.evaluator = self.data.evaluator
         self.checkpointer = self._build_checkpointer(weights)
         self.state = TrainState()
-        if recipe.parallel.auto:
-            console.message(f"parallel: auto is {', '.join(f'{name} {size}' for name, size in context.mesh.items())}")
-        if folder.is_resumed and self.checkpointer.restore(self.state, console):
-            context.main_only(self._check_steps)
-            console.message(f"going on from step {self.state.step} of {recipe.train.steps}")
-        elif branch is not None:
-            assert branch.native is not None
-            is_same = self.checkpointer.has_same_text(branch.native)
-            position = branching.begin(self.state, branch, recipe, is_same)
-            console.message(
-                f"branched from {branch.path}, after step {branch.step} of {recipe.train.steps}: {position}"
-            )
-        else:
-            task.init_weights(weights, self.optimizer)
-        if self.state.step:
-            self.data.source.restore_state(self.state.step, self.state.position, self.state.branch.row_offset)
+        self._restore_or_begin(weights, branch)
         if recipe.train.compile:
             context.compile(self.model)
             if context.device.type == "cpu":
@@ -201,10 +170,31 @@ class Trainer:
 
     def _examples_identity(self) -> dict[str, str]:
         """Return a digest of the examples to score, if there are some. Held-out text is part of the data's identity."""
-        if not self.data.scored:
+        if not self.evaluator.tasks:
             return {}
-        examples = json.dumps([(scored.task.name, scored.examples) for scored in self.data.scored])
+        examples = json.dumps([(scored.task.name, scored.examples) for scored in self.evaluator.tasks])
         return {EVALUATION: hashlib.sha256(examples.encode()).hexdigest()}
+
+    def _restore_or_begin(self, weights: ModelWeights, branch: CheckpointHandle | None) -> None:
+        """Restore the newest checkpoint of the run; else continue another run, or initialize the weights."""
+        recipe, state, console = self.recipe, self.state, self.console
+        if recipe.parallel.auto:
+            mesh = ", ".join(f"{name} {size}" for name, size in self.context.mesh.items())
+            console.message(f"parallel: auto is {mesh}")
+        if self.folder.is_resumed and self.checkpointer.restore(state, console):
+            self.context.main_only(self._check_steps)
+            console.message(f"going on from step {state.step} of {recipe.train.steps}")
+        elif branch is not None:
+            assert branch.native is not None
+            is_same = self.checkpointer.has_same_text(branch.native)
+            position = branching.begin(state, branch, recipe, is_same)
+            console.message(
+                f"branched from {branch.path}, after step {branch.step} of {recipe.train.steps}: {position}"
+            )
+        else:
+            self.task.init_weights(weights, self.optimizer, self.evaluator)
+        if state.step:
+            self.data.source.restore_state(state.step, state.position, state.branch.row_offset)
 
     def _check_steps(self) -> None:
         """Raise RecipeError if the checkpoint has taken more steps than the recipe says."""
@@ -215,106 +205,137 @@ class Trainer:
                 "or more, or start over with --no-resume"
             )
 
-    def run(self) -> dict[str, Any]:
-        """Train for the remaining steps. Return the content of result.json, or {} off the main rank.
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Write the first files of the run. An error in this block gets a note with the number of the step."""
+        try:
+            with begin_run(self.folder, self.recipe, self.data.tokenizer, self.context, self.console):
+                yield
+        except Exception as error:
+            error.add_note(f"after step {self.state.step}")  # read by `training_location`
+            raise
+
+    def train(self) -> Measurement | None:
+        """Train for the remaining steps. Return the answers to the examples of tasks, if there are some.
 
         Raises:
             Interrupted: stopped by a signal, after a checkpoint was saved.
         """
-        begun = begin_run(self.folder, self.recipe, self.data.tokenizer, self.context, self.console)
-        with self._explain_errors(), begun:
-            recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
-            # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
-            self._rewind(state.step - state.is_at_start)
-            run_messages.announce(recipe, state, self.data, self.folder.path, self.context, self.console)
-            # Not earlier: they write into the folder of the new run.
-            started = self.context.main_only(lambda: Trackers(recipe.log.trackers, self.folder.path))
-            trackers = started or Trackers((), self.folder.path)
-            nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
-            with (
-                StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
-                self.checkpointer.background_saves(stop, self.console),
-                self._loader() as loader,
-                self.console.training(steps, state.step, run_messages.not_measured(self.data)) as progress,
-            ):
-                log = RunLog(self.metrics, trackers, progress)
-                validation, task_eval = self._validation(log, stop), self._task_eval(log, stop)
-                save = SaveCallback(recipe.checkpoint.save_every_steps, self)
-                evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
-                samples = SampleCallback(recipe.log.sample_every_steps or steps, self)
-                try:
-                    is_at_start = state.is_at_start
-                    if is_at_start:
-                        validation(state)
-                    pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, steps)]
-                    # A stop may have interrupted evaluations, whose results belong in a checkpoint. A run that rolls
-                    # back needs a checkpoint of step 0 to return to, and a branch one to resume without the other run.
-                    needs_start = recipe.parent is not None or recipe.train.nonfinite.policy == "roll_back"
-                    if pending or (is_at_start and needs_start):
-                        call([*pending, save], state, nonfinite)
-                    fit(
-                        state,
-                        self.context.wrap(self.model),
-                        self.task,
-                        loader,
-                        self.optimizer,
-                        recipe.schedule,
-                        self.context,
-                        [self._log(log, loader, evaluations), *evaluations, save, samples],
-                        recipe.train,
-                        stop,
-                        progress,
-                        nonfinite,
-                    )
-                    if task_eval and not task_eval.answers:  # a complete run was resumed
-                        task_eval.predict()
-                    # A stop during the last save counts. `_conclude`, which may take long, does not ask again.
-                    self.checkpointer.wait()
-                    is_stopped = self.context.any_rank(stop.requested)
-                except StopTraining:
-                    is_stopped = True
-                    # Equal if that step is saved or being saved. A failed background save asks for a stop too; the end
-                    # of `background_saves` raises its error.
-                    if self.checkpointer.step != state.step:
-                        call([save], state, nonfinite)
-            trackers.close()
-            if is_stopped:
-                raise Interrupted(
-                    f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: the same command goes "
-                    "on from there"
+        recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
+        # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
+        self._rewind(state.step - state.is_at_start)
+        run_messages.announce(recipe, state, self.data, self.folder.path, self.context, self.console)
+        nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
+        with (
+            StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
+            self.checkpointer.background_saves(stop, self.console),
+            self._loader() as loader,
+            self._open_log() as progress,
+        ):
+            validation = ValidationCallback(self, stop)
+            task_eval = TaskEvalCallback(self, stop) if self.evaluator.tasks else None
+            evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
+            save, log = SaveCallback(self), LogCallback(self, loader, evaluations)
+            try:
+                self._evaluate_before_training(validation, evaluations, save, nonfinite)
+                fit(
+                    state,
+                    self.context.wrap(self.model),
+                    self.task,
+                    loader,
+                    self.optimizer,
+                    recipe.schedule,
+                    self.context,
+                    [log, *evaluations, save, SampleCallback(self)],
+                    recipe.train,
+                    stop,
+                    progress,
+                    nonfinite,
                 )
-            return self._conclude(task_eval)
+                if task_eval and task_eval.measured is None:  # a complete run was resumed
+                    task_eval.measure()
+                # A stop during the last save counts. `conclude`, which may take long, does not ask again.
+                self.checkpointer.wait()
+                is_stopped = self.context.any_rank(stop.requested)
+            except StopTraining:
+                is_stopped = True
+                # Equal if that step is saved or being saved. A failed background save asks for a stop too; the end of
+                # `background_saves` raises its error.
+                if self.checkpointer.step != state.step:
+                    call([save], state, nonfinite)
+        self._trackers.close()
+        if is_stopped:
+            raise Interrupted(
+                f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: the same command goes on "
+                "from there"
+            )
+        return task_eval.measured if task_eval else None
 
-    def _conclude(self, task_eval: TaskEvalCallback | None) -> dict[str, Any]:
-        """Write and print the result of the trained model, and return it."""
+    def _evaluate_before_training(
+        self,
+        validation: ValidationCallback,
+        evaluations: list[EvaluationCallback],
+        save: SaveCallback,
+        nonfinite: NonFiniteHandler,
+    ) -> None:
+        """Evaluate a new run, and make up for evaluations that a stop interrupted."""
+        state, is_at_start = self.state, self.state.is_at_start
+        if is_at_start:
+            validation(state)
+        pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, self.recipe.train.steps)]
+        # Results of pending evaluations belong in a checkpoint. A run that rolls back needs a checkpoint of step 0 to
+        # return to, and a branch one to resume without the other run.
+        needs_start = self.recipe.parent is not None or self.recipe.train.nonfinite.policy == "roll_back"
+        if pending or (is_at_start and needs_start):
+            call([*pending, save], state, nonfinite)
+
+    @contextmanager
+    def _open_log(self) -> Iterator[TrainingDisplay]:
+        """Open the trackers and the display, to which `log` writes too."""
+        # Not earlier: trackers write into the folder of the new run.
+        trackers = self.context.main_only(lambda: Trackers(self.recipe.log.trackers, self.folder.path))
+        self._trackers = trackers or Trackers((), self.folder.path)
+        not_measured = run_messages.not_measured(self.data)
+        with self.console.training(self.recipe.train.steps, self.state.step, not_measured) as self._progress:
+            yield self._progress
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write a record to metrics.jsonl, to the trackers and to the console. Called on the main rank."""
+        self.metrics.write(record)
+        self._trackers.log(record)
+        self._progress.log(record)
+
+    def conclude(self, scored: Measurement | None) -> dict[str, Any]:
+        """Write and print the result of the trained model. Return the content of result.json, or {} off the main rank.
+
+        `scored` has the last answers to the examples of tasks.
+        """
         additions = self.task.results(self)
-        scores = self.context.main_only(lambda: task_eval.scores(self.task.scoring.draws) if task_eval else {}) or {}
-        learned_summary = None if self.data.scored else self._learned()
-        samples = self.sample(is_shown=learned_summary is None or learned_summary.guesses is None)
-        result = self.context.main_only(lambda: self._write_result(scores, additions, samples, learned_summary)) or {}
-        self.context.main_only(lambda: self._show(result, scores, task_eval, learned_summary))
-        return result
+        what_is_learned = None if self.evaluator.tasks else self._learned()
+        samples = self.sample(is_shown=what_is_learned is None or what_is_learned.guesses is None)
+
+        def write_and_show() -> dict[str, Any]:
+            final = scored and self.evaluator.with_intervals(scored)
+            result = {**self._result(final), **additions, "samples": samples}
+            if what_is_learned:
+                result["learned"] = what_is_learned.to_json()
+            result |= machine_info(self.context)
+            self.folder.write_result(result)
+            self._show(result, final, what_is_learned)
+            return result
+
+        return self.context.main_only(write_and_show) or {}
 
     def _learned(self) -> Learned:
         """Return what the model has learned of the first held-out text. Collective."""
         return learned.measure(
             self.model,
-            next(iter(self.data.held_out.values())),
+            next(iter(self.evaluator.texts.values())),
             self.microbatches.microbatch,
-            self.task.validation_loss is packed_cross_entropy,
             self.recipe.eval.capacity,
             self.data.tokenizer,
             self.context,
         )
-
-    @contextmanager
-    def _explain_errors(self) -> Iterator[None]:
-        """Add the number of the step to an error in this block."""
-        try:
-            yield
-        except Exception as error:
-            error.add_note(f"after step {self.state.step}")  # read by `training_location`
-            raise
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, with the position in the data."""
@@ -334,7 +355,7 @@ class Trainer:
         self._rewind(state.step)
         return is_restored
 
-    def note_skipped(self, record: Record) -> None:
+    def note_skipped(self, record: Mapping[str, Any]) -> None:
         """Write the record of skipped steps."""
         if self.context.is_main:
             self.metrics.write(record)
@@ -349,59 +370,23 @@ class Trainer:
         workers = min(train.workers, 1) if self.data.source.is_sequential else train.workers
         return Loader(self.microbatches, workers, train.batches_ahead, self.context)
 
-    def _log(self, log: MetricsLog, loader: Loader, evaluations: Sequence[EvaluationCallback]) -> LogCallback:
-        recipe, sizes, teacher = self.recipe, describe(self.recipe), self.task.teacher
-        sequence_flops = FORWARD_AND_BACKWARD * sizes["flops_per_sequence"]
-        if teacher is not None:  # the teacher has no backward pass
-            sequence_flops += count(teacher, recipe.inputs_length, recipe.targets_length).flops
-        return LogCallback(
-            recipe.log.every_steps,
-            recipe.train.steps,
-            recipe.schedule,
-            recipe.train.batch_tokens,
-            sequence_flops * sizes["sequences_per_step"],
-            self.context,
-            log,
-            self.console,
-            self.state,
-            recipe.model.sparse_layer_names(),
-            self.data.source,
-            loader,
-            evaluations,
-        )
+    @property
+    def flops_per_step(self) -> int:
+        """FLOPs of the model, forward and backward, and of a teacher, forward, of a step over all ranks.
 
-    def _validation(self, log: MetricsLog, stop: StopRequest) -> ValidationCallback:
-        return ValidationCallback(
-            self.recipe.eval.every_steps,
-            self.model,
-            self.task.validation_loss,
-            self.data.held_out,
-            self.microbatches.microbatch,
-            self.context,
-            log,
-            self.recipe.eval.capacity,
-            stop,
-        )
+        What activation checkpointing computes again does not count.
+        """
+        recipe, teacher, sizes = self.recipe, self.task.teacher, describe(self.recipe)
+        flops: int = FORWARD_AND_BACKWARD * sizes["flops_per_sequence"]
+        if teacher is not None:
+            flops += count(teacher, recipe.inputs_length, recipe.targets_length).flops
+        return flops * recipe.rows_per_step
 
-    def _task_eval(self, log: MetricsLog, stop: StopRequest) -> TaskEvalCallback | None:
-        if not self.data.scored:
-            return None
-        scoring = self.task.scoring
-        predictor = TaskPredictor(self.model, self.data.tokenizer, self.context, scoring, scoring.capacity)
-        every, scored = self.recipe.eval.every_steps, self.data.scored
-        return TaskEvalCallback(every, predictor, scored, self.context, log, self.console, stop)
-
-    def _write_result(
-        self,
-        scores: Mapping[str, Scores],
-        additions: Mapping[str, Any],
-        samples: Sequence[Mapping[str, str]],
-        learned_summary: Learned | None,
-    ) -> dict[str, Any]:
-        """Write result.json, and return its content. `additions` are those of the training task."""
+    def _result(self, scored: Measurement | None) -> dict[str, Any]:
+        """Return the keys of result.json that every run has."""
         sizes, state = describe(self.recipe), self.state
         tokens = state.input_tokens(self.recipe.train.batch_tokens)
-        result = {
+        return {
             "verb": self.recipe.verb,
             "run": str(self.folder.path),
             "command": command_words(),
@@ -411,7 +396,7 @@ class Trainer:
             HELD_OUT_LOSS: _negative(state.eval_metrics.get(HELD_OUT)),
             FIRST_HELD_OUT_LOSS: _negative(state.first_eval_metrics.get(HELD_OUT)),
             **state.bits(),
-            **({"texts": state.texts} if len(self.data.held_out) > 1 else {}),
+            **({"texts": state.texts} if len(self.evaluator.texts) > 1 else {}),
             **{key: sizes[key] for key in sizes if "parameters" in key},
             "flops_per_sequence": sizes["flops_per_sequence"],
             INPUT_TOKENS: tokens,
@@ -420,15 +405,9 @@ class Trainer:
             "seconds": state.seconds,
             TOKENS_PER_SECOND: tokens / state.seconds,
             "mesh": self.context.mesh,
-            **(task_results(scores, state.best) if scores else {}),
-            **additions,
+            **(task_results(scored.scores, state.best) if scored else {}),
             **({"start": self._start(self.recipe.start)} if self.recipe.start else {}),
-            "samples": [*samples],
-            **({"learned": learned_summary.to_json()} if learned_summary else {}),
-            **machine_info(self.context),
         }
-        self.folder.write_result(result)
-        return result
 
     def _start(self, start: StartSpec) -> dict[str, Any]:
         """Return what the run started from and, of a branch, what became of the data, for result.json."""
@@ -462,28 +441,21 @@ class Trainer:
                 self.console.sample(**sample)
         return samples
 
-    def _show(
-        self,
-        result: dict[str, Any],
-        scores: Mapping[str, Scores],
-        task_eval: TaskEvalCallback | None,
-        learned_summary: Learned | None,
-    ) -> None:
+    def _show(self, result: dict[str, Any], scored: Measurement | None, what_is_learned: Learned | None) -> None:
         """Print the result, and commands that the user may run next."""
         console, state = self.console, self.state
-        if learned_summary is not None:
-            learned.show(learned_summary, console)
-        if scores:
-            console.show(score_table(scores, state.best))
-            if task_eval is not None:
-                explain_malformed(console, self.data.scored, scores, task_eval.answers)
+        if what_is_learned is not None:
+            learned.show(what_is_learned, console)
+        if scored is not None:
+            console.show(score_table(scored.scores, state.best))
+            explain_malformed(console, self.evaluator.tasks, scored.scores, scored.answers)
         if len(state.texts) > 1:
             console.show(text_table(state.texts))
         ending.show_result(result, state, console)
         self.task.show(result)
         prompt = None
-        if self.data.scored:
-            prompt = min((example.input for example in self.data.scored[0].examples), key=len)
+        if self.evaluator.tasks:
+            prompt = min((example.input for example in self.evaluator.tasks[0].examples), key=len)
         best = self._best_checkpoint()
         ending.show_next_steps(self.recipe, self.folder.path, result, self.context.world, best, prompt, console)
 

@@ -11,6 +11,7 @@ from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
+from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
 from switchcli.runs.loading import CheckpointHandle, open_model
 from switchcli.runs.new_folder import (
     check_checkpoint_destination,
@@ -20,7 +21,6 @@ from switchcli.runs.new_folder import (
     publish_checkpoint,
 )
 from switchcli.runs.transformers_checkpoint import meta_model
-from switchcli.runs.warm_start import CHANGEABLE_MODEL_KEYS
 from switchcli.training.checkpointer import logical_tensors
 
 _CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")

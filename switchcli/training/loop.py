@@ -16,7 +16,7 @@ from switchcli.metric_names import GRADIENT_NORM
 from switchcli.model.moe.layer import local_experts, sparse_layers
 from switchcli.report.console import TrainingDisplay
 from switchcli.system.signals import StopRequest, StopTraining
-from switchcli.training.callbacks import Callback
+from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loss import LossSchedule, Objective
 from switchcli.training.metrics import Mean, Metrics, merge

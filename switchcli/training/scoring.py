@@ -8,13 +8,14 @@ Legend: B batch, S source, T target, X examples, L labels.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from switchcli.checkpoint.saved_state import Best
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.metric_names import MALFORMED, TASKS_AVERAGE, suite_score, task_score
+from switchcli.metric_names import TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import AllDone, all_done_locally, generate, label_log_likelihoods
 from switchcli.model.moe.layer import evaluating
@@ -24,13 +25,11 @@ from switchcli.report.console import Console
 from switchcli.spec import EOS
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.tasks.registry import SUITES
-from switchcli.tasks.scores import Scores, score
+from switchcli.tasks.scores import Scores
 from switchcli.tasks.suites import PAPER, average
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
-from switchcli.training.callbacks import EvaluationCallback, MetricsLog
 from switchcli.training.scoring_spec import ScoringSpec
-from switchcli.training.state import TrainState
 
 
 class TaskPredictor:
@@ -166,55 +165,6 @@ def _is_stopping(stop: StopRequest | None) -> bool:
     return stop is not None and stop.requested
 
 
-class TaskEvalCallback(EvaluationCallback):
-    """Scores the model on every task, records the metrics in the state, and logs them."""
-
-    def __init__(
-        self,
-        every_steps: int,
-        predictor: TaskPredictor,
-        task_sets: Sequence[ScoredExamples],
-        context: DistributedContext,
-        log: MetricsLog,
-        console: Console,
-        stop: StopRequest,
-    ) -> None:
-        """Score the examples of `task_sets`, one for each task, and show the progress on the console.
-
-        A `stop` on any rank ends the evaluation between two tokens without a metric: then it is pending.
-        """
-        super().__init__(every_steps, TASKS_AVERAGE)
-        self._predictor = predictor
-        self._task_sets = task_sets
-        self._context = context
-        self._log = log
-        self._console = console
-        self._stop = stop
-        self.answers: dict[str, tuple[AnsweredExample, ...]] = {}
-        """The last answers by name of the task; empty if there are none."""
-
-    def predict(self) -> None:
-        """Answer every example. Raises StopTraining after a stop, and then there are no answers."""
-        self.answers = {}
-        self.answers = self._predictor.answer_all(self._task_sets, self._console, self._stop)
-
-    def scores(self, draws: int) -> dict[str, Scores]:
-        """Return the scores of the last answers by task, with intervals from `draws` bootstrap samples."""
-        return {
-            task_set.task.name: score(task_set.task, self.answers[task_set.task.name], draws)
-            for task_set in self._task_sets
-        }
-
-    def evaluate(self, state: TrainState) -> None:
-        self.predict()
-        scores = self.scores(draws=0)
-        metrics = score_metrics(scores)
-        state.record_evaluation(metrics)
-        if self._context.is_main:
-            malformed = {name: one.malformed for name, one in scores.items() if one.malformed is not None}
-            self._log.write({"step": state.step, **metrics, **({MALFORMED: malformed} if malformed else {})})
-
-
 def score_metrics(scores: Mapping[str, Scores]) -> dict[str, float]:
     """Return each task's score, the averages of the benchmarks, and that of all tasks, by metric name.
 
@@ -240,6 +190,18 @@ def _values(scores: Mapping[str, Scores]) -> dict[str, float]:
     return {name: task.score.value for name, task in scores.items() if task.score is not None}
 
 
+def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> dict[str, Any]:
+    """Return the scores of each task, their average and those of suites, for result.json.
+
+    With the `best` values of a run, each entry has its best value and the step of that.
+    """
+    best = best or {}
+    tasks = {name: {**one.to_json(), **_best(best, task_score(name))} for name, one in scores.items()}
+    average = {"score": score_metrics(scores).get(TASKS_AVERAGE), **_best(best, TASKS_AVERAGE)}
+    suites = {name: {"score": mean, **_best(best, suite_score(name))} for name, mean in suite_scores(scores).items()}
+    return {"tasks": tasks, "average": average, "suites": suites}
+
+
 def answer_texts(
     model: SwitchTransformer,
     tokenizer: Tokenizer,
@@ -252,3 +214,8 @@ def answer_texts(
     with evaluating(model, policy):
         answers_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
     return [tokenizer.decode(answer) for answer in answers_BT.tolist()]
+
+
+def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:
+    value = best.get(name)
+    return {} if value is None else {"best": value.value, "best_step": value.step}

@@ -10,13 +10,11 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
-from switchcli.errors import NumericsError
 from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
-from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
-from switchcli.training.loss import Objective
+from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.metrics import Mean, Metrics, flatten, merge, unflatten
 
 
@@ -28,6 +26,13 @@ class HeldOutText(NamedTuple):
     num_rows: int
     bytes_per_target: float | None = None
     """Bytes of text that a target token stands for, on average; None if unknown."""
+    objective: Objective = cross_entropy
+    """The loss on its rows."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several examples."""
+        return self.objective is packed_cross_entropy
 
     def metrics(self, metrics: Metrics) -> dict[str, float]:
         """Return neg. log perplexity of this text and, if known, bits per byte."""
@@ -78,32 +83,6 @@ def evaluate(
                 loss = objective(model, context.to_device(batch))
             metrics = merge(metrics, exact(loss.metrics))
     return reduce(metrics, context)
-
-
-def evaluate_rows(
-    model: SwitchTransformer,
-    objective: Objective,
-    text: HeldOutText,
-    rows_each: int,
-    context: DistributedContext,
-    policy: Policy = "paper",
-) -> Metrics:
-    """Return the metrics of `objective` on a text, whose rows the ranks share.
-
-    A batch has `rows_each` rows, rounded up to a multiple of the model's groups. For the other parameters see
-    `evaluate`.
-
-    Raises:
-        NumericsError: the loss is not finite. All ranks raise it.
-    """
-    group = model.spec.group_sequences
-    batch_rows = -(-rows_each // group) * group
-    batches = rank_batches(text, batch_rows, context.dp_rank, context.dp_size)
-    metrics = evaluate(model, objective, batches, context, policy)
-    loss = -float(metrics[NEG_LOG_PERPLEXITY].value())
-    if not math.isfinite(loss):
-        raise NumericsError(f"the held-out loss is {loss}", "take an older checkpoint")
-    return metrics
 
 
 def reduce(metrics: Metrics, context: DistributedContext) -> Metrics:

@@ -72,7 +72,7 @@ def test_a_pre_trained_run_is_measured_on_its_text(
     assert result["tokenizer"] == hashlib.sha256((trained / "tokenizer.json").read_bytes()).hexdigest()
     (one,) = result["passes"]
     last = json.loads((trained / "result.json").read_text())["held_out/neg_log_perplexity"]
-    assert one["text"]["neg_log_perplexity"] == pytest.approx(last, rel=1e-6)
+    assert one["held_out"]["text"]["neg_log_perplexity"] == pytest.approx(last, rel=1e-6)
     assert one["tasks"] == {}
 
 
@@ -122,7 +122,7 @@ def test_a_hugging_face_folder(here: Path, text: Path, switchcli: SwitchCLI, tmp
     done = switchcli("eval", tmp_path / "theirs", *keys, "text.sequences=2", named, "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]
-    assert one["text"]["neg_log_perplexity"] < 0
+    assert one["held_out"]["text"]["neg_log_perplexity"] < 0
     assert one["tasks"].keys() == {"other"}
 
 
@@ -141,8 +141,8 @@ def test_rows_of_text_have_the_length_that_is_asked_for(
             done = switchcli("eval", folder, *keys, "--json", "--out", f"e{length}")
             assert done.code == 0, done.err
             (one,) = json.loads(done.out)["passes"]
-            assert one["text"]["loss"] == -one["text"]["neg_log_perplexity"]
-            losses.append(one["text"]["loss"])
+            assert one["held_out"]["text"]["loss"] == -one["held_out"]["text"]["neg_log_perplexity"]
+            losses.append(one["held_out"]["text"]["loss"])
     short_theirs, short, long_theirs, long = losses
     assert short_theirs == pytest.approx(short, abs=1e-4)
     assert long_theirs == pytest.approx(long, abs=1e-4)

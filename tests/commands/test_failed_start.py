@@ -15,7 +15,7 @@ from messages import lacking
 from tiny_run import SwitchCLI
 
 from switchcli.errors import CheckpointError, OutOfMemory
-from switchcli.runs import pretraining, run_dir, trainer
+from switchcli.runs import run_dir, text_sets, trainer
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
@@ -58,7 +58,7 @@ def test_after_a_failure_of_the_first_step_the_folder_takes_another_recipe(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "cross_entropy", out_of_memory)
+        patch.setattr(text_sets, "cross_entropy", out_of_memory)
         assert switchcli("pretrain", recipe, "--out", "run").code == OutOfMemory.exit_code
     assert Path("run/recipe.yaml").exists()
     done = switchcli("pretrain", recipe, "train.microbatch_tokens=64", "data.tokenizer.vocab_size=400", "--out", "run")
@@ -174,13 +174,13 @@ def test_a_start_that_another_one_was_faster_than_removes_nothing(
 def test_a_failure_after_a_step_leaves_its_records(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss, calls = pretraining.cross_entropy, []
+    loss, calls = text_sets.cross_entropy, []
 
     def fail_later(model: Any, batch: Any) -> Any:
         calls.extend([0] * model.training)
         return out_of_memory() if len(calls) > 2 * 4 else loss(model, batch)
 
-    monkeypatch.setattr(pretraining, "cross_entropy", fail_later)
+    monkeypatch.setattr(text_sets, "cross_entropy", fail_later)
     done = switchcli("pretrain", recipe, "train.steps=9", "checkpoint.save_every_steps=9", "--out", "run")
     assert done.code == OutOfMemory.exit_code, done.err
     assert '"step": 3' in Path("run/metrics.jsonl").read_text()

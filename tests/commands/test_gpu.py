@@ -247,7 +247,7 @@ def test_a_checkpoint_of_a_device_is_upcycled_pruned_converted_and_examined(
     for model in ("dense", "sparse"):
         for where in ("cpu", device):
             found = run("eval", model, f"device={where}", *wanted, "--out", f"{model}-{where}")
-            figures[model, where] = found["passes"][0]["text"]["neg_log_perplexity"]
+            figures[model, where] = found["passes"][0]["held_out"]["text"]["neg_log_perplexity"]
     assert list(figures.values()) == pytest.approx([figures["dense", "cpu"]] * len(figures), abs=BOUND["float32"])
     pruned = [
         run("prune", trained, f"pruned_{number}", "--experts", 2, "--by", "merge", f"device={where}")
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_a_device_is_upcycled_pruned_converted_and_examined(
     assert before_and_after[1] == pytest.approx(before_and_after[0], abs=BOUND["float32"])
     assert switchcli("convert", "pruned_1", "hf", "--to", "huggingface").code == 0
     converted = [
-        run("eval", "hf", f"device={where}", *wanted, "--out", f"hf-{number}")["passes"][0]["text"]
+        run("eval", "hf", f"device={where}", *wanted, "--out", f"hf-{number}")["passes"][0]["held_out"]["text"]
         for number, where in enumerate(("cpu", device))
     ]
     expected = converted[0]["neg_log_perplexity"]

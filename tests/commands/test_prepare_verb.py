@@ -171,7 +171,7 @@ def test_a_run_without_duplicates_is_evaluated_on_what_it_was_trained_beside(
     assert measured.code == 0, measured.err
     (one,) = json.loads(measured.out)["passes"]
     trained = json.loads(done.out)["held_out/neg_log_perplexity"]
-    assert one["text"]["neg_log_perplexity"] == pytest.approx(trained, rel=1e-5)
+    assert one["held_out"]["text"]["neg_log_perplexity"] == pytest.approx(trained, rel=1e-5)
 
 
 @pytest.fixture
@@ -209,8 +209,9 @@ def test_languages_are_mixed_measured_and_evaluated_apart(
     measured = switchcli("eval", "run", "--out", "scores", "--json")
     assert measured.code == 0, measured.err
     (one,) = json.loads(measured.out)["passes"]
-    assert one["texts"].keys() == {"de", "fr"}
-    for label, figures in one["texts"].items():
+    assert one["held_out"].keys() == {"text", "de", "fr"}
+    for label in ("de", "fr"):
+        figures = one["held_out"][label]
         for name in ("neg_log_perplexity", "bits_per_byte"):
             assert figures[name] == pytest.approx(result["texts"][label][name], rel=1e-5)
         assert figures["layers"]

@@ -14,7 +14,7 @@ from tiny_run import SwitchCLI, records
 from switchcli.distributed.context import DistributedContext
 from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.program import program_name
-from switchcli.runs import pretraining as verb
+from switchcli.runs import text_sets as verb
 from switchcli.runs.planning import describe
 
 RESULT_KEYS = {
@@ -182,7 +182,7 @@ def test_every_objective_trains_and_is_evaluated_as_in_training(
     assert done.code == 0, done.err
     measured = switchcli("eval", "a", "--out", "b", "--json")
     assert measured.code == 0, measured.err
-    figure = json.loads(measured.out)["passes"][0]["text"]["neg_log_perplexity"]
+    figure = json.loads(measured.out)["passes"][0]["held_out"]["text"]["neg_log_perplexity"]
     assert figure == pytest.approx(json.loads(done.out)["held_out/neg_log_perplexity"], rel=1e-5)
 
 

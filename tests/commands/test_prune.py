@@ -47,7 +47,7 @@ def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: Swit
     done = switchcli("eval", "small", "capacities=[dropless]", "text.sequences=8", "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]
-    assert one["text"]["neg_log_perplexity"] == pytest.approx(result["held_out"]["text"]["after"], rel=1e-6)
+    assert one["held_out"]["text"]["neg_log_perplexity"] == pytest.approx(result["held_out"]["text"]["after"], rel=1e-6)
 
 
 @pytest.mark.integration

@@ -184,7 +184,7 @@ def test_numbers_that_are_none_are_told_and_the_rest_is_shown(
 
 
 def test_evaluations_show_their_scores_beside_runs_and_alone(runs: list[str], switchcli: SwitchCLI) -> None:
-    passes = [{"tasks": {"rte": {"score": {"value": 61.25}}}, "texts": {"de": {"neg_log_perplexity": -2.5}}}]
+    passes = [{"tasks": {"rte": {"score": {"value": 61.25}}}, "held_out": {"de": {"neg_log_perplexity": -2.5}}}]
     Path("measured").mkdir()
     Path("measured/result.json").write_text(json.dumps({"verb": "eval", "step": 5, "passes": passes}))
     for arguments in ((*runs, "measured"), ("measured",)):
@@ -226,7 +226,7 @@ def test_an_evaluation_of_the_name_of_a_run_has_a_column_of_its_own(runs: list[s
 def an_evaluation(folder: str, tokenizer: str | None = None, task: str = "rte") -> str:
     """Write the folder of an evaluation of one task and one text."""
     text = {"de": {"neg_log_perplexity": -2.5, "bits_per_byte": 1.25}}
-    passes = [{"tasks": {task: {"score": {"value": 61.25}}}, "texts": text}]
+    passes = [{"tasks": {task: {"score": {"value": 61.25}}}, "held_out": text}]
     Path(folder).mkdir()
     known = {} if tokenizer is None else {"tokenizer": tokenizer}
     Path(folder, "result.json").write_text(json.dumps({"verb": "eval", "passes": passes, **known}))

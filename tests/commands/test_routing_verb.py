@@ -38,7 +38,9 @@ def test_a_run_is_shown_on_its_own_held_out_text(trained: Path, tmp_path: Path, 
     assert found["rare"] == 10
     (model,) = found["models"]
     assert (model["step"], model["capacity"], model["num_experts"]) == (2, "paper", 4)
-    measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["text"]["layers"]
+    measured = json.loads(switchcli("eval", trained, "--out", tmp_path, "--json").out)["passes"][0]["held_out"]["text"][
+        "layers"
+    ]
     assert list(model["layers"]) == list(measured)
     for name, layer in model["layers"].items():
         assert layer["load"] == measured[name]["load"]

@@ -26,7 +26,7 @@ def measured(switchcli: SwitchCLI, checkpoint: Path | str, out: Path) -> dict[st
     done = switchcli("eval", checkpoint, "capacities=[dropless]", "--out", out, "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]
-    figures: dict[str, Any] = one["text"]
+    figures: dict[str, Any] = one["held_out"]["text"]
     return figures
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import NoWarnings
+from doubles import NoWarnings, SaveEvery
 from doubles import trained as trained_to_the_end
 from ranks import on_ranks
 from tiny_model import NOISY, rows
@@ -22,7 +22,6 @@ from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.system.signals import StopRequest
 from switchcli.training import loop
-from switchcli.training.callbacks import SaveCallback
 from switchcli.training.checkpointer import DATA, Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import FixedLoss, cross_entropy
@@ -70,7 +69,7 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     disk = SlowDisk(0.02 * (1 + context.rank), context.rank == full_on)
     saver = Checkpointer(folder, weights, optimizer, context, {DATA: b"{}"}, settings, disk)
     batches, stop = Microbatches(rows, 8, 2, 1, context.dp_rank, context.dp_size), StopRequest()
-    callbacks = [SaveCallback(EVERY, saver)]
+    callbacks = [SaveEvery(EVERY, saver)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)
     wrapped, schedule = context.wrap(model), InverseSquareRoot()
     try:

@@ -21,7 +21,7 @@ import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
 from checkpointed_run import DOCUMENTS, idle
-from doubles import KeepingConsole, LossAt, NoWarnings, Records, Source
+from doubles import KeepingConsole, LossAt, NoWarnings, Records, SaveEvery, Source, a_run
 from drill import ROUNDING, apart
 from ranks import on_ranks
 from tiny_model import SPARSE, a_model
@@ -36,8 +36,8 @@ from switchcli.errors import NumericsError
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.runs.callbacks import ValidationCallback
 from switchcli.system.signals import StopRequest
-from switchcli.training.callbacks import SaveCallback, ValidationCallback
 from switchcli.training.checkpointer import Checkpointer
 from switchcli.training.config import CheckpointSpec, NonfiniteSpec, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
@@ -186,17 +186,9 @@ class Run:
 
     def train(self) -> None:
         context = self.context
-        evaluation = ValidationCallback(
-            SAVE_EVERY,
-            self.model,
-            cross_entropy,
-            {"text": HeldOutText(partial(sequences, STEPS), 2 * context.dp_size)},
-            2,
-            context,
-            Records(),
-            "paper",
-            StopRequest(),
-        )
+        texts = {"text": HeldOutText(partial(sequences, STEPS), 2 * context.dp_size)}
+        run = a_run(context, Records(), model=self.model, texts=texts, every_steps=SAVE_EVERY)
+        evaluation = ValidationCallback(run, StopRequest())
         fit(
             self.state,
             context.wrap(self.model),
@@ -205,7 +197,7 @@ class Run:
             self.optimizer,
             InverseSquareRoot(),
             context,
-            [evaluation, SaveCallback(SAVE_EVERY, self.saver)],
+            [evaluation, SaveEvery(SAVE_EVERY, self.saver)],
             TrainSpec(steps=STEPS, batch_tokens=1),
             StopRequest(),
             nonfinite=self.nonfinite,

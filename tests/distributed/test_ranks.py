@@ -17,7 +17,7 @@ import onednn
 import pytest
 import tiny_model
 import torch
-from doubles import Records
+from doubles import Records, a_run
 from doubles import trained as trained_to_the_end
 from numpy.typing import NDArray
 from ranks import MESHES, RankMatrix, Row, model_of, train_on_rows
@@ -39,10 +39,10 @@ from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.trainable import freeze, trainable, trainable_members
 from switchcli.model.trainable_sets import TrainableSet
-from switchcli.report.console import silent
+from switchcli.runs.callbacks import LogCallback, ValidationCallback
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest
-from switchcli.training.callbacks import Callback, LogCallback, ValidationCallback
+from switchcli.training.callback import Callback
 from switchcli.training.config import Precision, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
@@ -218,14 +218,13 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
     (model, weights), state, log, stop = model_of(of, context), TrainState(), Records(), StopRequest()
     optimizer = spec.build(weights.parameters, weights.layouts)
     batches = Microbatches(rows, BATCH, 2, 1, context.dp_rank, context.dp_size)
-    schedule, loader = InverseSquareRoot(), Loader(batches, 0, 0, context)
+    loader = Loader(batches, 0, 0, context)
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
     parts = SPARSE.sparse_layer_names()
-    callbacks = [
-        LogCallback(2, steps, schedule, 1, 1, context, log, silent(), state, parts, rows, loader),
-        ValidationCallback(4, model, cross_entropy, texts, 2, context, log, "paper", stop),
-    ]
+    logged = a_run(context, log, state=state, source=rows, every_steps=2, steps=steps, layers=parts)
+    evaluated = a_run(context, log, model=model, texts=texts, every_steps=4)
+    callbacks = [LogCallback(logged, loader, ()), ValidationCallback(evaluated, stop)]
     settings = TrainSpec(steps=steps, batch_tokens=1, seed=3, clip_norm=1.0)
     train_on_rows(context, model, optimizer, settings, 2, state=state, callbacks=callbacks)
     records = log.written

@@ -32,7 +32,7 @@ python - <<'CHECK'
 import json
 
 result = json.load(open("runs/mine/result.json"))
-measured = json.load(open("eval.json"))["passes"][0]["text"]["neg_log_perplexity"]
+measured = json.load(open("eval.json"))["passes"][0]["held_out"]["text"]["neg_log_perplexity"]
 assert result["step"] == 60
 assert result["held_out/neg_log_perplexity"] > result["held_out/first_neg_log_perplexity"] + 1
 assert abs(measured - result["held_out/neg_log_perplexity"]) < 1e-4

@@ -13,7 +13,7 @@ from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.system.signals import StopRequest
-from switchcli.training.callbacks import Callback
+from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import FixedLoss, cross_entropy

@@ -375,9 +375,9 @@ def tripled(model: nn.Module, batch: AnyBatch) -> StepLoss:
     return loss._replace(target_sum=3 * loss.target_sum, metrics={**loss.metrics, "tripled": Mean(*(torch.ones(2)))})
 '''
     tree.insert("switchcli/training/loss.py", loss, after=r"\Z")
-    pretraining = "switchcli/runs/pretraining.py"
-    tree.insert(pretraining, "tripled, ", after=r"^from switchcli.training.loss import ")
-    tree.insert(pretraining, "    return tripled\n", after=r'^def text_loss\(.*\n    """.*\n')
+    text_sets = "switchcli/runs/text_sets.py"
+    tree.insert(text_sets, "tripled, ", after=r"^from switchcli.training.loss import ")
+    tree.insert(text_sets, "    return tripled\n", after=r'^def text_loss\(.*\n    """.*\n')
 
 
 def use_loss(run: Fork) -> None:
@@ -628,34 +628,19 @@ app = training_app("rehearse", "Train as `pretrain` does, and say so.", epilog("
 
 from typing import TYPE_CHECKING, Any
 
-from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.layout import ModelWeights
-from switchcli.report.console import Console
-from switchcli.runs.train_data import TrainData
 from switchcli.runs.pretraining import Pretraining
-from switchcli.runs.training_task import TrainingTask
-from switchcli.training.optimizers import Optimizer
 
 if TYPE_CHECKING:
     from switchcli.runs.trainer import Trainer
 
 
-class Rehearsing(TrainingTask):
+class Rehearsing(Pretraining):
     """Pretraining, and a word in the result."""
 
-    def __init__(self, job: Any, folder: RunFolder, context: DistributedContext, console: Console) -> None:
-        self._pretraining = Pretraining(job, folder, context, console)
-        self.validation_loss = self._pretraining.validation_loss
-
-    def build_data(self) -> TrainData:
-        return self._pretraining.build_data()
-
-    def init_weights(self, weights: ModelWeights, optimizer: Optimizer) -> None:
-        self._pretraining.init_weights(weights, optimizer)
+    verb = "rehearse"
 
     def results(self, trainer: "Trainer") -> dict[str, Any]:
-        return {"rehearsed": self._pretraining.results(trainer) == {}}
+        return {"rehearsed": super().results(trainer) == {}}
 ''',
     )
     recipe = '''
@@ -664,18 +649,14 @@ class RehearseRecipe(TextRecipe):
 
     verb: Literal["rehearse"] = "rehearse"
     """The command that runs this recipe."""
-    start: StartSpec | None = None
-    """Absent: from scratch."""
 
 
 '''
-    tree.insert("switchcli/recipe/schema.py", recipe, before="^StartedRecipe = ")
+    tree.insert("switchcli/recipe/schema.py", recipe, before="^RECIPES: ")
     tree.insert("switchcli/recipe/schema.py", '"rehearse": RehearseRecipe, ', before='"pretrain": PretrainRecipe')
-    tree.insert("switchcli/recipe/schema.py", "RehearseRecipe | ", after="^StartedRecipe = ")
     line = "from switchcli.runs.rehearsing import Rehearsing\n"
     tree.insert("switchcli/api.py", line, before="^from switchcli.runs.text_generation import")
-    tree.insert("switchcli/api.py", "RehearseRecipe, ", after="^from switchcli.recipe.schema import ")
-    tree.insert("switchcli/api.py", '    "rehearse": (RehearseRecipe, Rehearsing),\n', after="^STARTED_VERBS.* = {\n")
+    tree.insert("switchcli/api.py", "Rehearsing, ", after=r"^TASKS.* in \(")
 
 
 def use_training_verb(run: Fork) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from checkpointed_run import Parts, assert_equal
-from doubles import Do, KeepingConsole, NoWarnings
+from doubles import Do, KeepingConsole, NoWarnings, SaveEvery
 from faulty_files import FaultyFiles
 from tiny_model import NOISY
 
@@ -18,7 +18,7 @@ from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.errors import CheckpointError, DistributedError, NumericsError
 from switchcli.report.console import Console
 from switchcli.training import checkpointer
-from switchcli.training.callbacks import Callback, SaveCallback
+from switchcli.training.callback import Callback
 from switchcli.training.optimizer_specs import AdamW
 from switchcli.training.state import TrainState
 
@@ -66,7 +66,7 @@ def parts_of(folder: Path, files: FileOperations, background: bool = True) -> Pa
 def run(parts: Parts, *others: Callback, steps: int = STEPS) -> None:
     """Train as a verb does: a save after every step, and one more after a stop."""
     with parts.saver.background_saves(parts.stop, NoWarnings()):
-        if not parts.train(steps, [SaveCallback(1, parts.saver), *others]):
+        if not parts.train(steps, [SaveEvery(1, parts.saver), *others]):
             parts.saver.save(parts.state)
 
 
@@ -150,7 +150,7 @@ def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
             time.sleep(0.01)
 
     with parts.saver.background_saves(parts.stop, NoWarnings()):
-        assert parts.train(STEPS, [SaveCallback(2, parts.saver), Do(1, until_it_failed)]) is False
+        assert parts.train(STEPS, [SaveEvery(2, parts.saver), Do(1, until_it_failed)]) is False
         assert parts.state.step == 2
         with pytest.raises(CheckpointError, match="No space left on device"):
             parts.saver.save(parts.state)
@@ -160,7 +160,7 @@ def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
 def failing(parts: Parts, error: BaseException, console: Console) -> None:
     """A save of the first step is under way when training fails."""
     with parts.saver.background_saves(parts.stop, console):
-        parts.train(1, [SaveCallback(1, parts.saver)])
+        parts.train(1, [SaveEvery(1, parts.saver)])
         raise error
 
 

@@ -21,7 +21,7 @@ from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest
-from switchcli.training.callbacks import Callback
+from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import StepLoss, cross_entropy

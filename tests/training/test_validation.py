@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from doubles import text_evaluator
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import GROUPED, NOISY, a_model, rows
@@ -18,7 +19,6 @@ from switchcli.training.validation import (
     HeldOutText,
     bits_per_byte,
     evaluate,
-    evaluate_rows,
     exact,
     rank_batches,
     reduce,
@@ -86,7 +86,7 @@ def test_rows_of_a_text_are_evaluated_in_whole_groups(context: DistributedContex
     model = a_model(GROUPED)
     counts: list[int] = []
     text = HeldOutText(lambda first, count: counts.append(count) or rows(0, first, count), 5)
-    found = evaluate_rows(model, cross_entropy, text, 3, context)["neg_log_perplexity"]
+    found = text_evaluator(context, {"": text}, rows_each=3)(model).total["neg_log_perplexity"]
     assert counts == [4, 1]  # of three rows each, rounded up to groups of two
     wanted = evaluate(model, cross_entropy, rank_batches(text._replace(num_rows=5), 4, 0, 1), context)[
         "neg_log_perplexity"

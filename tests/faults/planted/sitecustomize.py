@@ -23,9 +23,9 @@ def plant(fault: str, phase: str, moment: Path) -> None:
     from switchcli.checkpoint.checkpoint import CheckpointWriter
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import DistributedContext
+    from switchcli.runs.callbacks import ValidationCallback
     from switchcli.runs.trainer import Trainer
     from switchcli.training import loop
-    from switchcli.training.callbacks import ValidationCallback
 
     def act() -> None:
         if phase == "start":

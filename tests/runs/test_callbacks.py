@@ -2,12 +2,14 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from doubles import KeepingConsole, Records, StopAfter
+from doubles import KeepingConsole, Records, StopAfter, a_run
 from messages import naming
 from tiny_model import a_model, rows
 from torch import nn
@@ -16,13 +18,12 @@ from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import NumericsError
 from switchcli.metric_names import HELD_OUT
+from switchcli.runs import callbacks
+from switchcli.runs.callbacks import EvaluationCallback, LogCallback, ValidationCallback
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest, StopTraining
-from switchcli.training import callbacks
-from switchcli.training.callbacks import EvaluationCallback, LogCallback, Record, ValidationCallback
-from switchcli.training.loss import Objective, StepLoss, cross_entropy
+from switchcli.training.loss import StepLoss
 from switchcli.training.metrics import Mean, Metrics
-from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText
 
@@ -49,7 +50,7 @@ class Mixed(BatchSource):
     def batch(self, step: int, first: int, count: int) -> Batch:
         raise AssertionError("nothing is trained")
 
-    def record(self, step: int) -> Record:
+    def record(self, step: int) -> Mapping[str, Any]:
         return {"mixture": {"de": step / 100}}
 
 
@@ -61,20 +62,18 @@ class Written:
         self.records, self.warnings = log.written, console.warnings
         self.loader = SimpleNamespace(seconds_waited=2.0)
         """Its seconds: by steps for their batches, from the start on."""
-        self.log = LogCallback(
-            every_steps=every_steps,
-            total_steps=100,
-            schedule=InverseSquareRoot(),
-            tokens_per_step=512,
-            flops_per_step=10**6,
-            context=DistributedContext("cpu", "float32"),
-            log=log,
-            console=console,
+        run = a_run(
+            DistributedContext("cpu", "float32"),
+            log,
             state=state,
-            layers=("first", "second"),
             source=Mixed(),
-            loader=self.loader,
+            console=console,
+            every_steps=every_steps,
+            batch_tokens=512,
+            flops_per_step=10**6,
+            layers=("first", "second"),
         )
+        self.log = LogCallback(run, self.loader, ())
 
     def after(self, load: list[list[float]]) -> list[str]:
         """The warnings of one more window."""
@@ -173,13 +172,10 @@ def test_steps_that_wait_for_their_batches_in_two_windows_on_end_are_told_of_onc
 
 
 def a_validation(
-    model: nn.Module,
-    log: Records,
-    texts: dict[str, HeldOutText],
-    stop: StopRequest | StopAfter = NO_STOP,
-    loss: Objective = cross_entropy,
+    model: nn.Module, log: Records, texts: Mapping[str, HeldOutText], stop: StopRequest | StopAfter = NO_STOP
 ) -> ValidationCallback:
-    return ValidationCallback(5, model, loss, texts, 2, DistributedContext("cpu", "float32"), log, "paper", stop)
+    run = a_run(DistributedContext("cpu", "float32"), log, model=model, texts=texts, every_steps=5)
+    return ValidationCallback(run, stop)
 
 
 ONE = {"": HeldOutText(lambda first, count: rows(9, first, count), 4, 2.5)}
@@ -261,5 +257,5 @@ def test_a_held_out_set_without_a_target_is_no_reason_to_stop() -> None:
         return StepLoss(torch.zeros(()), None, {"neg_log_perplexity": Mean(double(0.0), double(0.0))})
 
     state = TrainState(step=5)
-    a_validation(a_model(), Records(), ONE, loss=nothing)(state)
+    a_validation(a_model(), Records(), {"": ONE[""]._replace(objective=nothing)})(state)
     assert state.eval_metrics[HELD_OUT] == 0.0

@@ -1,0 +1,44 @@
+"""What a run that starts from a checkpoint must not change: the shape of its model, and its tokenizer."""
+
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import RecipeError
+from switchcli.model.config import ModelSpec
+from switchcli.recipe import resolve
+from switchcli.recipe.training_rules import TrainingRecipe
+
+CHANGEABLE_MODEL_KEYS = (
+    "size",
+    "dropout",
+    "expert_dropout",
+    "router",
+    "decoder_router",
+    "balance_reduction",
+    "init_scale",
+)
+"""Keys of `model` that may differ from the checkpoint, because no weight's shape or meaning depends on them."""
+
+
+def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
+    """Raise RecipeError if a model of `after` cannot use the weights at `path`, which are those of `before`."""
+    for key, old, new in resolve.differences(before, after):
+        if key.split(".")[0] not in CHANGEABLE_MODEL_KEYS:
+            raise RecipeError(
+                f"model.{key}: the recipe says {new}, the weights of {path} are of {old}: leave it out; of the model a "
+                f"run that starts from them may change {', '.join(CHANGEABLE_MODEL_KEYS[1:])}"
+            )
+
+
+def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
+    """Check that the recipe does not name another tokenizer than that of the weights.
+
+    A tokenizer that the recipe would train is replaced by that of the weights, so it is not checked.
+
+    Raises:
+        RecipeError: the tokenizers differ.
+        DataError: the tokenizer that the recipe names cannot be read.
+    """
+    named = recipe.tokenizer
+    if named is not None and named.kind != "train" and named.load(dict).sha256 != tokenizer.sha256:
+        raise RecipeError(
+            f"data.tokenizer: {named.path} is not the tokenizer that the weights were trained with: leave it out"
+        )
