@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
 from switchcli.report.program import program_name
-from switchcli.runs import pretraining as verb
+from switchcli.runs import text_sets as verb
 from switchcli.runs import trainer
 from switchcli.system.lock import lock
 
