@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=1, help="of `generate`")
     parser.add_argument("--megabytes", type=int, default=32, help="of text, of `data`")
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK), help="verbs of `busy`")
-    parser.add_argument("--openmp", default="", metavar="LIBRARY", help="of `busy`: another OpenMP runtime")
     parser.add_argument(
         "--rows",
         nargs="+",

@@ -12,22 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import repeat
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from contestants import Contestant
-from data import stream, unshown, untracked
 from machine import Job, begin, random_batch
 from models import OurStep, microbatch_of
 
-from switchcli.data.batch import Batch, BatchSource
-from switchcli.data.config import DataSpec
-from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.pipeline import prepare
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.batch import Batch
 from switchcli.data.sources.corpus import PythonStdlib
 from switchcli.data.tokenizer.tokenizer import TrainedTokenizer
 from switchcli.model.config import ModelSpec
@@ -37,12 +30,9 @@ from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.system.startup import SPIN_COUNT
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import Objective, cross_entropy
-from switchcli.training.microbatches import Microbatches
-from switchcli.training.prefetch import Loader
 
 ROWS, SOURCE, TARGET = 64, 128, 29
 SPEC = ModelSpec(
@@ -58,8 +48,6 @@ SPEC = ModelSpec(
 """The quickstart's model, and the size of its batch."""
 SECONDS = 1.0
 """A turn begins no further piece of work after this time."""
-TEXT = PythonStdlib(sources=True)
-"""The text that batches are made of, as in the quickstart."""
 LOADS = (0, 1, 2, 8)
 """Numbers of busy processes."""
 
@@ -71,8 +59,6 @@ class Setting(NamedTuple):
     environment: dict[str, str]
     threads: int | None = None
     """Its number of threads where that is not the option's."""
-    job: Job = {}  # noqa: RUF012  # of a named tuple, and never changed
-    """Keys of its job."""
 
 
 SETTINGS = (
@@ -81,28 +67,6 @@ SETTINGS = (
     Setting("OMP_WAIT_POLICY=PASSIVE", {"OMP_WAIT_POLICY": "PASSIVE"}),
     Setting("one thread", {}, 1),
 )
-FROM_TEXT = "pretrain, batches from text"
-AS_NOW = {"GOMP_SPINCOUNT": SPIN_COUNT}
-SOURCES_OF_BATCHES = (
-    Setting("one batch over and over", AS_NOW),
-    Setting("train.workers=0", AS_NOW, job={"workers": 0}),
-    Setting("train.workers=1, as now", AS_NOW, job={"workers": 1}),
-    Setting("train.workers=2", AS_NOW, job={"workers": 2}),
-    Setting("one thread, one batch", AS_NOW, 1),
-    Setting("one thread, train.workers=0", AS_NOW, 1, {"workers": 0}),
-    Setting("one thread, train.workers=1", AS_NOW, 1, {"workers": 1}),
-)
-"""Contestants that differ in where the batches of a step come from."""
-
-
-def with_runtime(library: str) -> tuple[Setting, ...]:
-    """Settings of another OpenMP runtime that takes libgomp's place, such as libomp.so.5 or libiomp5.so."""
-    name, preload = Path(library).name, {"LD_PRELOAD": library}
-    times = ("0", "1ms", "100us")
-    return (
-        Setting(f"{name}, no variable", preload),
-        *(Setting(f"{name}, KMP_BLOCKTIME={time}", {**preload, "KMP_BLOCKTIME": time}) for time in times),
-    )
 
 
 @contextmanager
@@ -133,26 +97,13 @@ def busy_contestant(job: Job) -> Contestant:
     return Contestant(turn, {})
 
 
-def _step(job: Job, objective: Objective = cross_entropy) -> Callable[[], None]:
-    """A training step of this process, which may be one of several ranks.
-
-    Its batch is always the same, unless the job has `workers`: then it comes from a text, as in a run.
-    """
-    context = begin(job)
-    one_step = OurStep(_model().train(), context, objective)
-    microbatches = repeat([microbatch_of(_batch())])
-    if "workers" in job:
-        loader = Loader(Microbatches(_text_batches(job), ROWS, None, 1, 0, 1), job["workers"], 2, context)
-        microbatches = (each for _, each in loader.from_step(0, 10**9))
-
-    def step() -> None:
-        (microbatch,) = next(microbatches)
-        one_step(microbatch)
-
-    return step
+def _step(job: Job, objective: Objective = cross_entropy) -> Callable[[], object]:
+    """Return a training step of this process, which may be one of several ranks, on one batch over and over."""
+    step, microbatch = OurStep(_model().train(), begin(job), objective), microbatch_of(_batch())
+    return lambda: step(microbatch)
 
 
-def _distillation(job: Job) -> Callable[[], None]:
+def _distillation(job: Job) -> Callable[[], object]:
     teacher = _model(seed=1)
     evaluate_by(teacher, "dropless")
     spec = DistillSpec(teacher="teacher")
@@ -215,13 +166,6 @@ def _model(seed: int = 0) -> SwitchTransformer:
     return model
 
 
-def _text_batches(job: Job) -> BatchSource:
-    """Return span corruption of TEXT. The first contestant with `workers` prepares it in the job's folder."""
-    data = DataSpec(corpora=(TEXT,), tokenizer=TrainedTokenizer(vocab_size=SPEC.vocab_size))
-    texts = prepare(data, PrepareContext(Path(job["folder"]), untracked, unshown, 1))
-    return stream(texts, SpanCorruption(inputs_length=SOURCE), ROWS)
-
-
 def _batch() -> Batch:
     return random_batch(ROWS, SOURCE, TARGET, SPEC.vocab_size)
 
@@ -234,7 +178,6 @@ def _tokenization(job: Job) -> Callable[[], object]:
 
 WORK: dict[str, Callable[[Job], Callable[[], object]]] = {
     "pretrain": _step,
-    FROM_TEXT: _step,
     "pretrain --processes 2": _ranks,
     "distill": _distillation,
     "eval": _evaluation,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from busy import FROM_TEXT, LOADS, SETTINGS, SOURCES_OF_BATCHES, busy, with_runtime
+from busy import LOADS, SETTINGS, busy
 from contestants import Refused, Row
 from data import LOADING, MODELS, PREPARING, write_texts
 from machine import SIZES, Job
@@ -97,24 +97,21 @@ def of_busy(options: Namespace) -> None:
     loads = [*((count, False) for count in LOADS), (2, True)]
     job = {"section": "busy", "device": options.device, "precision": "float32", "limit": 300, "who": "switchcli"}
     for work in options.work:
-        runtimes = with_runtime(options.openmp) if options.openmp else ()
-        settings = SOURCES_OF_BATCHES if work == FROM_TEXT else (*SETTINGS, *runtimes)
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        with ExitStack() as stack:
             live = []
-            for setting in settings:
+            for setting in SETTINGS:
                 changes = {"environment": setting.environment, "threads": setting.threads or options.threads}
-                changes |= {"folder": folder, "work": work, **setting.job}
-                live.append(stack.enter_context(Live({**job, **changes})))
+                live.append(stack.enter_context(Live({**job, **changes, "work": work})))
             speeds = {}
             for load in loads:
                 with busy(*load):
                     speeds[load] = in_speeds(live, options.rounds)
         none = {load: each[0] for load, each in speeds.items()}
         first = [f"{statistics.median(none[load]):.1f}" for load in loads]
-        rows = [[f"{settings[0].name}, times per second", *first]]
-        for number, setting in enumerate(settings[1:], 1):
+        rows = [[f"{SETTINGS[0].name}, times per second", *first]]
+        for number, setting in enumerate(SETTINGS[1:], 1):
             rows.append([setting.name, *(ratio(each[number], none[load]) for load, each in speeds.items())])
-        print(f"`{work}`, over {settings[0].name}\n")
+        print(f"`{work}`, over {SETTINGS[0].name}\n")
         table(["setting", *(load_name(*load) for load in loads)], rows)
 
 

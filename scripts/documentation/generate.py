@@ -1,4 +1,4 @@
-"""The files that are made from the code."""
+"""The files that are made from the code: the index of recipe keys, and parts of pages between two comments."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,23 +9,39 @@ import planner_page
 import recipe_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES: dict[str, Callable[[], str]] = {
-    "switchcli/recipe/keys.json": lambda: recipe_keys.as_json(recipe_keys.key_index()),
-    "docs/reference/recipes.md": pages.recipes,
-    "docs/reference/commands.md": pages.commands,
-    "docs/reference/exit-codes.md": pages.exit_codes,
-    "docs/reference/python-api.md": pages.python_api,
-    "docs/what-can-i-train.md": planner_page.what_can_i_train,
-    "docs/notebooks/first-model.md": notebook_page.first_model,
+KEYS = "switchcli/recipe/keys.json"
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "docs/reference/recipes.md": ("the docstrings of the fields", pages.recipes),
+    "docs/reference/commands.md": ("the help texts in switchcli/commands", pages.commands),
+    "docs/reference/python-api.md": ("the docstrings of switchcli/api.py", pages.python_api),
+    "docs/what-can-i-train.md": ("the numbers of the planner", planner_page.sizes_by_machine),
+    "docs/notebooks/first-model.md": ("the notebook", notebook_page.first_model),
 }
-"""The text of each generated file, by its path from the root. Later files are made from earlier ones."""
+"""What a page's part is made from, and its text, by the path of the page from the root."""
+BEGIN = "<!-- From here on made from {source} by scripts/docs --reference: edit that instead. -->"
+END = "<!-- To here. -->"
+
+
+def page(name: str) -> str:
+    """Return a page with its part made anew. The text before and after the part stays."""
+    source, part = PARTS[name]
+    begin = BEGIN.format(source=source)
+    before, found, rest = (ROOT / name).read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(END)
+    assert found, f"{name} has no line {begin}"
+    assert found_end, f"{name} has no line {END}"
+    return f"{before}{begin}\n\n{part().strip()}\n\n{END}{after}"
 
 
 def write_files() -> None:
-    """Write the files whose text has changed, and print their names."""
-    for name, text_of in FILES.items():
-        path, text = ROOT / name, text_of()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-            print(f"{name}: written")
+    """Write the files whose text has changed, and print their names. The pages are made from the index of keys."""
+    _write(KEYS, recipe_keys.as_json(recipe_keys.key_index()))
+    for name in PARTS:
+        _write(name, page(name))
+
+
+def _write(name: str, text: str) -> None:
+    path = ROOT / name
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+        print(f"{name}: written")

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from pages import GENERATED
-
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs/notebooks/first-model.ipynb"
 
 
@@ -12,7 +10,7 @@ def first_model() -> str:
     """Return the page of the notebook. The notebook itself, to run it, is a link below the title."""
     title, *cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     download = f"Download [the notebook]({NOTEBOOK.name}) to run it."
-    parts = [GENERATED.format(source="the notebook"), "".join(title["source"]), download]
+    parts = ["".join(title["source"]), download]
     for cell in cells:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":

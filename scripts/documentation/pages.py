@@ -1,4 +1,4 @@
-"""The pages of docs/reference that are made from the code: recipe keys, commands, exit codes, Python API."""
+"""The parts of docs/reference that are made from the code: recipe keys, commands, Python API."""
 
 import ast
 import dataclasses
@@ -13,49 +13,18 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 import switchcli
-from switchcli import errors
 from switchcli.cli import app
 from switchcli.commands import _help
 from switchcli.recipe import key_index
 from switchcli.recipe.key_index import KeyInfo
 
-GENERATED = "<!-- Written by scripts/docs --reference. Edit {source} instead. -->\n"
-
-
 # Recipe keys
 
 
-RECIPES_TOP = """\
-# Which keys does a recipe have?
-
-This page lists every key of a recipe with its type, default and meaning. `switchcli recipes explain KEY` prints the
-same for one key, and `switchcli recipes schema VERB` prints a JSON Schema for editors.
-
-```yaml title="mine.yaml"
-extends: quickstart/switch
-model: {num_experts: 16, router: {capacity_factor: 1.0}}
-train: {steps: 5000}
-optimizer: {kind: adamw, weight_decay: 0.01}
-```
-
-How to read it:
-
-- `model.router.jitter` is the key `jitter` in the mapping `router` in the mapping `model`. On the command line it
-  is `model.router.jitter=0.02`.
-- `[]` stands for a position in a list, which the command line counts from 0: `data.corpora[].path` is
-  `data.corpora.0.path=...`.
-- `kind` selects one of several mappings with keys of their own. A key of only some of them says "if kind is ...".
-- Distillation has two forms: "on text" and "on tasks". A recipe with `tasks` is of the second form.
-- The default is written as in YAML. `{}` is a mapping of which each key has its own default.
-- `finetune` takes the keys of `model` from the checkpoint, and `distill` and `eval` take what is left out from the
-  run of the checkpoint. The defaults here then have no effect.
-"""
-
-
 def recipes() -> str:
-    """Return the page of recipe keys: one heading for each top-level key, one item for each meaning of a key."""
+    """Return one heading for each top-level key, and one item for each meaning of a key."""
     infos = key_index.all_keys()
-    lines = [GENERATED.format(source="the docstrings of the fields"), RECIPES_TOP]
+    lines: list[str] = []
     for top in dict.fromkeys(_top(info.key) for info in infos):
         group = [info for info in infos if _top(info.key) == top]
         verbs = {info.verbs for info in group}
@@ -118,24 +87,10 @@ def _escape(text: str) -> str:
 # Commands
 
 
-COMMANDS_TOP = """\
-# Which commands and options are there?
-
-This page lists every command with its arguments, options and defaults. `switchcli COMMAND --help` prints the same
-in the terminal.
-
-Every command takes `--help`. `--json` prints exactly one JSON object on stdout. Messages go to stderr:
-[exit codes and streams](exit-codes.md). KEY=VALUE arguments set recipe keys: [recipe keys](recipes.md).
-"""
-
-
 def commands() -> str:
-    """Return the page of all commands: usage, arguments, options with defaults, and examples."""
-    root = typer.main.get_command(app)
-    lines = [GENERATED.format(source="the help texts in switchcli/commands"), COMMANDS_TOP]
-    for words, command in _leaves(root, ()):
-        lines.append(_command_section(words, command))
-    return "\n".join(lines)
+    """Return the usage, arguments, options with defaults, and examples of all commands."""
+    leaves = _leaves(typer.main.get_command(app), ())
+    return "\n".join(_command_section(words, command) for words, command in leaves)
 
 
 def _leaves(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -208,109 +163,12 @@ def _epilog(text: str) -> Iterator[str]:
     yield f"More: [{_help.page(text)}](../{_help.page(text)}.md)\n"
 
 
-# Exit codes
-
-
-EXIT_TOP = """\
-# What do the exit codes mean, and what goes where?
-
-This page says how a script can tell what happened, and which stream carries what.
-
-| code | meaning |
-|---|---|
-| 0 | The command did what it was asked to do. |
-"""
-
-EXIT_BOTTOM = """
-An error that you can fix is one line for each problem, with the rule, the place and the fix, and no traceback. A
-traceback is a bug of switchcli, with exit code 1.
-
-```bash
-switchcli recipes explain train.step || echo "exit code $?"
-```
-
-```text
-error: train.step: no such recipe key. Did you mean train.steps or train.seed?
-exit code 2
-```
-
-With `--processes`, the exit code is that of the rank that failed first. torchrun's own exit code is 1 whenever that
-of a rank is not 0. `switchcli doctor` has exit code 1 if a probe fails, and `switchcli plan` if nothing fits.
-
-## Streams
-
-| stream | what it carries |
-|---|---|
-| stdout | Results: answers of `generate`, tables of `plan`, the recipe of `--dry-run`, the object of `--json`. |
-| stderr | Progress, warnings and errors. |
-
-- `--json` prints exactly one JSON object on stdout, on success and on failure. After a failure it is
-  `{"error": "...", "exit_code": 2}`. A traceback comes without an object.
-- `--quiet` leaves only warnings and errors on stderr. Results still go to stdout.
-- Without a terminal there are no colors and no live bars: one plain line for each logged step.
-- Text from data or from a model is printed with control characters escaped.
-- A closed or full stderr does not stop a run.
-
-## Signals
-
-SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal), SIGXCPU, SIGUSR1 and SIGUSR2 let a training run finish the
-step, save, and exit with 75. Run the same command again to resume. A second Ctrl-C ends the run at once, without
-saving, with 130. The run then resumes from its last checkpoint. [Resume and
-failures](../how-to/resume-and-failures.md) has the details.
-
-A loop that goes on after interruptions, and stops at any other failure:
-
-```bash
-until switchcli pretrain quickstart/switch --quiet; do
-  [ $? = 75 ] || break
-done
-```
-"""
-
-
-def exit_codes() -> str:
-    """Return the page of exit codes, from the classes of `switchcli.errors`."""
-    rows: dict[int, list[type[errors.SwitchError]]] = {}
-    for error in (errors.SwitchError, *errors.SwitchError.__subclasses__()):
-        # Errors about another rank have that rank's code.
-        if error.__name__ not in ("OtherRankError", "RankError"):
-            rows.setdefault(error.exit_code, []).append(error)
-    rows[1].remove(errors.SwitchError)
-    rows[1].append(errors.SwitchError)
-    lines = [GENERATED.format(source="switchcli/errors.py") + "\n" + EXIT_TOP.rstrip()]
-    for code, kinds in sorted(rows.items()):
-        meanings = " ".join(
-            "Any other failure." if kind is errors.SwitchError else _first_sentence(kind) for kind in kinds
-        )
-        lines.append(f"| {code} | {escape(meanings)} |")
-    lines += ["", "In Python, each code is a class of `switchcli.errors`, or Python's own `KeyboardInterrupt`:", ""]
-    lines += ["| class | exit code |", "|---|---|"]
-    for code, kinds in sorted(rows.items()):
-        names = ("KeyboardInterrupt" if kind is errors.InterruptedByForce else kind.__name__ for kind in kinds)
-        lines += [f"| `{name}` | {code} |" for name in names]
-    return "\n".join(lines) + "\n" + EXIT_BOTTOM
-
-
-def _first_sentence(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0]
-
-
-# Python API
-
-
-API_TOP = """\
-# Which functions does the Python API have?
-
-This page lists the public names of the package `switchcli`, from their signatures and docstrings. The commands call
-these functions. `import switchcli` is fast: it imports torch only when something needs it.
-
-Errors that you can fix are subclasses of `switchcli.errors.SwitchError`: [exit codes](exit-codes.md) lists them.
-"""
+# The Python API
 
 
 def python_api() -> str:
-    """Return the page of the Python API: each name of `switchcli.__all__` with its public members."""
-    lines = [GENERATED.format(source="the docstrings of switchcli/api.py"), API_TOP]
+    """Return each name of `switchcli.__all__` with its public members."""
+    lines: list[str] = []
     names = [name for name in switchcli.__all__ if not inspect.ismodule(getattr(switchcli, name))]
     for name in sorted(names, key=lambda name: (inspect.isclass(getattr(switchcli, name)), name)):
         section = _class_section if inspect.isclass(getattr(switchcli, name)) else _function_section

@@ -1,16 +1,16 @@
-"""The generated pages: equal to what the code says, and without gaps."""
+"""The pages of the reference: what the code says, and without gaps."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from switchcli import errors
+from switchcli.planner import devices
+
 ROOT = Path(__file__).resolve().parents[2]
 HOW = "run scripts/docs --reference, and commit what it writes"
-PAGES = [
-    *("reference/recipes.md", "reference/commands.md", "reference/exit-codes.md", "reference/python-api.md"),
-    "notebooks/first-model.md",
-]
+PAGES = ["reference/recipes.md", "reference/commands.md", "reference/python-api.md", "notebooks/first-model.md"]
 PLANNED = "what-can-i-train.md"
 
 
@@ -22,7 +22,27 @@ def committed(name: str) -> str:
 def test_a_page_is_what_the_code_says(name: str) -> None:
     import generate
 
-    assert committed(name) == generate.FILES[f"docs/{name}"](), HOW
+    assert committed(name) == generate.page(f"docs/{name}"), HOW
+
+
+def test_the_page_of_exit_codes_has_every_code_and_every_class() -> None:
+    text = committed("reference/exit-codes.md")
+    # An error about another rank has the code of that rank. The Python API raises KeyboardInterrupt itself.
+    kinds = {errors.SwitchError, *errors.SwitchError.__subclasses__()} - {errors.OtherRankError, errors.RankError}
+    codes = {
+        ("KeyboardInterrupt" if kind is errors.InterruptedByForce else kind.__name__, kind.exit_code) for kind in kinds
+    }
+    assert {(name, int(code)) for name, code in re.findall(r"^\| `(\w+)` \| (\d+) \|$", text, re.MULTILINE)} == codes
+    assert {int(code) for code in re.findall(r"^\| (\d+) \| \w", text, re.MULTILINE)} == {
+        0,
+        *(code for _, code in codes),
+    }
+
+
+def test_the_page_of_sizes_has_the_assumptions_of_the_planner() -> None:
+    prose = " ".join(committed(PLANNED).split())
+    assert f"leaves {devices.RESERVED_FRACTION:.0%} of the memory free" in prose
+    assert f"{devices.UTILIZATION:.0%} of the FLOP/s" in prose
 
 
 def test_every_option_and_argument_has_a_meaning() -> None:

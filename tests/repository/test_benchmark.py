@@ -55,7 +55,7 @@ def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monke
     busy = benchmark("busy")
     monkeypatch.setattr(busy, "SECONDS", 0)
     monkeypatch.setattr(busy, "ROWS", 16)
-    for work in set(busy.WORK) - {"pretrain --processes 2", busy.FROM_TEXT}:  # the first makes process groups
+    for work in set(busy.WORK) - {"pretrain --processes 2"}:  # which makes process groups
         job = {**TINY, "section": "busy", "who": "switchcli", "work": work}
         assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1, work
 
