@@ -90,10 +90,7 @@ def their_model(
         router_jitter_noise=0.01,
     )
     model = transformers.SwitchTransformersForConditionalGeneration._from_config(config, **chosen)
-    if (
-        implementations.get("experts_implementation", "eager") != "eager"
-        and not model._can_set_experts_implementation()
-    ):
+    if chosen.get("experts_implementation", "eager") != "eager" and not model._can_set_experts_implementation():
         raise Refused("accepted, but the model does not read it: its experts are the loop of `eager`")
     return model
 
