@@ -21,7 +21,7 @@ _BREAKS = re.compile("[\n\t\u2028\u2029]")
 _MARKUP = re.compile(
     r"[\\`*{}\[\]<>()#+!|~&:@$^=]"
     r"|(?<!\d)\.|\.(?!\d)"  # a decimal point has no meaning
-    r"|(?<![^\W_])[-_]|[-_](?![^\W_])"  # nor has a hyphen or an underscore between letters or digits
+    r"|(?<![^\W_])[-_]"  # nor has a hyphen or an underscore after a letter or a digit
 )
 """Punctuation with a meaning in Markdown, HTML or a link."""
 
