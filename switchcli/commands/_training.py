@@ -19,10 +19,9 @@ from switchcli.commands._options import (
     Resume,
     default_out,
 )
-from switchcli.commands._result import finish
+from switchcli.commands._result import Line, finish
 from switchcli.distributed.rendezvous import is_rank, join_srun
-from switchcli.report.console import main_console, print_json
-from switchcli.report.safe_text import safe_text
+from switchcli.report.console import main_console
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
@@ -60,7 +59,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
             if dry_run:
                 print_dry_run(job, as_json)
                 return
-            start_ranks(processes, job, as_json)
+            start_ranks(processes, job)
         result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
         finish(result.record, as_json)
 
@@ -73,11 +72,9 @@ def print_dry_run(job: "Job[TrainingRecipe]", as_json: bool) -> None:
     from switchcli.runs import planning
 
     api.TASKS[job.recipe.verb].open_inputs(job)
-    recipe = job.recipe
-    if as_json:
-        print_json({**planning.describe(recipe), "recipe": recipe.model_dump(mode="json")})
-    else:
-        typer.echo(safe_text(planning.describe_as_yaml(recipe)), nl=False)
+    lines = planning.describe_as_yaml(job.recipe).splitlines()
+    result = {**planning.describe(job.recipe), "recipe": job.recipe.model_dump(mode="json")}
+    finish(result, as_json, [Line(line, wrap=False) for line in lines])
 
 
 def starts_ranks(processes: int) -> bool:
@@ -87,11 +84,11 @@ def starts_ranks(processes: int) -> bool:
     return processes > 1 and not is_rank()
 
 
-def start_ranks(processes: int, job: "Job[TrainingRecipe | EvalRecipe]", as_json: bool) -> NoReturn:
+def start_ranks(processes: int, job: "Job[TrainingRecipe | EvalRecipe]") -> NoReturn:
     """Run this command as several ranks and exit with their exit code."""
     from switchcli.runs import run_dir
 
     ended = run_dir.launch_ranks(processes, job, main_console())
-    if as_json and ended.error is not None:
-        print_json({"error": ended.error, "exit_code": ended.exit_code})
+    if ended.error is not None:
+        _exit.print_json_error(ended.error, ended.exit_code)
     _exit.exit_with(ended.exit_code)

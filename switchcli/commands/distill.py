@@ -95,7 +95,7 @@ def distill(
             _training.print_dry_run(job, as_json)
             return
         if _training.starts_ranks(processes):
-            _training.start_ranks(processes, job, as_json)
+            _training.start_ranks(processes, job)
         finish(distilling.fill_teacher_cache(job, quiet), as_json)
         return
     result = api.train(recipe, out, **models, resume=resume, quiet=quiet)

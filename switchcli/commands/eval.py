@@ -60,7 +60,7 @@ def evaluate(
     recipe, overrides = split_arguments(arguments or [])
     model = api.open_checkpoint(checkpoint)
     if _training.starts_ranks(processes):
-        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides), as_json)
+        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides))
     out = out or eval_job.default_out(checkpoint)
     evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))
