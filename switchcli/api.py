@@ -32,15 +32,11 @@ from switchcli.recipe import messages, resolve
 from switchcli.recipe.schema import EvalRecipe, validate_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import main_console
-from switchcli.runs import eval_job, text_generation, text_routing
-from switchcli.runs.distilling import Distillation
-from switchcli.runs.eval_job import Evaluation
-from switchcli.runs.finetuning import Finetuning
-from switchcli.runs.job.job import Job
-from switchcli.runs.job.job import resolve as resolve_recipe
-from switchcli.runs.job.options import Options
-from switchcli.runs.job.pins import PinFinder
-from switchcli.runs.loading import (
+from switchcli.runs.evaluate import eval_job, text_generation, text_routing
+from switchcli.runs.evaluate.eval_job import Evaluation
+from switchcli.runs.evaluate.text_generation import Answer
+from switchcli.runs.evaluate.text_routing import LayerRouting, TextRouting
+from switchcli.runs.inputs.loading import (
     CheckpointHandle,
     LoadedModel,
     LoadPrecision,
@@ -48,11 +44,15 @@ from switchcli.runs.loading import (
     load_model,
     open_model,
 )
-from switchcli.runs.pretraining import Pretraining
-from switchcli.runs.text_generation import Answer
-from switchcli.runs.text_routing import LayerRouting, TextRouting
-from switchcli.runs.trainer import open_trainer
-from switchcli.runs.training_task import TrainingTask
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.job import resolve as resolve_recipe
+from switchcli.runs.job.options import Options
+from switchcli.runs.job.pins import PinFinder
+from switchcli.runs.train.distilling import Distillation
+from switchcli.runs.train.finetuning import Finetuning
+from switchcli.runs.train.pretraining import Pretraining
+from switchcli.runs.train.trainer import open_trainer
+from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
 from switchcli.tasks.scores import Score, Scores
 

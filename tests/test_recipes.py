@@ -10,7 +10,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import library, resolve
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs import sweep_list
+from switchcli.runs.sweep import sweep_list
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = sorted((ROOT / "recipes").rglob("*.runs"))

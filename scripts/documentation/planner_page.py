@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from switchcli.planner.plan import GIB, Fit, Machine
 from switchcli.report.units import si
-from switchcli.runs.planning import RecipePlan, describe, plan_sizes
+from switchcli.runs.devices.planning import RecipePlan, describe, plan_sizes
 
 
 class Target(NamedTuple):

@@ -44,7 +44,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the tokenizer of a recipe (data.tokenizer, kind: train) on its training documents, and write a file."""
-    from switchcli.runs import tokenizer_tools
+    from switchcli.runs.text import tokenizer_tools
 
     tokenizer_tools.check_free(out, replace=force)
     facts = tokenizer_tools.train(recipe, overrides or [], out, Console(quiet=quiet))
@@ -67,7 +67,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show the numbers of pieces and sentinels of a tokenizer, and the pieces of each TEXT."""
-    from switchcli.runs import tokenizer_tools
+    from switchcli.runs.text import tokenizer_tools
 
     tokenizer = tokenizer_tools.open_tokenizer(name)
     facts = tokenizer_tools.tokenizer_facts(name, tokenizer)

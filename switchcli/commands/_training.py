@@ -69,7 +69,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
 def print_dry_run(job: "Job[TrainingRecipe]", as_json: bool) -> None:
     """Open what the recipe names, and print the recipe with its model size, FLOPs and tokens, as YAML or as JSON."""
     from switchcli import api
-    from switchcli.runs import planning
+    from switchcli.runs.devices import planning
 
     api.TASKS[job.recipe.verb].open_inputs(job)
     lines = planning.describe_as_yaml(job.recipe).splitlines()
@@ -86,7 +86,7 @@ def starts_ranks(processes: int) -> bool:
 
 def start_ranks(processes: int, job: "Job[TrainingRecipe | EvalRecipe]") -> NoReturn:
     """Run this command as several ranks and exit with their exit code."""
-    from switchcli.runs import run_dir
+    from switchcli.runs.job import run_dir
 
     ended = run_dir.launch_ranks(processes, job, main_console())
     if ended.error is not None:

@@ -82,7 +82,7 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint to or from the layout of transformers, or for CTranslate2, completely or not at all."""
-    from switchcli.runs import conversion
+    from switchcli.runs.models import conversion
 
     layout = "huggingface" if to == "hf" else to
     _check_options(

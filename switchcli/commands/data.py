@@ -60,7 +60,7 @@ def prepare(
     quiet: Quiet = False,
 ) -> None:
     """Tokenize a recipe's text once, with all processors; the same command resumes after a stop."""
-    from switchcli.runs import text_preparation
+    from switchcli.runs.text import text_preparation
 
     result = text_preparation.prepare(
         recipe,

@@ -80,7 +80,8 @@ def distill(
 ) -> None:
     """Train a dense or smaller student on a teacher's probabilities; the same command resumes after a stop."""
     from switchcli import api
-    from switchcli.runs import distilling, run_dir
+    from switchcli.runs.job import run_dir
+    from switchcli.runs.train import distilling
 
     source, overrides = split_arguments(arguments or [])
     if out is None and source is not None:

@@ -55,7 +55,7 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: task scores with intervals, held-out loss, and routing health."""
     from switchcli import api
-    from switchcli.runs import eval_job
+    from switchcli.runs.evaluate import eval_job
 
     recipe, overrides = split_arguments(arguments or [])
     model = api.open_checkpoint(checkpoint)
@@ -69,7 +69,7 @@ def evaluate(
 
 def _shown(eval_pass: "Measurement") -> Iterator[Table | Line]:
     """Yield the metrics that were measured under one capacity."""
-    from switchcli.runs.score_tables import score_table, text_table
+    from switchcli.runs.evaluate.score_tables import score_table, text_table
     from switchcli.training.measure import ALL_TEXT
 
     yield Line("")

@@ -79,7 +79,7 @@ def generate(
     if texts and not all(map(str.strip, texts)):
         raise DataError("a TEXT is empty: write some, with <extra_id_0> where the model is to fill in")
     from switchcli import api
-    from switchcli.runs import text_generation
+    from switchcli.runs.evaluate import text_generation
 
     settings = {
         "max_tokens": max_tokens,

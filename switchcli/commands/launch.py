@@ -15,7 +15,7 @@ from switchcli.commands._options import refuse_pipes
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.recipe.key_index import VERBS
 from switchcli.report.safe_text import shell_words
-from switchcli.runs import cluster
+from switchcli.runs.sweep import cluster
 
 app = typer.Typer()
 

@@ -20,7 +20,7 @@ from switchcli.report.units import gib, number, parse_bytes, si
 
 if TYPE_CHECKING:
     from switchcli.planner.plan import Fit, Machine
-    from switchcli.runs.planning import RecipePlan
+    from switchcli.runs.devices.planning import RecipePlan
 
 app = typer.Typer()
 
@@ -99,7 +99,7 @@ def plan(
     """
     from switchcli.recipe.sizes import SIZES
     from switchcli.report.html_page import write_page
-    from switchcli.runs import planning
+    from switchcli.runs.devices import planning
 
     rates = {"flops": flops, "memory_bandwidth": memory_bandwidth, "bandwidth": bandwidth, "network": network}
     machine = _machine(gpu, devices, memory, rates, node_devices)
@@ -156,7 +156,7 @@ def _machine(
 
 def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator[Table]:
     """Yield the tables of all sizes: the devices, what fits, and the keys to paste."""
-    from switchcli.runs.planning import SIZES_RECIPE, describe
+    from switchcli.runs.devices.planning import SIZES_RECIPE, describe
 
     first = plans[0]
     about = describe(first.recipe)
@@ -199,7 +199,7 @@ def _start(recipe: str, verb: str, machine: "Machine") -> str:
 
 
 def _size_row(row: "RecipePlan") -> tuple[str, ...]:
-    from switchcli.runs.planning import describe
+    from switchcli.runs.devices.planning import describe
 
     parameters, needed, fit = si(describe(row.recipe)["parameters"]), _devices_needed(row), row.plan.best
     if fit is None:
@@ -234,7 +234,7 @@ def _step_tables(plan: "RecipePlan", max_rows: int | None) -> Iterator[Table]:
 
 def _summary(plan: "RecipePlan") -> Iterator[tuple[str, str]]:
     """Yield the rows of the table about the model, the batch, the devices and the fastest mesh."""
-    from switchcli.runs.planning import describe
+    from switchcli.runs.devices.planning import describe
 
     sizes, (fits, rejected) = describe(plan.recipe), plan.plan
     yield "parameters", number(sizes["parameters"])
@@ -295,7 +295,7 @@ def _device_rows(plan: "RecipePlan") -> list[tuple[str, str]]:
 def _assumptions(plan: "RecipePlan") -> str:
     """Return what the plan assumes of the devices, and how far its times are from measurements."""
     from switchcli.planner.devices import RESERVED_FRACTION
-    from switchcli.runs.planning import TIMES
+    from switchcli.runs.devices.planning import TIMES
 
     machine = plan.machine
     reserve = f"{RESERVED_FRACTION:.0%} of the memory is left to CUDA's context, buffers and fragmentation."

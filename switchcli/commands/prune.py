@@ -53,7 +53,7 @@ def prune(
     quiet: Quiet = False,
 ) -> None:
     """Remove the experts that held-out text uses least from each sparse layer, to serve a smaller model."""
-    from switchcli.runs import pruning
+    from switchcli.runs.models import pruning
 
     recipe, overrides = split_arguments(arguments or [])
     result = pruning.prune(

@@ -65,7 +65,7 @@ def report(
     from switchcli.report.charts import require_renderer, write_files
     from switchcli.report.html_page import write_page
     from switchcli.report.run_report import Report
-    from switchcli.runs.run_comparison import compare_runs
+    from switchcli.runs.evaluate.run_comparison import compare_runs
 
     console = Console(quiet=quiet)
     if figures is not None:
@@ -80,7 +80,7 @@ def report(
     if folders or baseline is not None or not routing:
         report = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
     if routing:
-        from switchcli.runs.routing_survey import survey_checkpoints
+        from switchcli.runs.evaluate.routing_survey import survey_checkpoints
 
         report = report._replace(routing=survey_checkpoints(checkpoints, overrides, console))
     parts = [*run_report.parts(report)] if html is not None or figures is not None else []

@@ -24,7 +24,7 @@ from switchcli.commands._result import Line, finish
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.runs import cluster, sweep_list
+from switchcli.runs.sweep import cluster, sweep_list
 
 app = typer.Typer()
 _APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.app, "eval": evaluate.app}
@@ -68,7 +68,7 @@ def sweep(
 
     A failed run stops no others, except those that need it. The exit code is then 1.
     """
-    from switchcli.runs.sweep_runner import STOPPED, Sweep, available_slots, command
+    from switchcli.runs.sweep.sweep_runner import STOPPED, Sweep, available_slots, command
 
     if slurm and as_json:
         raise RecipeError("--json: cannot be used with --slurm, which prints a shell script")

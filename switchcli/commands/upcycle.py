@@ -45,7 +45,7 @@ def upcycle(
     quiet: Quiet = False,
 ) -> None:
     """Make a sparse model from a dense one: its experts are copies of the dense feed-forwards."""
-    from switchcli.runs import upcycling
+    from switchcli.runs.models import upcycling
 
     console = Console(quiet=quiet)
     result = upcycling.upcycle(

@@ -1,1 +1,1 @@
-"""Turn a recipe into a run: train, evaluate, distill, save and resume."""
+"""Turn a recipe into work. Its folders are layers, from train to inputs; the order is a contract in pyproject.toml."""

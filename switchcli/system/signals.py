@@ -32,7 +32,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 class StopTraining(Exception):
     """A stop was requested on some rank. All ranks raise it together.
 
-    It is caught in two places, which save: runs/trainer.py for a run, runs/distilling.py for a teacher cache.
+    It is caught in two places, which save: runs/train/trainer.py and, for a teacher cache, runs/train/teacher.py.
     """
 
 

@@ -22,8 +22,8 @@ from switchcli import api, errors
 from switchcli.cli import app
 from switchcli.distributed import cpu_settings
 from switchcli.model.moe.layer import sparse_layers
-from switchcli.runs import text_sets
-from switchcli.runs.loading import choose_device, load_checkpoint
+from switchcli.runs.inputs import text_sets
+from switchcli.runs.inputs.loading import choose_device, load_checkpoint
 from switchcli.training.loss import cross_entropy
 
 GAP = "the red <extra_id_0> is blue"
@@ -183,7 +183,7 @@ def test_a_stop_before_training_says_how_to_go_on(
 ) -> None:
     loaded = switchcli.Recipe.load(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("switchcli.runs.trainer.preflight", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("switchcli.runs.train.trainer.preflight", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt) as stopped:
             switchcli.train(loaded, tmp_path / "run", quiet=True)
     assert not lacking("\n".join(stopped.value.__notes__), "switchcli.train")

@@ -13,8 +13,8 @@ from messages import lacking
 from safetensors.torch import load_file
 from tiny_run import RECIPE, SwitchCLI, records, write_text
 
-from switchcli.runs import distilling
-from switchcli.runs.loading import load_checkpoint
+from switchcli.runs.inputs.loading import load_checkpoint
+from switchcli.runs.train import distilling
 from switchcli.system.lock import lock
 from switchcli.training.distillation import DistillationLoss
 

@@ -98,7 +98,7 @@ def test_other_text_than_the_checkpoint_saw_is_told(
         raise DataError("no network")
 
     with monkeypatch.context() as patch:  # the shards of a hub are not needed
-        patch.setattr("switchcli.runs.text_sets.source_shards_of", out_of_reach)
+        patch.setattr("switchcli.runs.inputs.text_sets.source_shards_of", out_of_reach)
         assert not told()
     os.utime(own, ns=(0, 0))
     assert not told(), "a copy is the same text"
@@ -275,7 +275,7 @@ def test_out_of_memory_is_told_with_a_way_out(
 
 
 def test_where_it_is_written(trained: Path) -> None:
-    from switchcli.runs.eval_job import default_out
+    from switchcli.runs.evaluate.eval_job import default_out
 
     assert default_out(trained) == Path("runs/eval/run")
     assert default_out(trained / "checkpoints/step-00000002") == Path("runs/eval/run-step-00000002")

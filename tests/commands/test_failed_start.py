@@ -15,7 +15,9 @@ from messages import lacking
 from tiny_run import SwitchCLI
 
 from switchcli.errors import CheckpointError, OutOfMemory
-from switchcli.runs import run_dir, text_sets, trainer
+from switchcli.runs.inputs import text_sets
+from switchcli.runs.job import run_dir
+from switchcli.runs.train import trainer
 
 
 def content(folder: Path) -> dict[str, bytes | None]:

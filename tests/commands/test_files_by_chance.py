@@ -28,9 +28,9 @@ from switchcli.errors import SwitchError
 from switchcli.report import run_report
 from switchcli.report.console import silent
 from switchcli.report.html_page import page
-from switchcli.runs import loading
-from switchcli.runs.run_comparison import compare_runs
-from switchcli.runs.transformers_checkpoint import meta_model
+from switchcli.runs.evaluate.run_comparison import compare_runs
+from switchcli.runs.inputs import loading
+from switchcli.runs.inputs.transformers_checkpoint import meta_model
 from switchcli.training.checkpointer import logical_tensors
 from switchcli.training.state import TrainState
 

@@ -14,7 +14,7 @@ from tiny_run import SwitchCLI
 from switchcli.planner.devices import GPUS, RESERVED_FRACTION, UTILIZATION
 from switchcli.planner.plan import Machine
 from switchcli.recipe.sizes import SIZES
-from switchcli.runs.planning import plan_recipe
+from switchcli.runs.devices.planning import plan_recipe
 
 
 def planned(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def test_without_a_fit_the_exit_code_is_1_and_scripts_get_the_plan(
 def few_sizes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sizes that fit on one small device, on eight, and only on more than eight. Returns them by their parameters."""
     names = ["switch-xxl", "switch-base-64", "tiny"]
-    monkeypatch.setattr("switchcli.runs.planning.SIZES", {name: SIZES[name] for name in names})
+    monkeypatch.setattr("switchcli.runs.devices.planning.SIZES", {name: SIZES[name] for name in names})
     return names[::-1]
 
 

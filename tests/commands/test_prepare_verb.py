@@ -330,7 +330,7 @@ def test_a_stream_is_not_mixed_by_sizes_of_which_one_is_unknown(
         first, *others = source_shards_of(corpora)
         return [first, *((corpus, shard._replace(size=None)) for corpus, shard in others)]
 
-    monkeypatch.setattr("switchcli.runs.text_sets.source_shards_of", unsized)
+    monkeypatch.setattr("switchcli.runs.inputs.text_sets.source_shards_of", unsized)
     done = switchcli(*command, "run")
     assert done.code == 3
     assert not lacking(done.err, "error: data.mixture fr temperature mixture.kind=weighted access=prepared")

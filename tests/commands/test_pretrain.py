@@ -14,8 +14,8 @@ from tiny_run import SwitchCLI, records
 from switchcli.distributed.context import DistributedContext
 from switchcli.recipe.schema import resolve_text_recipe
 from switchcli.report.program import program_name
-from switchcli.runs import text_sets as verb
-from switchcli.runs.planning import describe
+from switchcli.runs.devices.planning import describe
+from switchcli.runs.inputs import text_sets as verb
 
 RESULT_KEYS = {
     "verb", "run", "step", "seconds", "tokens_per_second", "input_tokens", "target_tokens", "flops_per_sequence",

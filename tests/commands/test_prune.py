@@ -10,7 +10,7 @@ from doubles import NoWarnings
 from messages import lacking
 from tiny_run import SwitchCLI
 
-from switchcli.runs.loading import load_checkpoint
+from switchcli.runs.inputs.loading import load_checkpoint
 
 LAYERS = ["encoder.blocks.1.feed_forward", "decoder.blocks.1.feed_forward"]
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
 from switchcli.report.program import program_name
-from switchcli.runs import text_sets as verb
-from switchcli.runs import trainer
+from switchcli.runs.inputs import text_sets as verb
+from switchcli.runs.train import trainer
 from switchcli.system.lock import lock
 
 INTERRUPTED, CHECKPOINT = 75, 4

@@ -14,7 +14,7 @@ from switchcli.commands._options import default_out
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
-from switchcli.runs import loading
+from switchcli.runs.inputs import loading
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_program_is_called_as_it_can_be(
 def test_memory_is_asked_for_before_text_is_read(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.text_sets.prepare", None)
+    monkeypatch.setattr("switchcli.runs.inputs.text_sets.prepare", None)
     done = switchcli("pretrain", recipe, "model.d_ff=1048576", "model.d_model=131072", "--out", "a")
     assert (done.code, done.out) == (1, "")
     assert re.match(r"error: out of memory: cpu .*\b[\d,]+ bytes\b.*\b[\d,]{18,}\b", done.err)

@@ -16,9 +16,23 @@ pytestmark = [pytest.mark.integration, pytest.mark.smoke]
 IMPORTED = (
     *("api", "commands._training", "report.run_report", "report.charts", "recipe.schema", "recipe.key_index"),
     *("convert.to_transformers", "doctor.probes", "planner.plan", "data.prepare.pipeline"),
-    *("runs.conversion", "runs.diagnosis", "runs.distilling", "runs.eval_job", "runs.finetuning", "runs.planning"),
-    *("runs.pretraining", "runs.pruning", "runs.routing_survey", "runs.run_comparison", "runs.text_generation"),
-    *("runs.text_preparation", "runs.tokenizer_tools", "runs.trainer", "runs.upcycling"),
+    *(
+        "runs.models.conversion",
+        "runs.evaluate.diagnosis",
+        "runs.train.distilling",
+        "runs.evaluate.eval_job",
+        "runs.train.finetuning",
+        "runs.devices.planning",
+    ),
+    *(
+        "runs.train.pretraining",
+        "runs.models.pruning",
+        "runs.evaluate.routing_survey",
+        "runs.evaluate.run_comparison",
+        "runs.evaluate.text_generation",
+    ),
+    *("runs.text.text_preparation", "runs.text.tokenizer_tools", "runs.train.trainer"),
+    *("runs.models.upcycling",),
 )
 """Modules that the verbs import when they are called."""
 TASKS = (

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from switchcli.cli import app
 from switchcli.convert import config as configs
 from switchcli.errors import CheckpointError, DataError, NumericsError, RecipeError, SwitchError
-from switchcli.runs.loading import load_checkpoint
+from switchcli.runs.inputs.loading import load_checkpoint
 
 WI = "encoder.block.1.layer.1.mlp.experts.expert_1.wi.weight"
 

@@ -14,8 +14,8 @@ from switchcli.convert.config import StackLengths, SwitchConfig, sparse_blocks, 
 from switchcli.convert.to_transformers import transformers_config
 from switchcli.model.config import STACKS
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.runs.loading import load_checkpoint
-from switchcli.runs.transformers_checkpoint import recipe_from_config
+from switchcli.runs.inputs.loading import load_checkpoint
+from switchcli.runs.inputs.transformers_checkpoint import recipe_from_config
 
 HERE = Path("config.json")
 SHAPE = {"vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 4, "tie_word_embeddings": True}

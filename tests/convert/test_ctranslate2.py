@@ -20,8 +20,8 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
-from switchcli.runs import conversion
-from switchcli.runs.loading import LoadedModel, load_checkpoint
+from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
+from switchcli.runs.models import conversion
 from switchcli.spec import EOS, PAD
 
 SPECS = {

@@ -25,8 +25,8 @@ from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
-from switchcli.runs import conversion
-from switchcli.runs.loading import LoadedModel, load_checkpoint
+from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
+from switchcli.runs.models import conversion
 from switchcli.training.checkpointer import logical_tensors
 from switchcli.training.config import TrainSpec
 from switchcli.training.state import TrainState

@@ -24,7 +24,7 @@ from switchcli.errors import CheckpointError
 from switchcli.model.config import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.step import Mesh, rank_weights
-from switchcli.runs import transformers_checkpoint
+from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import cross_entropy

@@ -36,7 +36,7 @@ from switchcli.errors import NumericsError
 from switchcli.model.init import initial_weights
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.runs.callbacks import ValidationCallback
+from switchcli.runs.train.callbacks import ValidationCallback
 from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import Checkpointer
 from switchcli.training.config import CheckpointSpec, NonfiniteSpec, TrainSpec

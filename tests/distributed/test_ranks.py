@@ -39,7 +39,7 @@ from switchcli.model.moe.losses import AuxiliaryLoss
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.trainable import freeze, trainable, trainable_members
 from switchcli.model.trainable_sets import TrainableSet
-from switchcli.runs.callbacks import LogCallback, ValidationCallback
+from switchcli.runs.train.callbacks import LogCallback, ValidationCallback
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest
 from switchcli.training.callback import Callback

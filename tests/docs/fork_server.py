@@ -16,9 +16,23 @@ from terminal import exit_code, run_switchcli
 
 IMPORTED = (
     *("api", "commands._training", "convert.to_transformers", "doctor.probes", "report.run_report"),
-    *("runs.conversion", "runs.diagnosis", "runs.distilling", "runs.eval_job", "runs.finetuning", "runs.planning"),
-    *("runs.pretraining", "runs.pruning", "runs.routing_survey", "runs.run_comparison", "runs.text_generation"),
-    *("runs.text_preparation", "runs.tokenizer_tools", "runs.trainer", "runs.upcycling"),
+    *(
+        "runs.models.conversion",
+        "runs.evaluate.diagnosis",
+        "runs.train.distilling",
+        "runs.evaluate.eval_job",
+        "runs.train.finetuning",
+        "runs.devices.planning",
+    ),
+    *(
+        "runs.train.pretraining",
+        "runs.models.pruning",
+        "runs.evaluate.routing_survey",
+        "runs.evaluate.run_comparison",
+        "runs.evaluate.text_generation",
+    ),
+    *("runs.text.text_preparation", "runs.text.tokenizer_tools", "runs.train.trainer"),
+    *("runs.models.upcycling",),
 )
 CLIENT = """\
 import json, os, socket

@@ -22,8 +22,8 @@ from switchcli.data.prepare import shards
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.runs import pretraining, trainer
-from switchcli.runs.callbacks import ValidationCallback
+from switchcli.runs.train import pretraining, trainer
+from switchcli.runs.train.callbacks import ValidationCallback
 from switchcli.system.signals import STOPPING
 from switchcli.training.distillation import Teacher
 from switchcli.training.optimizers import Optimizer

@@ -10,7 +10,7 @@ from switchcli.planner import devices
 from switchcli.planner.plan import Machine
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs.planning import planner_of
+from switchcli.runs.devices.planning import planner_of
 
 
 @pytest.mark.parametrize("name", devices.GPUS)

@@ -19,7 +19,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.planner.step import Mesh, Step, rank_weights
 from switchcli.planner.traffic import collectives
-from switchcli.runs import transformers_checkpoint
+from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.training.config import Precision
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import cross_entropy

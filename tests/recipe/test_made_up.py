@@ -19,7 +19,7 @@ from switchcli.recipe import key_index, resolve
 from switchcli.recipe.key_index import KeyInfo
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_rules import TrainingRecipe
-from switchcli.runs import planning
+from switchcli.runs.devices import planning
 
 TASK = {"kind": "files", "name": "color", "train": ["a.jsonl"], "input": "{text}", "target": "label"}
 STEPS = {"train": {"steps": 400, "batch_tokens": 4096}}

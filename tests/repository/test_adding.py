@@ -375,7 +375,7 @@ def tripled(model: nn.Module, batch: AnyBatch) -> StepLoss:
     return loss._replace(target_sum=3 * loss.target_sum, metrics={**loss.metrics, "tripled": Mean(*(torch.ones(2)))})
 '''
     tree.insert("switchcli/training/loss.py", loss, after=r"\Z")
-    text_sets = "switchcli/runs/text_sets.py"
+    text_sets = "switchcli/runs/inputs/text_sets.py"
     tree.insert(text_sets, "tripled, ", after=r"^from switchcli.training.loss import ")
     tree.insert(text_sets, "    return tripled\n", after=r'^def text_loss\(.*\n    """.*\n')
 
@@ -594,7 +594,7 @@ app = typer.Typer()
 def count(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Count the parameters of a checkpoint."""
     from switchcli.report.console import silent
-    from switchcli.runs.loading import open_model
+    from switchcli.runs.inputs.loading import open_model
 
     weights = open_model(checkpoint, silent()).weights()
     count = sum(weight.numel() for weight in weights.values())
@@ -623,15 +623,15 @@ app = training_app("rehearse", "Train as `pretrain` does, and say so.", epilog("
 ''',
     )
     tree.create(
-        "switchcli/runs/rehearsing.py",
+        "switchcli/runs/train/rehearsing.py",
         '''"""Rehearsing: the task of `switchcli rehearse`."""
 
 from typing import TYPE_CHECKING, Any
 
-from switchcli.runs.pretraining import Pretraining
+from switchcli.runs.train.pretraining import Pretraining
 
 if TYPE_CHECKING:
-    from switchcli.runs.trainer import Trainer
+    from switchcli.runs.train.trainer import Trainer
 
 
 class Rehearsing(Pretraining):
@@ -654,8 +654,8 @@ class RehearseRecipe(TextRecipe):
 '''
     tree.insert("switchcli/recipe/schema.py", recipe, before="^RECIPES: ")
     tree.insert("switchcli/recipe/schema.py", '"rehearse": RehearseRecipe, ', before='"pretrain": PretrainRecipe')
-    line = "from switchcli.runs.rehearsing import Rehearsing\n"
-    tree.insert("switchcli/api.py", line, before="^from switchcli.runs.text_generation import")
+    line = "from switchcli.runs.train.rehearsing import Rehearsing\n"
+    tree.insert("switchcli/api.py", line, before="^from switchcli.runs.train.trainer import")
     tree.insert("switchcli/api.py", "Rehearsing, ", after=r"^TASKS.* in \(")
 
 

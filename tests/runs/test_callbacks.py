@@ -18,8 +18,8 @@ from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import NumericsError
 from switchcli.metric_names import HELD_OUT
-from switchcli.runs import callbacks
-from switchcli.runs.callbacks import EvaluationCallback, LogCallback, ValidationCallback
+from switchcli.runs.train import callbacks
+from switchcli.runs.train.callbacks import EvaluationCallback, LogCallback, ValidationCallback
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.loss import StepLoss

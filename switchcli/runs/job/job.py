@@ -12,8 +12,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from switchcli.recipe import resolve as recipes
 from switchcli.recipe.resolve import Source
 from switchcli.recipe.yaml_nodes import Node
+from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.pins import Pin, PinFinder
-from switchcli.runs.loading import CheckpointHandle
 from switchcli.spec import Spec
 
 R_co = TypeVar("R_co", bound=Spec, covariant=True)

@@ -21,7 +21,7 @@ from switchcli.recipe import resolve
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
-from switchcli.runs.loading import CheckpointHandle, locate, open_model, saved_recipe
+from switchcli.runs.inputs.loading import CheckpointHandle, locate, open_model, saved_recipe
 from switchcli.system.startup import LAUNCHER
 
 START, TEACHER, STUDENT, BASELINE = "start.checkpoint", "distill.teacher", "student.path", "distill.baseline"

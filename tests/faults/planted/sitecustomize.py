@@ -23,8 +23,8 @@ def plant(fault: str, phase: str, moment: Path) -> None:
     from switchcli.checkpoint.checkpoint import CheckpointWriter
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import DistributedContext
-    from switchcli.runs.callbacks import ValidationCallback
-    from switchcli.runs.trainer import Trainer
+    from switchcli.runs.train.callbacks import ValidationCallback
+    from switchcli.runs.train.trainer import Trainer
     from switchcli.training import loop
 
     def act() -> None:

@@ -1,0 +1,1 @@
+"""How a run uses its machine: the mesh of its ranks, accelerate's settings, and the plan of a step."""

@@ -1,0 +1,61 @@
+"""Build the ranks of a run as the mesh of its recipe, or with `parallel: auto` as the fastest mesh of the plan."""
+
+import os
+
+import torch
+
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.parallel_spec import ParallelSpec
+from switchcli.errors import RecipeError, machine_bytes
+from switchcli.planner.plan import Machine
+from switchcli.recipe.schema import EvalRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.runs.devices import accelerate_settings
+from switchcli.runs.devices.planning import planner_of
+
+
+def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
+    """Return the distributed context of a run or an evaluation. Warn about settings of accelerate that are ignored.
+
+    Raises:
+        RecipeError: no mesh fits with `parallel: auto`.
+        SwitchError: as `DistributedContext` says.
+    """
+    if isinstance(recipe, EvalRecipe):
+        context = DistributedContext(recipe.device, recipe.precision)
+    else:
+        choose = (lambda: fastest_mesh(recipe)) if recipe.parallel.auto else None
+        context = DistributedContext(recipe.train.device, recipe.train.precision, recipe.parallel, choose)
+    accelerate_settings.warn_about_settings(recipe, context)
+    return context
+
+
+def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
+    """Return the fastest mesh of the plan for the ranks that a launcher started, by the memory of this rank's device.
+
+    Raises:
+        RecipeError: no mesh with this number of ranks fits.
+    """
+    ranks, local_ranks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
+    # On a CPU, the ranks of a machine share its memory.
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // local_ranks
+    candidates = planner_of(recipe, fused=cuda).plan(Machine(ranks, memory, node_devices=local_ranks))
+    # Without train.microbatch_tokens a rank takes its share of a batch at once. A plan may divide it into microbatches.
+    at_once = not recipe.train.microbatch_tokens
+    for fit in candidates.fits:
+        if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
+            data, expert, model, shard = fit.mesh
+            return ParallelSpec(
+                data=data, model=model, expert=expert, shard=shard, comm_dtype=recipe.parallel.comm_dtype
+            )
+    reason = ""
+    if not candidates.fits:
+        # Meshes that lack memory come first, and of these the one that needs the least.
+        closest = min(candidates.rejected, key=lambda rejection: (rejection.kind != "memory", rejection.bytes_needed))
+        reason = f": {closest.reason}"
+    fix = "set train.microbatch_tokens" if at_once else "set a smaller train.microbatch_tokens"
+    raise RecipeError(
+        f"parallel.auto: no mesh of {ranks} ranks fits with {'the whole share' if at_once else 'microbatches'} of a "
+        f"batch{reason}: {fix}, or start more ranks (`switchcli plan` shows all meshes)"
+    )

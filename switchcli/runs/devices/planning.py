@@ -1,0 +1,310 @@
+"""What a recipe's training costs: the size of its model and run, and the plan of its step on given devices."""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchcli.distributed.parallel_spec import check_world
+from switchcli.errors import RecipeError
+from switchcli.metric_names import TOKENS_PER_SECOND
+from switchcli.model.flops import FORWARD_AND_BACKWARD, count
+from switchcli.planner.plan import Fit, Machine, Plan, Planner
+from switchcli.planner.step import Step
+from switchcli.recipe import library, resolve, yaml_nodes
+from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
+from switchcli.recipe.sizes import SIZES
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.units import si
+from switchcli.runs.inputs.transformers_checkpoint import meta_model
+
+SIZES_RECIPE = "pretrain/base"
+"""The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
+paper's pre-training on C4."""
+TIMES = (
+    "Times are arithmetic from these rates, with nothing overlapped and no latency, so small models are slower. No "
+    "estimate was compared with a measurement on a GPU yet."
+)
+"""The statement of a plan on how far its times are from measurements."""
+_SECONDS_PER_DAY = 24 * 60 * 60
+_BUSY_TOKENS = 8192
+"""Tokens of a step on each device, below which starting the kernels is assumed to take longer than their work. It is an
+assumption: no step was measured on a GPU."""
+
+
+def describe(recipe: TrainingRecipe) -> dict[str, Any]:
+    """Return the parameters, FLOPs and tokens of a run. No model is allocated and no text is read.
+
+    FLOPs are those of the forward pass, by the formula of the paper's section 5.6.
+    """
+    cost = count(recipe.model, recipe.inputs_length, recipe.targets_length)
+    input_tokens = recipe.train.steps * recipe.train.batch_tokens
+    return {
+        "parameters": cost.parameters,
+        "dense_parameters": cost.dense,
+        "expert_parameters": cost.expert,
+        "active_parameters": cost.active,
+        "flops_per_sequence": cost.flops,
+        "inputs_length": recipe.inputs_length,
+        "targets_length": recipe.targets_length,
+        "sequences_per_step": recipe.rows_per_step,
+        "steps": recipe.train.steps,
+        "input_tokens": input_tokens,
+        # A batch holds whole sequences, so the division is exact.
+        "target_tokens": input_tokens // recipe.inputs_length * recipe.targets_length,
+    }
+
+
+def describe_as_yaml(recipe: TrainingRecipe) -> str:
+    """Return the resolved recipe as YAML, with its description in comments at the top. The text is still a recipe."""
+    comments = [f"# {name.replace('_', ' ')}: {value:,}\n" for name, value in describe(recipe).items()]
+    return "".join([*comments, resolve.dump(recipe)])
+
+
+def planner_of(recipe: TrainingRecipe, fused: bool) -> Planner:
+    """Return the planner of a recipe's step, on the meshes that it allows. `fused` assumes the kernels of a GPU."""
+    train = recipe.train
+    step = Step(
+        recipe.rows_per_step,
+        recipe.inputs_length,
+        recipe.targets_length,
+        product_bytes=4 if train.precision == "float32" else 2,
+        router_bytes=train.router_dtype.itemsize,
+        fused=fused,
+        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,
+        recomputed=train.activation_checkpointing == "blocks",
+        ordered=recipe.parallel.reduction == "ordered",
+    )
+    microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
+    weights = dict(meta_model(recipe.model).named_parameters())
+    state = recipe.optimizer.build(weights).state()
+    return Planner(recipe.model, step, weights, state, microbatch, recipe.parallel)
+
+
+class LaptopSetting(NamedTuple):
+    """A key of a recipe whose value suits a laptop, with a value for GPUs."""
+
+    key: str
+    value: str
+    instead: str
+    reason: str
+
+
+class RecipePlan(NamedTuple):
+    """The plan of a recipe's step on given devices, with the keys that give it."""
+
+    name: str
+    """The recipe or the size, as the user named it."""
+    given: tuple[str, ...]
+    """The KEY=VALUE that the user gave."""
+    recipe: TrainingRecipe
+    machine: Machine
+    plan: Plan
+    devices_needed: int | None
+    """The smallest power of two of such devices that the step fits on; None if no number of them suffices."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """The KEY=VALUE that give this step on its fastest mesh: behind the planned recipe, or behind any recipe of
+        `switchcli pretrain` if a size was planned. None if it does not fit."""
+        best = self.plan.best
+        if best is None:
+            return []
+        recipe, mesh, keys = self.recipe, best.mesh, {}
+        if self.name in SIZES:
+            keys["model.size"] = self.name
+            if recipe.model.num_experts > 1:
+                keys["model.router.group_sequences"] = str(recipe.model.group_sequences)
+            keys["data.objective.inputs_length"] = str(recipe.inputs_length)
+            keys["train.batch_tokens"] = str(recipe.train.batch_tokens)
+            keys["train.precision"] = recipe.train.precision
+        keys |= {key: value for key, _, value in (override.partition("=") for override in self.given)}
+        keys["train.microbatch_tokens"] = str(best.microbatch * recipe.inputs_length)
+        if recipe.parallel.auto:  # the keys below are the mesh that it would choose
+            from_user = keys.get("parallel") == "auto" or "parallel.auto" in keys
+            keys = {key: value for key, value in keys.items() if (key, value) != ("parallel", "auto")}
+            keys.pop("parallel.auto", None)
+            keys |= {} if from_user else {"parallel.auto": "false"}
+        keys["parallel.data"] = str(mesh.data)
+        for key in ("model", "expert", "shard"):
+            if getattr(mesh, key) != getattr(recipe.parallel, key):
+                keys[f"parallel.{key}"] = str(getattr(mesh, key))
+        return [f"{key}={value}" for key, value in keys.items()]
+
+    @property
+    def laptop_settings(self) -> list[LaptopSetting]:
+        """The settings of the recipe that suit a laptop and waste these devices."""
+        train, machine, found = self.recipe.train, self.machine, []
+        if train.device == "cpu":
+            return []
+        fast, slow = machine.product_flops(2), machine.product_flops(self.product_bytes)
+        if train.precision == "float32" and (machine.gpu is None or fast > slow):
+            reached = f": {si(slow)} instead of {si(fast)} FLOP/s a device" if fast > slow else ""
+            reason = f"products in float32, not in bfloat16{reached}"
+            found.append(LaptopSetting("train.precision", train.precision, "selective", reason))
+        tokens = train.batch_tokens / machine.devices
+        if tokens < _BUSY_TOKENS:
+            enough = train.batch_tokens * 2 ** math.ceil(math.log2(_BUSY_TOKENS / tokens))
+            reason = f"{tokens:,.0f} tokens a device; {_BUSY_TOKENS:,} keep one busy, by assumption"
+            found.append(LaptopSetting("train.batch_tokens", str(train.batch_tokens), str(enough), reason))
+        return found
+
+    @property
+    def flops_per_step(self) -> int:
+        """The model's FLOPs. Recomputation by activation checkpointing counts only in the seconds of the plan."""
+        return FORWARD_AND_BACKWARD * self.recipe.rows_per_step * int(describe(self.recipe)["flops_per_sequence"])
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of an element in the matrix products: 4 for float32, 2 for bfloat16."""
+        return 4 if self.recipe.train.precision == "float32" else 2
+
+    def tokens_per_second(self, fit: Fit) -> float:
+        """Return the estimated encoder input tokens per second of all devices."""
+        return self.recipe.train.batch_tokens / fit.step_seconds
+
+    def days(self, fit: Fit) -> float:
+        """Return the estimated days of the recipe's steps, without evaluation, checkpoints and stops."""
+        return self.recipe.train.steps * fit.step_seconds / _SECONDS_PER_DAY
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            **describe(self.recipe),
+            "flops_per_step": self.flops_per_step,
+            "activation_checkpointing": self.recipe.train.activation_checkpointing,
+            "machine": self.machine.to_json(self.product_bytes),
+            "times": TIMES,
+            "devices_needed": self.devices_needed,
+            "overrides": self.overrides,
+            "laptop_settings": [setting._asdict() for setting in self.laptop_settings],
+            "fits": [self._fit_to_json(fit) for fit in self.plan.fits],
+            "refused": [
+                {**rejection.mesh._asdict(), "kind": rejection.kind, "reason": rejection.reason}
+                for rejection in self.plan.rejected
+            ],
+        }
+
+    def _fit_to_json(self, fit: Fit) -> dict[str, Any]:
+        return {
+            **fit.mesh._asdict(),
+            "microbatch_tokens": fit.microbatch * self.recipe.inputs_length,
+            "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
+            "seconds": {**fit.seconds, "step": fit.step_seconds},
+            TOKENS_PER_SECOND: self.tokens_per_second(fit),
+            "days": self.days(fit),
+            "bound_by": fit.bound_by,
+        }
+
+
+def plan_recipe(name: str, overrides: Sequence[str], machine: Machine) -> RecipePlan:
+    """Resolve the recipe or the size, and plan its step on every mesh that the recipe allows.
+
+    Raises:
+        RecipeError: there is no such recipe or size, a key breaks a rule, or the recipe's mesh needs another number of
+            devices.
+    """
+    recipe = _recipe(name, overrides)
+    check_world(recipe.parallel, machine.devices)
+    planner = planner_of(recipe, fused=recipe.train.device != "cpu")
+    return RecipePlan(name, tuple(overrides), recipe, machine, planner.plan(machine), planner.fewest_devices(machine))
+
+
+def plan_sizes(
+    overrides: Sequence[str], machine: Machine, show: Callable[[int], None] = lambda count: None
+) -> list[RecipePlan]:
+    """Plan a step of `SIZES_RECIPE` with each model size, in the order of their parameters.
+
+    All have the same steps, batch and precision. Sizes that the overrides do not suit, such as `parallel.expert=8` a
+    dense one, are left out. `show` is called with the number of sizes that are done.
+
+    Raises:
+        RecipeError: the overrides name a size, or suit none.
+    """
+    if any(override.partition("=")[0] == "model.size" for override in overrides):
+        raise RecipeError("model.size: all sizes are planned: name this one as the argument, or leave the key out")
+    plans, first_error = [], None
+    for number, size in enumerate(SIZES, start=1):
+        show(number)
+        try:
+            plans.append(plan_recipe(size, overrides, machine))
+        except RecipeError as error:
+            first_error = first_error or error
+    if first_error and not plans:
+        raise first_error
+    return sorted(plans, key=lambda plan: describe(plan.recipe)["parameters"])
+
+
+def sizes_to_json(plans: Sequence[RecipePlan]) -> dict[str, Any]:
+    """Return the plans of `plan_sizes` for programs. What follows from a mesh is null where none fits."""
+    first = plans[0]
+    about = describe(first.recipe)
+    return {
+        "recipe": SIZES_RECIPE,
+        "steps": about["steps"],
+        "input_tokens": about["input_tokens"],
+        "machine": first.machine.to_json(first.product_bytes),
+        "times": TIMES,
+        "sizes": [_size_to_json(plan) for plan in plans],
+    }
+
+
+def _size_to_json(plan: RecipePlan) -> dict[str, Any]:
+    about, best = describe(plan.recipe), plan.plan.best
+    return {
+        "size": plan.name,
+        "parameters": about["parameters"],
+        "active_parameters": about["active_parameters"],
+        "fits": best is not None,
+        "devices_needed": plan.devices_needed,
+        "mesh": best and best.mesh._asdict(),
+        "microbatch_tokens": best and best.microbatch * plan.recipe.inputs_length,
+        "device_bytes": best and best.bytes.total,
+        "step_seconds": best and best.step_seconds,
+        TOKENS_PER_SECOND: best and plan.tokens_per_second(best),
+        "days": best and plan.days(best),
+        "overrides": plan.overrides,
+    }
+
+
+def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
+    if name in SIZES:
+        return recipe_of_size(name, overrides)
+    if not Path(name).suffix and not Path(name).exists() and name not in library.recipe_names():
+        close = difflib.get_close_matches(name, [*SIZES, *library.recipe_names()], n=1)
+        hint = f"Did you mean {close[0]}?" if close else "`switchcli recipes list` shows the recipes that ship."
+        raise RecipeError(f"{yaml_nodes.display_key(name)}: no such size or recipe. {hint}")
+    recipe = resolve_standalone(name, overrides)
+    if not isinstance(recipe, TrainingRecipe):
+        raise RecipeError(
+            f"{yaml_nodes.display_key(name)}: a recipe of `switchcli eval` trains nothing: name one that trains"
+        )
+    tree = resolve.load(name, overrides)
+    if recipe.verb != "pretrain" and resolve.stated(tree, "model.d_model") is None:
+        raise RecipeError(f"{yaml_nodes.display_key(name)}: its model is a checkpoint's: say which, by model.size=NAME")
+    return recipe
+
+
+def recipe_of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
+    """Return `SIZES_RECIPE` with the size, and without its microbatches, so that the plan may choose them.
+
+    Its routing groups are the smallest with at least one target token for each expert, which recipes must have.
+    """
+    keys = [f"model.size={name}", "train.microbatch_tokens=null", *overrides]
+    group_sequences = _group_sequences(keys)
+    below = resolve.layer({"model": {"router": {"group_sequences": group_sequences}}}, f"the size {name}")
+    return resolve.validate(resolve.load(SIZES_RECIPE, keys, below), PretrainRecipe)
+
+
+def _group_sequences(keys: Sequence[str]) -> int:
+    """Return the smallest power of two of rows whose targets have a token for each expert."""
+    tree = resolve.load(SIZES_RECIPE, keys)
+    experts = resolve.stated(tree, "model.num_experts")
+    # A dense model, because with experts the recipe may break the rule that is solved here.
+    data_tree = resolve.load(SIZES_RECIPE, [key for key in keys if key.startswith(("data.", "train."))])
+    targets_length = resolve.validate(data_tree, PretrainRecipe).targets_length
+    group_sequences = 1
+    while isinstance(experts, int) and group_sequences * targets_length < experts:
+        group_sequences *= 2
+    return group_sequences

@@ -1,0 +1,113 @@
+"""The engine of `switchcli doctor`: probe a model, and verify the files of a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from switchcli.checkpoint import checkpoint
+from switchcli.convert.weight_files import is_hugging_face_folder
+from switchcli.doctor import switchcli_subject, transformers_subject
+from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
+from switchcli.doctor.subject import Subject
+from switchcli.errors import RecipeError, disk_errors
+from switchcli.recipe import library
+from switchcli.recipe.resolve import resolve
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.report.console import Console, silent
+from switchcli.runs.inputs.loading import load_checkpoint, locate, on_the_hub, open_checkpoint
+
+
+class Diagnosis(NamedTuple):
+    """The findings of all probes of a model."""
+
+    model: str
+    """The name or path of the model."""
+    code: str
+    """The package whose code computes the model: switchcli or transformers."""
+    initialized: bool
+    """The weights are initial ones, not trained."""
+    layers: int
+    """The number of sparse layers; 0 for a dense model."""
+    experts: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def sound(self) -> bool:
+        return not self.count("fail")
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(finding.verdict == verdict for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        findings = [finding._asdict() for finding in self.findings]
+        return {**self._asdict(), "sound": self.sound, "findings": findings}
+
+
+def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
+    """Probe a checkpoint, a Hugging Face folder, or the initial weights of a recipe.
+
+    Raises:
+        CheckpointError: the folder holds no model that can be opened.
+        RecipeError: there is no such recipe, or transformers is not installed.
+        OutOfMemory: the model does not fit into the memory of this machine.
+    """
+    subject = _subject(name, overrides, console)
+    findings = tuple(console.track(run_probes(subject), "probing", total=len(PROBES)))
+    layers = 0 if subject.dense else len(subject.layers)
+    return Diagnosis(name, subject.code, subject.initialized, layers, subject.num_experts, findings)
+
+
+def verify(name: str) -> dict[str, Any]:
+    """Verify the files of a checkpoint, or of all checkpoints of a run, newest first. Change nothing on disk.
+
+    Return the damage of each checkpoint, None if it is complete, and which checkpoint loading takes.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+    folder, is_checkpoint = locate(Path(name))
+    damage: dict[str, str | None] = {}
+    with disk_errors(folder, "name another"):
+        paths = [folder] if is_checkpoint else checkpoint.saved_checkpoints(folder)
+        for path, verified in checkpoint.verify_all(paths):
+            if path.exists():  # else the run has just removed it
+                damage[str(path)] = None if isinstance(verified, checkpoint.Checkpoint) else str(verified)
+    if not damage:
+        # Raises the error if there is no checkpoint, unless the run has saved one in the meantime.
+        damage = {str(open_checkpoint(Path(name), silent()).path): None}
+    loaded = next((path for path in damage if damage[path] is None), None)
+    return {
+        "folder": name,
+        "complete": loaded is not None and not any(damage.values()),
+        "loaded": loaded,
+        "damage": damage,
+    }
+
+
+def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
+    """Return the model of a recipe, a Hugging Face folder or a checkpoint, as the probes need it."""
+    path = Path(name)
+    if not path.is_dir() or name in library.recipe_names():
+        recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
+        return switchcli_subject.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
+    if overrides:
+        raise RecipeError(
+            f"{name}: an existing model takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out"
+        )
+    if is_hugging_face_folder(path):
+        return transformers_subject.load(path)
+    model = load_checkpoint(path, torch.device("cpu"), console).model
+    return switchcli_subject.SwitchcliSubject(model, initialized=False)
+
+
+def _recipe(name: str) -> Path:
+    """Return the file of a recipe. Raises RecipeError, which says that there is no checkpoint of that name either."""
+    try:
+        return library.locate(name)
+    except RecipeError as error:
+        if Path(name).exists():
+            raise
+        hint = on_the_hub(name)
+        raise RecipeError(f"{error} No checkpoint is there either{hint and f': {hint}'}.") from error

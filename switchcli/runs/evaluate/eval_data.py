@@ -1,0 +1,134 @@
+"""The data of an evaluation: the texts and the tasks of its recipe, as a loaded model was trained to read them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from switchcli.data.config import DataSpec, TextSpec, TextsSpec
+from switchcli.data.objectives.denoisers import TextObjective
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.pipeline import PreparedTexts
+from switchcli.data.task_batches import InterleavedRows
+from switchcli.distributed.context import DistributedContext
+from switchcli.errors import DataError, RecipeError
+from switchcli.model.moe.router import Policy
+from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
+from switchcli.report.console import Console, silent
+from switchcli.runs.inputs import text_sets
+from switchcli.runs.inputs.loading import LoadedModel
+from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, scored_examples_of
+from switchcli.runs.inputs.train_data import check_same_data
+from switchcli.tasks import tokens
+from switchcli.tasks.config import tasks_of
+from switchcli.training.loss import packed_cross_entropy
+from switchcli.training.measure import Evaluator
+from switchcli.training.validation import HeldOutText
+
+BATCH_ROWS = 16
+"""Minimum rows of a batch for the cross-entropy. They are rounded up to whole routing groups."""
+TEXT_KEYS = tuple(TextsSpec.model_fields)
+
+
+class EvalData(NamedTuple):
+    """What an evaluation measures a model on."""
+
+    evaluators: tuple[Evaluator, ...]
+    """One for each pair of capacities to measure with. They differ in nothing else."""
+    prepared: PreparedTexts | None
+    """The text, tokenized; None without one."""
+
+
+def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: DistributedContext, console: Console) -> EvalData:
+    """Read the texts and the tasks. Warn on the main rank about what the model does not know. Collective.
+
+    Raises:
+        RecipeError: rows of that length do not suit the objective of the model.
+        DataError: the text or the tasks cannot be used, or the ranks read different ones.
+    """
+    tasks = tasks_of(recipe.tasks)
+    trained_on = tasks_of(model.recipe.tasks) if isinstance(model.recipe, TaskRecipe) else {}
+    if new_tasks := [name for name in tasks if name not in trained_on]:
+        context.main_only(lambda: _warn_about_new_tasks(model, new_tasks, console))
+    scored = context.main_first(
+        lambda: scored_examples_of(tasks.values(), recipe.data, recipe.scoring, model.tokenizer)
+    )
+    check_same_data(digests_of(scored, model.tokenizer), context)
+    prepared, texts = None, dict[str, HeldOutText]()
+    if recipe.text is not None:
+        data = _data_spec(model, recipe.text, recipe.data.inputs_length)
+        sequences = recipe.text.sequences
+        prepared = context.main_first(lambda: text_sets.prepare_texts(data, sequences, console, model.tokenizer))
+        check_same_data(prepared.digests(), context)
+        texts = text_sets.held_out_rows(prepared, data, sequences)
+    context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, model.tokenizer, console))
+    labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
+    evaluators = tuple(
+        Evaluator(model.tokenizer, texts, scored, recipe.scoring, capacity, BATCH_ROWS, context, console, labeled)
+        for capacity in _capacities(model, recipe)
+    )
+    return EvalData(evaluators, prepared)
+
+
+def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
+    """Return the labeled examples of a task, packed into rows, as a text to measure the cross-entropy on."""
+    rows = InterleavedRows([examples.packed]).rows
+    return HeldOutText(rows, examples.packed.num_rows, objective=packed_cross_entropy)
+
+
+def _capacities(model: LoadedModel, recipe: EvalRecipe) -> list[dict[str, Policy]]:
+    """Return the capacities to measure with, for text and for tasks."""
+    if recipe.capacities is not None:
+        return [{"text": capacity, "tasks": capacity} for capacity in recipe.capacities]
+    return [{"text": model.recipe.eval.capacity, "tasks": recipe.scoring.capacity}]
+
+
+def training_identity(model: LoadedModel, recipe: EvalRecipe, prepared: PreparedTexts | None) -> str | None:
+    """Return the digest of training rows made of this text as the model's were, "" if none can be made.
+
+    None if the recipe names other text than that of the model's own recipe.
+    """
+    trained, text = model.recipe, recipe.text
+    if prepared is None or not isinstance(trained, TextRecipe):
+        return None
+    if any(getattr(trained.data, key) != getattr(text, key) for key in TEXT_KEYS):
+        return None
+    try:
+        return text_sets.training_identity(trained, prepared, silent())
+    except (DataError, RecipeError):  # no such rows can be made of this text
+        return ""
+
+
+def _data_spec(model: LoadedModel, text: TextSpec, inputs_length: int) -> DataSpec:
+    """Return the text with the objective and the packing of the model's training, in rows of `inputs_length`."""
+    trained = model.recipe
+    objective: TextObjective = SpanCorruption(inputs_length=inputs_length)
+    packing: dict[str, Any] = {}
+    # A converted checkpoint has a recipe too, with the default objective.
+    if isinstance(trained, TextRecipe):
+        objective, packing = trained.data.objective, {"packing": trained.data.packing}
+        if inputs_length != objective.inputs_length:
+            objective = _with_length(objective, inputs_length)
+    return DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective, **packing)
+
+
+def _warn_about_new_tasks(model: LoadedModel, names: Sequence[str], console: Console) -> None:
+    """Print a warning that the model was not trained on the tasks of these names."""
+    verb = model.recipe.verb
+    training = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
+    console.warning(
+        f"{model.path} {training}: it does not know the form of the answers, and its scores will be near 0; "
+        "`switchcli finetune` teaches it"
+    )
+
+
+def _with_length(objective: TextObjective, inputs_length: int) -> TextObjective:
+    """Return the objective with rows of another length. Raises RecipeError if it does not allow that length."""
+    try:
+        return type(objective).model_validate({**objective.model_dump(), "inputs_length": inputs_length})
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"data.inputs_length ({inputs_length}) does not suit the objective of the checkpoint's run ({reason}): "
+            f"leave it out for rows of {objective.inputs_length} tokens"
+        ) from None

@@ -1,0 +1,319 @@
+"""The job of `switchcli eval`: resolve its command line, measure the checkpoint, and publish the result folder."""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from switchcli.data.config import TextSpec
+from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.report.console import Console, silent
+from switchcli.report.program import command_words
+from switchcli.report.sinks import MAX_RESULT_BYTES, to_json
+from switchcli.runs.devices.mesh_choice import build_context
+from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
+from switchcli.runs.evaluate.score_tables import explain_malformed
+from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, load_model
+from switchcli.runs.job.job import Job, JobRules
+from switchcli.runs.job.job import resolve as resolve_recipe
+from switchcli.runs.job.pins import Pin, PinFinder
+from switchcli.runs.job.run_dir import check_ranks_agree, machine_info, run_name
+from switchcli.spec import Spec
+from switchcli.system import publish
+from switchcli.system.user_files import read_regular
+from switchcli.tasks import reading, tokens
+from switchcli.tasks.config import tasks_of
+from switchcli.tasks.registry import SUITES, TASKS
+from switchcli.tasks.scores import Scores, is_right
+from switchcli.tasks.task import AnsweredExample
+from switchcli.training import memory
+from switchcli.training.checkpointer import DATA, TEXT
+from switchcli.training.measure import Measurement
+
+CHECKPOINT = "checkpoint"
+"""The name in `Job.pins` of the checkpoint to evaluate. It is no key of the recipe."""
+
+
+def resolve_job(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> Job[EvalRecipe]:
+    """Resolve the recipe `name` with `overrides` for an open checkpoint, whose run provides defaults.
+
+    Raises:
+        RecipeError: the recipe breaks a rule, there is nothing to measure on, or a package of a metric is missing.
+        DataError: `data.folder` lacks files of tasks.
+    """
+    finder = PinFinder(handle.path, resume=False, console=silent())  # the recipe names no checkpoint
+    job = resolve_recipe(EvalRules(handle), resolve.read(name, overrides), finder)
+    return job._replace(pins={CHECKPOINT: Pin(str(handle.path), handle.recipe.model, handle)})
+
+
+class EvalRules(JobRules):
+    """How a recipe of `eval` is resolved: the run that trained the checkpoint provides what it leaves out."""
+
+    def __init__(self, handle: CheckpointHandle) -> None:
+        self._handle = handle
+        self._defaults = _defaults(handle)
+
+    def check_verb(self, tree: Node) -> None:
+        resolve.check_verb(tree, EvalRecipe)
+
+    def pins(self, tree: Node, finder: PinFinder) -> dict[str, Pin]:
+        return {}
+
+    def fixed(self, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
+        """Return the tasks with the definitions of those that the recipe names and the checkpoint's run defines."""
+        named = resolve.stated(tree, "tasks")
+        if not isinstance(named, list):
+            return {}
+        definitions = {task["name"]: task for task in self._defaults.get("tasks", ()) if isinstance(task, dict)}
+        assert isinstance(tree.value, dict), "it states tasks"
+        _check_names(named, [*definitions], tree.value["tasks"].where)
+        return {"tasks": [definitions.get(task, task) if isinstance(task, str) else task for task in named]}
+
+    def defaults(self, tree: Node, pins: Mapping[str, Pin]) -> Node:
+        defaults = dict(self._defaults)
+        if resolve.stated(tree, "tasks") is not None:
+            defaults.pop("text", None)
+        return resolve.layer(defaults, str(self._handle.path))
+
+    def schema(self, tree: Node) -> type[Spec]:
+        return EvalRecipe
+
+    def vocab_size(self, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> None:
+        return None
+
+    def check(self, job: Job[EvalRecipe]) -> None:
+        recipe, path = job.recipe, self._handle.path
+        if not recipe.tasks and recipe.text is None:
+            raise RecipeError(
+                f"{path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
+                "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
+            )
+        requested, split = tasks_of(recipe.tasks), recipe.scoring.split
+        reading.check_tasks(requested.values(), (split,), recipe.data.folder)
+        if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
+            raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
+
+
+def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
+    """Raise RecipeError for a name that is neither that of a task in the checkpoint's run (`own`) nor one that ships.
+
+    Without tasks of the run, the schema of the recipe checks the names.
+    """
+    known = [*own, *TASKS, *SUITES]
+    for index, name in enumerate(tasks if own else ()):
+        if isinstance(name, str) and name not in known:
+            similar = difflib.get_close_matches(name, known, n=3)
+            hint = f". Did you mean {' or '.join(similar)}?" if similar else ""
+            own_tasks = f"the run's own are {', '.join(own)}"
+            raise RecipeError(f"{where}: tasks.{index}.name ({name}): no such task or suite; {own_tasks}{hint}")
+
+
+def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
+    """Return the keys of an evaluation that the recipe of the checkpoint provides."""
+    trained = handle.recipe
+    if isinstance(trained, TaskRecipe):
+        return trained.model_dump(mode="json", include={"tasks", "data", "scoring"})
+    lengths = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+    if not handle.has_training_recipe or not isinstance(trained, TextRecipe):
+        return {"data": lengths}
+    text = TextSpec(**{key: getattr(trained.data, key) for key in TEXT_KEYS}, sequences=trained.eval.sequences)
+    return {"data": lengths, "text": text.model_dump(mode="json")}
+
+
+def default_out(checkpoint: Path) -> Path:
+    """Return runs/eval/RUN, or runs/eval/RUN-step-N for one checkpoint of a run."""
+    return Path("runs") / "eval" / run_name(checkpoint)
+
+
+class Evaluation(NamedTuple):
+    """The result of `switchcli eval` or `Model.evaluate`."""
+
+    result: dict[str, Any]
+    """The content of result.json, as plain values."""
+    passes: tuple[Measurement, ...]
+    """Everything that was measured, once for each capacity of the experts. By default there is one."""
+
+    @property
+    def scores(self) -> Mapping[str, Scores]:
+        """The scores of each task under the first capacity, by task. Values go up to 100."""
+        return self.passes[0].scores
+
+    @property
+    def held_out(self) -> dict[str, dict[str, Any]]:
+        """Metrics on held-out text and on the targets of each task under the first capacity, by text or task.
+
+        All text together has the name `text`. Neg. log perplexity is in nats per target token.
+        """
+        return self.passes[0].held_out()
+
+
+def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedModel | None = None) -> Evaluation:
+    """Measure the checkpoint on the data of the recipe, and write the result folder `out` unless it is None.
+
+    `model` is the checkpoint's model where it is loaded already. It stays on its device, whose type `device: auto` then
+    means.
+
+    Raises:
+        RecipeError: the recipe names another type of device than that of `model`.
+        CheckpointError: the weights cannot be read, or the disk cannot be written.
+        DataError: the tasks or the text cannot be used.
+        OutOfMemory: the device has not enough memory.
+    """
+    recipe, handle = job.recipe, job.handle(CHECKPOINT)
+    assert handle is not None
+    context = build_context(recipe if model is None else _on_device_of(recipe, model))
+    check_ranks_agree(recipe, context)
+    console = Console(quiet=quiet or not context.is_main)
+    console.message(f"evaluating {handle.path}")
+    if out is not None:
+        context.main_only(lambda: _check_writable(out.resolve()))
+    with memory.explain_out_of_memory_in_evaluation(context.device):
+        if model is None:
+            model = load_model(handle, context.device)
+        elif not _is_on(model, context.device):
+            found = model.model.embedding.device
+            raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
+        data = build_eval_data(model, recipe, context, console)
+        trained_text = training_identity(model, recipe, data.prepared)
+        context.main_only(lambda: _warn_about_other_text(handle, trained_text, console))
+        passes = tuple(evaluator.with_intervals(evaluator(model.model)) for evaluator in data.evaluators)
+        scored = data.evaluators[0].tasks
+        for measured in passes:
+            explain_malformed(console, scored, measured.scores, measured.answers)
+    result = {
+        "verb": recipe.verb,
+        "command": command_words(),
+        "checkpoint": str(handle.path),
+        "step": handle.step,
+        "tokenizer": handle.tokenizer.sha256,
+        "recipe": recipe.model_dump(mode="json"),
+        "passes": [measured.to_json() for measured in passes],
+        **machine_info(context),
+    }
+
+    if out is not None:
+        context.main_only(lambda: _write(out, result, passes, scored, console))
+    context.close()
+    return Evaluation(result, passes)
+
+
+def _warn_about_other_text(handle: CheckpointHandle, identity: str | None, console: Console) -> None:
+    """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
+    if handle.native is None or not handle.has_training_recipe:
+        return
+    try:
+        trained_text = json.loads(handle.native.document(DATA)).get(TEXT)
+    except CheckpointError:  # its run has removed the checkpoint since the weights were read
+        return
+    if identity is not None and trained_text != identity:
+        console.warning(
+            f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
+            "now may have been trained on"
+        )
+
+
+def _is_on(model: LoadedModel, device: torch.device) -> bool:
+    """Return whether the model is on the device. A device without a number is the first of its type."""
+    found = model.model.embedding.device
+    return found.type == device.type and (found.index or 0) == (device.index or 0)
+
+
+def _on_device_of(recipe: EvalRecipe, model: LoadedModel) -> EvalRecipe:
+    """Return the recipe with the type of the model's device. Raises RecipeError if it names another one."""
+    device = model.model.embedding.device.type
+    if recipe.device not in ("auto", device):
+        raise RecipeError(f"device ({recipe.device}): the model is on {device}: leave it out, or load the model there")
+    return recipe.model_copy(update={"device": device})
+
+
+def _write(
+    out: Path,
+    result: Mapping[str, Any],
+    passes: Sequence[Measurement],
+    scored: Sequence[tokens.ScoredExamples],
+    console: Console,
+) -> None:
+    """Write the result and the predictions of an evaluation as the folder `out`."""
+    files = {"result.json": to_json(result, indent=1) + "\n"}
+    for measured in passes:
+        subfolder = f"capacity-{measured.capacity['tasks']}/" if len(passes) > 1 else ""
+        for examples in scored:
+            task = examples.task.name
+            lines = [to_json(line) + "\n" for line in _predictions(examples, measured.answers[task])]
+            files[f"{subfolder}predictions/{task}.jsonl"] = "".join(lines)
+    # If `out` is a link, the folder that it points to is replaced, and the link stays.
+    archived = _publish(out.resolve(), files, result)
+    if archived is not None:
+        console.message(f"the evaluation that was in {out} is now in {archived}")
+    console.message(f"{out} holds result.json" + (" and predictions" if scored else ""))
+
+
+def _predictions(examples: tokens.ScoredExamples, answered: Sequence[AnsweredExample]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a task's predictions file. `correct` is null for an example without a label."""
+    for number, (example, prediction) in zip(examples.numbers, answered, strict=True):
+        correct = is_right(examples.task, AnsweredExample(example, prediction)) if example.targets else None
+        yield {
+            "number": number,
+            "input": example.input,
+            "target": list(example.targets),
+            "prediction": prediction,
+            "correct": correct,
+        }
+
+
+def _check_writable(out: Path) -> None:
+    """Raise CheckpointError before the measurement if its result could not be written to `out`.
+
+    Making the temporary folder also restores a folder that a killed command was replacing.
+    """
+    is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_empty and _existing(out / "result.json").get("verb") != "eval":
+        raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with publish.temporary_folder(out):
+            pass
+
+
+def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> Path | None:
+    """Publish the files as the folder `out`, which replaces a folder of the same evaluation.
+
+    The folder of another evaluation is renamed, and its new path returned.
+    """
+    archived = None
+    with disk_errors(out), publish.temporary_folder(out) as temporary:
+        for name, text in files.items():
+            path = temporary / "new" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        if out.exists() and not _is_same_evaluation(out / "result.json", result):
+            names = (out.with_name(f"{out.name}.before-{number}") for number in count(1))
+            archived = next(name for name in names if not os.path.lexists(name))
+            out.rename(archived)
+        publish.publish_folder(temporary / "new", out, replace=True)
+    return archived
+
+
+def _is_same_evaluation(path: Path, result: Mapping[str, Any]) -> bool:
+    """Return whether the result at `path` is of the same checkpoint and recipe. No result counts as the same one."""
+    if not path.exists():
+        return True  # an empty folder
+    existing = _existing(path)
+    return all(existing.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))
+
+
+def _existing(path: Path) -> dict[str, Any]:
+    """Return the result at `path`, or an empty one where there is none that can be read."""
+    try:
+        existing = json.loads(read_regular(path, MAX_RESULT_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return existing if isinstance(existing, dict) else {}

@@ -1,0 +1,106 @@
+"""Generate a checkpoint's answers to texts with gaps, or to the inputs of a task."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from switchcli.errors import DataError
+from switchcli.model.decoding import Decoding
+from switchcli.model.generation import generate as decode
+from switchcli.model.generation import generate_columns
+from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.router import Policy
+from switchcli.report.console import Console
+from switchcli.runs.inputs.loading import LoadedModel
+from switchcli.spec import EOS, PAD
+
+_REPLACEMENT_CHARACTER = "\ufffd"
+"""The end of a decoded text while further bytes of its last character are still to be generated."""
+
+
+class Answer(NamedTuple):
+    """A text and the answer of the model."""
+
+    input: str
+    output: str
+
+
+def generate(
+    model: LoadedModel, texts: Iterable[str], decoding: Decoding, policy: Policy, batch_size: int, console: Console
+) -> Iterator[Answer]:
+    """Yield the answers in the order of the texts, batch by batch. The answer to a blank text is empty.
+
+    The routers count capacity by `policy`. `dropless` makes an answer independent of the other texts in the batch.
+    Random sampling depends on the seed and on the number of a text, not on its batch.
+
+    Raises:
+        DataError: a text is not UTF-8.
+    """
+    first = 0  # the number of texts in earlier batches
+    for batch in _batches(texts, batch_size):
+        outputs = [""] * len(batch)
+        if any(map(str.strip, batch)):
+            inputs_BS = encode_inputs(model, batch, console, first)
+            with evaluating(model.model, policy):
+                rows_BT = decode(model.model, inputs_BS, decoding, first=first)
+            outputs = [
+                model.tokenizer.decode(row) if text.strip() else ""
+                for text, row in zip(batch, rows_BT.tolist(), strict=True)
+            ]
+        yield from map(Answer, batch, outputs)
+        first += len(batch)
+
+
+def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, console: Console) -> Iterator[str]:
+    """Yield the answer to one text in pieces, as its tokens are generated.
+
+    Raises:
+        DataError: the text is not UTF-8.
+    """
+    inputs_BS = encode_inputs(model, [text], console)
+    ids: list[int] = []
+    printed = answer = ""
+    with evaluating(model.model, policy):
+        for token_B in generate_columns(model.model, inputs_BS, decoding):
+            ids += token_B.tolist()
+            # Decoding all IDs again is needed because a character or a space may depend on several tokens.
+            answer = model.tokenizer.decode(ids)
+            complete = answer.rstrip(_REPLACEMENT_CHARACTER)
+            if complete.startswith(printed) and complete != printed:
+                yield complete.removeprefix(printed)
+                printed = complete
+    if answer != printed:
+        # If later tokens changed what is printed already, print the answer again on a line of its own.
+        yield answer.removeprefix(printed) if answer.startswith(printed) else f"\n{answer}"
+
+
+def encode_inputs(model: LoadedModel, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
+    """Return the token IDs of the texts, int64 [texts, length of the longest], padded at the end.
+
+    A blank text is a row of padding. `first` is the number of texts in earlier batches, for error messages.
+    """
+    max_length = model.recipe.inputs_length
+    rows = []
+    for number, text in enumerate(texts, first + 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"text {number} is not UTF-8 (at its character {error.start}): convert it first") from error
+        ids = [*model.tokenizer.encode(text), EOS] if text.strip() else []
+        if len(ids) > max_length:
+            console.warning(
+                f"the text has {len(ids)} tokens, the model was trained on {max_length}: its end is cut off"
+            )
+            ids = [*ids[: max_length - 1], EOS]
+        rows.append(torch.tensor(ids, dtype=torch.int64))
+    inputs_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    return inputs_BS.to(model.model.embedding.device)
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:
+    """Yield `size` texts at a time, and the rest at the end. No text is read ahead of its batch."""
+    texts = iter(texts)
+    while batch := tuple(islice(texts, size)):
+        yield batch

@@ -1,0 +1,99 @@
+"""Route texts: which experts each token of a text goes to, in each sparse layer of the encoder."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from switchcli.analysis.routing_counts import ExpertChoices, StackTokens, observe
+from switchcli.data.batch import Batch
+from switchcli.errors import CheckpointError, DataError
+from switchcli.model.moe.router import Policy
+from switchcli.report.console import Console
+from switchcli.runs.evaluate.text_generation import encode_inputs
+from switchcli.runs.inputs.loading import LoadedModel
+from switchcli.spec import EOS, PAD
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """The routing decisions of one sparse layer: one entry for each token, in order."""
+
+    experts: tuple[tuple[int, ...], ...]
+    """The numbers of the experts that each token is sent to, the most probable first. A Switch router chooses one."""
+    probabilities: tuple[tuple[float, ...], ...]
+    """The router's probability of each of these experts."""
+    dropped: tuple[bool, ...]
+    """Whether each token found no free slot at any of its experts, so that no expert computes it."""
+
+
+@dataclass(frozen=True)
+class TextRouting:
+    """The routing of one text. `print` shows it as a table with a row for each token."""
+
+    text: str
+    """The text as it was given."""
+    tokens: tuple[str, ...]
+    """The pieces of the text, and `</s>` at its end."""
+    layers: Mapping[str, LayerRouting]
+    """The routing of each sparse layer of the encoder, by the layer's module name, in the order of the layers."""
+
+    def __str__(self) -> str:
+        """Return a table of the experts that each token is sent to; `x` marks a dropped token."""
+        columns = [["token", *self.tokens]]
+        for name, layer in self.layers.items():
+            experts = [",".join(map(str, numbers)) or "-" for numbers in layer.experts]
+            cells = [cell + " x" * dropped for cell, dropped in zip(experts, layer.dropped, strict=True)]
+            columns.append([_short_name(name), *cells])
+        widths = [max(map(len, column)) for column in columns]
+        rows = zip(*columns, strict=True)
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def route_texts(model: LoadedModel, texts: Iterable[str], policy: Policy, console: Console) -> list[TextRouting]:
+    """Return the routing of each text, which is routed by itself and not together with the others.
+
+    Raises:
+        CheckpointError: the encoder of the model has no sparse layer.
+        DataError: a text is blank or not UTF-8.
+    """
+    if not model.recipe.model.sparse_layers("encoder"):
+        raise CheckpointError(f"{model.path}: its encoder has no sparse layer, so no token is routed: load another one")
+    return [_route(model, number, text, policy, console) for number, text in enumerate(texts)]
+
+
+def _route(model: LoadedModel, number: int, text: str, policy: Policy, console: Console) -> TextRouting:
+    """Return the routing of one text. `number` is its place among the texts, for error messages."""
+    if not text.strip():
+        raise DataError(f"text {number + 1} is blank: no token of it could be routed")
+    inputs_1S = encode_inputs(model, [text], console, first=number)
+    # Routers may count capacity over several sequences: the others of the group are padding, which takes no slot.
+    num_rows = model.recipe.model.group_sequences
+    inputs_BS = torch.nn.functional.pad(inputs_1S, (0, 0, 0, num_rows - 1), value=PAD)
+    targets_B1 = inputs_BS.new_full((num_rows, 1), EOS)  # the forward pass needs some; the encoder ignores them
+    layers: dict[str, LayerRouting] = {}
+
+    def on_layer(name: str, tokens: StackTokens, choices: ExpertChoices) -> None:
+        if name.startswith("encoder"):
+            layers[name] = _layer_routing(choices)
+
+    observe(model.model, Batch(inputs_BS, targets_B1), None, policy, on_layer)
+    return TextRouting(text, tuple(model.tokenizer.pieces(inputs_1S[0].tolist())), layers)
+
+
+def _layer_routing(choices: ExpertChoices) -> LayerRouting:
+    experts: list[tuple[int, ...]] = []
+    probabilities: list[tuple[float, ...]] = []
+    rows = zip(choices.probability_AE.tolist(), choices.chosen_AE.tolist(), strict=True)
+    for probability_E, chosen_E in rows:
+        chosen = [expert for expert, is_chosen in enumerate(chosen_E) if is_chosen]
+        chosen.sort(key=lambda expert: -probability_E[expert])  # stable: of equal ones the lower number comes first
+        experts.append(tuple(chosen))
+        probabilities.append(tuple(probability_E[expert] for expert in chosen))
+    return LayerRouting(tuple(experts), tuple(probabilities), tuple((~choices.in_slot_AE.any(1)).tolist()))
+
+
+def _short_name(name: str) -> str:
+    """Return the stack and the block of a sparse layer: `encoder 1` for `encoder.blocks.1.feed_forward`."""
+    stack, _, block, sublayer = name.split(".")
+    return f"{stack} {block}" + (" attention" if sublayer == "self_attention" else "")

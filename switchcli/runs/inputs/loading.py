@@ -1,0 +1,210 @@
+"""Open a CHECKPOINT of the command line, and load its model and tokenizer.
+
+It is the folder of a run, whose newest checkpoint is taken, the folder of one checkpoint, or a folder in the Hugging
+Face layout.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from switchcli.checkpoint import checkpoint, manifest
+from switchcli.convert import hub
+from switchcli.convert.weight_files import is_hugging_face_folder
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.cpu_settings import limit_threads
+from switchcli.distributed.layout import unsharded_weights
+from switchcli.errors import CheckpointError, RecipeError, SwitchError
+from switchcli.model.moe.layer import RouterWeights
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.recipe import resolve, yaml_nodes
+from switchcli.recipe.schema import schema_of
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
+from switchcli.runs.inputs import transformers_checkpoint
+from switchcli.training.checkpointer import DATA, load_weights, logical_tensors
+
+
+class CheckpointHandle(NamedTuple):
+    """An open checkpoint: its small files are read, its weights are read on demand."""
+
+    path: Path
+    step: int
+    recipe: TrainingRecipe
+    tokenizer: Tokenizer
+    weights: Callable[[], Mapping[str, torch.Tensor]]
+    """Returns the weights by logical name. Each is read from disk when the mapping is indexed."""
+    native: checkpoint.Checkpoint | None
+    """The checkpoint in our layout, which may hold optimizer state. None for the Hugging Face layout."""
+
+    @property
+    def has_training_recipe(self) -> bool:
+        """Return whether the recipe describes the training. That of a converted checkpoint does not."""
+        return self.native is not None and DATA in self.native.manifest.names()
+
+    def identity(self) -> str:
+        """Return a SHA-256 of all that the model's outputs depend on: its shape, routing, precision and weights."""
+        recipe = self.recipe
+        digest = hashlib.sha256(f"{recipe.model.model_dump_json()} {recipe.train.precision}".encode())
+        if self.native is not None:
+            model_files = [entry.sha256 for entry in self.native.manifest.entries if "model-" in entry.name]
+            digest.update(repr(model_files).encode())
+        else:
+            for name, weight in self.weights().items():
+                digest.update(name.encode())
+                digest.update(weight.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+LoadPrecision = Literal["float32", "selective"]
+"""The precision of a loaded model: `selective` has all weights in bfloat16 but those of routers."""
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, with its recipe and tokenizer."""
+
+    path: Path
+    step: int
+    recipe: TrainingRecipe
+    tokenizer: Tokenizer
+    model: SwitchTransformer
+
+
+def open_model(path: Path, console: Console) -> CheckpointHandle:
+    """Open and verify the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or no complete one.
+        DataError: there is no tokenizer.
+    """
+    if is_hugging_face_folder(path):
+        recipe, tokenizer, hugging_face_weights = transformers_checkpoint.read(path)
+        return CheckpointHandle(path, 0, recipe, tokenizer, lambda: hugging_face_weights, None)
+    native = open_checkpoint(path, console)
+    try:
+        native_recipe, tokenizer = read_documents(native)
+        weights = native.read("model", logical_tensors(transformers_checkpoint.meta_model(native_recipe.model)))
+    except (SwitchError, OSError):
+        if native.path.exists():
+            raise
+        # An active run has just removed this checkpoint, so it has saved newer ones.
+        return open_model(path, console)
+    return CheckpointHandle(native.path, native.step, native_recipe, tokenizer, lambda: weights, native)
+
+
+def load_checkpoint(path: Path, device: torch.device, console: Console) -> LoadedModel:
+    """Open and verify the checkpoint at `path`, and load its model.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or no complete one.
+        DataError: there is no tokenizer.
+    """
+    return load_model(open_model(path, console), device)
+
+
+def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device to load a model on. `auto` is a CUDA device if there is one, else the CPU.
+
+    Each rank of a machine takes a CUDA device of its own, the one on which it would train.
+
+    Raises:
+        RecipeError: `name` is cuda and there is no CUDA device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device (--device) is cuda and this machine shows no CUDA device: leave it out, or say cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def load_model(handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32") -> LoadedModel:
+    """Load the model of an open checkpoint. `selective` casts all weights to bfloat16 but those of routers."""
+    limit_threads()
+    model = empty_model(handle.recipe, device)
+    load_weights(unsharded_weights(model), handle.weights())
+    if precision == "selective":
+        for module in model.modules():
+            if not isinstance(module, RouterWeights):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.bfloat16()
+    return LoadedModel(handle.path, handle.step, handle.recipe, handle.tokenizer, model)
+
+
+def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
+    """Return the model of a recipe in evaluation mode, with uninitialized weights."""
+    with torch.device("meta"):
+        model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
+    return model.to_empty(device=device).eval()
+
+
+def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
+    """Open a checkpoint in our layout: the one at `path`, or the newest complete one of the run at `path`.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or no complete one.
+    """
+    folder, is_checkpoint = locate(path)
+    native = None
+    if is_checkpoint:
+        native = checkpoint.Checkpoint.open(folder)
+    elif folder.is_dir():
+        native = checkpoint.latest_read_only(folder, console.warning)
+    if native is None:
+        hint = on_the_hub(str(path))
+        missing = "no checkpoint there" if folder.exists() else "no such folder"
+        raise CheckpointError(
+            f"{path}: {missing}: name the folder of a run or of a checkpoint, checkpoints/step-*{hint and f'; {hint}'}"
+        )
+    return native
+
+
+def locate(path: Path) -> tuple[Path, bool]:
+    """Return the folder of a checkpoint, or of all checkpoints of a run, and whether it is a single checkpoint.
+
+    A folder with the name of a checkpoint counts as one even if its manifest is lost.
+    """
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    has_name_of_checkpoint = folder.is_dir() and checkpoint.STEP.fullmatch(folder.name) is not None
+    return folder, has_name_of_checkpoint or (folder / manifest.NAME).is_file()
+
+
+def on_the_hub(name: str) -> str:
+    """Return a hint for a `name` that may be a repository on the hub; empty if it cannot be, or is a local path."""
+    if name.startswith("runs/") or Path(name).parent.is_dir() or not hub.is_repository_id(name):
+        return ""
+    return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
+
+
+def read_documents(native: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
+    """Return the recipe and the tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: the tokenizer does not fit the model.
+    """
+    recipe = saved_recipe(native)
+    tokenizer = Tokenizer.from_bytes(native.document("tokenizer.json"), str(native.path / "tokenizer.json"))
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        raise CheckpointError(
+            f"{native.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {recipe.model.vocab_size} "
+            "rows: they do not belong together; use a checkpoint that a run of switchcli wrote"
+        )
+    return recipe, tokenizer
+
+
+def saved_recipe(native: checkpoint.Checkpoint) -> TrainingRecipe:
+    """Return the recipe of a checkpoint, by the schema of the verb that wrote it.
+
+    Raises:
+        CheckpointError: there is no such verb, or it does not train.
+    """
+    tree = resolve.parse_saved(native.document(resolve.SAVED), yaml_nodes.display_path(native.path / resolve.SAVED))
+    schema = schema_of(tree)
+    if schema is None or not issubclass(schema, TrainingRecipe):
+        raise CheckpointError(
+            f"{native.path}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
+        )
+    return resolve.validate(tree, schema)

@@ -1,0 +1,117 @@
+"""The data of a run on text-to-text tasks (section 4.1)."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from switchcli.data.batch import Batch
+from switchcli.data.objectives.example_packing import RowLengths
+from switchcli.data.prepare.cache import default_cache
+from switchcli.data.task_batches import InterleavedRows, TaskMixtureSource
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import DistributedContext
+from switchcli.errors import RecipeError
+from switchcli.recipe.schema import TaskRecipe
+from switchcli.report.console import Console
+from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, report_truncation, scored_examples_of
+from switchcli.runs.inputs.train_data import NUM_SAMPLES, RunData, TrainData, check_same_data
+from switchcli.tasks import reading, tokens
+from switchcli.tasks.config import suites_of, tasks_of
+from switchcli.tasks.task import Task
+from switchcli.training.loss import Objective, packed_cross_entropy
+from switchcli.training.validation import HeldOutText
+
+
+class TaskRunData(RunData):
+    """Rows of the examples of tasks, and examples to score."""
+
+    objective: Objective = staticmethod(packed_cross_entropy)
+
+    def __init__(self, recipe: TaskRecipe, context: DistributedContext, console: Console) -> None:
+        super().__init__(recipe, context, console)
+        self.scoring = recipe.scoring
+        # A score of each task and suite, their average, and the held-out neg. log perplexity.
+        self.num_metrics = len(tasks_of(recipe.tasks)) + len(suites_of(recipe.tasks)) + 2
+
+    @classmethod
+    def check(cls, recipe: Any) -> None:
+        tasks = tasks_of(recipe.tasks).values()
+        reading.check_tasks(tasks, ("train", recipe.scoring.split), recipe.data.folder)
+        if not any(reading.has_split(task, "train") for task in tasks):
+            names = ", ".join(task.name for task in tasks)
+            raise RecipeError(f"tasks: none of {names} has a split to train on: name one that has")
+
+    @classmethod
+    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> None:
+        for task in tasks_of(recipe.tasks).values():
+            for split in ("train", recipe.scoring.split):
+                if reading.has_split(task, split):
+                    reading.check_readable(task, split, recipe.data.folder)
+
+    def build(self, tokenizer: Tokenizer | None) -> TrainData:
+        assert tokenizer is not None, "that of the checkpoint that the run starts from"
+        recipe, context, console = self._recipe, self._context, self._console
+        tasks = tasks_of(recipe.tasks).values()
+        lengths = RowLengths(recipe.inputs_length, recipe.targets_length)
+        console.message(f"reading tasks: {', '.join(task.name for task in tasks)}")
+
+        def pack_tasks() -> dict[str, tokens.PackedTask]:
+            packed: dict[str, tokens.PackedTask] = {}
+            for task in tasks:
+                if reading.has_split(task, "train"):
+                    packed[task.name] = tokens.packed_task(
+                        task,
+                        recipe.data.folder,
+                        tokenizer,
+                        lengths,
+                        recipe.train.seed,
+                        default_cache(),
+                        console.track,
+                        console.warning,
+                    )
+            return packed
+
+        train_tasks = context.main_first(pack_tasks)
+        packed_rows = {name: task.packed for name, task in train_tasks.items()}
+        source = TaskMixtureSource(packed_rows, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step)
+        scored = context.main_first(
+            lambda: scored_examples_of(tasks, recipe.data, recipe.scoring, tokenizer, needed=True)
+        )
+        trained = {f"the training examples of {name}": task.identity for name, task in train_tasks.items()}
+        check_same_data({**digests_of(scored, tokenizer), **trained}, context)
+        if context.is_main:
+            _report_training_tasks(source.rates, train_tasks, tasks, console)
+            report_task_sets(tasks, scored, recipe.scoring.split, tokenizer, console)
+        rows = InterleavedRows([examples.packed for examples in scored if examples.packed.num_rows])
+        num_rows = min(recipe.eval.sequences, rows.num_rows)
+        held_out = {"": HeldOutText(rows.rows, num_rows, objective=packed_cross_entropy)}
+        identity = hashlib.sha256("\n".join(task.identity for task in train_tasks.values()).encode()).hexdigest()
+        evaluator = self._evaluator(tokenizer, held_out, scored)
+        return TrainData(identity, source, evaluator, _samples(scored[0]))
+
+
+def _report_training_tasks(
+    rates: Mapping[str, float], train_tasks: Mapping[str, tokens.PackedTask], tasks: Collection[Task], console: Console
+) -> None:
+    """Print the examples, rows, share and truncation of each task that is trained on."""
+    for task in tasks:
+        if task.name not in train_tasks:
+            console.message(f"{task.name}: has no split to train on: it is only scored")
+            continue
+        packed = train_tasks[task.name].packed
+        count = len(packed.example_X)
+        truncated = (
+            f", {packed.num_truncated:,} of the examples longer than a row and cut" if packed.num_truncated else ""
+        )
+        rows = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of the training examples"
+        report_truncation(
+            f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_truncated / count, console
+        )
+
+
+def _samples(scored: tokens.ScoredExamples) -> Batch:
+    """Return the shortest examples of a task, which are the last ones in the order of batches."""
+    numbers = next(scored.batches(len(scored.examples)))[-NUM_SAMPLES:]
+    return Batch(torch.from_numpy(scored.padded(numbers)), torch.from_numpy(scored.targets(numbers)))

@@ -1,0 +1,269 @@
+"""The folder of a run: its default name, its lock and its recipe. Also starts ranks and describes the machine."""
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchcli import __version__
+from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
+from switchcli.distributed.parallel_spec import ALONE, check_world
+from switchcli.errors import CheckpointError, RecipeError
+from switchcli.recipe.resolve import Difference, differences, dump
+from switchcli.recipe.schema import EvalRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
+from switchcli.report.program import program_name
+from switchcli.report.safe_text import shell_words
+from switchcli.runs.inputs.loading import saved_recipe
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import BRANCH_FROM, hand_over
+from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
+from switchcli.spec import Spec
+from switchcli.system.lock import lock
+from switchcli.system.processor import available_processors
+
+RESUME_SAFE_KEYS = (
+    "description",
+    "train.steps",
+    "train.device",
+    "train.activation_checkpointing",
+    "train.nonfinite.",
+    "train.workers",
+    "train.batches_ahead",
+    "log.",
+    "eval.every_steps",
+    "scoring.draws",
+    "checkpoint.",
+    "distill.baseline",
+    "distill.cache.folder",
+    "parallel.",
+)
+"""Keys, or prefixes of keys, that may change when a run is resumed.
+
+They affect neither the training so far nor the data of a metric. The best checkpoint compares metrics of all starts.
+"""
+
+
+_FIXED_IN_BRANCHES = ("verb", "start", "student", "data.tokenizer", "optimizer.kind", "update")
+"""Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
+
+
+def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console: Console) -> Exit:
+    """Run this command again as `processes` ranks and return how they ended.
+
+    Raises:
+        RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
+        DistributedError: as `launch` says.
+    """
+    recipe = job.recipe
+    parallel, device = (
+        (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
+    )
+    check_world(parallel, processes)
+    if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
+        devices = torch.cuda.device_count()
+        raise RecipeError(
+            f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
+            "train.device=cpu"
+        )
+    if (seconds := saving_seconds()) < SAVING_SECONDS:
+        console.message(
+            f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
+            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
+        )
+    # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
+    with hand_over(job.pins):
+        return launch(processes, sys.argv[1:])
+
+
+def run_name(checkpoint: Path) -> Path:
+    """Return the path of a run below runs/, or the name of its folder elsewhere; with `-step-N` for one checkpoint."""
+    path, runs = checkpoint.resolve(), Path("runs").resolve()
+    run, suffix = path, ""
+    if path.parent.name == "checkpoints":  # RUN/checkpoints/step-N
+        run, suffix = path.parents[1], f"-{path.name}"
+    name = run.relative_to(runs) if run.is_relative_to(runs) else Path(run.name or "model")
+    return name.with_name(f"{name.name}{suffix}")
+
+
+@contextmanager
+def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext) -> Iterator[RunFolder]:
+    """Lock the run's folder, and check that its run can be resumed. Nothing is written into it. Collective.
+
+    Raises:
+        CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
+        RecipeError: the folder holds a run of another recipe or no run, or the ranks have different recipes.
+    """
+    check_ranks_agree(recipe, context)
+    folder = RunFolder(out, resume)
+
+    def lock_and_check() -> bool:
+        folder.check_free()
+        locks.enter_context(lock(out))
+        if not folder.is_to_archive():
+            folder.check_links()
+        if not resume:
+            return False
+        latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
+        if latest is not None:
+            # The recipe in the checkpoint, because a user may have edited that of the folder.
+            _check_resumable(latest, recipe, out)
+        return latest is not None
+
+    with ExitStack() as locks:
+        folder.is_resumed = bool(context.from_main(int(context.main_only(lock_and_check) or 0)))
+        context.on_all_ranks(lambda: _check_shared(out))
+        yield folder
+
+
+@contextmanager
+def begin_run(
+    folder: RunFolder, recipe: TrainingRecipe, tokenizer: Tokenizer, context: DistributedContext, console: Console
+) -> Iterator[None]:
+    """Write the first files of the run: a start that fails before leaves the folder as it was. Collective.
+
+    An earlier run that is not resumed is archived, and the new folder locked.
+    """
+
+    def begin() -> None:
+        if archived := folder.archive():
+            console.message(f"the run that was in {folder.path} is now in {archived}")
+            locks.enter_context(lock(folder.path))
+        folder.remove_leftovers()
+        folder.write_recipe(dump(recipe))
+        folder.write_tokenizer(tokenizer.to_json())
+
+    with ExitStack() as locks:
+        context.main_only(begin)
+        yield
+
+
+def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
+    """Raise RecipeError if the ranks have different recipes or versions. They would wait for each other forever."""
+    if not context.all_equal(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
+        context.main_only(_raise_ranks_differ)
+
+
+def _check_shared(out: Path) -> None:
+    """Raise CheckpointError on a rank that does not see the folder that the main rank made."""
+    if not out.is_dir():
+        raise CheckpointError(
+            f"{out}: not there, though the main rank has made it: every rank writes its share of a checkpoint, so give "
+            "a folder by --out that all machines share"
+        )
+
+
+def _raise_ranks_differ() -> None:
+    raise RecipeError(
+        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
+        f"switchcli ({__version__} here) and of torch ({torch.__version__})"
+    )
+
+
+def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out: Path) -> None:
+    """Raise RecipeError if the recipe changes a key of the saved one that must not change when a run is resumed.
+
+    `latest` is the newest checkpoint in the folder `out`.
+    """
+    saved, changed = saved_recipe(latest), list[Difference]()
+    for difference in differences(saved, recipe):
+        # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
+        is_safe = difference.key.startswith(RESUME_SAFE_KEYS) or difference.key.endswith(".unreadable")
+        if not is_safe:
+            changed.append(difference)
+    changed.sort(key=lambda difference: difference.key == "model.vocab_size")  # it may follow from the tokenizer
+    if changed:
+        key, old, new = changed[0]
+        if saved.parent is not None and recipe.parent is None:
+            raise RecipeError(
+                f"{out} holds a run that was branched from {saved.parent.checkpoint}: take "
+                f"{BRANCH_FROM} {saved.parent.checkpoint} to resume it, or give another folder by --out"
+            )
+        if recipe.parent is not None and (saved.parent is None or saved.parent.checkpoint != recipe.parent.checkpoint):
+            raise RecipeError(f"{out} holds another run: give a branch a folder of its own by --out")
+        more = [other.key for other in changed[1:]]
+        others = f" (also changed: {', '.join(more[:3])}{', ...' if len(more) > 3 else ''})" if more else ""
+        raise RecipeError(
+            f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
+            "another folder by --out, or --no-resume to archive that run and start over"
+            f"{_branch_hint(changed, recipe, out, latest.step)}"
+        )
+
+
+def _branch_hint(changed: Sequence[Difference], recipe: TrainingRecipe, out: Path, step: int) -> str:
+    """Return how to continue the run with the changed settings as a new run; empty if a branch cannot change them.
+
+    The branch begins after `step`. Where the recipe has no more steps, the command asks for as many again.
+    """
+    for key, _, _ in changed:
+        is_shape = key.startswith("model.") and key.split(".")[1] not in CHANGEABLE_MODEL_KEYS
+        if is_shape or key.startswith(_FIXED_IN_BRANCHES):
+            return ""
+    command = _branch_command(recipe.verb, out, [] if step < recipe.train.steps else [f"train.steps={2 * step}"])
+    if command is None:
+        return f"; branch_from={str(out)!r} continues it as a new run"
+    return f"; to continue it as a new run: {program_name()} {command}"
+
+
+def _branch_command(verb: str, run: Path, overrides: Sequence[str] = ()) -> str | None:
+    """Return the command line of this process with the run to branch from, a new folder, and more overrides.
+
+    None if the process has none, because `verb` was not started from a shell.
+    """
+    arguments = sys.argv[1:]
+    if arguments[:1] != [verb]:
+        return None
+    replaced = ("--out", "--model", BRANCH_FROM)
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in replaced:
+            skip = True
+        elif not argument.startswith(tuple(f"{option}=" for option in replaced)) and argument not in (
+            "--resume",
+            "--no-resume",
+        ):
+            kept.append(argument)
+    end = kept.index("--") if "--" in kept else len(kept)
+    return shell_words(*kept[:end], *overrides, BRANCH_FROM, run, "--out", _unused(run), *kept[end:])
+
+
+def _unused(run: Path) -> Path:
+    number = 1
+    while (path := run.with_name(f"{run.name}-branch{number}")).exists():
+        number += 1
+    return path
+
+
+def machine_info(context: DistributedContext) -> dict[str, Any]:
+    """Return the hardware and the versions, for result.json."""
+    cuda = context.device.type == "cuda"
+    return {
+        "hardware": {
+            # platform.processor() would start a subprocess.
+            "device": torch.cuda.get_device_name(context.device) if cuda else platform.machine(),
+            "ranks": context.world,
+            "cores": os.cpu_count(),
+            "available_processors": available_processors(),
+            "threads_per_rank": torch.get_num_threads(),
+        },
+        "versions": {
+            "switchcli": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": version("accelerate"),
+        },
+    }

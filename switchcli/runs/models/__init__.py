@@ -1,0 +1,1 @@
+"""Make a model of another one: convert, upcycle, prune."""

@@ -1,0 +1,307 @@
+"""Write a model card, the README.md of a converted model that the Hugging Face hub shows, from its checkpoint and run.
+
+A card is published, and what it is made from may come from a stranger. It holds numbers, names of settings, names of
+repositories on the hub and of tasks: no path, no URL, no text of the corpus and no sample. All other text is escaped,
+so that a viewer shows it as it is.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from switchcli.convert.hub import is_repository_id
+from switchcli.data.sources.corpus import CorpusSpec, HubCorpus, PythonStdlib
+from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS
+from switchcli.recipe.schema import DistillRecipe, TaskRecipe, TextRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.runs import as_mapping, number
+from switchcli.report.safe_text import markdown_text
+from switchcli.report.sinks import parse
+from switchcli.report.table import Table, Value
+from switchcli.runs.evaluate.score_tables import shown_metric
+from switchcli.runs.inputs.loading import CheckpointHandle
+from switchcli.system.user_files import read_regular
+
+NAME: Final = "README.md"
+_MAX_RESULT_BYTES: Final = 1 << 24
+_LANGUAGE: Final = re.compile(r"[a-z]{2,3}")
+_WORD: Final = re.compile(r"[A-Za-z0-9_.-]+")
+
+_TRANSFORMERS: Final = """\
+```python
+from transformers import AutoTokenizer, {model_class}
+
+folder = "FOLDER"  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {model_class}.from_pretrained(folder)
+batch = tokenizer({prompt}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**batch, max_new_tokens=32)[0]))
+```
+"""
+_CTRANSLATE2: Final = """\
+```python
+import ctranslate2
+from tokenizers import Tokenizer
+
+folder = "FOLDER"  # this folder
+tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
+translator = ctranslate2.Translator(folder)
+tokens = tokenizer.encode({prompt}).tokens
+greedy = {{"beam_size": 1, "min_decoding_length": 0, "max_decoding_length": 32}}
+answer = translator.translate_batch([tokens], **greedy)[0].hypotheses[0]
+print(tokenizer.decode([tokenizer.token_to_id(token) for token in answer], skip_special_tokens=False))
+```
+"""
+
+
+class Export(NamedTuple):
+    """The layout that a model was converted to."""
+
+    layout: Literal["huggingface", "ctranslate2"]
+    name: str
+    """The name of the folder, which is the title of the card."""
+    license: str | None
+    """The identifier of a license that the user gave."""
+    quantization: str
+    warnings: Sequence[str]
+    """Differences between the layouts, a line each."""
+
+
+def model_card(handle: CheckpointHandle, parameters: int, export: Export) -> bytes:
+    """Return the content of README.md for the checkpoint `handle`, converted as `export` says."""
+    recipe = handle.recipe
+    result = _result(handle) if handle.has_training_recipe else {}
+    sections = {
+        "Model": _table(_model_rows(recipe, parameters, export)),
+        "Training": _training(handle),
+        "Data": _data(handle),
+        "Results": _results(result, handle),
+        "Limitations": _bullets(_limitations(handle, export)),
+        "Use": _use(recipe, export),
+    }
+    text = "\n".join(
+        [
+            *_front_matter(handle, export),
+            f"# {markdown_text(export.name)}\n",
+            *_introduction(handle, export),
+            *(f"## {title}\n\n{section}" for title, section in sections.items() if section),
+        ]
+    )
+    return (text.rstrip() + "\n").encode()
+
+
+def _result(handle: CheckpointHandle) -> Mapping[str, Any]:
+    """Return the result of the run, {} if there is none of the checkpoint's step, or if it cannot be read."""
+    try:
+        content = parse(read_regular(handle.path.parent.parent / "result.json", _MAX_RESULT_BYTES))
+    except OSError:
+        return {}
+    result = as_mapping(content)
+    return result if result.get("step") == handle.step else {}
+
+
+def _front_matter(handle: CheckpointHandle, export: Export) -> Iterator[str]:
+    """Yield the lines of the metadata that the hub reads. JSON is YAML, so a value cannot add a key."""
+    recipe = handle.recipe
+    corpora = _corpora(recipe) if handle.has_training_recipe else []
+    tags = ["switchcli", "text2text-generation", "t5" if recipe.model.num_experts == 1 else "switch_transformers"]
+    if isinstance(recipe, DistillRecipe):
+        tags.append("distillation")
+    if export.quantization != "float32":
+        tags.append(export.quantization)
+    fields: dict[str, Any] = {
+        "license": export.license or "other",
+        "library_name": "transformers" if export.layout == "huggingface" else "ctranslate2",
+        "tags": tags,
+        "language": _languages(corpora),
+        "datasets": sorted({corpus.path for corpus in corpora if isinstance(corpus, HubCorpus) and _is_on_hub(corpus)}),
+    }
+    yield "---"
+    yield from (f"{key}: {json.dumps(value)}" for key, value in fields.items() if value)
+    yield "---\n"
+
+
+def _introduction(handle: CheckpointHandle, export: Export) -> Iterator[str]:
+    recipe = handle.recipe
+    model = "Switch Transformer" if recipe.model.num_experts > 1 else "dense T5"
+    verb = {"pretrain": "pre-trained", "finetune": "fine-tuned", "distill": "distilled from a teacher"}
+    how = verb.get(str(getattr(recipe, "verb", "")), "trained") if handle.has_training_recipe else "converted"
+    layout = "transformers" if export.layout == "huggingface" else "CTranslate2"
+    yield f"A {model}, {how} with switchcli and saved for {layout}.\n"
+    if handle.has_training_recipe and recipe.description:
+        yield f"{markdown_text(recipe.description)}\n"
+
+
+def _model_rows(recipe: TrainingRecipe, parameters: int, export: Export) -> Iterator[tuple[str, Value]]:
+    spec = recipe.model
+    yield "parameters", parameters
+    yield "weights", export.quantization
+    if spec.size != "custom":
+        yield "size", spec.size
+    yield "blocks", f"{spec.num_layers} in the encoder, {spec.decoder_layers} in the decoder"
+    yield "d_model, d_ff", f"{spec.d_model:,}, {spec.d_ff:,}"
+    yield "attention", f"{spec.num_heads} heads of width {spec.head_width}"
+    yield "vocabulary", f"{spec.vocab_size:,} rows, {'tied' if spec.tie_embeddings else 'not tied'}"
+    yield "activation", spec.activation
+    if spec.num_experts > 1:
+        yield "experts", f"{spec.num_experts} in each sparse layer, router {spec.router.kind}"
+
+
+def _training(handle: CheckpointHandle) -> str:
+    if not handle.has_training_recipe:
+        return "The model was converted from another checkpoint. How it was trained is not known here.\n"
+    recipe = handle.recipe
+    rows: dict[str, Value] = {
+        "steps": handle.step,
+        "input tokens of a step": recipe.train.batch_tokens,
+        "seed": str(recipe.train.seed),
+        "precision": recipe.train.precision,
+        "optimizer": _settings(recipe.optimizer),
+        "lengths in tokens": f"inputs {recipe.inputs_length:,}, targets {recipe.targets_length:,}",
+    }
+    if isinstance(recipe, TextRecipe | TaskRecipe):
+        rows["schedule"] = _settings(recipe.schedule)
+    if isinstance(recipe, TextRecipe):
+        rows["objective"] = _settings(recipe.data.objective)
+    if isinstance(recipe, DistillRecipe):
+        distill = recipe.distill
+        rows["distillation"] = f"soft_fraction {distill.soft_fraction:g}, temperature {distill.temperature:g}"
+        rows["student"] = _settings(recipe.student)
+    return _table(rows.items())
+
+
+def _data(handle: CheckpointHandle) -> str:
+    recipe = handle.recipe
+    if not handle.has_training_recipe:
+        return ""
+    if isinstance(recipe, TaskRecipe):
+        names = ", ".join(markdown_text(task.name) for task in recipe.tasks)
+        return f"Tasks: {names}.\n"
+    return _bullets(map(_corpus, _corpora(recipe)))
+
+
+def _corpora(recipe: TrainingRecipe) -> list[CorpusSpec]:
+    """Return the corpora of a run on text, one for each language."""
+    if not isinstance(recipe, TextRecipe):
+        return []
+    return [corpus for corpora in recipe.data.corpora for corpus in corpora.per_language()]
+
+
+def _corpus(corpus: CorpusSpec) -> str:
+    """Return a line about a corpus. Files and folders are not named: their paths are those of a machine."""
+    if isinstance(corpus, PythonStdlib):
+        text = "the documentation of Python's standard library" + (" and its sources" if corpus.sources else "")
+    elif isinstance(corpus, HubCorpus) and _is_on_hub(corpus):
+        subset = f", subset {corpus.name}" if corpus.name else ""
+        text = markdown_text(f"{corpus.path} on the Hugging Face hub{subset}, split {corpus.split}")
+    else:
+        text = "files that are not published with this model"
+    language = f", language {markdown_text(corpus.language)}" if corpus.language else ""
+    return f"{text}{language} (weight {corpus.weight:g})"
+
+
+def _is_on_hub(corpus: HubCorpus) -> bool:
+    return is_repository_id(corpus.path) and not Path(corpus.path).exists()
+
+
+def _languages(corpora: Iterable[CorpusSpec]) -> list[str]:
+    """Return the languages of all corpora, or none if one of them does not say."""
+    named = [corpus.language for corpus in corpora]
+    if not all(language and _LANGUAGE.fullmatch(language) for language in named):
+        return []
+    return sorted({language for language in named if language})
+
+
+def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
+    if not result:
+        return f"No result of step {handle.step:,} was found next to the checkpoint.\n" if handle.step else ""
+    branched_at = number(as_mapping(result.get("start")).get("step"))
+    first = "before training" if branched_at is None else f"at step {branched_at:,.0f}, before the branch"
+    loss = "held-out loss, nats a target token"
+    rows = _numbers(result, {HELD_OUT_LOSS: loss, FIRST_HELD_OUT_LOSS: first, HELD_OUT_BITS: "bits per byte"}, ".4f")
+    rows += _distillation_rows(as_mapping(result.get("distillation")))
+    rows += _numbers(result, {"input_tokens": "input tokens in all", "seconds": "seconds of training"}, ",.0f")
+    if device := as_mapping(result.get("hardware")).get("device"):
+        rows.append(("trained on", str(device)))
+    return "\n".join(filter(None, [_table(rows), _scores(as_mapping(result.get("tasks")))]))
+
+
+def _distillation_rows(distillation: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    metric = str(distillation.get("metric"))
+    for role in ("teacher", "baseline"):
+        model = as_mapping(distillation.get(role))
+        value = number(as_mapping(model.get("metrics")).get(metric))
+        if value is not None:
+            parameters = number(model.get("parameters"))
+            count = "" if parameters is None else f", {parameters:,.0f} parameters"
+            label, value = shown_metric(metric, value)
+            yield f"{role}{count}: {label}", f"{value:.4f}"
+    labels = {"compression": "compression", "gain_kept": "of the teacher's gain kept"}
+    yield from _numbers(distillation, labels, ".1%")
+
+
+def _numbers(values: Mapping[str, Any], labels: Mapping[str, str], number_format: str) -> list[tuple[str, str]]:
+    """Return a row for each of the keys of `labels` whose value is a number."""
+    found = {label: number(values.get(key)) for key, label in labels.items()}
+    return [(label, f"{value:{number_format}}") for label, value in found.items() if value is not None]
+
+
+def _scores(tasks: Mapping[str, Any]) -> str:
+    rows = []
+    for name, entry in tasks.items():
+        task = as_mapping(entry)
+        score = as_mapping(task.get("score"))
+        value, low, high = (number(score.get(key)) for key in ("value", "low", "high"))
+        if value is not None:
+            interval = None if low is None or high is None else f"{low:.2f} to {high:.2f}"
+            chance, examples = (number(task.get(key)) for key in ("chance", "num_examples"))
+            chance_cell = None if chance is None else f"{chance:.2f}"
+            rows.append((name, f"{value:.2f}", interval, chance_cell, f"{examples or 0:,.0f}"))
+    return Table(("task", "score", "95 % interval", "chance", "examples"), rows).markdown() if rows else ""
+
+
+def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
+    recipe = handle.recipe
+    if export.license is None:
+        yield "No license was given when the model was converted. Set the field license above before you publish it."
+    yield "The figures are those of one run with one seed. Neither bias nor factual accuracy was measured."
+    if handle.has_training_recipe:
+        yield f"In training, inputs had up to {recipe.inputs_length:,} tokens and targets {recipe.targets_length:,}."
+    if isinstance(recipe, TextRecipe):
+        yield "The model fills gaps in text. It was not trained to follow instructions."
+    else:
+        yield "The model was trained on the inputs of its tasks, in the form that they have there, and on no others."
+    if export.quantization != "float32":
+        yield f"The weights are rounded to {export.quantization}: answers may differ from those of the float32 model."
+    yield from map(markdown_text, export.warnings)
+
+
+def _use(recipe: TrainingRecipe, export: Export) -> str:
+    prompt = json.dumps("The <extra_id_0> of a list is its <extra_id_1>." if isinstance(recipe, TextRecipe) else "TEXT")
+    template = _TRANSFORMERS if export.layout == "huggingface" else _CTRANSLATE2
+    prefix = "T5" if recipe.model.num_experts == 1 else "SwitchTransformers"
+    return template.format(prompt=prompt, model_class=f"{prefix}ForConditionalGeneration")
+
+
+def _settings(spec: BaseModel) -> str:
+    """Return the numbers, switches and plain words of a setting. Others, such as a path, are left out."""
+    values = spec.model_dump()
+    words = [str(values["kind"])] if _is_plain(values.get("kind")) else []
+    words += [f"{key} {value}" for key, value in values.items() if key != "kind" and _is_plain(value)]
+    return ", ".join(words)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and _WORD.fullmatch(value) is not None)
+
+
+def _table(rows: Iterable[tuple[str, Value]]) -> str:
+    return Table(("", ""), [*rows]).markdown()
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)

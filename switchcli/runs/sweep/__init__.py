@@ -1,0 +1,1 @@
+"""Many runs: lists of commands, processes that run them, and jobs of a cluster."""

@@ -1,0 +1,274 @@
+"""Run a sweep: several runs at once, each on its own GPU or on its share of the processors.
+
+A run is the command `switchcli VERB ARGUMENTS --out OUT/NAME`. A run is skipped if the result.json in its folder says
+that this command made it. Any other is left to its verb, which resumes an interrupted run and one with more steps, and
+refuses a run of other settings. A failed run stops no other run, except those that need its folder.
+"""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+from switchcli import metric_names as metric
+from switchcli.distributed.launch import kill_with_children
+from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
+from switchcli.report.console import Console
+from switchcli.report.safe_text import shell_words
+from switchcli.report.sinks import MAX_RESULT_BYTES, parse, step_of
+from switchcli.runs.sweep.sweep_list import SweepRun
+from switchcli.system import publish
+from switchcli.system.processor import available_processors, is_thread_count_set
+from switchcli.system.signals import stop_signals
+from switchcli.system.startup import LAUNCHER
+from switchcli.system.user_files import open_regular, read_regular
+
+STOPPED = "the sweep was stopped"
+"""The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
+_POLL_SECONDS = 0.5
+_TAIL_BYTES = 2**20
+"""Bytes at the end of a log or of metrics that are read: a log may be as long as its run likes."""
+Status = Literal["done", "skipped", "failed", "not started"]
+
+
+class Outcome(NamedTuple):
+    """How a run of a sweep ended."""
+
+    status: Status
+    """`skipped`: it was complete before. `not started`: it needs a run that failed, or the sweep was stopped."""
+    reason: str = ""
+    """Why it failed or did not start."""
+    minutes: float = 0.0
+
+
+class Sweep:
+    """The runs of a sweep, started on a number of slots. A slot is a GPU, or a share of the processors."""
+
+    def __init__(
+        self, runs: Sequence[SweepRun], out: Path, slots: Sequence[Mapping[str, str]], console: Console
+    ) -> None:
+        """`slots`: the environment variables that each slot adds to those of its run."""
+        self.runs, self._out, self._console = runs, out, console
+        self._free_slots = list(slots)
+        self._num_slots = len(slots)
+        self._processes: set[subprocess.Popen[str]] = set()
+        """The processes of the runs that go on."""
+        self._lock = threading.Lock()
+        self._num_started = 0
+        self.stopped = False
+        """Whether a signal has stopped the sweep."""
+        self.killed = False
+        """Whether a Ctrl-C after that signal has ended the runs at once, without saving."""
+        self.outcomes: dict[str, Outcome] = {}
+        """How each run ended, by name."""
+
+    def run(self) -> None:
+        """Run everything that is not complete, stage by stage.
+
+        After a signal (`stopped`) all runs have saved, unless a Ctrl-C followed (`killed`).
+        """
+        with disk_errors(self._out):
+            self._out.mkdir(parents=True, exist_ok=True)
+        with self._stopped_by_signals():
+            for _, group in itertools.groupby(self.runs, key=lambda run: run.stage):
+                stage = list(group)
+                with ThreadPoolExecutor(self._num_slots) as pool:
+                    list(pool.map(self._run, stage))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the folder of the sweep, and command and outcome of each run, for scripts."""
+        return {
+            "out": str(self._out),
+            "runs": [
+                {"name": run.name, "command": command(run, self._out), **self.outcomes[run.name]._asdict()}
+                for run in self.runs
+            ],
+        }
+
+    def _run(self, run: SweepRun) -> None:
+        """Run one run on the next free slot, unless it is complete or cannot start, and record how it ended."""
+        outcome = self._outcome(run)
+        with self._lock:
+            self.outcomes[run.name] = outcome
+
+    def _outcome(self, run: SweepRun) -> Outcome:
+        with self._lock:
+            self._num_started += 1
+            label = f"[{self._num_started}/{len(self.runs)}] {run.name}"
+            failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
+        if self.stopped:
+            return Outcome("not started", STOPPED)
+        if self._is_complete(run):
+            self._console.message(f"{label}: complete already")
+            return Outcome("skipped")
+        if needed := next((name for name in failed if self._needs(run, name)), None):
+            self._console.message(f"{label}: not started: {needed} failed")
+            return Outcome("not started", f"needs {needed}")
+        with self._lock:
+            slot = self._free_slots.pop()
+        try:
+            return self._run_on(slot, run, label)
+        except (OSError, CheckpointError) as error:
+            return Outcome("failed", str(error))
+        finally:
+            with self._lock:
+                self._free_slots.append(slot)
+
+    def _run_on(self, slot: Mapping[str, str], run: SweepRun, label: str) -> Outcome:
+        log = self._out / f"{run.name}.log"
+        self._console.message(f"{label}: {shell_words(*command(run, self._out))}")
+        started = time.monotonic()
+        with disk_errors(log):
+            file = publish.open_append(log)
+        with file:
+            with self._start(run, file, {**os.environ, **slot}) as process:
+                code = self._wait(process, run, label)
+            self._processes.discard(process)
+        minutes = (time.monotonic() - started) / 60
+        end = "done" if code == 0 else f"exit code {code}"
+        self._console.message(f"{label}: {end} after {minutes:.1f} minutes")
+        if code == 0:
+            return Outcome("done", minutes=minutes)
+        # A run that is stopped while Python still starts dies of the signal itself: it has nothing to save.
+        if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGKILL):
+            return Outcome("not started", STOPPED, minutes)
+        return Outcome("failed", f"exit code {code}: {_last_line(log)} ({log})", minutes)
+
+    def _wait(self, process: subprocess.Popen[str], run: SweepRun, label: str) -> int:
+        """Return the exit code of a run. Until it ends, show its last logged step."""
+        folder, steps = self._out / run.name, 0
+        with self._console.stepping(label) as show:
+            while True:
+                try:
+                    return process.wait(_POLL_SECONDS)
+                except subprocess.TimeoutExpired:
+                    if (logged := _last_record(folder / "metrics.jsonl")) is not None:
+                        steps = steps or _steps(folder / "recipe.yaml")
+                        show(step_of(logged) or 0, steps, logged.get(metric.LOSS))
+
+    def _is_complete(self, run: SweepRun) -> bool:
+        """Return whether the run has a result, and this command made it."""
+        try:
+            result = parse(read_regular(self._out / run.name / "result.json", MAX_RESULT_BYTES))
+        except OSError:
+            return False
+        words, found = command(run, self._out), (result or {}).get("command")
+        # `--processes` adds the checkpoint of a branch to the arguments of its ranks.
+        return isinstance(found, list) and found[: len(words)] == words
+
+    def _needs(self, run: SweepRun, other: str) -> bool:
+        """Return whether an argument of the run is the other run's folder, or lies in it."""
+        path = self._out / other
+        paths = "|".join(re.escape(str(form)) for form in (path, path.absolute()))
+        folder = re.compile(rf"(?<![\w./-])({paths})(?![\w.-])")
+        return any(folder.search(argument) for argument in run.arguments)
+
+    def _start(self, run: SweepRun, log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        # A session of its own: Ctrl-C then reaches the sweep alone, which forwards it. If the sweep is killed, its run
+        # gets a signal (LAUNCHER). The kernel sends it when the thread ends that made the process, so that thread waits
+        # for the process.
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command(run, self._out)],
+            stdout=log,
+            stderr=log,
+            text=True,
+            env={**environment, LAUNCHER: str(os.getpid())},
+            start_new_session=True,
+        )
+        self._processes.add(process)
+        if self.stopped:  # before the process was in the set
+            process.terminate()
+        return process
+
+    @contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """Let the first stopping signal ask every run to save and end, and a later Ctrl-C kill them. None starts."""
+
+        def stop(number: int, frame: object) -> None:
+            self.killed |= self.stopped and number == signal.SIGINT
+            is_first, self.stopped = not self.stopped, True
+            for process in list(self._processes):
+                if self.killed:
+                    kill_with_children(process.pid)
+                elif is_first:
+                    process.terminate()
+
+        previous = {number: signal.signal(number, stop) for number in stop_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def command(run: SweepRun, out: Path) -> list[str]:
+    """Return the command line of a run."""
+    return ["switchcli", *run.arguments, "--out", str(out / run.name), "--quiet"]
+
+
+def available_slots(jobs: int | None, num_runs: int) -> list[dict[str, str]]:
+    """Return the environment of each slot: one per GPU that is visible, else one per processor; or `jobs` slots.
+
+    Several slots share a GPU if there are more jobs than GPUs. OpenMP threads are divided among the slots. No more than
+    `num_runs` slots are returned.
+    """
+    gpus = _visible_gpus()
+    cores = available_processors()
+    count = jobs or len(gpus) or cores
+    threads = {} if is_thread_count_set() else {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    if not gpus:
+        return [dict(threads) for _ in range(min(count, num_runs))]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(min(count, num_runs))]
+
+
+def _visible_gpus() -> list[str]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, else all that nvidia-smi lists. torch is not imported."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, check=False, capture_output=True, text=True)
+    except OSError:
+        return []
+    return done.stdout.split() if done.returncode == 0 else []
+
+
+def _tail(path: Path) -> list[str]:
+    """Return the last lines of a file, or none if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            return file.read(_TAIL_BYTES).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _last_record(metrics: Path) -> dict[str, Any] | None:
+    """Return the newest record of a training step, or None if there is none yet."""
+    records = (parse(line.encode()) for line in reversed(_tail(metrics)))
+    return next((record for record in records if record is not None and metric.LOSS in record), None)
+
+
+def _steps(recipe: Path) -> int:
+    """Return the number of steps of a run, or 0 if it is not known."""
+    from switchcli.recipe import resolve
+
+    with suppress(RecipeError):
+        steps = resolve.stated(resolve.load(str(recipe)), "train.steps")
+        return steps if isinstance(steps, int) else 0
+    return 0
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in _tail(log) if line.strip()]
+    return lines[-1].strip().encode("unicode_escape").decode() if lines else "no message"

@@ -1,0 +1,1 @@
+"""Prepare text and train tokenizers, for the verb data."""

@@ -1,0 +1,215 @@
+"""The recipe of `switchcli distill`: the teacher provides what it leaves out, and the student must fit the teacher."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from switchcli.convert.tokenizer_files import find_tokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.errors import RecipeError
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.surgery.student import differing_dimensions
+from switchcli.model.surgery.student_spec import FromTeacherInit
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import RECIPES, DistillTasksRecipe, DistillTextRecipe, TaskRecipe
+from switchcli.recipe.sizes import SIZES
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.runs.inputs.loading import CheckpointHandle
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, Pin, PinFinder
+from switchcli.runs.job.same_model import check_shape, check_tokenizer
+from switchcli.runs.train.training_task import TrainingTask
+from switchcli.spec import Spec
+
+Recipe = DistillTextRecipe | DistillTasksRecipe
+_TRAINING_SECTIONS = {"train", "optimizer", "schedule", "eval", "checkpoint"}
+"""Sections that a recipe may leave out if the teacher was trained on the same type of data. The teacher's are taken."""
+
+
+class DistillRules(TrainingTask):
+    """How a recipe of `distill` is resolved. `start` can only name a distillation to continue."""
+
+    verb = "distill"
+
+    @classmethod
+    def check_verb(cls, tree: Node) -> None:
+        if resolve.stated(tree, "verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
+            super().check_verb(tree)
+
+    @classmethod
+    def pins(cls, tree: Node, finder: PinFinder) -> dict[str, Pin]:
+        named = resolve.stated_path(tree, TEACHER)
+        if not isinstance(named, str):
+            raise RecipeError(f"{TEACHER}: missing: name the model to learn from by --teacher CHECKPOINT")
+        pins = super().pins(tree, finder)
+        pins[TEACHER] = finder.find(TEACHER, named, is_needed=True)
+        if (student := resolve.stated_path(tree, STUDENT)) is not None:
+            if not Path(student).exists() and (close := difflib.get_close_matches(student, SIZES, n=1)):
+                raise RecipeError(
+                    f"{STUDENT} (--student) {student}: no checkpoint there, and no size of that name. Did you mean "
+                    f"{close[0]}?"
+                )
+            pins[STUDENT] = finder.find(STUDENT, student)
+        if isinstance(baseline := resolve.stated_path(tree, BASELINE), str):
+            # It is measured at the end, so the recipe keeps the name, which may be a run that goes on.
+            handle = finder.open(BASELINE, baseline)
+            pins[BASELINE] = Pin(baseline, handle.recipe.model, handle)
+        return pins
+
+    @classmethod
+    def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
+        fixed = dict(super().fixed(tree, pins))
+        if STUDENT in pins:
+            fixed["student.kind"] = "checkpoint"
+        if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
+            teacher = teacher_of(pins)
+            _check_trained_tokenizer(tree, teacher)
+            fixed["data.tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
+        return fixed
+
+    @classmethod
+    def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node:
+        teacher = teacher_of(pins)
+        student = pins.get(START) or pins.get(STUDENT)
+        spec = student.model if student else dense_spec(teacher.recipe.model)
+        return resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
+
+    @classmethod
+    def schema(cls, tree: Node) -> type[Spec]:
+        return RECIPES["distill"] if resolve.stated(tree, "tasks") is None else DistillTasksRecipe
+
+    @classmethod
+    def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int:
+        return pins[TEACHER].model.vocab_size
+
+    @classmethod
+    def check(cls, job: Job[Any]) -> None:
+        super().check(job)
+        _check_models(job)
+
+    def tokenizer(self) -> Tokenizer:
+        return teacher_of(self.job.pins).tokenizer
+
+
+def teacher_of(pins: Mapping[str, Pin]) -> CheckpointHandle:
+    """Return the open checkpoint of the teacher."""
+    teacher = pins[TEACHER].handle
+    assert teacher is not None, "it is needed whether or not the run has begun"
+    return teacher
+
+
+def dense_spec(teacher: ModelSpec) -> ModelSpec:
+    """Return the dense model of a sparse one's shape. With top-1 feed-forwards both have the same FLOPs per token."""
+    return teacher.model_copy(
+        update={"size": "custom", "num_experts": 1, "sparse_encoder_layers": None, "sparse_decoder_layers": None}
+    )
+
+
+def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
+    """Return the values for keys that the recipe `tree` leaves out: the student's shape, and the teacher's training."""
+    trained = teacher.recipe
+    is_tasks_named = resolve.stated(tree, "tasks") is not None
+    is_text_named = resolve.stated(tree, "data.corpora") is not None
+    if not (teacher.has_training_recipe or is_tasks_named or is_text_named):
+        raise RecipeError(
+            f"{TEACHER} ({teacher.path}): has no record of its training: name a RECIPE, or what to train on "
+            "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
+        )
+    defaults: dict[str, Any] = {"model": student.model_dump(mode="json")}
+    names_other_data = is_text_named if isinstance(trained, TaskRecipe) else is_tasks_named
+    if teacher.has_training_recipe and not names_other_data:
+        # A recipe on text has no tasks and no scoring.
+        defaults |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "tasks", "data", "scoring"})
+    elif is_tasks_named:
+        defaults["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+    defaults.get("train", {}).pop("device", None)  # belongs to the machine that trained the teacher
+    if "tasks" not in defaults and not is_tasks_named:
+        defaults.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
+    return defaults
+
+
+def _check_trained_tokenizer(tree: Node, teacher: CheckpointHandle) -> None:
+    """Raise RecipeError if the vocabulary that the recipe `tree` would train certainly differs from the teacher's."""
+    tokenizer = teacher.tokenizer
+    properties = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_sentinels": len(tokenizer.sentinels),
+        "byte_fallback": bool(tokenizer.is_byte_V.any()),
+    }
+    for name, value in properties.items():
+        key = f"data.tokenizer.{name}"
+        if (named := resolve.stated(tree, key)) not in (None, value):
+            raise RecipeError(
+                f"{key} ({json.dumps(named)}): a student shares the tokenizer of its teacher {teacher.path}: "
+                f"leave {key} out, or take {key}={json.dumps(value)}"
+            )
+
+
+def _tokenizer_path(teacher: CheckpointHandle) -> str:
+    return str((find_tokenizer(teacher.path) or teacher.path / "tokenizer.json").absolute())
+
+
+def _check_models(job: Job[Recipe]) -> None:
+    """Check that the student can learn from the teacher, and be compared with the baseline.
+
+    Raises:
+        RecipeError: their vocabularies differ, or the student is larger than or equal to the teacher.
+    """
+    recipe, teacher = job.recipe, teacher_of(job.pins)
+    check_tokenizer(recipe, teacher.tokenizer)
+    student_spec, teacher_spec = recipe.model, teacher.recipe.model
+    if (student := job.handle(STUDENT)) is not None:
+        check_shape(student.recipe.model, student_spec, str(student.path))
+    for option, other in (("student", student), ("baseline", job.handle(BASELINE))):
+        if other is not None and other.tokenizer.sha256 != teacher.tokenizer.sha256:
+            raise RecipeError(
+                f"--{option} {other.path}: has another tokenizer than the teacher {teacher.path}, so their "
+                "probabilities cannot be compared: take models that were trained with the same tokenizer.json"
+            )
+    if student_spec.vocab_size != teacher_spec.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size: the student has {student_spec.vocab_size}, its teacher {teacher_spec.vocab_size}: "
+            "probabilities of different vocabularies cannot be compared: leave it out, or take a --student of that "
+            "many rows"
+        )
+    both_dense = teacher_spec.num_experts == student_spec.num_experts == 1
+    if both_dense and not differing_dimensions(student_spec, teacher_spec):
+        raise RecipeError(
+            f"--teacher {teacher.path}: a dense model (num_experts: 1), of which the dense student is a copy: name a "
+            "sparse teacher, or a smaller student by --student"
+        )
+    student_parameters, teacher_parameters = count(student_spec).parameters, count(teacher_spec).parameters
+    if student_parameters > teacher_parameters:
+        raise RecipeError(
+            f"model: a student of {student_parameters:,} parameters is larger than its teacher {teacher.path}, of "
+            f"{teacher_parameters:,}: take a smaller --student, or a smaller model.num_experts"
+        )
+    _check_student_init(recipe, teacher)
+
+
+def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
+    """Raise RecipeError if the student is to copy weights that the teacher does not have."""
+    student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.recipe.model
+    if not isinstance(student, FromTeacherInit):
+        return
+    if teacher_spec.num_experts == 1 and student.experts != "random_init":
+        raise RecipeError(
+            f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
+            "leave it out, or name a sparse teacher"
+        )
+    if student.experts == "most_used" and student_spec.num_experts > teacher_spec.num_experts:
+        raise RecipeError(
+            f"model.num_experts: a student of {student_spec.num_experts} cannot take the most used of "
+            f"{teacher_spec.num_experts}: take fewer, or student.experts=mean"
+        )
+    differing = differing_dimensions(student_spec, teacher_spec)
+    if differing and student.on_shape_mismatch == "error":
+        dimensions = ", ".join(f"{name} {own} (the teacher's is {other})" for name, own, other in differing)
+        raise RecipeError(
+            f"model: the teacher's weights do not fit a student of {dimensions}: "
+            "student.on_shape_mismatch=random_init copies those that do, "
+            "student.kind=random_init starts from initial weights"
+        )

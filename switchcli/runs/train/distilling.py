@@ -1,0 +1,223 @@
+"""Distillation: the training task of `switchcli distill`. The teacher runs in every step, or once to fill a cache."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchcli.checkpoint import tensor_names
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
+from switchcli.errors import RecipeError
+from switchcli.metric_names import TOKENS_PER_SECOND
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.init import initial_weights
+from switchcli.model.surgery.student import StudentInit, init_weights, plan_init
+from switchcli.model.surgery.student_spec import FromTeacherInit
+from switchcli.report.console import Console
+from switchcli.report.table import Table
+from switchcli.report.units import si
+from switchcli.runs.devices.mesh_choice import build_context
+from switchcli.runs.evaluate.score_tables import shown_metric
+from switchcli.runs.inputs import transformers_checkpoint
+from switchcli.runs.inputs.loading import load_model
+from switchcli.runs.inputs.train_data import TrainData
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import BASELINE, STUDENT
+from switchcli.runs.job.run_dir import check_ranks_agree
+from switchcli.runs.train.distill_rules import DistillRules, Recipe, teacher_of
+from switchcli.runs.train.teacher import DistillSource, ModelMetrics, RunTeacher
+from switchcli.runs.train.trainer import Trainer
+from switchcli.training import memory
+from switchcli.training.checkpointer import load_weights
+from switchcli.training.config import FromCheckpoint
+from switchcli.training.distillation import DistillationLoss, compression, gain_kept
+from switchcli.training.loss import Objective, packed_cross_entropy
+from switchcli.training.measure import Evaluator
+from switchcli.training.optimizers import Optimizer
+
+
+def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
+    """Save the teacher's probabilities for all steps of the run. No student is trained and no run folder is made.
+
+    Return a JSON result on the main rank, and an empty one on the others.
+
+    Raises:
+        RecipeError: the recipe has no cache, or does not use the teacher's probabilities.
+        Interrupted: stopped by a signal. Finished parts of the cache are kept.
+    """
+    recipe, settings = job.recipe, job.recipe.distill.cache
+    if settings is None or not recipe.distill.soft_fraction:
+        raise RecipeError("--cache-only: needs distill.cache.folder, and a distill.soft_fraction above 0")
+    context = build_context(recipe)
+    check_ranks_agree(recipe, context)
+    console = Console(quiet=quiet or not context.is_main)
+    with memory.explain_out_of_memory_in_evaluation(context.device):
+        Distillation(job, None, context, console).build_data()
+        context.close()
+    size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
+    steps = recipe.train.steps - recipe.distill.start_step
+    console.message(f"answers to {steps:,} steps, {si(size)}B, in {settings.folder}")
+    return {"verb": recipe.verb, "answers": settings.folder, "steps": steps, "bytes": size} if context.is_main else {}
+
+
+class Distillation(DistillRules):
+    """Train a student on the probabilities of a teacher, on text or on tasks (section 4.2)."""
+
+    def __init__(
+        self, job: Job[Recipe], folder: RunFolder | None, context: DistributedContext, console: Console
+    ) -> None:
+        """`folder` is the run's, or None if only the teacher cache is filled. Every `TrainingTask` takes one."""
+        super().__init__(job, folder, context, console)
+        self._recipe: Recipe = job.recipe
+        self._settings = self._recipe.distill
+        self._handle = teacher_of(job.pins)
+        self._teacher = RunTeacher(self._handle, self._recipe, context, console)
+        self.identity = {"teacher_sha256": self._teacher.sha256}
+        if self._settings.soft_fraction and self._settings.cache is None:
+            self.teacher = self._handle.recipe.model
+        self._loss: DistillationLoss | None = None
+
+    def build_data(self) -> TrainData:
+        """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
+        data = super().build_data()
+        start_step, cache_spec = self._settings.start_step, self._settings.cache
+        if not self._settings.soft_fraction:
+            return data
+        if cache_spec is None:
+            if start_step == 0:  # a later start loads the teacher when it is needed
+                self._teacher.load()
+            return data
+        cache = self._teacher.fill_cache(cache_spec, data)
+        return data._replace(source=DistillSource(data.source, cache, start_step))
+
+    def loss_at(self, step: int) -> Objective:
+        """Return the loss with the teacher's probabilities, from the start step on if there is a soft fraction.
+
+        Before it, the loss is the cross-entropy of the targets.
+        """
+        if step < self._settings.start_step or not self._settings.soft_fraction:
+            return self.validation_loss
+        if self._loss is None:
+            teacher = self._teacher.in_training() if self._settings.cache is None else None
+            self._loss = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
+        return self._loss
+
+    def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
+        """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
+        recipe, teacher = self._recipe, self._handle
+        start = self.job.handle(STUDENT)
+        if isinstance(recipe.student, FromCheckpoint):
+            assert start is not None, "a run that has begun restores its own checkpoint"
+            load_weights(student, start.weights())
+            return
+        student.load_full(initial_weights(recipe.model, recipe.train.seed, student.experts))
+        plan = student_init(recipe, teacher.recipe.model)
+        if plan is None or not isinstance(recipe.student, FromTeacherInit):
+            return
+        weights, num_experts = teacher.weights(), teacher.recipe.model.num_experts
+        load: dict[str, torch.Tensor] = {}
+        if plan.from_experts and recipe.student.experts == "most_used":
+            measured = self._teacher.measure(evaluator._replace(tasks=()))
+            load = {layer: torch.tensor(tokens) for layer, tokens in measured.load.items()}
+
+        def stacked_weight(name: str) -> torch.Tensor:
+            return tensor_names.stack_experts(weights, name, num_experts)
+
+        student.load_full(init_weights(recipe.model, student.experts, plan, stacked_weight, recipe.student, load))
+        self.console.message(
+            f"of the student's {len(student.parameters)} weight tensors {len(plan.copied)} are copies of the "
+            f"teacher's, {len(plan.from_experts)} are made from its experts (student.experts={recipe.student.experts}) "
+            f"and {len(plan.random_init)} start from random values"
+        )
+        if recipe.student.on_shape_mismatch == "random_init":
+            self.console.message(f"from random values: {', '.join(plan.random_init)}")
+
+    def results(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
+        recipe, teacher, baseline = self._recipe, self._handle, self.job.handle(BASELINE)
+        metric = trainer.evaluator.metric
+        teacher_measured = self._teacher.measure(trainer.evaluator)
+        self._loss = None
+        self._teacher.unload()  # frees the memory of the teacher for the baseline
+        student_parameters, teacher_parameters = (
+            count(spec).parameters for spec in (recipe.model, teacher.recipe.model)
+        )
+        # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
+        text_only = trainer.evaluator._replace(tasks=())
+        measured = ModelMetrics.measure(trainer.model, text_only, recipe.inputs_length)._replace(
+            metrics=trainer.state.eval_metrics
+        )
+        result: dict[str, Any] = {
+            "metric": metric,
+            "teacher": {
+                "checkpoint": str(teacher.path),
+                "parameters": teacher_parameters,
+                **_metrics_and_speed(teacher_measured),
+            },
+            "student": {"parameters": student_parameters, **_metrics_and_speed(measured)},
+            "compression": compression(student_parameters, teacher_parameters),
+        }
+        plan = student_init(recipe, teacher.recipe.model)
+        if plan is not None:
+            result["student_init"] = {
+                "copied": plan.copied,
+                "from_experts": list(plan.from_experts),
+                "random_init": plan.random_init,
+            }
+        baseline_value = self._settings.baseline
+        if baseline is not None:
+            baseline_model = load_model(baseline, self.context.device).model
+            baseline_measured = ModelMetrics.measure(baseline_model, trainer.evaluator, recipe.inputs_length)
+            baseline_value = baseline_measured.metrics[metric]
+            result["baseline"] = {
+                "checkpoint": str(baseline.path),
+                "parameters": count(baseline.recipe.model).parameters,
+                **_metrics_and_speed(baseline_measured),
+            }
+        elif isinstance(baseline_value, float):
+            result["baseline"] = {"metrics": {metric: baseline_value}}
+        if isinstance(baseline_value, float):
+            result["gain_kept"] = gain_kept(measured.metrics[metric], teacher_measured.metrics[metric], baseline_value)
+        return {"distillation": result}
+
+    def show(self, result: Mapping[str, Any]) -> None:
+        """Print the rows of the paper's Table 6 that one run has."""
+        distillation = result["distillation"]
+        metric = distillation["metric"]
+        rows: dict[str, str | float] = {}
+        for role in ("teacher", "student", "baseline"):
+            if role not in distillation:
+                continue
+            model = distillation[role]
+            properties = []
+            if model.get("parameters"):
+                properties.append(f"{model['parameters']:,} parameters")
+            if model.get(TOKENS_PER_SECOND):
+                properties.append(f"{si(model[TOKENS_PER_SECOND])} tokens/s forward")
+            label, value = shown_metric(metric, model["metrics"][metric])
+            rows[f"{role} ({', '.join(properties)})" if properties else role] = value
+        rows["compression"] = f"{distillation['compression']:.1%}"
+        if "gain_kept" in distillation:
+            fraction = distillation["gain_kept"]
+            text = "the teacher has none" if fraction is None else f"{fraction:.1%}"
+            if fraction is not None and fraction > 1:
+                text += ", as it is better than its teacher"
+            rows["of the teacher's gain over the baseline kept"] = text
+        self.console.show(Table(("", ""), [*rows.items()], f"distilled: {label}"))
+
+
+def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
+    """Return which weights the student gets from its teacher, or None if it starts from something else."""
+    if not isinstance(recipe.student, FromTeacherInit):
+        return None
+    return plan_init(
+        transformers_checkpoint.meta_model(recipe.model), transformers_checkpoint.meta_model(teacher), recipe.student
+    )
+
+
+def _metrics_and_speed(measured: ModelMetrics) -> dict[str, Any]:
+    return {"metrics": measured.metrics, TOKENS_PER_SECOND: measured.tokens_per_second}

@@ -1,0 +1,38 @@
+"""Pretraining: the training task of `switchcli pretrain`."""
+
+from collections.abc import Mapping
+
+from switchcli.distributed.layout import ModelWeights
+from switchcli.model.init import initial_weights
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.runs.job.pins import START, Pin, PinFinder
+from switchcli.runs.train.training_task import TrainingTask
+from switchcli.training.measure import Evaluator
+from switchcli.training.optimizers import Optimizer
+
+
+class Pretraining(TrainingTask):
+    """Train on plain text, from scratch or from a checkpoint."""
+
+    verb = "pretrain"
+
+    @classmethod
+    def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int | None:
+        """Return the number of the checkpoint, of the run that goes on, or of a tokenizer that is not to be trained."""
+        if START in pins or not resolve.has_auto_vocab_size(tree):
+            return super().vocab_size(tree, pins, finder)
+        begun, is_trained = finder.begun, resolve.stated(tree, "data.tokenizer.kind") in (None, "train")
+        if begun is None and is_trained:
+            return None
+        tokenizer = resolve.validate(tree, PretrainRecipe).data.tokenizer
+        if begun is not None and begun.tokenizer == tokenizer:
+            return begun.model.vocab_size
+        return None if is_trained else resolve.padded_vocab_size(tokenizer.load(dict).vocab_size)
+
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
+        if self.job.recipe.start is None:
+            weights.load_full(initial_weights(self.job.recipe.model, self.job.recipe.train.seed, weights.experts))
+        else:
+            super().init_weights(weights, optimizer, evaluator)

@@ -1,0 +1,59 @@
+"""What a training run prints at its start: what it will do, where, and how to stop it."""
+
+from pathlib import Path
+from typing import Final
+
+from switchcli.distributed.context import DistributedContext
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
+from switchcli.report.units import si
+from switchcli.runs.devices.planning import describe
+from switchcli.runs.inputs.train_data import TrainData
+from switchcli.training.state import TrainState
+
+STOPPING: Final = "stopping: this step is finished and saved first; Ctrl-C again ends at once without saving"
+"""The answer to the first Ctrl-C in a terminal."""
+
+
+def announce(
+    recipe: TrainingRecipe,
+    state: TrainState,
+    data: TrainData,
+    folder: Path,
+    context: DistributedContext,
+    console: Console,
+) -> None:
+    """Print what the run will do, where, and how to stop it. A run that is complete does nothing more."""
+    steps, done, batch_tokens = recipe.train.steps, state.step, recipe.train.batch_tokens
+    if done == steps:
+        return
+    first = f", from step {done:,}" if done else ""
+    total = state.input_tokens(batch_tokens) + (steps - done) * batch_tokens
+    ranks = f", {context.world} ranks" if context.world > 1 else ""
+    parameters = describe(recipe)["parameters"]
+    console.message(
+        f"training {parameters:,} parameters for {steps:,} steps of {batch_tokens:,} tokens{first}: "
+        f"{si(total)} tokens, on {context.device.type}{ranks}"
+    )
+    held_out, examples = sum(text.num_rows for text in data.evaluator.texts.values()), _num_examples(data)
+    answers = f" and answering {examples:,} examples" if examples else ""
+    evaluating, saving = _times(recipe.eval.every_steps, steps), _times(recipe.checkpoint.save_every_steps, steps)
+    console.message(
+        f"evaluating on {held_out:,} held-out sequences{answers} {evaluating}, saving a checkpoint {saving}"
+    )
+    console.message(f"writing to {folder}/; Ctrl-C saves and stops, and the same command goes on from there")
+
+
+def _times(every: int, steps: int) -> str:
+    """Return when something happens that a run of `steps` steps does every so many of them, and at its end."""
+    return f"every {every:,} steps" if every < steps else "at the end"
+
+
+def not_measured(data: TrainData) -> str:
+    """Return what takes time and is not measured before the first evaluation: answering the examples of tasks."""
+    examples = _num_examples(data)
+    return f"answering {examples:,} examples at each evaluation comes on top" if examples else ""
+
+
+def _num_examples(data: TrainData) -> int:
+    return sum(len(scored.examples) for scored in data.evaluator.tasks)

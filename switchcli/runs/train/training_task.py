@@ -1,0 +1,189 @@
+"""TrainingTask: the part of a run that differs between training verbs. The common part is in trainer.py.
+
+Its class methods resolve the recipe (`JobRules`), before there is a run.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import ModelWeights
+from switchcli.errors import CheckpointError, RecipeError
+from switchcli.model.config import ModelSpec
+from switchcli.model.trainable_sets import TrainableSet
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import RECIPES, TaskRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.report.console import Console
+from switchcli.runs.inputs.loading import read_documents
+from switchcli.runs.inputs.task_data import TaskRunData
+from switchcli.runs.inputs.text_data import TextRunData
+from switchcli.runs.inputs.train_data import RunData, TrainData
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import START, Pin, PinFinder, check_digest
+from switchcli.runs.job.same_model import check_shape, check_tokenizer
+from switchcli.runs.train import branching
+from switchcli.spec import Spec
+from switchcli.training.checkpointer import load_optimizer_state, load_weights
+from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.measure import Evaluator
+from switchcli.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
+
+
+class TrainingTask(LossSchedule):
+    """The data, the initial weights and the loss of a run, and additions to its result.
+
+    By default, a run starts from the checkpoint that `start` names.
+    """
+
+    verb: ClassVar[str]
+    """The command."""
+    update: TrainableSet = "all"
+    """The weights that are trained."""
+    teacher: ModelSpec | None = None
+    """The model whose forward pass is part of every step, if there is one."""
+    identity: Mapping[str, str] = MappingProxyType({})
+    """Digests of everything besides the text that must not change when the run is resumed, by name."""
+
+    # The recipe
+
+    @classmethod
+    def check_verb(cls, tree: Node) -> None:
+        resolve.check_verb(tree, RECIPES[cls.verb])
+
+    @classmethod
+    def pins(cls, tree: Node, finder: PinFinder) -> dict[str, Pin]:
+        start = finder.start(tree, cls.verb)
+        if start is None:
+            if RECIPES[cls.verb].model_fields["start"].is_required():
+                raise RecipeError(f"{START}: missing: name the model to start from by --model CHECKPOINT")
+            return {}
+        check_digest(resolve.stated(tree, "start.sha256"), start)
+        return {START: start}
+
+    @classmethod
+    def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
+        if START not in pins or resolve.stated(tree, "start.sha256") is not None:
+            return {}
+        return {"start.sha256": pins[START].sha256}
+
+    @classmethod
+    def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node | None:
+        """Return the shape of the model that the run starts from."""
+        if START not in pins:
+            return None
+        start = pins[START]
+        return resolve.layer({"model": start.model.model_dump(mode="json")}, f"the checkpoint {start.path}")
+
+    @classmethod
+    def schema(cls, tree: Node) -> type[Spec]:
+        return RECIPES[cls.verb]
+
+    @classmethod
+    def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int | None:
+        return pins[START].model.vocab_size if START in pins else None
+
+    @classmethod
+    def check(cls, job: Job[Any]) -> None:
+        recipe: TrainingRecipe = job.recipe
+        if START in job.pins:
+            _check_start(recipe, job.pins[START])
+        data_type(recipe).check(recipe)
+
+    @classmethod
+    def open_inputs(cls, job: Job[Any]) -> None:
+        """Open what the recipe names besides checkpoints, for a dry run. Raises like `RunData.open_inputs`."""
+        handle = next((pin.handle for pin in job.pins.values() if pin.handle is not None), None)
+        data_type(job.recipe).open_inputs(job.recipe, handle and handle.tokenizer)
+
+    # The run
+
+    def __init__(self, job: Job[Any], folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
+        """`folder` is the folder of the run; None if a teacher cache is filled and nothing is trained."""
+        self.job, self.folder, self.context, self.console = job, folder, context, console
+        self.run_data = data_type(job.recipe)(job.recipe, context, console)
+
+    @property
+    def validation_loss(self) -> Objective:
+        """The loss on held-out text. It is also the training loss, unless `loss_at` is overridden."""
+        return self.run_data.objective
+
+    def build_data(self) -> TrainData:
+        """Return the data of the run. This may take hours, so the trainer checks everything else first."""
+        return self.run_data.build(self.tokenizer())
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer of the checkpoint that the run starts from, or resumes; None if there is neither.
+
+        A vocabulary that is trained again may differ.
+        """
+        if (start := self.job.handle(START)) is not None:
+            return start.tokenizer
+        if self.folder is None or not self.folder.is_resumed:
+            return None
+        if self.folder.tokenizer.exists():
+            return Tokenizer.read(self.folder.tokenizer)
+        latest = checkpoint.latest_read_only(self.folder.checkpoints, warn=lambda damage: None)
+        assert latest is not None, "the run had begun when its recipe was resolved"
+        return read_documents(latest)[1]
+
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
+        """Initialize the weights, and with `keep: optimizer` the optimizer state, of a new run.
+
+        `evaluator` measures models on the data of the run.
+
+        Raises:
+            CheckpointError: as `load_optimizer_state` says.
+        """
+        start = self.job.handle(START)
+        assert start is not None, "a run that has begun restores its own checkpoint"
+        self.console.message(f"starting from {start.path}")
+        load_weights(weights, start.weights())
+        if self.job.recipe.start.keep == "optimizer":
+            assert start.native is not None, "refused when the recipe was resolved"
+            load_optimizer_state(optimizer, start.native, weights.experts)
+
+    def loss_at(self, step: int) -> Objective:
+        return self.validation_loss
+
+    def results(self, trainer: "Trainer") -> dict[str, Any]:
+        """Return additional keys of result.json, after training. Called on every rank."""
+        return {}
+
+    def show(self, result: Mapping[str, Any]) -> None:
+        """Print the additional keys of `result`. Called on the main rank."""
+
+
+def data_type(recipe: TrainingRecipe) -> type[RunData]:
+    """Return the type of data that a recipe trains on: the one place that tells tasks from plain text."""
+    return TaskRunData if isinstance(recipe, TaskRecipe) else TextRunData
+
+
+def _check_start(recipe: TrainingRecipe, start: Pin) -> None:
+    """Check that a run of `recipe` can start from the checkpoint.
+
+    Raises:
+        RecipeError: the shape of the model or the tokenizer is another, or no step is left for a branch.
+        CheckpointError: there is no optimizer state to carry over.
+        DataError: the tokenizer that the recipe names cannot be read.
+    """
+    assert recipe.start is not None
+    check_shape(start.model, recipe.model, start.path)
+    if start.handle is None:
+        return
+    if recipe.start.keep == "run":
+        branching.check(start.handle, recipe)
+    check_tokenizer(recipe, start.handle.tokenizer)
+    has_optimizer_state = start.handle.native is not None and start.handle.native.tensor_specs("optimizer")
+    if recipe.start.keep == "optimizer" and not has_optimizer_state:
+        raise CheckpointError(
+            f"{start.path}: holds no optimizer state to carry over: start.keep=weights begins with a new one"
+        )
