@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from switchcli.planner.plan import GIB, Fit, Machine
 from switchcli.report.units import si
-from switchcli.runs.devices.planning import RecipePlan, describe, plan_sizes
+from switchcli.runs.devices.planning import RecipePlan, plan_sizes
 
 
 class Target(NamedTuple):
@@ -45,9 +45,9 @@ def _section(target: Target) -> str:
         headings += ["tokens/s", "days"]
     lines = [f"## {target.title}\n", f"<!-- not run: as above -->\n```bash\n{target.command}\n```\n"]
     plans = plan_sizes(target.overrides, target.machine)
-    rows = [[*_cells(one, one.plan.best)][: len(headings)] for one in plans if one.plan.best]
+    rows = [[*_cells(one, one.meshes.best)][: len(headings)] for one in plans if one.meshes.best]
     lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
-    too_large = [_too_large(one) for one in plans if not one.plan.best]
+    too_large = [_too_large(one) for one in plans if not one.meshes.best]
     lines.append(f"\nToo large, with the number of devices that each fits on: {', '.join(too_large) or 'none'}.\n")
     return "\n".join(lines)
 
@@ -59,7 +59,7 @@ def _too_large(plan: RecipePlan) -> str:
 
 def _cells(plan: RecipePlan, fit: Fit) -> Iterator[str]:
     yield f"`{plan.name}`"
-    yield si(describe(plan.recipe)["parameters"])
+    yield si(plan.about["parameters"])
     yield _mesh(fit)
     yield str(fit.microbatch)
     yield f"{fit.bytes.total / GIB:.1f}"

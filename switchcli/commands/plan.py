@@ -114,7 +114,7 @@ def plan(
         title, result, tables = name, plans[0].to_json(), partial(_step_tables, plans[0])
     if html is not None:
         write_page(html, f"switchcli plan: {title}", tables(None))
-    fits = any(one.plan.best for one in plans)
+    fits = any(one.meshes.best for one in plans)
     finish(result, as_json, tables(_CONSOLE_ROWS), exit_code=0 if fits else 1)
 
 
@@ -156,18 +156,17 @@ def _machine(
 
 def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator[Table]:
     """Yield the tables of all sizes: the devices, what fits, and the keys to paste."""
-    from switchcli.runs.devices.planning import SIZES_RECIPE, describe
+    from switchcli.runs.devices.planning import SIZES_RECIPE
 
     first = plans[0]
-    about = describe(first.recipe)
     rows = [
         *_device_rows(first),
         ("recipe", SIZES_RECIPE),
-        ("steps", number(about["steps"])),
-        ("input tokens", si(about["input_tokens"])),
+        ("steps", number(first.about["steps"])),
+        ("input tokens", si(first.about["input_tokens"])),
     ]
-    if not any(one.plan.best for one in plans):
-        rows.append(("none fits: the smallest because", first.plan.reasons()[0][0]))
+    if not any(one.meshes.best for one in plans):
+        rows.append(("none fits: the smallest because", first.meshes.reasons()[0][0]))
     yield Table(("", ""), rows, "Every size", _assumptions(first))
     note = (
         "needs: the smallest power of two of such devices, - where the batch cannot be shared by enough of them. "
@@ -180,10 +179,9 @@ def _size_tables(plans: Sequence["RecipePlan"]) -> Iterator[Table]:
 
 def _keys_to_paste(recipe: str, plans: Sequence["RecipePlan"]) -> Iterator[Table]:
     """Yield a table of the keys of each plan that fits, under the command that starts a rank for each device."""
-
     title = f"Keys for your {_OWN_RECIPE}, to paste after" if recipe == _OWN_RECIPE else "Keys to paste after"
     command = _start(recipe, plans[0].recipe.verb, plans[0].machine)
-    if keys := [(shell_words(*one.overrides),) for one in plans if one.plan.best]:
+    if keys := [(shell_words(*one.overrides),) for one in plans if one.meshes.best]:
         yield Table(("",), keys, f"{title}: switchcli {command}")
 
 
@@ -199,9 +197,7 @@ def _start(recipe: str, verb: str, machine: "Machine") -> str:
 
 
 def _size_row(row: "RecipePlan") -> tuple[str, ...]:
-    from switchcli.runs.devices.planning import describe
-
-    parameters, needed, fit = si(describe(row.recipe)["parameters"]), _devices_needed(row), row.plan.best
+    parameters, needed, fit = si(row.about["parameters"]), _devices_needed(row), row.meshes.best
     if fit is None:
         return (row.name, parameters, "no", needed, *["-"] * (len(_SIZE_COLUMNS) - 4))
     times = (si(row.tokens_per_second(fit)), _days(row.days(fit)))
@@ -219,7 +215,7 @@ def _step_tables(plan: "RecipePlan", max_rows: int | None) -> Iterator[Table]:
     """Yield the tables of one plan, those of meshes and reasons with at most `max_rows` rows if that is not None."""
     from switchcli.recipe.sizes import SIZES
 
-    fits, rejected = plan.plan
+    fits, rejected = plan.meshes
     yield Table(("", ""), [*_summary(plan)], plan.name, _assumptions(plan))
     if settings := plan.laptop_settings:
         yield Table(_LAPTOP_COLUMNS, settings, "Keys that this recipe sets for a laptop")
@@ -228,15 +224,13 @@ def _step_tables(plan: "RecipePlan", max_rows: int | None) -> Iterator[Table]:
         yield Table(_FIT_COLUMNS, [*map(_fit_row, fits[:max_rows])], title)
         yield from _keys_to_paste(_OWN_RECIPE if plan.name in SIZES else plan.name, [plan])
     if rejected:
-        reasons = [(reason, str(meshes)) for reason, meshes in plan.plan.reasons()]
+        reasons = [(reason, str(meshes)) for reason, meshes in plan.meshes.reasons()]
         yield Table(("why", "meshes"), reasons[:max_rows], f"Refused{_truncation(reasons, max_rows)}")
 
 
 def _summary(plan: "RecipePlan") -> Iterator[tuple[str, str]]:
     """Yield the rows of the table about the model, the batch, the devices and the fastest mesh."""
-    from switchcli.runs.devices.planning import describe
-
-    sizes, (fits, rejected) = describe(plan.recipe), plan.plan
+    sizes, (fits, rejected) = plan.about, plan.meshes
     yield "parameters", number(sizes["parameters"])
     yield "of the experts", number(sizes["expert_parameters"])
     yield "outside the experts", number(sizes["dense_parameters"])

@@ -268,7 +268,7 @@ def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
     vocab_size = plan_recipe(row["size"], [], Machine.of_gpu(devices, gpu)).recipe.model.vocab_size
     own = [*row["overrides"], f"model.vocab_size={vocab_size}"]  # where the tokenizer of the recipe is another one
     for recipe, keys in (("pretrain/base", row["overrides"]), ("quickstart/switch", own), ("pretrain/local", own)):
-        (fit,) = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu)).plan.fits
+        (fit,) = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu)).meshes.fits
         assert (fit.mesh._asdict(), fit.bytes.total) == (row["mesh"], row["device_bytes"]), recipe
         assert fit.step_seconds == row["step_seconds"], recipe
 

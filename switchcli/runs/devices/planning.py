@@ -100,15 +100,20 @@ class RecipePlan(NamedTuple):
     """The KEY=VALUE that the user gave."""
     recipe: TrainingRecipe
     machine: Machine
-    plan: Plan
+    meshes: Plan
     devices_needed: int | None
     """The smallest power of two of such devices that the step fits on; None if no number of them suffices."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The parameters, FLOPs and tokens of the run, as `describe` returns them."""
+        return describe(self.recipe)
 
     @property
     def overrides(self) -> list[str]:
         """The KEY=VALUE that give this step on its fastest mesh: behind the planned recipe, or behind any recipe of
         `switchcli pretrain` if a size was planned. None if it does not fit."""
-        best = self.plan.best
+        best = self.meshes.best
         if best is None:
             return []
         recipe, mesh, keys = self.recipe, best.mesh, {}
@@ -153,7 +158,7 @@ class RecipePlan(NamedTuple):
     @property
     def flops_per_step(self) -> int:
         """The model's FLOPs. Recomputation by activation checkpointing counts only in the seconds of the plan."""
-        return FORWARD_AND_BACKWARD * self.recipe.rows_per_step * int(describe(self.recipe)["flops_per_sequence"])
+        return FORWARD_AND_BACKWARD * self.recipe.rows_per_step * int(self.about["flops_per_sequence"])
 
     @property
     def product_bytes(self) -> int:
@@ -171,7 +176,7 @@ class RecipePlan(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            **describe(self.recipe),
+            **self.about,
             "flops_per_step": self.flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
             "machine": self.machine.to_json(self.product_bytes),
@@ -179,10 +184,10 @@ class RecipePlan(NamedTuple):
             "devices_needed": self.devices_needed,
             "overrides": self.overrides,
             "laptop_settings": [setting._asdict() for setting in self.laptop_settings],
-            "fits": [self._fit_to_json(fit) for fit in self.plan.fits],
+            "fits": [self._fit_to_json(fit) for fit in self.meshes.fits],
             "refused": [
                 {**rejection.mesh._asdict(), "kind": rejection.kind, "reason": rejection.reason}
-                for rejection in self.plan.rejected
+                for rejection in self.meshes.rejected
             ],
         }
 
@@ -233,17 +238,16 @@ def plan_sizes(
             first_error = first_error or error
     if first_error and not plans:
         raise first_error
-    return sorted(plans, key=lambda plan: describe(plan.recipe)["parameters"])
+    return sorted(plans, key=lambda plan: plan.about["parameters"])
 
 
 def sizes_to_json(plans: Sequence[RecipePlan]) -> dict[str, Any]:
     """Return the plans of `plan_sizes` for programs. What follows from a mesh is null where none fits."""
     first = plans[0]
-    about = describe(first.recipe)
     return {
         "recipe": SIZES_RECIPE,
-        "steps": about["steps"],
-        "input_tokens": about["input_tokens"],
+        "steps": first.about["steps"],
+        "input_tokens": first.about["input_tokens"],
         "machine": first.machine.to_json(first.product_bytes),
         "times": TIMES,
         "sizes": [_size_to_json(plan) for plan in plans],
@@ -251,7 +255,7 @@ def sizes_to_json(plans: Sequence[RecipePlan]) -> dict[str, Any]:
 
 
 def _size_to_json(plan: RecipePlan) -> dict[str, Any]:
-    about, best = describe(plan.recipe), plan.plan.best
+    about, best = plan.about, plan.meshes.best
     return {
         "size": plan.name,
         "parameters": about["parameters"],
