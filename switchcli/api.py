@@ -49,6 +49,7 @@ from switchcli.runs.job.job import resolve as resolve_recipe
 from switchcli.runs.job.options import Options
 from switchcli.runs.job.pins import PinFinder
 from switchcli.runs.train.distilling import Distillation
+from switchcli.runs.train.ending import conclude
 from switchcli.runs.train.finetuning import Finetuning
 from switchcli.runs.train.pretraining import Pretraining
 from switchcli.runs.train.trainer import open_trainer
@@ -219,19 +220,17 @@ def train(
     """
     folder = Path(out)
     with _explain_resume(folder):
-        job = resolve_job(
-            recipe,
-            folder,
-            model=model,
-            teacher=teacher,
-            student=student,
-            baseline=baseline,
-            branch_from=branch_from,
-            resume=resume,
-        )
+        options = {
+            "model": model,
+            "branch_from": branch_from,
+            "teacher": teacher,
+            "student": student,
+            "baseline": baseline,
+        }
+        job = resolve_job(recipe, folder, options, resume)
         with open_trainer(job, TASKS[recipe.verb], folder, resume, quiet) as run, run.begun():
             scored = run.train()
-            record = run.conclude(scored)
+            record = conclude(run, scored)
             # The other ranks have no record. The state of the main rank has the scores of tasks too.
             summary = json.dumps([record, run.state.eval_metrics, run.state.best])
             record, metrics, best = json.loads(run.context.all_gather_text(summary)[0])
@@ -247,29 +246,19 @@ def train(
     )
 
 
-def resolve_job(
-    recipe: Recipe,
-    out: Path,
-    *,
-    model: PathLike | None = None,
-    teacher: PathLike | None = None,
-    student: PathLike | None = None,
-    baseline: PathLike | float | None = None,
-    branch_from: PathLike | None = None,
-    resume: bool = True,
-) -> Job[Any]:
-    """Return the resolved settings of a run, with its open checkpoints.
+def resolve_job(recipe: Recipe, out: Path, options: Mapping[str, PathLike | float | None], resume: bool) -> Job[Any]:
+    """Return the resolved settings of a run, with its open checkpoints. `options` are names of models, as for `train`.
 
     Raises:
         RecipeError, CheckpointError, DataError: as `train` says.
     """
     prepare_rank(os.environ)
-    options = Options(*map(_as_text, (model, branch_from, teacher, student, baseline)))
-    if recipe.verb == "distill" and model is not None:
+    named = Options(**{name: _as_text(value) for name, value in options.items()})
+    if recipe.verb == "distill" and named.model is not None:
         raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
-    if recipe.verb != "distill" and (teacher, student, baseline) != (None, None, None):
+    if recipe.verb != "distill" and (named.teacher, named.student, named.baseline) != (None, None, None):
         raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {recipe.verb}")
-    return resolve_recipe(TASKS[recipe.verb], options.write(recipe._read), PinFinder(out, resume, main_console()))
+    return resolve_recipe(TASKS[recipe.verb], named.write(recipe._read), PinFinder(out, resume, main_console()))
 
 
 class Model:

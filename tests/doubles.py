@@ -117,7 +117,7 @@ def a_run(
         evaluator=text_evaluator(context, texts),
         data=SimpleNamespace(source=source),
         state=state or TrainState(),
-        flops_per_step=flops_per_step,
+        task=SimpleNamespace(flops_per_step=flops_per_step),
         context=context,
         console=console,
         log=log,

@@ -91,7 +91,7 @@ def distill(
     recipe = api.read_recipe(source, overrides, "distill")
     models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
     if dry_run or cache_only or _training.starts_ranks(processes):
-        job = api.resolve_job(recipe, out, **models, resume=resume)
+        job = api.resolve_job(recipe, out, models, resume)
         if dry_run:
             _training.print_dry_run(job, as_json)
             return

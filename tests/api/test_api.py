@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from switchcli import api, errors
 from switchcli.cli import app
 from switchcli.distributed import cpu_settings
 from switchcli.model.moe.layer import sparse_layers
+from switchcli.recipe import resolve, yaml_nodes
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import choose_device, load_checkpoint
 from switchcli.training.loss import cross_entropy
@@ -126,6 +128,28 @@ def test_a_recipe_is_that_of_the_time_it_was_loaded(recipe: Path, tmp_path: Path
 
 
 # Training
+
+
+def test_the_recipe_of_a_run_is_read_once_and_validated_when_it_is_loaded_and_when_the_run_begins(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Counter[str]()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def count(*arguments: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(yaml_nodes, "read_file")
+    counted(resolve, "validate")
+    loaded = switchcli.Recipe.load(recipe)
+    assert calls == {"read_file": 1, "validate": 1}
+    switchcli.train(loaded, tmp_path / "run", quiet=True)
+    assert calls == {"read_file": 1, "validate": 2}
 
 
 def test_a_run_equals_that_of_the_command(recipe: Path, trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
 from switchcli.report.program import program_name
 from switchcli.runs.inputs import text_sets as verb
-from switchcli.runs.train import trainer
+from switchcli.runs.train import ending
 from switchcli.system.lock import lock
 
 INTERRUPTED, CHECKPOINT = 75, 4
@@ -110,7 +110,7 @@ def test_a_stop_after_the_last_step_leaves_the_result_to_the_next_start(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "machine_info", lambda context: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(ending, "machine_info", lambda context: signal.raise_signal(signal.SIGTERM))
         assert switchcli("pretrain", recipe, "--out", "run").code == INTERRUPTED
     assert not Path("run/result.json").exists()
     assert switchcli("pretrain", recipe, "--out", "run").code == 0

@@ -22,7 +22,7 @@ from switchcli.data.prepare import shards
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.runs.train import pretraining, trainer
+from switchcli.runs.train import ending, pretraining
 from switchcli.runs.train.callbacks import ValidationCallback
 from switchcli.system.signals import STOPPING
 from switchcli.training.distillation import Teacher
@@ -57,7 +57,7 @@ PHASES = {
     "evaluation": Phase("pretrain", ValidationCallback, "__call__", (1, 2)),
     "teacher is asked": Phase("distill", Teacher, "predict", (5, 3, 7), r"\bteacher cache\b.*\banswers\b.*\bcommand\b"),
     "answers to tasks": Phase("finetune", SwitchTransformer, "encode", (2, 5)),
-    "samples at the end": Phase("pretrain", trainer, "answer_texts", (1,), NOTHING),
+    "samples at the end": Phase("pretrain", ending, "answer_texts", (1,), NOTHING),
 }
 
 

@@ -55,8 +55,10 @@ def goes_on(run: str) -> None:
     shutil.move(f"{run}-later", f"{run}/{LAST}")
 
 
-def resolve(verb: str, out: str, overrides: Sequence[str] = (), recipe: str | None = None, **options: Any) -> Job[Any]:
-    return api.resolve_job(api.read_recipe(recipe, overrides, verb), Path(out), **options)
+def resolve(
+    verb: str, out: str, overrides: Sequence[str] = (), recipe: str | None = None, resume: bool = True, **options: str
+) -> Job[Any]:
+    return api.resolve_job(api.read_recipe(recipe, overrides, verb), Path(out), options, resume)
 
 
 def paths(job: Job[Any]) -> dict[str, str]:

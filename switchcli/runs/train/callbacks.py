@@ -23,6 +23,7 @@ from switchcli.metric_names import (
     TASKS_AVERAGE,
     TOKENS_PER_SECOND,
 )
+from switchcli.runs.train.ending import sample
 from switchcli.system.signals import StopRequest
 from switchcli.training import router_health
 from switchcli.training.callback import Callback
@@ -84,7 +85,7 @@ class LogCallback(Callback):
                 INPUT_TOKENS: state.input_tokens(batch_tokens),
                 "seconds": state.seconds,
                 TOKENS_PER_SECOND: batch_tokens / seconds_per_step,
-                FLOPS_PER_SECOND: run.flops_per_step / seconds_per_step,
+                FLOPS_PER_SECOND: run.task.flops_per_step / seconds_per_step,
                 "data_wait_fraction": waiting,
                 "seconds_left": (total_steps - state.step) * seconds_per_step + evaluation_seconds,
                 **run.data.source.record(state.step),
@@ -202,4 +203,4 @@ class SampleCallback(Callback):
         self._run = run
 
     def __call__(self, state: TrainState) -> None:
-        self._run.sample()
+        sample(self._run)

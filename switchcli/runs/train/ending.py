@@ -1,19 +1,42 @@
-"""What a training run prints at its end: its result, where it is, and commands to run next, each with its purpose."""
+"""The end of a training run: result.json, what is printed of it, samples, and commands to run next."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
+from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.saved_state import BranchPoint
+from switchcli.metric_names import (
+    FIRST_HELD_OUT,
+    FIRST_HELD_OUT_LOSS,
+    HELD_OUT,
+    HELD_OUT_BITS,
+    HELD_OUT_LOSS,
+    INPUT_TOKENS,
+    TASKS_AVERAGE,
+    TOKENS_PER_SECOND,
+)
+from switchcli.model.generation import all_done_locally
 from switchcli.recipe.schema import DistillRecipe, FinetuneRecipe, PretrainRecipe, TextRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.program import program_name
+from switchcli.report.program import command_words, program_name
 from switchcli.report.safe_text import shell_words, shorten
 from switchcli.report.table import Table
 from switchcli.report.units import si
+from switchcli.runs.devices.planning import describe
+from switchcli.runs.evaluate.score_tables import explain_malformed, score_table, text_table
+from switchcli.runs.job.run_dir import machine_info
+from switchcli.runs.train import learned
+from switchcli.runs.train.learned import Learned
+from switchcli.training.config import StartSpec
+from switchcli.training.measure import Measurement
+from switchcli.training.scoring import answer_texts, task_results
 from switchcli.training.state import TrainState
+
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _PROMPT = "The <extra_id_0> of a list is its <extra_id_1>."
@@ -24,6 +47,130 @@ class NextStep(NamedTuple):
 
     purpose: str
     command: str
+
+
+def conclude(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
+    """Write and print the result of the trained model. Return the content of result.json, or {} off the main rank.
+
+    `scored` has the last answers to the examples of tasks.
+    """
+    additions = run.task.results(run)
+    what_is_learned = None if run.evaluator.tasks else _learned(run)
+    samples = sample(run, is_shown=what_is_learned is None or what_is_learned.guesses is None)
+
+    def write_and_show() -> dict[str, Any]:
+        final = scored and run.evaluator.with_intervals(scored)
+        result = {**_result(run, final), **additions, "samples": samples}
+        if what_is_learned:
+            result["learned"] = what_is_learned.to_json()
+        result |= machine_info(run.context)
+        run.folder.write_result(result)
+        _show(run, result, final, what_is_learned)
+        return result
+
+    return run.context.main_only(write_and_show) or {}
+
+
+def _result(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
+    """Return the keys of result.json that every run has."""
+    sizes, state = describe(run.recipe), run.state
+    tokens = state.input_tokens(run.recipe.train.batch_tokens)
+    return {
+        "verb": run.recipe.verb,
+        "run": str(run.folder.path),
+        "command": command_words(),
+        "step": state.step,
+        HELD_OUT: state.eval_metrics.get(HELD_OUT),
+        FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),
+        HELD_OUT_LOSS: _negative(state.eval_metrics.get(HELD_OUT)),
+        FIRST_HELD_OUT_LOSS: _negative(state.first_eval_metrics.get(HELD_OUT)),
+        **state.bits(),
+        **({"texts": state.texts} if len(run.evaluator.texts) > 1 else {}),
+        **{key: sizes[key] for key in sizes if "parameters" in key},
+        "flops_per_sequence": sizes["flops_per_sequence"],
+        INPUT_TOKENS: tokens,
+        "target_tokens": state.targets_seen,
+        **({"skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
+        "seconds": state.seconds,
+        TOKENS_PER_SECOND: tokens / state.seconds,
+        "mesh": run.context.mesh,
+        **(task_results(scored.scores, state.best) if scored else {}),
+        **({"start": _start(run.recipe.start, run.state.branch)} if run.recipe.start else {}),
+    }
+
+
+def _start(start: StartSpec, point: BranchPoint) -> dict[str, Any]:
+    """Return what the run started from and, of a branch, what became of the data, for result.json."""
+    if start.keep != "run":
+        return start.model_dump()
+    data = "continued" if point.is_data_continued else "new"
+    return {**start.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
+
+
+def _learned(run: "Trainer") -> Learned:
+    """Return what the model has learned of the first held-out text. Collective."""
+    return learned.measure(
+        run.model,
+        next(iter(run.evaluator.texts.values())),
+        run.microbatches.microbatch,
+        run.recipe.eval.capacity,
+        run.data.tokenizer,
+        run.context,
+    )
+
+
+def sample(run: "Trainer", is_shown: bool = True) -> list[dict[str, str]]:
+    """Return held-out texts with the gaps filled in by the model, and print them if `is_shown`.
+
+    The other ranks take part only if the forward pass is collective.
+    """
+    if not run.context.is_main and not run.context.forward_is_collective:
+        return []
+    decode = run.data.tokenizer.decode
+    batch = run.context.to_device(run.data.samples)
+    with run.context.eager():
+        max_tokens = batch.targets_BT.shape[1]
+        all_done = run.context.all_done if run.context.forward_is_collective else all_done_locally
+        answers = answer_texts(run.model, run.data.tokenizer, batch.inputs_BS, max_tokens, all_done=all_done)
+    samples = [
+        {"input": decode(inputs), "target": decode(targets), "prediction": answer}
+        for inputs, targets, answer in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), answers, strict=True)
+    ]
+    if is_shown:
+        for sample in samples:
+            run.console.sample(**sample)
+    return samples
+
+
+def _show(run: "Trainer", result: dict[str, Any], scored: Measurement | None, what_is_learned: Learned | None) -> None:
+    """Print the result, and commands that the user may run next."""
+    console, state = run.console, run.state
+    if what_is_learned is not None:
+        learned.show(what_is_learned, console)
+    if scored is not None:
+        console.show(score_table(scored.scores, state.best))
+        explain_malformed(console, run.evaluator.tasks, scored.scores, scored.answers)
+    if len(state.texts) > 1:
+        console.show(text_table(state.texts))
+    show_result(result, state, console)
+    run.task.show(result)
+    prompt = None
+    if run.evaluator.tasks:
+        prompt = min((example.input for example in run.evaluator.tasks[0].examples), key=len)
+    best = _best_checkpoint(run)
+    show_next_steps(run.recipe, run.folder.path, result, run.context.world, best, prompt, console)
+
+
+def _best_checkpoint(run: "Trainer") -> Path | None:
+    """Return the checkpoint with the best average of task scores, or None if it is the last or not kept."""
+    best = run.state.best.get(TASKS_AVERAGE)
+    if best is None or best.step == run.state.step or not run.recipe.checkpoint.keep_best:
+        return None
+    return checkpoint.checkpoint_path(run.folder.checkpoints, best.step)
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
 
 
 def show_result(result: Mapping[str, Any], state: TrainState, console: Console) -> None:

@@ -14,34 +14,20 @@ from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import Interrupted, RecipeError
-from switchcli.metric_names import (
-    FIRST_HELD_OUT,
-    FIRST_HELD_OUT_LOSS,
-    HELD_OUT,
-    HELD_OUT_LOSS,
-    INPUT_TOKENS,
-    TASKS_AVERAGE,
-    TOKENS_PER_SECOND,
-)
 from switchcli.model.block_execution import recompute_blocks
-from switchcli.model.flops import FORWARD_AND_BACKWARD, count
-from switchcli.model.generation import all_done_locally
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console, TrainingDisplay
-from switchcli.report.program import command_words
 from switchcli.report.sinks import JsonLines
 from switchcli.runs.devices.mesh_choice import build_context
-from switchcli.runs.devices.planning import describe
-from switchcli.runs.evaluate.score_tables import explain_malformed, score_table, text_table
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.train_data import microbatch_rows
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import START
-from switchcli.runs.job.run_dir import begin_run, lock_run_dir, machine_info
-from switchcli.runs.train import branching, ending, learned, run_messages
+from switchcli.runs.job.run_dir import begin_run, lock_run_dir
+from switchcli.runs.train import branching, run_messages
 from switchcli.runs.train.callbacks import (
     EvaluationCallback,
     LogCallback,
@@ -50,18 +36,15 @@ from switchcli.runs.train.callbacks import (
     TaskEvalCallback,
     ValidationCallback,
 )
-from switchcli.runs.train.learned import Learned
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training import memory
 from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
-from switchcli.training.config import StartSpec
 from switchcli.training.loop import call, fit
 from switchcli.training.measure import Measurement
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.nonfinite import NonFiniteHandler
 from switchcli.training.prefetch import Loader
-from switchcli.training.scoring import answer_texts, task_results
 from switchcli.training.state import TrainState
 from switchcli.training.trackers import Trackers, check_usable
 
@@ -305,38 +288,6 @@ class Trainer:
         self._trackers.log(record)
         self._progress.log(record)
 
-    def conclude(self, scored: Measurement | None) -> dict[str, Any]:
-        """Write and print the result of the trained model. Return the content of result.json, or {} off the main rank.
-
-        `scored` has the last answers to the examples of tasks.
-        """
-        additions = self.task.results(self)
-        what_is_learned = None if self.evaluator.tasks else self._learned()
-        samples = self.sample(is_shown=what_is_learned is None or what_is_learned.guesses is None)
-
-        def write_and_show() -> dict[str, Any]:
-            final = scored and self.evaluator.with_intervals(scored)
-            result = {**self._result(final), **additions, "samples": samples}
-            if what_is_learned:
-                result["learned"] = what_is_learned.to_json()
-            result |= machine_info(self.context)
-            self.folder.write_result(result)
-            self._show(result, final, what_is_learned)
-            return result
-
-        return self.context.main_only(write_and_show) or {}
-
-    def _learned(self) -> Learned:
-        """Return what the model has learned of the first held-out text. Collective."""
-        return learned.measure(
-            self.model,
-            next(iter(self.evaluator.texts.values())),
-            self.microbatches.microbatch,
-            self.recipe.eval.capacity,
-            self.data.tokenizer,
-            self.context,
-        )
-
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, with the position in the data."""
         self.checkpointer.wait()  # a background save uses the same process group as what follows
@@ -369,103 +320,3 @@ class Trainer:
         train = self.recipe.train
         workers = min(train.workers, 1) if self.data.source.is_sequential else train.workers
         return Loader(self.microbatches, workers, train.batches_ahead, self.context)
-
-    @property
-    def flops_per_step(self) -> int:
-        """FLOPs of the model, forward and backward, and of a teacher, forward, of a step over all ranks.
-
-        What activation checkpointing computes again does not count.
-        """
-        recipe, teacher, sizes = self.recipe, self.task.teacher, describe(self.recipe)
-        flops: int = FORWARD_AND_BACKWARD * sizes["flops_per_sequence"]
-        if teacher is not None:
-            flops += count(teacher, recipe.inputs_length, recipe.targets_length).flops
-        return flops * recipe.rows_per_step
-
-    def _result(self, scored: Measurement | None) -> dict[str, Any]:
-        """Return the keys of result.json that every run has."""
-        sizes, state = describe(self.recipe), self.state
-        tokens = state.input_tokens(self.recipe.train.batch_tokens)
-        return {
-            "verb": self.recipe.verb,
-            "run": str(self.folder.path),
-            "command": command_words(),
-            "step": state.step,
-            HELD_OUT: state.eval_metrics.get(HELD_OUT),
-            FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),
-            HELD_OUT_LOSS: _negative(state.eval_metrics.get(HELD_OUT)),
-            FIRST_HELD_OUT_LOSS: _negative(state.first_eval_metrics.get(HELD_OUT)),
-            **state.bits(),
-            **({"texts": state.texts} if len(self.evaluator.texts) > 1 else {}),
-            **{key: sizes[key] for key in sizes if "parameters" in key},
-            "flops_per_sequence": sizes["flops_per_sequence"],
-            INPUT_TOKENS: tokens,
-            "target_tokens": state.targets_seen,
-            **({"skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
-            "seconds": state.seconds,
-            TOKENS_PER_SECOND: tokens / state.seconds,
-            "mesh": self.context.mesh,
-            **(task_results(scored.scores, state.best) if scored else {}),
-            **({"start": self._start(self.recipe.start)} if self.recipe.start else {}),
-        }
-
-    def _start(self, start: StartSpec) -> dict[str, Any]:
-        """Return what the run started from and, of a branch, what became of the data, for result.json."""
-        if start.keep != "run":
-            return start.model_dump()
-        point = self.state.branch
-        data = "continued" if point.is_data_continued else "new"
-        return {**start.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
-
-    def sample(self, is_shown: bool = True) -> list[dict[str, str]]:
-        """Return held-out texts with the gaps filled in by the model, and print them if `is_shown`.
-
-        The other ranks take part only if the forward pass is collective.
-        """
-        if not self.context.is_main and not self.context.forward_is_collective:
-            return []
-        decode = self.data.tokenizer.decode
-        batch = self.context.to_device(self.data.samples)
-        with self.context.eager():
-            max_tokens = batch.targets_BT.shape[1]
-            all_done = self.context.all_done if self.context.forward_is_collective else all_done_locally
-            answers = answer_texts(self.model, self.data.tokenizer, batch.inputs_BS, max_tokens, all_done=all_done)
-        samples = [
-            {"input": decode(inputs), "target": decode(targets), "prediction": answer}
-            for inputs, targets, answer in zip(
-                batch.inputs_BS.tolist(), batch.targets_BT.tolist(), answers, strict=True
-            )
-        ]
-        if is_shown:
-            for sample in samples:
-                self.console.sample(**sample)
-        return samples
-
-    def _show(self, result: dict[str, Any], scored: Measurement | None, what_is_learned: Learned | None) -> None:
-        """Print the result, and commands that the user may run next."""
-        console, state = self.console, self.state
-        if what_is_learned is not None:
-            learned.show(what_is_learned, console)
-        if scored is not None:
-            console.show(score_table(scored.scores, state.best))
-            explain_malformed(console, self.evaluator.tasks, scored.scores, scored.answers)
-        if len(state.texts) > 1:
-            console.show(text_table(state.texts))
-        ending.show_result(result, state, console)
-        self.task.show(result)
-        prompt = None
-        if self.evaluator.tasks:
-            prompt = min((example.input for example in self.evaluator.tasks[0].examples), key=len)
-        best = self._best_checkpoint()
-        ending.show_next_steps(self.recipe, self.folder.path, result, self.context.world, best, prompt, console)
-
-    def _best_checkpoint(self) -> Path | None:
-        """Return the checkpoint with the best average of task scores, or None if it is the last or not kept."""
-        best = self.state.best.get(TASKS_AVERAGE)
-        if best is None or best.step == self.state.step or not self.recipe.checkpoint.keep_best:
-            return None
-        return checkpoint.checkpoint_path(self.folder.checkpoints, best.step)
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value

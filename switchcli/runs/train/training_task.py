@@ -14,6 +14,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
+from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, TaskRecipe
@@ -115,6 +116,19 @@ class TrainingTask(LossSchedule):
     def validation_loss(self) -> Objective:
         """The loss on held-out text. It is also the training loss, unless `loss_at` is overridden."""
         return self.run_data.objective
+
+    @property
+    def flops_per_step(self) -> int:
+        """FLOPs of the model, forward and backward, and of a teacher, forward, of a step over all ranks.
+
+        What activation checkpointing computes again does not count.
+        """
+        recipe: TrainingRecipe = self.job.recipe
+        lengths = recipe.inputs_length, recipe.targets_length
+        flops = FORWARD_AND_BACKWARD * count(recipe.model, *lengths).flops
+        if self.teacher is not None:
+            flops += count(self.teacher, *lengths).flops
+        return flops * recipe.rows_per_step
 
     def build_data(self) -> TrainData:
         """Return the data of the run. This may take hours, so the trainer checks everything else first."""

@@ -23,8 +23,8 @@ def plant(fault: str, phase: str, moment: Path) -> None:
     from switchcli.checkpoint.checkpoint import CheckpointWriter
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import DistributedContext
+    from switchcli.runs.train import ending
     from switchcli.runs.train.callbacks import ValidationCallback
-    from switchcli.runs.train.trainer import Trainer
     from switchcli.training import loop
 
     def act() -> None:
@@ -52,7 +52,7 @@ def plant(fault: str, phase: str, moment: Path) -> None:
         "all-to-all": (expert_parallel, "_all_to_all", 30),
         "save": (CheckpointWriter, "write", 1),
         "evaluation": (ValidationCallback, "__call__", 2),  # the first one comes before the first step
-        "end": (Trainer, "sample", 1),
+        "end": (ending, "sample", 1),
     }
     owner, name, count = places[phase]
     setattr(owner, name, before(getattr(owner, name), act, count))
