@@ -26,7 +26,7 @@ from switchcli.system.user_files import open_regular
 NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"
 """Change this only if older code would misread the files."""
-_FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES: Final = 1 << 28
 _DAMAGE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
@@ -52,9 +52,10 @@ class Entry:
     sha256: str
 
     def is_valid(self) -> bool:
+        """Return whether the fields, which come from a file, have the right types, and the name no folder in it."""
         return (
             isinstance(self.name, str)
-            and _FILE_NAME.fullmatch(self.name) is not None
+            and _PLAIN_NAME.fullmatch(self.name) is not None
             and self.name != NAME
             and type(self.num_bytes) is int
             and isinstance(self.sha256, str)

@@ -358,7 +358,7 @@ class _Timer:
         self._next = self._started + self._interval
 
     def is_due(self) -> bool:
-        """Return whether the display is due, at most once per interval."""
+        """Return whether an interval has passed since the start, or since this last returned True."""
         now = time.monotonic()
         if now < self._next:
             return False

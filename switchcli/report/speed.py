@@ -100,7 +100,11 @@ def first_step_reaching(curve: Curve, quality: float) -> float | None:
 
 
 def cost(run: Run, metric: QualityMetric, quality: float) -> Cost | None:
-    """Return what the run took to reach the quality: None where it never does, NaN where that is not known."""
+    """Return what the run took to reach the quality; None if it never does.
+
+    The step lies between two evaluations, by interpolation. It is NaN, like all else, if the quality was reached before
+    the first evaluation in training; seconds or FLOPs are NaN if none were logged.
+    """
     curve = metric.curve(run)
     if curve is None:
         return None

@@ -58,6 +58,7 @@ def _task_scores(run: Run) -> dict[str, object]:
 
 
 def _text_metrics(run: Run, metric: str) -> dict[str, object]:
+    """Return a metric of each text. An evaluation has a pass for each capacity; texts are shown under the first."""
     texts: Mapping[str, object]
     if passes := _passes(run):
         held_out, tasks = as_mapping(passes[0].get("held_out")), as_mapping(passes[0].get("tasks"))

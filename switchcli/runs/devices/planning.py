@@ -72,7 +72,7 @@ def planner_of(recipe: TrainingRecipe, fused: bool) -> Planner:
         product_bytes=4 if train.precision == "float32" else 2,
         router_bytes=train.router_dtype.itemsize,
         fused=fused,
-        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,
+        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,  # None: the dtype of the products
         recomputed=train.activation_checkpointing == "blocks",
         ordered=recipe.parallel.reduction == "ordered",
     )

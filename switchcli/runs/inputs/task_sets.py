@@ -32,6 +32,7 @@ def scored_examples_of(
         for task in tasks
         if reading.has_split(task, scoring.split)
     )
+    # Only examples with a label are packed into rows.
     if needed and not any(examples.packed.num_rows for examples in scored):
         raise DataError(
             f"tasks: no labeled example of {', '.join(task.name for task in tasks)} in {scoring.split}: name a task "

@@ -222,6 +222,7 @@ def _without_unreadable(data: DataSpec) -> DataSpec:
 
 
 def _datasets(text: PreparedTexts, part: str, rows: RowObjective, seed: int) -> dict[str, TokenDataset]:
+    """Return the rows of a part (train or held out) of each text, by label. A label only names the text in errors."""
     return {
         label: TokenDataset(group_small_shards(prepared.shards[part]), rows, seed, label)
         for label, prepared in text.texts.items()

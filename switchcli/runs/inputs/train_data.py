@@ -90,9 +90,10 @@ class RunData(ABC):
 
 
 def check_same_data(digests: Mapping[str, str], context: DistributedContext) -> None:
-    """Raise DataError if the ranks read different data, by digests of its content. Collective.
+    """Raise DataError if the ranks read different data, by digests of its content; OtherRankError on other ranks.
 
-    The name of each digest says what it is of, for the message. Paths and times do not count: machines may hold copies.
+    Collective. The name of each digest says what it is of, for the message. Paths and times do not count: machines may
+    hold copies.
     """
     if difference := context.first_difference(digests):
         name, rank = difference

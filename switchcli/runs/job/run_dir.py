@@ -109,7 +109,7 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
     folder = RunFolder(out, resume)
 
     def lock_and_check() -> bool:
-        folder.check_free()
+        folder.check_free()  # first: a folder with the lock's file looks like that of a run
         locks.enter_context(lock(out))
         if not folder.is_to_archive():
             folder.check_links()

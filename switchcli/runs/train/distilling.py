@@ -97,7 +97,7 @@ class Distillation(DistillRules):
     def loss_at(self, step: int) -> Objective:
         """Return the loss with the teacher's probabilities, from the start step on if there is a soft fraction.
 
-        Before it, the loss is the cross-entropy of the targets.
+        Before it, the loss is the cross-entropy of the targets. With a cache, batches bring the probabilities.
         """
         if step < self._settings.start_step or not self._settings.soft_fraction:
             return self.validation_loss
