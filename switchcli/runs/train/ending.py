@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.saved_state import BranchPoint
@@ -19,7 +18,6 @@ from switchcli.metric_names import (
 )
 from switchcli.model.generation import all_done_locally
 from switchcli.recipe.schema import DistillRecipe, FinetuneRecipe, PretrainRecipe, TextRecipe
-from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import command_words, program_name
 from switchcli.report.safe_text import shell_words, shorten
@@ -42,20 +40,22 @@ _SENTINEL = re.compile(r"<extra_id_\d+>")
 _PROMPT = "The <extra_id_0> of a list is its <extra_id_1>."
 
 
-class NextStep(NamedTuple):
-    """A command without the program's name, and what it does."""
-
-    purpose: str
-    command: str
-
-
 def conclude(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
-    """Write and print the result of the trained model. Return the content of result.json, or {} off the main rank.
+    """Write and print the result of a trained model. Return the content of result.json, or {} off the main rank.
 
-    `scored` has the last answers to the examples of tasks.
+    `scored` has the last answers to the examples of tasks. Collective.
     """
     additions = run.task.results(run)
-    what_is_learned = None if run.evaluator.tasks else _learned(run)
+    what_is_learned = None
+    if not run.evaluator.tasks:
+        what_is_learned = learned.measure(
+            run.model,
+            next(iter(run.evaluator.texts.values())),
+            run.microbatches.microbatch,
+            run.recipe.eval.capacity,
+            run.data.tokenizer,
+            run.context,
+        )
     samples = sample(run, is_shown=what_is_learned is None or what_is_learned.guesses is None)
 
     def write_and_show() -> dict[str, Any]:
@@ -69,54 +69,6 @@ def conclude(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
         return result
 
     return run.context.main_only(write_and_show) or {}
-
-
-def _result(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
-    """Return the keys of result.json that every run has."""
-    sizes, state = describe(run.recipe), run.state
-    tokens = state.input_tokens(run.recipe.train.batch_tokens)
-    return {
-        "verb": run.recipe.verb,
-        "run": str(run.folder.path),
-        "command": command_words(),
-        "step": state.step,
-        HELD_OUT: state.eval_metrics.get(HELD_OUT),
-        FIRST_HELD_OUT: state.first_eval_metrics.get(HELD_OUT),
-        HELD_OUT_LOSS: _negative(state.eval_metrics.get(HELD_OUT)),
-        FIRST_HELD_OUT_LOSS: _negative(state.first_eval_metrics.get(HELD_OUT)),
-        **state.bits(),
-        **({"texts": state.texts} if len(run.evaluator.texts) > 1 else {}),
-        **{key: sizes[key] for key in sizes if "parameters" in key},
-        "flops_per_sequence": sizes["flops_per_sequence"],
-        INPUT_TOKENS: tokens,
-        "target_tokens": state.targets_seen,
-        **({"skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
-        "seconds": state.seconds,
-        TOKENS_PER_SECOND: tokens / state.seconds,
-        "mesh": run.context.mesh,
-        **(task_results(scored.scores, state.best) if scored else {}),
-        **({"start": _start(run.recipe.start, run.state.branch)} if run.recipe.start else {}),
-    }
-
-
-def _start(start: StartSpec, point: BranchPoint) -> dict[str, Any]:
-    """Return what the run started from and, of a branch, what became of the data, for result.json."""
-    if start.keep != "run":
-        return start.model_dump()
-    data = "continued" if point.is_data_continued else "new"
-    return {**start.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
-
-
-def _learned(run: "Trainer") -> Learned:
-    """Return what the model has learned of the first held-out text. Collective."""
-    return learned.measure(
-        run.model,
-        next(iter(run.evaluator.texts.values())),
-        run.microbatches.microbatch,
-        run.recipe.eval.capacity,
-        run.data.tokenizer,
-        run.context,
-    )
 
 
 def sample(run: "Trainer", is_shown: bool = True) -> list[dict[str, str]]:
@@ -142,8 +94,47 @@ def sample(run: "Trainer", is_shown: bool = True) -> list[dict[str, str]]:
     return samples
 
 
-def _show(run: "Trainer", result: dict[str, Any], scored: Measurement | None, what_is_learned: Learned | None) -> None:
-    """Print the result, and commands that the user may run next."""
+def _result(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
+    """Return the keys of result.json that every run has."""
+    recipe, state, sizes = run.recipe, run.state, describe(run.recipe)
+    tokens = state.input_tokens(recipe.train.batch_tokens)
+    held_out, first = (metrics.get(HELD_OUT) for metrics in (state.eval_metrics, state.first_eval_metrics))
+    return {
+        "verb": recipe.verb,
+        "run": str(run.folder.path),
+        "command": command_words(),
+        "step": state.step,
+        HELD_OUT: held_out,
+        FIRST_HELD_OUT: first,
+        HELD_OUT_LOSS: None if held_out is None else -held_out,
+        FIRST_HELD_OUT_LOSS: None if first is None else -first,
+        **state.bits(),
+        **({"texts": state.texts} if len(run.evaluator.texts) > 1 else {}),
+        **{key: size for key, size in sizes.items() if "parameters" in key},
+        "flops_per_sequence": sizes["flops_per_sequence"],
+        INPUT_TOKENS: tokens,
+        "target_tokens": state.targets_seen,
+        **({"skipped_steps": state.skipped_steps} if state.skipped_steps else {}),
+        "seconds": state.seconds,
+        TOKENS_PER_SECOND: tokens / state.seconds,
+        "mesh": run.context.mesh,
+        **(task_results(scored.scores, state.best) if scored else {}),
+        **({"start": _start(recipe.start, state.branch)} if recipe.start else {}),
+    }
+
+
+def _start(start: StartSpec, point: BranchPoint) -> dict[str, Any]:
+    """Return what the run started from and, of a branch, what became of the data, for result.json."""
+    if start.keep != "run":
+        return start.model_dump()
+    data = "continued" if point.is_data_continued else "new"
+    return {**start.model_dump(), "step": point.step, "input_tokens": point.input_tokens, "data": data}
+
+
+def _show(
+    run: "Trainer", result: Mapping[str, Any], scored: Measurement | None, what_is_learned: Learned | None
+) -> None:
+    """Print what the model has learned, its scores, the main numbers, and commands that the user may run next."""
     console, state = run.console, run.state
     if what_is_learned is not None:
         learned.show(what_is_learned, console)
@@ -152,28 +143,21 @@ def _show(run: "Trainer", result: dict[str, Any], scored: Measurement | None, wh
         explain_malformed(console, run.evaluator.tasks, scored.scores, scored.answers)
     if len(state.texts) > 1:
         console.show(text_table(state.texts))
-    show_result(result, state, console)
+    _show_numbers(result, state, console)
     run.task.show(result)
-    prompt = None
-    if run.evaluator.tasks:
-        prompt = min((example.input for example in run.evaluator.tasks[0].examples), key=len)
-    best = _best_checkpoint(run)
-    show_next_steps(run.recipe, run.folder.path, result, run.context.world, best, prompt, console)
+    console.message()
+    console.message(f"{run.folder.path}/ holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
+    for purpose, command in _next_steps(run, result):
+        console.message(f"  {purpose}:")
+        console.message(f"    {program_name()} {command}")
+    if isinstance(run.recipe, TextRecipe) and not _shows_fills(result):
+        console.message(
+            "`generate` would leave most gaps blank for now: at each token, a blank or the end of the gap is more "
+            "probable than any one word, until the model knows more."
+        )
 
 
-def _best_checkpoint(run: "Trainer") -> Path | None:
-    """Return the checkpoint with the best average of task scores, or None if it is the last or not kept."""
-    best = run.state.best.get(TASKS_AVERAGE)
-    if best is None or best.step == run.state.step or not run.recipe.checkpoint.keep_best:
-        return None
-    return checkpoint.checkpoint_path(run.folder.checkpoints, best.step)
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
-
-
-def show_result(result: Mapping[str, Any], state: TrainState, console: Console) -> None:
+def _show_numbers(result: Mapping[str, Any], state: TrainState, console: Console) -> None:
     """Print the main numbers of result.json."""
     num_skipped = state.num_skipped_steps()
     first = f"at step {state.branch.step:,}, before the branch" if state.branch.step else "before training"
@@ -192,74 +176,45 @@ def show_result(result: Mapping[str, Any], state: TrainState, console: Console) 
         console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
 
 
-def show_next_steps(
-    recipe: TrainingRecipe,
-    out: Path,
-    result: Mapping[str, Any],
-    world: int,
-    best: Path | None,
-    prompt: str | None,
-    console: Console,
-) -> None:
-    """Print where the run is, and what to run next.
-
-    Args:
-        recipe: that of the run.
-        out: its folder.
-        result: the content of result.json.
-        world: ranks of the run.
-        best: the checkpoint with the best scores, unless it is the last one.
-        prompt: an input of a task, or None for a run on text.
-        console: where to print.
-    """
-    program = program_name()
-    console.message()
-    console.message(f"{out}/ holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-    for purpose, command in _next_steps(recipe, out, result, world, best, prompt):
-        console.message(f"  {purpose}:")
-        console.message(f"    {program} {command}")
-    if isinstance(recipe, TextRecipe) and not _shows_fills(result):
-        console.message(
-            "`generate` would leave most gaps blank for now: at each token, a blank or the end of the gap is more "
-            "probable than any one word, until the model knows more."
-        )
-
-
-def _next_steps(
-    recipe: TrainingRecipe, out: Path, result: Mapping[str, Any], world: int, best: Path | None, prompt: str | None
-) -> Iterator[NextStep]:
-    """Yield what to run next. Arguments are those of `show_next_steps`."""
+def _next_steps(run: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what each of the next commands is for, and the command without the program's name."""
+    recipe, out, tasks = run.recipe, run.folder.path, run.evaluator.tasks
     if isinstance(recipe, PretrainRecipe):
         finetune = shell_words("finetune", "quickstart/finetune", "--model", out, "--out", f"{out}-finetune")
-        yield NextStep("teach it two tasks that need no download", finetune)
-    if prompt is not None or _shows_fills(result):
-        command = shell_words("generate", out, shorten(prompt, 60) if prompt else _PROMPT)
-        yield NextStep("let it answer" if prompt else "let it fill in a text", command)
+        yield "teach it two tasks that need no download", finetune
+    if tasks:
+        prompt = min((example.input for example in tasks[0].examples), key=len)
+        yield "let it answer", shell_words("generate", out, shorten(prompt, 60) or _PROMPT)
+    elif _shows_fills(result):
+        yield "let it fill in a text", shell_words("generate", out, _PROMPT)
     if isinstance(recipe, FinetuneRecipe):
-        yield NextStep("score its best checkpoint" if best else "score it again", shell_words("eval", best or out))
+        best = run.state.best.get(TASKS_AVERAGE)
+        if best is None or best.step == run.state.step or not recipe.checkpoint.keep_best:
+            yield "score it again", shell_words("eval", out)
+        else:
+            path = checkpoint.checkpoint_path(run.folder.checkpoints, best.step)
+            yield "score its best checkpoint", shell_words("eval", path)
     if isinstance(recipe, DistillRecipe):
-        yield NextStep(
-            "use the student in transformers",
-            shell_words("convert", out, f"{out}-huggingface", "--to", "huggingface"),
-        )
+        convert = shell_words("convert", out, f"{out}-huggingface", "--to", "huggingface")
+        yield "use the student in transformers", convert
         if "baseline" not in result["distillation"]:
-            yield NextStep(
+            purpose = (
                 "see how much of the teacher's gain it keeps; replace RUN by a dense model trained on the same data "
-                "without a teacher",
-                shell_words("distill", out / "recipe.yaml", "--baseline", "RUN", "--out", out),
+                "without a teacher"
             )
+            yield purpose, shell_words("distill", out / "recipe.yaml", "--baseline", "RUN", "--out", out)
     elif recipe.model.num_experts > 1:
         distill = shell_words("distill", "--teacher", out, "--out", f"{out}-student")
-        yield NextStep("make a dense student of it that answers faster", distill)
+        yield "make a dense student of it that answers faster", distill
     if not isinstance(recipe, FinetuneRecipe):
-        yield NextStep("see its charts", shell_words("report", out, "--html", f"{out}.html"))
+        yield "see its charts", shell_words("report", out, "--html", f"{out}.html")
     last, steps = recipe.train.steps - 1, recipe.train.steps
     longer = "train it longer"
     if recipe.schedule(last, 2 * steps) != recipe.schedule(last, steps):  # it falls to the end of a run
         longer += "; the learning rate rises again, because the schedule is then that of a longer run"
-    ranks = ["--processes", str(world)] if world > 1 else []
+    ranks = ["--processes", str(run.context.world)] if run.context.world > 1 else []
     more_steps = f"train.steps={2 * result['step']}"
-    yield NextStep(longer, shell_words(recipe.verb, out / "recipe.yaml", more_steps, "--out", out, *ranks))
+    yield longer, shell_words(recipe.verb, out / "recipe.yaml", more_steps, "--out", out, *ranks)
 
 
 def _shows_fills(result: Mapping[str, Any]) -> bool:
