@@ -107,7 +107,7 @@ def _distillation(job: Job) -> Callable[[], object]:
     teacher = _model(seed=1)
     evaluate_by(teacher, "dropless")
     spec = DistillSpec(teacher="teacher")
-    return _step(job, DistillationLoss(spec, Teacher(teacher, "float32", 1.0), packed=False))
+    return _step(job, DistillationLoss(spec, Teacher(teacher, "float32"), packed=False))
 
 
 def _ranks(job: Job) -> Callable[[], None]:

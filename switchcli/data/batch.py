@@ -19,18 +19,18 @@ class Batch(NamedTuple):
 
 
 class TeacherTopK(NamedTuple):
-    """A teacher's K largest probabilities for each target position."""
+    """A teacher's K largest probabilities of each target, of [B, T] targets, of all N, or of C in a chunk."""
 
-    ids_BTK: torch.Tensor
-    """The tokens with these probabilities, the most probable first; integers."""
-    probability_BTK: torch.Tensor
-    """The probabilities; float16 or float32, as they were stored."""
-    rest_BT: torch.Tensor
-    """The total probability of all other tokens."""
+    ids: torch.Tensor
+    """The tokens with these probabilities, the most probable first; integers, [..., K]."""
+    probability: torch.Tensor
+    """The probabilities; float16 or float32, as they were stored, [..., K]."""
+    rest: torch.Tensor
+    """The total probability of all other tokens, [...]."""
 
 
 class DistillBatch(NamedTuple):
-    """A batch with stored answers of a teacher, so that the teacher itself does not run (training/teacher_cache.py)."""
+    """A batch with a teacher's cached probabilities: the teacher does not run (training/teacher_cache.py)."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor

@@ -67,24 +67,24 @@ class FullTeacherProbs:
 class Teacher:
     """A frozen model that runs on every batch, with a precision of its own."""
 
-    def __init__(self, model: SwitchTransformer, precision: Precision, temperature: float) -> None:
+    def __init__(self, model: SwitchTransformer, precision: Precision) -> None:
         """`model` must be on the device of the batches, in the mode and with the capacity that it is to run with."""
         self.model = model.requires_grad_(False)
-        self._precision, self._temperature = precision, temperature
+        self._precision = precision
 
     @torch.no_grad()
-    def predict(self, batch: AnyBatch, packed: bool) -> FullTeacherProbs:
-        """Return the probabilities of the targets of a batch.
+    def predict(self, batch: AnyBatch, packed: bool, temperature: float) -> FullTeacherProbs:
+        """Return the probabilities of the targets of a batch at a temperature.
 
         Call it after the student's forward pass: a teacher in training mode draws from the same random generator.
         """
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
             output = self.model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed))
-            return FullTeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, self._temperature)
+            return FullTeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, temperature)
 
 
 class DistillationLoss:
-    """The objective of a student: it learns from a teacher that runs in each step, or from cached answers."""
+    """The objective of a student: it learns from a teacher that runs in each step, or from its cached probabilities."""
 
     def __init__(self, settings: DistillSpec, teacher: Teacher | None, packed: bool) -> None:
         """Without a teacher, batches must be a `DistillBatch`. `packed`: several examples share a row of a batch."""
@@ -108,8 +108,8 @@ class DistillationLoss:
 
     def _teacher_probs(self, batch: AnyBatch) -> FullTeacherProbs | TeacherTopK:
         if self._teacher is not None:
-            return self._teacher.predict(batch, self._packed)
-        assert isinstance(batch, DistillBatch), "without a teacher the batch brings its answers"
+            return self._teacher.predict(batch, self._packed, self._settings.temperature)
+        assert isinstance(batch, DistillBatch), "without a teacher the batch brings its probabilities"
         # [B, T, K] and [B, T] to [N, K] and [N], in the order of targets_N.
         return TeacherTopK(*(tensor.flatten(0, 1) for tensor in batch.teacher))
 
@@ -246,8 +246,8 @@ def _soft_top_k(
     0.0667, 0.0333]: the other tokens share r as the student shares 0.3 among them, 2 to 1.
     """
     # [C, K]: the row of each token among this rank's rows, or any row, with q 0, for a token on another rank.
-    token = vocabulary.locate(teacher.ids_BTK.long())
-    q_CK, rest_C = teacher.probability_BTK.to(log_p_CV.dtype), teacher.rest_BT.to(log_p_CV.dtype)
+    token = vocabulary.locate(teacher.ids.long())
+    q_CK, rest_C = teacher.probability.to(log_p_CV.dtype), teacher.rest.to(log_p_CV.dtype)
     total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # not exactly 1, because cached probabilities are rounded
     q_CK = token.zero_others(q_CK)
     counts_rest = float(vocabulary.axis.rank == 0)  # the sum over ranks must contain the rest once

@@ -1,4 +1,4 @@
-"""Settings of distillation: of its loss (distillation.py) and of the teacher's stored answers (teacher_cache.py)."""
+"""Settings of distillation: its loss (distillation.py), and the cache of the teacher (teacher_cache.py)."""
 
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class TeacherCacheSpec(Spec):
-    """Where a teacher's answers are cached, and how many probabilities of each target."""
+    """Where a teacher's probabilities are cached, and how many of each target."""
 
     folder: PathOrUrl
-    """Folder of the cache, which is created if missing; before training the teacher answers what it lacks."""
+    """Folder of the cache, which is created if missing; before training the teacher runs on what it lacks."""
     top_k: Size = 64
     """Largest probabilities cached for each target, at most the vocabulary; of all others their sum is cached."""
     precision: Literal["float16", "float32"] = "float16"
@@ -45,12 +45,12 @@ class DistillSpec(Spec):
     mode: Literal["evaluation", "training"] = "evaluation"
     """`training` runs the teacher with its dropout, jitter and training capacity, as in Mesh-TensorFlow."""
     cache: TeacherCacheSpec | None = None
-    """Where the teacher's answers are stored before training; by default the teacher runs in every step."""
+    """Where the teacher's probabilities are stored before training; by default the teacher runs in every step."""
     baseline: float | PathOrUrl | None = None
     """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
 
     @model_validator(mode="after")
-    def _answers_repeat(self) -> Self:
+    def _probabilities_repeat(self) -> Self:
         if self.cache is not None and self.mode == "training":
             raise ValueError(
                 "mode (training): the teacher's noise differs in each step and cannot be cached: take evaluation"

@@ -1,13 +1,13 @@
 """TeacherCache: a teacher's K largest probabilities of every target on disk, computed once and read in training.
 
     FOLDER/
-      answers.json                                    what the answers depend on: teacher, text, batches, settings
-      steps-00000000-00000064-<digest>.safetensors    answers to all rows of steps 0 to 63: ids, probability, rest
+      facts.json                                      what they depend on: teacher, text, batches, settings
+      steps-00000000-00000064-<digest>.safetensors    of all rows of steps 0 to 63: ids, probability, rest
 
 Files appear complete, by a rename. The name of a file holds the first half of its SHA-256. When the file is first read,
 that is checked, and so are its values, because anybody can give a file the name of its digest. The next start computes
-the answers that are missing, after a stop or when the run has more steps. A batch is a function of its step, so any
-number of ranks can compute the answers and any other number can read them.
+those that are missing, after a stop or when the run has more steps. A batch is a function of its step, so any
+number of ranks can compute them and any other number can read them.
 
 Legend: R rows of a step, T target, K cached probabilities of a target.
 """
@@ -33,11 +33,11 @@ from switchcli.system import publish
 from switchcli.system.user_files import open_regular, read_regular
 from switchcli.training.distillation_specs import TeacherCacheSpec
 
-FACTS = "answers.json"
+FACTS = "facts.json"
 MAX_FACTS_BYTES = 1 << 20
-"""Largest `answers.json` that is read."""
+"""Largest `facts.json` that is read."""
 MAX_FILE_BYTES = 1 << 23
-"""Largest file of answers, unless one step is larger."""
+"""Largest file of probabilities, unless one step is larger."""
 MAX_HEADER_BYTES = 1 << 16
 """Most bytes of a file besides those of its tensors."""
 SUM_TOLERANCE = 0.01
@@ -53,11 +53,11 @@ _DIFFERENCES: Mapping[str, str] = {
 
 
 Facts = Mapping[str, str | int | float]
-"""What the answers depend on, by name."""
+"""What the probabilities depend on, by name."""
 
 
 class _CacheFile(NamedTuple):
-    """A file with the answers to steps `first` to `stop` - 1."""
+    """A file with the probabilities of steps `first` to `stop` - 1."""
 
     first: int
     stop: int
@@ -67,7 +67,7 @@ class _CacheFile(NamedTuple):
 
 
 class TeacherCache:
-    """A folder with a teacher's answers to the batches of a run, R rows a step."""
+    """A folder with a teacher's probabilities of the targets of a run, R rows a step."""
 
     def __init__(self, folder: Path, settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> None:
         """A step has R rows with T targets each. The ids are those of a `vocabulary` of so many tokens."""
@@ -75,9 +75,9 @@ class TeacherCache:
         self._step_bytes = bytes_per_step(settings, rows, targets, vocabulary)
         top_k = min(settings.top_k, vocabulary)
         self._specs = {
-            "ids_BTK": TensorSpec(id_dtype(vocabulary), (targets, top_k)),
-            "probability_BTK": TensorSpec(settings.dtype, (targets, top_k)),
-            "rest_BT": TensorSpec(settings.dtype, (targets,)),
+            "ids": TensorSpec(id_dtype(vocabulary), (targets, top_k)),
+            "probability": TensorSpec(settings.dtype, (targets, top_k)),
+            "rest": TensorSpec(settings.dtype, (targets,)),
         }
         """Dtype and shape of each tensor of a file, without its first dim: the rows of its steps."""
         self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
@@ -94,7 +94,7 @@ class TeacherCache:
                 return True
             entries = self._folder.iterdir() if self._folder.exists() else ()
             if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
-                raise CheckpointError(f"{self._folder}: exists already and holds no answers: {ELSEWHERE}")
+                raise CheckpointError(f"{self._folder}: exists already and is no teacher cache: {ELSEWHERE}")
             return False
 
     def begin(self, facts: Facts) -> None:
@@ -112,7 +112,7 @@ class TeacherCache:
                 publish.write_file(self._folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 
     def damaged(self) -> list[Path]:
-        """Return the files that are not what the teacher answered. All files are read."""
+        """Return the files that do not hold what was written. All files are read."""
         damaged = []
         with disk_errors(self._folder, ELSEWHERE):
             for file in self._files() if self._folder.exists() else []:
@@ -123,7 +123,7 @@ class TeacherCache:
         return damaged
 
     def missing(self, first: int, stop: int) -> list[range]:
-        """Return the steps from `first` to `stop` - 1 without answers, as one range of steps for each file to write."""
+        """Return the missing steps from `first` to `stop` - 1, as one range of steps for each file to write."""
         with disk_errors(self._folder, ELSEWHERE):
             files = self._files()
         # Within the bounds, as the name of a file may claim any number of steps.
@@ -140,12 +140,12 @@ class TeacherCache:
                 ranges.append(range(step, step + 1))
         return ranges
 
-    def add(self, steps: range, answers: TeacherTopK) -> None:
-        """Write a file with the answers to all rows of `steps`.
+    def add(self, steps: range, probs: TeacherTopK) -> None:
+        """Write a file with the probabilities of all rows of `steps`.
 
         The rows of all steps are in dim 0, step after step: [steps * R, T, K] and [steps * R, T].
         """
-        fields = zip(TeacherTopK._fields, answers, strict=True)
+        fields = zip(TeacherTopK._fields, probs, strict=True)
         content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in fields})
         digest = hashlib.sha256(content).hexdigest()[:32]
         path = self._folder / f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors"
@@ -153,7 +153,7 @@ class TeacherCache:
             publish.write_file(path, content)
 
     def read(self, step: int, first: int, count: int) -> TeacherTopK:
-        """Return the answers to rows first..first+count of a step: [count, T, K] and [count, T].
+        """Return the probabilities of rows first..first+count of a step: [count, T, K] and [count, T].
 
         Raises:
             CheckpointError: they are missing or damaged.
@@ -169,7 +169,7 @@ class TeacherCache:
             return self._loaded
         file = next((file for file in self._files() if file.first <= step < file.stop), None)
         if file is None:
-            raise CheckpointError(f"{self._folder}: no answers to step {step}: run the same command again to get them")
+            raise CheckpointError(f"{self._folder}: lacks step {step}: run the same command again to get them")
         try:
             self._loaded = file, self._tensors(file)
         except ValueError as error:
@@ -179,14 +179,14 @@ class TeacherCache:
         return self._loaded
 
     def _tensors(self, file: _CacheFile) -> Mapping[str, torch.Tensor]:
-        """Return the tensors of a file. Raises ValueError if they are not a teacher's answers to its steps.
+        """Return the tensors of a file. Raises ValueError if they are not a teacher's probabilities of its steps.
 
         The tensors come from the very bytes whose digest was checked, so a file that changes later does no harm.
         """
         num_steps = file.stop - file.first
         with open_regular(file.path) as opened:
             if os.fstat(opened.fileno()).st_size > num_steps * self._step_bytes + MAX_HEADER_BYTES:
-                raise ValueError(f"it is larger than the answers to {num_steps} steps")
+                raise ValueError(f"it is larger than {num_steps} steps are")
             content = opened.read()
         if not hashlib.sha256(content).hexdigest().startswith(file.digest):
             raise ValueError("its SHA-256 is not that of its name")
@@ -202,13 +202,13 @@ class TeacherCache:
             raise ValueError(
                 f"{wrong} is {found.get(wrong, 'missing')}, where {specs.get(wrong, 'nothing')} is expected"
             )
-        ids_BTK, probability_BTK, rest_BT = (tensors[name] for name in TeacherTopK._fields)
-        if bool((ids_BTK.int() < 0).any()) or bool((ids_BTK.int() >= self._vocabulary).any()):
+        ids, probability, rest = (tensors[name] for name in TeacherTopK._fields)
+        if bool((ids.int() < 0).any()) or bool((ids.int() >= self._vocabulary).any()):
             raise ValueError(f"an id is not below {self._vocabulary}, the size of the vocabulary")
         # Comparisons with NaN are false, so a sound value is one for which they hold.
-        sum_BT = probability_BTK.float().sum(-1) + rest_BT.float()
-        is_sound_BT = ((probability_BTK >= 0).all(-1)) & (rest_BT >= 0) & ((sum_BT - 1).abs() <= SUM_TOLERANCE)
-        if not is_sound_BT.all():
+        total = probability.float().sum(-1) + rest.float()
+        is_sound = ((probability >= 0).all(-1)) & (rest >= 0) & ((total - 1).abs() <= SUM_TOLERANCE)
+        if not is_sound.all():
             raise ValueError("the probabilities of a target are negative, or do not sum to 1")
         return tensors
 
@@ -231,7 +231,7 @@ class TeacherCache:
         for name, fact in facts.items():
             if written.get(name) != fact:
                 other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
-                raise CheckpointError(f"{self._folder}: its answers {_DIFFERENCES.get(name, other)}: {ELSEWHERE}")
+                raise CheckpointError(f"{self._folder}: its probabilities {_DIFFERENCES.get(name, other)}: {ELSEWHERE}")
 
 
 def _is_leftover(path: Path) -> bool:
@@ -240,7 +240,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def bytes_per_step(settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> int:
-    """Return the bytes on disk of the answers to a step of R rows with T targets each."""
+    """Return the bytes on disk of a step of R rows with T targets each."""
     probability_bytes = settings.dtype.itemsize
     # Each target has K ids, K probabilities, and the sum of the others.
     pair_bytes = id_dtype(vocabulary).itemsize + probability_bytes

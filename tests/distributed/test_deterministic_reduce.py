@@ -101,7 +101,7 @@ def trained(
 
 
 def distilled(model: nn.Module, batch: Any) -> Any:
-    teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32", 1.0)
+    teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32")
     return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, packed=False)(model, batch)
 
 

@@ -125,7 +125,7 @@ class Run:
         self.teacher = a_model(SPARSE, seed=1).eval()
         self.objective: Objective = cross_entropy
         if fault.place == "teacher":
-            asked = Teacher(self.teacher, "float32", 1.0)
+            asked = Teacher(self.teacher, "float32")
             self.objective = DistillationLoss(DistillSpec(teacher="teacher"), asked, packed=False)
         self.saver.restore(self.state, NoWarnings())
         console = KeepingConsole()

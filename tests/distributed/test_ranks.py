@@ -128,16 +128,16 @@ def gradients(
 
 def of_kept_answers(model: nn.Module, batch: Batch) -> StepLoss:
     """The loss of a student whose teacher's answers are kept: some of them on either half of the vocabulary."""
-    ids_BTK = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
-    rest_BT = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
-    answers = TeacherTopK(ids_BTK, torch.full_like(ids_BTK, 0.15, dtype=torch.float32), rest_BT)
+    ids = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
+    rest = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
+    answers = TeacherTopK(ids, torch.full_like(ids, 0.15, dtype=torch.float32), rest)
     lesson = DistillBatch(batch.inputs_BS, batch.targets_BT, answers)
     return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), None, packed=False)(model, lesson)
 
 
 def distilled(model: nn.Module, batch: Batch) -> StepLoss:
     """The loss of a student whose teacher every rank holds whole."""
-    teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32", 1.0)
+    teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32")
     return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, packed=False)(model, batch)
 
 

@@ -29,7 +29,7 @@ def ask(folder: Path) -> list[str]:
     context = DistributedContext("cpu", "float32")
     model = a_model(SPARSE, seed=2)
     evaluate_by(model, "dropless")
-    asking = TeacherCacheWriter(Teacher(model, "float32", 1.0), SETTINGS, rows, ROWS, 2, packed=False)
+    asking = TeacherCacheWriter(Teacher(model, "float32"), SETTINGS, rows, ROWS, 2, packed=False, temperature=1.0)
     asking.fill(store, [range(2), range(2, 4), range(4, 6)], context, silent(), StopRequest())
     return sorted(path.name for path in folder.iterdir())
 

@@ -67,7 +67,7 @@ LINKS = [
     *each(COPY, "mine.yaml", FILE, NEW),
     *each(VOCABULARY, "tok.json", FILE, NEW),
     *each("convert run converted --to huggingface", "converted", OUTSIDE, FILE),
-    *each(DISTILL, "answers/answers.json answers/teacher.json"),
+    *each(DISTILL, "answers/facts.json answers/teacher.json"),
     *each(DISTILL, "answers/.tmp-0123abcd answers/.tmp-probe-0123abcd", OUTSIDE),
     *each(SWEEP, "swept/0.log", FILE, NEW),
 ]

@@ -129,7 +129,7 @@ def test_so_they_are_in_full_rows_and_beside_empty_ones(name: str, rows: list[li
 
 
 def test_a_student_and_its_teacher_see_packed_examples_alone() -> None:
-    student, teacher = a_model(MODELS["dense"]), Teacher(a_model(MODELS["dense"], seed=4).eval(), "float32", 1.0)
+    student, teacher = a_model(MODELS["dense"]), Teacher(a_model(MODELS["dense"], seed=4).eval(), "float32")
     rows = texts([[(7, 4), (5, 3)], [(4, 6)]])
     together, alone = (DistillationLoss(DistillSpec(teacher="t"), teacher, packed=packed) for packed in (True, False))
     total = sum(alone(student, example).target_sum.item() for row in rows for example in row)

@@ -175,7 +175,7 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
     evaluate_by(model, spec.capacity)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     batch = rows(0, 0, 4)
-    loss = DistillationLoss(spec, Teacher(model, "float32", spec.temperature), packed=False)(student, batch)
+    loss = DistillationLoss(spec, Teacher(model, "float32"), packed=False)(student, batch)
     loss.target_sum.backward()
     found = {name: weight.grad.clone() for name, weight in student.named_parameters()}
     student.zero_grad()
@@ -201,7 +201,7 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
 def test_a_teacher_is_asked_in_its_own_precision() -> None:
     model, batch = a_model(DENSE, seed=2).eval(), rows(0, 0, 4)
     exact, rounded = (
-        Teacher(model, precision, 1.0).predict(batch, packed=False).log_probs(slice(None))
+        Teacher(model, precision).predict(batch, packed=False, temperature=1.0).log_probs(slice(None))
         for precision in ("float32", "selective")
     )
     assert 2**-12 < (rounded - exact).abs().max() < 2**-4
@@ -209,7 +209,7 @@ def test_a_teacher_is_asked_in_its_own_precision() -> None:
 
 def test_padding_and_what_is_behind_it_count_in_neither_part() -> None:
     spec = settings()
-    student, teacher = a_model(DENSE, seed=1), Teacher(a_model(SPARSE.model_copy(), seed=2).eval(), "float32", 1.0)
+    student, teacher = a_model(DENSE, seed=1), Teacher(a_model(SPARSE.model_copy(), seed=2).eval(), "float32")
     evaluate_by(teacher.model, "dropless")
     one, both = rows(0, 0, 1), rows(0, 0, 4)
     empty = Batch(both.inputs_BS, torch.cat([both.targets_BT[:1], torch.zeros_like(both.targets_BT[1:])]))
@@ -226,11 +226,11 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
         return counter.get_total_flops()
 
     batch, model, student = rows(0, 0, 4), a_model(SPARSE, seed=2).eval(), a_model(DENSE, seed=1)
-    teacher = Teacher(model, "float32", 1.0)
+    teacher = Teacher(model, "float32")
     num_targets, V = batch.targets_BT.numel(), DENSE.vocab_size
     alone, both = flops(cross_entropy), flops(DistillationLoss(settings(), teacher, packed=False))
     with FlopCounterMode(display=False) as counter:
-        teacher.predict(batch, packed=False).log_probs(slice(None))
+        teacher.predict(batch, packed=False, temperature=1.0).log_probs(slice(None))
     forward = counter.get_total_flops()
     dots = 2 * 2 * num_targets * V  # the cross-entropy's and the entropy's sums over the vocabulary
     assert both == alone + forward + dots
@@ -254,9 +254,11 @@ def test_a_lesson_brings_the_answers_that_the_teacher_would_give() -> None:
     spec = settings(capacity="dropless")
     student, model = a_model(DENSE, seed=1), a_model(SPARSE, seed=2)
     evaluate_by(model, spec.capacity)
-    teacher, batch = Teacher(model, "float32", 1.0), rows(0, 0, 4)
+    teacher, batch = Teacher(model, "float32"), rows(0, 0, 4)
     kept = top_k_probs(
-        teacher.predict(batch, packed=False), batch.targets_BT.numel(), TeacherCacheSpec(folder="f", top_k=37)
+        teacher.predict(batch, packed=False, temperature=1.0),
+        batch.targets_BT.numel(),
+        TeacherCacheSpec(folder="f", top_k=37),
     )
     shape = batch.targets_BT.shape
     lesson = DistillBatch(*batch, type(kept)(*(part.view(*shape, *part.shape[1:]) for part in kept)))

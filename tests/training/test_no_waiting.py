@@ -178,7 +178,7 @@ def test_recomputing_blocks_does_not_make_a_step_wait(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ["online", "cached"])
 def test_a_teacher_does_not_make_a_step_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = Teacher(on_meta(sparse()).eval(), "selective", 2.0) if kind == "online" else None
+    teacher = Teacher(on_meta(sparse()).eval(), "selective") if kind == "online" else None
 
     def answered(step: int, first: int, count: int) -> AnyBatch:
         batch = rows(step, first, count)

@@ -32,7 +32,7 @@ SPEC = TeacherCacheSpec(folder="unused", top_k=5, precision="float32")
 def teacher() -> Teacher:
     model = a_model(SPARSE, seed=2)
     evaluate_by(model, "dropless")
-    return Teacher(model, "float32", 1.0)
+    return Teacher(model, "float32")
 
 
 class StopWhenTwo:
@@ -50,7 +50,7 @@ def fill(
     store: TeacherCache, parts: list[range], context: DistributedContext, stop: StopRequest | StopWhenTwo = NO_STOP
 ) -> bool:
     """Whether all was answered: False after a stop."""
-    asking = TeacherCacheWriter(teacher(), SPEC, rows, ROWS, 2, packed=False)
+    asking = TeacherCacheWriter(teacher(), SPEC, rows, ROWS, 2, packed=False, temperature=1.0)
     try:
         asking.fill(store, parts, context, silent(), stop)
     except StopTraining:
@@ -89,14 +89,14 @@ def copy(answers: Path, tmp_path: Path) -> Path:
 
 def expected(step: int, first: int, count: int) -> TeacherTopK:
     batch = rows(step, first, count)
-    kept = top_k_probs(teacher().predict(batch, packed=False), batch.targets_BT.numel(), SPEC)
+    kept = top_k_probs(teacher().predict(batch, packed=False, temperature=1.0), batch.targets_BT.numel(), SPEC)
     return TeacherTopK(*(part.view(count, TARGET, *part.shape[1:]) for part in kept))
 
 
 def same(found: TeacherTopK, right: TeacherTopK) -> bool:
     """Probabilities to their rounding: which rows are asked about together changes the order of sums."""
-    close = torch.allclose(found.probability_BTK, right.probability_BTK, rtol=1e-5)
-    return torch.equal(found.ids_BTK.int(), right.ids_BTK.int()) and close
+    close = torch.allclose(found.probability, right.probability, rtol=1e-5)
+    return torch.equal(found.ids.int(), right.ids.int()) and close
 
 
 def test_what_is_kept_is_what_the_teacher_says(answers: Path) -> None:
@@ -105,10 +105,10 @@ def test_what_is_kept_is_what_the_teacher_says(answers: Path) -> None:
     for step in (0, STEPS - 1):
         assert same(store.read(step, 0, ROWS), expected(step, 0, ROWS))
         assert same(store.read(step, 1, 2), expected(step, 1, 2))
-    ids_BTK, probability_BTK, rest_BT = store.read(0, 0, ROWS)
-    torch.testing.assert_close(probability_BTK.sum(-1) + rest_BT, torch.ones(ROWS, TARGET))
-    assert (probability_BTK.diff(dim=-1) <= 0).all()
-    assert ids_BTK.dtype == torch.uint16
+    ids, probability, rest = store.read(0, 0, ROWS)
+    torch.testing.assert_close(probability.sum(-1) + rest, torch.ones(ROWS, TARGET))
+    assert (probability.diff(dim=-1) <= 0).all()
+    assert ids.dtype == torch.uint16
     assert id_dtype(1 << 16) == torch.uint16
     assert id_dtype((1 << 16) + 1) == torch.int32
 
@@ -174,8 +174,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000])
 def test_facts_that_are_broken_are_refused(tmp_path: Path, text: str) -> None:
     opened(tmp_path)
-    (tmp_path / "answers.json").write_text(text)
-    with pytest.raises(CheckpointError, match=naming("answers.json", "distill.cache.folder")):
+    (tmp_path / "facts.json").write_text(text)
+    with pytest.raises(CheckpointError, match=naming("facts.json", "distill.cache.folder")):
         opened(tmp_path)
 
 
@@ -215,15 +215,15 @@ WRONG: dict[str, Callable[[bytes], bytes]] = {
             "other dtype of": lambda tensor: tensor.double(),
         }.items()
     },
-    "id of the vocabulary's size": value("ids_BTK", SPARSE.vocab_size),
-    "large id": value("ids_BTK", 65_535),
+    "id of the vocabulary's size": value("ids", SPARSE.vocab_size),
+    "large id": value("ids", 65_535),
     **{
         f"{name} of {number}": value(name, number)
-        for name in ("probability_BTK", "rest_BT")
+        for name in ("probability", "rest")
         for number in (1.1, -1e-6, math.nan, -math.inf)
     },
-    "probabilities of 0": rewritten(lambda tensors: tensors["probability_BTK"].zero_()),
-    "halves": rewritten(lambda tensors: tensors["probability_BTK"].mul_(0.5)),
+    "probabilities of 0": rewritten(lambda tensors: tensors["probability"].zero_()),
+    "halves": rewritten(lambda tensors: tensors["probability"].mul_(0.5)),
 }
 
 
@@ -260,13 +260,13 @@ def test_rounded_probabilities_are_accepted(tmp_path: Path, dtype: str) -> None:
     store = TeacherCache(tmp_path, settings, 1, 3, SPARSE.vocab_size)
     store.begin(FACTS)
     for step, largest in enumerate((1.0, 0.2, 0.99, 0.30001)):
-        probability_BTK = torch.full((1, 3, 5), largest) if largest == 0.2 else torch.zeros(1, 3, 5)
-        probability_BTK[..., 0] = largest
-        rest_BT = 1 - probability_BTK.sum(-1)
-        ids_BTK = torch.full((1, 3, 5), SPARSE.vocab_size - 1).to(id_dtype(SPARSE.vocab_size))
+        probability = torch.full((1, 3, 5), largest) if largest == 0.2 else torch.zeros(1, 3, 5)
+        probability[..., 0] = largest
+        rest = 1 - probability.sum(-1)
+        ids = torch.full((1, 3, 5), SPARSE.vocab_size - 1).to(id_dtype(SPARSE.vocab_size))
         store.add(
             range(step, step + 1),
-            TeacherTopK(ids_BTK, probability_BTK.to(settings.dtype), rest_BT.clamp(min=0).to(settings.dtype)),
+            TeacherTopK(ids, probability.to(settings.dtype), rest.clamp(min=0).to(settings.dtype)),
         )
         store.read(step, 0, 1)
     assert store.damaged() == []

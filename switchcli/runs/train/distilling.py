@@ -60,8 +60,8 @@ def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
         context.close()
     size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
     steps = recipe.train.steps - recipe.distill.start_step
-    console.message(f"answers to {steps:,} steps, {si(size)}B, in {settings.folder}")
-    return {"verb": recipe.verb, "answers": settings.folder, "steps": steps, "bytes": size} if context.is_main else {}
+    console.message(f"probabilities of {steps:,} steps, {si(size)}B, in {settings.folder}")
+    return {"verb": recipe.verb, "folder": settings.folder, "steps": steps, "bytes": size} if context.is_main else {}
 
 
 class Distillation(DistillRules):

@@ -131,7 +131,7 @@ class RunTeacher:
             model.train()
         else:
             evaluate_by(model, self._settings.capacity)
-        return Teacher(model, self._handle.recipe.train.precision, self._settings.temperature)
+        return Teacher(model, self._handle.recipe.train.precision)
 
     def measure(self, evaluator: Evaluator) -> ModelMetrics:
         """Return the teacher's own metrics, from the cache if it holds them. Collective."""
@@ -220,6 +220,7 @@ class RunTeacher:
             rows,
             self._microbatch_rows,
             data.is_packed,
+            self._settings.temperature,
         )
         try:
             with StopRequest(console.for_watchers(run_messages.STOPPING)) as stop:
