@@ -23,7 +23,6 @@ from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.devices import GPUS
 from switchcli.planner.plan import Machine, Planner
 from switchcli.planner.step import Step
@@ -135,9 +134,7 @@ def planned(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device)
         gpu = min(known, key=lambda one: abs(GPUS[one].memory_mib * 2**20 - properties.total_memory), default=None)
     if gpu is None:
         return None
-    with torch.device("meta"):
-        weights = dict(SwitchTransformer(spec).named_parameters())
-    planner = Planner(spec, Step(batch, *lengths[:2]), weights, Adafactor().build(weights).state(), batch)
+    planner = Planner(spec, Step(batch, *lengths[:2]), lambda weights: Adafactor().build(weights).state(), batch)
     # A step that fits is estimated, whatever the planner says of its memory.
     (fit,) = planner.plan(Machine.of_gpu(1, gpu)._replace(memory_bytes=2**60)).fits
     return {

@@ -236,7 +236,7 @@ def _summary(plan: "RecipePlan") -> Iterator[tuple[str, str]]:
     yield "outside the experts", number(sizes["dense_parameters"])
     yield "that a token meets", number(sizes["active_parameters"])
     yield "FLOPs a sequence, forward", si(sizes["flops_per_sequence"])
-    yield "FLOPs a step, forward and backward", si(plan.flops_per_step)
+    yield "FLOPs a step, forward and backward", si(plan.planner.flops_per_step)
     yield "activation checkpointing", plan.recipe.train.activation_checkpointing
     yield "sequences a step", number(sizes["sequences_per_step"])
     yield "tokens of a sequence", f"{sizes['inputs_length']:,} + {sizes['targets_length']:,}"

@@ -6,19 +6,24 @@ and writing the weights, plus the time of each collective, which overlaps with n
 is for comparing meshes; it was never compared with the time of a step on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from math import ceil
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
+
 from switchcli.distributed.parallel_spec import ParallelSpec, Shard, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec
-from switchcli.model.flops import FORWARD_AND_BACKWARD, count
+from switchcli.model.flops import FORWARD_AND_BACKWARD, ModelCounts, count
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner import devices
 from switchcli.planner.memory_use import DeviceBytes, device_bytes
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, Tensors, output_widths, rank_weights, slots
 from switchcli.planner.traffic import Collective, collectives
 
 GIB = 2**30
+Parameters = Mapping[str, torch.nn.Parameter]
 SHARDS: tuple[Shard, ...] = ("none", "zero2", "zero3")
 
 
@@ -153,14 +158,16 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """A training step of a model on any devices: the meshes that fit, with their bytes and seconds."""
+    """A training step of a model: its parameters and FLOPs, and on any devices the meshes, bytes and seconds.
+
+    Weights and optimizer state are made on the meta device, when the first mesh is planned.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         step: Step,
-        weights: Tensors,
-        state: Tensors,
+        optimizer_state: Callable[[Parameters], Tensors],
         microbatch: int | None = None,
         parallel: ParallelSpec | None = None,
     ) -> None:
@@ -169,16 +176,34 @@ class Planner:
         Args:
             spec: the model.
             step: the batch and its precision.
-            weights: the parameters of the unsharded model, on the meta device.
-            state: their optimizer state, by `<parameter>/<slot>`, on the meta device.
+            optimizer_state: the optimizer state of parameters, by `<parameter>/<slot>`.
             microbatch: sequences of a microbatch; None for the most that fit.
             parallel: the mesh to plan, as far as it is set; None for every mesh.
         """
         self.spec, self.step = spec, step
-        self._weights, self._state = weights, state
+        self._optimizer_state = optimizer_state
         self._microbatch = microbatch
         self._parallel = parallel or ParallelSpec()
         self._rank_weights: dict[int, RankWeights] = {}
+
+    @property
+    def counts(self) -> ModelCounts:
+        """Parameters, and FLOPs of a sequence forward, by the formula of the paper's section 5.6."""
+        return count(self.spec, self.step.source, self.step.target)
+
+    @property
+    def flops_per_step(self) -> int:
+        """The model's FLOPs, forward and backward. Recomputation counts only in the seconds of a plan."""
+        return FORWARD_AND_BACKWARD * self.step.sequences * self.counts.flops
+
+    @cached_property
+    def _weights(self) -> Parameters:
+        with torch.device("meta"):
+            return dict(SwitchTransformer(self.spec).named_parameters())
+
+    @cached_property
+    def _state(self) -> Tensors:
+        return self._optimizer_state(self._weights)
 
     def plan(self, machine: Machine) -> Plan:
         """Return which meshes of the machine's devices the step fits on."""

@@ -10,7 +10,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.planner.plan import Machine, Plan, Planner, Rejection, flops_of, meshes, microbatch_sizes
+from switchcli.planner.plan import Machine, Parameters, Plan, Planner, Rejection, flops_of, meshes, microbatch_sizes
 from switchcli.planner.step import Mesh, RankWeights, Step, rank_weights
 from switchcli.planner.traffic import Collective, collectives
 from switchcli.training.optimizer_specs import Adafactor
@@ -21,15 +21,14 @@ DENSE = ModelSpec(**SHAPE)
 STEP = Step(64, 512, 114)
 
 
-def tensors_of(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights and optimizer state on the meta device."""
-    with torch.device("meta"):
-        weights: dict[str, torch.Tensor] = dict(SwitchTransformer(spec).named_parameters())
-    return weights, Adafactor().build(weights).state()
+def state_of(weights: Parameters) -> dict[str, torch.Tensor]:
+    return Adafactor().build(weights).state()
 
 
 def held_of(spec: ModelSpec, model: int = 1) -> RankWeights:
-    return rank_weights(*tensors_of(spec), model)
+    with torch.device("meta"):
+        weights = dict(SwitchTransformer(spec).named_parameters())
+    return rank_weights(weights, state_of(weights), model)
 
 
 def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> dict[str, Collective]:
@@ -40,7 +39,7 @@ def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> di
 
 
 def planned(spec: ModelSpec, devices: int, microbatch: int | None = None, step: Step = STEP, gib: float = 80) -> Plan:
-    return Planner(spec, step, *tensors_of(spec), microbatch).plan(Machine(devices, int(gib * 2**30)))
+    return Planner(spec, step, state_of, microbatch).plan(Machine(devices, int(gib * 2**30)))
 
 
 def test_one_device_has_no_collective() -> None:
@@ -197,7 +196,7 @@ def test_what_is_computed_again_is_all_but_the_logits() -> None:
 
 
 def test_what_bounds_a_step_follows_the_rates() -> None:
-    planner = Planner(SPARSE, STEP, *tensors_of(SPARSE))
+    planner = Planner(SPARSE, STEP, state_of)
     fast = {"flops": 1e30, "memory_bandwidth": 1e30, "bandwidth": 1e30, "network": 1e30}
     for slow, rate, bound in (
         ("flops", 1e3, {"compute"}),

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
 from switchcli.metric_names import TOKENS_PER_SECOND
-from switchcli.model.flops import FORWARD_AND_BACKWARD, count
-from switchcli.planner.plan import Fit, Machine, Plan, Planner
-from switchcli.planner.step import Step
+from switchcli.planner.plan import Fit, Machine, Parameters, Plan, Planner
+from switchcli.planner.step import Step, Tensors
 from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.units import si
-from switchcli.runs.inputs.transformers_checkpoint import meta_model
 
 SIZES_RECIPE = "pretrain/base"
 """The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
@@ -38,7 +36,7 @@ def describe(recipe: TrainingRecipe) -> dict[str, Any]:
 
     FLOPs are those of the forward pass, by the formula of the paper's section 5.6.
     """
-    cost = count(recipe.model, recipe.inputs_length, recipe.targets_length)
+    cost = planner_of(recipe).counts
     input_tokens = recipe.train.steps * recipe.train.batch_tokens
     return {
         "parameters": cost.parameters,
@@ -62,7 +60,7 @@ def describe_as_yaml(recipe: TrainingRecipe) -> str:
     return "".join([*comments, resolve.dump(recipe)])
 
 
-def planner_of(recipe: TrainingRecipe, fused: bool) -> Planner:
+def planner_of(recipe: TrainingRecipe, fused: bool = True) -> Planner:
     """Return the planner of a recipe's step, on the meshes that it allows. `fused` assumes the kernels of a GPU."""
     train = recipe.train
     step = Step(
@@ -77,9 +75,11 @@ def planner_of(recipe: TrainingRecipe, fused: bool) -> Planner:
         ordered=recipe.parallel.reduction == "ordered",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
-    weights = dict(meta_model(recipe.model).named_parameters())
-    state = recipe.optimizer.build(weights).state()
-    return Planner(recipe.model, step, weights, state, microbatch, recipe.parallel)
+
+    def optimizer_state(weights: Parameters) -> Tensors:
+        return recipe.optimizer.build(weights).state()
+
+    return Planner(recipe.model, step, optimizer_state, microbatch, recipe.parallel)
 
 
 class LaptopSetting(NamedTuple):
@@ -99,6 +99,7 @@ class RecipePlan(NamedTuple):
     given: tuple[str, ...]
     """The KEY=VALUE that the user gave."""
     recipe: TrainingRecipe
+    planner: Planner
     machine: Machine
     meshes: Plan
     devices_needed: int | None
@@ -156,14 +157,9 @@ class RecipePlan(NamedTuple):
         return found
 
     @property
-    def flops_per_step(self) -> int:
-        """The model's FLOPs. Recomputation by activation checkpointing counts only in the seconds of the plan."""
-        return FORWARD_AND_BACKWARD * self.recipe.rows_per_step * int(self.about["flops_per_sequence"])
-
-    @property
     def product_bytes(self) -> int:
         """Bytes of an element in the matrix products: 4 for float32, 2 for bfloat16."""
-        return 4 if self.recipe.train.precision == "float32" else 2
+        return self.planner.step.product_bytes
 
     def tokens_per_second(self, fit: Fit) -> float:
         """Return the estimated encoder input tokens per second of all devices."""
@@ -177,7 +173,7 @@ class RecipePlan(NamedTuple):
         return {
             "name": self.name,
             **self.about,
-            "flops_per_step": self.flops_per_step,
+            "flops_per_step": self.planner.flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
             "machine": self.machine.to_json(self.product_bytes),
             "times": TIMES,
@@ -213,7 +209,8 @@ def plan_recipe(name: str, overrides: Sequence[str], machine: Machine) -> Recipe
     recipe = _recipe(name, overrides)
     check_world(recipe.parallel, machine.devices)
     planner = planner_of(recipe, fused=recipe.train.device != "cpu")
-    return RecipePlan(name, tuple(overrides), recipe, machine, planner.plan(machine), planner.fewest_devices(machine))
+    meshes, needed = planner.plan(machine), planner.fewest_devices(machine)
+    return RecipePlan(name, tuple(overrides), recipe, planner, machine, meshes, needed)
 
 
 def plan_sizes(
