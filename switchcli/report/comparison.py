@@ -231,6 +231,5 @@ def _json(value: SeedSpread | None) -> dict[str, float | None]:
 
 def _judged_json(value: Effect | None) -> dict[str, float | None]:
     """Return the spread with the bounds of the 95 % interval, `low` and `high`; they are None without an interval."""
-    interval = None if value is None else value.interval
-    bounds = dict.fromkeys(Interval._fields) if interval is None else interval._asdict()
-    return {**_json(None if value is None else value.spread), **bounds}
+    spread, interval = (None, None) if value is None else (value.spread, value.interval)
+    return {**_json(spread), **(dict.fromkeys(Interval._fields) if interval is None else interval._asdict())}

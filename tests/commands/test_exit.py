@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from switchcli.commands._exit import interruptible
+from switchcli.commands._exit import exit_rank, interruptible
 from switchcli.errors import DataError, Interrupted, InterruptedByForce, SwitchError, training_location
 from switchcli.system.signals import STOPPING
 
@@ -74,6 +74,18 @@ def test_other_errors_pass() -> None:
         raise ValueError("mine")
     with pytest.raises(InterruptedByForce, match="without saving"), interruptible():
         raise KeyboardInterrupt
+
+
+def test_a_rank_ends_at_once_with_the_exit_code_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    exit_rank(1)
+    assert ended == [], "no launcher started this process"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for code in (0, 1, None):
+        exit_rank(code)
+    assert ended == [0, 1, 0]
 
 
 @pytest.mark.integration

@@ -110,7 +110,12 @@ def show(learned: Learned, console: Console) -> None:
 
 def _show_guesses(guesses: Guesses, rows: int, console: Console) -> None:
     title = "held-out text: the token in brackets is hidden, and these are the model's guesses"
-    examples = [(_in_context(example), _marked(example)) for example in guesses.examples]
+    examples = []
+    for example in guesses.examples:
+        marked = [
+            f"[{guess}]" if guess == example.hidden else guess for guess in example.guesses
+        ]  # the right one in brackets
+        examples.append((_in_context(example), "  ".join(marked)))
     console.show(Table(("text", "guesses, the most probable first"), examples, title, align="left"))
     accuracies = [
         ("first guess", percent(guesses.first), percent(guesses.most_frequent)),
@@ -128,11 +133,6 @@ def _in_context(example: GuessedToken) -> str:
     right_blank = " " if example.after[:1].isspace() else ""
     left = before[-_CONTEXT_CHARACTERS:].lstrip() + left_blank
     return f"{left}[{example.hidden}]{right_blank}{after[:_CONTEXT_CHARACTERS].rstrip()}"
-
-
-def _marked(example: GuessedToken) -> str:
-    """Return the guesses, with the right one in brackets."""
-    return "  ".join(f"[{guess}]" if guess == example.hidden else guess for guess in example.guesses)
 
 
 def _show_experts(layer: LayerExperts, console: Console) -> None:
