@@ -133,8 +133,9 @@ def main() -> None:
         _exit.exit_with_error(error)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            where = error.filename or "standard output"
             _exit.exit_with_error(
-                CheckpointError(f"standard output cannot be written: {error.strerror}: free some space there")
+                CheckpointError(f"{where} cannot be written: {error.strerror}: free some space there")
             )
         if (known := path_error(error) or memory_error(error)) is not None:
             _exit.exit_with_error(known)

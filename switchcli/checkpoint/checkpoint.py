@@ -51,7 +51,8 @@ LEFTOVER: Final = re.compile(rf"\.(tmp-(probe|[0-9]{{8,}})|old-[0-9]{{8,}}|del-s
 """Hidden names that a save, a probe or a removal gives to folders. Folders with other names are never removed."""
 _MAX_FILE_BYTES: Final = 1 << 31
 UNIQUE_BITS: Final = 32
-_FIX: Final = "use the recipe.yaml saved with the checkpoint, or give another folder by --out to start again."
+_START_AGAIN: Final = "give another folder by --out to start again"
+_FIX: Final = f"use the recipe.yaml saved with the checkpoint, or {_START_AGAIN}."
 _ALTERNATIVE: Final = "give another folder by --out; checkpoints already saved are untouched."
 
 
@@ -255,13 +256,13 @@ def latest(folder: Path, warn: Callable[[str], None], *, files: FileOperations =
         return _newest(folder, rename_damaged)
 
 
-def latest_read_only(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def latest_read_only(folder: Path, warn: Callable[[str], None], alternative: str = _START_AGAIN) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, like `latest`, but without renaming or removing anything.
 
-    A run may be saving to the folder and pruning it meanwhile.
+    A run may be saving to the folder and pruning it meanwhile. `alternative` is the second fix that errors offer.
     """
-    with disk_errors(folder, _ALTERNATIVE):
-        return _newest(folder, lambda path, damage: warn(f"{damage} The one before it is tried."))
+    with disk_errors(folder, alternative):
+        return _newest(folder, lambda path, damage: warn(f"{damage} The one before it is tried."), alternative)
 
 
 def verify_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | DamagedError]]:
@@ -334,18 +335,20 @@ def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _newest(folder: Path, on_damage: Callable[[Path, DamagedError], None]) -> Checkpoint | None:
+def _newest(
+    folder: Path, on_damage: Callable[[Path, DamagedError], None], alternative: str = _START_AGAIN
+) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, after `on_damage` was called for each newer one that does not."""
     for path, checkpoint in verify_all(saved_checkpoints(folder)):
         if isinstance(checkpoint, Checkpoint):
             return checkpoint
         if not path.exists():  # the run has just pruned it, so that there are newer ones
-            return _newest(folder, on_damage)
+            return _newest(folder, on_damage, alternative)
         on_damage(path, checkpoint)
     if names := sorted(path.name for path in folder.glob("step-*")):
         raise CheckpointError(
             f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "
-            "restore one of them, or give another folder by --out to start again."
+            f"restore one of them, or {alternative}"
         )
     return None
 

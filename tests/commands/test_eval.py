@@ -305,3 +305,14 @@ def test_stopped_it_writes_nothing_and_says_how_to_start_again(
     done = switchcli("eval", "tuned", "--out", tmp_path / "a")
     assert (done.code, lacking(done.err, "SIGTERM same command again")) == (130, [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_no_reason_to_write_elsewhere(
+    trained: Path, tmp_path: Path, switchcli: SwitchCLI
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    for manifest in (tmp_path / "run/checkpoints").glob("*/MANIFEST"):
+        manifest.write_text("damaged")
+    done = switchcli("eval", tmp_path / "run")
+    assert (done.code, lacking(done.err, "restore name another checkpoint")) == (4, [])
+    assert "--out" not in done.err

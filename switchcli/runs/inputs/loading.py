@@ -152,7 +152,7 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     if is_checkpoint:
         native = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
-        native = checkpoint.latest_read_only(folder, console.warning)
+        native = checkpoint.latest_read_only(folder, console.warning, "name another checkpoint")
     if native is None:
         hint = on_the_hub(str(path))
         missing = "no checkpoint there" if folder.exists() else "no such folder"

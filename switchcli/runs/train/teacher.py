@@ -13,19 +13,20 @@ from pydantic import ConfigDict, TypeAdapter
 from switchcli.checkpoint.checkpoint import preflight
 from switchcli.data.batch import AnyBatch, BatchSource, DistillBatch
 from switchcli.distributed.context import DistributedContext
-from switchcli.errors import DistributedError, Interrupted, RecipeError
+from switchcli.errors import DistributedError, Interrupted, RecipeError, disk_errors
 from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import STACKS
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
-from switchcli.report.sinks import publish_file, to_json
+from switchcli.report.sinks import to_json
 from switchcli.report.units import si
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.train_data import TrainData, microbatch_rows
 from switchcli.runs.job.run_dir import machine_info
 from switchcli.runs.train import run_messages
 from switchcli.runs.train.distill_rules import Recipe
+from switchcli.system import publish
 from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.system.user_files import read_regular
@@ -196,7 +197,9 @@ class RunTeacher:
                 "hardware": machine_info(context)["hardware"],
                 "measured": measured.to_json(),
             }
-            context.main_only(lambda: publish_file(folder / TEACHER_METRICS, to_json(saved, indent=1) + "\n"))
+            with disk_errors(folder, ELSEWHERE):
+                text = to_json(saved, indent=1) + "\n"
+                context.main_only(lambda: publish.write_file(folder / TEACHER_METRICS, text))
         self.unload()  # the cache has all that training needs
         return cache
 
