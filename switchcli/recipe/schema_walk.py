@@ -24,7 +24,12 @@ _LARGEST_BOUND = 1000
 
 
 class SchemaNode(NamedTuple):
-    """A value of a recipe: what it may be, by the schema."""
+    """A value of a recipe: what it may be, by the schema.
+
+    Example: the node of `optimizer` has two parts, the mappings of the kinds adafactor and adamw. In the location of an
+    error, ("optimizer", "adamw", "beta1"), pydantic names the kind. `find` takes that part, and returns a node with the
+    path ("optimizer", "beta1").
+    """
 
     schema: Schema
     """What its mapping says of it, with `default` and `description` where it has these; {} for an unknown key."""
