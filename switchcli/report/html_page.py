@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Template
 from typing import Any, Literal, NamedTuple
 
 from switchcli import __version__
@@ -73,25 +74,24 @@ def page(title: str, elements: Iterable[Part | Table], origin: Mapping[str, str]
     elements = list(elements)
     content = _join(elements)
     sections = [element.section for element in elements if isinstance(element, Part) and element.section]
-    links = "".join(f'<a href="#{_anchor(section)}">{html_text(section)}</a>' for section in sections)
-    facts = "".join(f"<dt>{html_text(name)}</dt><dd>{html_text(value)}</dd>" for name, value in (origin or {}).items())
-    body = [f"<header><h1>{html_text(title)}</h1>", f'<dl class="origin">{facts}</dl>' if facts else ""]
-    body += [f"<nav>{links}</nav>" if links else "", "</header>"]
-    body += ["<main>", content.html, "</main>"]
-    scripts: list[str] = []
+    scripts = [_read(file) for file in (_LIBRARY, _FOLDER / "page.js")] if content.figures else []
+    tags = [f"<script>{_script(script)}</script>" for script in scripts]
     if content.figures:
-        scripts = [file.read_text(encoding="utf-8") for file in (_LIBRARY, _FOLDER / "page.js")]
-        body.append(f'<script type="application/json" id="data">{_data(content.figures)}</script>')
-        body += [f"<script>{_script(script)}</script>" for script in scripts]
-    head = [
-        '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(scripts)}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html_text(title)}</title>",
-        f"<style>\n{(_FOLDER / 'page.css').read_text(encoding='utf-8')}{_dark_colors()}</style>",
-    ]
-    lines = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>"]
-    return "\n".join(line for line in lines if line) + "\n"
+        tags.insert(0, f'<script type="application/json" id="data">{_data(content.figures)}</script>')
+    facts = (origin or {}).items()
+    return Template(_read(_FOLDER / "page.html")).substitute(
+        policy=_policy(scripts),
+        title=html_text(title),
+        style=_read(_FOLDER / "page.css") + _dark_colors(),
+        origin="".join(f"<dt>{html_text(name)}</dt><dd>{html_text(value)}</dd>" for name, value in facts),
+        links="".join(f'<a href="#{_anchor(section)}">{html_text(section)}</a>' for section in sections),
+        content=content.html,
+        scripts="\n".join(tags),
+    )
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def write_page(file: Path, title: str, elements: Iterable[Part | Table]) -> None:
