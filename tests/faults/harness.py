@@ -40,6 +40,7 @@ from tiny_run import RECIPE, lay_out_tuning, write_text
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.cli import main
+from switchcli.data.sources import digests as digests_of_sources
 from switchcli.report import charts
 
 PATIENCE = 240.0
@@ -139,6 +140,9 @@ def _run_and_exit(arguments: Sequence[object], within: Callable[[], object], out
         sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has had ignored
         warnings.resetwarnings()
+        # Whether the digest of a text is recorded depends on the seconds since it was copied. It never is here, so that
+        # a command does the same in each trial.
+        digests_of_sources.FRESH_NS = 2**63
         sys.argv = ["switchcli", *map(str, arguments)]
         within()
         main()
@@ -461,8 +465,7 @@ def digests(verb: Verb, output: Path | None = None) -> dict[str, str]:
     if verb.trains:
         return fingerprint(path)
     files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
-    # The record of content digests holds inodes and times of the sources, which each copy has anew.
-    files = [one for one in files if one.name not in NOT_COMPARED and one.parent.name != "sources"]
+    files = [one for one in files if one.name not in NOT_COMPARED]
     return {str(one.relative_to(path)): _digest(one) for one in files}
 
 

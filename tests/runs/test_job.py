@@ -139,6 +139,8 @@ def test_a_branch_of_a_branch_names_the_branch(here: Path) -> None:
     assert paths(third) == {START: f"second/{LAST}"}
     begun = resolve("finetune", "second", keys, recipe="tune.yaml", branch_from="tuned")
     assert (paths(begun), opened(begun)) == ({START: f"tuned/{FIRST}"}, set())
+    other = resolve("finetune", "second", ("train.steps=4", *EACH), recipe="tune.yaml", branch_from="tuned@2")
+    assert (paths(other), opened(other)) == ({START: f"tuned/{LAST}"}, {START}), "another branch"
 
 
 def test_a_student_may_be_a_size_and_a_baseline_a_number(here: Path) -> None:

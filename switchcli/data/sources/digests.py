@@ -22,7 +22,7 @@ SAMPLES: Final = 64
 """Samples of a file, at equal distances from its beginning to its end."""
 SAMPLE_BYTES: Final = 2**16
 _BLOCK_BYTES: Final = 2**20
-_FRESH_NS: Final = 2 * 10**9
+FRESH_NS: Final = 2 * 10**9
 """Nanoseconds after a change during which another change may not show in the file's times: file systems keep times to
 2 s or better. The digest of such a file is not recorded."""
 
@@ -126,7 +126,7 @@ def _is_of(entry: tuple[list[int], str] | None, stat: _Stat) -> bool:
 
 
 def _digest(path: Path, kind: str) -> tuple[tuple[list[int], str], bool]:
-    """Return the entry of a file, and whether any later change must show in its attributes; see _FRESH_NS."""
+    """Return the entry of a file, and whether any later change must show in its attributes; see FRESH_NS."""
     with open_regular(path) as file:
         now, stat = time.time_ns(), _Stat.of(os.fstat(file.fileno()))
         if kind == "samples":
@@ -141,4 +141,4 @@ def _digest(path: Path, kind: str) -> tuple[tuple[list[int], str], bool]:
                 digest.update(block)
         if _Stat.of(os.fstat(file.fileno())) != stat:
             raise DataError(f"{path}: changes while it is read: begin again when no other program writes to it")
-    return ([*stat], digest.hexdigest()), now - stat.ctime_ns >= _FRESH_NS
+    return ([*stat], digest.hexdigest()), now - stat.ctime_ns >= FRESH_NS
