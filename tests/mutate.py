@@ -52,7 +52,7 @@ OPTIONS = (
     ),
     *("-p", "no:cacheprovider", "--assert=plain"),  # assertions are not rewritten: that takes time and explains more
 )
-FORKING = "tests/faults/"
+FORKING = ("tests/faults/", "tests/runs/")
 """Where integration tests are cheap enough to find a mutant."""
 SURVIVED = (0, 5)
 """Exit codes of pytest: all tests passed; no test ran."""

@@ -225,3 +225,10 @@ def test_any_text_is_read_or_refused(source):
         assert repr(yaml_nodes.plain(read(yaml_nodes.write(found)))) == repr(found)
         return
     assert re.match(r"f:\d+: ", refused)  # the line, of whatever is wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"), [("a b", "a b"), ("a\nb", r"'a\nb'"), ("\x1b[31m", r"'\x1b[31m'"), ("", "''")]
+)
+def test_a_key_is_shown_on_one_line_and_without_control_characters(key: str, shown: str) -> None:
+    assert yaml_nodes.display_key(key) == shown
