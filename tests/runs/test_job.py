@@ -13,9 +13,11 @@ from tiny_run import lay_out_tuning
 
 from switchcli import api
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.recipe import resolve as recipes
 from switchcli.recipe.resolve import dump
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, hand_over
+from switchcli.runs.train.distill_rules import DistillRules
 from switchcli.system.startup import LAUNCHER
 
 pytestmark = pytest.mark.integration
@@ -118,6 +120,15 @@ def test_a_branch_of_a_distillation_keeps_teacher_and_student(here: Path) -> Non
     assert opened(branch) == {START, TEACHER}, "the branch has the weights of the student"
     assert (branch.recipe.start.keep, branch.recipe.distill.temperature) == ("run", 2.0)
     assert branch.recipe.model == branch.pins[START].model
+
+
+def test_a_branch_of_a_distillation_takes_the_shape_of_its_student(here: Path) -> None:
+    teacher = resolve("distill", "new", teacher="a").pins[TEACHER]
+    smaller = teacher.model.model_copy(update={"d_ff": 16})
+    tree = recipes.load(None)
+    for pins, d_ff in (({}, teacher.model.d_ff), ({START: teacher._replace(model=smaller, handle=None)}, 16)):
+        defaults = DistillRules.defaults(tree, {TEACHER: teacher, **pins})
+        assert recipes.stated(defaults, "model.d_ff") == d_ff
 
 
 def test_a_branch_of_a_tuned_run_takes_its_model_and_its_recipe_names_the_step(here: Path) -> None:
