@@ -95,7 +95,7 @@ class Recipe:
     """KEY=VALUE texts."""
     verb: str
     """The command that runs the recipe: pretrain, finetune or distill."""
-    _read: resolve.Source = field(repr=False)
+    _read: resolve.Source = field(repr=False, hash=False)
     """The contents of the files, and the overrides."""
     _spec: TrainingRecipe | None = field(default=None, repr=False, hash=False)
     """The resolved value at `load`. None if a command of switchcli created the recipe and checks it when it starts."""

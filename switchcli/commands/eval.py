@@ -56,9 +56,10 @@ def evaluate(
     """Measure a checkpoint: task scores with intervals, held-out loss, and routing health."""
     from switchcli import api
     from switchcli.runs.evaluate import eval_job
+    from switchcli.runs.job.pins import handed_over
 
     recipe, overrides = split_arguments(arguments or [])
-    model = api.open_checkpoint(checkpoint)
+    model = api.open_checkpoint(handed_over().get(eval_job.CHECKPOINT, checkpoint))
     if _training.starts_ranks(processes):
         _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides))
     out = out or eval_job.default_out(checkpoint)
@@ -77,8 +78,9 @@ def _shown(eval_pass: "Measurement") -> Iterator[Table | Line]:
     if eval_pass.scores:
         yield score_table(eval_pass.scores)
     held_out = eval_pass.held_out()
-    for name, metrics in held_out.items():
-        if name == ALL_TEXT or name in eval_pass.targets:
+    together = {name: held_out[name] for name in held_out if name == ALL_TEXT}
+    for names in (together, eval_pass.target_records()):
+        for name, metrics in names.items():
             rows = [(label, write(metrics[key])) for key, (label, write) in _SHOWN_METRICS.items() if key in metrics]
             yield Table(("", ""), rows, f"held-out {name}")
     if len(eval_pass.texts) > 1:

@@ -47,7 +47,7 @@ class Table:
     def column(self, name: str) -> list[Value]:
         """Return the values of one column."""
         index = self.columns.index(name)
-        return [row[index] for row in self.rows]
+        return [row[index] if index < len(row) else None for row in self.rows]
 
     def texts(self) -> list[list[str]]:
         """Return the rows as people read them, all of one length; an unknown value is `-`."""
@@ -66,7 +66,8 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
-        writer.writerows(map(_without_formula, row) for row in self.rows)
+        for row in self.rows:
+            writer.writerow([*map(_without_formula, row), *[""] * (len(self.columns) - len(row))])
         return text.getvalue()
 
     def markdown(self) -> str:
@@ -77,7 +78,8 @@ class Table:
 
     def html(self) -> str:
         """Return the table in HTML."""
-        rows = [("th", self.columns), *(("td", row) for row in self.texts())]
+        headings = [("th", self.columns)] if any(self.columns) else []
+        rows = [*headings, *(("td", row) for row in self.texts())]
         lines = [
             "<tr>" + "".join(f"<{tag}>{html_text(cell)}</{tag}>" for cell in cells) + "</tr>" for tag, cells in rows
         ]

@@ -61,8 +61,7 @@ def _text_metrics(run: Run, metric: str) -> dict[str, object]:
     """Return a metric of each text. An evaluation has a pass for each capacity; texts are shown under the first."""
     texts: Mapping[str, object]
     if passes := _passes(run):
-        held_out, tasks = as_mapping(passes[0].get("held_out")), as_mapping(passes[0].get("tasks"))
-        texts = {name: metrics for name, metrics in held_out.items() if name not in tasks}
+        texts = as_mapping(passes[0].get("held_out"))
         if len(texts) > 1:  # `text` is all of them together
             texts = {name: metrics for name, metrics in texts.items() if name != "text"}
     else:

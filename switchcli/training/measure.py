@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from switchcli.data.batch import Batch
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
 ALL_TEXT = "text"
 """The name in results of a single held-out text, and of several together."""
+N = TypeVar("N")
 _NO_TEXTS: Mapping[str, HeldOutText] = MappingProxyType({})
 
 
@@ -41,7 +42,7 @@ class TextMetrics(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """What was measured of one model. It is the same on every rank."""
+    """What was measured of one model: except for the seconds the same on every rank."""
 
     capacity: Mapping[str, Policy]
     """How routers counted capacity, for `text` and for `tasks`."""
@@ -79,18 +80,24 @@ class Measurement(NamedTuple):
         layers = router_health.record(self.total, self.layers).get("layers", {})
         return {name: layer["load"] for name, layer in layers.items()}
 
+    def held_out(self) -> dict[str, dict[str, Any]]:
+        """Return the record of each text by its name, and under `text` that of all texts together."""
+        together = {ALL_TEXT: self._record(self.num_rows, self.total)} if len(self.texts) > 1 else {}
+        return {**together, **self._records(named_texts(self.texts))}
+
+    def target_records(self) -> dict[str, dict[str, Any]]:
+        """Return the record of the targets of each task, by task."""
+        return self._records(self.targets)
+
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Return the record of each text and of the targets of each task, by name."""
-        parts = {label or ALL_TEXT: measured for label, measured in self.texts.items()} | dict(self.targets)
+        """Return the record of each text and of the targets of each task, by name: all that was measured, once."""
+        return {**self._records(named_texts(self.texts)), **self.target_records()}
+
+    def _records(self, measured: Mapping[str, TextMetrics]) -> dict[str, dict[str, Any]]:
         return {
             name: {**self._record(text.num_rows, metrics), **text.metrics(metrics)}
-            for name, (text, metrics) in parts.items()
+            for name, (text, metrics) in measured.items()
         }
-
-    def held_out(self) -> dict[str, dict[str, Any]]:
-        """Return `parts`, and under `text` the record of several texts together."""
-        together = {ALL_TEXT: self._record(self.num_rows, self.total)} if len(self.texts) > 1 else {}
-        return {**together, **self.parts()}
 
     def _record(self, num_rows: int, metrics: Metrics) -> dict[str, Any]:
         """Return neg. log perplexity and routing health, without the auxiliary loss, which only training has."""
@@ -100,7 +107,13 @@ class Measurement(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return everything except the answers, in its form in files."""
-        return {"capacity": dict(self.capacity), **task_results(self.scores), "held_out": self.held_out()}
+        texts, targets = self.held_out(), self.target_records()
+        return {"capacity": dict(self.capacity), **task_results(self.scores), "held_out": texts, "targets": targets}
+
+
+def named_texts(texts: Mapping[str, N]) -> dict[str, N]:
+    """Return texts, or what belongs to them, by name: a single one has the name `text`, others have their labels."""
+    return {ALL_TEXT if len(texts) == 1 else label: text for label, text in texts.items()}
 
 
 class Evaluator(NamedTuple):
@@ -112,7 +125,7 @@ class Evaluator(NamedTuple):
     tasks: tuple[ScoredExamples, ...]
     """The examples to answer, one item for each task."""
     scoring: ScoringSpec
-    """How answers are decoded. Its capacity does not apply."""
+    """How answers are decoded. `capacity` applies in place of its own."""
     capacity: Mapping[str, Policy]
     """How routers count capacity, for `text` and for `tasks`."""
     rows_each: int

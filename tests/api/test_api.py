@@ -122,6 +122,7 @@ def test_a_recipe_is_that_of_the_time_it_was_loaded(recipe: Path, tmp_path: Path
     file.write_text(recipe.read_text())
     loaded = switchcli.Recipe.load(file)
     before = loaded.spec
+    assert hash(loaded) == hash(switchcli.Recipe.load(file))
     file.write_text(recipe.read_text().replace("steps: 2", "steps: 3"))
     assert loaded.spec == before != switchcli.Recipe.load(file).spec
     assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2
@@ -336,7 +337,7 @@ def test_an_evaluation_writes_nothing_unless_asked(
     assert score is not None
     assert 0 <= score.value <= 100
     assert found.scores["color"].num_examples == 2
-    assert list(found.held_out) == ["color"]
+    assert (list(found.held_out), list(found.targets)) == ([], ["color"])
     assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
 
 

@@ -43,8 +43,8 @@ def test_a_fine_tuned_run_is_scored_on_its_tasks_as_in_training(
     trained = json.loads(Path("tuned/result.json").read_text())
     for task in ("colour", "last"):
         assert one["tasks"][task]["score"]["value"] == trained["tasks"][task]["score"]["value"]
-        assert one["held_out"][task]["neg_log_perplexity"] < 0
-        assert len(one["held_out"][task]["layers"]) == 2
+        assert one["targets"][task]["neg_log_perplexity"] < 0
+        assert len(one["targets"][task]["layers"]) == 2
         predicted = lines(tmp_path / f"a/predictions/{task}.jsonl")
         assert len(predicted) == 14
         assert predicted[0].keys() == {"number", "input", "target", "prediction", "correct"}
@@ -58,7 +58,7 @@ def test_a_sweep_over_capacities(here: Path, switchcli: SwitchCLI, tmp_path: Pat
     assert done.code == 0, done.err
     passes = json.loads(done.out)["passes"]
     assert [one["capacity"]["tasks"] for one in passes] == [0.5, "paper", "dropless"]
-    dropped = [one["held_out"]["last"]["dropped_fraction"] for one in passes]
+    dropped = [one["targets"]["last"]["dropped_fraction"] for one in passes]
     assert dropped[0] > dropped[1] >= dropped[2] == 0
     assert (tmp_path / "a/capacity-0.5/predictions/last.jsonl").exists()
 
@@ -183,7 +183,7 @@ def test_two_ranks_give_the_predictions_of_one(here: Path, switchcli: SwitchCLI,
     written = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         result = json.loads((folder / "result.json").read_text())
-        scores = [(one["tasks"], rounded(one["held_out"])) for one in result["passes"]]
+        scores = [(one["tasks"], rounded(one["targets"])) for one in result["passes"]]
         written.append((scores, {path.name: path.read_bytes() for path in (folder / "predictions").iterdir()}))
     assert written[0] == written[1]
 

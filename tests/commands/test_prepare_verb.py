@@ -210,6 +210,8 @@ def test_languages_are_mixed_measured_and_evaluated_apart(
     assert measured.code == 0, measured.err
     (one,) = json.loads(measured.out)["passes"]
     assert one["held_out"].keys() == {"text", "de", "fr"}
+    alone = switchcli("eval", "run", "text.corpora=[{kind: files, paths: [de.txt], language: de, sample_by: line}]")
+    assert not lacking(alone.out, "held-out text"), "a single text has no name of its own"
     for label in ("de", "fr"):
         figures = one["held_out"][label]
         for name in ("neg_log_perplexity", "bits_per_byte"):

@@ -15,7 +15,7 @@ TABLE = Table(("series", "value"), [(NASTY, 0.1), ("=1+1", None), ("-1",), ("n",
 
 def test_csv_is_read_back_and_runs_no_formula() -> None:
     rows = [*csv.reader(io.StringIO(TABLE.csv()))]
-    assert rows == [["series", "value"], [NASTY, "0.1"], ["'=1+1", ""], ["'-1"], ["n", "12345"]]
+    assert rows == [["series", "value"], [NASTY, "0.1"], ["'=1+1", ""], ["'-1", ""], ["n", "12345"]]
 
 
 def test_markdown_shows_each_cell_as_it_is() -> None:

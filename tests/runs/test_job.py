@@ -154,6 +154,19 @@ def test_a_branch_of_a_branch_names_the_branch(here: Path) -> None:
     assert (paths(other), opened(other)) == ({START: f"tuned/{LAST}"}, {START}), "another branch"
 
 
+def test_a_start_that_was_no_branch_is_checked_when_it_becomes_one(here: Path) -> None:
+    shutil.rmtree("tuned/checkpoints")  # its recipe.yaml names a run of pretrain
+    with pytest.raises(RecipeError, match=naming_words("--branch-from pretrain")):
+        resolve("finetune", "tuned", recipe="tune.yaml", branch_from="a")
+
+
+def test_a_student_that_is_gone_is_not_missed_though_its_name_is_like_a_size(here: Path) -> None:
+    shutil.move("d", "tiny-two")
+    switchcli("distill", *EACH, "--teacher", "a", "--student", "tiny-two", "--out", "second")
+    shutil.rmtree("tiny-two")
+    assert opened(resolve("distill", "second", EACH, teacher="a", student="tiny-two")) == {TEACHER}
+
+
 def test_a_student_may_be_a_size_and_a_baseline_a_number(here: Path) -> None:
     job = resolve("distill", "new", ("student.kind=random_init",), teacher="a", baseline="-3.5")
     assert (opened(job), job.recipe.distill.baseline) == ({TEACHER}, -3.5)

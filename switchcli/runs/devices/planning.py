@@ -113,7 +113,7 @@ class RecipePlan(NamedTuple):
     @property
     def overrides(self) -> list[str]:
         """The KEY=VALUE that give this step on its fastest mesh: behind the planned recipe, or behind any recipe of
-        `switchcli pretrain` if a size was planned. None if it does not fit."""
+        `switchcli pretrain` if a size was planned. Empty if it does not fit."""
         best = self.meshes.best
         if best is None:
             return []

@@ -148,11 +148,16 @@ class Evaluation(NamedTuple):
 
     @property
     def held_out(self) -> dict[str, dict[str, Any]]:
-        """Metrics on held-out text and on the targets of each task under the first capacity, by text or task.
+        """Metrics on held-out text under the first capacity, by text: `text` is all of it, and others are labels.
 
-        All text together has the name `text`. Neg. log perplexity is in nats per target token.
+        Neg. log perplexity is in nats per target token.
         """
         return self.passes[0].held_out()
+
+    @property
+    def targets(self) -> dict[str, dict[str, Any]]:
+        """Metrics on the labeled targets of each task under the first capacity, by task."""
+        return self.passes[0].target_records()
 
 
 def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedModel | None = None) -> Evaluation:

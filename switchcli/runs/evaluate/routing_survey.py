@@ -14,7 +14,7 @@ from switchcli.runs.evaluate.eval_job import resolve_job
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model, open_model
 from switchcli.runs.job.run_dir import machine_info
 from switchcli.training import memory
-from switchcli.training.measure import ALL_TEXT
+from switchcli.training.measure import named_texts
 
 
 def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
     with memory.explain_out_of_memory_in_evaluation(context.device):
         models = [load_model(handle, context.device) for handle in handles]
         evaluator = build_eval_data(models[0], recipe, context, console).evaluators[0]
-        texts = {label or ALL_TEXT: text for label, text in evaluator.texts.items()} | dict(evaluator.targets)
+        texts = {**named_texts(evaluator.texts), **evaluator.targets}
         policies = [recipe.capacities[0] if recipe.capacities else model.recipe.eval.capacity for model in models]
         report = routing_report(
             [model.model for model in models],

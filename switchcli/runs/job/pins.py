@@ -60,7 +60,7 @@ class PinFinder:
     def __init__(self, out: Path, resume: bool, console: Console) -> None:
         """`resume` says whether a run in `out` goes on. `console` gets warnings about damaged checkpoints."""
         self._out, self._console = out, console
-        self._given = _handed_over()
+        self._given = handed_over()
         self.begun = run_recipe(out) if resume else None
         """The recipe of the run in `out`, if it has saved a checkpoint."""
         self._records: list[_Record] = []
@@ -82,13 +82,14 @@ class PinFinder:
             RecipeError: it lies in the folder of the new run, or is of another verb.
             CheckpointError: there is no such checkpoint, or `start.sha256` is that of another one.
         """
-        named = self._given.get(START) or resolve.stated_path(tree, START)
+        named = resolve.stated_path(tree, START)
         if not isinstance(named, str):
             return None
+        named = self.given(START, named)
         if resolve.stated(tree, "start.keep") != "run":
-            return self.find(START, named)
+            return _with_digest(self.find(START, named))
         run, step = split_step(named)
-        pin = self._recorded_pin(START, run, step, is_needed=False)
+        pin = self._recorded_pin(START, run, step, is_needed=False, keep="run")
         if pin is None:
             handle = self._open_parent(run, step)
             if handle.recipe.verb != verb:
@@ -99,7 +100,7 @@ class PinFinder:
             pin = _pin(handle)
         if pin.handle is not None:
             self._add_record(pin.handle.path, pin.handle.recipe)
-        return pin
+        return _with_digest(pin)
 
     def find(self, key: str, named: str, is_needed: bool = False) -> Pin:
         """Return the checkpoint that `named`, the value of `key`, means.
@@ -110,12 +111,23 @@ class PinFinder:
             RecipeError: it lies in the folder of the run.
             CheckpointError: there is no such checkpoint, or it is needed and gone.
         """
-        named = self._given.get(key, named)
+        named = self.given(key, named)
         return self._recorded_pin(key, named, None, is_needed) or _pin(self.open(key, named))
 
-    def _recorded_pin(self, key: str, named: str, step: int | None, is_needed: bool) -> Pin | None:
-        """Return what a record says that the run began with, if that is within `named`."""
+    def given(self, key: str, named: str) -> str:
+        """Return the checkpoint that the launcher of this rank has found for `named`, or `named` itself."""
+        return self._given.get(key, named)
+
+    def _recorded_pin(
+        self, key: str, named: str, step: int | None, is_needed: bool, keep: str | None = None
+    ) -> Pin | None:
+        """Return what a record says that the run began with, if that is within `named`.
+
+        With `keep`, only runs count whose `start.keep` is that.
+        """
         for record in self._records:
+            if keep is not None and resolve.stated(record.tree, "start.keep") != keep:
+                continue
             path = resolve.stated(record.tree, key)
             if not isinstance(path, str) or not _is_within(path, named, step):
                 continue
@@ -182,14 +194,15 @@ class PinFinder:
 @contextmanager
 def hand_over(pins: Mapping[str, Pin]) -> Iterator[None]:
     """Let the ranks that this process starts in this context take these checkpoints, and look for no newer ones."""
-    os.environ[_HANDED_OVER] = json.dumps({key: pin.path for key, pin in pins.items()})
+    paths = {key: str(pin.handle.path) if pin.handle else pin.path for key, pin in pins.items()}
+    os.environ[_HANDED_OVER] = json.dumps(paths)
     try:
         yield
     finally:
         del os.environ[_HANDED_OVER]
 
 
-def _handed_over() -> Mapping[str, str]:
+def handed_over() -> Mapping[str, str]:
     """Return the paths of the checkpoints that the launcher of this rank has found, by key."""
     pins: Mapping[str, str] = json.loads(os.environ.get(_HANDED_OVER, "{}")) if LAUNCHER in os.environ else {}
     return pins
@@ -208,7 +221,11 @@ def check_digest(stated: Any, pin: Pin) -> None:
 
 
 def _pin(handle: CheckpointHandle) -> Pin:
-    return Pin(str(handle.path), handle.recipe.model, handle, _digest(handle))
+    return Pin(str(handle.path), handle.recipe.model, handle)
+
+
+def _with_digest(pin: Pin) -> Pin:
+    return pin if pin.handle is None else pin._replace(sha256=_digest(pin.handle))
 
 
 def _digest(handle: CheckpointHandle) -> str | None:

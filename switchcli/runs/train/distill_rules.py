@@ -8,13 +8,13 @@ from typing import Any
 
 from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.errors import RecipeError
+from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.surgery.student import differing_dimensions
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import RECIPES, DistillTasksRecipe, DistillTextRecipe, TaskRecipe
+from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, TaskRecipe, schema_of
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
@@ -47,15 +47,18 @@ class DistillRules(TrainingTask):
         pins = super().pins(tree, finder)
         pins[TEACHER] = finder.find(TEACHER, named, is_needed=True)
         if (student := resolve.stated_path(tree, STUDENT)) is not None:
-            if not Path(student).exists() and (close := difflib.get_close_matches(student, SIZES, n=1)):
+            try:
+                pins[STUDENT] = finder.find(STUDENT, student)
+            except CheckpointError as error:
+                if Path(student).exists() or not (close := difflib.get_close_matches(student, SIZES, n=1)):
+                    raise
                 raise RecipeError(
                     f"{STUDENT} (--student) {student}: no checkpoint there, and no size of that name. Did you mean "
                     f"{close[0]}?"
-                )
-            pins[STUDENT] = finder.find(STUDENT, student)
+                ) from error
         if isinstance(baseline := resolve.stated_path(tree, BASELINE), str):
             # It is measured at the end, so the recipe keeps the name, which may be a run that goes on.
-            handle = finder.open(BASELINE, baseline)
+            handle = finder.open(BASELINE, finder.given(BASELINE, baseline))
             pins[BASELINE] = Pin(baseline, handle.recipe.model, handle)
         return pins
 
@@ -79,7 +82,9 @@ class DistillRules(TrainingTask):
 
     @classmethod
     def schema(cls, tree: Node) -> type[Spec]:
-        return RECIPES["distill"] if resolve.stated(tree, "tasks") is None else DistillTasksRecipe
+        schema = schema_of(tree)
+        assert schema is not None, "it names a teacher"
+        return schema
 
     @classmethod
     def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int:

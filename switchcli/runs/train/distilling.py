@@ -121,7 +121,7 @@ class Distillation(DistillRules):
         weights, num_experts = teacher.weights(), teacher.recipe.model.num_experts
         load: dict[str, torch.Tensor] = {}
         if plan.from_experts and recipe.student.experts == "most_used":
-            measured = self._teacher.measure(evaluator._replace(tasks=()))
+            measured = self._teacher.measure(evaluator, with_tasks=False)
             load = {layer: torch.tensor(tokens) for layer, tokens in measured.load.items()}
 
         def stacked_weight(name: str) -> torch.Tensor:

@@ -134,13 +134,14 @@ class RunTeacher:
             evaluate_by(model, self._settings.capacity)
         return Teacher(model, self._handle.recipe.train.precision)
 
-    def measure(self, evaluator: Evaluator) -> ModelMetrics:
+    def measure(self, evaluator: Evaluator, with_tasks: bool = True) -> ModelMetrics:
         """Return the teacher's own metrics, from the cache if it holds them. Collective."""
         if self._settings.soft_fraction and self._settings.cache is not None:
             saved = self._saved_metrics(self._settings.cache, evaluator)
             if saved is not None:
                 return saved
-        return ModelMetrics.measure(self.load(), evaluator, self._recipe.inputs_length)
+        measured = evaluator if with_tasks else evaluator._replace(tasks=())
+        return ModelMetrics.measure(self.load(), measured, self._recipe.inputs_length)
 
     def _saved_metrics(self, cache_spec: TeacherCacheSpec, evaluator: Evaluator) -> ModelMetrics | None:
         """Return the teacher's metrics in the cache, or None if they are missing, damaged, or of other data.

@@ -55,8 +55,7 @@ def open_trainer(
 ) -> Iterator["Trainer"]:
     """Yield the trainer of the run in `out`, and hold the lock of that folder.
 
-    Lack of memory in this block
-    raises an error that explains it.
+    Lack of memory in this block raises an error that explains it.
 
     Raises:
         SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.

@@ -14,13 +14,14 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
-from switchcli.model.flops import FORWARD_AND_BACKWARD, count
+from switchcli.model.flops import count
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, TaskRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
+from switchcli.runs.devices.planning import planner_of
 from switchcli.runs.inputs.loading import read_documents
 from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.text_data import TextRunData
@@ -124,11 +125,10 @@ class TrainingTask(LossSchedule):
         What activation checkpointing computes again does not count.
         """
         recipe: TrainingRecipe = self.job.recipe
-        lengths = recipe.inputs_length, recipe.targets_length
-        flops = FORWARD_AND_BACKWARD * count(recipe.model, *lengths).flops
+        flops = planner_of(recipe).flops_per_step
         if self.teacher is not None:
-            flops += count(self.teacher, *lengths).flops
-        return flops * recipe.rows_per_step
+            flops += recipe.rows_per_step * count(self.teacher, recipe.inputs_length, recipe.targets_length).flops
+        return flops
 
     def build_data(self) -> TrainData:
         """Return the data of the run. This may take hours, so the trainer checks everything else first."""
