@@ -249,13 +249,13 @@ def validate_standalone(source: resolve.Source, where: str) -> Spec:
     return resolve.validate(tree, schema, VOCAB_SIZE if checkpoint_keys else None)
 
 
-def resolve_text_recipe(name: str, overrides: Sequence[str] = ()) -> TextRecipe:
-    """Return `resolve_standalone(name, overrides)` if that recipe trains on plain text.
+def validate_text_recipe(source: resolve.Source, name: str) -> TextRecipe:
+    """Return `validate_standalone(source, name)` if that recipe trains on plain text.
 
     Raises:
         RecipeError: one line for each error; or the recipe trains on tasks.
     """
-    recipe = resolve_standalone(name, overrides)
+    recipe = validate_standalone(source, name)
     if not isinstance(recipe, TextRecipe):
         raise RecipeError(f"{name}: this recipe reads no plain text: name one of pretrain, or of distill on text")
     return recipe

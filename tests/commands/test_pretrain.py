@@ -12,7 +12,7 @@ from messages import lacking
 from tiny_run import SwitchCLI, records
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.recipe.schema import resolve_text_recipe
+from switchcli.recipe.schema import resolve_standalone
 from switchcli.report.program import program_name
 from switchcli.runs.devices.planning import describe
 from switchcli.runs.inputs import text_sets as verb
@@ -244,7 +244,7 @@ DRY_RUNS = {  # parameters and forward FLOPs a sequence, as the paper prints the
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_a_run_is_described_without_a_model(name: str) -> None:
     """What a dry run prints, which opens the tokenizer on the hub besides."""
-    found = describe(resolve_text_recipe(name))
+    found = describe(resolve_standalone(name))
     parameters, flops = DRY_RUNS[name]
     assert parameters is None or found["parameters"] == parameters
     assert found["flops_per_sequence"] == pytest.approx(flops, rel=0.01)

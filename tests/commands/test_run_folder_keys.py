@@ -114,6 +114,8 @@ def test_the_page_lists_the_keys_that_the_verbs_write(
         (("plan", "--memory", "80GB"), "plan of all sizes"),
         (("doctor", trained, "--checkpoint-files"), "doctor of files"),
         (("eval", trained, "--out", "of_text"), "result.json of eval"),
+        (("pretrain", trained.parent / "tiny.yaml", "--dry-run"), "dry run"),
+        (("distill", "--teacher", trained, "--cache-only", "distill.cache.folder=probs"), "distill --cache-only"),
     ):
         checker.check_form(json.loads(switchcli(*words, "--json").out), form)
     for run in (trained, tuned, distilled):

@@ -12,7 +12,7 @@ from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.planner.plan import Fit, Machine, Parameters, Plan, Planner
 from switchcli.planner.step import Step, Tensors
 from switchcli.recipe import library, resolve, yaml_nodes
-from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
+from switchcli.recipe.schema import PretrainRecipe, validate_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.units import si
@@ -276,13 +276,13 @@ def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
         close = difflib.get_close_matches(name, [*SIZES, *library.recipe_names()], n=1)
         hint = f"Did you mean {close[0]}?" if close else "`switchcli recipes list` shows the recipes that ship."
         raise RecipeError(f"{yaml_nodes.display_key(name)}: no such size or recipe. {hint}")
-    recipe = resolve_standalone(name, overrides)
+    source = resolve.read(name, overrides)
+    recipe = validate_standalone(source, name)
     if not isinstance(recipe, TrainingRecipe):
         raise RecipeError(
             f"{yaml_nodes.display_key(name)}: a recipe of `switchcli eval` trains nothing: name one that trains"
         )
-    tree = resolve.load(name, overrides)
-    if recipe.verb != "pretrain" and resolve.stated(tree, "model.d_model") is None:
+    if recipe.verb != "pretrain" and resolve.stated(source.merge(), "model.d_model") is None:
         raise RecipeError(f"{yaml_nodes.display_key(name)}: its model is a checkpoint's: say which, by model.size=NAME")
     return recipe
 
@@ -292,19 +292,19 @@ def recipe_of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
 
     Its routing groups are the smallest with at least one target token for each expert, which recipes must have.
     """
-    keys = [f"model.size={name}", "train.microbatch_tokens=null", *overrides]
-    group_sequences = _group_sequences(keys)
-    below = resolve.layer({"model": {"router": {"group_sequences": group_sequences}}}, f"the size {name}")
-    return resolve.validate(resolve.load(SIZES_RECIPE, keys, below), PretrainRecipe)
+    source = resolve.read(SIZES_RECIPE, [f"model.size={name}", "train.microbatch_tokens=null", *overrides])
+    router = {"group_sequences": _group_sequences(source)}
+    tree = source.merge(resolve.layer({"model": {"router": router}}, f"the size {name}"))
+    return resolve.validate(tree, PretrainRecipe)
 
 
-def _group_sequences(keys: Sequence[str]) -> int:
+def _group_sequences(source: resolve.Source) -> int:
     """Return the smallest power of two of rows whose targets have a token for each expert."""
-    tree = resolve.load(SIZES_RECIPE, keys)
-    experts = resolve.stated(tree, "model.num_experts")
+    experts = resolve.stated(source.merge(), "model.num_experts")
     # A dense model, because with experts the recipe may break the rule that is solved here.
-    data_tree = resolve.load(SIZES_RECIPE, [key for key in keys if key.startswith(("data.", "train."))])
-    targets_length = resolve.validate(data_tree, PretrainRecipe).targets_length
+    data_keys = tuple(key for key in source.overrides if key.startswith(("data.", "train.")))
+    dense = source._replace(overrides=data_keys).merge()
+    targets_length = resolve.validate(dense, PretrainRecipe).targets_length
     group_sequences = 1
     while isinstance(experts, int) and group_sequences * targets_length < experts:
         group_sequences *= 2

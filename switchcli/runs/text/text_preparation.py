@@ -11,7 +11,7 @@ from switchcli.data.prepare.pipeline import prepare_share
 from switchcli.data.prepare.prepared_text import SPLITS, PreparedText
 from switchcli.errors import RecipeError
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import resolve_text_recipe
+from switchcli.recipe.schema import validate_text_recipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import open_model
@@ -38,8 +38,9 @@ def prepare(
         DataError: the text or the tokenizer cannot be used.
         CheckpointError: the disk cannot be written. Finished pieces stay.
     """
-    recipe = resolve_text_recipe(name, overrides)
-    is_padded = resolve.has_auto_vocab_size(resolve.load(name, overrides))
+    source = resolve.read(name, overrides)
+    recipe = validate_text_recipe(source, name)
+    is_padded = resolve.has_auto_vocab_size(source.merge())
     index, count = _parse_share(share)
     model_tokenizer = None if model is None else open_model(Path(model), console).tokenizer
     if recipe.data.access == "stream":

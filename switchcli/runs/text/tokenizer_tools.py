@@ -61,9 +61,10 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
         DataError: the text cannot be read, or has too many different characters.
     """
     from switchcli.data.prepare.pipeline import iter_documents
-    from switchcli.recipe.schema import resolve_text_recipe
+    from switchcli.recipe import resolve
+    from switchcli.recipe.schema import validate_text_recipe
 
-    data = resolve_text_recipe(recipe, overrides).data
+    data = validate_text_recipe(resolve.read(recipe, overrides), recipe).data
     if data.tokenizer.kind != "train":
         raise RecipeError(
             f"{recipe}: data.tokenizer.kind ({data.tokenizer.kind}) must be train to train one: set "
