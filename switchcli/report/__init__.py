@@ -1,1 +1,1 @@
-"""What people and scripts read: the console and the metrics files."""
+"""What people and scripts read: the console, metrics files, tables, charts and the page of a report."""
