@@ -186,7 +186,7 @@ def test_files_without_a_manifest_and_no_files(trained: Path, switchcli: SwitchC
     lost.rename(f"{lost}.bad-missing")
     done = switchcli("doctor", FILES, tmp_path)
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert not lacking(done.err, "1 checkpoints step-00000002.bad-missing --out")
+    assert not lacking(done.err, "1 checkpoints step-00000002.bad-missing another checkpoint")
     for name in ("nowhere", "quickstart/switch"):
         done = switchcli("doctor", FILES, name)
         assert (done.code, done.out) == (CHECKPOINT, "")
