@@ -1,6 +1,7 @@
 """Commands in a pseudo-terminal: what a user at a terminal of so many columns sees of them."""
 
 import errno
+import importlib
 import os
 import re
 import subprocess
@@ -19,6 +20,36 @@ ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07)")
 """Whatever else a terminal acts on, such as colors."""
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 """What rich and Typer put where they cut a text at the width."""
+
+
+IMPORTED = (
+    *("api", "commands._training", "report.run_report", "report.charts", "recipe.schema", "recipe.key_index"),
+    *("convert.to_transformers", "doctor.probes", "planner.plan", "data.prepare.pipeline"),
+    *(
+        "runs.models.conversion",
+        "runs.evaluate.diagnosis",
+        "runs.train.distilling",
+        "runs.evaluate.eval_job",
+        "runs.train.finetuning",
+        "runs.devices.planning",
+    ),
+    *(
+        "runs.train.pretraining",
+        "runs.models.pruning",
+        "runs.evaluate.routing_survey",
+        "runs.evaluate.run_comparison",
+        "runs.evaluate.text_generation",
+    ),
+    *("runs.text.text_preparation", "runs.text.tokenizer_tools", "runs.train.trainer"),
+    *("runs.models.upcycling",),
+)
+"""Modules that the verbs import when they are called."""
+
+
+def import_what_verbs_call() -> None:
+    """Import what the verbs import when they are called: forks of this process then import nothing again."""
+    for name in IMPORTED:
+        importlib.import_module(f"switchcli.{name}")
 
 
 class Shown(NamedTuple):

@@ -30,7 +30,7 @@ from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
 ALL_TEXT = "text"
 """The name in results of a single held-out text, and of several together."""
-N = TypeVar("N")
+_T = TypeVar("_T")
 _NO_TEXTS: Mapping[str, HeldOutText] = MappingProxyType({})
 
 
@@ -47,7 +47,7 @@ class Measurement(NamedTuple):
     capacity: Mapping[str, Policy]
     """How routers counted capacity, for `text` and for `tasks`."""
     texts: Mapping[str, TextMetrics]
-    """By label. The label of a single text may be empty."""
+    """The metrics of each text, by label. The label of a single text may be empty."""
     targets: Mapping[str, TextMetrics]
     """Metrics on the labeled targets of each task, by task."""
     scores: Mapping[str, Scores]
@@ -111,7 +111,7 @@ class Measurement(NamedTuple):
         return {"capacity": dict(self.capacity), **task_results(self.scores), "held_out": texts, "targets": targets}
 
 
-def named_texts(texts: Mapping[str, N]) -> dict[str, N]:
+def named_texts(texts: Mapping[str, _T]) -> dict[str, _T]:
     """Return texts, or what belongs to them, by name: a single one has the name `text`, others have their labels."""
     return {ALL_TEXT if len(texts) == 1 else label: text for label, text in texts.items()}
 

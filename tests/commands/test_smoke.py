@@ -3,38 +3,15 @@
 A verb runs in a fork of this process, so that nothing is imported again.
 """
 
-import importlib
 from pathlib import Path
 
 import pytest
-from terminal import switchcli_in_terminal
+from terminal import import_what_verbs_call, switchcli_in_terminal
 from test_help import COMMANDS
 from tiny_run import lay_out, lay_out_tuning
 
 pytestmark = [pytest.mark.integration, pytest.mark.smoke]
 
-IMPORTED = (
-    *("api", "commands._training", "report.run_report", "report.charts", "recipe.schema", "recipe.key_index"),
-    *("convert.to_transformers", "doctor.probes", "planner.plan", "data.prepare.pipeline"),
-    *(
-        "runs.models.conversion",
-        "runs.evaluate.diagnosis",
-        "runs.train.distilling",
-        "runs.evaluate.eval_job",
-        "runs.train.finetuning",
-        "runs.devices.planning",
-    ),
-    *(
-        "runs.train.pretraining",
-        "runs.models.pruning",
-        "runs.evaluate.routing_survey",
-        "runs.evaluate.run_comparison",
-        "runs.evaluate.text_generation",
-    ),
-    *("runs.text.text_preparation", "runs.text.tokenizer_tools", "runs.train.trainer"),
-    *("runs.models.upcycling",),
-)
-"""Modules that the verbs import when they are called."""
 TASKS = (
     "[{{kind: files, name: colour, validation: [colour.validation.jsonl], input: '{{text}}', target: label, "
     "labels: [red, green, blue], metrics: [accuracy, macro_f1]}}]"
@@ -79,8 +56,7 @@ WORK = {
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    for name in IMPORTED:
-        importlib.import_module(f"switchcli.{name}")
+    import_what_verbs_call()
 
 
 def test_every_verb_has_a_command_here() -> None:

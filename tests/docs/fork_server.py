@@ -3,7 +3,6 @@
 A page has up to 20 commands, each of which would import torch and transformers for seconds.
 """
 
-import importlib
 import json
 import os
 import socket
@@ -12,28 +11,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from terminal import exit_code, run_switchcli
+from terminal import exit_code, import_what_verbs_call, run_switchcli
 
-IMPORTED = (
-    *("api", "commands._training", "convert.to_transformers", "doctor.probes", "report.run_report"),
-    *(
-        "runs.models.conversion",
-        "runs.evaluate.diagnosis",
-        "runs.train.distilling",
-        "runs.evaluate.eval_job",
-        "runs.train.finetuning",
-        "runs.devices.planning",
-    ),
-    *(
-        "runs.train.pretraining",
-        "runs.models.pruning",
-        "runs.evaluate.routing_survey",
-        "runs.evaluate.run_comparison",
-        "runs.evaluate.text_generation",
-    ),
-    *("runs.text.text_preparation", "runs.text.tokenizer_tools", "runs.train.trainer"),
-    *("runs.models.upcycling",),
-)
 CLIENT = """\
 import json, os, socket
 def ask(words):
@@ -75,7 +54,6 @@ def _answer(connection: socket.socket) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED:
-        importlib.import_module(f"switchcli.{name}")
+    import_what_verbs_call()
     Path(f"{sys.argv[1]}.ready").touch()
     serve(sys.argv[1])

@@ -1,4 +1,4 @@
-"""From a command line to a job: which checkpoint each name means, as long as a run lasts."""
+"""A job: which checkpoint each name of a command line or a recipe means, as long as the run lasts."""
 
 import json
 import shutil

@@ -64,9 +64,6 @@ class EvalRules(JobRules):
     def check_verb(self, tree: Node) -> None:
         resolve.check_verb(tree, EvalRecipe)
 
-    def pins(self, tree: Node, finder: PinFinder) -> dict[str, Pin]:
-        return {}
-
     def fixed(self, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
         """Return the tasks with the definitions of those that the recipe names and the checkpoint's run defines."""
         named = resolve.stated(tree, "tasks")
@@ -85,9 +82,6 @@ class EvalRules(JobRules):
 
     def schema(self, tree: Node) -> type[Spec]:
         return EvalRecipe
-
-    def vocab_size(self, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> None:
-        return None
 
     def check(self, job: Job[EvalRecipe]) -> None:
         recipe, path = job.recipe, self._handle.path

@@ -1,1 +1,1 @@
-"""From a command line to a job: the recipe with every key, the checkpoints that it names, and the run's folder."""
+"""Resolve a command line into a job: the recipe with every key, the checkpoints that it names, and the run's folder."""

@@ -40,6 +40,7 @@ class JobRules(Protocol):
 
     def pins(self, tree: Node, finder: PinFinder) -> dict[str, Pin]:
         """Return the checkpoints that the recipe names, by key."""
+        return {}
 
     def fixed(self, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
         """Return values that replace those of the recipe, by dotted key."""
@@ -52,6 +53,7 @@ class JobRules(Protocol):
 
     def vocab_size(self, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int | None:
         """Return the number for `model.vocab_size: auto`; None where the recipe itself says it."""
+        return None
 
     def check(self, job: Job[Any]) -> None:
         """Raise an error if the job cannot run."""

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
@@ -28,9 +28,10 @@ START, TEACHER, STUDENT, BASELINE = "start.checkpoint", "distill.teacher", "stud
 OPTIONS: Mapping[str, str] = {START: "--model", TEACHER: "--teacher", STUDENT: "--student", BASELINE: "--baseline"}
 """The option that names the checkpoint, by key."""
 BRANCH_FROM = "--branch-from"
+WEIGHTS_ONLY = "to take only its weights, start from it by --model and start.keep=weights"
+"""What to do instead of a branch."""
 _HANDED_OVER = "SWITCHCLI_PINS"
 """The environment variable in which ranks of `--processes` find the checkpoints of the job, by key, as JSON."""
-WEIGHTS_ONLY = "to take only its weights, start from it by --model and start.keep=weights"
 
 
 class Pin(NamedTuple):
@@ -75,8 +76,7 @@ class PinFinder:
     def start(self, tree: Node, verb: str) -> Pin | None:
         """Return the checkpoint that `start` names, or None for initial weights.
 
-        With `keep: run`, it is a run of the same verb, and may be named as RUN@STEP. What that run recorded counts from
-        now on.
+        With `keep: run`, it is a run of the same verb, and may be named as RUN@STEP.
 
         Raises:
             RecipeError: it lies in the folder of the new run, or is of another verb.
@@ -86,8 +86,20 @@ class PinFinder:
         if not isinstance(named, str):
             return None
         named = self.given(START, named)
-        if resolve.stated(tree, "start.keep") != "run":
-            return _with_digest(self.find(START, named))
+        is_branch = resolve.stated(tree, "start.keep") == "run"
+        pin = self._parent(named, verb) if is_branch else self.find(START, named)
+        if pin.handle is None:  # a changed digest is refused as any changed key of a run that has begun
+            return pin
+        sha256, stated = _digest(pin.handle), resolve.stated(tree, "start.sha256")
+        if stated not in (None, sha256):
+            raise CheckpointError(
+                f"{pin.path}: not the checkpoint that start.sha256 of the recipe names: it was saved again since, or "
+                "is of another layout: take start.sha256=null to begin from what it holds now"
+            )
+        return pin._replace(sha256=sha256)
+
+    def _parent(self, named: str, verb: str) -> Pin:
+        """Return the checkpoint of the run that a branch continues. From now on, what that run recorded counts too."""
         run, step = split_step(named)
         pin = self._recorded_pin(START, run, step, is_needed=False, keep="run")
         if pin is None:
@@ -100,7 +112,7 @@ class PinFinder:
             pin = _pin(handle)
         if pin.handle is not None:
             self._add_record(pin.handle.path, pin.handle.recipe)
-        return _with_digest(pin)
+        return pin
 
     def find(self, key: str, named: str, is_needed: bool = False) -> Pin:
         """Return the checkpoint that `named`, the value of `key`, means.
@@ -149,12 +161,15 @@ class PinFinder:
     def open(self, key: str, path: str) -> CheckpointHandle:
         """Open a checkpoint outside of the folder of the run. `key` names it in errors."""
         name = f"{key} ({OPTIONS[key]})"
-        try:
-            handle = open_model(Path(path), self._console)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
+        handle = self._open(name, Path(path))
         self._check_outside(name, handle)
         return handle
+
+    def _open(self, name: str, path: Path) -> CheckpointHandle:
+        try:
+            return open_model(path, self._console)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
 
     def _check_outside(self, name: str, handle: CheckpointHandle) -> None:
         """Raise RecipeError if the checkpoint lies in the run's own folder, where the run may remove it."""
@@ -176,10 +191,7 @@ class PinFinder:
                     f"{name}: {run}: no checkpoint of step {step}, it has {steps or 'none'}: name one of them as "
                     "RUN@STEP, and keep more of them by checkpoint.keep_last"
                 )
-        try:
-            handle = open_model(path, self._console)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
+        handle = self._open(name, path)
         if handle.native is None or not handle.has_training_recipe:
             raise CheckpointError(
                 f"{name}: {path}: not a checkpoint of a training run, so there is no run to branch from: start from "
@@ -208,24 +220,8 @@ def handed_over() -> Mapping[str, str]:
     return pins
 
 
-def check_digest(stated: Any, pin: Pin) -> None:
-    """Raise CheckpointError if the checkpoint has another digest than `stated`, the value of `start.sha256`.
-
-    A run that has begun does not open it; a changed value is then refused like that of any other key.
-    """
-    if pin.handle is not None and stated not in (None, pin.sha256):
-        raise CheckpointError(
-            f"{pin.path}: not the checkpoint that start.sha256 of the recipe names: it was saved again since, or is of "
-            "another layout: take start.sha256=null to begin from what it holds now"
-        )
-
-
 def _pin(handle: CheckpointHandle) -> Pin:
     return Pin(str(handle.path), handle.recipe.model, handle)
-
-
-def _with_digest(pin: Pin) -> Pin:
-    return pin if pin.handle is None else pin._replace(sha256=_digest(pin.handle))
 
 
 def _digest(handle: CheckpointHandle) -> str | None:

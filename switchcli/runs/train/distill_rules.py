@@ -19,7 +19,7 @@ from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, Pin, PinFinder
+from switchcli.runs.job.pins import BASELINE, OPTIONS, START, STUDENT, TEACHER, Pin, PinFinder
 from switchcli.runs.job.same_model import check_shape, check_tokenizer
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
@@ -168,10 +168,11 @@ def _check_models(job: Job[Recipe]) -> None:
     student_spec, teacher_spec = recipe.model, teacher.recipe.model
     if (student := job.handle(STUDENT)) is not None:
         check_shape(student.recipe.model, student_spec, str(student.path))
-    for option, other in (("student", student), ("baseline", job.handle(BASELINE))):
+    for key in (STUDENT, BASELINE):
+        other = job.handle(key)
         if other is not None and other.tokenizer.sha256 != teacher.tokenizer.sha256:
             raise RecipeError(
-                f"--{option} {other.path}: has another tokenizer than the teacher {teacher.path}, so their "
+                f"{OPTIONS[key]} {other.path}: has another tokenizer than the teacher {teacher.path}, so their "
                 "probabilities cannot be compared: take models that were trained with the same tokenizer.json"
             )
     if student_spec.vocab_size != teacher_spec.vocab_size:

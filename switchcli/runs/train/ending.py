@@ -89,8 +89,8 @@ def sample(run: "Trainer", is_shown: bool = True) -> list[dict[str, str]]:
         for inputs, targets, answer in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), answers, strict=True)
     ]
     if is_shown:
-        for sample in samples:
-            run.console.sample(**sample)
+        for one in samples:
+            run.console.sample(**one)
     return samples
 
 

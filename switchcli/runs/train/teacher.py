@@ -41,7 +41,10 @@ TEACHER_METRICS = "teacher.json"
 
 
 class ModelMetrics(NamedTuple):
-    """What a distillation reports of a model: its metrics on the data of the run, and its speed."""
+    """What a distillation reports of a model: its metrics on the data of the run, and its speed.
+
+    It is the part of a Measurement that a teacher cache keeps.
+    """
 
     metrics: dict[str, float]
     """Metrics by name, as in the training state; higher is better."""

@@ -27,7 +27,7 @@ from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.text_data import TextRunData
 from switchcli.runs.inputs.train_data import RunData, TrainData
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.pins import START, Pin, PinFinder, check_digest
+from switchcli.runs.job.pins import START, Pin, PinFinder
 from switchcli.runs.job.same_model import check_shape, check_tokenizer
 from switchcli.runs.train import branching
 from switchcli.spec import Spec
@@ -68,7 +68,6 @@ class TrainingTask(LossSchedule):
             if RECIPES[cls.verb].model_fields["start"].is_required():
                 raise RecipeError(f"{START}: missing: name the model to start from by --model CHECKPOINT")
             return {}
-        check_digest(resolve.stated(tree, "start.sha256"), start)
         return {START: start}
 
     @classmethod
