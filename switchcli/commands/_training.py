@@ -86,9 +86,9 @@ def starts_ranks(processes: int) -> bool:
 
 def start_ranks(processes: int, job: "Job[TrainingRecipe | EvalRecipe]") -> NoReturn:
     """Run this command as several ranks and exit with their exit code."""
-    from switchcli.runs.job import run_dir
+    from switchcli.runs.job import ranks
 
-    ended = run_dir.launch_ranks(processes, job, main_console())
+    ended = ranks.launch_ranks(processes, job, main_console())
     if ended.error is not None:
         _exit.print_json_error(ended.error, ended.exit_code)
     _exit.exit_with(ended.exit_code)

@@ -25,7 +25,7 @@ def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.runs.job.run_dir.launch", None)
+    monkeypatch.setattr("switchcli.runs.job.ranks.launch", None)
     done = switchcli("pretrain", "none.yaml", "--processes", 2)
     assert done.code == 2
     assert done.err.count("\n") == 1
@@ -36,8 +36,8 @@ def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypa
 def test_ranks_of_an_older_torch_say_how_long_a_save_may_take(
     seconds: int, noted: bool, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.job.run_dir.launch", lambda processes, arguments: Exit(0, None))
-    monkeypatch.setattr("switchcli.runs.job.run_dir.saving_seconds", lambda: seconds)
+    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(0, None))
+    monkeypatch.setattr("switchcli.runs.job.ranks.saving_seconds", lambda: seconds)
     done = switchcli("pretrain", recipe, "--processes", 2)
     assert done.code == 0
     assert (not lacking(done.err, "note: torch 30")) == noted
@@ -86,7 +86,7 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
 def test_a_mesh_that_is_not_of_these_ranks_or_this_model_starts_none(
     ranks: int, keys: str, words: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.job.run_dir.launch", None)
+    monkeypatch.setattr("switchcli.runs.job.ranks.launch", None)
     done = switchcli("pretrain", recipe, *re.split(r" (?=[\w.]+=)", keys), *(["--processes", ranks] * (ranks > 1)))
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ")
@@ -216,7 +216,7 @@ def test_ranks_that_read_different_data_end_before_the_first_step(
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.runs.job.run_dir.launch", lambda processes, arguments: Exit(0, None))
+    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(0, None))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 4)
@@ -230,9 +230,9 @@ def test_the_launcher_prints_the_object_of_ranks_that_failed(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "switchcli.runs.job.run_dir.launch", lambda processes, arguments: Exit(3, "none.txt: no such file")
+        "switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(3, "none.txt: no such file")
     )
-    monkeypatch.setattr("switchcli.runs.job.run_dir.saving_seconds", lambda: 300)  # an older torch adds a note
+    monkeypatch.setattr("switchcli.runs.job.ranks.saving_seconds", lambda: 300)  # an older torch adds a note
     done = switchcli("pretrain", recipe, "--processes", 2, "--json")
     assert (done.code, done.err) == (3, "")
     assert json.loads(done.out) == {"error": "none.txt: no such file", "exit_code": 3}

@@ -18,6 +18,7 @@ from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console, silent
 from switchcli.report.program import command_words
 from switchcli.report.sinks import MAX_RESULT_BYTES, to_json
+from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_malformed
@@ -25,7 +26,8 @@ from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, load_mo
 from switchcli.runs.job.job import Job, JobRules
 from switchcli.runs.job.job import resolve as resolve_recipe
 from switchcli.runs.job.pins import Pin, PinFinder
-from switchcli.runs.job.run_dir import check_ranks_agree, machine_info, run_name
+from switchcli.runs.job.ranks import check_ranks_agree
+from switchcli.runs.job.run_dir import run_name
 from switchcli.spec import Spec
 from switchcli.system import publish
 from switchcli.system.user_files import read_regular

@@ -9,10 +9,10 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
 from switchcli.runs.devices.accelerate_settings import warn_about_settings
+from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.evaluate.eval_data import BATCH_ROWS, build_eval_data
 from switchcli.runs.evaluate.eval_job import resolve_job
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model, open_model
-from switchcli.runs.job.run_dir import machine_info
 from switchcli.training import memory
 from switchcli.training.measure import named_texts
 

@@ -1,37 +1,25 @@
-"""The folder of a run: its default name, its lock and its recipe. Also starts ranks and describes the machine."""
+"""The folder of a run: its default name, its lock, its recipe, and whether a run in it can be resumed."""
 
-import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from switchcli import __version__
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
-from switchcli.distributed.parallel_spec import ALONE, check_world
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe.resolve import Difference, differences, dump
-from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import saved_recipe
-from switchcli.runs.job.job import Job
-from switchcli.runs.job.pins import BRANCH_FROM, hand_over
+from switchcli.runs.job.pins import BRANCH_FROM
+from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
-from switchcli.spec import Spec
 from switchcli.system.lock import lock
-from switchcli.system.processor import available_processors
 
 RESUME_SAFE_KEYS = (
     "description",
@@ -57,34 +45,6 @@ They affect neither the training so far nor the data of a metric. The best check
 
 _FIXED_IN_BRANCHES = ("verb", "start", "student", "data.tokenizer", "optimizer.kind", "update")
 """Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
-
-
-def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console: Console) -> Exit:
-    """Run this command again as `processes` ranks and return how they ended.
-
-    Raises:
-        RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
-        DistributedError: as `launch` says.
-    """
-    recipe = job.recipe
-    parallel, device = (
-        (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
-    )
-    check_world(parallel, processes)
-    if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
-        devices = torch.cuda.device_count()
-        raise RecipeError(
-            f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
-            "train.device=cpu"
-        )
-    if (seconds := saving_seconds()) < SAVING_SECONDS:
-        console.message(
-            f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
-            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
-        )
-    # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
-    with hand_over(job.pins):
-        return launch(processes, sys.argv[1:])
 
 
 def run_name(checkpoint: Path) -> Path:
@@ -149,12 +109,6 @@ def begin_run(
         yield
 
 
-def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
-    """Raise RecipeError if the ranks have different recipes or versions. They would wait for each other forever."""
-    if not context.all_equal(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
-        context.main_only(_raise_ranks_differ)
-
-
 def _check_shared(out: Path) -> None:
     """Raise CheckpointError on a rank that does not see the folder that the main rank made."""
     if not out.is_dir():
@@ -162,13 +116,6 @@ def _check_shared(out: Path) -> None:
             f"{out}: not there, though the main rank has made it: every rank writes its share of a checkpoint, so give "
             "a folder by --out that all machines share"
         )
-
-
-def _raise_ranks_differ() -> None:
-    raise RecipeError(
-        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
-        f"switchcli ({__version__} here) and of torch ({torch.__version__})"
-    )
 
 
 def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out: Path) -> None:
@@ -246,24 +193,3 @@ def _unused(run: Path) -> Path:
     while (path := run.with_name(f"{run.name}-branch{number}")).exists():
         number += 1
     return path
-
-
-def machine_info(context: DistributedContext) -> dict[str, Any]:
-    """Return the hardware and the versions, for result.json."""
-    cuda = context.device.type == "cuda"
-    return {
-        "hardware": {
-            # platform.processor() would start a subprocess.
-            "device": torch.cuda.get_device_name(context.device) if cuda else platform.machine(),
-            "ranks": context.world,
-            "cores": os.cpu_count(),
-            "available_processors": available_processors(),
-            "threads_per_rank": torch.get_num_threads(),
-        },
-        "versions": {
-            "switchcli": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": version("accelerate"),
-        },
-    }

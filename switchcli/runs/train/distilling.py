@@ -27,7 +27,7 @@ from switchcli.runs.inputs.loading import load_model
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, STUDENT
-from switchcli.runs.job.run_dir import check_ranks_agree
+from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.train.distill_rules import DistillRules, Recipe, teacher_of
 from switchcli.runs.train.teacher import DistillSource, ModelMetrics, RunTeacher
 from switchcli.runs.train.trainer import Trainer

@@ -23,9 +23,9 @@ from switchcli.report.program import command_words, program_name
 from switchcli.report.safe_text import shell_words, shorten
 from switchcli.report.table import Table
 from switchcli.report.units import si
+from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.planning import describe
 from switchcli.runs.evaluate.score_tables import explain_malformed, score_table, text_table
-from switchcli.runs.job.run_dir import machine_info
 from switchcli.runs.train import learned
 from switchcli.runs.train.learned import Learned
 from switchcli.training.config import StartSpec

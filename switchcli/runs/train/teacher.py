@@ -21,9 +21,9 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.report.sinks import to_json
 from switchcli.report.units import si
+from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.train_data import TrainData, microbatch_rows
-from switchcli.runs.job.run_dir import machine_info
 from switchcli.runs.train import run_messages
 from switchcli.runs.train.distill_rules import Recipe
 from switchcli.system import publish

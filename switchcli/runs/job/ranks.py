@@ -1,0 +1,58 @@
+"""The ranks of a job: start those of `--processes`, and check that all do the same."""
+
+import sys
+
+import torch
+
+from switchcli import __version__
+from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
+from switchcli.distributed.parallel_spec import ALONE, check_world
+from switchcli.errors import RecipeError
+from switchcli.recipe.schema import EvalRecipe
+from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.report.console import Console
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.pins import hand_over
+from switchcli.spec import Spec
+
+
+def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console: Console) -> Exit:
+    """Run this command again as `processes` ranks and return how they ended.
+
+    Raises:
+        RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
+        DistributedError: as `launch` says.
+    """
+    recipe = job.recipe
+    parallel, device = (
+        (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
+    )
+    check_world(parallel, processes)
+    if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
+        devices = torch.cuda.device_count()
+        raise RecipeError(
+            f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
+            "train.device=cpu"
+        )
+    if (seconds := saving_seconds()) < SAVING_SECONDS:
+        console.message(
+            f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
+            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
+        )
+    # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
+    with hand_over(job.pins):
+        return launch(processes, sys.argv[1:])
+
+
+def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
+    """Raise RecipeError if the ranks have different recipes or versions. They would wait for each other forever."""
+    if not context.all_equal(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
+        context.main_only(_raise_ranks_differ)
+
+
+def _raise_ranks_differ() -> None:
+    raise RecipeError(
+        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
+        f"switchcli ({__version__} here) and of torch ({torch.__version__})"
+    )
