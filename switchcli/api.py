@@ -30,7 +30,7 @@ from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import messages, resolve
 from switchcli.recipe.schema import EvalRecipe, validate_standalone
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import main_console
 from switchcli.runs.evaluate import eval_job, text_generation, text_routing
 from switchcli.runs.evaluate.eval_job import Evaluation

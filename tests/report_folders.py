@@ -51,4 +51,5 @@ def logged(step: int, quality: float, experts: int, seconds: float) -> dict[str,
         figures = {"entropy": 1.0, "load": [100 * (expert + 1) for expert in range(experts)]}
         record |= {"dropped_fraction": 0.25, "layers": dict.fromkeys(LAYERS, figures)}
     rates = {"tokens_per_second": TOKENS / seconds, "flops_per_second": FLOPS / seconds}
+    record["input_tokens"] = step * TOKENS
     return {**record, "seconds": step * seconds, **rates, "seconds_left": 0.0}

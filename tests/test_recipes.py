@@ -9,7 +9,7 @@ from switchcli.model.flops import count
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import library, resolve
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.sweep import sweep_list
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from switchcli.recipe import key_index, library, sizes
 RECIPE_VERBS: Final[Mapping[str, str]] = MappingProxyType(
     {
         **{verb: verb for verb in key_index.VERBS},
-        **dict.fromkeys(("doctor", "plan", "prepare", "train", "compare", "upcycle"), "pretrain"),
+        **dict.fromkeys(("doctor", "plan", "prepare", "train", "upcycle", "validate"), "pretrain"),
         **dict.fromkeys(("prune", "report"), "eval"),
     }
 )
@@ -70,7 +70,7 @@ def overrides(context: typer.Context, incomplete: str) -> list[str]:
 
 def recipe_and_overrides(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `[RECIPE] [KEY=VALUE ...]`."""
-    words = context.params.get("arguments") or ()
+    words = context.params.get("arguments") or context.params.get("files") or ()
     names = recipes(context, incomplete) if not words else []
     return [*names, *_override(context.command.name or "", words, incomplete)]
 

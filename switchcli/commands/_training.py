@@ -25,7 +25,7 @@ from switchcli.report.console import main_console
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
-    from switchcli.recipe.training_rules import TrainingRecipe
+    from switchcli.recipe.training_recipe import TrainingRecipe
     from switchcli.runs.job.job import Job
 
 

@@ -10,16 +10,18 @@ from pydantic import Field, model_validator
 
 from switchcli.data.config import DataSpec, TextSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
+from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.errors import RecipeError
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.trainable_sets import TrainableSet, check
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import VOCAB_SIZE, Spec
 from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names, tasks_of
+from switchcli.tasks.task import Task
 from switchcli.training.config import Precision, StartSpec, StudentSpec
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.schedules import Constant, InverseSquareRoot, ScheduleSpec
@@ -33,6 +35,14 @@ class TextRecipe(TrainingRecipe, ABC):
     """The learning rate of each step, by the schedule's `kind`; the default is T5's for pre-training."""
     data: DataSpec = DataSpec()
     """The text to train on, the tokenizer and the objective."""
+
+    @property
+    def text(self) -> DataSpec:
+        return self.data
+
+    @property
+    def summary(self) -> Mapping[str, Mapping[str, Any]]:
+        return {**super().summary, "objective": self.data.objective.model_dump()}
 
     @property
     def tokenizer(self) -> TokenizerSpec:
@@ -73,6 +83,10 @@ class TaskRecipe(TrainingRecipe, ABC):
     """Where the examples are, the lengths of rows in tokens, and the mixture of the tasks."""
     scoring: ScoringSpec = ScoringSpec()
     """How answers are generated and scored, on how many examples."""
+
+    @property
+    def named_tasks(self) -> Mapping[str, Task]:
+        return tasks_of(self.tasks)
 
     @property
     def inputs_length(self) -> int:
@@ -131,6 +145,12 @@ class DistillRecipe(TrainingRecipe, ABC):
     student: StudentSpec = FromTeacherInit()
     """The initial weights of the student, by `kind`: teacher, random_init or checkpoint."""
 
+    @property
+    def summary(self) -> Mapping[str, Mapping[str, Any]]:
+        distillation = self.distill.model_dump(include={"soft_fraction", "temperature"})
+        student = self.student.model_dump(exclude={"path"})
+        return {**super().summary, "distillation": distillation, "student": student}
+
     def _verb_rules(self) -> Iterator[str]:
         if self.start is not None and self.start.keep != "run":
             yield (
@@ -170,6 +190,9 @@ class EvalRecipe(Spec):
     Keys that are left out come from the run that trained the checkpoint: tasks or text, lengths, decoding.
     """
 
+    device_key: ClassVar[str] = "device"
+    parallel: ClassVar[ParallelSpec] = ALONE
+    """Ranks share the batches, and nothing else."""
     verb: Literal["eval"] = "eval"
     """The command that runs this recipe."""
     description: str = ""

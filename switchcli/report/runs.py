@@ -230,7 +230,8 @@ class _Points:
             values[f"{layer}/entropy"] = entropy
             # The entropy of E probabilities is at most log E: 0 for one expert, whose entropy says nothing.
             max_entropies[f"{layer}/entropy"] = math.log(len(counts)) if counts else 0.0
-        floats = {name: value for name, value in values.items() if isinstance(value, float)}
+        # Of the metrics that are kept, the tokens are the integers.
+        floats = {name: value for name, value in values.items() if isinstance(value, float) or is_count(value)}
         large = [name for name, value in floats.items() if not abs(value) < MAX_METRIC]  # NaN is not less either
         if large:
             self._left_out[f"{large[0]} is not a finite number"].append(number)

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import safetensors.torch
@@ -80,6 +81,7 @@ class TeacherCache:
             "rest": TensorSpec(settings.dtype, (targets,)),
         }
         """Dtype and shape of each tensor of a file, without its first dim: the rows of its steps."""
+        self._lock = Lock()
         self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
 
     def is_begun(self, facts: Facts) -> bool:
@@ -159,7 +161,8 @@ class TeacherCache:
             CheckpointError: they are missing or damaged.
         """
         with disk_errors(self._folder, ELSEWHERE):
-            file, tensors = self._load(step)
+            with self._lock:  # `train.workers` threads read
+                file, tensors = self._load(step)
             start = (step - file.first) * self._rows + first  # R rows for each step before this one
             return TeacherTopK(*(tensors[name][start : start + count].clone() for name in TeacherTopK._fields))
 

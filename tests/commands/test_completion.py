@@ -71,6 +71,7 @@ CASES: dict[str, Callable[[list[str]], bool]] = {
     "sweep distill quickstart/": lambda found: found == ["quickstart/distill"],
     "recipes show quickstart/sw": lambda found: found == ["quickstart/switch"],
     "recipes schema fine": lambda found: found == ["finetune"],
+    "recipes validate mine.yaml train.st": lambda found: found[0] == "train.steps=",
     "recipes explain train.batch_t": lambda found: found == ["train.batch_tokens"],
     "report --routing runs/a scoring.dec": lambda found: "scoring.decoding.beams=" in found,
     "report runs/a scoring.dec": lambda found: not found,

@@ -10,7 +10,10 @@ import yaml
 from markdown_it import MarkdownIt
 from tiny_run import SwitchCLI
 
+from switchcli.report.console import silent
 from switchcli.report.safe_text import markdown_text
+from switchcli.runs.inputs.loading import open_model
+from switchcli.runs.models.upcycling import with_experts
 
 EVIL = "x | y\n---\nlicense: mit\n# [a](https://a.example) ![b](//b.example/c.png) <script>d</script> `e` www.e.example"
 SHAPES = {"link_open", "image", "html_inline", "html_block", "code_inline", "hr"}
@@ -73,6 +76,11 @@ def test_a_card_names_no_path_and_quotes_no_text_and_says_that_there_is_no_licen
     assert texts
     secret = [*paths, *texts, str(trained), str(Path.cwd()), result["run"]]
     assert [text for text in secret if text in card] == []
+
+
+def test_a_model_with_other_experts_does_not_name_the_one_that_it_was_made_of(trained: Path) -> None:
+    recipe = with_experts(open_model(trained, silent()), 4)
+    assert str(trained) not in recipe.description
 
 
 def test_text_of_a_stranger_is_shown_as_it_is(copied: Path, card_of: Any) -> None:

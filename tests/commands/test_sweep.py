@@ -391,9 +391,10 @@ def test_slots_are_gpus_else_processors(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(None, 9)] == ["0", "2"]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep_runner.available_slots(3, 9)] == ["0", "2", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(sweep_runner, "available_processors", lambda: 3)
-    assert sweep_runner.available_slots(None, 9) == [{"OMP_NUM_THREADS": "1"}] * 3
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert sweep_runner.available_slots(None, 9) == [{"OMP_NUM_THREADS": "1"}] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sweep_runner.available_slots(2, 9) == [{}, {}]
 

@@ -108,6 +108,7 @@ def test_beams_are_filled_up_to_whole_groups_and_routed_while_they_can_win() -> 
     assert tokens[0] == 4  # at first a beam stands for all of an input
     assert tokens[1] == 4 * 4
     assert sorted(tokens[1:], reverse=True) == list(tokens[1:])
+    assert not answers[0].any()  # of no input
 
 
 def test_there_may_be_more_beams_than_pieces() -> None:

@@ -67,6 +67,13 @@ def test_a_draw_falls_on_the_token_that_has_its_share(top_p: float, token_at: di
     assert {draw: at(settings, draw) for draw in token_at} == token_at
 
 
+def test_a_draw_on_the_border_of_two_tokens_is_the_next_ones() -> None:
+    """So a draw of 0 is never a token of probability 0."""
+    one = Decoding(temperature=1.0)
+    assert pick(one, torch.tensor([[0.0, 0.0]]), torch.tensor([0.5], dtype=torch.float64)).tolist() == [1]
+    assert pick(one, torch.tensor([[-torch.inf, 0.0]]), torch.tensor([0.0], dtype=torch.float64)).tolist() == [1]
+
+
 def test_temperature_sharpens_and_flattens() -> None:
     draws = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     for temperature in (0.25, 0.5, 1.0, 2.0):

@@ -11,7 +11,7 @@ from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
 
 PARTS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer")
-LOAD = {name.removesuffix(".layer"): torch.tensor([3.0, 1.0, 7.0, 5.0]) for name in PARTS}
+LOAD = {name.removesuffix(".layer"): torch.tensor([3.0, 1.0, 5.0, 7.0]) for name in PARTS}
 
 
 def taught(spec: ModelSpec, settings: FromTeacherInit, teacher: ModelSpec = SPARSE) -> tuple[SwitchTransformer, dict]:
@@ -47,7 +47,7 @@ def test_a_dense_feed_forward_is_the_mean_of_the_experts_or_the_most_used(activa
     matrices = ["wi", "wo", *(["wi_gate"] if activation == "geglu" else [])]
     for settings, of in (
         (FromTeacherInit(experts="mean"), lambda stacked: stacked.mean(0)),
-        (FromTeacherInit(experts="most_used"), lambda stacked: stacked[2]),
+        (FromTeacherInit(experts="most_used"), lambda stacked: stacked[3]),
     ):
         student, weights = taught(dense, settings, sparse)
         named = dict(student.named_parameters())
@@ -62,6 +62,16 @@ def test_a_smaller_sparse_student_takes_the_most_used_experts_with_their_rows_of
     for part in PARTS:
         for name in ("experts.wi", "experts.wo", "router.weight"):
             assert torch.equal(named[f"{part}.{name}"], weights[f"{part}.{name}"][[2, 3]])
+
+
+def test_a_process_gets_the_experts_that_it_stores_and_all_rows_of_the_router() -> None:
+    student, weights = a_model(SPARSE, seed=2), dict(a_model(SPARSE, seed=1).named_parameters())
+    settings = FromTeacherInit(experts="most_used")
+    plan = plan_init(student, a_model(SPARSE, seed=1), settings)
+    found = dict(init_weights(SPARSE, range(2, 4), plan, weights.__getitem__, settings, LOAD))
+    for part in PARTS:
+        assert torch.equal(found[f"{part}.experts.wi"], weights[f"{part}.experts.wi"][2:])
+        assert torch.equal(found[f"{part}.router.weight"], weights[f"{part}.router.weight"])
 
 
 def test_a_sparse_student_with_the_mean_has_it_in_each_expert_and_a_router_of_its_own() -> None:

@@ -9,7 +9,7 @@ from switchcli.errors import RecipeError
 from switchcli.planner import devices
 from switchcli.planner.plan import Machine
 from switchcli.recipe.schema import resolve_standalone
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.devices.planning import planner_of
 
 

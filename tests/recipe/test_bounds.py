@@ -13,7 +13,7 @@ from schemas import RECIPES, fields
 
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.devices import planning
 from switchcli.spec import MAX_COUNT, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, Spec
 

@@ -18,7 +18,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe import key_index, resolve
 from switchcli.recipe.key_index import KeyInfo
 from switchcli.recipe.schema import resolve_standalone
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.devices import planning
 
 TASK = {"kind": "files", "name": "color", "train": ["a.jsonl"], "input": "{text}", "target": "label"}

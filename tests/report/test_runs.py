@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from messages import lacking
-from report_folders import FLOPS, LAYERS, TOKENS, a_run, logged
+from report_folders import FLOPS, LAYERS, STEPS, TOKENS, a_run, logged
 
 from switchcli.errors import CheckpointError
 from switchcli.metric_names import HELD_OUT, HELD_OUT_LOSS, LOSS
@@ -26,6 +26,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert run.curves[HELD_OUT_LOSS].values[-1] == run.curves[LOSS].values[-1] == 3.0  # although no loss was logged
     assert run.curves[BITS].values[-1] == 1.5
     assert run.flops_per_step == FLOPS
+    assert run.curves["input_tokens"].values[-1] == STEPS * TOKENS  # an integer in the file
     assert run.seconds.at(run.curves[HELD_OUT].steps).tolist() == [step / 2 for step in range(0, 101, 10)]
     assert run.loads.keys() == {*LAYERS}
     assert run.loads[LAYERS[0]].tokens.tolist() == [[100, 200, 300]] * 10

@@ -5,7 +5,7 @@ import string
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from switchcli.tasks.task import AnsweredExample, Example, Metric
@@ -133,6 +133,7 @@ def test_rouge_is_the_mean_of_rouge_score(metric: Metric) -> None:
 
 @pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)
 @given(targets=st.lists(ROUGE_TEXT, min_size=1, max_size=2), prediction=ROUGE_TEXT)
+@example(targets=["a a"], prediction="a b\nb a")  # each sentence matches either word: rouge_score takes both
 @settings(max_examples=100, deadline=None)
 def test_rouge_of_random_words_is_that_of_rouge_score(metric: Metric, targets: list[str], prediction: str) -> None:
     answer = AnsweredExample(Example("", tuple(targets)), prediction)

@@ -3,7 +3,9 @@
 import hashlib
 import math
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,22 @@ def test_what_is_kept_is_what_the_teacher_says(answers: Path) -> None:
     assert ids.dtype == torch.uint16
     assert id_dtype(1 << 16) == torch.uint16
     assert id_dtype((1 << 16) + 1) == torch.int32
+
+
+def test_threads_that_read_different_parts_get_their_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the threads of `train.workers` do where one part ends and the next one begins."""
+    step_bytes = bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size)
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", step_bytes)
+    store = filled(tmp_path / "a", steps=2)
+    right = [store.read(step, 0, ROWS).probability for step in (0, 1)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = [*threads.map(lambda step: store.read(step, 0, ROWS).probability, [0, 1] * 200)]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(one, right[number % 2]) for number, one in enumerate(found))
 
 
 def test_the_size_that_is_foretold_is_that_of_the_files(answers: Path) -> None:

@@ -11,9 +11,8 @@ from types import MappingProxyType
 from typing import Final
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.recipe.schema import EvalRecipe
-from switchcli.recipe.training_rules import TrainingRecipe
 from switchcli.report.console import Console
+from switchcli.training.config import Precision
 
 KEYS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -28,14 +27,16 @@ KEYS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """The variables that are not taken over, and the keys that decide instead."""
+EVAL_KEYS: Final[Mapping[str, str]] = MappingProxyType({"ACCELERATE_MIXED_PRECISION": "precision"})
+"""The same for an evaluation."""
 OFF: Final = ("", "no", "false", "0")
 """Values that ask for nothing."""
 PRECISIONS: Final = {"bf16": ("bfloat16", "selective")}
 """The recipe's precisions that agree with one of accelerate's."""
 
 
-def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: DistributedContext) -> None:
-    """Print one line on the main rank that names the settings of accelerate that the recipe overrides.
+def warn_about_settings(precision: Precision, context: DistributedContext, keys: Mapping[str, str] = KEYS) -> None:
+    """Print one line on the main rank that names the settings of accelerate that the recipe's `keys` override.
 
     Another line says that accelerate was asked for several processes and started only this one: for several it sets
     MASTER_PORT, but WORLD_SIZE only if it uses torchrun (`--multi_gpu`).
@@ -43,10 +44,6 @@ def warn_about_settings(recipe: TrainingRecipe | EvalRecipe, context: Distribute
     environment, console = os.environ, Console()
     if not context.is_main:
         return
-    if isinstance(recipe, TrainingRecipe):
-        precision, keys = recipe.train.precision, KEYS
-    else:
-        precision, keys = recipe.precision, {"ACCELERATE_MIXED_PRECISION": "precision"}
     ignored = {name: key for name, key in keys.items() if environment.get(name, "").lower() not in OFF}
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") == "1":
         ignored.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)

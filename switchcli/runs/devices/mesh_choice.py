@@ -9,24 +9,32 @@ from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
 from switchcli.planner.plan import Machine
 from switchcli.recipe.schema import EvalRecipe
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.devices import accelerate_settings
 from switchcli.runs.devices.planning import planner_of
 
 
-def build_context(recipe: TrainingRecipe | EvalRecipe) -> DistributedContext:
-    """Return the distributed context of a run or an evaluation. Warn about settings of accelerate that are ignored.
+def build_context(recipe: TrainingRecipe) -> DistributedContext:
+    """Return the distributed context of a run. Warn about settings of accelerate that are ignored.
 
     Raises:
         RecipeError: no mesh fits with `parallel: auto`.
         SwitchError: as `DistributedContext` says.
     """
-    if isinstance(recipe, EvalRecipe):
-        context = DistributedContext(recipe.device, recipe.precision)
-    else:
-        choose = (lambda: fastest_mesh(recipe)) if recipe.parallel.auto else None
-        context = DistributedContext(recipe.train.device, recipe.train.precision, recipe.parallel, choose)
-    accelerate_settings.warn_about_settings(recipe, context)
+    choose = (lambda: fastest_mesh(recipe)) if recipe.parallel.auto else None
+    context = DistributedContext(recipe.device, recipe.precision, recipe.parallel, choose)
+    accelerate_settings.warn_about_settings(recipe.precision, context)
+    return context
+
+
+def build_eval_context(recipe: EvalRecipe) -> DistributedContext:
+    """Return the distributed context of an evaluation: every rank holds the model. Warn like `build_context`.
+
+    Raises:
+        SwitchError: as `DistributedContext` says.
+    """
+    context = DistributedContext(recipe.device, recipe.precision)
+    accelerate_settings.warn_about_settings(recipe.precision, context, accelerate_settings.EVAL_KEYS)
     return context
 
 

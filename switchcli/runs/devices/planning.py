@@ -14,7 +14,7 @@ from switchcli.planner.step import Step, Tensors
 from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, validate_standalone
 from switchcli.recipe.sizes import SIZES
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.units import si
 
 SIZES_RECIPE = "pretrain/base"

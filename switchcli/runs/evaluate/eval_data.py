@@ -13,7 +13,7 @@ from switchcli.data.task_batches import InterleavedRows
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.moe.router import Policy
-from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
+from switchcli.recipe.schema import EvalRecipe, TextRecipe
 from switchcli.report.console import Console, silent
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import LoadedModel
@@ -47,8 +47,7 @@ def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: Distributed
         DataError: the text or the tasks cannot be used, or the ranks read different ones.
     """
     tasks = tasks_of(recipe.tasks)
-    trained_on = tasks_of(model.recipe.tasks) if isinstance(model.recipe, TaskRecipe) else {}
-    if new_tasks := [name for name in tasks if name not in trained_on]:
+    if new_tasks := [name for name in tasks if name not in model.recipe.named_tasks]:
         context.main_only(lambda: _warn_about_new_tasks(model, new_tasks, console))
     scored = context.main_first(
         lambda: scored_examples_of(tasks.values(), recipe.data, recipe.scoring, model.tokenizer)
@@ -91,7 +90,7 @@ def training_identity(model: LoadedModel, recipe: EvalRecipe, prepared: Prepared
     trained, text = model.recipe, recipe.text
     if prepared is None or not isinstance(trained, TextRecipe):
         return None
-    if any(getattr(trained.data, key) != getattr(text, key) for key in TEXT_KEYS):
+    if any(getattr(trained.text, key) != getattr(text, key) for key in TEXT_KEYS):
         return None
     try:
         return text_sets.training_identity(trained, prepared, silent())
@@ -101,12 +100,12 @@ def training_identity(model: LoadedModel, recipe: EvalRecipe, prepared: Prepared
 
 def _data_spec(model: LoadedModel, text: TextSpec, inputs_length: int) -> DataSpec:
     """Return the text with the objective and the packing of the model's training, in rows of `inputs_length`."""
-    trained = model.recipe
+    trained = model.recipe.text
     objective: TextObjective = SpanCorruption(inputs_length=inputs_length)
     packing: dict[str, Any] = {}
     # A converted checkpoint has a recipe too, with the default objective.
-    if isinstance(trained, TextRecipe):
-        objective, packing = trained.data.objective, {"packing": trained.data.packing}
+    if trained is not None:
+        objective, packing = trained.objective, {"packing": trained.packing}
         if inputs_length != objective.inputs_length:
             objective = _with_length(objective, inputs_length)
     return DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective, **packing)

@@ -13,13 +13,13 @@ import torch
 from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import EvalRecipe, TaskRecipe, TextRecipe
+from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console, silent
 from switchcli.report.program import command_words
 from switchcli.report.sinks import MAX_RESULT_BYTES, to_json
 from switchcli.runs.devices.machine_info import machine_info
-from switchcli.runs.devices.mesh_choice import build_context
+from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_malformed
 from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, load_model
@@ -115,12 +115,12 @@ def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
 def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
     """Return the keys of an evaluation that the recipe of the checkpoint provides."""
     trained = handle.recipe
-    if isinstance(trained, TaskRecipe):
+    if trained.named_tasks:
         return trained.model_dump(mode="json", include={"tasks", "data", "scoring"})
     lengths = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
-    if not handle.has_training_recipe or not isinstance(trained, TextRecipe):
+    if not handle.has_training_recipe or trained.text is None:
         return {"data": lengths}
-    text = TextSpec(**{key: getattr(trained.data, key) for key in TEXT_KEYS}, sequences=trained.eval.sequences)
+    text = TextSpec(**{key: getattr(trained.text, key) for key in TEXT_KEYS}, sequences=trained.eval.sequences)
     return {"data": lengths, "text": text.model_dump(mode="json")}
 
 
@@ -170,7 +170,7 @@ def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedMo
     """
     recipe, handle = job.recipe, job.handle(CHECKPOINT)
     assert handle is not None
-    context = build_context(recipe if model is None else _on_device_of(recipe, model))
+    context = build_eval_context(recipe if model is None else _on_device_of(recipe, model))
     check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)
     console.message(f"evaluating {handle.path}")

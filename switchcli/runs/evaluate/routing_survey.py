@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.analysis.routing_report import routing_report
-from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
-from switchcli.runs.devices.accelerate_settings import warn_about_settings
 from switchcli.runs.devices.machine_info import machine_info
+from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import BATCH_ROWS, build_eval_data
 from switchcli.runs.evaluate.eval_job import resolve_job
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model, open_model
@@ -41,8 +40,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
     recipe = resolve_job(handles[0], None, overrides).recipe
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
-    context = DistributedContext(recipe.device, recipe.precision)
-    warn_about_settings(recipe, context)
+    context = build_eval_context(recipe)
     console.message(f"measuring {' and '.join(str(handle.path) for handle in handles)}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
         models = [load_model(handle, context.device) for handle in handles]

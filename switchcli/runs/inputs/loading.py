@@ -23,7 +23,7 @@ from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.schema import schema_of
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.training.checkpointer import DATA, load_weights, logical_tensors

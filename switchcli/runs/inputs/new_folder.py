@@ -11,7 +11,7 @@ from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.transformers_checkpoint import meta_model

@@ -9,7 +9,7 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.model.moe.router import Policy
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.loss import Objective

@@ -18,7 +18,7 @@ from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import CheckpointHandle, locate, open_model, saved_recipe

@@ -7,10 +7,10 @@ import torch
 from switchcli import __version__
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
-from switchcli.distributed.parallel_spec import ALONE, check_world
+from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import EvalRecipe
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import hand_over
@@ -25,15 +25,12 @@ def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console:
         DistributedError: as `launch` says.
     """
     recipe = job.recipe
-    parallel, device = (
-        (recipe.parallel, recipe.train.device) if isinstance(recipe, TrainingRecipe) else (ALONE, recipe.device)
-    )
-    check_world(parallel, processes)
-    if device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
+    check_world(recipe.parallel, processes)
+    if recipe.device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
         devices = torch.cuda.device_count()
         raise RecipeError(
             f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
-            "train.device=cpu"
+            f"{recipe.device_key}=cpu"
         )
     if (seconds := saving_seconds()) < SAVING_SECONDS:
         console.message(

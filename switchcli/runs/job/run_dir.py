@@ -11,7 +11,7 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe.resolve import Difference, differences, dump
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.report.safe_text import shell_words

@@ -4,7 +4,7 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 
 CHANGEABLE_MODEL_KEYS = (
     "size",

@@ -11,13 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import BaseModel
-
 from switchcli.convert.hub import is_repository_id
 from switchcli.data.sources.corpus import CorpusSpec, HubCorpus, PythonStdlib
 from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS
-from switchcli.recipe.schema import DistillRecipe, TaskRecipe, TextRecipe
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.runs import as_mapping, number
 from switchcli.report.safe_text import markdown_text
 from switchcli.report.sinks import parse
@@ -109,7 +106,7 @@ def _front_matter(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     recipe = handle.recipe
     corpora = _corpora(recipe) if handle.has_training_recipe else []
     tags = ["switchcli", "text2text-generation", "t5" if recipe.model.num_experts == 1 else "switch_transformers"]
-    if isinstance(recipe, DistillRecipe):
+    if "distillation" in recipe.summary:
         tags.append("distillation")
     if export.quantization != "float32":
         tags.append(export.quantization)
@@ -160,17 +157,9 @@ def _training(handle: CheckpointHandle) -> str:
         "input tokens of a step": recipe.train.batch_tokens,
         "seed": str(recipe.train.seed),
         "precision": recipe.train.precision,
-        "optimizer": _settings(recipe.optimizer),
         "lengths in tokens": f"inputs {recipe.inputs_length:,}, targets {recipe.targets_length:,}",
+        **{name: _settings(values) for name, values in recipe.summary.items()},
     }
-    if isinstance(recipe, TextRecipe | TaskRecipe):
-        rows["schedule"] = _settings(recipe.schedule)
-    if isinstance(recipe, TextRecipe):
-        rows["objective"] = _settings(recipe.data.objective)
-    if isinstance(recipe, DistillRecipe):
-        distill = recipe.distill
-        rows["distillation"] = f"soft_fraction {distill.soft_fraction:g}, temperature {distill.temperature:g}"
-        rows["student"] = _settings(recipe.student)
     return _table(rows.items())
 
 
@@ -178,17 +167,17 @@ def _data(handle: CheckpointHandle) -> str:
     recipe = handle.recipe
     if not handle.has_training_recipe:
         return ""
-    if isinstance(recipe, TaskRecipe):
-        names = ", ".join(markdown_text(task.name) for task in recipe.tasks)
+    if recipe.named_tasks:
+        names = ", ".join(map(markdown_text, recipe.named_tasks))
         return f"Tasks: {names}.\n"
     return _bullets(map(_corpus, _corpora(recipe)))
 
 
 def _corpora(recipe: TrainingRecipe) -> list[CorpusSpec]:
     """Return the corpora of a run on text, one for each language."""
-    if not isinstance(recipe, TextRecipe):
+    if recipe.text is None:
         return []
-    return [corpus for corpora in recipe.data.corpora for corpus in corpora.per_language()]
+    return [corpus for corpora in recipe.text.corpora for corpus in corpora.per_language()]
 
 
 def _corpus(corpus: CorpusSpec) -> str:
@@ -271,7 +260,7 @@ def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     yield "The figures are those of one run with one seed. Neither bias nor factual accuracy was measured."
     if handle.has_training_recipe:
         yield f"In training, inputs had up to {recipe.inputs_length:,} tokens and targets {recipe.targets_length:,}."
-    if isinstance(recipe, TextRecipe):
+    if recipe.text is not None:
         yield "The model fills gaps in text. It was not trained to follow instructions."
     else:
         yield "The model was trained on the inputs of its tasks, in the form that they have there, and on no others."
@@ -281,15 +270,14 @@ def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
 
 
 def _use(recipe: TrainingRecipe, export: Export) -> str:
-    prompt = json.dumps("The <extra_id_0> of a list is its <extra_id_1>." if isinstance(recipe, TextRecipe) else "TEXT")
+    prompt = json.dumps("The <extra_id_0> of a list is its <extra_id_1>." if recipe.text else "TEXT")
     template = _TRANSFORMERS if export.layout == "huggingface" else _CTRANSLATE2
     prefix = "T5" if recipe.model.num_experts == 1 else "SwitchTransformers"
     return template.format(prompt=prompt, model_class=f"{prefix}ForConditionalGeneration")
 
 
-def _settings(spec: BaseModel) -> str:
-    """Return the numbers, switches and plain words of a setting. Others, such as a path, are left out."""
-    values = spec.model_dump()
+def _settings(values: Mapping[str, Any]) -> str:
+    """Return the numbers, switches and plain words of a setting. Others are left out."""
     words = [str(values["kind"])] if _is_plain(values.get("kind")) else []
     words += [f"{key} {value}" for key, value in values.items() if key != "kind" and _is_plain(value)]
     return ", ".join(words)

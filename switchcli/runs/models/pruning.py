@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.config import STACKS, ModelSpec
@@ -14,7 +13,7 @@ from switchcli.model.surgery import prune as pruning
 from switchcli.model.surgery.prune import By, Gate
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
-from switchcli.runs.devices.accelerate_settings import warn_about_settings
+from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data
 from switchcli.runs.evaluate.eval_job import resolve_job
 from switchcli.runs.inputs.loading import empty_model, load_model, open_model
@@ -61,8 +60,7 @@ def prune(
     recipe = _with_sequences(recipe, sequences)
     pruned_recipe = with_experts(handle, experts)
     destination = check_checkpoint_destination(checkpoint, destination)
-    context = DistributedContext(recipe.device, recipe.precision)
-    warn_about_settings(recipe, context)
+    context = build_eval_context(recipe)
     if context.world > 1:
         raise RecipeError(f"prune works in one process, and there are {context.world} ranks: start it by itself")
     console.message(f"measuring {handle.path}")

@@ -9,7 +9,7 @@ from switchcli.model.config import STACKS
 from switchcli.model.surgery.upcycle import Gate, UpcycledWeights, gate_correction
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import CheckpointHandle, open_model
 from switchcli.runs.inputs.new_folder import (
@@ -100,7 +100,8 @@ def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str
     """
     where = f"{handle.path} with {experts} experts"
     model = handle.recipe.model.model_copy(update={"num_experts": experts, "size": CUSTOM})
-    without_overrides = handle.recipe.model_copy(update={"model": model, "description": where})
+    description = f"{experts} experts in each sparse layer, of a model that had {handle.recipe.model.num_experts}"
+    without_overrides = handle.recipe.model_copy(update={"model": model, "description": description})
     tree = resolve.load(None, overrides, resolve.layer(without_overrides.model_dump(mode="json"), where))
     recipe = resolve.validate(tree, type(handle.recipe))
     for key, old, new in resolve.differences(without_overrides, recipe):

@@ -234,7 +234,7 @@ def _visible_gpus() -> list[str]:
     """Return the GPUs that CUDA_VISIBLE_DEVICES names, else all that nvidia-smi lists. torch is not imported."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [gpu for gpu in named.split(",") if gpu]
+        return [*itertools.takewhile(lambda gpu: gpu not in ("", "-1"), named.split(","))]  # CUDA stops there too
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, check=False, capture_output=True, text=True)

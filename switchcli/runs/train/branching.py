@@ -12,7 +12,7 @@ from switchcli.checkpoint.saved_state import BranchPoint
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Difference, differences
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.pins import BRANCH_FROM, WEIGHTS_ONLY
 from switchcli.training.checkpointer import load_optimizer_state, load_weights

@@ -14,7 +14,7 @@ from switchcli.model.flops import count
 from switchcli.model.surgery.student import differing_dimensions
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, TaskRecipe, schema_of
+from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, schema_of
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
@@ -124,7 +124,7 @@ def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict
             "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
         )
     defaults: dict[str, Any] = {"model": student.model_dump(mode="json")}
-    names_other_data = is_text_named if isinstance(trained, TaskRecipe) else is_tasks_named
+    names_other_data = is_text_named if trained.named_tasks else is_tasks_named
     if teacher.has_training_recipe and not names_other_data:
         # A recipe on text has no tasks and no scoring.
         defaults |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "tasks", "data", "scoring"})

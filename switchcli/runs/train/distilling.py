@@ -1,6 +1,6 @@
 """Distillation: the training task of `switchcli distill`. The teacher runs in every step, or once to fill a cache."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from switchcli.model.init import initial_weights
 from switchcli.model.surgery.student import StudentInit, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.report.console import Console
+from switchcli.report.safe_text import shell_words
 from switchcli.report.table import Table
 from switchcli.report.units import si
 from switchcli.runs.devices.mesh_choice import build_context
@@ -208,6 +209,17 @@ class Distillation(DistillRules):
                 text += ", as it is better than its teacher"
             rows["of the teacher's gain over the baseline kept"] = text
         self.console.show(Table(("", ""), [*rows.items()], f"distilled: {label}"))
+
+    def next_commands(self, trainer: Trainer, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        out = trainer.folder.path
+        convert = shell_words("convert", out, f"{out}-huggingface", "--to", "huggingface")
+        yield "use the student in transformers", convert
+        if "baseline" not in result["distillation"]:
+            purpose = (
+                "see how much of the teacher's gain it keeps; replace RUN by a dense model trained on the same data "
+                "without a teacher"
+            )
+            yield purpose, shell_words("distill", out / "recipe.yaml", "--baseline", "RUN", "--out", out)
 
 
 def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:

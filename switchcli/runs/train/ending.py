@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.saved_state import BranchPoint
 from switchcli.metric_names import (
     FIRST_HELD_OUT,
@@ -13,11 +12,9 @@ from switchcli.metric_names import (
     HELD_OUT_BITS,
     HELD_OUT_LOSS,
     INPUT_TOKENS,
-    TASKS_AVERAGE,
     TOKENS_PER_SECOND,
 )
 from switchcli.model.generation import all_done_locally
-from switchcli.recipe.schema import DistillRecipe, FinetuneRecipe, PretrainRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.program import command_words, program_name
 from switchcli.report.safe_text import shell_words, shorten
@@ -147,10 +144,10 @@ def _show(
     run.task.show(result)
     console.message()
     console.message(f"{run.folder.path}/ holds recipe.yaml, metrics.jsonl, result.json and checkpoints. Next:")
-    for purpose, command in _next_steps(run, result):
+    for purpose, command in _next_commands(run, result):
         console.message(f"  {purpose}:")
         console.message(f"    {program_name()} {command}")
-    if isinstance(run.recipe, TextRecipe) and not _shows_fills(result):
+    if not run.evaluator.tasks and not _shows_fills(result):
         console.message(
             "`generate` would leave most gaps blank for now: at each token, a blank or the end of the gap is more "
             "probable than any one word, until the model knows more."
@@ -176,38 +173,16 @@ def _show_numbers(result: Mapping[str, Any], state: TrainState, console: Console
         console.warning("all steps were left out, and the model has learned nothing: lower schedule.learning_rate")
 
 
-def _next_steps(run: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what each of the next commands is for, and the command without the program's name."""
+def _next_commands(run: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the purpose of each command that the user may run next, and the command without the program's name."""
     recipe, out, tasks = run.recipe, run.folder.path, run.evaluator.tasks
-    if isinstance(recipe, PretrainRecipe):
-        finetune = shell_words("finetune", "quickstart/finetune", "--model", out, "--out", f"{out}-finetune")
-        yield "teach it two tasks that need no download", finetune
     if tasks:
         prompt = min((example.input for example in tasks[0].examples), key=len)
         yield "let it answer", shell_words("generate", out, shorten(prompt, 60) or _PROMPT)
     elif _shows_fills(result):
         yield "let it fill in a text", shell_words("generate", out, _PROMPT)
-    if isinstance(recipe, FinetuneRecipe):
-        best = run.state.best.get(TASKS_AVERAGE)
-        if best is None or best.step == run.state.step or not recipe.checkpoint.keep_best:
-            yield "score it again", shell_words("eval", out)
-        else:
-            path = checkpoint.checkpoint_path(run.folder.checkpoints, best.step)
-            yield "score its best checkpoint", shell_words("eval", path)
-    if isinstance(recipe, DistillRecipe):
-        convert = shell_words("convert", out, f"{out}-huggingface", "--to", "huggingface")
-        yield "use the student in transformers", convert
-        if "baseline" not in result["distillation"]:
-            purpose = (
-                "see how much of the teacher's gain it keeps; replace RUN by a dense model trained on the same data "
-                "without a teacher"
-            )
-            yield purpose, shell_words("distill", out / "recipe.yaml", "--baseline", "RUN", "--out", out)
-    elif recipe.model.num_experts > 1:
-        distill = shell_words("distill", "--teacher", out, "--out", f"{out}-student")
-        yield "make a dense student of it that answers faster", distill
-    if not isinstance(recipe, FinetuneRecipe):
-        yield "see its charts", shell_words("report", out, "--html", f"{out}.html")
+    yield from run.task.next_commands(run, result)
+    yield "see its charts", shell_words("report", out, "--html", f"{out}.html")
     last, steps = recipe.train.steps - 1, recipe.train.steps
     longer = "train it longer"
     if recipe.schedule(last, 2 * steps) != recipe.schedule(last, steps):  # it falls to the end of a run

@@ -1,16 +1,21 @@
 """Pretraining: the training task of `switchcli pretrain`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from switchcli.distributed.layout import ModelWeights
 from switchcli.model.init import initial_weights
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.recipe.yaml_nodes import Node
+from switchcli.report.safe_text import shell_words
 from switchcli.runs.job.pins import START, Pin, PinFinder
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
 
 
 class Pretraining(TrainingTask):
@@ -36,3 +41,9 @@ class Pretraining(TrainingTask):
             weights.load_full(initial_weights(self.job.recipe.model, self.job.recipe.train.seed, weights.experts))
         else:
             super().init_weights(weights, optimizer, evaluator)
+
+    def next_commands(self, trainer: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        out = trainer.folder.path
+        finetune = shell_words("finetune", "quickstart/finetune", "--model", out, "--out", f"{out}-finetune")
+        yield "teach it two tasks that need no download", finetune
+        yield from super().next_commands(trainer, result)

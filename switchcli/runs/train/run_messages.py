@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.units import si
 from switchcli.runs.devices.planning import describe

@@ -18,7 +18,7 @@ from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console, TrainingDisplay
 from switchcli.report.sinks import JsonLines
 from switchcli.runs.devices.mesh_choice import build_context

@@ -3,7 +3,7 @@
 Its class methods resolve the recipe (`JobRules`), before there is a run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +18,10 @@ from switchcli.model.flops import count
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, TaskRecipe
-from switchcli.recipe.training_rules import TrainingRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
+from switchcli.report.safe_text import shell_words
 from switchcli.runs.devices.planning import planner_of
 from switchcli.runs.inputs.loading import read_documents
 from switchcli.runs.inputs.task_data import TaskRunData
@@ -173,6 +174,16 @@ class TrainingTask(LossSchedule):
 
     def show(self, result: Mapping[str, Any]) -> None:
         """Print the additional keys of `result`. Called on the main rank."""
+
+    def next_commands(self, trainer: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yield the purpose of commands that the user may run on the model, and their words. Called on the main rank.
+
+        By default: how to distill a sparse model.
+        """
+        if trainer.recipe.model.num_experts > 1:
+            out = trainer.folder.path
+            distill = shell_words("distill", "--teacher", out, "--out", f"{out}-student")
+            yield "make a dense student of it that answers faster", distill
 
 
 def data_type(recipe: TrainingRecipe) -> type[RunData]:

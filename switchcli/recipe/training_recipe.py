@@ -6,8 +6,8 @@ of full sequences.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar, Self
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -15,14 +15,20 @@ from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ParallelSpec, divides_experts, indivisible_sizes
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.spec import Spec
-from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, StartSpec, TrainSpec
+from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
 from switchcli.training.optimizer_specs import Adafactor, OptimizerSpec
 from switchcli.training.schedules import ScheduleSpec
+
+if TYPE_CHECKING:
+    from switchcli.data.config import DataSpec
+    from switchcli.tasks.task import Task
 
 
 class TrainingRecipe(Spec, ABC):
     """A run that trains a model on rows of `inputs_length` and `targets_length` tokens. Each verb has a subclass."""
 
+    device_key: ClassVar[str] = "train.device"
+    """The key of `device`."""
     starts_from_weights: ClassVar[bool] = True
     """Whether `start` may name the weights of any checkpoint, and not only a run to continue."""
     verb: str
@@ -57,6 +63,29 @@ class TrainingRecipe(Spec, ABC):
     @abstractmethod
     def targets_length(self) -> int:
         """Tokens in a row of targets."""
+
+    @property
+    def text(self) -> "DataSpec | None":
+        """The text that the run trains on; None for tasks."""
+        return None
+
+    @property
+    def named_tasks(self) -> "Mapping[str, Task]":
+        """The tasks that the run trains on, by name; none for text."""
+        return {}
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]:
+        return self.train.device
+
+    @property
+    def precision(self) -> Precision:
+        return self.train.precision
+
+    @property
+    def summary(self) -> Mapping[str, Mapping[str, Any]]:
+        """The settings that a model card shows, by their titles. They name no file and no folder."""
+        return {"optimizer": self.optimizer.model_dump(), "schedule": self.schedule.model_dump()}
 
     @property
     def tokenizer(self) -> TokenizerSpec | None:
