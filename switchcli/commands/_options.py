@@ -1,10 +1,8 @@
 """Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
-import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
@@ -14,7 +12,7 @@ from typer.core import TyperGroup
 from switchcli.commands import _completion, _flag_hints
 from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
-from switchcli.recipe import library, yaml_nodes
+from switchcli.recipe import library
 from switchcli.report.safe_text import one_line
 from switchcli.system import credentials
 
@@ -75,9 +73,6 @@ DryRun = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 
-_RECIPES: Final = ("recipe", "arguments", "files")
-"""The parameters that name a recipe or a list of runs."""
-_SHELL_PIPE: Final = re.compile("/dev/stdin|/dev/fd/[0-9]+|/proc/(self|[0-9]+)/fd/[0-9]+")
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
 OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
@@ -172,38 +167,9 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, str):
                 _check_value(name, item)
-        if parameter.name in _RECIPES:
-            value = [*map(_kept, value)] if isinstance(value, list | tuple) else _kept(value)
         return process_value(context, value)
 
     return check
-
-
-def _kept(value: Any) -> Any:
-    """Return the path of a file in memory with the content of a pipe that the shell made, `<(...)`; else the value.
-
-    A pipe can be read once, and by this process only. A recipe is read several times, and by each rank: its path takes
-    the pipe's place in `sys.argv` too. The file exists as long as this process.
-    """
-    with suppress(OSError):
-        if sys.platform == "linux" and _SHELL_PIPE.fullmatch(str(value)) and Path(value).is_fifo():
-            with Path(value).open("rb") as pipe:
-                content = pipe.read(yaml_nodes.MAX_BYTES + 1)
-            descriptor = os.memfd_create("recipe", 0)
-            with os.fdopen(os.dup(descriptor), "wb") as file:
-                file.write(content)
-            path = f"/proc/{os.getpid()}/fd/{descriptor}"
-            sys.argv[:] = [path if word == value else word for word in sys.argv]
-            return path
-    return value
-
-
-def refuse_pipes(arguments: Sequence[str]) -> None:
-    """Raise RecipeError if the arguments of a command that runs later name a pipe of the shell, which is gone then."""
-    if any(map(_SHELL_PIPE.fullmatch, arguments)):
-        raise RecipeError(
-            "RECIPE: a pipe, such as <(...), is gone when a run reads it: write it to a file, and name that"
-        )
 
 
 def _check_value(name: str, value: str) -> None:
@@ -221,8 +187,6 @@ def _check_value(name: str, value: str) -> None:
 def default_out(recipe: str) -> Path:
     """Return runs/NAME for a shipped recipe, runs/STEM for a file, and runs/FOLDER for the recipe.yaml of a run."""
     path = Path(recipe)
-    if path.is_relative_to("/proc"):
-        raise RecipeError("a recipe from a pipe has no name: give a folder for its run by --out")
     if recipe in library.recipe_names() and not path.is_file():
         return Path("runs") / recipe
     if path.name == "recipe.yaml":

@@ -11,7 +11,6 @@ import typer
 from switchcli.commands import _completion
 from switchcli.commands._flag_hints import flag_hint
 from switchcli.commands._help import epilog
-from switchcli.commands._options import refuse_pipes
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.recipe.key_index import VERBS
 from switchcli.report.safe_text import shell_words
@@ -100,7 +99,6 @@ def launch(
         if source is not None and source.name == "COMMANDLINE":
             raise RecipeError(f"--{name}: cannot be used with {'--slurm' if slurm else '--torchrun'}")
     if slurm:
-        refuse_pipes(arguments)
         if any(option.startswith(("--array", "-a")) for option in sbatch or ()):
             raise RecipeError("--sbatch: cannot be --array: --nodes is the number of tasks of `data prepare`")
         machines = cluster.Nodes(nodes, ranks or 8, cpus, time, gpus, tuple(sbatch or ()))
@@ -120,7 +118,6 @@ def launch(
         head = "localhost"
     command = cluster.torchrun_command(arguments, head, port, nodes, ranks, restarts)
     if print_only:
-        refuse_pipes(arguments)
         typer.echo(shell_words(*command))
         return
     os.execvp(command[0], command)

@@ -17,7 +17,6 @@ from switchcli.commands._options import (
     Quiet,
     check_folder,
     extend_command,
-    refuse_pipes,
     split_arguments,
 )
 from switchcli.commands._result import Line, finish
@@ -119,7 +118,6 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
         RecipeError: the command line or the recipe is wrong, or an option names a checkpoint that does not exist, and
             is not in `out`.
     """
-    refuse_pipes(run.arguments)
     from switchcli.recipe import resolve  # here: the schema takes a second, and --help lists this verb
     from switchcli.recipe.messages import UnknownKey
     from switchcli.recipe.schema import RECIPES, resolve_standalone

@@ -70,24 +70,14 @@ def test_usage(arguments: list[str], words: str, switchcli: SwitchCLI) -> None:
     assert "Traceback" not in done.err
 
 
-@pytest.mark.usefixtures("recipe")
-def test_a_recipe_may_be_what_another_command_prints(switchcli: SwitchCLI) -> None:
-    for command in ("recipes validate", "pretrain --out run --dry-run"):
-        reads, writes = os.pipe()
-        os.write(writes, Path("tiny.yaml").read_bytes())
-        os.close(writes)
-        done = switchcli(*command.split(), f"/dev/fd/{reads}")
-        assert done.code == 0, done.err
-        os.close(reads)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("recipe")
-def test_all_ranks_have_the_recipe_that_another_command_prints() -> None:
-    line = f"{shlex.quote(sys.executable)} -m switchcli pretrain <(cat tiny.yaml) --out run --processes 2 --json"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert '"verb": "pretrain"' in done.stdout
+@pytest.mark.parametrize("command", ["recipes validate", "pretrain", "sweep pretrain --print"])
+def test_a_pipe_of_the_shell_is_no_recipe(command: str, switchcli: SwitchCLI) -> None:
+    reads, writes = os.pipe()
+    done = switchcli(*command.split(), f"/dev/fd/{reads}")
+    os.close(reads)
+    os.close(writes)
+    assert (done.code, done.out) == (RECIPE, "")
+    assert done.err.endswith("it is a pipe, not a file; save its content to a file\n")
 
 
 def test_credentials_in_the_address_of_the_hub_are_refused(

@@ -11,7 +11,6 @@ from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
-from switchcli.errors import RecipeError
 from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.runs.inputs import loading
@@ -34,11 +33,6 @@ def test_a_run_goes_below_runs(recipe: str, out: str, tmp_path: Path, monkeypatc
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert default_out(recipe) == Path("runs") / out
-
-
-def test_a_recipe_from_a_pipe_needs_a_folder_for_its_run() -> None:
-    with pytest.raises(RecipeError, match="--out"):
-        default_out("/proc/7/fd/3")
 
 
 @pytest.mark.parametrize(

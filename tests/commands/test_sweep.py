@@ -190,22 +190,6 @@ def test_a_run_may_name_one_of_an_earlier_stage_a_size_or_a_metric(
     assert done.code == 0, done.err
 
 
-@pytest.mark.parametrize("options", [("--slurm",), ("--print",)])
-def test_a_pipe_is_no_recipe_of_a_later_run(options: tuple[str, ...], switchcli: SwitchCLI) -> None:
-    done = switchcli("sweep", "pretrain", "/dev/fd/63", "train.seed=0,1", *options)
-    assert done.code == 2
-    assert not lacking(done.err, "RECIPE pipe file")
-    assert switchcli("launch", "--slurm", "--print", "--", "pretrain", "/dev/stdin").code == 2
-
-
-def test_a_pipe_is_a_list_of_runs(switchcli: SwitchCLI) -> None:
-    reads, writes = os.pipe()
-    os.write(writes, b"a pretrain quickstart/dense\n")
-    os.close(writes)
-    done = switchcli("sweep", f"/dev/fd/{reads}", "--print")
-    assert (done.code, done.out.count("pretrain quickstart/dense")) == (0, 1), done.err
-
-
 def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):
     """bash makes three words of train.seed={0..2}."""
     done = switchcli("sweep", "pretrain", "quickstart/dense", "train.seed=0", "train.seed=1", "train.seed=2", "--print")
