@@ -41,14 +41,6 @@ def prune(
             help="Scale wo to correct for gates that rise among fewer experts, or leave it.",
         ),
     ] = "scaled",
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Number of held-out rows of text, and of examples per task, to measure on. Default: the recipe's.",
-        ),
-    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,7 +57,6 @@ def prune(
         experts=experts,
         by=by,
         gate=gate,
-        sequences=sequences,
     )
     finish(result, as_json, _shown(result))
 

@@ -30,7 +30,7 @@ def result_of(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
 @pytest.mark.unit("drop")
 @pytest.mark.parametrize("by", ["drop", "merge"])
 def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: SwitchCLI) -> None:
-    result = result_of(switchcli, trained, "small", "--experts", 2, "--by", by, "--sequences", 8)
+    result = result_of(switchcli, trained, "small", "--experts", 2, "--by", by, "text.sequences=8")
     assert (result["by"], result["gate"], result["capacity"]) == (by, "scaled", "dropless")
     assert result["experts"] == {"before": 4, "after": 2}
     assert result["held_out"]["text"].keys() == {"sequences", "before", "after"}
@@ -52,8 +52,8 @@ def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: Swit
 
 @pytest.mark.integration
 def test_a_fine_tuned_run_on_its_tasks(tuned: Path, switchcli: SwitchCLI) -> None:
-    result = result_of(switchcli, tuned, "small", "--experts", 2, "capacities=[paper]")
-    assert result["held_out"].keys() == {"colour", "last"}
+    result = result_of(switchcli, tuned, "small", "--experts", 2, "capacities=[paper]", "scoring.examples=3")
+    assert {name: task["sequences"] for name, task in result["held_out"].items()} == {"colour": 3, "last": 3}
     assert result["capacity"] == "paper"
     assert switchcli("generate", "small", "which colour: red").code == 0
 
@@ -65,7 +65,7 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
     assert (alone.code, lacking(alone.err, "theirs tasks=[rte] text.corpora=[...]")) == (2, [])
     corpus = f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]"
     result = result_of(
-        switchcli, "theirs", "small", "--experts", 2, corpus, "text.held_out_fraction=0.5", "--sequences", 1
+        switchcli, "theirs", "small", "--experts", 2, corpus, "text.held_out_fraction=0.5", "text.sequences=1"
     )
     assert (
         result["experts"]["after"]
@@ -84,7 +84,7 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
 )
 def test_every_kind_of_layer_and_router(keys: list[str], recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", "run", "--quiet").code == 0
-    done = switchcli("prune", "run", "small", "--experts", 2, "--by", "merge", "--sequences", 4, "--json")
+    done = switchcli("prune", "run", "small", "--experts", 2, "--by", "merge", "text.sequences=4", "--json")
     assert done.code == 0, done.err
     assert (not lacking(done.err, "warning: expert_choice load")) == ("expert_choice" in keys[0])
     assert len(json.loads(done.out)["layers"]) == (4 if "both" in keys[0] else 2)

@@ -39,12 +39,10 @@ def prune(
     experts: int,
     by: By,
     gate: Gate,
-    sequences: int | None,
 ) -> dict[str, Any]:
     """Write the model with `experts` experts per layer to `destination`. Return the JSON result.
 
-    Both models are measured on the same batches, by the evaluation recipe `name` with `overrides`. `sequences` is the
-    number of rows of text, and of examples of each task; None takes those of the recipe.
+    Both models are measured on the same batches, by the evaluation recipe `name` with `overrides`.
 
     Raises:
         CheckpointError: there is no sparse model at `checkpoint`, or the disk cannot be written.
@@ -57,7 +55,6 @@ def prune(
     spec = handle.recipe.model
     _check_experts(spec, handle.path, experts, console)
     policy = _capacity(recipe)
-    recipe = _with_sequences(recipe, sequences)
     pruned_recipe = with_experts(handle, experts)
     destination = check_checkpoint_destination(checkpoint, destination)
     context = build_eval_context(recipe)
@@ -140,15 +137,6 @@ def _capacity(recipe: EvalRecipe) -> Policy:
     if len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({len(recipe.capacities)}): only one can decide which experts stay: name one")
     return recipe.capacities[0]
-
-
-def _with_sequences(recipe: EvalRecipe, sequences: int | None) -> EvalRecipe:
-    """Return the recipe for `sequences` rows of text and examples of each task; None leaves it unchanged."""
-    if sequences is None:
-        return recipe
-    scoring = recipe.scoring.model_copy(update={"examples": sequences})
-    text = recipe.text and recipe.text.model_copy(update={"sequences": sequences})
-    return recipe.model_copy(update={"scoring": scoring, "text": text})
 
 
 def _load_by_layer(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
