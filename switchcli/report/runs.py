@@ -25,8 +25,8 @@ from switchcli.metric_names import (
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.sinks import LONGEST_LINE, is_count, parse, read_lines, step_of
-from switchcli.system.user_files import read_regular
+from switchcli.report.sinks import is_count, parse, step_of
+from switchcli.system.user_files import open_regular, read_regular
 
 Floats = NDArray[np.float64]
 LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
@@ -38,8 +38,6 @@ MAX_METRIC = 1e100
 
 _LAYERS_START, _LAYERS_END = b'"layers": {', b"}}, "
 _ELSEWHERE = "name another run's"
-_MAX_LINE: Final = 4 * LONGEST_LINE
-"""Bytes of a line after which a file is taken for none of metrics, and is not read to its end."""
 _MAX_FILE: Final = 2**28
 """Bytes of the largest result.json and tokenizer.json that are read."""
 
@@ -285,32 +283,21 @@ def _columns(points: Sequence[tuple[int, Any]]) -> tuple[Floats, Floats]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
-    """Yield the number and the record of each line; None for a line that is not whole.
-
-    A line of more than _MAX_LINE bytes ends the file. If it is the first, CheckpointError is raised.
+    """Yield the number and the record of each line; None for a line that holds none.
 
     The metrics of layers are most of a line. In a long file all but about LAYER_LINES lines are parsed without them.
     """
-    interval = num_logged = last = line_bytes = 0
-    for line in read_lines(path):
-        record, start = None, line.content.find(_LAYERS_START)
-        if start >= 0 and (end := line.content.find(_LAYERS_END, start)) >= 0:
-            # The first logged line tells about how many there are, and so which of them are parsed in full.
-            interval = interval or max(1, path.stat().st_size // len(line.content) // LAYER_LINES)
-            if num_logged % interval and line.is_whole:
-                record = parse(line.content[:start] + line.content[end + len(_LAYERS_END) :])
-            num_logged += 1
-        if record is None and line.is_whole:
-            record = parse(line.content)
-        if line.number != last:  # a line that is read in several pieces counts once
-            yield line.number, record
-            line_bytes = 0
-        last = line.number
-        line_bytes += len(line.content)
-        if line_bytes > _MAX_LINE:
-            if last > 1:  # a damaged end: what comes before it is the run
-                return
-            raise CheckpointError(f"{path}: line {last:,} has more than {_MAX_LINE:,} bytes: not a file of metrics")
+    interval = num_logged = 0
+    with open_regular(path) as file:
+        for line_number, line in enumerate(file, start=1):
+            record, start = None, line.find(_LAYERS_START)
+            if start >= 0 and (end := line.find(_LAYERS_END, start)) >= 0:
+                # The first logged line tells about how many there are, and so which of them are parsed in full.
+                interval = interval or max(1, path.stat().st_size // len(line) // LAYER_LINES)
+                if num_logged % interval:
+                    record = parse(line[:start] + line[end + len(_LAYERS_END) :])
+                num_logged += 1
+            yield line_number, parse(line) if record is None else record
 
 
 def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:

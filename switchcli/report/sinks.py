@@ -5,14 +5,11 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeGuard
+from typing import Any, Final, TypeGuard
 
 from switchcli.errors import disk_errors
 from switchcli.system import publish
 from switchcli.system.user_files import open_regular
-
-LONGEST_LINE: Final = 2**24
-"""Bytes of the longest line that is parsed. A record of 64 layers with 2,048 experts each takes about a tenth."""
 
 MAX_RESULT_BYTES: Final = 2**28
 """Bytes of a result.json that is read, at most."""
@@ -46,19 +43,20 @@ class JsonLines:
         with disk_errors(self.path):
             publish.check_file(self.path)
             is_changed, first_damaged = os.lstat(self.path).st_nlink > 1, 0
-            for line in read_lines(self.path):
-                action = _action_for(line, step)
-                is_changed = is_changed or action != "keep" or not line.is_ended
-                if action == "damaged" and not first_damaged:
-                    first_damaged = line.number
+            for number, (line, line_step) in enumerate(read_lines(self.path), 1):
+                is_ended = line.endswith(b"\n")
+                is_changed = is_changed or not is_ended or line_step is None or line_step > step
+                if line_step is None and is_ended:  # without its end, a process was killed as it wrote the line
+                    first_damaged = first_damaged or number
             if not is_changed:
                 return None
             if first_damaged:
                 old = self._free_name()
-                publish_file(old, (line.content for line in read_lines(self.path)))
-            kept = (line.content for line in read_lines(self.path) if _action_for(line, step) == "keep")
+                with open_regular(self.path) as file:
+                    publish_file(old, file)
+            kept = (line for line, line_step in read_lines(self.path) if line_step is not None and line_step <= step)
             # Only the last line of the file may lack its newline.
-            publish_file(self.path, (content.removesuffix(b"\n") + b"\n" for content in kept))
+            publish_file(self.path, (line.removesuffix(b"\n") + b"\n" for line in kept))
         if not first_damaged:
             return None
         return f"{self.path}: line {first_damaged:,} holds no record of a step: the old file is kept as {old.name}"
@@ -81,45 +79,14 @@ def publish_file(path: Path, content: str | Iterable[bytes]) -> None:
         publish.write_file(path, content)
 
 
-class Line(NamedTuple):
-    """A line of a metrics file, or a piece of a line that is longer than LONGEST_LINE."""
-
-    number: int
-    """Line number, from 1; pieces of one line have the same."""
-    content: bytes
-    """The bytes, with the newline."""
-    is_whole: bool
-    """False for a piece of a longer line."""
-
-    @property
-    def is_ended(self) -> bool:
-        """Whether there is a newline: the last line of a file may have none."""
-        return self.content.endswith(b"\n")
-
-
-LineAction = Literal["keep", "later", "torn", "damaged"]
-"""What a rewind does with a line. Torn is a last line that a killed process left unfinished."""
-
-
-def _action_for(line: Line, step: int) -> LineAction:
-    line_step = step_of(parse(line.content)) if line.is_whole else None
-    if line_step is not None:
-        return "keep" if line_step <= step else "later"
-    return "torn" if line.is_whole and not line.is_ended else "damaged"
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """Read a metrics file line by line, in memory that does not depend on its size or its lines' lengths.
+def read_lines(path: Path) -> Iterator[tuple[bytes, int | None]]:
+    """Yield each line of a metrics file with its newline, and the step of its record; None where it holds none.
 
     A link to a file is followed. Raises OSError, also for a pipe or a device.
     """
-    number, begins = 0, True
     with open_regular(path) as file:
-        while content := file.readline(LONGEST_LINE):
-            number += begins
-            ends = content.endswith(b"\n")
-            yield Line(number, content, begins and (ends or len(content) < LONGEST_LINE))
-            begins = ends
+        for line in file:
+            yield line, step_of(parse(line))
 
 
 def parse(content: bytes) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def test_a_tokenizer_that_the_disk_does_not_give(tmp_path: Path) -> None:
         read(folder, RECIPE)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "result.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["result.json", "tokenizer.json"])
 def test_a_file_of_terabytes_is_not_read_to_its_end(tmp_path: Path, name: str) -> None:
     folder = a_run(tmp_path / "a", experts=2)
     (folder / "tokenizer.json").touch()
@@ -155,23 +155,3 @@ def test_a_file_of_terabytes_is_not_read_to_its_end(tmp_path: Path, name: str) -
     run = read(folder, RECIPE)
     assert run.curves.keys() == read(a_run(tmp_path / "b", experts=2), RECIPE).curves.keys()
     assert name == "tokenizer.json" or not lacking("\n".join(run.notes), f"{folder}/{name}")
-
-
-@pytest.mark.parametrize(("bytes_more", "is_read"), [(2**25, True), (2**27, False)])
-def test_a_long_first_line_is_left_out_and_one_longer_than_any_is_no_run(
-    tmp_path: Path, bytes_more: int, is_read: bool
-) -> None:
-    folder = a_run(tmp_path / "a", experts=2)
-    whole = (folder / "metrics.jsonl").read_bytes()
-    (folder / "metrics.jsonl").write_bytes(b"")
-    with (folder / "metrics.jsonl").open("r+b") as file:
-        file.truncate(bytes_more)
-        file.seek(bytes_more)
-        file.write(b"\n" + whole)
-    if is_read:
-        (note,) = read(folder, RECIPE).notes
-        assert not lacking(note, f"{folder}/metrics.jsonl line 1 whole")
-    else:
-        with pytest.raises(CheckpointError) as raised:
-            read(folder, RECIPE)
-        assert not lacking(str(raised.value), f"{folder}/metrics.jsonl bytes metrics")
