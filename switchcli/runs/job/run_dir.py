@@ -1,7 +1,6 @@
 """The folder of a run: its default name, its lock, its recipe, and whether a run in it can be resumed."""
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe.resolve import Difference, differences, dump
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.report.program import program_name
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
@@ -137,59 +135,16 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
                 f"{out} holds a run that was branched from {saved.parent.checkpoint}: take "
                 f"{BRANCH_FROM} {saved.parent.checkpoint} to resume it, or give another folder by --out"
             )
-        if recipe.parent is not None and (saved.parent is None or saved.parent.checkpoint != recipe.parent.checkpoint):
-            raise RecipeError(f"{out} holds another run: give a branch a folder of its own by --out")
         more = [other.key for other in changed[1:]]
         others = f" (also changed: {', '.join(more[:3])}{', ...' if len(more) > 3 else ''})" if more else ""
+        is_fixed = any(
+            key.startswith(_FIXED_IN_BRANCHES)
+            or (key.startswith("model.") and key.split(".")[1] not in CHANGEABLE_MODEL_KEYS)
+            for key, _, _ in changed
+        )
+        hint = "" if is_fixed else f"; to continue it as a new run, add {BRANCH_FROM} {shell_words(out)} --out NEW"
         raise RecipeError(
             f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
             "another folder by --out, or --no-resume to archive that run and start over"
-            f"{_branch_hint(changed, recipe, out, latest.step)}"
+            f"{hint}"
         )
-
-
-def _branch_hint(changed: Sequence[Difference], recipe: TrainingRecipe, out: Path, step: int) -> str:
-    """Return how to continue the run with the changed settings as a new run; empty if a branch cannot change them.
-
-    The branch begins after `step`. Where the recipe has no more steps, the command asks for as many again.
-    """
-    for key, _, _ in changed:
-        is_shape = key.startswith("model.") and key.split(".")[1] not in CHANGEABLE_MODEL_KEYS
-        if is_shape or key.startswith(_FIXED_IN_BRANCHES):
-            return ""
-    command = _branch_command(recipe.verb, out, [] if step < recipe.train.steps else [f"train.steps={2 * step}"])
-    if command is None:
-        return f"; branch_from={str(out)!r} continues it as a new run"
-    return f"; to continue it as a new run: {program_name()} {command}"
-
-
-def _branch_command(verb: str, run: Path, overrides: Sequence[str] = ()) -> str | None:
-    """Return the command line of this process with the run to branch from, a new folder, and more overrides.
-
-    None if the process has none, because `verb` was not started from a shell.
-    """
-    arguments = sys.argv[1:]
-    if arguments[:1] != [verb]:
-        return None
-    replaced = ("--out", "--model", BRANCH_FROM)
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in replaced:
-            skip = True
-        elif not argument.startswith(tuple(f"{option}=" for option in replaced)) and argument not in (
-            "--resume",
-            "--no-resume",
-        ):
-            kept.append(argument)
-    end = kept.index("--") if "--" in kept else len(kept)
-    return shell_words(*kept[:end], *overrides, BRANCH_FROM, run, "--out", _unused(run), *kept[end:])
-
-
-def _unused(run: Path) -> Path:
-    number = 1
-    while (path := run.with_name(f"{run.name}-branch{number}")).exists():
-        number += 1
-    return path
