@@ -10,11 +10,10 @@ Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X piece
 """
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
-from typing import NamedTuple, TypeVar
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +32,6 @@ SMALL_TOKENS = 2**20
 _NUM_CACHED = 2
 """Epoch orders and windows that are kept: where a batch extends over the end of one, or workers are ahead, two are in
 use."""
-
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 class EpochOrder(NamedTuple):
@@ -78,9 +74,9 @@ class TokenDataset:
                 f"takes {min_tokens}: add text, or take a smaller inputs_length (for the held-out part, a larger "
                 "held_out_fraction)"
             )
-        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int], ShuffleWindow] = OrderedDict()
-        self._lock = Lock()
+        # Two threads that miss at the same time make the same value twice, which does no harm.
+        self._order = lru_cache(_NUM_CACHED)(self._make_order)
+        self._window = lru_cache(_NUM_CACHED)(self._make_window)
 
     def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return raw ids int64 [R, L] of these rows of the endless sequence."""
@@ -92,36 +88,22 @@ class TokenDataset:
             for window in np.unique(window_R[epoch_R == epoch]):
                 in_window_R = (epoch_R == epoch) & (window_R == window)
                 first_row = order.end_W[window - 1] if window else 0
-                shuffled = self._window(int(epoch), int(window), order.shard_S)
+                shuffled = self._window(int(epoch), int(window))
                 raw_RL[in_window_R] = shuffled.raw_rows(row_in_epoch_R[in_window_R] - first_row)
         return raw_RL
 
-    def _order(self, epoch: int) -> EpochOrder:
-        with self._lock:
-            if epoch not in self._orders:
-                shard_S = permutation(len(self._rows_S), self._seed, epoch, SHARDS)
-                # Sums of the rows of WINDOW_SHARDS shards each; the last window may have fewer shards.
-                first_shard_W = np.arange(0, len(shard_S), WINDOW_SHARDS)
-                rows_W = np.add.reduceat(self._rows_S[shard_S], first_shard_W)
-                self._orders[epoch] = EpochOrder(shard_S, np.cumsum(rows_W))
-            return _get_recent(self._orders, epoch)
+    def _make_order(self, epoch: int) -> EpochOrder:
+        shard_S = permutation(len(self._rows_S), self._seed, epoch, SHARDS)
+        # Sums of the rows of WINDOW_SHARDS shards each; the last window may have fewer shards.
+        first_shard_W = np.arange(0, len(shard_S), WINDOW_SHARDS)
+        rows_W = np.add.reduceat(self._rows_S[shard_S], first_shard_W)
+        return EpochOrder(shard_S, np.cumsum(rows_W))
 
-    def _window(self, epoch: int, window: int, shard_S: NDArray[np.int64]) -> "ShuffleWindow":
-        with self._lock:
-            if (epoch, window) not in self._windows:
-                window_shards = shard_S[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
-                numbers = self._number_S[window_shards].tolist()
-                shards = {number: self._shards[number] for number in numbers}
-                self._windows[epoch, window] = ShuffleWindow(shards, self._rows, self._seed, epoch, window)
-            return _get_recent(self._windows, (epoch, window))
-
-
-def _get_recent(cached: OrderedDict[K, V], key: K) -> V:
-    """Return the value of a key, and remove the least recently used value if there are too many."""
-    cached.move_to_end(key)
-    if len(cached) > _NUM_CACHED:
-        cached.popitem(last=False)
-    return cached[key]
+    def _make_window(self, epoch: int, window: int) -> "ShuffleWindow":
+        window_shards = self._order(epoch).shard_S[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
+        numbers = self._number_S[window_shards].tolist()
+        shards = {number: self._shards[number] for number in numbers}
+        return ShuffleWindow(shards, self._rows, self._seed, epoch, window)
 
 
 class RowLayout(ABC):

@@ -7,10 +7,8 @@ nothing. This file does not import torch, because processes that prepare text im
 Legend  R rows  K sources
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
-from threading import Lock
+from functools import lru_cache, partial
 from typing import Self
 
 import numpy as np
@@ -30,9 +28,7 @@ class RandomOrders:
     """Random orders by index and purpose, with a cache of the newest ones. Several threads may call it."""
 
     def __init__(self, seed: int, max_cached: int = 64, order: OrderFn = permutation) -> None:
-        self._seed, self._max_cached, self._order = seed, max_cached, order
-        self._cached: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
-        self._lock = Lock()
+        self._get = lru_cache(max_cached)(lambda size, index, purpose: order(size, seed, index, purpose))
 
     def __call__(
         self, size: int, index_R: NDArray[np.int64], position_R: NDArray[np.int64], purpose: int
@@ -43,14 +39,6 @@ class RandomOrders:
             has_index_R = index_R == index
             number_R[has_index_R] = self._get(size, int(index), purpose)[position_R[has_index_R]]
         return number_R
-
-    def _get(self, size: int, index: int, purpose: int) -> NDArray[np.int64]:
-        with self._lock:
-            if (index, purpose) not in self._cached:
-                self._cached[index, purpose] = self._order(size, self._seed, index, purpose)
-                if len(self._cached) > self._max_cached:
-                    self._cached.popitem(last=False)
-            return self._cached[index, purpose]
 
 
 class MixtureSchedule:
