@@ -42,18 +42,9 @@ def all_keys() -> tuple[KeyInfo, ...]:
     `extends` is among them, which a file may have and the command line may not.
     """
     rows: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
-    return tuple(
-        KeyInfo(
-            row["key"],
-            tuple(row["verbs"]),
-            row["type"],
-            tuple(row["choices"]),
-            row["default"],
-            row["description"],
-            tuple(row["when"]),
-        )
-        for row in rows
-    )
+    for row in rows:
+        row.update({name: tuple(row[name]) for name in ("verbs", "choices", "when")})  # a NamedTuple that has a hash
+    return tuple(KeyInfo(**row) for row in rows)
 
 
 def keys(verb: str | None = None) -> tuple[KeyInfo, ...]:

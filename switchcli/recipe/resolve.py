@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, messages, sizes, yaml_nodes
+from switchcli.recipe.key_index import VERBS
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import AUTO, MAX_SIZE, VOCAB_SIZE, Spec, check_path_or_url
 
@@ -143,7 +144,7 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
     """Raise RecipeError if a recipe is of another verb than `schema`: one message instead of one per unknown key."""
     verb = verb_of(tree)
     expected = schema.model_fields["verb"].default if "verb" in schema.model_fields else None
-    if expected and verb and verb != expected and verb in _verbs(Spec):
+    if expected and verb and verb != expected and verb in VERBS:
         file, _, line = tree.where.rpartition(":")
         name = library.shipped_name(file) or file
         node = tree.value["verb"] if isinstance(tree.value, dict) and "verb" in tree.value else tree
@@ -260,15 +261,7 @@ def _differences(path: str, before: Any, after: Any) -> Iterator[Difference]:
         yield Difference(path, before, after)
 
 
-# Verbs and kinds
-
-
-def _verbs(spec: type[Spec]) -> Iterator[str]:
-    """Yield the verbs that take a recipe: the defaults of the key `verb` in all subclasses of `spec`."""
-    for schema in spec.__subclasses__():
-        if "verb" in schema.model_fields:
-            yield schema.model_fields["verb"].default
-        yield from _verbs(schema)
+# Kinds
 
 
 def _add_default_kinds(tree: Node, schema: type[Spec]) -> Node:
