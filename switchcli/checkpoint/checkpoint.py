@@ -245,7 +245,8 @@ def latest(folder: Path, warn: Callable[[str], None], *, files: FileOperations =
     """
 
     def rename_damaged(path: Path, damage: DamagedError) -> None:
-        renamed = _unused_name(path.with_name(f"{path.name}.bad-{damage.why}"))
+        renamed = path.with_name(f"{path.name}.bad-{damage.why}")
+        renamed = publish.free_name(renamed) if os.path.lexists(renamed) else renamed
         files.rename(path, renamed)
         files.sync(folder)
         warn(f"{damage} It is now {renamed.name}; the one before it is tried.")
@@ -391,11 +392,6 @@ def _clean_up(folder: Path, files: FileOperations) -> None:
         files.sync(folder)
     for path in replaced_checkpoints:
         files.remove_tree(path)
-
-
-def _unused_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}{f'-{number}' if number else ''}") for number in range(10_000))
-    return next(name for name in names if not os.path.lexists(name))
 
 
 def _first_mismatch(

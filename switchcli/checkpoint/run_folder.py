@@ -84,9 +84,7 @@ class RunFolder:
         if not self.is_to_archive():
             return None
         path = self.path.resolve() if self.path.is_symlink() else self.path
-        number = 1
-        while os.path.lexists(archived := path.with_name(f"{path.name}.before-{number}")):
-            number += 1
+        archived = publish.free_name(path.with_name(f"{path.name}.before"))
         with disk_errors(self.path):
             path.rename(archived)
         return archived

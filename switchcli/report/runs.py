@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from switchcli.metric_names import (
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.sinks import is_count, parse, step_of
+from switchcli.report.sinks import MAX_JSON_BYTES, is_count, parse, read_object, step_of
 from switchcli.system.user_files import open_regular, read_regular
 
 Floats = NDArray[np.float64]
@@ -38,8 +38,6 @@ MAX_METRIC = 1e100
 
 _LAYERS_START, _LAYERS_END = b'"layers": {', b"}}, "
 _ELSEWHERE = "name another run's"
-_MAX_FILE: Final = 2**28
-"""Bytes of the largest result.json and tokenizer.json that are read."""
 
 
 class Curve(NamedTuple):
@@ -304,10 +302,9 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     """Return the content of result.json, {} where there is none; append to `notes` what is wrong with it."""
     if not path.is_file():
         return {}
-    with disk_errors(path, _ELSEWHERE):
-        result = parse(read_regular(path, _MAX_FILE)) if path.stat().st_size <= _MAX_FILE else None
+    result = read_object(path)
     if result is None:
-        notes.append(f"{path}: not a JSON object of at most {_MAX_FILE:,} bytes, left out")
+        notes.append(f"{path}: not a JSON object of at most {MAX_JSON_BYTES:,} bytes, left out")
         return {}
     numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
     if large := [name for name, value in numbers.items() if not abs(value) < MAX_METRIC]:
@@ -327,7 +324,7 @@ def number(value: Any) -> float | None:
 
 
 def _digest(path: Path) -> str | None:
-    if not path.is_file() or path.stat().st_size > _MAX_FILE:
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
         return None
     with disk_errors(path, _ELSEWHERE):
-        return hashlib.sha256(read_regular(path, _MAX_FILE)).hexdigest()
+        return hashlib.sha256(read_regular(path, MAX_JSON_BYTES)).hexdigest()

@@ -9,10 +9,10 @@ from typing import Any, Final, TypeGuard
 
 from switchcli.errors import disk_errors
 from switchcli.system import publish
-from switchcli.system.user_files import open_regular
+from switchcli.system.user_files import open_regular, read_regular
 
-MAX_RESULT_BYTES: Final = 2**28
-"""Bytes of a result.json that is read, at most."""
+MAX_JSON_BYTES: Final = 2**28
+"""Bytes of the largest JSON file in the folder of a run that is read."""
 
 
 class JsonLines:
@@ -51,7 +51,7 @@ class JsonLines:
             if not is_changed:
                 return None
             if first_damaged:
-                old = self._free_name()
+                old = publish.free_name(self.path.with_name(f"{self.path.name}.damaged"))
                 with open_regular(self.path) as file:
                     publish_file(old, file)
             kept = (line for line, line_step in read_lines(self.path) if line_step is not None and line_step <= step)
@@ -60,12 +60,6 @@ class JsonLines:
         if not first_damaged:
             return None
         return f"{self.path}: line {first_damaged:,} holds no record of a step: the old file is kept as {old.name}"
-
-    def _free_name(self) -> Path:
-        number = 1
-        while os.path.lexists(path := self.path.with_name(f"{self.path.name}.damaged-{number}")):
-            number += 1
-        return path
 
     def sync(self) -> None:
         """Return once all written lines are on the disk. A checkpoint must not be published before."""
@@ -100,6 +94,14 @@ def parse(content: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, such as result.json; None where there is none that can be read."""
+    try:
+        return parse(read_regular(path, MAX_JSON_BYTES))
+    except OSError:
+        return None
 
 
 def step_of(record: Mapping[str, Any] | None) -> int | None:

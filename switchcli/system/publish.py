@@ -19,6 +19,7 @@ import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Final
 
@@ -204,6 +205,12 @@ def check_folder(path: Path) -> None:
 def _check_no_link(path: Path, mode: int) -> None:
     if stat.S_ISLNK(mode):
         raise OSError(errno.ELOOP, "is a symbolic link, through which nothing is written", str(path))
+
+
+def free_name(path: Path) -> Path:
+    """Return `path` with the first number after it that makes a name which nothing has: `run.before-1`."""
+    names = (path.with_name(f"{path.name}-{number}") for number in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def open_append(path: Path) -> IO[str]:

@@ -2,9 +2,7 @@
 
 import difflib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console, silent
 from switchcli.report.program import command_words
-from switchcli.report.sinks import MAX_RESULT_BYTES, to_json
+from switchcli.report.sinks import read_object, to_json
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
@@ -30,7 +28,6 @@ from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.job.run_dir import run_name
 from switchcli.spec import Spec
 from switchcli.system import publish
-from switchcli.system.user_files import read_regular
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.tasks.registry import SUITES, TASKS
@@ -276,7 +273,7 @@ def _check_writable(out: Path) -> None:
     Making the temporary folder also restores a folder that a killed command was replacing.
     """
     is_empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_empty and _existing(out / "result.json").get("verb") != "eval":
+    if not is_empty and (read_object(out / "result.json") or {}).get("verb") != "eval":
         raise CheckpointError(f"{out}: is there already and holds no evaluation: give another folder by --out")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -296,8 +293,7 @@ def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> 
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         if out.exists() and not _is_same_evaluation(out / "result.json", result):
-            names = (out.with_name(f"{out.name}.before-{number}") for number in count(1))
-            archived = next(name for name in names if not os.path.lexists(name))
+            archived = publish.free_name(out.with_name(f"{out.name}.before"))
             out.rename(archived)
         publish.publish_folder(temporary / "new", out, replace=True)
     return archived
@@ -307,14 +303,5 @@ def _is_same_evaluation(path: Path, result: Mapping[str, Any]) -> bool:
     """Return whether the result at `path` is of the same checkpoint and recipe. No result counts as the same one."""
     if not path.exists():
         return True  # an empty folder
-    existing = _existing(path)
+    existing = read_object(path) or {}
     return all(existing.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))
-
-
-def _existing(path: Path) -> dict[str, Any]:
-    """Return the result at `path`, or an empty one where there is none that can be read."""
-    try:
-        existing = json.loads(read_regular(path, MAX_RESULT_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return existing if isinstance(existing, dict) else {}

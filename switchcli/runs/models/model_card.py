@@ -17,14 +17,12 @@ from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.runs import as_mapping, number
 from switchcli.report.safe_text import markdown_text
-from switchcli.report.sinks import parse
+from switchcli.report.sinks import read_object
 from switchcli.report.table import Table, Value
 from switchcli.runs.evaluate.score_tables import shown_metric
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.system.user_files import read_regular
 
 NAME: Final = "README.md"
-_MAX_RESULT_BYTES: Final = 1 << 24
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}")
 _WORD: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -93,11 +91,7 @@ def model_card(handle: CheckpointHandle, parameters: int, export: Export) -> byt
 
 def _result(handle: CheckpointHandle) -> Mapping[str, Any]:
     """Return the result of the run, {} if there is none of the checkpoint's step, or if it cannot be read."""
-    try:
-        content = parse(read_regular(handle.path.parent.parent / "result.json", _MAX_RESULT_BYTES))
-    except OSError:
-        return {}
-    result = as_mapping(content)
+    result = read_object(handle.path.parent.parent / "result.json") or {}
     return result if result.get("step") == handle.step else {}
 
 

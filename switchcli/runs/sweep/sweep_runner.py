@@ -24,13 +24,13 @@ from switchcli.distributed.launch import kill_with_children
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.report.sinks import MAX_RESULT_BYTES, parse, step_of
+from switchcli.report.sinks import parse, read_object, step_of
 from switchcli.runs.sweep.sweep_list import SweepRun
 from switchcli.system import publish
 from switchcli.system.processor import available_processors, is_thread_count_set
 from switchcli.system.signals import stop_signals
 from switchcli.system.startup import LAUNCHER
-from switchcli.system.user_files import open_regular, read_regular
+from switchcli.system.user_files import open_regular
 
 STOPPED = "the sweep was stopped"
 """The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
@@ -157,11 +157,8 @@ class Sweep:
 
     def _is_complete(self, run: SweepRun) -> bool:
         """Return whether the run has a result, and this command made it."""
-        try:
-            result = parse(read_regular(self._out / run.name / "result.json", MAX_RESULT_BYTES))
-        except OSError:
-            return False
-        words, found = command(run, self._out), (result or {}).get("command")
+        result = read_object(self._out / run.name / "result.json") or {}
+        words, found = command(run, self._out), result.get("command")
         # `--processes` adds the checkpoint of a branch to the arguments of its ranks.
         return isinstance(found, list) and found[: len(words)] == words
 
