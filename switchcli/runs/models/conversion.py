@@ -91,9 +91,7 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
         weight_files = _weight_files(rename_tensors(config, checkpoint.weights()))
         for name, content in chain(documents.items(), weight_files):
             DISK.write(new / name, content)
-            DISK.sync(new / name)
             del content  # frees its memory before the next file is encoded
-        DISK.sync(new)
         return new
 
     publish_new_folder(destination, tensor_file.num_bytes(tensors.values()), write)
@@ -134,9 +132,6 @@ def to_ctranslate2(
         for name, content in documents.items():
             DISK.write(new / name, content)
         converted.save(str(new))
-        for file in new.iterdir():
-            DISK.sync(file)
-        DISK.sync(new)
         return new
 
     publish_new_folder(destination, ctranslate2_spec.num_bytes(converted), write)
