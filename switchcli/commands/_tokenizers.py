@@ -48,7 +48,9 @@ def train(
 
     tokenizer_tools.check_free(out, replace=force)
     facts = tokenizer_tools.train(recipe, overrides or [], out, Console(quiet=quiet))
-    finish(facts, as_json, [_facts_table(facts), *_use_lines(out)])
+    value = yaml_nodes.write({"kind": "file", "path": str(out)}, in_one_line=True).strip()
+    use = [Line(""), Line("to use it:"), Line(f"  {shell_words(f'data.tokenizer={value}')}")]
+    finish(facts, as_json, [_facts_table(facts), *use])
 
 
 @group.command(
@@ -82,21 +84,6 @@ def _facts_table(facts: Mapping[str, Any]) -> Table:
         if key != "tokenizer"
     ]
     return Table(("", ""), rows, facts["tokenizer"])
-
-
-def _use_lines(file: Path) -> Iterator[Line]:
-    """Yield how a run uses the tokenizer: an override to paste into a shell, and lines to paste into a recipe."""
-    value = {"kind": "file", "path": str(file)}
-    override = f"data.tokenizer={yaml_nodes.write(value, in_one_line=True).strip()}"
-    lines = yaml_nodes.write({"data": {"tokenizer": value}}).splitlines()
-    for text in (
-        "",
-        "on the command line:",
-        f"  {shell_words(override)}",
-        "in a recipe:",
-        *(f"  {line}" for line in lines),
-    ):
-        yield Line(text)
 
 
 def _tokenized_lines(texts: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
