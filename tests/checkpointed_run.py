@@ -62,7 +62,7 @@ class Parts:
             self.state,
             self.model,
             FixedLoss(cross_entropy),
-            Microbatches(rows, 4, 2, 1, 0, 1),
+            Microbatches(rows, 4, 2, 0, 1),
             self.optimizer,
             InverseSquareRoot(),
             self.context,

@@ -148,7 +148,7 @@ def train_on_rows(
         state or TrainState(),
         context.wrap(model),
         FixedLoss(objective),
-        Microbatches(rows, batch, microbatch, 1, context.dp_rank, context.dp_size),
+        Microbatches(rows, batch, microbatch or batch // context.dp_size, context.dp_rank, context.dp_size),
         optimizer,
         InverseSquareRoot(),
         context,

@@ -172,7 +172,7 @@ def _loading(job: Job, folder: Path) -> Callable[[], int]:
     }
     made_of = _specs(folder)["mixture" if who == "a mixture of 8 texts" else "joined"]
     batches = stream(_prepared(made_of, folder, folder / "cache", None), objectives.get(who, spans), rows)
-    microbatches = Microbatches(batches, rows, None, 1, 0, 1)
+    microbatches = Microbatches(batches, rows, rows, 0, 1)
     workers = {"1 worker": 1, "2 workers": 2}.get(who, 0)
     ahead = iter(range(0, 10**9, BATCHES))  # no batch twice
 

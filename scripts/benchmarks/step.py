@@ -65,7 +65,7 @@ def ours(job: Job, model: SwitchTransformer, context: DistributedContext) -> Cal
             state,
             wrapped,
             FixedLoss(cross_entropy),
-            Microbatches(OneBatch(job), sizes.batch, None, 1, 0, 1),
+            Microbatches(OneBatch(job), sizes.batch, sizes.batch, 0, 1),
             optimizer,
             InverseSquareRoot(learning_rate=1e-3),
             context,

@@ -74,15 +74,52 @@ ALONE = ParallelSpec()
 """The default mesh: data parallelism, with the whole model on each rank."""
 
 
-def indivisible_sizes(spec: ModelSpec, model: int) -> Iterator[tuple[str, int]]:
-    """Yield the recipe key and value of each size that a model axis of `model` ranks must divide and does not."""
+def mesh_problems(spec: ModelSpec, model: int, expert: int) -> Iterator[str]:
+    """Yield each reason why axes of `model` and `expert` ranks cannot divide the weights of a model."""
     sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
-    yield from ((key, size) for key, size in sizes.items() if size % model)
+    for key, size in sizes.items():
+        if size % model:
+            yield f"{key} ({size}) must be a multiple of parallel.model ({model}): try {math.gcd(size, model)}."
+    experts = spec.num_experts
+    if experts > 1 and model > 1 and spec.sparse != "feed_forward":
+        yield f"parallel.model ({model}) does not divide the experts of an attention (model.sparse): leave it out."
+    if experts == 1 < expert:
+        yield f"parallel.expert ({expert}): the model is dense (model.num_experts: 1): leave it out."
+    elif experts % expert:
+        divisors = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
+        rule = f"must divide the {experts} experts of a layer (model.num_experts)"
+        yield f"parallel.expert ({expert}) {rule}: take one of {divisors}."
 
 
-def divides_experts(spec: ModelSpec, model: int) -> bool:
-    """Return whether a model axis of `model` ranks can divide the experts. It cannot divide those of an attention."""
-    return model == 1 or spec.num_experts == 1 or spec.sparse == "feed_forward"
+def batch_problem(rows: int, ranks: int, microbatch: int | None, group: int, length: int) -> str | None:
+    """Return why `ranks` of the data axis cannot share a batch of `rows` sequences; None if they can.
+
+    A sequence has `length` tokens. A rank takes equal microbatches of `microbatch` sequences, or all its sequences at
+    once (None). A microbatch consists of whole routing groups of `group` sequences.
+    """
+    if rows % ranks:
+        return (
+            f"train.batch_tokens ({rows * length}) holds {rows} sequences, which {ranks} ranks cannot share evenly: "
+            f"try {_round_up(rows, ranks) * length}, or fewer ranks"
+        )
+    rank_rows = rows // ranks
+    each = microbatch or rank_rows
+    if rank_rows % each:
+        share = f"train.batch_tokens ({rows * length})" + (f" / {ranks} ranks" if ranks > 1 else "")
+        largest = next(number for number in range(min(each, rank_rows), 0, -1) if rank_rows % number == 0)
+        return f"train.microbatch_tokens ({each * length}) must divide {share}: try {largest * length}"
+    if each % group:
+        key, parts = ("train.microbatch_tokens", 1) if microbatch else ("train.batch_tokens", ranks)
+        of_rank = f", {each} sequences on each of {ranks} ranks," if ranks > 1 else ""
+        return (
+            f"{key} ({each * parts * length}){of_rank} must consist of whole groups of {group * length} tokens "
+            f"(model.router.group_sequences: {group}): try {_round_up(each, group) * parts * length}"
+        )
+    return None
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def even_dim(shapes: Collection[Sequence[int]], num_shards: int) -> int | None:

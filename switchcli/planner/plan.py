@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 
-from switchcli.distributed.parallel_spec import ParallelSpec, Shard, divides_experts, indivisible_sizes
+from switchcli.distributed.parallel_spec import ParallelSpec, Shard, batch_problem, mesh_problems
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, ModelCounts, count
 from switchcli.model.transformer import SwitchTransformer
@@ -243,9 +243,10 @@ class Planner:
     def _try_mesh(self, mesh: Mesh, machine: Machine) -> Fit | Rejection:
         """Return how the step fits on a mesh of the machine's devices, or why it does not."""
         spec, step = self.spec, self.step
-        violation = mesh_violation(spec, mesh) or batch_violation(spec, step, mesh, self._microbatch)
-        if violation:
-            return violation
+        if reason := next(mesh_problems(spec, mesh.model, mesh.expert), None):
+            return Rejection(mesh, "rule", reason)
+        if reason := batch_problem(step.sequences, mesh.data, self._microbatch, spec.group_sequences, step.source):
+            return Rejection(mesh, "batch", reason)
         weights, sizes = self._weights_of_rank(mesh.model), [self._microbatch or 0]
         if not self._microbatch:
             sizes = microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
@@ -285,35 +286,6 @@ def microbatch_sizes(rank_sequences: int, group_sequences: int) -> list[int]:
     They divide the `rank_sequences` of a rank into equal microbatches of whole routing groups.
     """
     return [num_groups * group_sequences for num_groups in reversed(divisors(rank_sequences // group_sequences))]
-
-
-def mesh_violation(spec: ModelSpec, mesh: Mesh) -> Rejection | None:
-    """Return why the sizes of the model do not allow the mesh; None if they do."""
-    for key, size in indivisible_sizes(spec, mesh.model):
-        return Rejection(mesh, "rule", f"{key} ({size}) must be a multiple of the model axis ({mesh.model})")
-    if not divides_experts(spec, mesh.model):
-        return Rejection(mesh, "rule", f"a model axis ({mesh.model}) cannot divide the experts of an attention")
-    if spec.num_experts % mesh.expert:
-        reason = f"model.num_experts ({spec.num_experts}) must be a multiple of the expert axis ({mesh.expert})"
-        return Rejection(mesh, "rule", reason)
-    return None
-
-
-def batch_violation(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int | None) -> Rejection | None:
-    """Return why the data axis cannot share the batch; None if it can."""
-    rank_sequences, remainder = divmod(step.sequences, mesh.data)
-    ranks, group = f"{mesh.data} ranks of the data axis", spec.group_sequences
-    reason = None
-    if remainder or not rank_sequences:
-        reason = f"train.batch_tokens holds {step.sequences} sequences, which {ranks} cannot share evenly"
-    elif rank_sequences % group:
-        reason = (
-            f"{rank_sequences} sequences on each of {ranks} are not whole groups of {group} "
-            "(model.router.group_sequences)"
-        )
-    elif microbatch and rank_sequences % microbatch:
-        reason = f"train.microbatch_tokens, {microbatch} sequences, must divide the {rank_sequences} on each of {ranks}"
-    return None if reason is None else Rejection(mesh, "batch", reason)
 
 
 def _memory_violation(mesh: Mesh, needed: DeviceBytes, machine: Machine, microbatch: int) -> Rejection:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
-from switchcli.distributed.parallel_spec import ParallelSpec, divides_experts, indivisible_sizes
+from switchcli.distributed.parallel_spec import ParallelSpec, batch_problem, mesh_problems
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.spec import Spec
 from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
@@ -126,23 +126,16 @@ class TrainingRecipe(Spec, ABC):
 
     def _batch_rules(self) -> Iterator[str]:
         """A step must consist of full microbatches, and a microbatch of full sequences and full routing groups."""
-        length = self.inputs_length
-        batch, microbatch = self.train.batch_tokens, self.train.microbatch_tokens or self.train.batch_tokens
-        key = "train.microbatch_tokens" if self.train.microbatch_tokens else "train.batch_tokens"
-        for name, tokens in {"train.batch_tokens": batch, key: microbatch}.items():
-            if tokens % length:
-                rule = f"must be a multiple of the {length} tokens of one input sequence"
-                yield f"{name} ({tokens}) {rule}: try {_round_up(tokens, length)}."
-        if batch % length or microbatch % length:
-            return
-        if batch % microbatch:
-            # The largest number of sequences up to the microbatch that divides the batch.
-            sequences = next(n for n in range(microbatch // length, 0, -1) if batch // length % n == 0)
-            yield f"{key} ({microbatch}) must divide train.batch_tokens ({batch}): try {sequences * length}."
-        group = self.model.group_sequences * length
-        if microbatch % group:
-            rule = f"must be a multiple of the {group} tokens that model.router.group_sequences puts into one group"
-            yield f"{key} ({microbatch}) {rule}: try {_round_up(microbatch, group)}."
+        length, train = self.inputs_length, self.train
+        sizes = {"train.batch_tokens": train.batch_tokens, "train.microbatch_tokens": train.microbatch_tokens or 0}
+        partial = {key: tokens for key, tokens in sizes.items() if tokens % length}
+        for key, tokens in partial.items():
+            rule = f"must be a multiple of the {length} tokens of one input sequence"
+            yield f"{key} ({tokens}) {rule}: try {(tokens // length + 1) * length}."
+        if not partial:
+            batch, microbatch = (tokens // length for tokens in sizes.values())
+            if problem := batch_problem(batch, 1, microbatch or None, self.model.group_sequences, length):
+                yield f"{problem}."
 
     def _capacity_rules(self) -> Iterator[str]:
         """A routing group must have at least one token, and by its capacity factors at least one slot, per expert."""
@@ -174,20 +167,8 @@ class TrainingRecipe(Spec, ABC):
 
     def _parallel_rules(self) -> Iterator[str]:
         """Ranks must be able to divide the experts and the weights evenly."""
-        experts, expert_ranks, data_ranks = self.model.num_experts, self.parallel.expert, self.parallel.data
-        if experts == 1 < expert_ranks:
-            yield f"parallel.expert ({expert_ranks}): the model is dense (model.num_experts: 1): leave it out."
-        elif experts % expert_ranks:
-            rule = f"must divide the {experts} experts of a layer (model.num_experts)"
-            divisors = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
-            yield f"parallel.expert ({expert_ranks}) {rule}: take one of {divisors}."
-        model_ranks = self.parallel.model
-        for key, size in indivisible_sizes(self.model, model_ranks):
-            divisor = math.gcd(size, model_ranks)
-            yield f"{key} ({size}) must be a multiple of parallel.model ({model_ranks}): try {divisor}."
-        if not divides_experts(self.model, model_ranks):
-            rule = "does not divide the experts of an attention (model.sparse)"
-            yield f"parallel.model ({model_ranks}) {rule}: leave it out."
+        expert_ranks, data_ranks = self.parallel.expert, self.parallel.data
+        yield from mesh_problems(self.model, self.parallel.model, expert_ranks)
         if self.parallel.reduction == "ordered" and self.train.microbatch_tokens is None:
             yield (
                 "parallel.reduction: ordered adds up the microbatches of train.microbatch_tokens, which are the same "
@@ -200,7 +181,3 @@ class TrainingRecipe(Spec, ABC):
     def _schedule_rules(self) -> Iterator[str]:
         if problem := self.schedule.incompatibility(self.train.steps):
             yield f"schedule.{problem}"
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -1,11 +1,9 @@
 """Microbatches: which rows of a step's batch each rank takes, and in how many forward passes."""
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
 from switchcli.data.batch import AnyBatch, BatchSource
-from switchcli.errors import RecipeError
 from switchcli.spec import PAD
 
 
@@ -38,32 +36,18 @@ class Microbatches:
     divided depends on the size of a microbatch alone, so any number of ranks computes the same microbatches.
     """
 
-    def __init__(
-        self,
-        source: BatchSource,
-        batch: int,
-        microbatch: int | None,
-        group: int,
-        rank: int,
-        world: int,
-        length: int = 1,
-    ) -> None:
+    def __init__(self, source: BatchSource, batch: int, microbatch: int, rank: int, world: int) -> None:
         """Divide the batches of `source`.
 
         Args:
             source: the batches of the run.
             batch: sequences of a step, over all ranks.
-            microbatch: sequences of a microbatch; None: all of a rank's sequences.
-            group: sequences that are routed together.
+            microbatch: sequences of a microbatch, which divide those of a rank (`batch_problem`).
             rank: the index of this rank among the data-parallel ranks, which share the batch.
             world: the number of data-parallel ranks.
-            length: tokens of a sequence, for error messages.
-
-        Raises:
-            RecipeError: see `rows_of_microbatch`.
         """
-        self.microbatch = rows_of_microbatch(batch, microbatch, group, world, length)
-        self.count = batch // world // self.microbatch
+        self.microbatch = microbatch
+        self.count = batch // world // microbatch
         self._source = source
         self._first = rank * self.count
 
@@ -79,32 +63,3 @@ class Microbatches:
     def _microbatch(self, step: int, number: int) -> Microbatch:
         batch = self._source.batch(step, number * self.microbatch, self.microbatch)
         return Microbatch(number, batch, RealTokens.of(batch))
-
-
-def rows_of_microbatch(batch: int, microbatch: int | None, group: int, world: int, length: int = 1) -> int:
-    """Return the number of rows of a microbatch: `microbatch`, or all rows of a rank if None. For the parameters see
-    `Microbatches`.
-
-    Raises:
-        RecipeError: the ranks cannot share the batch evenly, the microbatches do not divide a rank's rows, or groups
-            do not divide a microbatch.
-    """
-    if batch % world:
-        next_multiple = (batch // world + 1) * world
-        raise RecipeError(
-            f"train.batch_tokens ({batch * length}) holds {batch} sequences, which {world} ranks cannot share "
-            f"evenly: try {next_multiple * length}, or fewer ranks"
-        )
-    rows_per_rank = batch // world
-    rows = microbatch or rows_per_rank
-    if rows_per_rank % rows:
-        raise RecipeError(
-            f"train.microbatch_tokens ({rows * length}) must divide the {rows_per_rank * length} "
-            f"tokens that each of {world} ranks takes in a step: try {math.gcd(rows, rows_per_rank) * length}"
-        )
-    if rows % group:
-        raise RecipeError(
-            f"a microbatch of {rows} sequences (on {world} ranks) does not hold whole groups of "
-            f"model.router.group_sequences ({group}): let each rank take a multiple of {group * length} tokens"
-        )
-    return rows

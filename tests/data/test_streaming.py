@@ -115,7 +115,7 @@ class Run:
             for rank in range(world)
         ]
         self._batches = [
-            Microbatches(stream, BATCH, MICROBATCH, 1, rank, world) for rank, stream in enumerate(self.streams)
+            Microbatches(stream, BATCH, MICROBATCH, rank, world) for rank, stream in enumerate(self.streams)
         ]
 
     def step(self, step: int) -> Batch:

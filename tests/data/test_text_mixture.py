@@ -245,7 +245,7 @@ def test_examples_are_the_same_on_any_ranks_and_with_any_workers(world: int, wor
     alone = stream(shares)
     loaders = []
     for rank in range(world):
-        batches = Microbatches(stream(shares), BATCH, MICROBATCH, 1, rank, world)
+        batches = Microbatches(stream(shares), BATCH, MICROBATCH, rank, world)
         loaders.append(Loader(batches, workers, 3, DistributedContext("cpu", "float32")))
     steps = [(0, 8), (30, 36), (59, 60)]  # from the beginning, and where a run is resumed
     each = [chain(*(loader.from_step(*some) for some in steps)) for loader in loaders]

@@ -68,7 +68,7 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     settings = CheckpointSpec(keep_last=9, background=background)
     disk = SlowDisk(0.02 * (1 + context.rank), context.rank == full_on)
     saver = Checkpointer(folder, weights, optimizer, context, {DATA: b"{}"}, settings, disk)
-    batches, stop = Microbatches(rows, 8, 2, 1, context.dp_rank, context.dp_size), StopRequest()
+    batches, stop = Microbatches(rows, 8, 2, context.dp_rank, context.dp_size), StopRequest()
     callbacks = [SaveEvery(EVERY, saver)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)
     wrapped, schedule = context.wrap(model), InverseSquareRoot()

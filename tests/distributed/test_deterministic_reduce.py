@@ -73,7 +73,7 @@ def summed(context: DistributedContext, batch: int, sequences: int) -> Arrays:
     model = a_model(NOISY).train()
     if context.rank:
         nn.init.zeros_(model.embedding)  # `wrap` has the first rank's weights taken
-    batches = Microbatches(rows, batch, sequences, 1, context.dp_rank, context.dp_size)
+    batches = Microbatches(rows, batch, sequences, context.dp_rank, context.dp_size)
     accumulate_gradients(context.wrap(model), cross_entropy, batches(0), REAL, context, "noise")
     return [parameter.grad.numpy() for parameter in model.parameters()]
 
@@ -167,7 +167,7 @@ def test_sums_weights_and_state_are_the_same_on_any_number_of_ranks_but_in_the_f
 
 def test_what_a_failed_step_left_is_forgotten() -> None:
     context, model = DistributedContext("cpu", "float32", ORDERED), a_model(NOISY).train()
-    batches = Microbatches(rows, 4, 1, 1, 0, 1)(0)
+    batches = Microbatches(rows, 4, 1, 0, 1)(0)
 
     def failing(module: nn.Module, batch: Any) -> Any:
         if torch.equal(batch.inputs_BS, batches[2].batch.inputs_BS):

@@ -46,7 +46,7 @@ def trained(parallel: ParallelSpec, no_experts: bool, no_ranks: bool) -> tuple[i
         state,
         context.wrap(model),
         FixedLoss(cross_entropy),
-        Microbatches(Source(given), 8, None, 1, context.dp_rank, context.dp_size),
+        Microbatches(Source(given), 8, 8 // context.dp_size, context.dp_rank, context.dp_size),
         Adafactor().build(weights.parameters, weights.layouts),
         InverseSquareRoot(),
         context,

@@ -38,7 +38,7 @@ def trained(parallel: ParallelSpec) -> str:
     try:
         model, weights = model_of(LARGE, context)
         optimizer = Adafactor().build(weights.parameters, weights.layouts)
-        batches = Microbatches(rows, 4, 1, 1, context.rank, context.world)
+        batches = Microbatches(rows, 4, 1, context.rank, context.world)
         accumulate_gradients(context.wrap(model), cross_entropy, list(batches(0)), RealTokens(12, 9), context, "")
         optimizer.step(1e-3)
     except RuntimeError as error:

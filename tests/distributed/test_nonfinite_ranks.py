@@ -193,7 +193,7 @@ class Run:
             self.state,
             context.wrap(self.model),
             LossAt(lambda step: self.objective),
-            Microbatches(Source(sequences), BATCH, 2, 1, context.dp_rank, context.dp_size),
+            Microbatches(Source(sequences), BATCH, 2, context.dp_rank, context.dp_size),
             self.optimizer,
             InverseSquareRoot(),
             context,

@@ -217,7 +217,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
     context = DistributedContext("cpu", "float32", parallel)
     (model, weights), state, log, stop = model_of(of, context), TrainState(), Records(), StopRequest()
     optimizer = spec.build(weights.parameters, weights.layouts)
-    batches = Microbatches(rows, BATCH, 2, 1, context.dp_rank, context.dp_size)
+    batches = Microbatches(rows, BATCH, 2, context.dp_rank, context.dp_size)
     loader = Loader(batches, 0, 0, context)
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
@@ -309,7 +309,7 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
             state,
             context.wrap(model),
             FixedLoss(objective),
-            Microbatches(rows, BATCH, None, 1, context.dp_rank, context.dp_size),
+            Microbatches(rows, BATCH, BATCH // context.dp_size, context.dp_rank, context.dp_size),
             Adafactor().build(weights.parameters, weights.layouts),
             InverseSquareRoot(),
             context,

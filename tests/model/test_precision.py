@@ -126,7 +126,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
         state,
         model,
         FixedLoss(cross_entropy),
-        Microbatches(Source(lambda step, first, count: rows(step % 2, first, count)), 8, None, 1, 0, 1),
+        Microbatches(Source(lambda step, first, count: rows(step % 2, first, count)), 8, 8, 0, 1),
         Adafactor().build(dict(model.named_parameters())),
         InverseSquareRoot(learning_rate=0.005),
         DistributedContext("cpu", precision),

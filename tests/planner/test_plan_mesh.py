@@ -129,14 +129,14 @@ def reason(found: Plan, **mesh: Any) -> str:
 
 def test_a_mesh_is_refused_by_the_models_sizes() -> None:
     found = planned(SPARSE, 16)
-    assert re.search(r"model\.num_experts \(8\).*\bexpert axis\b.*\b16\b", reason(found, expert=16))
-    assert re.search(r"model\.num_heads \(4\).*\bmodel axis\b.*\b8\b", reason(found, model=8))
+    assert re.search(r"parallel\.expert \(16\).*\b8 experts\b.*model\.num_experts", reason(found, expert=16))
+    assert re.search(r"model\.num_heads \(4\).*parallel\.model \(8\)", reason(found, model=8))
     odd = SPARSE.model_copy(update={"d_ff": 255, "vocab_size": 511})
-    assert re.search(r"model\.d_ff \(255\).*\bmodel axis\b.*\b2\b", reason(planned(odd, 2), model=2))
+    assert re.search(r"model\.d_ff \(255\).*parallel\.model \(2\)", reason(planned(odd, 2), model=2))
     odd = SPARSE.model_copy(update={"vocab_size": 511})
-    assert re.search(r"model\.vocab_size \(511\).*\bmodel axis\b.*\b2\b", reason(planned(odd, 2), model=2))
+    assert re.search(r"model\.vocab_size \(511\).*parallel\.model \(2\)", reason(planned(odd, 2), model=2))
     both = SPARSE.model_copy(update={"sparse": "both"})
-    assert re.search(r"\bmodel axis \(2\).*\bexperts\b.*\battention\b", reason(planned(both, 2), model=2))
+    assert re.search(r"parallel\.model \(2\).*\bexperts\b.*\battention\b", reason(planned(both, 2), model=2))
 
 
 def test_a_mesh_is_refused_by_the_batch() -> None:
@@ -144,9 +144,9 @@ def test_a_mesh_is_refused_by_the_batch() -> None:
     assert re.search(r"train\.batch_tokens\b.*\b64 sequences\b.*\b128 ranks\b", too_many)
     grouped = SPARSE.model_copy(update={"router": SwitchRouter(group_sequences=8)})
     no_groups = reason(planned(grouped, 16), data=16, expert=1)
-    assert re.search(r"\b4 sequences\b.*\b16 ranks\b.*\b8\b.*model\.router\.group_sequences", no_groups)
+    assert re.search(r"\b4 sequences\b.*\b16 ranks\b.*model\.router\.group_sequences: 8\b", no_groups)
     uneven = reason(planned(DENSE, 16, microbatch=3), data=16)
-    assert re.search(r"train\.microbatch_tokens\b.*\b3 sequences\b.*\b4\b.*\b16 ranks\b", uneven)
+    assert re.search(r"train\.microbatch_tokens \(1536\).*train\.batch_tokens \(32768\).*\b16 ranks\b", uneven)
 
 
 def test_a_mesh_is_refused_by_the_memory() -> None:

@@ -90,7 +90,7 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
             sums[EXPERTS if tensor.ndim == 3 else DENSE] += tensor.nbytes  # stacks; buckets are flat
         return all_reduce(tensor, *how, **named)
 
-    batches = Microbatches(rows, BATCH, MICROBATCH, 1, context.dp_rank, context.dp_size)
+    batches = Microbatches(rows, BATCH, MICROBATCH, context.dp_rank, context.dp_size)
     dist.all_reduce = counting_all_reduce
     for kind in kinds:
         setattr(dist, kind, counting(kind))

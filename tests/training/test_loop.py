@@ -57,7 +57,7 @@ class Run:
             self.state,
             self.model,
             LossAt(lambda step: self.objective),
-            Microbatches(Source(noted), 4, 2, 1, 0, 1),
+            Microbatches(Source(noted), 4, 2, 0, 1),
             self.optimizer,
             SCHEDULE,
             DistributedContext("cpu", "float32"),
@@ -181,7 +181,7 @@ def test_noise_depends_on_the_seed() -> None:
 
 def test_noise_goes_by_the_number_of_a_microbatch_among_those_of_all_ranks() -> None:
     def gradient(first: int, last: int) -> torch.Tensor:
-        model, microbatches = a_model(NOISY).train(), Microbatches(rows, 4, 2, 1, 0, 1)(0)[first:last]
+        model, microbatches = a_model(NOISY).train(), Microbatches(rows, 4, 2, 0, 1)(0)[first:last]
         context, real = DistributedContext("cpu", "float32"), RealTokens(40, 20)
         accumulate_gradients(model, cross_entropy, microbatches, real, context, "seed")
         assert model.embedding.grad is not None

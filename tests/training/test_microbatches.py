@@ -1,5 +1,7 @@
 """Microbatches: each row of a step once, the same cuts on any number of ranks, and errors that say the way out."""
 
+import re
+
 import pytest
 import torch
 from doubles import Source
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchcli.data.batch import Batch
-from switchcli.errors import RecipeError
+from switchcli.distributed.parallel_spec import batch_problem
 from switchcli.spec import PAD
 from switchcli.training.microbatches import Microbatches
 
@@ -22,9 +24,9 @@ def test_ranks_share_the_same_microbatches_and_take_each_once(
     world: int, each: int, microbatch: int, step: int
 ) -> None:
     batch = world * each * microbatch
-    alone = list(Microbatches(Source(numbered), batch, microbatch, 1, 0, 1)(step))
+    alone = list(Microbatches(Source(numbered), batch, microbatch, 0, 1)(step))
     shared = [
-        one for rank in range(world) for one in Microbatches(Source(numbered), batch, microbatch, 1, rank, world)(step)
+        one for rank in range(world) for one in Microbatches(Source(numbered), batch, microbatch, rank, world)(step)
     ]
     assert [one.number for one in shared] == [one.number for one in alone] == list(range(world * each))
     for ours, theirs in zip(shared, alone, strict=True):
@@ -35,26 +37,27 @@ def test_ranks_share_the_same_microbatches_and_take_each_once(
     assert rows == list(range(1000 * step, 1000 * step + batch))
 
 
-def test_without_a_size_a_rank_takes_its_share_at_once() -> None:
-    batches = Microbatches(Source(numbered), 12, None, 2, rank=2, world=3)
-    assert (batches.microbatch, batches.count) == (4, 1)
-    (only,) = batches(0)
-    assert only.number == 2
-    assert only.batch.inputs_BS.flatten().tolist() == [8, 9, 10, 11]
-
-
 @pytest.mark.parametrize(
     ("batch", "microbatch", "group", "world", "words"),
     [
         (10, None, 1, 4, r"train\.batch_tokens\b.*\b10 sequences\b.*\b4 ranks\b.*\b12\b"),
         (2, None, 1, 4, r"train\.batch_tokens\b.*\b2 sequences\b.*\b4 ranks\b.*\b4\b"),
-        (12, 4, 1, 2, r"train\.microbatch_tokens \(4\).*\b6 tokens\b.*\b2 ranks\b.*\b2\b"),
-        (12, 3, 2, 2, r"\b3 sequences\b.*\b2 ranks\b.*model\.router\.group_sequences \(2\).*\b2 tokens\b"),
-        (6, None, 2, 2, r"\b3 sequences\b.*model\.router\.group_sequences"),
+        (12, 4, 1, 2, r"train\.microbatch_tokens \(4\).*train\.batch_tokens \(12\).*\b2 ranks\b.*\b3\b"),
+        (
+            12,
+            3,
+            2,
+            2,
+            r"train\.microbatch_tokens \(3\).*\b3 sequences\b.*\b2 ranks\b.*model\.router\.group_sequences.*\b4\b",
+        ),
+        (6, None, 2, 2, r"train\.batch_tokens \(6\).*\b3 sequences\b.*model\.router\.group_sequences: 2.*\b8\b"),
     ],
 )
-def test_a_batch_that_cannot_be_shared_evenly_is_refused_with_the_way_out(
+def test_a_batch_that_cannot_be_shared_evenly_has_a_problem_with_the_way_out(
     batch: int, microbatch: int | None, group: int, world: int, words: str
 ) -> None:
-    with pytest.raises(RecipeError, match=words):
-        Microbatches(Source(numbered), batch, microbatch, group, 0, world)
+    assert re.search(words, batch_problem(batch, world, microbatch, group, 1) or "")
+
+
+def test_without_a_size_a_rank_takes_its_share_at_once() -> None:
+    assert batch_problem(12, 3, None, 2, 1) is None

@@ -112,7 +112,7 @@ def train(
             state,
             model,
             FixedLoss(objective),
-            Microbatches(batches or Source(rows), 4, 4 // microbatches, 1, 0, 1),
+            Microbatches(batches or Source(rows), 4, 4 // microbatches, 0, 1),
             built,
             Constant(learning_rate=0.01),
             context,

@@ -16,7 +16,7 @@ from switchcli.training.prefetch import Loader
 
 STEPS = 12
 AHEAD = 3
-make = Microbatches(rows, 8, 2, 1, 0, 1)
+make = Microbatches(rows, 8, 2, 0, 1)
 
 
 class Pinning:

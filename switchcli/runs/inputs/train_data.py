@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.errors import DataError
+from switchcli.distributed.parallel_spec import batch_problem
+from switchcli.errors import DataError, RecipeError
 from switchcli.model.moe.router import Policy
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator
-from switchcli.training.microbatches import rows_of_microbatch
 from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.validation import HeldOutText
 
@@ -115,4 +115,6 @@ def microbatch_rows(recipe: TrainingRecipe, context: DistributedContext) -> int:
     """
     length, group_rows = recipe.inputs_length, recipe.model.group_sequences
     rows = recipe.train.microbatch_tokens and recipe.train.microbatch_tokens // length
-    return rows_of_microbatch(recipe.rows_per_step, rows, group_rows, context.dp_size, length)
+    if problem := batch_problem(recipe.rows_per_step, context.dp_size, rows, group_rows, length):
+        raise RecipeError(problem)
+    return rows or recipe.rows_per_step // context.dp_size

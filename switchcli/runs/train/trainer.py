@@ -113,15 +113,7 @@ class Trainer:
         if branch is not None:  # before the data, because that run may remove the checkpoint meanwhile
             branching.load(branch, weights, self.optimizer)
         self.data = task.build_data()
-        self.microbatches = Microbatches(
-            self.data.source,
-            recipe.rows_per_step,
-            rows,
-            recipe.model.group_sequences,
-            context.dp_rank,
-            context.dp_size,
-            recipe.inputs_length,
-        )
+        self.microbatches = Microbatches(self.data.source, recipe.rows_per_step, rows, context.dp_rank, context.dp_size)
         self.evaluator = self.data.evaluator
         self.checkpointer = self._build_checkpointer(weights)
         self.state = TrainState()
