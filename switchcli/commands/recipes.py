@@ -1,10 +1,7 @@
 """`switchcli recipes`: list, print, copy, check and explain recipes. Results go to stdout; errors are raised."""
 
 import os
-import shutil
-import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +16,7 @@ from switchcli.recipe import key_index, library, yaml_nodes
 from switchcli.recipe.key_index import KeyInfo
 from switchcli.report.console import print_json
 from switchcli.report.safe_text import one_line
+from switchcli.report.table import Table
 
 app = typer.Typer(
     name="recipes",
@@ -30,10 +28,6 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
 )
-
-_MAX_DEFAULT = 28
-_MIN_MEANING = 40
-"""Columns that the meaning of a key needs at least, to stand in a column of its own."""
 
 Name = Annotated[
     str,
@@ -52,14 +46,8 @@ Name = Annotated[
 def list_recipes(as_json: Json = False) -> None:
     """List the name and description of each shipped recipe."""
     recipes = {name: library.description(name) for name in library.recipe_names()}
-    name_width = max(map(len, recipes), default=0)
-    lines: list[str] = []
-    for name, description in recipes.items():
-        start = f"{name:{name_width}}  "
-        # Without a terminal, a line each for the program that reads them.
-        lines += _wrapped(start, description or " ", _width()) if sys.stdout.isatty() else [f"{start}{description}"]
     result = {"recipes": [{"name": name, "description": description} for name, description in recipes.items()]}
-    finish(result, as_json, [Line(line.rstrip(), wrap=False) for line in lines])
+    finish(result, as_json, [Table(("", ""), [*recipes.items()], align="left")])
 
 
 @app.command(
@@ -179,15 +167,8 @@ def explain(
         raise RecipeError(_unknown_key(key))
     explained = [{**info._asdict(), "example": key_index.example(info)} for info in meanings]
     result = {"key": name, "meanings": explained, "below": [info._asdict() for info in below]}
-    width = _width()
-    blocks = [*(_explanation(alike, width) for alike in _alike(meanings)), *([_table(below, width)] if below else [])]
-    lines = "\n\n".join("\n".join(block) for block in blocks).splitlines()
-    finish(result, as_json, [Line(line, wrap=False) for line in lines])
-
-
-def _width() -> int:
-    """Return the columns of the terminal, or 120 where the output is no terminal."""
-    return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 120
+    tables = [_explanation(alike) for alike in _alike(meanings)] + ([_overview(below)] if below else [])
+    finish(result, as_json, tables)
 
 
 def _unknown_key(key: str) -> str:
@@ -204,8 +185,8 @@ def _alike(meanings: Sequence[KeyInfo]) -> list[list[KeyInfo]]:
     return list(groups.values())
 
 
-def _explanation(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
-    """Yield the lines that explain one meaning of a key, or several that `_alike` has put together."""
+def _explanation(infos: Sequence[KeyInfo]) -> Table:
+    """Return a table that explains one meaning of a key, or several that `_alike` has put together."""
 
     def by_verbs(texts: Sequence[str]) -> list[str]:
         if len(set(texts)) == 1:
@@ -213,7 +194,7 @@ def _explanation(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
         return [f"{', '.join(info.verbs)}: {text}" for info, text in zip(infos, texts, strict=True)]
 
     first = infos[0]
-    rows = {
+    texts = {
         "verbs": [", ".join(verb for info in infos for verb in info.verbs)],
         "with": [" or ".join(first.when)],
         "type": [first.type],
@@ -222,40 +203,27 @@ def _explanation(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
         "meaning": by_verbs([info.description for info in infos]),
         "example": [key_index.example(first)],
     }
-    yield first.key
-    for heading, texts in rows.items():
-        for number, text in enumerate(texts):
-            if text:
-                yield from _wrapped(f"  {'' if number else heading:8}  ", text, width)
+    rows = [
+        ("" if number else heading, text)
+        for heading, lines in texts.items()
+        for number, text in enumerate(lines)
+        if text
+    ]
+    return Table(("", ""), rows, first.key, align="left")
 
 
-def _table(infos: Sequence[KeyInfo], width: int) -> Iterator[str]:
-    """Yield the lines of a table of keys: name, default and meaning, the meaning below where the width is too small."""
+def _overview(infos: Sequence[KeyInfo]) -> Table:
+    """Return a table of keys with their meanings and defaults."""
     names = [info.key for info in infos]
-    defaults = ["" if _is_long(info) else info.default or "required" for info in infos]
-    key_width, default_width = max(map(len, names)), max(map(len, defaults))
-    for info, default in zip(infos, defaults, strict=True):
+    rows = []
+    for info in infos:
         condition = key_index.kinds(info)
         if not condition and names.count(info.key) > 1:
             condition = info.verbs
-        meaning = f"one of {', '.join(info.choices)}" if info.key.endswith(".kind") else info.description
-        if _is_long(info):
-            meaning += f" Default: {info.default}"
-        start = f"{info.key:{key_width}}  {default:{default_width}}  "
-        if len(start) + _MIN_MEANING > width:
-            yield start.rstrip()
-            start = "    "
-        yield from _wrapped(start, f"{', '.join(condition)}: {meaning}" if condition else meaning, width)
-
-
-def _is_long(info: KeyInfo) -> bool:
-    """Return whether the default is too long for a column of a table."""
-    return len(info.default or "") > _MAX_DEFAULT
-
-
-def _wrapped(start: str, text: str, width: int) -> list[str]:
-    indent = " " * len(start)
-    return textwrap.wrap(text, width, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
+        meaning = f"One of {', '.join(info.choices)}." if info.key.endswith(".kind") else info.description
+        default = "Required." if info.default is None else f"Default: {info.default}"
+        rows.append((info.key, f"{', '.join(condition)}: {meaning} {default}" if condition else f"{meaning} {default}"))
+    return Table(("", ""), rows, align="left", folds_names=False)
 
 
 def _errors_in(file: str, overrides: Sequence[str]) -> list[str]:

@@ -40,6 +40,8 @@ class Table:
     """The name of its file, `NAME.csv`, and of its values in a page."""
     align: Literal["left", "right"] = "right"
     """The side of all columns but the first: right for numbers, left for text."""
+    folds_names: bool = True
+    """Whether a terminal folds the first column where it is too narrow, and not the others alone."""
 
     def __post_init__(self) -> None:
         assert all(len(row) <= len(self.columns) for row in self.rows), f"{self.title}: a row has too many values"
@@ -107,7 +109,8 @@ class Table:
             grid = Grid.grid(padding=(0, _GAP))
             for index in range(len(self.columns)):
                 is_number = has_headings and self.align == "right" and index > 0
-                grid.add_column(justify=self.align if index else "left", overflow="fold", no_wrap=is_number)
+                no_wrap = is_number or (index == 0 and not self.folds_names)
+                grid.add_column(justify=self.align if index else "left", overflow="fold", no_wrap=no_wrap)
             if has_headings:
                 grid.add_row(*(terminal_text(column, "dim") for column in self.columns))
             for row in rows:
