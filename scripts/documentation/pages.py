@@ -14,7 +14,7 @@ import typer
 
 import switchcli
 from switchcli.cli import app
-from switchcli.commands import _help
+from switchcli.commands._help import DOCS
 from switchcli.recipe import key_index
 from switchcli.recipe.key_index import KeyInfo
 
@@ -158,9 +158,12 @@ def _default(parameter: Any) -> str:
 
 def _epilog(text: str) -> Iterator[str]:
     """Yield the examples and the link of a command's epilog as Markdown."""
-    commands = "\n".join(_help.examples(text))
+    *examples, more = [line.strip() for line in text.replace(r"\[", "[").splitlines()[1:] if line]
+    commands = "\n".join(examples)
+    before, after = f"More: {DOCS}".split("{page}")
+    page = more.removeprefix(before).removesuffix(after)
     yield f"<!-- not run: the examples of `--help` -->\n```bash\n{commands}\n```\n"
-    yield f"More: [{_help.page(text)}](../{_help.page(text)}.md)\n"
+    yield f"More: [{page}](../{page}.md)\n"
 
 
 # The Python API

@@ -1,6 +1,5 @@
 """The epilog of a command's help, and the columns of its options."""
 
-import math
 from typing import Any, Final
 
 DOCS: Final = "docs/{page}.md in the repository"
@@ -16,22 +15,11 @@ def epilog(page: str, *examples: str) -> str:
     return "\n".join(lines).replace("[", r"\[")  # Typer reads [name] as markup
 
 
-def examples(epilog: str) -> list[str]:
-    """Return the commands in the text that `epilog` returned."""
-    return [line.strip() for line in epilog.replace(r"\[", "[").splitlines() if line.startswith("  ")]
-
-
-def page(epilog: str) -> str:
-    """Return the page in the text that `epilog` returned."""
-    before, after = f"\nMore: {DOCS}".split("{page}")
-    return epilog.partition(before)[2].removesuffix(after)
-
-
 def simplify(parameter: Any) -> Any:
     """Make a parameter of Typer short in `--help`, and return it.
 
     An argument is shown by its name in capitals, a flag without a type, a number without its range, which the error
-    about a wrong one names. The default of a float becomes text, which is parsed like that of a user.
+    about a wrong one names.
     """
     if parameter.param_type_name == "argument":
         parameter.metavar = parameter.metavar or parameter.name.upper()
@@ -44,15 +32,4 @@ def simplify(parameter: Any) -> Any:
         if parameter.is_flag:
             parameter.metavar = ""
         parameter.min = parameter.max = None
-        if isinstance(parameter.default, float):
-            parameter.default = readable(parameter.default)
     return parameter
-
-
-def readable(value: float) -> str:
-    """Return a number as people write it: 312e12 for 3.12e14, 0.6 and 1 for themselves."""
-    text = f"{value:g}"
-    if math.isfinite(value) and abs(value) >= 1e6:
-        exponent = int(math.log10(abs(value))) // 3 * 3
-        text = f"{value / 10**exponent:g}e{exponent}"
-    return text if float(text) == value else repr(value)
