@@ -184,6 +184,13 @@ def _check_value(name: str, value: str) -> None:
         raise RecipeError(f"{name}: holds {secret}: {credentials.FIX}")
 
 
+def refuse_option(context: typer.Context, name: str, reason: str) -> None:
+    """Raise RecipeError if the command line gives the option of the parameter `name`, which means nothing here."""
+    source = context.get_parameter_source(name)
+    if source is not None and source.name == "COMMANDLINE":
+        raise RecipeError(f"--{name.rstrip('_')}: {reason}")
+
+
 def default_out(recipe: str) -> Path:
     """Return runs/NAME for a shipped recipe, runs/STEM for a file, and runs/FOLDER for the recipe.yaml of a run."""
     path = Path(recipe)

@@ -9,7 +9,7 @@ import typer
 
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
-from switchcli.commands._options import Destination, Json, Quiet
+from switchcli.commands._options import Destination, Json, Quiet, refuse_option
 from switchcli.commands._result import finish
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console
@@ -17,11 +17,11 @@ from switchcli.report.console import Console
 app = typer.Typer()
 
 _LAYOUTS: Final[Mapping[str, Sequence[str]]] = {
-    "--tokenizer": ["switchcli"],
-    "--revision": ["switchcli"],
-    "--unpickle": ["switchcli"],
-    "--quantization": ["ctranslate2"],
-    "--license": ["huggingface", "ctranslate2"],
+    "tokenizer": ["switchcli"],
+    "revision": ["switchcli"],
+    "unpickle": ["switchcli"],
+    "quantization": ["ctranslate2"],
+    "license_": ["huggingface", "ctranslate2"],
 }
 """The layouts for which each option has a meaning."""
 _LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
@@ -36,6 +36,7 @@ _LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 )
 @_exit.interruptible()
 def convert(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(help="A run's folder, a checkpoint's folder, a Hugging Face folder, or a name on the hub."),
@@ -85,16 +86,11 @@ def convert(
     from switchcli.runs.models import conversion
 
     layout = "huggingface" if to == "hf" else to
-    _check_options(
-        layout,
-        {
-            "--tokenizer": tokenizer is not None,
-            "--revision": revision != "main",
-            "--unpickle": unpickle,
-            "--quantization": quantization is not None,
-            "--license": license_ is not None,
-        },
-    )
+    for name, layouts in _LAYOUTS.items():
+        if layout not in layouts:
+            refuse_option(
+                context, name, f"only for --to {' or '.join(layouts)}, and this is --to {layout}: leave it out"
+            )
     if license_ is not None and not _LICENSE.fullmatch(license_):
         raise RecipeError(f"--license ({license_}): give an identifier of the hub, such as apache-2.0 or cc-by-4.0")
     console = Console(quiet=quiet)
@@ -106,12 +102,3 @@ def convert(
         result = conversion.to_ctranslate2(Path(source), destination, console, quantization or "float32", license_)
     console.message(f"{result['parameters']:,} parameters in {destination}")
     finish(result, as_json)
-
-
-def _check_options(layout: str, is_given: Mapping[str, bool]) -> None:
-    """Raise a RecipeError for options that are given and have no meaning for this layout."""
-    unused = [option for option, layouts in _LAYOUTS.items() if is_given[option] and layout not in layouts]
-    if unused:
-        layouts = _LAYOUTS[unused[0]]
-        options = ", ".join(option for option in unused if _LAYOUTS[option] == layouts)
-        raise RecipeError(f"{options}: only for --to {' or '.join(layouts)}, and this is --to {layout}: leave it out")

@@ -11,6 +11,7 @@ import typer
 from switchcli.commands import _completion
 from switchcli.commands._flag_hints import flag_hint
 from switchcli.commands._help import epilog
+from switchcli.commands._options import refuse_option
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.recipe.key_index import VERBS
 from switchcli.report.safe_text import shell_words
@@ -93,11 +94,8 @@ def launch(
         raise RecipeError(f"{arguments[0]}: no such option of launch{hint}; the command begins after --")
     if arguments[0] not in (*VERBS, "data"):
         raise RecipeError(f"{arguments[0]}: must be one of {', '.join(VERBS)}, data prepare")
-    unused = ("head", "port", "restarts") if slurm else ("time", "cpus", "gpus", "sbatch")
-    for name in unused:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            raise RecipeError(f"--{name}: cannot be used with {'--slurm' if slurm else '--torchrun'}")
+    for name in ("head", "port", "restarts") if slurm else ("time", "cpus", "gpus", "sbatch"):
+        refuse_option(context, name, f"cannot be used with {'--slurm' if slurm else '--torchrun'}")
     if slurm:
         if any(option.startswith(("--array", "-a")) for option in sbatch or ()):
             raise RecipeError("--sbatch: cannot be --array: --nodes is the number of tasks of `data prepare`")

@@ -330,7 +330,7 @@ def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
     CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "ours"), "--to", "switchcli"])
     for options, names in [
         (["--unpickle"], "--unpickle: "),
-        (["--tokenizer", "a.json", "--revision", "abc"], "--tokenizer, --revision: "),
+        (["--tokenizer", "a.json", "--revision", "abc"], "--tokenizer: "),
     ]:
         said = refused(tmp_path / "ours", tmp_path / "x", "--to", "huggingface", *options, kind=RecipeError)
         assert said.startswith(names)
