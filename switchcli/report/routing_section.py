@@ -75,18 +75,6 @@ def names(survey: Survey) -> str:
     return " and of ".join(named)
 
 
-def token_tables(survey: Survey) -> Iterator[Table]:
-    """Yield a table per checkpoint, for files: the tokens listed for each expert, by lift or by count, each once."""
-    for index, model in enumerate(survey["models"]):
-        rows = []
-        for name, layer in model["layers"].items():
-            for expert, info in enumerate(layer["experts"]):
-                tokens = {token["id"]: token for token in (*info["by_lift"], *info["by_count"])}
-                for token in tokens.values():
-                    rows.append((shown_layer(name), expert, token["piece"], token["count"], token["lift"]))
-        yield Table(("layer", "expert", "piece", "count", "lift"), rows, name=f"tokens_{index}")
-
-
 # Tables
 
 

@@ -301,21 +301,11 @@ def _samples(comparison: Comparison) -> Iterator[Part]:
 
 
 def every_table(report: Report) -> Iterator[Table]:
-    """Yield the tables that belong to no figure, for files: scores, tokens, series, and how their recipes differ."""
+    """Yield the tables that belong to no figure, for files: scores and series."""
     yield from (scores.by_row() for scores in score_tables(report))
-    if report.routing is not None:
-        yield from routing_section.token_tables(report.routing)
     if (comparison := report.comparison) is not None:
         rows = [row.flat() for row in comparison.rows]
         yield Table([*rows[0]], [[*row.values()] for row in rows], name="runs")
-        yield Table(("key", "series", "value"), [*_difference_rows(comparison)], name="recipes")
-
-
-def _difference_rows(comparison: Comparison) -> Iterator[tuple[str, str, str | float | None]]:
-    """Yield a row per key and series, with None where the recipe has no such key."""
-    for key, values in differences(comparison.series).items():
-        for label, value in zip(comparison.labels, values, strict=True):
-            yield key, label, value if type(value) in (int, float) else _recipe_value(value)
 
 
 def to_json(report: Report) -> Mapping[str, Any]:

@@ -62,7 +62,7 @@ def test_a_page_and_files(runs: list[str], switchcli: SwitchCLI) -> None:
     axes = ("_steps", "_wall_time")  # tokens and FLOPs are the same multiples of steps in all runs
     shared = {f"{name}{axis}": name for name in ("held_out", "training") for axis in axes}
     shared = {stem: shared.get(stem, stem) for stem in stems}
-    tables = {f"{name}.csv" for name in (*shared.values(), "runs", "recipes")}
+    tables = {f"{name}.csv" for name in (*shared.values(), "runs")}
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("svg", "png")} | tables
     assert {
         "held_out_steps",
@@ -264,9 +264,6 @@ def test_scores_and_recipes_are_numbers_for_scripts_and_in_files(runs: list[str]
         {"series": "'@b", "task": "'=cmd", "value": "61.25", "least": "61.25", "most": "61.25"},
     ]
     assert rows_of(Path("figures/texts_loss.csv"))[0]["value"] == "2.5"
-    recipes = {(row["key"], row["series"]): row["value"] for row in rows_of(Path("figures/recipes.csv"))}
-    assert recipes["model.num_experts", "switch-0"] == "4"
-    assert recipes["train.steps", "switch-0"] == ""
     assert not lacking(Path("page.html").read_text(encoding="utf-8"), "3 runs 2 series 1 evaluation")
 
 

@@ -15,7 +15,7 @@ from switchcli.report import charts
 from switchcli.report.charts import Figure, write_files
 from switchcli.report.console import PLAIN_WIDTH, Console
 from switchcli.report.html_page import write_page
-from switchcli.report.routing_section import PAGE_EXPERTS, TERMINAL_EXPERTS, section, shown, tables, token_tables
+from switchcli.report.routing_section import PAGE_EXPERTS, TERMINAL_EXPERTS, section, shown, tables
 from switchcli.report.run_report import Report, parts, title
 
 
@@ -113,19 +113,10 @@ def test_the_page_has_every_figure_and_no_text_that_does_anything(tmp_path: Path
 def test_figures_are_files(tmp_path: Path) -> None:
     survey = {**a_survey(pieces=['a,"b', "\n"]), "drift": None}
     figures = section(survey).figures[:2]
-    write_files(figures, token_tables(survey), tmp_path / "figures")
+    write_files(figures, [], tmp_path / "figures")
     files = {f"{figure.name}.{ending}" for figure in figures for ending in ("csv", "png", "svg")}
     written = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert written == {*files, "tokens_0.csv", "tokens_1.csv"}
-    with (tmp_path / "figures/tokens_1.csv").open(newline="", encoding="utf-8") as file:
-        heading, *tokens = csv.reader(file)
-    assert heading == ["layer", "expert", "piece", "count", "lift"]
-    assert tokens == [
-        [layer, expert, piece, "1234", "2.0"]
-        for layer in ("Encoder block 11", "Decoder block 11, self attention")
-        for expert in "123"
-        for piece in ('a,"b', "\n")
-    ]
+    assert written == files
     rows = [*csv.reader(io.StringIO((tmp_path / "figures/experts_0.csv").read_text()))]
     assert rows[1] == ["Encoder block 11", "0", "0.0"]
     assert figures[1].full_title in charts.svg(figures[1])
