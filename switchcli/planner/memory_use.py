@@ -48,21 +48,6 @@ class DeviceBytes(NamedTuple):
         return sum(self)
 
 
-class ActivationBytes(NamedTuple):
-    """Bytes that autograd keeps of one microbatch, by part of the model."""
-
-    norms: int
-    """Norms and the residual stream."""
-    attention: int
-    feed_forward: int
-    routers: int
-    experts: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
 class _TrainedBytes(NamedTuple):
     """Bytes of weights, their gradients and their optimizer state on one device."""
 
@@ -97,7 +82,7 @@ def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, 
         gradients=dense_gradients + expert_gradients,
         optimizer=dense.optimizer + experts.optimizer,
         copies=_copy_bytes(spec, step, mesh, weights, accumulates),
-        activations=activation_bytes(spec, step, mesh, microbatch).total
+        activations=activation_bytes(spec, step, mesh, microbatch)
         + _recomputed_gradient_bytes(spec, step, mesh, microbatch),
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
         vocabulary=_vocabulary_bytes(spec, step, mesh, microbatch),
@@ -216,8 +201,8 @@ def _recomputed_gradient_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbat
     return 2 * widest // mesh.model
 
 
-def activation_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> ActivationBytes:
-    """Return what autograd keeps of a microbatch of `microbatch` sequences on one rank.
+def activation_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
+    """Return the bytes that autograd keeps of a microbatch of `microbatch` sequences on one rank.
 
     If blocks are recomputed, this is the input of each block, and everything that the largest block keeps.
     """
@@ -231,45 +216,43 @@ def activation_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -
     if step.recomputed:
         block_inputs = sum(position * step.length(stack) for stack, _ in blocks)
         # The input of a block is among what its first norm keeps: it counts once.
-        largest = max(blocks, key=lambda block: blocks[block].total - position * step.length(block[0]))
+        largest = max(blocks, key=lambda block: blocks[block] - position * step.length(block[0]))
         block_inputs -= position * step.length(largest[0])
         blocks = {largest: blocks[largest]}
     # The encoder's output is kept once in float32. In bfloat16 cross-attention keeps copies of it (`_block_bytes`);
     # recomputed blocks keep it in float32 as their input all the same.
     is_float32 = step.product_bytes == FLOAT
-    norms = _norm(spec, step, microbatch * step.source, 1 if is_float32 else 0)
-    norms += _norm(spec, step, microbatch * step.target, 0)
-    norms += position * step.target  # gradient of the hidden states, computed by the loss in the forward pass
-    norms += block_inputs
+    outside_blocks = _norm(spec, step, microbatch * step.source, 1 if is_float32 else 0)
+    outside_blocks += _norm(spec, step, microbatch * step.target, 0)
+    outside_blocks += position * step.target  # gradient of the hidden states, which the loss computes forward
+    outside_blocks += block_inputs
     if step.recomputed and not is_float32:
-        norms += position * step.source
+        outside_blocks += position * step.source
     biases = sum(_position_bias(spec, step, stack, microbatch, mesh.model) for stack in STACKS)
-    outside_blocks = ActivationBytes(norms, biases, 0, 0, 0)
-    return ActivationBytes(*map(sum, zip(outside_blocks, *blocks.values(), strict=True)))
+    return outside_blocks + biases + sum(blocks.values())
 
 
-def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> ActivationBytes:
-    """Return what autograd keeps of one block."""
-    norms = attention = feed_forward = routers = experts = 0
+def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack: Stack, layer: int) -> int:
+    """Return the bytes that autograd keeps of one block."""
+    kept = _self_attention(spec, step, microbatch, step.length(stack), mesh.model)
     source, target, tokens = (microbatch * length for length in (step.source, step.target, step.length(stack)))
     # A norm's output is read by queries, keys and values, or by the first products of the feed-forward.
     for part, num_readers in (("attention", 3), ("feed_forward", _num_input_products(spec))):
         is_sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
-        norms += _norm(spec, step, tokens, 0 if is_sparse else num_readers)
+        kept += _norm(spec, step, tokens, 0 if is_sparse else num_readers)
         if is_sparse:
             layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
-            routers += _router(spec, step, stack, tokens)
-            experts += _experts(spec, step, layer_slots, output_widths(spec)[part], mesh.model)
+            kept += _router(spec, step, stack, tokens)
+            kept += _experts(spec, step, layer_slots, output_widths(spec)[part], mesh.model)
         elif part == "feed_forward":
             num_hidden = _num_hidden_tensors(spec, spec.dropout)
-            feed_forward += step.product_bytes * tokens * num_hidden * spec.d_ff // mesh.model
-    attention += _self_attention(spec, step, microbatch, step.length(stack), mesh.model)
+            kept += step.product_bytes * tokens * num_hidden * spec.d_ff // mesh.model
     if stack == "decoder":
-        norms += _norm(spec, step, target, 1)  # before cross-attention, read by the queries
-        attention += _cross_attention(spec, step, source, target, mesh.model)
+        kept += _norm(spec, step, target, 1)  # before cross-attention, read by the queries
+        kept += _cross_attention(spec, step, source, target, mesh.model)
         if step.product_bytes < FLOAT:
-            norms += 2 * step.product_bytes * source * spec.d_model  # the encoder's output, for keys and for values
-    return ActivationBytes(norms, attention, feed_forward, routers, experts)
+            kept += 2 * step.product_bytes * source * spec.d_model  # the encoder's output, for keys and for values
+    return kept
 
 
 def _norm(spec: ModelSpec, step: Step, tokens: int, num_readers: int) -> int:

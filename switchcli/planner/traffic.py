@@ -116,7 +116,7 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microb
         if not num_layers:
             continue
         layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
-        forward = num_layers * _num_forwards(step) * num_microbatches
+        forward = num_layers * (1 + step.recomputed) * num_microbatches
         forward_and_backward = forward + num_layers * num_microbatches
         bytes_per_column = step.sent_bytes * layer_slots.sent_rows  # of [rows, D] and [rows, O]
         for part, width in widths.items():
@@ -138,11 +138,6 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microb
             yield Collective("all_to_all", "expert", mesh.expert, f"{stack} counts", calls, counts)
 
 
-def _num_forwards(step: Step) -> int:
-    """Return how often the forward pass of a block runs in one microbatch."""
-    return 2 if step.recomputed else 1
-
-
 def _model_axis(
     spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microbatches: int
 ) -> Iterator[Collective]:
@@ -156,7 +151,7 @@ def _model_axis(
     for stack in STACKS:
         num_blocks, tokens = spec.num_blocks(stack), microbatch * step.length(stack)
         regions = 3 if stack == "decoder" else 2  # self-attention, cross-attention, feed-forward
-        calls = (_num_forwards(step) + 1) * regions * num_blocks * num_microbatches
+        calls = (2 + step.recomputed) * regions * num_blocks * num_microbatches
         layer_bytes = step.sent_bytes * tokens * spec.d_model
         yield Collective("all_reduce", "model", model, f"{stack} layers", calls, layer_bytes)
         # Each rank looks up the tokens of its rows of the vocabulary; the others are 0. float32.
