@@ -51,52 +51,48 @@ CHECK_ON_TEXT: Final = (
 """The advice where a trained router does badly on the random ids of a probe."""
 
 
-class ProbeResult(NamedTuple):
-    """The result of a probe. `value` is the measurement as a number, if it is one."""
+class Finding(NamedTuple):
+    """The result of a probe, as in the JSON output: its field names are the keys."""
 
     verdict: Verdict
     measured: str
     value: float | None = None
+    """The measurement as a number, if it is one."""
     advice: str = ""
+    """What to do; empty for a pass."""
+    probe: str = ""
+    """The name of the probe, which `run_probes` fills in."""
 
 
-class Finding(NamedTuple):
-    """A result with the name of its probe, as in the JSON output: its field names are the keys."""
-
-    probe: str
-    verdict: Verdict
-    measured: str
-    value: float | None
-    advice: str
+def judged(verdict: Verdict, measured: str, value: float, advice: str) -> Finding:
+    """Return a finding with `advice` for any verdict but a pass."""
+    return Finding(verdict, measured, value, "" if verdict == "pass" else advice)
 
 
-def weights(subject: Subject) -> ProbeResult:
+def weights(subject: Subject) -> Finding:
     """Find NaN and infinity in the weights."""
     bad = [name for name, weight in subject.parameters.items() if not weight.isfinite().all()]
     total = len(subject.parameters)
     if not bad:
-        return ProbeResult("pass", f"all {total} tensors finite", 0)
-    return ProbeResult(
-        "fail", f"NaN or infinity in {len(bad)} of {total} tensors: {bad[0]}", len(bad), "take an older checkpoint"
-    )
+        return Finding("pass", f"all {total} tensors finite", 0)
+    measured = f"NaN or infinity in {len(bad)} of {total} tensors: {bad[0]}"
+    return Finding("fail", measured, len(bad), "take an older checkpoint")
 
 
-def router_gradient(subject: Subject) -> ProbeResult:
+def router_gradient(subject: Subject) -> Finding:
     """Measure the cross-entropy's gradient at each router, which only the gate can carry."""
     with _gradients(subject, texts.short(subject)):
         total = _norm([weight.grad for weight in subject.parameters.values()]) or 1.0
         fractions = [_norm([weight.grad for weight in router.parameters()]) / total for router in subject.routers]
     smallest, layer = min(zip(fractions, subject.layers, strict=True))
     measured = f"{smallest:.1e} of the gradient's norm, at least ({layer})"
-    if smallest > NO_GRADIENT:
-        return ProbeResult("pass", measured, smallest)
     advice = (
         "the router learns nothing from the loss: weight an expert's output by its raw probability, not renormalized"
     )
-    return ProbeResult("fail", measured, smallest, advice)
+    return judged("pass" if smallest > NO_GRADIENT else "fail", measured, smallest, advice)
 
 
-def router_precision(subject: Subject) -> ProbeResult:
+def router_precision(subject: Subject) -> Finding:
     """Find the dtype of the router's logits where everything else is bfloat16 (paper, section 2.4)."""
     text = texts.short(subject)
     traces = {
@@ -106,14 +102,13 @@ def router_precision(subject: Subject) -> ProbeResult:
     dtypes = {setting: {call.logits_GNE.dtype for call in trace.calls} for setting, trace in traces.items()}
     wrong = [setting for setting, dtypes_of_calls in dtypes.items() if dtypes_of_calls != {torch.float32}]
     if not wrong:
-        return ProbeResult("pass", "float32 under autocast and with weights in bfloat16", 0)
+        return Finding("pass", "float32 under autocast and with weights in bfloat16", 0)
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes[wrong[0]]))
-    return ProbeResult(
-        "fail", f"{names} under {' and '.join(wrong)}", len(wrong), "run the router in float32 with autocast disabled"
-    )
+    measured = f"{names} under {' and '.join(wrong)}"
+    return Finding("fail", measured, len(wrong), "run the router in float32 with autocast disabled")
 
 
-def router_confidence(subject: Subject) -> ProbeResult:
+def router_confidence(subject: Subject) -> Finding:
     """Measure how decided the routers are: an initial one should not be, a trained one may."""
     trace = subject.forward(texts.broad(subject))
     std = max(float(call.logits_GNE.float().std()) for call in trace.calls)
@@ -123,32 +118,26 @@ def router_confidence(subject: Subject) -> ProbeResult:
         f"logits' std {std:.2g}, mean top probability {top:.3f}, entropy {entropy:.2f} of log E, in the surest layer"
     )
     if not subject.initialized:
-        if top > CERTAIN:
-            return ProbeResult("warn", measured, top, "it is certain of every token and learns no more")
-        return ProbeResult("pass", measured, top)
-    if entropy >= EVEN_START:
-        return ProbeResult("pass", measured, top)
+        advice = "it is certain of every token and learns no more"
+        return judged("warn" if top > CERTAIN else "pass", measured, top, advice)
+    verdict: Verdict = "pass" if entropy >= EVEN_START else "warn" if entropy >= SATURATED_START else "fail"
     advice = "initialize it with std sqrt(0.1 / d_model), as the paper does: it has chosen before it has learned"
-    return ProbeResult("fail" if entropy < SATURATED_START else "warn", measured, top, advice)
+    return judged(verdict, measured, top, advice)
 
 
-def router_balance(subject: Subject) -> ProbeResult:
+def router_balance(subject: Subject) -> Finding:
     """Measure E * sum f P of eq. 4 in each layer."""
     stats = subject.forward(texts.broad(subject)).router_stats
     losses = [float(layer_stats.load_balancing_loss) for layer_stats in stats]
     worst, layer = max(zip(losses, subject.layers, strict=True))
     E, measured = subject.num_experts, f"{worst:.2f} on random token ids, at most ({layer}); 1 is uniform"
     if (worst - 1) / (E - 1) >= COLLAPSED:
-        return ProbeResult(
-            "fail", measured, worst, "the layer uses only one expert: train with a higher balance_loss_coef"
-        )
-    if worst >= min(UNBALANCED, (1 + E) / 2):
-        advice = "some experts do most of the work: raise balance_loss_coef"
-        return ProbeResult("warn", measured, worst, advice if subject.initialized else CHECK_ON_TEXT)
-    return ProbeResult("pass", measured, worst)
+        return Finding("fail", measured, worst, "the layer uses only one expert: train with a higher balance_loss_coef")
+    advice = "some experts do most of the work: raise balance_loss_coef" if subject.initialized else CHECK_ON_TEXT
+    return judged("warn" if worst >= min(UNBALANCED, (1 + E) / 2) else "pass", measured, worst, advice)
 
 
-def experts_in_use(subject: Subject) -> ProbeResult:
+def experts_in_use(subject: Subject) -> Finding:
     """Find experts that no token chooses, and experts that many do.
 
     Initial routers are uneven by chance, the more so the more experts there are, so they get looser limits.
@@ -163,12 +152,11 @@ def experts_in_use(subject: Subject) -> ProbeResult:
         "share"
     )
     max_dead, max_load = (total / 2, NEARLY_ALL * E) if subject.initialized else (1, min(HOT, NEARLY_ALL * E))
-    if dead < max_dead and highest < max_load:
-        return ProbeResult("pass", measured, dead)
-    return ProbeResult("warn", measured, dead, f"{CHECK_ON_TEXT}; if they are so there, raise balance_loss_coef")
+    advice = f"{CHECK_ON_TEXT}; if they are so there, raise balance_loss_coef"
+    return judged("pass" if dead < max_dead and highest < max_load else "warn", measured, dead, advice)
 
 
-def dropped_tokens(subject: Subject) -> ProbeResult:
+def dropped_tokens(subject: Subject) -> Finding:
     """Measure the fraction of tokens that find no slot, in training and in evaluation."""
     text, fractions = texts.broad(subject), []
     for trace in (subject.forward(text, "training"), subject.forward(text, "paper")):
@@ -176,21 +164,13 @@ def dropped_tokens(subject: Subject) -> ProbeResult:
         fractions.append(dropped / sum(float(stats.tokens) for stats in trace.router_stats))
     measured = f"{fractions[0]:.1%} of random token ids in training, {fractions[1]:.1%} in evaluation"
     worst = max(fractions)
-    if worst < DROPPED_WARNING:
-        return ProbeResult("pass", measured, worst)
     if not subject.initialized:  # the tokens are random: of text like its training text the model may drop few
-        return ProbeResult(
-            "warn",
-            measured,
-            worst,
-            CHECK_ON_TEXT,
-        )
-    return ProbeResult(
-        "fail" if worst >= DROPPED_FAILURE else "warn", measured, worst, "raise the capacity, or balance the routers"
-    )
+        return judged("pass" if worst < DROPPED_WARNING else "warn", measured, worst, CHECK_ON_TEXT)
+    verdict: Verdict = "pass" if worst < DROPPED_WARNING else "warn" if worst < DROPPED_FAILURE else "fail"
+    return judged(verdict, measured, worst, "raise the capacity, or balance the routers")
 
 
-def padding(subject: Subject) -> ProbeResult:
+def padding(subject: Subject) -> Finding:
     """Compare padding on the left, on the right, and none. Outputs must be equal, also when capacity is exceeded."""
     plain = texts.crowded_source(subject)
     pads = min(texts.LONGEST, max(texts.SHORT, subject.capacity or 0))
@@ -205,14 +185,11 @@ def padding(subject: Subject) -> ProbeResult:
     )
     dropped = [_max_dropped(trace, subject, "encoder") for trace in limited]
     measured = f"logits change by {worst:.1e}; {dropped[0]} inputs dropped padded left, {dropped[1]} right"
-    if worst <= EQUAL_LOGITS:
-        return ProbeResult("pass", measured, worst)
-    return ProbeResult(
-        "fail", measured, worst, "padding takes the slots of tokens: mask it before capacity, or pad on the right only"
-    )
+    advice = "padding takes the slots of tokens: mask it before capacity, or pad on the right only"
+    return judged("pass" if worst <= EQUAL_LOGITS else "fail", measured, worst, advice)
 
 
-def batch_neighbors(subject: Subject) -> ProbeResult:
+def batch_neighbors(subject: Subject) -> Finding:
     """Compare a sequence alone with the same in a batch of others whose tokens choose the same expert."""
     text = texts.crowded_rows(subject)
     dropless, paper = (
@@ -220,18 +197,15 @@ def batch_neighbors(subject: Subject) -> ProbeResult:
         for mode in ("dropless", "paper")
     )
     measured = f"logits change by {dropless:.1e}" + _with_paper_capacity(subject, paper)
-    if dropless <= EQUAL_LOGITS:
-        return ProbeResult("pass", measured, dropless)
+    is_equal = dropless <= EQUAL_LOGITS
     if subject.balance_coef is None:
-        return ProbeResult(
-            "warn", measured, dropless, "experts choose within a group: evaluate with group_sequences: 1"
-        )
-    return ProbeResult(
-        "fail", measured, dropless, "a sequence's output depends on the others in its batch: route without capacity"
-    )
+        advice = "experts choose within a group: evaluate with group_sequences: 1"
+        return judged("pass" if is_equal else "warn", measured, dropless, advice)
+    advice = "a sequence's output depends on the others in its batch: route without capacity"
+    return judged("pass" if is_equal else "fail", measured, dropless, advice)
 
 
-def cached_decoding(subject: Subject) -> ProbeResult:
+def cached_decoding(subject: Subject) -> Finding:
     """Compare decoding token by token with teacher forcing, on targets that exceed the capacity of one expert."""
     text = texts.crowded_target(subject)
     dropless, paper = (
@@ -244,17 +218,11 @@ def cached_decoding(subject: Subject) -> ProbeResult:
         + _with_paper_capacity(subject, paper)
         + f"; {dropped} targets dropped with teacher forcing"
     )
-    if dropless <= EQUAL_LOGITS:
-        return ProbeResult("pass", measured, dropless)
-    return ProbeResult(
-        "fail",
-        measured,
-        dropless,
-        "a single step never exceeds capacity: evaluate with a slot for every token, as in decoding",
-    )
+    advice = "a single step never exceeds capacity: evaluate with a slot for every token, as in decoding"
+    return judged("pass" if dropless <= EQUAL_LOGITS else "fail", measured, dropless, advice)
 
 
-def clean_inputs(subject: Subject) -> ProbeResult:
+def clean_inputs(subject: Subject) -> Finding:
     """Find out whether a router changes its input in training: noise belongs on its own copy (Appendix C)."""
     calls = subject.forward(texts.short(subject), "training").calls
     changes = []
@@ -263,48 +231,44 @@ def clean_inputs(subject: Subject) -> ProbeResult:
         changes.append(float((change_GND / call.input_before_GND.abs().clamp(min=1e-6)).max()))
     worst = max(changes)
     if worst == 0:
-        return ProbeResult("pass", "the router leaves its input unchanged", 0)
+        return Finding("pass", "the router leaves its input unchanged", 0)
     measured = f"the router changes its input in place, by up to {worst:.1%}"
-    return ProbeResult("fail", measured, worst, "the experts see the noise too: perturb a copy, or train with jitter 0")
+    return Finding("fail", measured, worst, "the experts see the noise too: perturb a copy, or train with jitter 0")
 
 
-def idle_gradients(subject: Subject) -> ProbeResult:
+def idle_gradients(subject: Subject) -> Finding:
     """Find weights without a gradient when most experts have no token."""
     with _gradients(subject, texts.one_token(subject)):
         missing = [name for name, weight in subject.parameters.items() if weight.requires_grad and weight.grad is None]
     measured = f"{len(missing)} of {len(subject.parameters)} tensors without one"
     if not missing:
-        return ProbeResult("pass", measured, 0)
-    return ProbeResult(
-        "warn",
-        measured,
-        len(missing),
-        f"DistributedDataParallel fails without them: set find_unused_parameters=True ({missing[0]}, ...)",
-    )
+        return Finding("pass", measured, 0)
+    advice = f"DistributedDataParallel fails without them: set find_unused_parameters=True ({missing[0]}, ...)"
+    return Finding("warn", measured, len(missing), advice)
 
 
-def balance_loss(subject: Subject) -> ProbeResult:
+def balance_loss(subject: Subject) -> Finding:
     """Find out whether the loss of training includes the load-balancing loss."""
     if subject.balance_coef is None:
-        return ProbeResult("pass", "none: routing is balanced by construction")
+        return Finding("pass", "none: routing is balanced by construction")
     if subject.balance_coef == 0:
-        return ProbeResult("warn", "the settings give it a coefficient of 0", 0.0, "the paper's is 0.01")
+        return Finding("warn", "the settings give it a coefficient of 0", 0.0, "the paper's is 0.01")
     loss = subject.loss(texts.short(subject))
     # The loss of a layer is about 1 or more, so the coefficient is about the minimum of its term.
     if loss.auxiliary >= subject.balance_coef / 2:
-        return ProbeResult("pass", f"{loss.auxiliary:.4f} added to the cross-entropy", loss.auxiliary)
+        return Finding("pass", f"{loss.auxiliary:.4f} added to the cross-entropy", loss.auxiliary)
     if loss.auxiliary_requested < subject.balance_coef / 2:
-        return ProbeResult("fail", "none, even when requested", loss.auxiliary, "add it in the training loop")
+        return Finding("fail", "none, even when requested", loss.auxiliary, "add it in the training loop")
     measured = f"none, unless the caller requests it ({loss.auxiliary_requested:.4f} then)"
     advice = "pass output_router_logits=True to every forward in training: the configuration's flags have no effect"
-    return ProbeResult("fail", measured, loss.auxiliary, advice)
+    return Finding("fail", measured, loss.auxiliary, advice)
 
 
 class Probe(NamedTuple):
     """A probe and its name in the output."""
 
     name: str
-    run: Callable[[Subject], ProbeResult]
+    run: Callable[[Subject], Finding]
     needs_routers: bool = True
     """Whether it is skipped for a dense model."""
 
@@ -331,9 +295,9 @@ def run_probes(subject: Subject) -> Iterator[Finding]:
     weights_failed = False
     for probe in PROBES:
         if weights_failed:
-            result = ProbeResult("skip", "the weights are not finite")
+            result = Finding("skip", "the weights are not finite")
         elif subject.dense and probe.needs_routers:
-            result = ProbeResult("skip", "a dense model has no router")
+            result = Finding("skip", "a dense model has no router")
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -341,7 +305,7 @@ def run_probes(subject: Subject) -> Iterator[Finding]:
         weights_failed = weights_failed or (probe.run is weights and result.verdict == "fail")
         # JSON has no NaN and infinity.
         value = result.value if result.value is not None and math.isfinite(result.value) else None
-        yield Finding(probe.name, result.verdict, result.measured, value, result.advice)
+        yield result._replace(value=value, probe=probe.name)
 
 
 @contextmanager

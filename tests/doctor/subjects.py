@@ -2,7 +2,7 @@
 
 import torch
 
-from switchcli.doctor.probes import PROBES, Finding, ProbeResult, run_probes
+from switchcli.doctor.probes import PROBES, Finding, run_probes
 from switchcli.doctor.subject import Subject
 from switchcli.doctor.switchcli_subject import SwitchcliSubject, initial_model
 from switchcli.doctor.transformers_subject import TransformersSubject
@@ -51,7 +51,7 @@ def findings(subject: Subject) -> dict[str, Finding]:
     return {finding.probe: finding for finding in run_probes(subject)}
 
 
-def result(subject: Subject, name: str) -> ProbeResult:
+def result(subject: Subject, name: str) -> Finding:
     """What one probe finds, with the draws that it has among all probes."""
     (probe,) = (probe for probe in PROBES if probe.name == name)
     with torch.random.fork_rng(devices=[]):

@@ -556,10 +556,10 @@ def use_table(run: Fork) -> None:
 
 def add_probe(tree: Tree) -> None:
     probe = '''
-def embedding_scale(subject: Subject) -> ProbeResult:
+def embedding_scale(subject: Subject) -> Finding:
     """The standard deviation of the first weight."""
     scale = float(next(iter(subject.parameters.values())).detach().std())
-    return ProbeResult("pass", f"{scale:.2g}", scale)
+    return Finding("pass", f"{scale:.2g}", scale)
 
 
 '''
