@@ -138,7 +138,7 @@ def _gain(series: Series, reference: Series, metric: QualityMetric, window: Wind
         return None
     ours, theirs = (
         {
-            seed: metric.sign * values[window]
+            seed: -values[window]  # higher is better
             for seed, run in by_seed(one).items()
             if window in (values := metric.measured(run))
         }

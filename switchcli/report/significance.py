@@ -60,7 +60,6 @@ class Effect(NamedTuple):
     interval: Interval | None
     """None where there are too few seeds for one."""
     verdict: Verdict
-    is_paired: bool = True
 
     def text(self, number_format: str) -> str:
         """Return `mean (low to high)`, or the mean alone without an interval or with one that is a point."""
@@ -85,7 +84,7 @@ def gain(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Effect | Non
         interval = _welch_interval([*ours.values()], [*theirs.values()])
     spread = seed_spread(values)
     verdict = Verdict.ONE_SEED if interval is None else interval.verdict(0.0, Verdict.BETTER, Verdict.WORSE)
-    return None if spread is None else Effect(spread, interval, verdict, values is paired)
+    return None if spread is None else Effect(spread, interval, verdict)
 
 
 def mean_interval(values: Sequence[float]) -> Interval | None:

@@ -22,12 +22,10 @@ Window = tuple[float, ...]
 
 
 class QualityMetric(NamedTuple):
-    """The held-out metric by which runs are compared, as a mean over so many evaluations."""
+    """The held-out metric by which runs are compared, as a mean over so many evaluations. Lower is better."""
 
     name: str
     title: str
-    sign: int
-    """1 where higher is better, -1 where lower is."""
     evaluations: int = 1
 
     def curve(self, run: Run) -> Curve | None:
@@ -59,8 +57,8 @@ class QualityMetric(NamedTuple):
 def quality_metric(num_tokenizers: int, evaluations: int) -> QualityMetric:
     """Return the metric that compares runs of so many tokenizers: bits per byte where there are several."""
     if num_tokenizers > 1:
-        return QualityMetric(HELD_OUT_BITS, "held-out bits per byte", -1, evaluations)
-    return QualityMetric(HELD_OUT_LOSS, "held-out loss", -1, evaluations)
+        return QualityMetric(HELD_OUT_BITS, "held-out bits per byte", evaluations)
+    return QualityMetric(HELD_OUT_LOSS, "held-out loss", evaluations)
 
 
 class Cost(NamedTuple):
@@ -108,7 +106,7 @@ def cost(run: Run, metric: QualityMetric, quality: float) -> Cost | None:
     curve = metric.curve(run)
     if curve is None:
         return None
-    step = first_step_reaching(Curve(curve.steps, metric.sign * curve.values), metric.sign * quality)
+    step = first_step_reaching(Curve(curve.steps, -curve.values), -quality)
     if step is None:
         return None
     steps = np.array([step])

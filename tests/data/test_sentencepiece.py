@@ -181,9 +181,6 @@ def test_a_file_of_any_name(tmp_path: Path) -> None:
     path.write_bytes(data)
     spec = TokenizerFile(path=str(path))
     assert spec.load(dict).sha256 == opened(data).ours.sha256
-    before = spec.fingerprint()
-    path.write_bytes(trained(vocab_size=500))
-    assert spec.fingerprint() != before
 
 
 # Files that are no such models

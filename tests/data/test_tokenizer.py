@@ -187,9 +187,6 @@ def test_a_file_is_the_tokenizer_that_was_saved(tokenizer: Tokenizer, tmp_path: 
     loaded = spec.load(dict)
     assert loaded.sha256 == tokenizer.sha256
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
-    before = spec.fingerprint()
-    path.write_text(train(180).to_json())
-    assert spec.fingerprint() != before
 
 
 def test_saved_truncation_and_padding_are_ignored(tokenizer: Tokenizer) -> None:
@@ -258,7 +255,7 @@ def test_a_panic_of_the_library_is_told_and_nothing_else_is_caught(monkeypatch: 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=naming_words("data.tokenizer.path none.json No such file spiece.model")):
-        TokenizerFile(path=str(tmp_path / "none.json")).fingerprint()
+        TokenizerFile(path=str(tmp_path / "none.json")).load(dict)
     with pytest.raises(DataError, match=naming_words(f"data.tokenizer.path {tmp_path} folder spiece.model")):
         TokenizerFile(path=str(tmp_path)).load(dict)
     for content, words in ((b'{"\xe9"}', "UTF-8"), (b"\xe9", "SentencePiece spiece.model kind: train")):

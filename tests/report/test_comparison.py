@@ -106,13 +106,11 @@ def test_runs_are_compared_within_a_seed_and_without_common_seeds_by_their_means
     # The seeds differ by 1, the recipes by 0.1 to 0.12 within a seed.
     base = seeds("a", -4.0, -3.0, -2.0)
     row = compare(group_by_recipe([*base, *seeds("b", -3.9, -2.88, -1.89)]), None, None, 1).rows[1]
-    assert row.over.is_paired
     assert row.over.spread == pytest.approx((0.11, 0.1, 0.12))
     margin = 4.3027 * 0.01 / 3**0.5  # Student's, with 2 degrees of freedom and a standard deviation of 0.01
     assert row.over.interval == pytest.approx((0.11 - margin, 0.11 + margin))
     assert row.verdict == Verdict.BETTER
     row = compare(group_by_recipe([*base, *seeds("b", -3.9, -2.88, -1.89, first=7)]), None, None, 1).rows[1]
-    assert not row.over.is_paired
     assert row.over.spread.mean == pytest.approx(0.11)
     low, high = row.over.interval
     assert (low + high) / 2 == pytest.approx(0.11)
@@ -122,21 +120,20 @@ def test_runs_are_compared_within_a_seed_and_without_common_seeds_by_their_means
 
 
 @pytest.mark.parametrize(
-    ("first", "is_paired", "mean", "margin"),
+    ("first", "mean", "margin"),
     [
-        (1, True, 1.1, 12.7062 * 0.1),  # seeds 1 and 2: pairs that differ by 1.0 and 1.2, 1 degree of freedom
-        (2, False, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),  # one shared seed says less than three of each
-        (3, False, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),
+        (1, 1.1, 12.7062 * 0.1),  # seeds 1 and 2: pairs that differ by 1.0 and 1.2, 1 degree of freedom
+        (2, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),  # one shared seed says less than three of each
+        (3, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),
     ],
     ids=["two shared seeds of three", "one shared seed of three", "none"],
 )
-def test_runs_are_paired_from_two_shared_seeds_on(first: int, is_paired: bool, mean: float, margin: float) -> None:
+def test_runs_are_paired_from_two_shared_seeds_on(first: int, mean: float, margin: float) -> None:
     theirs = {0: 1.0, 1: 2.0, 2: 3.0}
     ours = dict(enumerate((3.0, 4.2, 5.1), start=first))
     found = gain(ours, theirs)
     assert found is not None
     assert found.interval is not None
-    assert found.is_paired == is_paired
     assert found.spread.mean == pytest.approx(mean)
     assert found.interval == pytest.approx((mean - margin, mean + margin), abs=1e-3)
 
@@ -145,7 +142,7 @@ def test_one_shared_seed_is_a_pair_where_a_series_has_no_other() -> None:
     for ours, theirs in (({0: 5.0}, {0: 1.0, 1: 2.0, 2: 3.0}), ({0: 5.0, 1: 2.0, 2: 3.0}, {0: 1.0})):
         found = gain(ours, theirs)
         assert found is not None
-        assert (found.is_paired, found.spread.mean, found.verdict) == (True, 4.0, Verdict.ONE_SEED)
+        assert (found.spread.mean, found.verdict) == (4.0, Verdict.ONE_SEED)
 
 
 def test_equal_runs_do_not_differ() -> None:

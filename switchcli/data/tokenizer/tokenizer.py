@@ -232,9 +232,6 @@ class TokenizerFile(Spec):
     path: PathOrUrl
     """Path of the file."""
 
-    def fingerprint(self) -> str:
-        return f"file {hashlib.sha256(read_file(Path(self.path), _PATH_KEY)).hexdigest()}"
-
     def load(self, documents: Documents) -> Tokenizer:
         """Read the file. Raises DataError if it is missing or not such a tokenizer. `documents` is not called."""
         return Tokenizer.read(Path(self.path), _PATH_KEY)
@@ -249,9 +246,6 @@ class HubTokenizer(Spec):
     """Name of the repository, such as `google-t5/t5-base`."""
     revision: str = "main"
     """Commit, tag or branch. The file of a branch stays in the cache as it was when it was first read."""
-
-    def fingerprint(self) -> str:
-        return f"hub {self.path} {self.revision}"
 
     def load(self, documents: Documents) -> Tokenizer:
         """Download the file. Raises DataError for no network or an unknown repository. `documents` is not called."""
