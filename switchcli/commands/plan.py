@@ -66,7 +66,7 @@ def plan(
             autocompletion=_completion.gpus,
         ),
     ] = None,
-    devices: Annotated[int, typer.Option(metavar="N", help="Number of devices.")] = 8,
+    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Number of devices.")] = 8,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one device. Default: that of --gpu, or 80GiB.")
     ] = None,
@@ -86,7 +86,7 @@ def plan(
         float | None,
         typer.Option(metavar="NUMBER", help="Bytes/s that a device sends to other nodes. Default: 25e9."),
     ] = None,
-    node_devices: Annotated[int, typer.Option(metavar="N", help="Number of devices in a node.")] = 8,
+    node_devices: Annotated[int, typer.Option(metavar="N", min=1, help="Number of devices in a node.")] = 8,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write an HTML page with every mesh, or every size, to this file."),
@@ -128,10 +128,6 @@ def _machine(
     """
     from switchcli.planner.plan import Machine
 
-    if devices < 1:
-        raise RecipeError(f"--devices ({devices}) must be at least 1")
-    if node_devices < 1:
-        raise RecipeError(f"--node-devices ({node_devices}) must be at least 1")
     machine = Machine(devices, _DEFAULT_MEMORY) if gpu is None else Machine.of_gpu(devices, gpu)
     if memory is not None:
         memory_bytes = parse_bytes(memory)

@@ -87,8 +87,6 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
         (("switch-cc", "--devices", 2), "switch-cc size recipe switch-c"),
         (("none.yaml", "--devices", 2), "none.yaml switchcli recipes list"),
         (("quickstart/switch", "parallel.expert=8", "--devices", 4), "parallel.expert 8 ranks 4"),
-        (("tiny", "--devices", 0), "--devices 0 1"),
-        (("tiny", "--devices", 2, "--node-devices", 0), "--node-devices 0 1"),
         (("tiny", "--devices", 2, "--memory", "much"), "--memory 'much' size 80GiB"),
         (("tiny", "--devices", 2, "--memory", "80"), "--memory '80' 80 bytes 80GiB"),
         (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory '-1GiB' size 80GiB"),
@@ -108,6 +106,13 @@ def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], words: str
     assert (done.code, done.out) == (2, "")
     assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--devices", "--node-devices"])
+def test_there_is_at_least_one_device(option: str, switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", "tiny", option, 0)
+    assert (done.code, done.out) == (2, "")
+    assert f"'{option}'" in done.err
 
 
 def test_what_the_recipe_says_of_the_mesh_is_kept_to(switchcli: SwitchCLI) -> None:
