@@ -95,50 +95,51 @@ def _dense_bytes(mesh: Mesh, weights: RankWeights, accumulates: bool) -> _Traine
     outside_blocks, *blocks = weights.units
     # zero3 gathers the weights outside the blocks for a whole pass, one block, and the next block ahead.
     gathered = FLOAT * (outside_blocks + 2 * max(blocks))
+    parameters, state = weights.dense_shard(num_shards)
     return _sharded_bytes(
-        mesh, FLOAT * weights.dense, weights.dense_state, num_shards, gathered, FLOAT * max(weights.units), accumulates
+        mesh, FLOAT * weights.dense, FLOAT * parameters, state, gathered, FLOAT * max(weights.units), accumulates
     )
 
 
 def _expert_bytes(mesh: Mesh, weights: RankWeights, accumulates: bool) -> _TrainedBytes:
     """Return the bytes of weights, gradients and optimizer state of the experts."""
     unit = FLOAT * max(weights.expert_units, default=0) // mesh.expert
-    weight_bytes, state_bytes = FLOAT * weights.expert // mesh.expert, weights.expert_state // mesh.expert
+    weight_bytes, state_bytes = FLOAT * weights.expert // mesh.expert, weights.expert_state_shard(mesh)
+    shard = weight_bytes // weights.expert_shards(mesh)
     # zero3 gathers the experts of one layer, and those of the next layer ahead.
-    return _sharded_bytes(mesh, weight_bytes, state_bytes, weights.expert_shards(mesh), 2 * unit, unit, accumulates)
+    return _sharded_bytes(mesh, weight_bytes, shard, state_bytes, 2 * unit, unit, accumulates)
 
 
 def _sharded_bytes(
-    mesh: Mesh, weights: int, state: int, num_shards: int, gathered: int, gradient_unit: int, accumulates: bool
+    mesh: Mesh, weights: int, shard: int, state: int, gathered: int, gradient_unit: int, accumulates: bool
 ) -> _TrainedBytes:
-    """Return the bytes on a rank that keeps one of `num_shards` shards, as fully_shard does.
+    """Return the bytes on a rank that keeps a shard of the weights, as fully_shard does.
 
-    Example: weights of 100 MB with a state of 50 MB, 4 shards, `gathered` 20 MB, `gradient_unit` 10 MB:
+    Example: weights of 100 MB, a shard of 25 MB with a state of 12.5 MB, `gathered` 20 MB, `gradient_unit` 10 MB:
 
     | shard | weights  | gradients                           | state |
     |-------|----------|-------------------------------------|-------|
-    | none  | 100      | 100                                 | 50    |
+    | none  | 100      | 100                                 | 12.5  |
     | zero2 | 25 + 100 | 25 + 10; 100 if they are accumulated | 12.5  |
     | zero3 | 25 + 20  | 25 + 10                             | 12.5  |
 
     Args:
         mesh: its `shard` says what is sharded.
         weights: bytes of all weights that the ranks divide.
-        state: bytes of the optimizer state of these weights.
-        num_shards: 1 if the weights are not sharded.
+        shard: bytes of those that the rank keeps: all of them if they are not sharded.
+        state: bytes of the optimizer state of the shard.
         gathered: bytes of weights that zero3 gathers at the same time.
         gradient_unit: bytes of the gradients of the largest unit, which exist in full until they are scattered.
         accumulates: whether a step has several microbatches.
     """
-    if num_shards == 1:
+    if shard == weights:
         return _TrainedBytes(weights, weights, state)
-    shard, state_shard = -(-weights // num_shards), -(-state // num_shards)  # rounded up: fully_shard pads
     gradients = shard + gradient_unit
     if mesh.shard == "zero2":
         # All units stay gathered beside the shard. Gradients are scattered once a step: until then those of several
         # microbatches are added in full.
-        return _TrainedBytes(shard + weights, weights if accumulates else gradients, state_shard)
-    return _TrainedBytes(shard + gathered, gradients, state_shard)
+        return _TrainedBytes(shard + weights, weights if accumulates else gradients, state)
+    return _TrainedBytes(shard + gathered, gradients, state)
 
 
 def _copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, accumulates: bool) -> int:
@@ -239,7 +240,7 @@ def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack
     # A norm's output is read by queries, keys and values, or by the first products of the feed-forward.
     for part, num_readers in (("attention", 3), ("feed_forward", _num_input_products(spec))):
         is_sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
-        kept += _norm(spec, step, tokens, 0 if is_sparse else num_readers)
+        kept += _norm(spec, step, tokens, 0 if is_sparse else num_readers, mesh.model)
         if is_sparse:
             layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
             kept += _router(spec, step, stack, tokens)
@@ -248,21 +249,23 @@ def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack
             num_hidden = _num_hidden_tensors(spec, spec.dropout)
             kept += step.product_bytes * tokens * num_hidden * spec.d_ff // mesh.model
     if stack == "decoder":
-        kept += _norm(spec, step, target, 1)  # before cross-attention, read by the queries
+        kept += _norm(spec, step, target, 1, mesh.model)  # before cross-attention, read by the queries
         kept += _cross_attention(spec, step, source, target, mesh.model)
         if step.product_bytes < FLOAT:
-            kept += 2 * step.product_bytes * source * spec.d_model  # the encoder's output, for keys and for values
+            # The encoder's output, for keys and for values; a region of the model axis casts it once.
+            kept += (2 if mesh.model == 1 else 1) * step.product_bytes * source * spec.d_model
     return kept
 
 
-def _norm(spec: ModelSpec, step: Step, tokens: int, num_readers: int) -> int:
+def _norm(spec: ModelSpec, step: Step, tokens: int, num_readers: int, model: int = 1) -> int:
     """Return the bytes kept of an RMS norm: its input, 1 / RMS, and its output.
 
     The input is the float32 residual stream. The output is kept once if products are float32. In bfloat16 each of the
-    `num_readers` products that read it keeps its own copy.
+    `num_readers` products that read it keeps its own copy, unless they form a region of the model axis, which casts
+    once.
     """
     inputs = FLOAT * spec.d_model + FLOAT
-    copies = min(num_readers, 1) if step.product_bytes == FLOAT else num_readers
+    copies = min(num_readers, 1) if step.product_bytes == FLOAT or model > 1 else num_readers
     return tokens * (inputs + copies * step.product_bytes * spec.d_model)
 
 

@@ -97,17 +97,43 @@ class RankWeights(NamedTuple):
     """Parameters of all experts of each sparse layer. A unit of fully_shard is one of them divided by `Mesh.expert`."""
     expert_shapes: tuple[tuple[int, int], ...]
     """First two dims of the stacked weights, each pair once: (E, F / m) and (E, O) for m ranks of the model axis."""
-    dense_state: int
-    """Bytes of optimizer state outside the experts."""
+    dense_rows: tuple[tuple[int, int, int], ...]
+    """Dense weights by the length of their dim 0, which fully_shard divides: this length, the parameters of a row of
+    all these weights together, and the bytes of the optimizer state that belong to the row."""
+    dense_means: int
+    """Bytes of optimizer state outside the experts that belong to no row: means over dim 0, and step counts."""
     expert_state: int
     """Bytes of optimizer state of all experts."""
+    expert_means: int
+    """Bytes of it that are means over dim 1 of the stacks."""
+
+    @property
+    def dense_state(self) -> int:
+        """Bytes of optimizer state outside the experts."""
+        return self.dense_means + sum(length * state for length, _, state in self.dense_rows)
+
+    def dense_shard(self, num_shards: int) -> tuple[int, int]:
+        """Return parameters and bytes of state of the first shard, the largest one: rows are divided, rounded up."""
+        rows = [(-(-length // num_shards), parameters, state) for length, parameters, state in self.dense_rows]
+        parameters = sum(length * each for length, each, _ in rows)
+        return parameters, self.dense_means + sum(length * each for length, _, each in rows)
+
+    def expert_state_shard(self, mesh: Mesh) -> int:
+        """Return the bytes of state of the experts on one rank."""
+        state, means = self.expert_state // mesh.expert, self.expert_means // mesh.expert
+        num_shards = self.expert_shards(mesh)
+        if num_shards == 1 or self._expert_dim(mesh) == 0:
+            return state // num_shards
+        return (state - means) // num_shards + means  # dim 1 is divided: every rank has the means over it
 
     def expert_shards(self, mesh: Mesh) -> int:
         """Return the number of shards into which replicas divide the experts; 1 if every replica has them in full."""
-        if mesh.shard == "none":
-            return 1
+        return 1 if mesh.shard == "none" or self._expert_dim(mesh) is None else mesh.replicas
+
+    def _expert_dim(self, mesh: Mesh) -> int | None:
+        """Return the dim of the stacks that the replicas divide; None if none divides evenly."""
         local_shapes = [(num_experts // mesh.expert, width) for num_experts, width in self.expert_shapes]
-        return 1 if even_dim(local_shapes, mesh.replicas) is None else mesh.replicas
+        return even_dim(local_shapes, mesh.replicas)
 
 
 def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
@@ -138,7 +164,13 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         units[unit] += numel
         if name_in_blocks and dim is not None:  # norms and routers are not divided, and not computed in bfloat16
             products += numel
-    dense_state = expert_state = 0
+    dense_means = expert_state = expert_means = 0
+    parameters_of, state_of = Counter[int](), Counter[int]()
+    for name, weight in weights.items():
+        if not is_stacked(name):
+            length, dim = weight.shape[0], sharded_dim(name)
+            rows = length // model if dim == 0 else length
+            parameters_of[rows] += weight.numel() // length // (model if dim == 1 else 1)
     for name, tensor in state.items():
         parameter, _, slot = name.rpartition("/")
         num_bytes = tensor.numel() * tensor.element_size()
@@ -146,10 +178,15 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         # A slot is divided as its parameter is, unless it is a mean over the divided dim, or a scalar such as a step.
         if parameter in weights and tensor.ndim and dim not in (None, reduced_dim(slot, weights[parameter].ndim)):
             num_bytes //= model
+        missing = reduced_dim(slot, weights[parameter].ndim) if parameter in weights else None
         if is_stacked(name):
             expert_state += num_bytes
+            expert_means += num_bytes if missing == 1 else 0
+        elif parameter not in weights or not tensor.ndim or missing == 0:
+            dense_means += num_bytes
         else:
-            dense_state += num_bytes
+            rows = weights[parameter].shape[0] // (model if dim == 0 else 1)
+            state_of[rows] += num_bytes // rows
     return RankWeights(
         dense,
         expert,
@@ -157,8 +194,10 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         tuple(units.values()),
         tuple(expert_units.values()),
         tuple(expert_shapes),
-        dense_state,
+        tuple((rows, parameters, state_of[rows]) for rows, parameters in parameters_of.items()),
+        dense_means,
         expert_state,
+        expert_means,
     )
 
 

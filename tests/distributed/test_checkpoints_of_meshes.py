@@ -147,7 +147,7 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(meshes: Coll
             assert set(numbers) == {own.dense}
         else:
             assert sum(numbers) == own.dense * parallel.model  # all shards of all parts
-            assert max(numbers) < 1.2 * own.dense / data
+            assert max(numbers) == numbers[0] == own.dense_shard(data)[0]
         again = tensors(tmp_path, 2)
         assert before.keys() == again.keys()
         assert all(torch.equal(before[name], again[name]) for name in before)

@@ -373,7 +373,9 @@ def test_more_data_ranks_never_take_more(shard: Any) -> None:
     own = held_by(1)
     sizes = [device_bytes(XXL, STEP, Mesh(data, 1, 1, shard), own, 2) for data in (2, 4, 8, 64, 512)]
     for fewer, more in itertools.pairwise(sizes):
-        assert all(b <= a for a, b in zip(fewer, more, strict=True))
+        assert sum(more) < sum(fewer)
+        # From 64 ranks on, they divide d_ff of the experts, and no longer the experts: each has all means over d_ff.
+        assert all(b <= a for name, a, b in zip(fewer._fields, fewer, more, strict=True) if name != "optimizer")
 
 
 def test_more_experts_apart_and_more_model_ranks_never_take_more() -> None:
