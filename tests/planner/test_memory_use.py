@@ -368,6 +368,42 @@ def test_zero2_keeps_gradients_of_several_microbatches_in_full() -> None:
     assert two == 4 * (own.dense + own.expert)
 
 
+def test_a_shard_has_whole_rows_and_all_means_over_them() -> None:
+    """64 ranks divide dim 0 of each weight, rounded up, and what has as many entries: not means over that dim."""
+    spec = ModelSpec(**SIZES["switch-base-128"]._asdict())
+    with torch.device("meta"):
+        weights = dict(SwitchTransformer(spec).named_parameters())
+    state = Adafactor().build(weights).state()
+    dense = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    parameters = sum(weight[: -(-len(weight) // 64)].numel() for weight in dense.values())
+    state_bytes = state["optimizer/steps"].element_size()
+    for name, weight in dense.items():
+        rows = -(-len(weight) // 64)
+        factored = f"{name}/row" in state
+        # Of [rows, columns] a mean for each row and one for each column, which lacks dim 0.
+        state_bytes += 4 * (rows + weight.shape[1] if factored else weight[:rows].numel())
+    assert held_of(spec).dense_shard(64) == (parameters, state_bytes)
+
+
+def test_replicas_that_divide_d_ff_have_all_means_over_it() -> None:
+    own = held_of(ModelSpec(**SIZES["switch-mini-8"]._asdict()))
+    assert own.expert_state_shard(Mesh(4, shard="zero2")) == own.expert_state // 4  # each has two of eight experts
+    means = own.expert_means
+    assert own.expert_state_shard(Mesh(16, shard="zero2")) == (own.expert_state - means) // 16 + means
+    assert 0 < means < own.expert_state
+
+
+def test_a_region_of_the_model_axis_keeps_one_copy_of_what_its_products_read() -> None:
+    """In bfloat16, alone each of queries, keys and values keeps one of [tokens, D], and so do keys and values of the
+    encoder's output."""
+    spec = ModelSpec(**{**SIZES["tiny"]._asdict(), "num_layers": 1, "num_decoder_layers": 1})
+    half = spec.model_copy(update={"num_heads": spec.num_heads // 2, "d_kv": spec.head_width, "d_ff": spec.d_ff // 2})
+    rows, inputs, targets = 8, 32, 16
+    step = Step(rows, inputs, targets)
+    copies = 2 * spec.d_model * rows * (2 * inputs + 2 * targets + inputs)
+    assert activation_bytes(spec, step, Mesh(1, model=2), rows) == activation_bytes(half, step, Mesh(1), rows) - copies
+
+
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])
 def test_more_data_ranks_never_take_more(shard: Any) -> None:
     own = held_by(1)
