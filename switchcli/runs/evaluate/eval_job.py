@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
@@ -176,9 +174,9 @@ def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedMo
     with memory.explain_out_of_memory_in_evaluation(context.device):
         if model is None:
             model = load_model(handle, context.device)
-        elif not _is_on(model, context.device):
-            found = model.model.embedding.device
-            raise RecipeError(f"the model is on {found}, and this process computes on {context.device}: move it there")
+        found, device = model.model.embedding.device, context.device
+        if (found.type, found.index or 0) != (device.type, device.index or 0):  # without a number: the first one
+            raise RecipeError(f"the model is on {found}, and this process computes on {device}: move it there")
         data = build_eval_data(model, recipe, context, console)
         trained_text = training_identity(model, recipe, data.prepared)
         context.main_only(lambda: _warn_about_other_text(handle, trained_text, console))
@@ -216,12 +214,6 @@ def _warn_about_other_text(handle: CheckpointHandle, identity: str | None, conso
             f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
             "now may have been trained on"
         )
-
-
-def _is_on(model: LoadedModel, device: torch.device) -> bool:
-    """Return whether the model is on the device. A device without a number is the first of its type."""
-    found = model.model.embedding.device
-    return found.type == device.type and (found.index or 0) == (device.index or 0)
 
 
 def _on_device_of(recipe: EvalRecipe, model: LoadedModel) -> EvalRecipe:

@@ -32,7 +32,8 @@ def compare_runs(
         CheckpointError: none of the folders is a run.
         RecipeError: a folder does not exist, or the baseline is not among the runs.
     """
-    if missing := [folder for folder in folders if not _is_there(folder)]:
+    # A link to nothing is there: it may come from `runs/*`.
+    if missing := [folder for folder in folders if not os.path.lexists(folder)]:
         raise RecipeError(*(f"{folder}: there is no such folder: fix the path, or leave it out" for folder in missing))
     by_real_path: dict[str, Path] = {}  # a folder that is named twice is one run
     for folder in folders:
@@ -68,15 +69,6 @@ def compare_runs(
     for note in notes:
         console.warning(note)
     return report._replace(notes=[*notes, *skipped])
-
-
-def _is_there(path: Path) -> bool:
-    """Return whether a path is a file, a folder or a link; that of a link to nothing may come from `runs/*`."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def _baseline_name(baseline: Path, by_real_path: Mapping[str, Path], trained: Sequence[Series]) -> str:

@@ -44,7 +44,8 @@ class TextRouting:
         for name, layer in self.layers.items():
             experts = [",".join(map(str, numbers)) or "-" for numbers in layer.experts]
             cells = [cell + " x" * dropped for cell, dropped in zip(experts, layer.dropped, strict=True)]
-            columns.append([_short_name(name), *cells])
+            stack, _, block, sublayer = name.split(".")  # such as encoder.blocks.1.feed_forward
+            columns.append([f"{stack} {block}{' attention' if sublayer == 'self_attention' else ''}", *cells])
         widths = [max(map(len, column)) for column in columns]
         rows = zip(*columns, strict=True)
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -91,9 +92,3 @@ def _layer_routing(choices: ExpertChoices) -> LayerRouting:
         experts.append(tuple(chosen))
         probabilities.append(tuple(probability_E[expert] for expert in chosen))
     return LayerRouting(tuple(experts), tuple(probabilities), tuple((~choices.in_slot_AE.any(1)).tolist()))
-
-
-def _short_name(name: str) -> str:
-    """Return the stack and the block of a sparse layer: `encoder 1` for `encoder.blocks.1.feed_forward`."""
-    stack, _, block, sublayer = name.split(".")
-    return f"{stack} {block}" + (" attention" if sublayer == "self_attention" else "")

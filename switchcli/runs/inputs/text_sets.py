@@ -196,7 +196,12 @@ def _stream_identity(
     data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None, prepare_with: PrepareContext
 ) -> str:
     """Return the identity of a stream's rows."""
-    text = source_digest(_without_unreadable(data), tokenizer, prepare_with)
+    # Without the rules for unreadable rows, so that a run stopped by one can be resumed with rules that skip it.
+    corpora = tuple(
+        corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, RowCorpus) else corpus
+        for corpus in data.corpora
+    )
+    text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer, prepare_with)
     identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text}
     return digest_of(identity)
 
@@ -206,19 +211,6 @@ def _raise_open_files_limit() -> None:
     with suppress(ValueError, OSError):
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-
-
-def _without_unreadable(data: DataSpec) -> DataSpec:
-    """Return `data` without its rules for unreadable rows.
-
-    The text is identified without them, so that a run stopped by an unreadable row can be resumed with rules that skip
-    it.
-    """
-    corpora = [
-        corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, RowCorpus) else corpus
-        for corpus in data.corpora
-    ]
-    return data.model_copy(update={"corpora": tuple(corpora)})
 
 
 def _datasets(text: PreparedTexts, part: str, rows: RowObjective, seed: int) -> dict[str, TokenDataset]:

@@ -156,7 +156,7 @@ def expand_grid(
                 known[word.key] = value
                 arguments.append(f"{word.key}={value}")
             if word.is_in_name:
-                name_parts.append(_as_name(value))
+                name_parts.append(re.sub(r"[^\w.-]+", "_", value).strip("_"))
         yield SweepRun(
             "-".join(part for part in name_parts if part),
             tuple(_substitute(argument, known) for argument in arguments),
@@ -241,10 +241,6 @@ def named_run(argument: str, out: Path) -> str | None:
     path = Path(re.sub("^-?-?[a-z_.-]+=|@[0-9]+$", "", argument)).absolute()
     folder = out.absolute()
     return path.relative_to(folder).parts[0] if folder in path.parents else None
-
-
-def _as_name(value: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", value).strip("_")
 
 
 def _substitute(argument: str, known: Mapping[str, str]) -> str:

@@ -141,7 +141,8 @@ class Sweep:
         # A run that is stopped while Python still starts dies of the signal itself: it has nothing to save.
         if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGKILL):
             return Outcome("not started", STOPPED, minutes)
-        return Outcome("failed", f"exit code {code}: {_last_line(log)} ({log})", minutes)
+        last = next((line.strip() for line in reversed(_tail(log)) if line.strip()), "no message")
+        return Outcome("failed", f"exit code {code}: {last.encode('unicode_escape').decode()} ({log})", minutes)
 
     def _wait(self, process: subprocess.Popen[str], run: SweepRun, label: str) -> int:
         """Return the exit code of a run. Until it ends, show its last logged step."""
@@ -264,8 +265,3 @@ def _steps(recipe: Path) -> int:
         steps = resolve.stated(resolve.load(str(recipe)), "train.steps")
         return steps if isinstance(steps, int) else 0
     return 0
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in _tail(log) if line.strip()]
-    return lines[-1].strip().encode("unicode_escape").decode() if lines else "no message"
