@@ -26,7 +26,6 @@ from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts, prepare
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import TRAIN
-from switchcli.data.prepare.shards import PrepareProgress
 from switchcli.data.sources.corpus import FilesCorpus, PythonStdlib
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.data.text_mixture import TemperatureMixing, TextMixture
@@ -108,8 +107,8 @@ def untracked(items: Iterable[Any], label: str, total: int | None) -> Iterator[A
 
 
 @contextmanager
-def unshown(label: str, pieces: int, size: int | None) -> Iterator[Callable[[PrepareProgress], None]]:
-    yield lambda progress: None
+def unshown(label: str, pieces: int) -> Iterator[Callable[[int, int], None]]:
+    yield lambda pieces, tokens: None
 
 
 def _prepare(folder: Path, processes: int) -> int:

@@ -83,15 +83,10 @@ class Bar(NamedTuple):
                 self.progress.update(self.task, end=time.monotonic() + seconds_left)
 
 
-class Preparation(Protocol):
-    """The progress of preparing text: finished source shards, their bytes, and the tokens written."""
+class ShowCount(Protocol):
+    """Shows how much is done, and how many tokens that made so far, if it makes tokens."""
 
-    @property
-    def source_shards(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
+    def __call__(self, count: int, tokens: int = 0, /) -> None: ...
 
 
 class Console:
@@ -158,31 +153,38 @@ class Console:
                 show(count)
 
     @contextmanager
-    def counting(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    def counting(self, description: str, total: int | None = None) -> Iterator[ShowCount]:
         """Yield a function to call with how much is done: it shows a bar, or a line every half minute.
 
         One line with the number and the time remains, unless it took less than a second or did not come to an end.
+        Tokens are shown with their rate.
         """
         timer = _Timer(self._live)
-        last = 0
+        last = last_tokens = 0
+
+        def described(seconds: float) -> str:
+            rate = f"{si(last_tokens)} tokens, {si(last_tokens / seconds)} tokens/s, " if last_tokens else ""
+            return f"{description}: {rate}"
+
         with self._bar(description, total) as bar:
 
-            def show(count: int) -> None:
-                nonlocal last
-                last = count
+            def show(count: int, tokens: int = 0) -> None:
+                nonlocal last, last_tokens
+                last, last_tokens = count, tokens
                 if not timer.is_due():
                     return
-                bar.advance(count)
+                line = described(timer.elapsed)
+                bar.advance(count, line.rstrip(":, "))
                 if not self._live:
                     left = ""
                     if total and count:
                         left = f" of {total:,}, time left {clock((total - count) * timer.elapsed / count)}"
-                    self.message(f"{description}: {count:,}{left}")
+                    self.message(f"{line}{count:,}{left}")
 
             yield show
         seconds = timer.seconds()
         if seconds >= 1:
-            self.message(f"{description}: {last:,} in {clock(seconds)}")
+            self.message(f"{described(seconds)}{last:,} in {clock(seconds)}")
 
     @contextmanager
     def waiting(self, description: str) -> Iterator[None]:
@@ -229,39 +231,6 @@ class Console:
                     self.message(f"{line}, step {step:,} of {steps:,}")
 
             yield show
-
-    @contextmanager
-    def preparing(self, label: str, source_shards: int, size: int | None) -> Iterator[Callable[[Preparation], None]]:
-        """Yield a function to call with the progress of preparing text: a bar, or a line every half minute.
-
-        One line with the tokens, the time and the rate remains, unless it took less than a second.
-
-        Args:
-            label: The name of the text.
-            source_shards: The number of source shards to prepare.
-            size: Their bytes, or None where they are not known; the time left is then not known either.
-        """
-        timer = _Timer(self._live)
-        last: Preparation | None = None
-        with self._bar(label, source_shards) as bar:
-
-            def show(done: Preparation) -> None:
-                nonlocal last
-                last = done
-                if not timer.is_due():
-                    return
-                seconds = timer.elapsed
-                line = f"{label}: {si(done.tokens)} tokens, {si(done.tokens / seconds)} tokens/s"
-                bar.advance(done.source_shards, line)
-                if not self._live:
-                    seconds_left = (size - done.size) * seconds / done.size if size and done.size else math.nan
-                    shards = f"{done.source_shards:,} of {source_shards:,} shards"
-                    self.message(f"{line}, {shards}, time left {clock(seconds_left)}")
-
-            yield show
-        seconds = timer.seconds()
-        if last is not None and seconds >= 1:
-            self.message(f"{label}: {last.tokens:,} tokens in {clock(seconds)}, {si(last.tokens / seconds)} tokens/s")
 
     @contextmanager
     def training(self, steps: int, first: int = 0, not_measured: str = "") -> Iterator["TrainingDisplay"]:

@@ -31,7 +31,6 @@ from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
-from switchcli.data.prepare.shards import PrepareProgress
 from switchcli.data.prepare.store import (
     OFFSETS,
     TOKENS,
@@ -55,25 +54,25 @@ CHARACTERS = "0123456789 abcdefghijklmnopqrstuvwxyz"
 class Shows:
     """Progress as it was told; `then` may do something about it."""
 
-    def __init__(self, then: Callable[[PrepareProgress], None] = lambda done: None) -> None:
-        self.told: list[tuple[str, int, int | None]] = []
-        """Labels, pieces and bytes of what was begun."""
-        self.done: list[PrepareProgress] = []
+    def __init__(self, then: Callable[[int], None] = lambda done: None) -> None:
+        self.told: list[tuple[str, int]] = []
+        """Labels and pieces of what was begun."""
+        self.done: list[tuple[int, int]] = []
         self._then = then
 
     @contextmanager
-    def __call__(self, label: str, pieces: int, size: int | None) -> Iterator[Callable[[PrepareProgress], None]]:
-        self.told.append((label, pieces, size))
+    def __call__(self, label: str, pieces: int) -> Iterator[Callable[[int, int], None]]:
+        self.told.append((label, pieces))
 
-        def show(done: PrepareProgress) -> None:
-            self.done.append(done)
-            self._then(done)
+        def show(pieces: int, tokens: int) -> None:
+            self.done.append((pieces, tokens))
+            self._then(pieces)
 
         yield show
 
     @property
     def num_pieces(self) -> int:
-        return sum(pieces for _, pieces, _ in self.told)
+        return sum(pieces for _, pieces in self.told)
 
 
 class Corpus(NamedTuple):
@@ -168,9 +167,8 @@ def test_processes_agree_on_every_byte(corpus: Corpus, processes: int, monkeypat
     text = other.prepare(first, processes)
     assert text.identity == alone.identity
     assert contents(other.cache / "tokens") == contents(corpus.cache / "tokens")
-    size = sum(Path(f"{number}.txt").stat().st_size for number in range(NUM_FILES))
-    assert first.told == [("tokenizing", NUM_FILES, size)]
-    assert first.done[-1] == (NUM_FILES, size, sum(counts.tokens for counts in text.counts.values()))
+    assert first.told == [("tokenizing shards", NUM_FILES)]
+    assert first.done[-1] == (NUM_FILES, sum(counts.tokens for counts in text.counts.values()))
     assert os.environ["PYTHONSAFEPATH"] == "", "the environment is as it was"
 
 
@@ -252,8 +250,8 @@ def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(cor
 
 
 def stop_after(number: int, stop: Callable[[], None]) -> Shows:
-    def then(done: PrepareProgress) -> None:
-        if done.source_shards >= number:
+    def then(done: int) -> None:
+        if done >= number:
             stop()
 
     return Shows(then)
@@ -345,8 +343,8 @@ from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.config import DataSpec
 
 @contextmanager
-def show(label, pieces, size):
-    yield lambda done: print(done.source_shards, *(process.pid for process in active_children()), flush=True)
+def show(label, pieces):
+    yield lambda done, tokens: print(done, *(process.pid for process in active_children()), flush=True)
 
 if __name__ == "__main__":
     spec = DataSpec.model_validate_json(Path("spec.json").read_text(), strict=False)
@@ -618,9 +616,8 @@ def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
     shows = Shows()
     prepared = module.prepare(spec, corpus.context(shows))
     assert [*prepared.texts] == ["de", "fr", "corpus-4", "corpus-6"]
-    assert [(label, number) for label, number, _ in shows.told] == [
-        ("tokenizing de", 2), ("tokenizing fr", 2), ("tokenizing corpus-4", 1), ("tokenizing corpus-6", 1),
-    ]  # fmt: skip
+    pieces = {"de": 2, "fr": 2, "corpus-4": 1, "corpus-6": 1}
+    assert shows.told == [(f"tokenizing shards of {label}", number) for label, number in pieces.items()]
     for label, numbers in (("de", (0, 2)), ("fr", (1, 4)), ("corpus-4", (3,))):
         alone = spec.model_copy(update={"corpora": tuple(corpora[one] for one in numbers)})
         (text,) = module.prepare(alone, corpus.context()).texts.values()

@@ -37,8 +37,8 @@ store.SHARD_TOKENS = 2**17
 files.SHARD_BYTES = 2**22
 
 @contextmanager
-def show(label, pieces, size):
-    yield lambda done: None
+def show(label, pieces):
+    yield lambda done, tokens: None
 
 path, cache = sys.argv[1:]
 corpora = (FilesCorpus(paths=(path,)),)

@@ -314,28 +314,22 @@ def test_only_somebody_at_a_terminal_gets_a_line_for_watchers(terminal: Terminal
     assert plain()[0].for_watchers("stopping") is None
 
 
-class Done(NamedTuple):
-    source_shards: int
-    size: int
-    tokens: int
-
-
-def test_preparing_says_shards_tokens_their_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_counted_with_their_rate_beside_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 10.0, 40.0, 50.0, 60.0])
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(times))
     console, stream = plain()
-    with console.preparing("tokenizing", 4, 1000) as show:
-        show(Done(0, 0, 500_000))
-        show(Done(1, 250, 2_000_000))
-        show(Done(4, 1000, 8_000_000))
+    with console.counting("tokenizing", 4) as show:
+        show(0, 500_000)
+        show(1, 2_000_000)
+        show(4, 8_000_000)
     going, done = stream.getvalue().splitlines()
-    assert not lacking(going, "tokenizing: 2.00M 50.0k tokens/s 1 4 shards 0:02:00")
-    assert not lacking(done, "tokenizing: 8,000,000 0:01:00 133k tokens/s")
+    assert not lacking(going, "tokenizing: 2.00M 50.0k tokens/s 1 4 0:02:00")
+    assert not lacking(done, "tokenizing: 8.00M tokens 133k tokens/s 4 0:01:00")
 
 
-def test_preparing_in_a_terminal_has_its_rate_beside_the_bar(terminal: Terminal) -> None:
-    with terminal.console.preparing("tokenizing", 4, None) as show:
-        show(Done(1, 0, 2_000_000))
+def test_a_rate_of_tokens_stands_beside_the_bar(terminal: Terminal) -> None:
+    with terminal.console.counting("tokenizing", 4) as show:
+        show(1, 2_000_000)
         terminal.wait_for(r"tokenizing: 2.00M tokens, \S+ tokens/s .*1/4")
 
 

@@ -253,7 +253,7 @@ def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer_file: Path, con
     default_processes = num_processors if size is None or size >= PROCESSES_FROM else 1
     processes = min(context.processes or default_processes, len(jobs))
     threads = max(1, num_processors // processes)
-    with context.show(f"tokenizing{_suffix(label)}", len(jobs), size) as show:
+    with context.show("tokenizing shards" + (f" of {label}" if label else ""), len(jobs)) as show:
         tokenize_shards(jobs, tokenizer_file, processes, threads, show)
 
 

@@ -3,19 +3,15 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from switchcli.data.prepare.shards import PrepareProgress
 from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
 
-
-class ShowProgress(Protocol):
-    """Opens a progress display for a number of source shards, and their bytes if known; the result updates it."""
-
-    def __call__(
-        self, label: str, source_shards: int, size: int | None, /
-    ) -> AbstractContextManager[Callable[[PrepareProgress], None]]: ...
+ShowTokens = Callable[[int, int], None]
+"""Called with the numbers of complete source shards and of tokens written so far."""
+ShowProgress = Callable[[str, int], AbstractContextManager[ShowTokens]]
+"""Opens a progress display with a label, for a number of source shards."""
 
 
 class PrepareContext(NamedTuple):

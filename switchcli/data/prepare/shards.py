@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, scratch_folder
 from switchcli.data.prepare.filters import Filters
@@ -44,23 +44,8 @@ class TokenizeJob(NamedTuple):
     filters: Filters
 
 
-class PrepareProgress(NamedTuple):
-    """Work that is done so far."""
-
-    source_shards: int
-    """Source shards that are complete."""
-    size: int
-    """Bytes of the complete source shards, as far as their sizes are known."""
-    tokens: int
-    """Tokens written."""
-
-    def with_shard(self, shard: SourceShard) -> Self:
-        """Return the progress after one more source shard."""
-        return self._replace(source_shards=self.source_shards + 1, size=self.size + (shard.size or 0))
-
-
 def tokenize_shards(
-    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[PrepareProgress], None]
+    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[int, int], None]
 ) -> None:
     """Build the folder of every job. Folders that are complete when an error is raised stay.
 
@@ -68,7 +53,7 @@ def tokenize_shards(
         tokenizer: the tokenizer.json to encode with.
         processes: how many processes work at the same time; 1: this one does all the work.
         threads: tokenizer threads of each process, if there are several.
-        show: called with the progress as it changes.
+        show: called with the numbers of complete source shards and of tokens written, as they change.
 
     Raises:
         DataError: a text cannot be used.
@@ -84,20 +69,19 @@ def tokenize_shards(
 
 
 def _build_here(
-    jobs: Sequence[TokenizeJob], scratch: Path, tokenizer: Tokenizer, show: Callable[[PrepareProgress], None]
+    jobs: Sequence[TokenizeJob], scratch: Path, tokenizer: Tokenizer, show: Callable[[int, int], None]
 ) -> None:
     """Build the folders one after the other in this process."""
-    progress = PrepareProgress(0, 0, 0)
+    tokens = number = 0
 
     def add_tokens(count: int) -> None:
-        nonlocal progress
-        progress = progress._replace(tokens=progress.tokens + count)
-        show(progress)
+        nonlocal tokens
+        tokens += count
+        show(number, tokens)
 
-    for job in jobs:
+    for number, job in enumerate(jobs):
         _build(job, scratch, tokenizer, add_tokens)
-        progress = progress.with_shard(job.source_shard)
-        show(progress)
+        show(number + 1, tokens)
 
 
 def _build_in_processes(
@@ -106,7 +90,7 @@ def _build_in_processes(
     tokenizer: Path,
     processes: int,
     threads: int,
-    show: Callable[[PrepareProgress], None],
+    show: Callable[[int, int], None],
 ) -> None:
     """Build the folders in a pool of processes. The first error ends all of them."""
     context = multiprocessing.get_context("spawn")  # the threads of this process would not survive a fork
@@ -119,12 +103,11 @@ def _build_in_processes(
         pending = {executor.submit(_build_in_worker, job, scratch, tokenizer): job for job in jobs}
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-    progress = PrepareProgress(0, 0, 0)
+    tokens = 0
     try:
-        for future in as_completed(pending):
-            progress = progress._replace(tokens=progress.tokens + future.result())
-            progress = progress.with_shard(pending[future].source_shard)
-            show(progress)
+        for number, future in enumerate(as_completed(pending), start=1):
+            tokens += future.result()
+            show(number, tokens)
     except BrokenProcessPool as error:
         if error.__cause__ is not None:  # no process was killed: the result of one cannot be unpickled
             raise

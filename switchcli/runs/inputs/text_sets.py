@@ -41,7 +41,7 @@ HELD_OUT_SEED = 0
 
 def prepare_context(console: Console) -> PrepareContext:
     """Return a context that prepares with the default cache and all processors, and reports to the console."""
-    return PrepareContext(default_cache(), console.track, console.preparing, warn=console.warning, wait=console.waiting)
+    return PrepareContext(default_cache(), console.track, console.counting, warn=console.warning, wait=console.waiting)
 
 
 class TrainRows(NamedTuple):
