@@ -61,7 +61,7 @@ def planted() -> dict[str, list[str]]:
     """Return what the trace finds of each planted fault: an empty list for one that it overlooks."""
     mesh = Mesh("switch-tiny-8", 2, ("parallel.expert=2",))
     first, second = in_own_process(mesh, 0), in_own_process(mesh, 1, "omit")
-    difference = first_difference(first["collectives"], second["collectives"])
+    difference = first_difference(first, second)
     return {
         **{name: [*trace(ROW, change).faults] for name, change in IN_A_STEP.items()},
         "a graph break": [*compile_case(CASES[0], breaks=True).faults],

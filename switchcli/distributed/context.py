@@ -275,6 +275,8 @@ class DistributedContext:
             ) from error
         # The dropout masks are those of a model that is not compiled, in bfloat16 from torch 2.12 on.
         torch._inductor.config.fallback_random = True
+        # Else code of torch 2.13 may read the queues of tokens after their memory was used for something else.
+        torch._inductor.config.reorder_for_peak_memory = False
         # A graph for each kind of block, for training and evaluation, and for each shape of a batch.
         torch._dynamo.config.recompile_limit = 64
         # The gradient of flex_attention's bias does not repeat bit for bit. On a CPU it has no gradient.

@@ -16,6 +16,7 @@ import torch
 from tiny_model import DENSE, SHAPE, a_model, rows, step_total
 from torch.torch_version import TorchVersion
 
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.kernels.opaque_ops import random_bits
@@ -151,6 +152,23 @@ def test_evaluation_has_graphs_of_its_own_and_the_same_outputs() -> None:
     with torch.compiler.set_stance("force_eager"):  # as `DistributedContext.eager`
         fast.eval()(*rows(0, 0, 3))
     assert num_graphs() == 2 * KINDS + 2
+
+
+@needs_compiler
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_a_sort_of_the_queues_reads_them_before_their_memory_is_used_again() -> None:
+    """With torch 2.13, inductor's order of operations for less memory broke the encoder of this small model."""
+    router = SwitchRouter(capacity_factor=0.36, min_capacity=1, jitter=0.0)
+    shape = {"vocab_size": 60, "d_model": 24, "d_ff": 32, "d_kv": 8, "num_heads": 3, "num_layers": 2}
+    spec = ModelSpec(**shape, num_experts=3, sparse_every=1, router=router)
+    plain, fast = a_model(spec).train(), a_model(spec).train()
+    inputs_BS = torch.randint(1, 60, (5, 31), generator=torch.Generator().manual_seed(0))
+    with torch._inductor.config.patch(reorder_for_peak_memory=True):  # restored afterwards
+        DistributedContext("cpu", "float32").compile(fast)
+        found = fast.encode(inputs_BS).hidden_BSD
+    expected = plain.encode(inputs_BS).hidden_BSD
+    torch.testing.assert_close(found, expected)
 
 
 def test_weights_keep_their_names() -> None:
