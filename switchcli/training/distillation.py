@@ -12,6 +12,7 @@ Legend: B batch, T target, V vocabulary (for the student this rank's rows of it)
 C targets of a chunk, K cached probabilities of a target, M sums.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
 from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
-from switchcli.model.axis import ModelAxis, local_slice
+from switchcli.model.axis import local_slice
 from switchcli.model.kernels.cpu_products import matmul
 from switchcli.model.layers import compute_dtype
 from switchcli.model.transformer import SwitchTransformer
@@ -30,16 +31,25 @@ from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import StepLoss, batch_segment_ids, step_loss, sum_in_chunks
 
 
-class TeacherProbs(NamedTuple):
-    """A teacher's probabilities at temperature T for a chunk of targets, float32 or float64."""
+class SoftLoss(NamedTuple):
+    """The cross-entropy of the student with its teacher for each target, over this rank's rows of the vocabulary."""
 
-    q_CV: torch.Tensor
-    """Probabilities of this rank's rows of the vocabulary."""
+    cross_entropy_C: torch.Tensor
     entropy_C: torch.Tensor
-    """-sum of q log q over those rows, in nats."""
+    """The teacher's entropy, which is the smallest possible cross-entropy."""
+    gradient_CV: torch.Tensor | None
+    """Gradient of the cross-entropy with respect to the logits over T. None if not needed."""
 
 
-class FullTeacherProbs:
+class TeacherProbs(ABC):
+    """A teacher's probabilities q at temperature T of N targets, float32 or float64."""
+
+    @abstractmethod
+    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
+        """Return the soft part of the loss for the targets `chunk`, given the student's log p at T: [C, V]."""
+
+
+class FullTeacherProbs(TeacherProbs):
     """A teacher's probabilities of the whole vocabulary for N targets.
 
     They are computed from its hidden states chunk by chunk, so [N, V] is never in memory.
@@ -57,11 +67,59 @@ class FullTeacherProbs:
         logits_CV = matmul(self._hidden_ND[chunk], self._vocabulary.weight_VD.mT)
         return self._vocabulary.log_softmax(logits_CV, self._temperature)
 
-    def local(self, chunk: slice, axis: ModelAxis) -> TeacherProbs:
-        """Return q of this rank's rows of the vocabulary for the targets `chunk`."""
-        log_q_CV = local_slice(self.log_probs(chunk), axis, 1)
+    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
+        """Return -sum q log p over this rank's rows of the vocabulary, with the gradient p - q."""
+        log_q_CV = local_slice(self.log_probs(chunk), vocabulary.axis, 1)
         q_CV = log_q_CV.exp()
-        return TeacherProbs(q_CV, -_dot(q_CV, log_q_CV))
+        gradient_CV = log_p_CV.exp().sub_(q_CV) if needs_gradient else None
+        return SoftLoss(-_dot(q_CV, log_p_CV), -_dot(q_CV, log_q_CV), gradient_CV)
+
+
+class CachedTeacherProbs(TeacherProbs):
+    """The K largest probabilities of each target, with their ids, and the sum of the others."""
+
+    def __init__(self, kept: TeacherTopK) -> None:
+        """The tensors of `kept` are [N, K] and [N]; the ids are of the whole vocabulary."""
+        self._kept = kept
+
+    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
+        """Return the soft part for q of K tokens, with all other tokens as one outcome of probability r.
+
+            -sum over the K tokens of q log p - r log(1 - sum over the K tokens of p)
+
+        How the student divides its probability among the other tokens does not matter. With K the whole vocabulary
+        there is no such outcome, and the result is that of `FullTeacherProbs`.
+
+        Example: four tokens, of which the teacher gives the first two q = [0.6, 0.3] and the rest r = 0.1. For a
+        student with p = [0.5, 0.2, 0.2, 0.1] the result is -0.6 log 0.5 - 0.3 log 0.2 - 0.1 log 0.3. Its gradient is
+        p - [0.6, 0.3, 0.0667, 0.0333]: the other tokens share r as the student shares 0.3 among them, 2 to 1.
+        """
+        teacher = TeacherTopK(*(tensor[chunk] for tensor in self._kept))
+        # [C, K]: the row of each token among this rank's rows, or any row, with q 0, for a token on another rank.
+        token = vocabulary.locate(teacher.ids.long())
+        q_CK, rest_C = teacher.probability.to(log_p_CV.dtype), teacher.rest.to(log_p_CV.dtype)
+        total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # not exactly 1, because cached probabilities are rounded
+        q_CK = token.zero_others(q_CK)
+        counts_rest = float(vocabulary.axis.rank == 0)  # the sum over ranks must contain the rest once
+        cross_entropy_C = -(q_CK * log_p_CV.gather(1, token.row)).sum(1)
+        entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts_rest * torch.xlogy(rest_C, rest_C))
+        # Terms of the gradient: the sum of all q times p, minus q at the K tokens, minus the gradient of the rest
+        # below.
+        gradient_CV = log_p_CV.exp().mul_(total_C1).scatter_add_(1, token.row, -q_CK) if needs_gradient else None
+        num_tokens = log_p_CV.shape[1] * vocabulary.axis.size
+        if token.row.shape[1] < num_tokens:  # K < V: there are other tokens
+            # log p of the other tokens alone: -inf is added at the K tokens (0 where a row only stands in for another
+            # rank's), so that they drop out of the logsumexp.
+            removed_CK = torch.full_like(q_CK, -torch.inf)
+            if token.is_local is not None:
+                removed_CK = removed_CK.where(token.is_local, 0.0)
+            others_CV = log_p_CV.scatter_add(1, token.row, removed_CK)
+            log_rest_C = vocabulary.logsumexp(others_CV)
+            cross_entropy_C = cross_entropy_C - counts_rest * rest_C * log_rest_C
+            if gradient_CV is not None:
+                # The gradient of log_rest_C is the softmax over the other tokens, minus p. The term with p is above.
+                gradient_CV -= others_CV.sub_(log_rest_C.unsqueeze(1)).exp_().mul_(rest_C.unsqueeze(1))
+        return SoftLoss(cross_entropy_C, entropy_C, gradient_CV)
 
 
 class Teacher:
@@ -92,77 +150,50 @@ class DistillationLoss:
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
         output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, self._packed))
-        targets_N = batch.targets_BT.flatten()
-        sums_M = distilled_cross_entropy(
-            output.hidden_BTD.flatten(0, 1),
-            output.vocabulary,
-            targets_N,
-            self._teacher_probs(batch),
-            self._settings.soft_fraction,
-            self._settings.temperature,
-        )
+        soft_fraction, temperature = self._settings.soft_fraction, self._settings.temperature
+        teacher: TeacherProbs
+        if self._teacher is not None:
+            teacher = self._teacher.predict(batch, self._packed, temperature)
+        else:
+            assert isinstance(batch, DistillBatch), "without a teacher the batch brings its probabilities"
+            # [B, T, K] and [B, T] to [N, K] and [N], in the order of targets_N.
+            teacher = CachedTeacherProbs(TeacherTopK(*(tensor.flatten(0, 1) for tensor in batch.teacher)))
+        hidden_ND, targets_N = output.hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
+        sums_M = distilled_cross_entropy(hidden_ND, output.vocabulary, targets_N, teacher, soft_fraction, temperature)
         target_sum = sums_M[0]
         _, hard, soft, divergence = sums_M.detach()
         sums = {NEG_LOG_PERPLEXITY: -hard, SOFT_CROSS_ENTROPY: soft, TEACHER_DIVERGENCE: divergence}
         return step_loss(output, batch.targets_BT, target_sum, sums)
-
-    def _teacher_probs(self, batch: AnyBatch) -> FullTeacherProbs | TeacherTopK:
-        if self._teacher is not None:
-            return self._teacher.predict(batch, self._packed, self._settings.temperature)
-        assert isinstance(batch, DistillBatch), "without a teacher the batch brings its probabilities"
-        # [B, T, K] and [B, T] to [N, K] and [N], in the order of targets_N.
-        return TeacherTopK(*(tensor.flatten(0, 1) for tensor in batch.teacher))
 
 
 def distilled_cross_entropy(
     hidden_ND: torch.Tensor,
     vocabulary: VocabularyShard,
     targets_N: torch.Tensor,
-    teacher: FullTeacherProbs | TeacherTopK,
+    teacher: TeacherProbs,
     soft_fraction: float,
     temperature: float,
 ) -> torch.Tensor:
-    """Return the sums [4] of `distillation_loss` over all N targets, in chunks; see `sum_in_chunks`.
+    """Return four sums over real targets, [4], in nats, float32 or float64, computed in chunks; see `sum_in_chunks`.
 
-    The first has a gradient. The tensors of a `TeacherTopK` are [N, K] and [N].
+    They are the loss, its hard part, its soft part (without the factor f T**2), and the Kullback-Leibler divergence of
+    the student from its teacher at temperature T. Only the loss has a gradient, which can be taken only once. Where the
+    vocabulary is sharded, the sums are over all ranks.
     """
 
     def loss(logits_CV: torch.Tensor, chunk: slice) -> torch.Tensor:
-        probs = (
-            TeacherTopK(*(tensor[chunk] for tensor in teacher))
-            if isinstance(teacher, TeacherTopK)
-            else teacher.local(chunk, vocabulary.axis)
+        sums_M: torch.Tensor = _DistillationLoss.apply(  # type: ignore[no-untyped-call]
+            logits_CV, targets_N[chunk], teacher, chunk, soft_fraction, temperature, vocabulary
         )
-        return distillation_loss(logits_CV, targets_N[chunk], probs, soft_fraction, temperature, vocabulary)
+        return sums_M
 
     return sum_in_chunks(loss, hidden_ND, vocabulary)
 
 
-def distillation_loss(
-    logits_CV: torch.Tensor,
-    targets_C: torch.Tensor,
-    teacher: TeacherProbs | TeacherTopK,
-    soft_fraction: float,
-    temperature: float,
-    vocabulary: VocabularyShard,
-) -> torch.Tensor:
-    """Return four sums over real targets, [4], in nats, float32 or float64.
-
-    They are the loss, its hard part, its soft part (without the factor f T**2), and the Kullback-Leibler divergence of
-    the student from its teacher at temperature T. Only the loss has a gradient, and only with respect to the logits. It
-    can be taken only once.
-
-    `teacher` has q of all tokens, [C, V], or of the K most probable ones, [C, K]. Where the vocabulary is sharded,
-    logits and [C, V] are of this rank's rows, [C, K] is of all rows, and the sums are this rank's terms.
-    """
-    sums_M: torch.Tensor = _DistillationLoss.apply(  # type: ignore[no-untyped-call]
-        logits_CV, targets_C, teacher, soft_fraction, temperature, vocabulary
-    )
-    return sums_M
-
-
 class _DistillationLoss(torch.autograd.Function):
-    """The sums of `distillation_loss`, with the gradient of the loss with respect to the logits z.
+    """This rank's terms of the sums of `distilled_cross_entropy` for a chunk of targets.
+
+    The gradient of the loss is with respect to the logits z.
 
     The derivative of log softmax(z / T) has the factor 1 / T, so
 
@@ -176,7 +207,8 @@ class _DistillationLoss(torch.autograd.Function):
         ctx: Any,
         logits_CV: torch.Tensor,
         targets_C: torch.Tensor,
-        teacher: TeacherProbs | TeacherTopK,
+        teacher: TeacherProbs,
+        chunk: slice,
         soft_fraction: float,
         temperature: float,
         vocabulary: VocabularyShard,
@@ -189,10 +221,7 @@ class _DistillationLoss(torch.autograd.Function):
         log_p_CV = vocabulary.log_softmax(logits_CV)
         hard = -(target.zero_others(log_p_CV.gather(1, target.row)) * real_C1).sum()
         tempered_CV = log_p_CV if temperature == 1.0 else vocabulary.log_softmax(logits_CV, temperature)
-        if isinstance(teacher, TeacherTopK):
-            soft = _soft_top_k(tempered_CV, teacher, vocabulary, needs_gradient)
-        else:
-            soft = _soft(tempered_CV, teacher, needs_gradient)
+        soft = teacher.soft(tempered_CV, chunk, vocabulary, needs_gradient)
         real_C = real_C1.squeeze(1)
         cross_entropy, entropy = (soft.cross_entropy_C * real_C).sum(), (soft.entropy_C * real_C).sum()
         loss = (1.0 - soft_fraction) * hard + soft_fraction * temperature**2 * cross_entropy
@@ -212,63 +241,7 @@ class _DistillationLoss(torch.autograd.Function):
         gradient_CV, ctx.gradient_CV = ctx.gradient_CV, None  # overwritten below: no second backward pass
         assert gradient_CV is not None, "the gradient can be taken once"
         # The gradient is 0 for padding.
-        return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None
-
-
-class _Soft(NamedTuple):
-    """The cross-entropy of the student with its teacher for each target, over this rank's rows of the vocabulary."""
-
-    cross_entropy_C: torch.Tensor
-    entropy_C: torch.Tensor
-    """The teacher's entropy, which is the smallest possible cross-entropy."""
-    gradient_CV: torch.Tensor | None
-    """Gradient of the cross-entropy with respect to the logits over T. None if not needed."""
-
-
-def _soft(log_p_CV: torch.Tensor, teacher: TeacherProbs, needs_gradient: bool) -> _Soft:
-    """Return the soft part for q of all tokens: -sum q log p, with the gradient p - q."""
-    gradient_CV = log_p_CV.exp().sub_(teacher.q_CV) if needs_gradient else None
-    return _Soft(-_dot(teacher.q_CV, log_p_CV), teacher.entropy_C, gradient_CV)
-
-
-def _soft_top_k(
-    log_p_CV: torch.Tensor, teacher: TeacherTopK, vocabulary: VocabularyShard, needs_gradient: bool
-) -> _Soft:
-    """Return the soft part for q of K tokens, with all other tokens as one outcome of probability r.
-
-        -sum over the K tokens of q log p - r log(1 - sum over the K tokens of p)
-
-    How the student divides its probability among the other tokens does not matter. With K the whole vocabulary there
-    is no such outcome, and the result is that of `_soft`.
-
-    Example: four tokens, of which the teacher gives the first two q = [0.6, 0.3] and the rest r = 0.1. For a student
-    with p = [0.5, 0.2, 0.2, 0.1] the result is -0.6 log 0.5 - 0.3 log 0.2 - 0.1 log 0.3. Its gradient is p - [0.6, 0.3,
-    0.0667, 0.0333]: the other tokens share r as the student shares 0.3 among them, 2 to 1.
-    """
-    # [C, K]: the row of each token among this rank's rows, or any row, with q 0, for a token on another rank.
-    token = vocabulary.locate(teacher.ids.long())
-    q_CK, rest_C = teacher.probability.to(log_p_CV.dtype), teacher.rest.to(log_p_CV.dtype)
-    total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # not exactly 1, because cached probabilities are rounded
-    q_CK = token.zero_others(q_CK)
-    counts_rest = float(vocabulary.axis.rank == 0)  # the sum over ranks must contain the rest once
-    cross_entropy_C = -(q_CK * log_p_CV.gather(1, token.row)).sum(1)
-    entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts_rest * torch.xlogy(rest_C, rest_C))
-    # Terms of the gradient: the sum of all q times p, minus q at the K tokens, minus the gradient of the rest below.
-    gradient_CV = log_p_CV.exp().mul_(total_C1).scatter_add_(1, token.row, -q_CK) if needs_gradient else None
-    num_tokens = log_p_CV.shape[1] * vocabulary.axis.size
-    if token.row.shape[1] < num_tokens:  # K < V: there are other tokens
-        # log p of the other tokens alone: -inf is added at the K tokens (0 where a row only stands in for another
-        # rank's), so that they drop out of the logsumexp.
-        removed_CK = torch.full_like(q_CK, -torch.inf)
-        if token.is_local is not None:
-            removed_CK = removed_CK.where(token.is_local, 0.0)
-        others_CV = log_p_CV.scatter_add(1, token.row, removed_CK)
-        log_rest_C = vocabulary.logsumexp(others_CV)
-        cross_entropy_C = cross_entropy_C - counts_rest * rest_C * log_rest_C
-        if gradient_CV is not None:
-            # The gradient of log_rest_C is the softmax over the other tokens, minus p. The term with p is above.
-            gradient_CV -= others_CV.sub_(log_rest_C.unsqueeze(1)).exp_().mul_(rest_C.unsqueeze(1))
-    return _Soft(cross_entropy_C, entropy_C, gradient_CV)
+        return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None, None
 
 
 def _dot(x_CV: torch.Tensor, y_CV: torch.Tensor) -> torch.Tensor:

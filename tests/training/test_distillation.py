@@ -13,11 +13,11 @@ from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
 from switchcli.training.distillation import (
+    CachedTeacherProbs,
     DistillationLoss,
     FullTeacherProbs,
     Teacher,
     compression,
-    distillation_loss,
     distilled_cross_entropy,
     gain_kept,
 )
@@ -103,7 +103,7 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     close = {"rtol": 1e-6, "atol": 1e-6}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.training.loss.CHUNK", 4)
-        found = distilled_cross_entropy(*factors(student), targets_N, answers, f, T)
+        found = distilled_cross_entropy(*factors(student), targets_N, CachedTeacherProbs(answers), f, T)
     q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
     ids_NK = q_NV.topk(kept).indices
     q_NK, p_NK = lumped(q_NV, ids_NK), lumped((student[0] @ student[1].mT / T).softmax(-1), ids_NK)
@@ -129,16 +129,17 @@ def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_l
     )
     targets_N = torch.tensor([4, 7])
     assert torch.autograd.gradcheck(
-        lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, answers, 0.25, 2.0)[0], student
+        lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, CachedTeacherProbs(answers), 0.25, 2.0)[0],
+        student,
     )
 
 
 def test_a_kept_probability_of_zero_adds_nothing() -> None:
     """A small probability is 0 in float16."""
     logits_CV, targets_C = torch.randn(1, V, dtype=torch.float64), torch.tensor([4])
-    vocabulary = VocabularyShard(torch.empty(V, 1))
+    vocabulary = VocabularyShard(torch.eye(V, dtype=torch.float64))
     one, both = (
-        distillation_loss(logits_CV, targets_C, answers, 1.0, 1.0, vocabulary)
+        distilled_cross_entropy(logits_CV, vocabulary, targets_C, CachedTeacherProbs(answers), 1.0, 1.0)
         for answers in (
             TeacherTopK(torch.tensor([[4]]), torch.tensor([[1.0]]), torch.tensor([0.0])),
             TeacherTopK(torch.tensor([[4, 2]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.0])),
