@@ -209,6 +209,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         from gpu_step import step
 
         return step(job)
+    if job["kind"] == "waits":
+        from gpu_waits import waits
+
+        return waits(job)
     from gpu_layer import layer
 
     return layer(job)

@@ -33,6 +33,7 @@ def calls() -> list[Call]:
     """Return all calls, the most important first."""
     found = [
         tests("tests-layer", 2, "the sparse layer of every router against the CPU", ["tests/model/test_gpu_layer.py"]),
+        Call("waits", 5, "where a step waits for the device, against the trace's prediction", {"kind": "waits"}),
         step(MODELS[0], "eager", 2),
         step(MODELS[1], "eager", 3),
         tests("tests-model", 4, "loss, gradients, flex_attention, answers", ["tests/model/test_gpu_model.py"]),

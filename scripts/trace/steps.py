@@ -191,20 +191,24 @@ class OneStep:
 
 
 def a_model(spec: ModelSpec, context: DistributedContext, router_dtype: torch.dtype) -> tuple[SwitchTransformer, Any]:
-    """Return the model and its weights as the trainer builds them."""
+    """Return the model and its weights as the trainer builds them, without values."""
     with torch.device("meta"):
         model = SwitchTransformer(spec, router_dtype)
     return model, context.parallelize(model)
 
 
-def _train(row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any) -> Iterator[str]:
+def _train(
+    row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any, build: Any = a_model
+) -> Iterator[str]:
     objective: Objective = cross_entropy
-    yield from _step(row, spec, context, batches, objective, change)
+    yield from _step(row, spec, context, batches, objective, change, build)
 
 
-def _distill(row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any) -> Iterator[str]:
+def _distill(
+    row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any, build: Any = a_model
+) -> Iterator[str]:
     """The teacher is the row's model, the student a dense one of half its layers."""
-    teacher, _ = a_model(spec, context, torch.float32)
+    teacher, _ = build(spec, context, torch.float32)
     teacher.eval()
     settings = DistillSpec(teacher="teacher", temperature=2.0)
     precision = "float32" if row.precision == "float32" else "selective"
@@ -213,14 +217,14 @@ def _distill(row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], 
     student = spec.model_copy(
         update={"num_experts": 1, "num_layers": layers, "num_decoder_layers": layers, "sparse_every": 2}
     )
-    yield from _step(row, student, context, batches, objective, change)
+    yield from _step(row, student, context, batches, objective, change, build)
 
 
 def _step(
-    row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], objective: Objective, change: Any
+    row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], objective: Objective, change: Any, build: Any
 ) -> Iterator[str]:
     train = TrainSpec(steps=1, batch_tokens=1, clip_norm=1.0, precision=row.precision)
-    model, weights = a_model(spec, context, train.router_dtype)
+    model, weights = build(spec, context, train.router_dtype)
     if row.checkpointing == "blocks":
         recompute_blocks(model)
     if change is not None:
@@ -228,7 +232,7 @@ def _step(
     optimizer = (Adafactor() if row.optimizer == "adafactor" else AdamW()).build(
         dict(model.named_parameters()), weights.layouts
     )
-    checked = _CheckedAtUpdate(optimizer)
+    checked = _CheckedAtUpdate(optimizer, context.device.type)
     fit(
         TrainState(),
         context.wrap(model),
@@ -247,8 +251,8 @@ def _step(
 class _CheckedAtUpdate:
     """An optimizer that looks at gradients and state before it updates."""
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Any, device: str) -> None:
+        self._optimizer, self._device = optimizer, device
         self.faults: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -267,12 +271,14 @@ class _CheckedAtUpdate:
                 self._check(f"the optimizer's {name}", tensor)
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_cuda or tensor.dtype != torch.float32:
+        if tensor.device.type != self._device or tensor.dtype != torch.float32:
             self.faults.append(f"{name}: {tensor.dtype} on {tensor.device}")
 
 
-def _generate(row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any) -> Iterator[str]:
-    model, _ = a_model(spec, context, TrainSpec(steps=1, batch_tokens=1, precision=row.precision).router_dtype)
+def _generate(
+    row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any, build: Any = a_model
+) -> Iterator[str]:
+    model, _ = build(spec, context, TrainSpec(steps=1, batch_tokens=1, precision=row.precision).router_dtype)
     batch = context.to_device(batches[0])
     with evaluating(model, "dropless"), context.autocast():
         answers = generate(model, batch.inputs_BS, Decoding(max_tokens=4), all_done=lambda done_B: False)
@@ -280,8 +286,10 @@ def _generate(row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch],
         yield f"answers are {answers.dtype} {[*answers.shape]}"
 
 
-def _evaluate(row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any) -> Iterator[str]:
-    model, _ = a_model(spec, context, TrainSpec(steps=1, batch_tokens=1, precision=row.precision).router_dtype)
+def _evaluate(
+    row: Row, spec: ModelSpec, context: Any, batches: Sequence[Batch], change: Any, build: Any = a_model
+) -> Iterator[str]:
+    model, _ = build(spec, context, TrainSpec(steps=1, batch_tokens=1, precision=row.precision).router_dtype)
     metrics = evaluate(model, cross_entropy, batches[:1], context, "dropless")
     yield from (
         f"the metric {name} is {mean.total.dtype}"

@@ -87,6 +87,15 @@ def test_it_goes_on_after_a_kill_and_keeps_what_was_done(tmp_path: Path) -> None
     assert "| t5-v1_1-base | eager |" in script(tmp_path, "--out", "results", "--report").stdout
 
 
+@pytest.mark.integration
+def test_a_step_of_the_trace_runs_with_values_too(tmp_path: Path) -> None:
+    done = script(tmp_path, *TINY, "--only", "waits")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "results/waits.json").read_text())
+    assert found["status"] == "done"
+    assert [row["faults"] for row in found["rows"].values()] == [[], []]
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_every_kind_of_row_runs(tmp_path: Path) -> None:
