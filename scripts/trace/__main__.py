@@ -68,7 +68,7 @@ def compiled() -> tuple[Any, list[str]]:
         for figure in json.loads(done.stdout.splitlines()[-1]):
             figures.append({"capability": capability, **figure})
             print(f"sm_{capability}", *(f"{name} {value}" for name, value in figure.items()), sep=", ", flush=True)
-            faults += figure["faults"]
+            faults += [f"sm_{capability}, {figure['size']}, {figure['router']}: {one}" for one in figure["faults"]]
     return figures, faults
 
 

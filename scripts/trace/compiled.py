@@ -36,6 +36,10 @@ SHARED_BYTES = {80: 166912, 90: 232448}
 """Bytes of shared memory that a block may ask for, by compute capability."""
 
 
+GRAPHS = 8
+"""Encoder or decoder, dense or sparse: a graph forward and one backward for each."""
+
+
 class Case(NamedTuple):
     """A model whose blocks are compiled."""
 
@@ -57,7 +61,7 @@ class Kernels(NamedTuple):
     graphs: int
     cubins: int
     spilling: int
-    """Kernels that keep registers in local memory."""
+    """Kernels with local memory: spilled registers or a stack."""
     largest_shared: int
     """Bytes of shared memory of the kernel that takes the most."""
     seconds: float
@@ -102,6 +106,8 @@ def compile_case(case: Case, breaks: bool = False) -> Kernels:
             for name, _, shared in resources
             if shared > SHARED_BYTES[capability]
         ]
+    if not breaks and (len(graphs), bool(resources)) != (GRAPHS, True):
+        faults.append(f"{len(graphs)} graphs and {len(resources)} kernels, not {GRAPHS} graphs with kernels")
     spilling = sum(local > 0 for _, local, _ in resources)
     largest = max((shared for _, _, shared in resources), default=0)
     seconds = round(time.perf_counter() - started, 1)

@@ -47,23 +47,35 @@ def _weight_without_gradient(model: SwitchTransformer, objective: Objective) -> 
     return objective
 
 
-IN_A_STEP: Mapping[str, Change] = {
-    "`.item()`": _in_the_loss(lambda loss: loss.item()),
-    "`.cpu()`": _in_the_loss(lambda loss: loss.cpu()),
-    "an index on the host": _in_the_loss(_index_on_the_host),
-    "float64": _in_the_loss(lambda loss: loss.double()),
-    "a router in bfloat16": _router_in_bfloat16,
-    "a parameter without a gradient": _weight_without_gradient,
+IN_A_STEP: Mapping[str, tuple[str, Change]] = {
+    "`.item()`": ("wait", _in_the_loss(lambda loss: loss.item())),
+    "`.cpu()`": ("to host", _in_the_loss(lambda loss: loss.cpu())),
+    "an index on the host": ("host and device in one operation", _in_the_loss(_index_on_the_host)),
+    "float64": ("float64", _in_the_loss(lambda loss: loss.double())),
+    "a router in bfloat16": ("product of bfloat16", _router_in_bfloat16),
+    "a parameter without a gradient": ("unused: no gradient", _weight_without_gradient),
 }
+"""The planted faults, with the word that the trace must say first."""
 
 
 def planted() -> dict[str, list[str]]:
-    """Return what the trace finds of each planted fault: an empty list for one that it overlooks."""
+    """Return what the trace finds of each planted fault: an empty list for one that it overlooks.
+
+    Raises:
+        RuntimeError: it finds a fault where none is planted.
+    """
+    if silent := [*trace(ROW).faults, *compile_case(CASES[0]).faults]:
+        raise RuntimeError(f"faults that nobody planted: {silent}")
     mesh = Mesh("switch-tiny-8", 2, ("parallel.expert=2",))
-    first, second = in_own_process(mesh, 0), in_own_process(mesh, 1, "omit")
+    first, second, whole = in_own_process(mesh, 0), in_own_process(mesh, 1, "omit"), in_own_process(mesh, 1)
+    if difference := first_difference(first, whole):
+        raise RuntimeError(f"ranks differ: {difference}")
     difference = first_difference(first, second)
     return {
-        **{name: [*trace(ROW, change).faults] for name, change in IN_A_STEP.items()},
-        "a graph break": [*compile_case(CASES[0], breaks=True).faults],
+        **{
+            name: [one for one in trace(ROW, change).faults if one.startswith(kind)]
+            for name, (kind, change) in IN_A_STEP.items()
+        },
+        "a graph break": [one for one in compile_case(CASES[0], breaks=True).faults if one.startswith("graph break")],
         "a collective that one rank omits": [difference] if difference else [],
     }

@@ -94,7 +94,7 @@ class Collectives(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace == "c10d":
             leaves = tree_leaves((args, kwargs))
             groups = [group for leaf in leaves if isinstance(leaf, torch.ScriptObject) and (group := _ranks(leaf))]
             tensors = ", ".join(

@@ -25,7 +25,10 @@ for _kind in ("flash", "efficient", "cudnn", "fused"):
 
 ALLOWED: Mapping[tuple[str, str], str] = {
     ("to host", "HostCopy.__init__"): "the gradient norm, once a step: it is read while the next step is queued",
-    ("to device", "DistributedContext.to_device"): "the tensors of a batch, once a forward pass, from pinned memory",
+    (
+        "to device",
+        "DistributedContext.to_device",
+    ): "the tensors of a batch, once a forward pass: a run has them in pinned memory",
     ("float64", "gradient_norm"): "squares of norms, a few numbers",
     ("float64", "exact"): "sums of metrics, a few numbers",
     ("float64", "ExpertChoiceRouter.assign"): "slots of each group: a number each",
@@ -34,9 +37,9 @@ ALLOWED: Mapping[tuple[str, str], str] = {
 }
 """What the design allows, by kind and by the function of the package that does it, with the reason."""
 HIDDEN_WAITS: Mapping[str, str] = {
-    "_grouped_mm": "in float32 torch reads the ends of the rows, and multiplies one expert after the other",
+    "_grouped_mm": "torch reads the ends of the rows, and multiplies one expert after the other",
 }
-"""Operations that wait for the device inside of torch, with the dtype that does: no trace sees the wait itself."""
+"""Operations that wait for the device inside of torch in float32, with the reason: no trace sees the wait itself."""
 
 
 class Finding(NamedTuple):

@@ -9,6 +9,7 @@ Legend  R rows  K sources
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Self
 
 import numpy as np
@@ -28,6 +29,7 @@ class RandomOrders:
     """Random orders by index and purpose, with a cache of the newest ones. Several threads may call it."""
 
     def __init__(self, seed: int, max_cached: int = 64, order: OrderFn = permutation) -> None:
+        self._lock = Lock()
         self._get = lru_cache(max_cached)(lambda size, index, purpose: order(size, seed, index, purpose))
 
     def __call__(
@@ -37,7 +39,9 @@ class RandomOrders:
         number_R = np.empty_like(position_R)
         for index in np.unique(index_R):
             has_index_R = index_R == index
-            number_R[has_index_R] = self._get(size, int(index), purpose)[position_R[has_index_R]]
+            with self._lock:
+                order = self._get(size, int(index), purpose)
+            number_R[has_index_R] = order[position_R[has_index_R]]
         return number_R
 
 

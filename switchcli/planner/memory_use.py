@@ -115,11 +115,12 @@ def _sharded_bytes(
 ) -> _TrainedBytes:
     """Return the bytes on a rank that keeps a shard of the weights, as fully_shard does.
 
-    Example: weights of 100 MB, a shard of 25 MB with a state of 12.5 MB, `gathered` 20 MB, `gradient_unit` 10 MB:
+    Example: weights of 100 MB, a shard of 25 MB with a state of 12.5 MB (`none`: of 100 MB with 50 MB), `gathered` 20
+    MB, `gradient_unit` 10 MB:
 
     | shard | weights  | gradients                           | state |
     |-------|----------|-------------------------------------|-------|
-    | none  | 100      | 100                                 | 12.5  |
+    | none  | 100      | 100                                 | 50    |
     | zero2 | 25 + 100 | 25 + 10; 100 if they are accumulated | 12.5  |
     | zero3 | 25 + 20  | 25 + 10                             | 12.5  |
 

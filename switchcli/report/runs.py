@@ -25,7 +25,7 @@ from switchcli.metric_names import (
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.sinks import MAX_JSON_BYTES, is_count, parse, read_object, step_of
+from switchcli.report.sinks import LONGEST_LINE, MAX_JSON_BYTES, is_count, parse, step_of
 from switchcli.system.user_files import open_regular, read_regular
 
 Floats = NDArray[np.float64]
@@ -287,7 +287,11 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """
     interval = num_logged = 0
     with open_regular(path) as file:
-        for line_number, line in enumerate(file, start=1):
+        for line_number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                if line_number > 1:  # a damaged end: what comes before it is the run
+                    return
+                raise CheckpointError(f"{path}: line 1 has more than {LONGEST_LINE:,} bytes: not a file of metrics")
             record, start = None, line.find(_LAYERS_START)
             if start >= 0 and (end := line.find(_LAYERS_END, start)) >= 0:
                 # The first logged line tells about how many there are, and so which of them are parsed in full.
@@ -302,7 +306,8 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     """Return the content of result.json, {} where there is none; append to `notes` what is wrong with it."""
     if not path.is_file():
         return {}
-    result = read_object(path)
+    with disk_errors(path, _ELSEWHERE):
+        result = parse(read_regular(path, MAX_JSON_BYTES)) if path.stat().st_size <= MAX_JSON_BYTES else None
     if result is None:
         notes.append(f"{path}: not a JSON object of at most {MAX_JSON_BYTES:,} bytes, left out")
         return {}

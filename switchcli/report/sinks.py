@@ -11,6 +11,9 @@ from switchcli.errors import disk_errors
 from switchcli.system import publish
 from switchcli.system.user_files import open_regular, read_regular
 
+LONGEST_LINE: Final = 2**24
+"""Bytes of the longest line that is parsed. A record of 64 layers with 2,048 experts each takes about a tenth."""
+
 MAX_JSON_BYTES: Final = 2**28
 """Bytes of the largest JSON file in the folder of a run that is read."""
 
@@ -79,7 +82,8 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int | None]]:
     A link to a file is followed. Raises OSError, also for a pipe or a device.
     """
     with open_regular(path) as file:
-        for line in file:
+        # A longer line comes in pieces, none of which holds a record.
+        for line in iter(lambda: file.readline(LONGEST_LINE), b""):
             yield line, step_of(parse(line))
 
 

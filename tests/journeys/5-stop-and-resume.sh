@@ -17,16 +17,16 @@ switchcli pretrain quickstart/switch train.steps=40 schedule.learning_rate=0.01 
 cat refusal.txt
 test $code = 2
 grep -q -- schedule.learning_rate refusal.txt
-branch=$(sed -n 's/.*as a new run: //p' refusal.txt)
-test "${branch#*--branch-from }" = "runs/quickstart/switch --out runs/quickstart/switch-branch1"
+grep -q -- "add --branch-from runs/quickstart/switch --out NEW" refusal.txt
 
 switchcli pretrain quickstart/switch train.steps=40
 
 # It went on to the end in the folder that it began in, and archived nothing.
 test "$(ls runs/quickstart)" = switch
 
-# The named command continues the run with the other learning rate, from the step that is asked for.
-eval "$branch train.steps=44"
+# The named options continue the run with the other learning rate, from the step that is asked for.
+switchcli pretrain quickstart/switch train.steps=44 schedule.learning_rate=0.01 --branch-from runs/quickstart/switch \
+    --out runs/quickstart/switch-branch1
 
 python - <<'CHECK'
 import json

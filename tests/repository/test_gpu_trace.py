@@ -76,7 +76,7 @@ def test_the_page_lists_what_is_replaced() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(5400)
+@pytest.mark.timeout(18000)
 @pytest.mark.skipif(
     not (ENVIRONMENT / "bin/python").exists(), reason="`scripts/gpu --trace` has not installed torch for CUDA"
 )

@@ -67,7 +67,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
   properties->maxThreadsPerBlock = 1024;
   properties->maxThreadsPerMultiProcessor = 2048;
   properties->sharedMemPerBlock = 49152;
-  properties->sharedMemPerBlockOptin = 232448;
+  properties->sharedMemPerBlockOptin = capability() < 90 ? 166912 : 232448;
   properties->regsPerMultiprocessor = 65536;
   properties->l2CacheSize = 52428800;
   return cudaSuccess;

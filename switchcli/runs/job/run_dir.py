@@ -135,6 +135,8 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
                 f"{out} holds a run that was branched from {saved.parent.checkpoint}: take "
                 f"{BRANCH_FROM} {saved.parent.checkpoint} to resume it, or give another folder by --out"
             )
+        if recipe.parent is not None and (saved.parent is None or saved.parent.checkpoint != recipe.parent.checkpoint):
+            raise RecipeError(f"{out} holds another run: give a branch a folder of its own by --out")
         more = [other.key for other in changed[1:]]
         others = f" (also changed: {', '.join(more[:3])}{', ...' if len(more) > 3 else ''})" if more else ""
         is_fixed = any(
@@ -142,7 +144,11 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
             or (key.startswith("model.") and key.split(".")[1] not in CHANGEABLE_MODEL_KEYS)
             for key, _, _ in changed
         )
-        hint = "" if is_fixed else f"; to continue it as a new run, add {BRANCH_FROM} {shell_words(out)} --out NEW"
+        # A branch must have steps left.
+        steps = f" train.steps={2 * latest.step}" if latest.step >= recipe.train.steps else ""
+        place = "in place of --model take" if recipe.start is not None else "add"
+        hint = f"; to continue it as a new run, {place} {BRANCH_FROM} {shell_words(out)} --out NEW{steps}"
+        hint = "" if is_fixed else hint
         raise RecipeError(
             f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
             "another folder by --out, or --no-resume to archive that run and start over"
