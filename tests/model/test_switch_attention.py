@@ -74,7 +74,9 @@ def test_it_equals_a_loop_over_heads_with_every_gradient(
     assume(reference.can_be_told_apart(logits_GNE))
     query_BHSK, memory, report = layer.project(x_BSD, real_BS)
     y_BSD = layer(query_BHSK, memory, bias_BHTS)
-    torch.testing.assert_close(y_BSD, expected_BSD, rtol=1e-4, atol=1e-5, check_dtype=False)
+    # A small entry may be what is left of large terms: it is off by the rounding of the largest ones.
+    scale = max(1.0, float(expected_BSD.detach().abs().max()))
+    torch.testing.assert_close(y_BSD, expected_BSD, rtol=1e-4, atol=1e-5 * scale, check_dtype=False)
     assert report.tokens == real_BS.sum()
     weight_BSD = torch.randn(y_BSD.shape, generator=generator)
     places = [x_BSD, *layer.parameters()]
