@@ -5,6 +5,7 @@ of experts in float32. The peak is recorded.
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from switchcli.model.init import initial_weights
 WAIT = "synchronizing CUDA operation"
 """Words of torch's error."""
 SIZES = ("t5-small", "switch-small-8", "switch-base-8", "switch-base-32")
-"""Those whose steps fit on one GPU of any kind."""
+"""Sizes whose steps fit on one GPU of any kind."""
 
 
 def waits(job: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def innermost(error: BaseException) -> str:
 
 
 @contextmanager
-def errors_at_waits(device: torch.device, is_on: bool) -> Any:
+def errors_at_waits(device: torch.device, is_on: bool) -> Iterator[None]:
     """Let torch raise a RuntimeError where an operation of this block waits for the device."""
     if device.type != "cuda":
         yield

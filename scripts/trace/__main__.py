@@ -29,7 +29,7 @@ def steps() -> tuple[Any, list[str]]:
     figures, faults = [], []
     for row in pairwise():
         traced = trace(row)
-        figures.append({**row._asdict(), **traced._replace(row=None)._asdict()})  # type: ignore[arg-type]
+        figures.append({**row._asdict(), **traced._asdict()})
         size, router, precision, optimizer, blocks, verb = row
         words = f"{size:<16}{router:<22}{precision:<11}{optimizer:<11}{blocks:<8}{verb:<10}"
         print(f"{words}{traced.operations:>10,}{traced.seconds:>7}", *traced.faults, sep="\n    ", flush=True)

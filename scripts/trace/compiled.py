@@ -34,8 +34,6 @@ from switchcli.training.loss import cross_entropy
 
 SHARED_BYTES = {80: 166912, 90: 232448}
 """Bytes of shared memory that a block may ask for, by compute capability."""
-
-
 GRAPHS = 8
 """Encoder or decoder, dense or sparse: a graph forward and one backward for each."""
 
@@ -84,7 +82,12 @@ def compile_case(case: Case, breaks: bool = False) -> Kernels:
         tempfile.TemporaryDirectory() as folder,
         patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}),
         # As `DistributedContext.compile` sets them; constant folding would run kernels while it compiles.
-        torch._inductor.config.patch(fallback_random=True, joint_graph_constant_folding=False, compile_threads=1),
+        torch._inductor.config.patch(
+            fallback_random=True,
+            reorder_for_peak_memory=False,
+            joint_graph_constant_folding=False,
+            compile_threads=1,
+        ),
         fake_gpu(),
     ):
         model, _ = a_model(spec, context, torch.float32)

@@ -69,7 +69,7 @@ def _to_empty(module: nn.Module, *, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def fake_gpu() -> Iterator[FakeTensorMode]:
+def fake_gpu() -> Iterator[None]:
     """Make all tensors of this block fake, and replace the calls of `REPLACED`."""
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     to_device = DistributedContext.to_device
@@ -82,4 +82,4 @@ def fake_gpu() -> Iterator[FakeTensorMode]:
         replaced.enter_context(patch.object(DistributedContext, "to_device", fake_batch))
         replaced.enter_context(patch.object(HostCopy, "__float__", lambda copy: 1.0))
         replaced.enter_context(mode)
-        yield mode
+        yield

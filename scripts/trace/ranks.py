@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from fake_gpu import fake_gpu
-from steps import OneStep, a_batch
+from steps import OneStep, a_batch, a_model
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,8 +32,7 @@ from switchcli.distributed.collectives import HostGroup
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
 from switchcli.distributed.parallel_spec import ParallelSpec
-from switchcli.model.transformer import SwitchTransformer
-from switchcli.planner.memory_use import _copy_bytes
+from switchcli.planner.memory_use import copy_bytes
 from switchcli.planner.plan import Fit, Machine
 from switchcli.planner.step import FLOAT
 from switchcli.runs.devices.planning import RecipePlan, plan_recipe
@@ -63,6 +62,13 @@ MESHES = (
     Mesh("switch-xxl", 256),
     Mesh("switch-c", 2048),
 )
+
+
+def plan_of(mesh: Mesh) -> tuple[RecipePlan, Fit]:
+    """Return the plan, and the fastest mesh that fits."""
+    plan = plan_recipe(mesh.size, [*OVERRIDES, *mesh.overrides], Machine.of_gpu(mesh.devices, GPU))
+    assert plan.meshes.best is not None
+    return plan, plan.meshes.best
 
 
 class Sent(NamedTuple):
@@ -122,7 +128,7 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
     """Make this process rank `rank` of `world`, in process groups that send nothing."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", MASTER_ADDR="localhost")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    device_mesh, new_group = fsdp._device_mesh, dist.new_group
+    device_mesh, new_group = fsdp.device_mesh, dist.new_group
 
     def fake_group(*arguments: Any, **settings: Any) -> Any:
         return new_group(*arguments, **{**settings, "backend": "fake"})
@@ -134,7 +140,7 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
     with ExitStack() as replaced:
         replaced.enter_context(patch.object(dist, "new_group", fake_group))
         replaced.enter_context(patch("torch.distributed.distributed_c10d.new_group", fake_group))
-        replaced.enter_context(patch.object(fsdp, "_device_mesh", real_mesh))
+        replaced.enter_context(patch.object(fsdp, "device_mesh", real_mesh))
         replaced.enter_context(patch.object(HostGroup, "from_main", lambda group, value: value))
         replaced.enter_context(
             patch.object(HostGroup, "sum", lambda group, values: [world * value for value in values])
@@ -144,9 +150,8 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
 
 def trace_rank(mesh: Mesh, rank: int) -> dict[str, Any]:
     """Run one step of rank `rank` on the fastest mesh of the plan, and return its bytes beside the plan's."""
-    plan = plan_recipe(mesh.size, [*OVERRIDES, *mesh.overrides], Machine.of_gpu(mesh.devices, GPU))
-    recipe, best = plan.recipe, plan.meshes.best
-    assert best is not None
+    plan, best = plan_of(mesh)
+    recipe = plan.recipe
     of = best.mesh
     parallel = ParallelSpec(data=of.data, expert=of.expert, model=of.model, shard=of.shard)
     count = min(MICROBATCHES, recipe.rows_per_step // of.data // best.microbatch)
@@ -156,9 +161,7 @@ def trace_rank(mesh: Mesh, rank: int) -> dict[str, Any]:
     with fake_ranks(rank, mesh.devices):
         context = DistributedContext("cuda", recipe.train.precision, parallel)
         with fake_gpu(), watch:
-            with torch.device("meta"):
-                model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
-            weights = context.parallelize(model)
+            model, weights = a_model(recipe.model, context, recipe.train.router_dtype)
             optimizer = recipe.optimizer.build(dict(model.named_parameters()), weights.layouts)
             tracker.track_external(model)
             update = optimizer.step
@@ -197,11 +200,11 @@ def trace_rank(mesh: Mesh, rank: int) -> dict[str, Any]:
 
 def _planned(plan: RecipePlan, best: Fit) -> dict[str, int]:
     """Return the plan's bytes of what a rank stores, of activations with the copies beside them, and of all."""
-    mesh, own = best.mesh, plan.planner._weights_of_rank(best.mesh.model)
+    mesh, own = best.mesh, plan.planner.weights_of_rank(best.mesh.model)
     dense, _ = own.dense_shard(1 if mesh.shard == "none" else mesh.data)
     stored = FLOAT * (dense + own.expert // mesh.expert // own.expert_shards(mesh))
     # At the end of the forward pass. The plan's copies also count a gradient that is about to be accumulated.
-    copies = _copy_bytes(plan.recipe.model, plan.planner.step, mesh, own, accumulates=False)
+    copies = copy_bytes(plan.recipe.model, plan.planner.step, mesh, own, accumulates=False)
     activations = best.bytes.activations + copies + best.bytes.dispatch
     return {
         "weights": stored,
@@ -228,9 +231,8 @@ def trace_mesh(mesh: Mesh, run: Callable[[Mesh, int], dict[str, Any]]) -> tuple[
 
     `run` traces one rank in a process of its own.
     """
-    plan = plan_recipe(mesh.size, [*OVERRIDES, *mesh.overrides], Machine.of_gpu(mesh.devices, GPU))
-    assert plan.meshes.best is not None
-    traced = [run(mesh, rank) for rank in coordinates(mesh.devices, plan.meshes.best.mesh.model)]
+    _, best = plan_of(mesh)
+    traced = [run(mesh, rank) for rank in coordinates(mesh.devices, best.mesh.model)]
     first, faults = traced[0], []
     faults += [f"rank {one['rank']}: {fault}" for one in traced for fault in one["faults"]]
     for pair in itertools.combinations(traced, 2):
@@ -251,7 +253,8 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
     """Return the first collective in which two traced ranks differ, of those that both belong to; None without one."""
     pair = {one["rank"], other["rank"]}
     ours, theirs = (
-        [each for each in map(_sent, traced["collectives"]) if pair <= {*each.ranks}] for traced in (one, other)
+        [each for each in itertools.starmap(Sent, traced["collectives"]) if pair <= {*each.ranks}]
+        for traced in (one, other)
     )
     for number, (mine, yours) in enumerate(itertools.zip_longest(ours, theirs), 1):
         if mine != yours:
@@ -259,10 +262,6 @@ def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | 
                 f"collective {number} of ranks {sorted(pair)}: {mine or 'none'} on one, {yours or 'none'} on the other"
             )
     return None
-
-
-def _sent(fields: Sequence[Any]) -> Sent:
-    return Sent(*fields)
 
 
 def in_own_process(mesh: Mesh, rank: int, *options: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ VOCABULARY = 32128
 ROWS, INPUTS, TARGETS = 8, 512, 114  # the paper's lengths, a microbatch
 MICROBATCHES = 2
 SHRUNK = ("switch-xxl", "switch-c-2048")
-"""Sizes of which two layers are traced: the others repeat them, and take as long."""
+"""Sizes of which two layers are traced: the others would repeat them."""
 
 SETTINGS: Mapping[str, Sequence[str]] = {
     "size": (
@@ -76,7 +76,6 @@ class Row(NamedTuple):
 class Traced(NamedTuple):
     """What one row showed."""
 
-    row: Row
     faults: tuple[str, ...]
     operations: int
     copies_to_host: int
@@ -107,7 +106,7 @@ def pairwise(settings: Mapping[str, Sequence[str]] = SETTINGS) -> list[Row]:
                 )
         missing -= _pairs(row, names)
         rows.append(Row(**row))
-    return sorted(rows, key=names_of)
+    return sorted(rows, key=order_of)
 
 
 def _pairs(row: Mapping[str, str], names: Sequence[str]) -> set[Any]:
@@ -115,7 +114,7 @@ def _pairs(row: Mapping[str, str], names: Sequence[str]) -> set[Any]:
     return {*itertools.combinations(items, 2)}
 
 
-def names_of(row: Row) -> list[int]:
+def order_of(row: Row) -> list[int]:
     """Return the positions of the row's values in `SETTINGS`: the order of the table."""
     return [SETTINGS[name].index(value) for name, value in row._asdict().items()]
 
@@ -162,7 +161,6 @@ def trace(row: Row, change: Callable[[SwitchTransformer, Objective], Objective] 
         expected = {"to host": 0, "to device": 2}
     faults += [f"{kind}: {watch.count(kind)} copies, not {n}" for kind, n in expected.items() if watch.count(kind) != n]
     return Traced(
-        row,
         tuple(faults),
         watch.operations,
         watch.count("to host"),

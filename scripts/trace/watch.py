@@ -25,10 +25,7 @@ for _kind in ("flash", "efficient", "cudnn", "fused"):
 
 ALLOWED: Mapping[tuple[str, str], str] = {
     ("to host", "HostCopy.__init__"): "the gradient norm, once a step: it is read while the next step is queued",
-    (
-        "to device",
-        "DistributedContext.to_device",
-    ): "the tensors of a batch, once a forward pass: a run has them in pinned memory",
+    ("to device", "DistributedContext.to_device"): "a batch, once a forward pass: a run has it in pinned memory",
     ("float64", "gradient_norm"): "squares of norms, a few numbers",
     ("float64", "exact"): "sums of metrics, a few numbers",
     ("float64", "ExpertChoiceRouter.assign"): "slots of each group: a number each",
@@ -102,7 +99,7 @@ class Watch(TorchDispatchMode):
             return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        for kind in _events(name, inputs, outputs):
+        for kind in _events(inputs, outputs):
             self._note(kind, name)
         if name in PRODUCTS:
             self._check_product(name, [tensor.dtype for tensor in inputs[: PRODUCTS[name]]])
@@ -139,7 +136,7 @@ class Watch(TorchDispatchMode):
             self.allowed[Finding("hidden wait", name, names[0] if names else "")] += 1
 
 
-def _events(name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Iterator[str]:
+def _events(inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Iterator[str]:
     """Yield what an operation does that a GPU pays for."""
     on_device = any(_is_on(tensor, "cuda") for tensor in inputs)
     if on_device and any(_is_on(tensor, "cpu") for tensor in outputs):

@@ -30,7 +30,7 @@ def shard_weights(model: SwitchTransformer, groups: MeshGroups, shard: Shard, de
     is_zero3 = shard == "zero3"
     expert_parameters = set(local_expert_parameters(model).values())
     _shard_experts(model, groups, is_zero3, device)
-    mesh = _device_mesh(groups.data, device)
+    mesh = device_mesh(groups.data, device)
     blocks = [module for module in model.modules() if isinstance(module, EncoderBlock | DecoderBlock)]
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=is_zero3, ignored_params=expert_parameters)
@@ -55,7 +55,7 @@ def _shard_experts(model: SwitchTransformer, groups: MeshGroups, is_zero3: bool,
     dim = even_dim([parameter.shape for parameter in local_expert_parameters(model).values()], replicas.size)
     if dim is None:
         return
-    mesh, placement = _device_mesh(replicas, device), ShardPlacement(dim)
+    mesh, placement = device_mesh(replicas, device), ShardPlacement(dim)
     for layer in sparse_layers(model).values():
         unit = fully_shard(
             layer.experts, mesh=mesh, reshard_after_forward=is_zero3, shard_placement_fn=lambda _: placement
@@ -71,7 +71,8 @@ def _shard_experts(model: SwitchTransformer, groups: MeshGroups, is_zero3: bool,
             layer.experts.expert_ids = layer.experts.expert_ids[start : start + num_stored]
 
 
-def _device_mesh(ranks: RankGroup, device: str) -> DeviceMesh:
+def device_mesh(ranks: RankGroup, device: str) -> DeviceMesh:
+    """Return the mesh of one dim over which weights are divided among `ranks`."""
     return DeviceMesh.from_group(ranks.group, device, mesh_dim_names=("shard",))
 
 

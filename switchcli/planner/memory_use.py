@@ -81,7 +81,7 @@ def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, 
         weights=dense.weights + experts.weights,
         gradients=dense_gradients + expert_gradients,
         optimizer=dense.optimizer + experts.optimizer,
-        copies=_copy_bytes(spec, step, mesh, weights, accumulates),
+        copies=copy_bytes(spec, step, mesh, weights, accumulates),
         activations=activation_bytes(spec, step, mesh, microbatch)
         + _recomputed_gradient_bytes(spec, step, mesh, microbatch),
         dispatch=_dispatch_bytes(spec, step, mesh, microbatch),
@@ -143,7 +143,7 @@ def _sharded_bytes(
     return _TrainedBytes(shard + gathered, gradients, state)
 
 
-def _copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, accumulates: bool) -> int:
+def copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, accumulates: bool) -> int:
     """Return the bytes of weights in bfloat16, and of one gradient that is about to be accumulated.
 
     Example: 8 experts with two stacks of [512, 2048] each, and a softmax matrix of 32128 x 512, in bfloat16 on a GPU.

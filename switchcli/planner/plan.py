@@ -247,7 +247,7 @@ class Planner:
             return Rejection(mesh, "rule", reason)
         if reason := batch_problem(step.sequences, mesh.data, self._microbatch, spec.group_sequences, step.source):
             return Rejection(mesh, "batch", reason)
-        weights, sizes = self._weights_of_rank(mesh.model), [self._microbatch or 0]
+        weights, sizes = self.weights_of_rank(mesh.model), [self._microbatch or 0]
         if not self._microbatch:
             sizes = microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
         for size in sizes:
@@ -258,7 +258,7 @@ class Planner:
             return _memory_violation(mesh, needed, machine, size)
         return Fit(mesh, size, needed, _seconds(spec, step, machine, mesh, weights, size))
 
-    def _weights_of_rank(self, model: int) -> RankWeights:
+    def weights_of_rank(self, model: int) -> RankWeights:
         """Return the weights of a rank on a model axis of this size."""
         if model not in self._rank_weights:
             self._rank_weights[model] = rank_weights(self._weights, self._state, model)

@@ -25,7 +25,7 @@ from switchcli.metric_names import (
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.sinks import LONGEST_LINE, MAX_JSON_BYTES, is_count, parse, step_of
+from switchcli.report.sinks import LONGEST_LINE, MAX_JSON_BYTES, is_count, lines, parse, step_of
 from switchcli.system.user_files import open_regular, read_regular
 
 Floats = NDArray[np.float64]
@@ -287,7 +287,7 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """
     interval = num_logged = 0
     with open_regular(path) as file:
-        for line_number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+        for line_number, line in enumerate(lines(file), start=1):
             if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                 if line_number > 1:  # a damaged end: what comes before it is the run
                     return

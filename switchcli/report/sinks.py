@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeGuard
+from typing import Any, BinaryIO, Final, TypeGuard
 
 from switchcli.errors import disk_errors
 from switchcli.system import publish
@@ -55,8 +55,7 @@ class JsonLines:
                 return None
             if first_damaged:
                 old = publish.free_name(self.path.with_name(f"{self.path.name}.damaged"))
-                with open_regular(self.path) as file:
-                    publish_file(old, file)
+                publish_file(old, (line for line, _ in read_lines(self.path)))
             kept = (line for line, line_step in read_lines(self.path) if line_step is not None and line_step <= step)
             # Only the last line of the file may lack its newline.
             publish_file(self.path, (line.removesuffix(b"\n") + b"\n" for line in kept))
@@ -82,9 +81,13 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int | None]]:
     A link to a file is followed. Raises OSError, also for a pipe or a device.
     """
     with open_regular(path) as file:
-        # A longer line comes in pieces, none of which holds a record.
-        for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+        for line in lines(file):
             yield line, step_of(parse(line))
+
+
+def lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a metrics file. One of more than `LONGEST_LINE` bytes comes in pieces, without a record."""
+    return iter(lambda: file.readline(LONGEST_LINE), b"")
 
 
 def parse(content: bytes) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ BASES: dict[str, dict[str, Any]] = {
     "distill": {"distill": {"teacher": "runs/teacher"}, **STEPS},
     "eval": {"tasks": [TASK], "text": {"held_out_fraction": 0.1}},
 }
-"""Of each verb a sound recipe."""
+"""A sound recipe of each verb."""
 NUMBERS = [0, -1, 1, 2, 3, 4, 8, 100, 4096, 2**20, 2**31, 2**63, 10**400, 0.1, 0.5, 1.25, 1e-4, 5e-324, 1e300]
 WORDS = ["", "a", "tiny", "switch-base-8", "/dev/null", "rte", "x" * 100_000, "\x1b[2J\u202e", "\0", "../../x", ".nan"]
 VALUES: list[Any] = [*NUMBERS, *WORDS, None, True, False, [], {}, [[]], [None], {"": None}, {"kind": "x"}, [0] * 1000]

@@ -66,7 +66,7 @@ class Terminal(NamedTuple):
         return bool(poll.poll(1000 * seconds))
 
     def shown(self) -> str:
-        """The same without what moves the cursor or colours."""
+        """Return what was printed, without what moves the cursor or colors."""
         return re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", self.output())
 
 

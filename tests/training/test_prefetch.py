@@ -36,7 +36,7 @@ class Noted:
     def __init__(self, go: threading.Event | None = None) -> None:
         self.steps: list[int] = []
         self.made: list[int] = []
-        """Those for which it was held up."""
+        """The steps for which it was held up."""
         self._go = go
 
     def __call__(self, step: int) -> Iterator[Microbatch]:
@@ -122,7 +122,7 @@ def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
 
 
 def test_the_time_that_steps_wait_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on only while the thread of the steps makes a batch, by a second."""
+    """The clock goes on by a second while the thread of the steps makes a batch, and else stands still."""
     seconds = 0.0
     monkeypatch.setattr("switchcli.training.prefetch.time.perf_counter", lambda: seconds)
 

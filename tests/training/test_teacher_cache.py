@@ -116,7 +116,7 @@ def test_what_is_kept_is_what_the_teacher_says(answers: Path) -> None:
 
 
 def test_threads_that_read_different_parts_get_their_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the threads of `train.workers` do where one part ends and the next one begins."""
+    """The threads of `train.workers` do so where one part ends and the next one begins."""
     step_bytes = bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size)
     monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", step_bytes)
     store = filled(tmp_path / "a", steps=2)

@@ -28,7 +28,7 @@ KEYS: Final[Mapping[str, str]] = MappingProxyType(
 )
 """The variables that are not taken over, and the keys that decide instead."""
 EVAL_KEYS: Final[Mapping[str, str]] = MappingProxyType({"ACCELERATE_MIXED_PRECISION": "precision"})
-"""The same for an evaluation."""
+"""The variables that an evaluation does not take over, and its keys that decide instead."""
 OFF: Final = ("", "no", "false", "0")
 """Values that ask for nothing."""
 PRECISIONS: Final = {"bf16": ("bfloat16", "selective")}

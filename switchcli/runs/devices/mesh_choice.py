@@ -1,4 +1,7 @@
-"""Build the ranks of a run as the mesh of its recipe, or with `parallel: auto` as the fastest mesh of the plan."""
+"""Build the ranks of a run as the mesh of its recipe, or with `parallel: auto` as the fastest mesh of the plan.
+
+An evaluation has no mesh: each rank holds the model.
+"""
 
 import os
 

@@ -144,11 +144,12 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
             or (key.startswith("model.") and key.split(".")[1] not in CHANGEABLE_MODEL_KEYS)
             for key, _, _ in changed
         )
-        # A branch must have steps left.
-        steps = f" train.steps={2 * latest.step}" if latest.step >= recipe.train.steps else ""
-        place = "in place of --model take" if recipe.start is not None else "add"
-        hint = f"; to continue it as a new run, {place} {BRANCH_FROM} {shell_words(out)} --out NEW{steps}"
-        hint = "" if is_fixed else hint
+        hint = ""
+        if not is_fixed:
+            take = "in place of --model take" if recipe.start is not None else "add"
+            # A branch must have steps left.
+            steps = f" train.steps={2 * latest.step}" if latest.step >= recipe.train.steps else ""
+            hint = f"; to continue it as a new run, {take} {BRANCH_FROM} {shell_words(out)} --out NEW{steps}"
         raise RecipeError(
             f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: take {old} again, give "
             "another folder by --out, or --no-resume to archive that run and start over"
