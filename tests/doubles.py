@@ -107,12 +107,12 @@ def a_run(
     recipe = SimpleNamespace(
         model=SimpleNamespace(sparse_layer_names=lambda: list(layers)),
         train=SimpleNamespace(steps=steps, batch_tokens=batch_tokens),
-        schedule=InverseSquareRoot(),
         log=SimpleNamespace(every_steps=every_steps),
         eval=SimpleNamespace(every_steps=every_steps),
     )
     return SimpleNamespace(
         recipe=recipe,
+        schedule=InverseSquareRoot(),
         model=model,
         evaluator=text_evaluator(context, texts),
         data=SimpleNamespace(source=source),

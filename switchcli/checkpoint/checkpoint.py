@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -275,8 +275,16 @@ def verify_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | Damag
             yield path, damage
 
 
-def prune(folder: Path, keep_last: int, *, keep_best: bool, files: FileOperations = DISK) -> None:
-    """Remove all checkpoints but the last `keep_last` (>= 1) and, with `keep_best`, the best by each metric.
+def prune(
+    folder: Path,
+    keep_last: int,
+    keep_steps: Collection[int] = (),
+    *,
+    keep_best: bool,
+    files: FileOperations = DISK,
+) -> None:
+    """Remove all checkpoints but the last `keep_last` (>= 1), those of `keep_steps` and, with `keep_best`, the best by
+    each metric.
 
     A checkpoint counts for a metric only if that was evaluated at its step. The recipe keeps two by default: with one,
     damage to the newest would leave nothing to fall back to. Checkpoints with a damaged manifest or state.json are not
@@ -296,6 +304,7 @@ def prune(folder: Path, keep_last: int, *, keep_best: bool, files: FileOperation
                 if name not in best or value > metrics_of[best[name]][name]:
                     best[name] = path
         keep = {*list(metrics_of)[:keep_last], *(best.values() if keep_best else ())}
+        keep |= {checkpoint_path(folder, step) for step in keep_steps}
         for path in metrics_of:
             if path not in keep and publish.is_folder(path):
                 files.rename(path, path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))

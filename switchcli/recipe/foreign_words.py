@@ -47,6 +47,7 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
             _key("train.microbatch_tokens", "N, where N is train.batch_tokens / {value} / the number of ranks")
         ],
         "lr": [_key("schedule.learning_rate")],
+        "lr_scheduler_type": [_key("schedule.kind", "KIND, such as cosine, linear, or wsd (warmup_stable_decay)")],
         "bf16": [_key("train.precision", _HALF), _key("precision", _HALF)],
         "fp16": [_key("train.precision", _HALF), _key("precision", _HALF)],
         "output_dir": [

@@ -169,8 +169,10 @@ class Checkpointer:
         except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
             writer.clean_up()
             raise
-        keep_last, keep_best = settings.keep_last, settings.keep_best
-        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_best=keep_best, files=self._files))
+        keep_last, keep_best, keep_steps = settings.keep_last, settings.keep_best, settings.keep_steps
+        ranks.main_only(
+            lambda: checkpoint.prune(self._folder, keep_last, keep_steps, keep_best=keep_best, files=self._files)
+        )
 
     def _optimizer_parts(self) -> dict[str, LocalPart]:
         return optimizer_parts(self._optimizer, self._weights.experts)
@@ -272,7 +274,7 @@ def preflight(
     for name, tensor in tensors.items():
         is_expert = bool(tensor_names.expert_numbers([name]))
         checkpoint_bytes += tensor_file.num_bytes([tensor]) * (expert_factor if is_expert else 1)
-    num_kept = settings.keep_last + settings.keep_best * num_metrics
+    num_kept = settings.keep_last + settings.keep_best * num_metrics + len(settings.keep_steps)
     num_new = max(1, num_kept + 1 - num_present)
     context.main_only(lambda: checkpoint.preflight(folder, checkpoint_bytes * num_new))
 

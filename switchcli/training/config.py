@@ -140,6 +140,9 @@ class CheckpointSpec(Spec):
     """Newest checkpoints that are kept; 2 by default, so that one remains if the newest is damaged."""
     keep_best: bool = True
     """Also keep, for each evaluation metric, the best of the checkpoints that were saved at an evaluated step."""
+    keep_steps: tuple[Count, ...] = ()
+    """Steps whose checkpoints are saved and never removed, such as those to branch from (`--branch-from RUN@STEP`); a
+    step that the run does not take has no effect."""
     background: bool = False
     """Write checkpoints in a thread while training continues; training waits only for a copy of weights and optimizer
     state.

@@ -25,7 +25,7 @@ from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.prefetch import Loader
 from switchcli.training.router_health import NONFINITE_FIX, first_nonfinite_backward, first_nonfinite_forward
-from switchcli.training.schedules import ScheduleSpec
+from switchcli.training.schedules import Schedule
 from switchcli.training.state import TrainState
 from switchcli.training.validation import exact
 
@@ -47,7 +47,7 @@ def fit(
     losses: LossSchedule,
     loader: Loader | Microbatches,
     optimizer: Optimizer,
-    schedule: ScheduleSpec,
+    schedule: Schedule,
     context: DistributedContext,
     callbacks: Sequence[Callback],
     settings: TrainSpec,

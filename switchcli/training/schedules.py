@@ -23,6 +23,10 @@ class Schedule(Spec, ABC):
         """Return why the schedule does not fit a run of `total_steps`, beginning with its key; None if it fits."""
         return None
 
+    def of_branch(self, first_step: int, total_steps: int) -> "Schedule":
+        """Return the schedule of a run of `total_steps` that continues another one after `first_step`."""
+        return self
+
 
 class InverseSquareRoot(Schedule):
     """T5's schedule: learning_rate * sqrt(warmup_steps / max(step, warmup_steps)). Constant at first, without a ramp.
@@ -57,7 +61,7 @@ class Constant(Schedule):
     """Steps of the linear warm-up from 0; none by default, as in T5."""
 
     def __call__(self, step: int, total_steps: int) -> float:
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return self.learning_rate * _warmup(step, self.warmup_steps)
 
     def incompatibility(self, total_steps: int) -> str | None:
         return _warmup_too_long(self.warmup_steps, total_steps)
@@ -113,6 +117,43 @@ class Linear(Schedule):
         return _warmup_too_long(self.warmup_steps, total_steps)
 
 
+class WarmupStableDecay(Schedule):
+    """Linear warm-up from 0, a constant rate, then a fall to 0 after the last update (Hu et al. 2024, MiniCPM).
+
+    In a branch (`start.keep: run`) the fall begins at the branch and takes all of its own steps. So one run with a
+    constant rate gives models of several lengths, each for the steps of its decay alone.
+    """
+
+    kind: Literal["wsd"] = "wsd"
+    """`wsd` (warm-up, stable, decay) is constant and falls to 0 over the last fraction of a run, and in a branch over
+    all of its own steps."""
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    """Learning rate of the constant part."""
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
+    """Steps of the linear warm-up from 0."""
+    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Last fraction of the run over which the rate falls to 0; a branch falls over its own steps instead."""
+    shape: Literal["linear", "sqrt"] = "linear"
+    """How the rate falls with the progress of the decay, from 0 to 1: `linear` by 1 - progress, `sqrt` by
+    1 - sqrt(progress), which is fast at first (Hägele et al. 2024)."""
+
+    def __call__(self, step: int, total_steps: int) -> float:
+        remaining = max(0.0, min(1.0, (total_steps - step) / (self.decay_fraction * total_steps)))
+        decay = remaining if self.shape == "linear" else 1 - math.sqrt(1 - remaining)
+        return self.learning_rate * _warmup(step, self.warmup_steps) * decay
+
+    def incompatibility(self, total_steps: int) -> str | None:
+        return _warmup_too_long(self.warmup_steps, total_steps)
+
+    def of_branch(self, first_step: int, total_steps: int) -> "WarmupStableDecay":
+        return self.model_copy(update={"decay_fraction": 1 - first_step / total_steps})
+
+
+def _warmup(step: int, warmup_steps: int) -> float:
+    """Return the fraction of the rate that a linear warm-up from 0 has reached, in (0, 1]."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
+
+
 def _warmup_too_long(warmup_steps: int, total_steps: int) -> str | None:
     """Return why a warm-up does not fit a run that would end before its peak; None if it fits."""
     if warmup_steps <= total_steps:
@@ -125,4 +166,6 @@ def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
     return min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
 
 
-ScheduleSpec = Annotated[InverseSquareRoot | Constant | Cosine | Linear, Field(discriminator="kind")]
+ScheduleSpec = Annotated[
+    InverseSquareRoot | Constant | Cosine | Linear | WarmupStableDecay, Field(discriminator="kind")
+]

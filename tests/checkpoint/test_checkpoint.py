@@ -257,6 +257,15 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     prune(tmp_path / "absent", 2, keep_best=True)
 
 
+def test_named_steps_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save_step(tmp_path, step)
+        prune(tmp_path, 1, (2, 3, 99), keep_best=False)
+    assert steps(tmp_path) == [2, 3, 6]
+    prune(tmp_path, 1, (3,), keep_best=False)
+    assert steps(tmp_path) == [3, 6]
+
+
 def test_a_checkpoint_that_is_a_link_is_not_pruned(tmp_path: Path) -> None:
     save_step(tmp_path / "elsewhere", 1)
     folder = tmp_path / "checkpoints"

@@ -112,6 +112,44 @@ def test_another_learning_rate_is_that_of_a_run_that_changes_it_at_that_step(
 
 
 @pytest.mark.integration
+def test_branches_of_one_constant_run_each_fall_over_their_own_steps(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 3 and 5 are between the saves, and kept; the recipe of the run is that of its branches."""
+    wsd = ("schedule.kind=wsd", "schedule.learning_rate=0.01", "schedule.warmup_steps=2", "log.every_steps=1")
+    kept = ("checkpoint.keep_steps=[3,5]", "checkpoint.keep_last=1", "checkpoint.keep_best=false")
+    trunk = switchcli("pretrain", recipe, f"train.steps={STEPS}", *wsd, *kept, "--out", "trunk", "-q")
+    assert trunk.code == 0, trunk.err
+    assert sorted(path.name for path in Path("trunk/checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (3, 5, STEPS)
+    ]
+    rates = {"trunk": [0.005, *[0.01] * 6, 0.00625]}  # the last 1.6 of eight steps
+    for out, first, steps, shape in (("short", 3, 5, "linear"), ("long", 5, 9, "sqrt")):
+        settings = (f"train.steps={steps}", f"schedule.shape={shape}", "--branch-from", f"trunk@{first}", "--out", out)
+        done = switchcli("pretrain", "trunk/recipe.yaml", *settings)
+        assert done.code == 0, done.err
+        assert not lacking(done.err, "rises again")
+        progress = [own / (steps - first) for own in range(steps - first)]
+        rates[out] = [0.01 * (1 - (share**0.5 if shape == "sqrt" else share)) for share in progress]
+    for out, expected in rates.items():
+        found = [record["learning_rate"] for record in records(Path(out)) if "learning_rate" in record]
+        assert found == pytest.approx(expected)
+    # One run whose schedule itself changes at step 3.
+    straight = {step: 0.005 if step == 0 else 0.01 for step in range(3)} | {3: 0.01, 4: 0.005}
+    with monkeypatch.context() as patch:
+        patch.setattr(Constant, "__call__", lambda schedule, step, total: straight[step])
+        done = switchcli("pretrain", recipe, "train.steps=5", *CONSTANT, "--out", "straight", "-q")
+        assert done.code == 0, done.err
+    assert weights_of(Path("short")) == weights_of(Path("straight"))
+    # A branch that was stopped after its fourth step goes on with the same rates.
+    shutil.rmtree("short/checkpoints/step-00000005")
+    Path("short/result.json").unlink()
+    again = switchcli("pretrain", "short/recipe.yaml", "--out", "short", "-q")
+    assert again.code == 0, again.err
+    assert weights_of(Path("short")) == weights_of(Path("straight"))
+
+
+@pytest.mark.integration
 def test_another_batch_goes_on_at_the_next_row(branch: Callable[..., dict[str, Any]], rows_read: list[int]) -> None:
     """Four steps of eight rows were read: the next is row 32, whatever the batch is now."""
     result = branch("train.batch_tokens=128", "data.held_out_fraction=0.1", "eval.sequences=8")

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from messages import lacking
 
-from switchcli.training.schedules import Constant, Cosine, InverseSquareRoot, Linear, ScheduleSpec
+from switchcli.training.schedules import (
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    Linear,
+    ScheduleSpec,
+    WarmupStableDecay,
+)
 
 TOTAL = 100_000
 
@@ -27,8 +34,10 @@ def test_the_last_tenth_falls_to_zero_where_it_is_asked_for() -> None:
     assert decayed(TOTAL, TOTAL) == 0.0
 
 
-@pytest.mark.parametrize("schedule", [Constant, Cosine, Linear])
-def test_a_warm_up_may_last_to_the_end_and_no_longer(schedule: type[Constant | Cosine | Linear]) -> None:
+@pytest.mark.parametrize("schedule", [Constant, Cosine, Linear, WarmupStableDecay])
+def test_a_warm_up_may_last_to_the_end_and_no_longer(
+    schedule: type[Constant | Cosine | Linear | WarmupStableDecay],
+) -> None:
     assert schedule(warmup_steps=100).incompatibility(100) is None
     assert lacking(schedule(warmup_steps=101).incompatibility(100) or "", "warmup_steps 101 100") == []
 
@@ -63,6 +72,39 @@ def test_the_end_value_is_reached_after_the_last_update() -> None:
     assert InverseSquareRoot(decay_fraction=0.1)(100, 100) == 0
 
 
+def test_wsd_warms_up_is_constant_and_falls_over_the_last_fraction() -> None:
+    linear = WarmupStableDecay(learning_rate=0.4, warmup_steps=100, decay_fraction=0.25)
+    steps = (0, 49, 99, 100, 749, 750, 875, 999, 1000)
+    assert [linear(step, 1000) for step in steps] == pytest.approx(
+        [0.004, 0.2, 0.4, 0.4, 0.4, 0.4, 0.2, 0.4 / 250, 0.0]
+    )
+    root = linear.model_copy(update={"shape": "sqrt"})
+    assert [root(step, 1000) for step in (749, 750, 1000)] == pytest.approx([0.4, 0.4, 0.0])
+    # A sixteenth and a quarter of the decay: 1 - 1/4 and 1 - 1/2 of the rate.
+    assert [root(step, 1600) for step in (1225, 1300)] == pytest.approx([0.3, 0.2])
+    assert WarmupStableDecay()(79, 100) == WarmupStableDecay()(80, 100) == 0.001
+    assert WarmupStableDecay()(90, 100) == pytest.approx(0.0005)
+
+
+def test_wsd_over_the_whole_run_is_linear_to_zero() -> None:
+    wsd, linear = WarmupStableDecay(decay_fraction=1.0), Linear()
+    assert [wsd(step, 50) for step in range(51)] == pytest.approx([linear(step, 50) for step in range(51)])
+
+
+@given(first=st.integers(0, 999), own=st.integers(1, 1000), step=st.integers(0, 1000), root=st.booleans())
+def test_wsd_of_a_branch_falls_over_all_steps_of_its_own(first: int, own: int, step: int, root: bool) -> None:
+    """By hand: the rate of the branch's own step, counted from its beginning."""
+    step = first + step % own
+    branch = WarmupStableDecay(learning_rate=0.5, shape="sqrt" if root else "linear").of_branch(first, first + own)
+    progress = (step - first) / own
+    assert branch(step, first + own) == pytest.approx(0.5 * (1 - (math.sqrt(progress) if root else progress)))
+
+
+@pytest.mark.parametrize("schedule", [InverseSquareRoot(), Constant(), Cosine(), Linear()])
+def test_other_schedules_of_a_branch_are_those_of_the_run(schedule: ScheduleSpec) -> None:
+    assert schedule.of_branch(40, 100) == schedule
+
+
 schedules = st.one_of(
     st.builds(
         InverseSquareRoot,
@@ -79,6 +121,13 @@ schedules = st.one_of(
         )
         for spec in (Cosine, Linear)
     ),
+    st.builds(
+        WarmupStableDecay,
+        learning_rate=st.floats(1e-6, 1.0),
+        warmup_steps=st.integers(0, 500),
+        decay_fraction=st.floats(0.01, 1.0),
+        shape=st.sampled_from(["linear", "sqrt"]),
+    ),
 )
 
 
@@ -93,6 +142,10 @@ def test_a_rate_is_positive_at_most_the_peak_and_never_jumps(schedule: ScheduleS
         # A ramp of `decay_fraction` falls by 1 / its length a step, and the root by half the step over it.
         ramp = schedule.decay_fraction * total
         fastest = min(1.0, (1 / ramp if ramp else 0.0) + 0.5 / schedule.warmup_steps)
+    elif isinstance(schedule, WarmupStableDecay):
+        share = 1 / (schedule.decay_fraction * total)  # of the decay, in one step
+        fall = share if schedule.shape == "linear" else math.sqrt(share)
+        fastest = min(1.0, fall + 1 / max(1, schedule.warmup_steps))  # both, where they overlap
     elif step < schedule.warmup_steps:
         fastest = 1 / schedule.warmup_steps
     elif total > schedule.warmup_steps:

@@ -80,7 +80,7 @@ class LogCallback(Callback):
             {
                 "step": state.step,
                 **router_health.record(metrics, self._layers),
-                LEARNING_RATE: run.recipe.schedule(state.step - 1, total_steps),
+                LEARNING_RATE: run.schedule(state.step - 1, total_steps),
                 "targets_seen": state.targets_seen,
                 INPUT_TOKENS: state.input_tokens(batch_tokens),
                 "seconds": state.seconds,
@@ -190,6 +190,9 @@ class SaveCallback(Callback):
     def __init__(self, run: "Trainer") -> None:
         super().__init__(run.recipe.checkpoint.save_every_steps)
         self._run = run
+
+    def due(self, step: int, last_step: int) -> bool:
+        return super().due(step, last_step) or step in self._run.recipe.checkpoint.keep_steps
 
     def __call__(self, state: TrainState) -> None:
         self._run.save(state)

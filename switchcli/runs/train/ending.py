@@ -185,7 +185,7 @@ def _next_commands(run: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[
     yield "see its charts", shell_words("report", out, "--html", f"{out}.html")
     last, steps = recipe.train.steps - 1, recipe.train.steps
     longer = "train it longer"
-    if recipe.schedule(last, 2 * steps) != recipe.schedule(last, steps):  # it falls to the end of a run
+    if run.schedule(last, 2 * steps) != run.schedule(last, steps):  # it falls to the end of a run
         longer += "; the learning rate rises again, because the schedule is then that of a longer run"
     ranks = ["--processes", str(run.context.world)] if run.context.world > 1 else []
     more_steps = f"train.steps={2 * result['step']}"

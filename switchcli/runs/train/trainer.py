@@ -45,6 +45,7 @@ from switchcli.training.measure import Measurement
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.nonfinite import NonFiniteHandler
 from switchcli.training.prefetch import Loader
+from switchcli.training.schedules import Schedule
 from switchcli.training.state import TrainState
 from switchcli.training.trackers import Trackers, check_usable
 
@@ -118,6 +119,9 @@ class Trainer:
         self.checkpointer = self._build_checkpointer(weights)
         self.state = TrainState()
         self._restore_or_begin(weights, branch)
+        self.schedule: Schedule = recipe.schedule
+        if recipe.parent is not None:
+            self.schedule = self.schedule.of_branch(self.state.branch.step, recipe.train.steps)
         if recipe.train.compile:
             context.compile(self.model)
             if context.device.type == "cpu":
@@ -218,7 +222,7 @@ class Trainer:
                     self.task,
                     loader,
                     self.optimizer,
-                    recipe.schedule,
+                    self.schedule,
                     self.context,
                     [log, *evaluations, save, SampleCallback(self)],
                     recipe.train,
