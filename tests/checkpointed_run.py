@@ -77,7 +77,10 @@ class Parts:
             for name, mean in self.state.metrics_since_log.items()
             for i, part in enumerate(mean)
         }
-        return {**dict(self.model.named_parameters()), **self.optimizer.state(), **window}
+        last = self.state.last_choices
+        choices = {} if last is None else {"last choices": last}
+        tensors = unsharded_weights(self.model).tensors
+        return {**tensors, **self.optimizer.state(), **window, **choices}
 
 
 def idle(optimizer: Optimizer, state: TrainState, steps: Container[int]) -> None:

@@ -228,7 +228,7 @@ def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.
 
     def slots_AE(mode: Policy) -> torch.Tensor:
         # Entries are token numbers 0..N-1 of a group, and N for an empty slot. Column N collects the empty slots.
-        token_GEC = layer.router_spec.assign(logits_GNE, real_GN, mode).token_GEC
+        token_GEC = layer.assign(logits_GNE, real_GN, mode).token_GEC
         in_slot_GEN = token_GEC.new_zeros(*token_GEC.shape[:2], N + 1, dtype=torch.bool).scatter_(2, token_GEC, True)
         return in_slot_GEN[..., :N].mT[real_GN]
 
@@ -236,7 +236,8 @@ def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.
     with torch.autocast(logits_GNE.device.type, enabled=False):
         in_slot_AE = slots_AE(layer.mode)
         chosen_AE = in_slot_AE if layer.router_spec.experts_choose else slots_AE("dropless")
-        return ExpertChoices(logits_GNE[real_GN].float().softmax(-1), chosen_AE, in_slot_AE)
+        gate_AE = layer.router_spec.gates(logits_GNE[real_GN].float())
+        return ExpertChoices(gate_AE / gate_AE.sum(-1, keepdim=True), chosen_AE, in_slot_AE)
 
 
 def count_choices(tokens: StackTokens, choices: ExpertChoices) -> LayerCounts:

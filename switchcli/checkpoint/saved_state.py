@@ -67,6 +67,8 @@ class SavedState(Spec):
     """First and last step of each range whose batches were skipped because of values that are not finite."""
     branch: BranchPoint = FROM_BEGINNING
     """Where the run began, if it was branched from another."""
+    last_choices: list[list[Count]] = Field(default_factory=list)
+    """Choices of each expert in the last step, for each sparse layer; empty if no router needs them."""
     metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)
     """Total and weight of each training metric since the last log record, summed over ranks."""
 
@@ -80,6 +82,8 @@ class SavedState(Spec):
             shape, weight_shape = _shape(total), _shape(weight)
             if weight_shape not in ((), shape):
                 raise ValueError("the weight of a metric has neither one number nor the shape of its total")
+        if len({len(choices) for choices in self.last_choices}) > 1:
+            raise ValueError("layers with different numbers of experts")
         return self
 
     @classmethod

@@ -109,6 +109,9 @@ def _unsupported(spec: ModelSpec, sparse_stacks: list[Stack]) -> str | None:
     for stack in sparse_stacks:
         if not (router := spec.router_of(stack)).is_in_transformers:
             return f"the {stack}'s router is of kind {router.kind}, where transformers has only switch"
+        for key, only in (("gate", "softmax"), ("balance", "loss")):
+            if (value := getattr(router, key)) != only:
+                return f"the {stack}'s router has {key}: {value}, where transformers has only {only}"
     if spec.sparse != "feed_forward":
         return f"sparse ({spec.sparse}) routes attention, where transformers routes only feed-forwards"
     if spec.activation != "relu":
@@ -161,6 +164,8 @@ def _training_differences(spec: ModelSpec, routers: Mapping[Stack, SwitchRouter]
     if any(router != first for router in routers.values()):
         labeled = {f"the {stack}'s router": router for stack, router in routers.items()}
     for label, router in labeled.items():
+        if router.balance_scope != "group":
+            yield f"{label}'s balance_scope ({router.balance_scope}): transformers' is group (training alone)"
         noise = [name for name in ("input_dropout", "sample_temperature") if getattr(router, name) not in (0.0, None)]
         if noise:
             yield f"{' and '.join(noise)} of {label}: transformers has no such noise (training alone)"

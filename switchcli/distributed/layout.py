@@ -133,9 +133,11 @@ def local_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ModelWeights(NamedTuple):
-    """The slices of a model's parameters that this rank stores."""
+    """The slices of a model's weights that this rank stores."""
 
     parameters: Mapping[str, nn.Parameter]
+    buffers: Mapping[str, torch.Tensor]
+    """The biases of routers, which every rank stores in full."""
     layouts: Mapping[str, Layout]
     """Layout of each sharded parameter, by name; parameters that are stored in full have no entry."""
     experts: range
@@ -146,12 +148,19 @@ class ModelWeights(NamedTuple):
     """Number of this rank among the `num_replicas` ranks that store the same experts, or slices of the same experts."""
     num_replicas: int = 1
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint stores, by name."""
+        return {**self.parameters, **self.buffers}
+
     def load_full(self, full_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy this rank's slice of each full weight. A stack comes with the local experts only, each of them full."""
+        tensors = self.tensors
         for name, full_tensor in full_tensors:
-            LocalPart(local_values(self.parameters[name]), self.layouts.get(name, ())).copy_from(full_tensor)
+            LocalPart(local_values(tensors[name]), self.layouts.get(name, ())).copy_from(full_tensor)
 
 
 def unsharded_weights(model: SwitchTransformer) -> ModelWeights:
     """Return the weights of a model that this process stores in full."""
-    return ModelWeights(dict(model.named_parameters()), {}, local_experts(model), model.spec.num_experts)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    return ModelWeights(parameters, buffers, {}, local_experts(model), model.spec.num_experts)

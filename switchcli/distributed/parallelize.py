@@ -42,6 +42,7 @@ def parallelize(model: SwitchTransformer, groups: MeshGroups, spec: ParallelSpec
     replica_index, num_replicas = _replica(parameters, groups)
     return ModelWeights(
         parameters,
+        dict(model.named_buffers()),
         {name: layout for name, layout in layouts.items() if layout},
         local_experts(model),
         model.spec.num_experts,

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from switchcli.model.config import ModelSpec
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.transformer import SwitchTransformer, named_weights
 
 
 @torch.no_grad()
 def initialize(model: SwitchTransformer, seed: int) -> None:
     """Fill every weight of a model that holds all its experts, in place, with `initial_weights`."""
-    parameters = dict(model.named_parameters())
+    weights = named_weights(model)
     for name, weight in initial_weights(model.spec, seed, range(model.spec.num_experts)):
-        parameters[name].copy_(weight)
+        weights[name].copy_(weight)
 
 
 def initial_weights(spec: ModelSpec, seed: int, experts: range) -> Iterator[tuple[str, torch.Tensor]]:
@@ -36,13 +36,14 @@ def initial_weights(spec: ModelSpec, seed: int, experts: range) -> Iterator[tupl
     | feed-forward and experts wo     | truncated normal            | sqrt(s / d_ff)         |
     | router                          | truncated normal            | sqrt(s / d_model)      |
     | norm scale                      | 1                           | 0                      |
+    | bias of a router's choices      | 0                           | 0                      |
 
     s is `init_scale` (0.1 in the paper); the truncation is at two standard deviations. Each tensor, and each expert's
     slice, is drawn from a generator of its own, keyed by the seed, the name and the expert's global number. The same
     seed thus gives the same model for any distribution of the experts over ranks.
     """
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in SwitchTransformer(spec).named_parameters()}
+        shapes = {name: weight.shape for name, weight in named_weights(SwitchTransformer(spec)).items()}
     normal_std = {
         "embedding": 1.0,
         "q.weight": (spec.d_model * spec.head_width) ** -0.5,
@@ -55,6 +56,8 @@ def initial_weights(spec: ModelSpec, seed: int, experts: range) -> Iterator[tupl
         suffix = ".".join(name.split(".")[-2:])  # module and parameter: "q.weight"
         if suffix.endswith("norm.weight"):
             yield name, torch.ones(shape)
+        elif suffix == "router.bias":
+            yield name, torch.zeros(shape)
         elif ".experts." in name:
             stacked = torch.empty(len(experts), *shape[1:])  # shape[0] counts all experts of the layer
             for expert, weight in zip(experts, stacked, strict=True):

@@ -356,3 +356,8 @@ class SwitchTransformer(nn.Module):
         if self.head is not None:
             return hidden_BTD, VocabularyShard(self.head.weight, self.axis)
         return hidden_BTD * self.spec.d_model**-0.5, VocabularyShard(self.embedding, self.axis)
+
+
+def named_weights(model: SwitchTransformer) -> dict[str, torch.Tensor]:
+    """Return all that a checkpoint stores of a model, by name: its parameters, and the biases of routers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -326,7 +326,7 @@ def load_parts(parts: Mapping[str, LocalPart], tensors: Mapping[str, torch.Tenso
 
 def weight_parts(weights: ModelWeights) -> dict[str, LocalPart]:
     """Return views of this rank's part of every weight, keyed by logical name."""
-    named = {name: local_values(parameter) for name, parameter in weights.parameters.items()}
+    named = {name: local_values(weight) for name, weight in weights.tensors.items()}
     return tensor_names.logical_parts(named, weights.layouts, weights.experts)
 
 

@@ -16,6 +16,7 @@ from switchcli.metric_names import GRADIENT_NORM
 from switchcli.model.moe.layer import local_experts, sparse_layers
 from switchcli.report.console import TrainingDisplay
 from switchcli.system.signals import StopRequest, StopTraining
+from switchcli.training.balance import RouterBalance
 from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loss import LossSchedule, Objective
@@ -78,6 +79,7 @@ def fit(
         DistributedError: another rank is lost.
     """
     model.train()
+    balance = RouterBalance(model, context)
     unchecked: list[StepResult] = []
     started = time.perf_counter()
     for step, microbatches in loader.from_step(state.step, settings.steps):
@@ -93,7 +95,9 @@ def fit(
             raise StopTraining
         learning_rate = schedule(step, settings.steps)
         seed = f"{settings.seed}/{step}"
-        metrics = accumulate_gradients(model, losses.loss_at(step), microbatches, real, context, seed)
+        balance.begin_step(state)
+        objective = balance.counting(losses.loss_at(step))
+        metrics = accumulate_gradients(model, objective, microbatches, real, context, seed)
         norm = _clip_gradients(optimizer, settings.clip_norm, context)
         result = StepResult(step + 1, norm, context.to_host(norm.total), metrics)
         error = _nonfinite_error(result, model, context) if nonfinite.before_updates else None
@@ -101,6 +105,7 @@ def fit(
             nonfinite(error, state, step + 1, updated=False)
         else:
             optimizer.step(learning_rate)
+            balance.end_step(state)
             _record_step(state, result, real.targets)
             unchecked.append(result)
         optimizer.zero_grad()

@@ -36,6 +36,8 @@ class StepLoss(NamedTuple):
     """Load-balancing and z-losses of the sparse layers, as sums over real tokens. None for a dense model."""
     metrics: Metrics
     """Sums without a gradient."""
+    choices: tuple[torch.Tensor, ...] = ()
+    """float32 [E] for each sparse layer: `RouterStats.choice_E`."""
 
 
 class Objective(Protocol):
@@ -92,7 +94,8 @@ def step_loss(
     """
     num_targets = (targets_BT != PAD).sum()
     metrics = {name: Mean(total, num_targets) for name, total in sums.items()}
-    return StepLoss(target_sum, output.auxiliary, {**metrics, **routing_metrics(output)})
+    choices = tuple(layer.choice_E for layer in output.router_stats)
+    return StepLoss(target_sum, output.auxiliary, {**metrics, **routing_metrics(output)}, choices)
 
 
 def summed_cross_entropy(hidden_ND: torch.Tensor, vocabulary: VocabularyShard, targets_N: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,9 @@ class TrainState:
     skipped_steps: list[tuple[int, int]] = field(default_factory=list)
     """The first and the last of the steps skipped each time a number was not finite (train.nonfinite)."""
 
+    last_choices: torch.Tensor | None = None
+    """int64 [L, E]: choices of each expert in the last step over all ranks, for each sparse layer. None before the
+    first step, and if no router needs them."""
     branch: BranchPoint = FROM_BEGINNING
     """Where the run began, if it was branched from another."""
 
@@ -78,6 +81,7 @@ class TrainState:
             ValueError: a number is not finite, which JSON cannot store.
         """
         state = {name: getattr(self, name) for name in SavedState.model_fields}
+        state["last_choices"] = [] if self.last_choices is None else self.last_choices.tolist()
         state["metrics_since_log"] = {
             name: [tensor.tolist() for tensor in mean] for name, mean in metrics_since_log.items()
         }
@@ -90,8 +94,9 @@ class TrainState:
         must take the saved ones (`with_metrics`). The others start from zero.
         """
         saved = SavedState.read(text)
-        for name in SavedState.model_fields.keys() - {"metrics_since_log"}:
+        for name in SavedState.model_fields.keys() - {"metrics_since_log", "last_choices"}:
             setattr(self, name, getattr(saved, name))
+        self.last_choices = torch.tensor(saved.last_choices, device=device) if saved.last_choices else None
         self.metrics_since_log = {}
         for name, (total, weight) in saved.metrics_since_log.items():
             tensors = (torch.tensor(values, dtype=torch.float64, device=device) for values in (total, weight))

@@ -26,6 +26,8 @@ REFUSED = {
     "top-k": (spec(router=TopKRouter()), ("encoder", "top_k")),
     "NTLB in the decoder": (spec(decoder_router=NoTokenLeftBehindRouter()), ("decoder", "no_token_left_behind")),
     "expert choice": (spec(router=ExpertChoiceRouter(), decoder_router=SwitchRouter()), ("encoder", "expert_choice")),
+    "sigmoid": (spec(router=SwitchRouter(gate="sigmoid")), ("encoder", "gate", "sigmoid", "softmax")),
+    "biases": (spec(decoder_router=SwitchRouter(balance="bias")), ("decoder", "balance", "bias", "loss")),
     "Switch attention": (spec(sparse="attention"), ("sparse", "(attention)")),
     "both": (spec(sparse="both"), ("sparse", "(both)")),
     "GEGLU experts": (spec(activation="geglu"), ("activation", "geglu", " 4 ")),
@@ -57,6 +59,7 @@ WARNED = {
     "sampling": (spec(router=SwitchRouter(**DROPLESS, sample_temperature=1.0)), ("sample_temperature",), 512),
     "dropout": (spec(router=SwitchRouter(**DROPLESS, input_dropout=0.1)), ("input_dropout",), 512),
     "expert dropout": (spec(expert_dropout=0.4), ("expert_dropout", "0.4", " dropout (0.0)"), 512),
+    "scope": (spec(router=SwitchRouter(**DROPLESS, balance_scope="step")), ("balance_scope", "(step)"), 512),
     "sum": (spec(balance_reduction="sum"), ("balance_reduction", "(sum)"), 512),
     "two routers": (spec(decoder_router=SwitchRouter(**DROPLESS, jitter=0.1)), ("jitter", "decoder"), 512),
 }

@@ -238,7 +238,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
     }
     whole = {
         name: LocalPart(local_values(parameter), weights.layouts.get(name, ())).gather().numpy()
-        for name, parameter in weights.parameters.items()
+        for name, parameter in weights.tensors.items()
     }
     return {HERE: np.array(weights.experts), **figures, **whole}
 
@@ -330,6 +330,15 @@ THREE = NOISY.model_copy(update={"num_experts": 3})
 """More than two ranks can share out whole: each has a part of every expert."""
 ODD = THREE.model_copy(update={"d_ff": 25})
 """Nor can they divide d_ff."""
+BALANCED = NOISY.model_copy(
+    update={
+        "router": TopKRouter(
+            gate="sigmoid", balance="bias", bias_rate=0.01, balance_loss_coef=0.1, balance_scope="step"
+        ),
+        "decoder_router": SwitchRouter(balance_scope="sequence", group_sequences=2),
+    }
+)
+"""Routers that change by the loads of all ranks in the step before."""
 DROPLESS = NOISY.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")})
 EVERY_SPARSE = NOISY.model_copy(update={"sparse_every": 1})
 WIDE = SPARSE.model_copy(
@@ -373,6 +382,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
 RUNS: dict[str, Callable[..., Arrays]] = {
     "adafactor": partial(trained, Adafactor(min_dim_to_factor=8)),
     "adamw": partial(trained, AdamW()),
+    "balanced by the step before": partial(trained, Adafactor(min_dim_to_factor=8), of=BALANCED),
     "adafactor, parts of each expert on replicas": partial(trained, Adafactor(min_dim_to_factor=8), of=THREE),
 }
 CONTROL: dict[str, Callable[..., Any]] = {
@@ -389,7 +399,7 @@ UNIT = {"expert 2": ("accumulated and clipped", "dropout and jitter"), "model 2"
 INTEGRATION = {
     "data 2": (
         *("groups of two sequences", "dropout and jitter", "kept answers", "evaluation", "the experts alone"),
-        *("rounded", "stopped", "poisoned", "adafactor"),
+        *("rounded", "stopped", "poisoned", "adafactor", "balanced by the step before"),
     ),
     "expert 2": (
         *("top-2 of experts with GEGLU", "no token left behind", "experts that choose", "a Switch attention"),
@@ -399,6 +409,7 @@ INTEGRATION = {
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
+        "balanced by the step before",
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),
@@ -407,12 +418,12 @@ INTEGRATION = {
     "zero3 2": (
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
         *("experts whole on all replicas", "products of oneDNN", "experts one at a time", "rounded"),
-        "adafactor, parts of each expert on replicas",
+        *("adafactor, parts of each expert on replicas", "balanced by the step before"),
     ),
     "data 4": ("at once", "poisoned"),
     "expert 2, twice": ("accumulated and clipped",),
     "expert 4": ("a slot for every token",),
-    "expert 2 x model 2": ("accumulated and clipped", "dropout and jitter", "adamw"),
+    "expert 2 x model 2": ("accumulated and clipped", "dropout and jitter", "adamw", "balanced by the step before"),
     "zero2 4, expert 2": ("accumulated and clipped",),
     "zero3 4, expert 2": ("accumulated and clipped", "adafactor"),
     "zero3 2 x model 2": ("dropout and jitter",),

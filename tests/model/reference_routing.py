@@ -32,7 +32,8 @@ class Group(NamedTuple):
     """What one group gives."""
 
     places: list[Place]
-    fraction_E: list[float]
+    counted: list[list[int]] | None
+    """The choices of each token that count for f, none of padding; None: f is uniform."""
     load_E: list[int]
 
 
@@ -59,13 +60,21 @@ def capacity(rule: Router, num_tokens: int, num_experts: int, mode: Mode) -> int
     return min(num_tokens, max(rule.min_capacity, int(num_tokens * factor / num_experts)))
 
 
-def can_be_told_apart(logits_GNE: torch.Tensor) -> bool:
-    """Whether no two numbers that decide are nearly equal: logits of a token, probabilities for an expert."""
-    probability_GNE = logits_GNE.softmax(-1)
-    best_GN = probability_GNE.amax(-1)
+def gates(rule: Router, logits: torch.Tensor) -> torch.Tensor:
+    """A softmax over the experts, or a sigmoid of each logit."""
+    if getattr(rule, "gate", "softmax") == "sigmoid":
+        return 1 / (1 + (-logits).exp())
+    return logits.exp() / logits.exp().sum(-1, keepdim=True)
+
+
+def can_be_told_apart(rule: Router, weights: Weights, logits_GNE: torch.Tensor) -> bool:
+    """Whether no two numbers that decide are nearly equal: scores of a token, gates for an expert."""
+    gate_GNE = gates(rule, logits_GNE)
+    score_GNE = gate_GNE + weights["router.bias"] if "router.bias" in weights else logits_GNE
+    first_GN = gate_GNE.gather(-1, score_GNE.argmax(-1, keepdim=True))
     return all(
         (values.sort(dim).values.diff(dim=dim) > GAP).all()
-        for values, dim in ((logits_GNE, 2), (probability_GNE, 1), (best_GN, 1))
+        for values, dim in ((score_GNE, 2), (gate_GNE, 1), (first_GN, 1))
     )
 
 
@@ -77,22 +86,30 @@ def layer(
     together = 1 if mode == "dropless" and not isinstance(rule, ExpertChoiceRouter) else rule.group_sequences
     x_GND = x_BSD.reshape(B // together, together * S, D)
     logits_GNE = x_GND @ weights["router.weight"].T
-    probability_GNE = logits_GNE.exp() / logits_GNE.exp().sum(-1, keepdim=True)
-    outputs, groups, means = [], [], []
+    gate_GNE = gates(rule, logits_GNE)
+    outputs, groups, fractions, means = [], [], [], []
     squares, counts, entropy, confidence = [], [], 0.0, 0.0
     tokens = dropped = 0
-    for x_ND, logits_NE, probability_NE, real_N in zip(
-        x_GND, logits_GNE, probability_GNE, real_BS.reshape(len(x_GND), -1).tolist(), strict=True
+    for x_ND, logits_NE, gate_NE, real_N in zip(
+        x_GND, logits_GNE, gate_GNE, real_BS.reshape(len(x_GND), -1).tolist(), strict=True
     ):
         real = [token for token, there in enumerate(real_N) if there]
-        group = _expert_choice(rule, probability_NE, real, mode) if isinstance(rule, ExpertChoiceRouter) else None
-        group = group or _token_choice(rule, probability_NE, real, mode)
+        if isinstance(rule, ExpertChoiceRouter):
+            group = _expert_choice(rule, gate_NE, real, mode)
+        else:
+            group = _token_choice(rule, gate_NE, weights.get("router.bias"), real, mode)
+        probability_NE = gate_NE / gate_NE.sum(-1, keepdim=True)
         y_N = [torch.zeros(weights["experts.wo"].shape[1], dtype=x_BSD.dtype) for _ in real_N]
         for token, expert, weight in group.places:
             y_N[token] = y_N[token] + weight * _expert(weights, expert, x_ND[token])
         outputs.append(torch.stack(y_N))
         groups.append(group)
-        means.append(probability_NE[real].sum(0) / max(1, len(real)))
+        length = S if getattr(rule, "balance_scope", "group") == "sequence" else len(real_N)
+        for start in range(0, len(real_N), length):
+            inside = [token for token in real if start <= token < start + length]
+            fractions.append(_fraction(group, inside, logits_NE.shape[1]))
+            means.append(probability_NE[inside].sum(0) / max(1, len(inside)))
+            counts.append(len(inside))
         tokens += len(real)
         dropped += len(set(real) - {place.token for place in group.places})
         total = torch.zeros((), dtype=x_BSD.dtype)
@@ -101,8 +118,7 @@ def layer(
             entropy -= sum(p * torch.tensor(p).log().item() for p in probability_NE[token].tolist())
             confidence += max(probability_NE[token].tolist())
         squares.append(total)
-        counts.append(len(real))
-    fraction_GE = torch.tensor([group.fraction_E for group in groups], dtype=x_BSD.dtype)
+    fraction_GE = torch.tensor(fractions, dtype=x_BSD.dtype)
     num_experts = fraction_GE.shape[1]
     balance = sum(  # a group counts by its real tokens
         count * num_experts * f * p
@@ -124,16 +140,26 @@ def layer(
     return answer, logits_GNE
 
 
-def _token_choice(rule: Router, probability_NE: torch.Tensor, real: list[int], mode: Mode) -> Group:
+def _fraction(group: Group, tokens: list[int], num_experts: int) -> list[float]:
+    """f of eq. 5 over these tokens."""
+    if group.counted is None:
+        return [1 / num_experts if tokens else 0.0] * num_experts
+    chosen = [expert for token in tokens for expert in group.counted[token]]
+    return [chosen.count(expert) / max(1, len(chosen)) for expert in range(num_experts)]
+
+
+def _token_choice(
+    rule: Router, gate_NE: torch.Tensor, bias_E: torch.Tensor | None, real: list[int], mode: Mode
+) -> Group:
     """Switch, top-k and no-token-left-behind without noise; a later choice of top-k is always kept."""
-    N, E = probability_NE.shape
+    N, E = gate_NE.shape
     C = capacity(rule, N, E, mode)
-    table = probability_NE.tolist()
-    ranked = {token: sorted(range(E), key=lambda expert, p=table[token]: -p[expert]) for token in real}
+    gate, score = gate_NE.tolist(), (gate_NE if bias_E is None else gate_NE + bias_E).tolist()
+    ranked = {token: sorted(range(E), key=lambda expert, s=score[token]: -s[expert]) for token in real}
     rounds = {"switch": 1, "top_k": getattr(rule, "k", 1), "no_token_left_behind": min(getattr(rule, "k", 1), E)}
     queue = list(real)
     if rule.overflow == "probability":
-        queue.sort(key=lambda token: -max(table[token]))
+        queue.sort(key=lambda token: -gate[token][ranked[token][0]])
     slots: list[list[int]] = [[] for _ in range(E)]
     load = [0] * E
     places: list[Place] = []
@@ -146,13 +172,12 @@ def _token_choice(rule: Router, probability_NE: torch.Tensor, real: list[int], m
             load[expert] += 1
             if len(slots[expert]) < C:
                 slots[expert].append(token)
-                weight = probability_NE[token, expert]
+                weight = gate_NE[token, expert]
                 if isinstance(rule, TopKRouter) and rule.renormalize:
-                    weight = weight / probability_NE[token, ranked[token][: rule.k]].sum()
+                    weight = weight / gate_NE[token, ranked[token][: rule.k]].sum()
                 places.append(Place(token, expert, weight))
     counted = rounds[rule.kind] if isinstance(rule, NoTokenLeftBehindRouter) else 1
-    chosen = [expert for token in real for expert in ranked[token][:counted]]
-    return Group(places, [chosen.count(expert) / max(1, len(chosen)) for expert in range(E)], load)
+    return Group(places, [ranked[token][:counted] if token in ranked else [] for token in range(N)], load)
 
 
 def _expert_choice(rule: ExpertChoiceRouter, probability_NE: torch.Tensor, real: list[int], mode: Mode) -> Group:
@@ -163,7 +188,7 @@ def _expert_choice(rule: ExpertChoiceRouter, probability_NE: torch.Tensor, real:
         for expert in range(E)
         for token in sorted(real, key=lambda token, e=expert: -probability_NE[token, e].item())[:C]
     ]
-    return Group(places, [1 / E if real else 0.0] * E, [C] * E)
+    return Group(places, None, [C] * E)
 
 
 def _expert(weights: Weights, expert: int, x_D: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,9 @@ queued = {
     "capacity_factor": factors | st.just("dropless"),
     "eval_capacity_factor": factors | st.just("dropless"),
     "overflow": st.sampled_from(["position", "probability"]),
+    "gate": st.sampled_from(["softmax", "sigmoid"]),
+    "balance": st.sampled_from(["loss", "bias"]),
+    "balance_scope": st.sampled_from(["sequence", "group"]),
 }
 ROUTERS = {
     "switch": st.builds(SwitchRouter, **queued),
@@ -47,6 +50,8 @@ def a_layer(router: RouterSpec, seed: int, num_outputs: int = 4, **shape: object
     generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
+    for bias in layer.buffers():
+        bias.uniform_(-0.5, 0.5, generator=generator)
     return layer
 
 
@@ -79,8 +84,9 @@ def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.Da
             y_BSO, report = layer(x_BSD, real_BS)
     exact = {name: weight.detach().double().requires_grad_() for name, weight in layer.named_parameters()}
     exact_BSD = x_BSD.detach().double().requires_grad_()
-    expected, logits_GNE = reference.layer(router, exact, exact_BSD, real_BS, mode)
-    assume(reference.can_be_told_apart(logits_GNE))
+    whole = {**exact, **{name: bias.double() for name, bias in layer.named_buffers()}}
+    expected, logits_GNE = reference.layer(router, whole, exact_BSD, real_BS, mode)
+    assume(reference.can_be_told_apart(router, whole, logits_GNE))
 
     close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}  # float32 against float64
     torch.testing.assert_close(y_BSO, expected.y_BSO, **close)

@@ -11,8 +11,8 @@ from tiny_model import SHAPE, rows
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
-from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating, sublayer_name
-from switchcli.model.moe.router import NoTokenLeftBehindRouter, TopKRouter
+from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating, sparse_layers, sublayer_name
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.surgery.prune import By, Gate, LayerPruning, merge_weights, plan_pruning, probability_mass, prune
 from switchcli.model.transformer import SwitchTransformer
 
@@ -23,6 +23,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "both": {"sparse": "both", "router": TopKRouter()},
     "raw top-2": {"router": TopKRouter(renormalize=False)},
     "no token left behind": {"router": NoTokenLeftBehindRouter(k=2)},
+    "sigmoid": {"router": SwitchRouter(gate="sigmoid")},
 }
 LOAD = [3, 0, 9, 4, 4]
 
@@ -116,6 +117,18 @@ def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str)
             assert torch.allclose(weight[place], torch.as_tensor(expected), atol=1e-6)
 
 
+def test_kept_experts_keep_their_biases_and_independent_gates_need_no_factor() -> None:
+    router = SwitchRouter(gate="sigmoid", balance="bias")
+    model = model_of(ModelSpec(**LARGE, router=router))
+    for layer in sparse_layers(model).values():
+        layer.router.bias.copy_(torch.arange(5.0))
+    loads = loads_of(model.spec)
+    cuts, smaller = cuts_of(model, loads, 3, "scaled"), pruned(model, loads, 3, gate="scaled")
+    for name, layer in sparse_layers(smaller).items():
+        assert layer.router.bias.tolist() == cuts[name].kept
+        assert cuts[name].wo == 1
+
+
 def test_without_any_load_an_expert_stays_as_it_is() -> None:
     share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
@@ -151,7 +164,7 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(see(sublayer_name(name)))
     for name, found in cuts_of(model, loads, 3, "scaled").items():
-        if isinstance(model.spec.router, TopKRouter) and model.spec.router.renormalize:
+        if model.spec.router.gates_are_independent or model.spec.router.gates_sum_to_one:
             assert found.wo == 1
             continue
         keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))

@@ -30,6 +30,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "top-2": {"num_experts": 5, "router": TopKRouter(), **UNTIED},
     "top-3, raw gates": {"num_experts": 5, "router": TopKRouter(k=3, renormalize=False)},
     "no token left behind": {"num_experts": 5, "router": NoTokenLeftBehindRouter(), **UNTIED},
+    "sigmoid": {"num_experts": 5, "router": TopKRouter(renormalize=False, gate="sigmoid", balance="bias")},
     "two routers": {"num_experts": 4, "router": TopKRouter(), "decoder_router": SwitchRouter()},
 }
 

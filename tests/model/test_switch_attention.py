@@ -71,7 +71,7 @@ def test_it_equals_a_loop_over_heads_with_every_gradient(
     bias_BHTS = torch.randn(2, 2, 6, 6, generator=generator)
     real_BS = torch.arange(6) < torch.tensor([[6], [6 - padding]])
     expected_BSD, logits_GNE = in_a_loop(layer, x_BSD, real_BS, bias_BHTS)
-    assume(reference.can_be_told_apart(logits_GNE))
+    assume(reference.can_be_told_apart(router, {}, logits_GNE))
     query_BHSK, memory, report = layer.project(x_BSD, real_BS)
     y_BSD = layer(query_BHSK, memory, bias_BHTS)
     # A small entry may be what is left of large terms: it is off by the rounding of the largest ones.

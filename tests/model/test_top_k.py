@@ -6,6 +6,7 @@ from hand import one_row, route
 from pydantic import ValidationError
 
 from switchcli.model.moe.router import Mode, TopKRouter
+from switchcli.model.moe.stats import BalanceHistory
 
 KEEP = TopKRouter(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0, keep_threshold=0.0)
 
@@ -112,3 +113,25 @@ def test_one_choice_that_is_renormalized_is_refused_with_the_way_out() -> None:
         TopKRouter(k=1)
     found = route(TopKRouter(k=1, renormalize=False), [[0.3, 0.7]])
     assert found.queues == [[], [(0, 0.7)]]
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_biased_sigmoid_gates_are_those_of_deepseek_v3_in_transformers(renormalize: bool) -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        **{"hidden_size": 6, "n_routed_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": renormalize},
+        **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    )
+    theirs, generator = DeepseekV3TopkRouter(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        theirs.weight.normal_(generator=generator)
+        theirs.e_score_correction_bias.uniform_(-0.5, 0.5, generator=generator)
+        logits_NE, weight_NK, expert_NK = theirs(torch.randn(20, 6, generator=generator))
+    router = TopKRouter(k=3, renormalize=renormalize, gate="sigmoid", balance="bias")
+    history = BalanceHistory(theirs.e_score_correction_bias)
+    routing = router.assign(logits_NE[None], torch.ones(1, 20, dtype=torch.bool), "dropless", history)
+    expected_EN = torch.zeros(20, 8).scatter(1, expert_NK, weight_NK).mT
+    found_EN = torch.zeros(8, 21).scatter_add(1, routing.token_GEC[0], routing.weight_GEC[0])[:, :20]
+    torch.testing.assert_close(found_EN, expected_EN)

@@ -29,10 +29,12 @@ def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = Non
     uniform, count = torch.full((1, len(load)), 1 / len(load)), sum(load) if tokens is None else tokens
     return RouterStats(
         fraction_GE=uniform,
+        loss_fraction_GE=uniform,
         probability_GE=uniform,
         tokens_G=torch.tensor([count]),
         z_sum=torch.tensor(count * fields.get("z", 0.0)),
         load_E=torch.tensor(load),
+        choice_E=torch.tensor(load),
         dropped=torch.tensor(dropped),
         entropy=torch.tensor(fields.get("entropy", 0.0)),
         confidence=torch.tensor(fields.get("confidence", 0.0)),

@@ -18,12 +18,15 @@ from switchcli.model.kernels.cpu_products import linear
 from switchcli.model.kernels.opaque_ops import random_bits
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
-from switchcli.model.moe.router import Mode, Policy
-from switchcli.model.moe.stats import RouterStats
+from switchcli.model.moe.router import Mode, Policy, Routing
+from switchcli.model.moe.stats import BalanceHistory, RouterStats
 
 
 class RouterWeights(nn.Module):
     """The router's logits h(x) = W x, without bias, in float32 even under autocast (section 2.4)."""
+
+    bias: torch.Tensor | None
+    """float32 [E]: the bias of choices (`balance: bias`), which is no part of the logits."""
 
     def __init__(self, spec: ModelSpec, stack: Stack) -> None:
         super().__init__()
@@ -31,6 +34,9 @@ class RouterWeights(nn.Module):
         self.router_spec = spec.router_of(stack)
         self.dtype = torch.float32
         """bfloat16 in the paper's ablation (Table 2)."""
+        self.register_buffer("bias", torch.empty(spec.num_experts) if self.router_spec.choice_bias_rate else None)
+        self.last_fraction_E: torch.Tensor | None = None
+        """f of the step before (`balance_scope: step`), which training sets."""
 
     def forward(self, x_GND: torch.Tensor) -> torch.Tensor:
         """Return the logits [G, N, E]. Jitter and dropout apply to a copy: the experts get the clean x (Appendix C)."""
@@ -75,6 +81,11 @@ class SwitchLayer(nn.Module):
     def mode(self) -> Mode:
         return "training" if self.training else self.policy
 
+    def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
+        """Assign tokens to slots by the router's logits, and by what earlier steps left for the balance."""
+        last_fraction_E = self.router.last_fraction_E if mode == "training" else None
+        return self.router_spec.assign(logits_GNE, real_GN, mode, BalanceHistory(self.router.bias, last_fraction_E))
+
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> SwitchOutput:
         """Route the tokens and return their outputs.
 
@@ -87,7 +98,7 @@ class SwitchLayer(nn.Module):
         # A group is that many full sequences, one after another: G = B / group_size, N = group_size * S.
         x_GND = x_BSD.reshape(B // self.router_spec.group_size(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # autocast would choose the precision of the softmax
-            routing = self.router_spec.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
+            routing = self.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
             # The weights enter the region of divided hidden units too: each process has a part of their gradient.
             routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)

@@ -17,11 +17,20 @@ whose size the recipe sets, and f and P over its real tokens only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from switchcli.model.moe.stats import RouterStats, choice_fraction, count_per_group, router_stats, softmax_over_experts
+from switchcli.model.moe.stats import (
+    NO_HISTORY,
+    BalanceHistory,
+    RouterStats,
+    choice_counts,
+    choice_fraction,
+    count_per_group,
+    router_stats,
+    softmax_over_experts,
+)
 from switchcli.spec import MAX_SIZE, Count, Size, Spec
 
 if TYPE_CHECKING:
@@ -89,6 +98,21 @@ class Router(Spec, ABC):
         """Whether the weights of a token's experts add up to 1 for any logits."""
         return False
 
+    @property
+    def gates_are_independent(self) -> bool:
+        """Whether the weight of an expert depends on its own logit only."""
+        return False
+
+    @property
+    def choice_bias_rate(self) -> float | None:
+        """Change of the biases of choices in a step; None without biases."""
+        return None
+
+    @property
+    def needs_last_loads(self) -> bool:
+        """Whether the load-balancing loss of a step uses the loads of the step before."""
+        return False
+
     def dense_equivalent_scale(self, num_experts: int) -> float:
         """Return 1 over the sum of a token's weights when all experts are equally probable.
 
@@ -101,14 +125,21 @@ class Router(Spec, ABC):
         """Return why the router does not work with this many experts, beginning with the key at fault, or None."""
         return None
 
+    def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
+        """Return the gate of every expert, in the dtype and shape of the logits."""
+        return softmax_over_experts(logits_GNE)
+
     @abstractmethod
-    def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
+    def assign(
+        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, history: BalanceHistory = NO_HISTORY
+    ) -> Routing:
         """Assign tokens to slots.
 
         Args:
             logits_GNE: the router's output h(x): float32, or bfloat16 in the paper's ablation (Table 2).
             real_GN: bool, False for padding, which takes no slot and is left out of all means.
             mode: which capacity applies, and whether the random choices of training are drawn.
+            history: what earlier steps left for the balance of this layer.
         """
 
     @abstractmethod
@@ -143,8 +174,56 @@ class TokenChoiceRouter(Router, ABC):
     sample_temperature: float | None = Field(default=None, gt=0.0)
     """Temperature of training choices that are sampled from softmax(h / temperature) (Appendix C); absent: the most
     probable experts are chosen."""
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """Function of the logits that gives the weights: `softmax` over the experts, or a `sigmoid` of each expert's logit
+    (DeepSeek-V3), whose P in the load-balancing loss is its share of the sum over the experts."""
+    balance: Literal["loss", "bias"] = "loss"
+    """What balances the experts: `loss` is the paper's load-balancing loss. `bias` adds a number to each expert's gate
+    where experts are chosen, but not to the weight; after each step it rises for experts with less than the mean load
+    and falls for the others (DeepSeek-V3). It suits `gate: sigmoid`: its rate is large beside a softmax of 1/E."""
+    bias_rate: float = Field(default=1e-3, gt=0.0)
+    """Change of an expert's bias in a step, with `balance: bias`; 0.001 as in DeepSeek-V3."""
     balance_loss_coef: float = Field(default=0.01, ge=0.0)
-    """Coefficient alpha of the load-balancing loss (eq. 4)."""
+    """Coefficient alpha of the load-balancing loss (eq. 4). With `balance: bias` it is 0 unless it is set."""
+    balance_scope: Literal["sequence", "group", "step"] = "group"
+    """Tokens over which the load-balancing loss takes f and P: those of a `sequence`, or of a `group`
+    (`group_sequences`). With `step`, f is that of all choices of the previous step, over all ranks, and P that of a
+    group; f is uniform in the first step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bias_replaces_the_loss(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("balance") == "bias":
+            return {"balance_loss_coef": 0.0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _bias_chooses_by_gates(self) -> Self:
+        if self.balance == "bias" and self.sample_temperature is not None:
+            raise ValueError(
+                "sample_temperature samples from the logits, and balance: bias chooses by biased gates: leave "
+                "sample_temperature out, or take balance: loss"
+            )
+        return self
+
+    @property
+    def gates_are_independent(self) -> bool:
+        return self.gate == "sigmoid" and not self.gates_sum_to_one
+
+    @property
+    def choice_bias_rate(self) -> float | None:
+        return self.bias_rate if self.balance == "bias" else None
+
+    @property
+    def needs_last_loads(self) -> bool:
+        return self.balance_scope == "step"
+
+    def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
+        return logits_GNE.sigmoid() if self.gate == "sigmoid" else super().gates(logits_GNE)
+
+    def dense_equivalent_scale(self, num_experts: int) -> float:
+        # Experts are equally probable at logits of 0, where a sigmoid is 1/2.
+        return 2 / self.experts_per_token if self.gates_are_independent else super().dense_equivalent_scale(num_experts)
 
     @abstractmethod
     def num_choices(self, num_experts: int) -> int:
@@ -185,15 +264,22 @@ class TokenChoiceRouter(Router, ABC):
             factor = self.eval_capacity_factor
         return self._slots_for_factor(factor, num_tokens, num_experts)
 
-    def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
+    def assign(
+        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, history: BalanceHistory = NO_HISTORY
+    ) -> Routing:
         """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
         import torch
+        import torch.nn.functional as F
 
         G, N, E = logits_GNE.shape
         training = mode == "training"
         K, C = self.num_choices(E), self.capacity(N, E, mode)
-        probability_GNE = softmax_over_experts(logits_GNE)
-        expert_GNK = self._choices(logits_GNE, K, training)
+        probability_GNE = self.gates(logits_GNE)
+        # Logits choose as their gates do. Noise in bfloat16 would make ties, and the first expert wins a tie.
+        score_GNE = logits_GNE.detach().float()
+        if history.bias_E is not None:
+            score_GNE = probability_GNE.detach().float() + history.bias_E
+        expert_GNK = self._choices(score_GNE, K, training)
         probability_GNK = probability_GNE.gather(-1, expert_GNK)  # of each choice
         gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
         order_GN = self._order(probability_GNK[..., 0], training)
@@ -221,12 +307,21 @@ class TokenChoiceRouter(Router, ABC):
         token_GS = slot_GA.new_full((G, E * C + 1), N).scatter_(1, slot_GA, token_A.expand(G, -1))
         weight_GA = gate_GNK.transpose(1, 2).flatten(1)  # in the column order of slot_GA
         weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, slot_GA, weight_GA)
+        if self.balance_scope == "sequence":  # the groups of f and P; without a capacity a group is a sequence already
+            sequences = G * self.group_size(mode)
+            logits_GNE, real_GN, expert_GNK, assigned_GN = (
+                tokens.reshape(sequences, -1, *tokens.shape[2:])
+                for tokens in (logits_GNE, real_GN, expert_GNK, assigned_GN)
+            )
         stats = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
             load_GE=load_GE,
             assigned_GN=assigned_GN,
+            choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 else None,
+            log_gate_GNE=F.logsigmoid(logits_GNE.float()) if self.gate == "sigmoid" else None,
+            last_fraction_E=history.last_fraction_E,
         )
         return Routing(
             token_GEC=token_GS[:, :-1].view(G, E, C),
@@ -235,12 +330,10 @@ class TokenChoiceRouter(Router, ABC):
             stats=stats,
         )
 
-    def _choices(self, logits_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
-        """Return the experts that each token chooses, the first choice first: int64 [G, N, K]."""
+    def _choices(self, score_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
+        """Return the experts with the largest scores for each token, the first choice first: int64 [G, N, K]."""
         import torch
 
-        # Noise in bfloat16 would make ties, and the first expert wins a tie.
-        score_GNE = logits_GNE.detach().float()
         if training and self.sample_temperature is not None:
             # Gumbel-max: -log(Exponential(1)) is Gumbel noise, and the argmax of logits plus Gumbel noise is a sample.
             noise_GNE = torch.empty_like(score_GNE).exponential_().log_()
@@ -400,7 +493,9 @@ class ExpertChoiceRouter(Router):
     def causality_violation(self) -> str | None:
         return "kind: expert_choice lets each expert choose among all positions, including later ones"
 
-    def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
+    def assign(
+        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, history: BalanceHistory = NO_HISTORY
+    ) -> Routing:
         """Give each expert its most probable tokens, the most probable first."""
         import torch
         import torch.nn.functional as F

@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     import torch
 
 
+class BalanceHistory(NamedTuple):
+    """What earlier steps left for the balance of a layer."""
+
+    bias_E: torch.Tensor | None = None
+    """float32: added to the gates where experts are chosen (`TokenChoiceRouter.balance`)."""
+    last_fraction_E: torch.Tensor | None = None
+    """float32: f of the step before, for the loss of this one (`TokenChoiceRouter.balance_scope`)."""
+
+
+NO_HISTORY = BalanceHistory()
+
+
 class RouterStats(NamedTuple):
     """Statistics of one sparse layer in one forward pass. `probability_GE` and `z_sum` carry gradients."""
 
@@ -22,6 +34,8 @@ class RouterStats(NamedTuple):
     """P of eq. 6: the mean probability of each expert over real tokens."""
     tokens_G: torch.Tensor
     """float32: number of real tokens of each group. Padding is not routed."""
+    loss_fraction_GE: torch.Tensor
+    """f in the load-balancing loss: `fraction_GE`, or that of the step before."""
     z_sum: torch.Tensor
     """float32 scalar: sum over real tokens of logsumexp(h)**2, the router z-loss (ST-MoE, beyond the paper)."""
     load_E: torch.Tensor
@@ -30,6 +44,8 @@ class RouterStats(NamedTuple):
 
     Choices do not queue if top-k routing skips them (`keep_threshold`), or if the token has a slot already and the
     router gives it only one (`no_token_left_behind`)."""
+    choice_E: torch.Tensor
+    """float32: number of choices of each expert by real tokens, all k of a token, whether they queued or not."""
     dropped: torch.Tensor
     """float32 scalar: number of real tokens in no slot."""
     entropy: torch.Tensor
@@ -49,7 +65,7 @@ class RouterStats(NamedTuple):
         It is a sum over tokens, as the cross-entropy is. Divided by the real tokens of all microbatches and ranks it
         depends on neither, and a group of two tokens counts as two.
         """
-        balance_G = self.fraction_GE.shape[1] * (self.fraction_GE * self.probability_GE).sum(1)
+        balance_G = self.probability_GE.shape[1] * (self.loss_fraction_GE * self.probability_GE).sum(1)
         return (balance_G * self.tokens_G).sum()
 
     @property
@@ -73,6 +89,9 @@ def router_stats(
     fraction_GE: torch.Tensor,
     load_GE: torch.Tensor,
     assigned_GN: torch.Tensor,
+    choice_E: torch.Tensor | None = None,
+    log_gate_GNE: torch.Tensor | None = None,
+    last_fraction_E: torch.Tensor | None = None,
 ) -> RouterStats:
     """Return the statistics of one assignment.
 
@@ -82,19 +101,28 @@ def router_stats(
         fraction_GE: f of eq. 5, see `RouterStats`.
         load_GE: `RouterStats.load_E` of each group.
         assigned_GN: bool, tokens that are in a slot.
+        choice_E: see `RouterStats`; None where every choice queues.
+        log_gate_GNE: logarithms of gates that do not add up to 1 over the experts. Probabilities are their shares.
+        last_fraction_E: f of the loss; None: `fraction_GE`.
     """
-    log_probability_GNE = log_softmax_over_experts(logits_GNE.float())
+    log_probability_GNE = log_softmax_over_experts(logits_GNE.float() if log_gate_GNE is None else log_gate_GNE)
     probability_GNE = log_probability_GNE.exp()
     tokens_G1 = real_GN.sum(1, keepdim=True)
     # log p_i = h_i - logsumexp(h), so any one expert gives the logsumexp.
-    logsumexp_GN = logits_GNE[..., 0] - log_probability_GNE[..., 0]
+    if log_gate_GNE is None:
+        logsumexp_GN = logits_GNE[..., 0] - log_probability_GNE[..., 0]
+    else:
+        logsumexp_GN = logits_GNE.float().logsumexp(-1)
+    load_E = load_GE.sum(0).float()
     entropy_GN = -(probability_GNE.detach() * log_probability_GNE.detach()).sum(-1)
     return RouterStats(
         fraction_GE=fraction_GE,
+        loss_fraction_GE=fraction_GE if last_fraction_E is None else last_fraction_E.expand_as(fraction_GE),
         probability_GE=(probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1.clamp(min=1),
         tokens_G=tokens_G1.squeeze(1).float(),
         z_sum=(logsumexp_GN.square() * real_GN).sum(),
-        load_E=load_GE.sum(0).float(),
+        load_E=load_E,
+        choice_E=load_E if choice_E is None else choice_E.float(),
         dropped=(real_GN & ~assigned_GN).sum().float(),
         entropy=(entropy_GN * real_GN).sum(),
         confidence=(probability_GNE.detach().amax(-1) * real_GN).sum(),
@@ -104,14 +132,14 @@ def router_stats(
 def softmax_over_experts(logits_GNE: torch.Tensor) -> torch.Tensor:
     """Return the softmax over the last dim. The result may be a transposed view."""
     if _has_short_rows(logits_GNE):
-        return logits_GNE.mT.contiguous().softmax(1).mT  # over E of [G, E, N]
+        return logits_GNE.mT.contiguous().softmax(-2).mT  # over E of [G, E, N]
     return logits_GNE.softmax(-1)
 
 
 def log_softmax_over_experts(logits_GNE: torch.Tensor) -> torch.Tensor:
     """Return the log softmax over the last dim. The result may be a transposed view."""
     if _has_short_rows(logits_GNE):
-        return logits_GNE.mT.contiguous().log_softmax(1).mT
+        return logits_GNE.mT.contiguous().log_softmax(-2).mT
     return logits_GNE.log_softmax(-1)
 
 
@@ -125,10 +153,15 @@ def _has_short_rows(logits_GNE: torch.Tensor) -> bool:
 
 def choice_fraction(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return the fraction of the real tokens' choices that go to each expert: float32 [G, E]; 0 without real tokens."""
+    num_choices_G1 = real_GN.sum(1, keepdim=True) * expert_GNK.shape[-1]
+    return choice_counts(expert_GNK, real_GN, num_experts) / num_choices_G1.clamp(min=1)
+
+
+def choice_counts(expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return how many choices of the real tokens go to each expert: int64 [G, E]."""
     # Padding counts for an expert number E, which is cut off.
     expert_GA = expert_GNK.masked_fill(~real_GN.unsqueeze(-1), num_experts).flatten(1)
-    num_choices_G1 = real_GN.sum(1, keepdim=True) * expert_GNK.shape[-1]
-    return count_per_group(expert_GA, num_experts + 1)[:, :-1] / num_choices_G1.clamp(min=1)
+    return count_per_group(expert_GA, num_experts + 1)[:, :-1]
 
 
 def count_per_group(index_GA: torch.Tensor, size: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from switchcli.model.moe.layer import SwitchLayer, SwitchOutput, sparse_layers, sublayer_name
 from switchcli.model.moe.router import Router
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.transformer import SwitchTransformer, named_weights
 
 By = Literal["drop", "merge"]
 Gate = Literal["scaled", "raw"]
@@ -67,10 +67,10 @@ def _plan_layer(
     total_load = sum(load_E)
     lost_load = total_load - sum(load_E[expert] for expert in kept)
     # The tokens that keep their expert are in the rows of the kept experts. Each has a probability sum of 1 over all
-    # experts; the mean over the kept ones is how much the new softmax divides by, on average.
+    # experts; the mean over the kept ones is how much the new softmax divides by, on average. Independent gates stay.
     mass_NE = mass_EE[kept]
     wo = mass_NE[:, kept].sum() / mass_NE.sum()
-    if gate == "raw" or router.gates_sum_to_one or not mass_NE.any():
+    if gate == "raw" or router.gates_sum_to_one or router.gates_are_independent or not mass_NE.any():
         wo = torch.ones_like(wo)
     return LayerPruning(load_E, kept, lost_load / max(1, total_load), wo)
 
@@ -85,8 +85,9 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
 
     def add(name: str, layer: SwitchLayer, inputs: tuple[torch.Tensor, torch.Tensor], output: SwitchOutput) -> None:
         x_BSD, real_BS = inputs
-        probability_AE = layer.router(x_BSD[real_BS]).double().softmax(-1)
-        first_AE = F.one_hot(probability_AE.argmax(-1), probability_AE.shape[-1]).double()
+        probability_AE = layer.router_spec.gates(layer.router(x_BSD[real_BS]).double())
+        score_AE = probability_AE if layer.router.bias is None else probability_AE + layer.router.bias
+        first_AE = F.one_hot(score_AE.argmax(-1), probability_AE.shape[-1]).double()
         # [E, A] @ [A, E] sums the probabilities of the tokens with the same first expert.
         mass[name] = first_AE.mT @ probability_AE + mass.get(name, 0.0)
 
@@ -102,15 +103,15 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
 def prune(model: SwitchTransformer, prunings: Mapping[str, LayerPruning], pruned: SwitchTransformer, by: By) -> None:
     """Fill `pruned`, a model that differs from `model` only by having fewer experts, from the weights of `model`.
 
-    The routers keep the rows of the kept experts. With `drop` the kept experts stay as they are. With `merge` each is
-    averaged with the removed experts whose router rows are most similar to its own (`merge_weights`).
+    The routers keep the rows and biases of the kept experts. With `drop` the kept experts stay as they are. With
+    `merge` each is averaged with the removed experts whose router rows are most similar to its own (`merge_weights`).
     """
-    weights = dict(model.named_parameters())
-    for name, parameter in pruned.named_parameters():
+    weights = named_weights(model)
+    for name, pruned_weight in named_weights(pruned).items():
         weight = weights[name].detach()
         layer, _, expert = name.partition(".experts.")
         pruning = prunings.get(sublayer_name(name))
-        if pruning is not None and (expert or name.endswith(".router.weight")):
+        if pruning is not None and (expert or ".router." in name):
             if by == "merge" and expert:
                 merge_NE = merge_weights(weights[f"{layer}.router.weight"], pruning)
                 weight = torch.tensordot(merge_NE.to(weight.dtype), weight, dims=1)  # [N, E] . [E, ...] -> [N, ...]
@@ -118,7 +119,7 @@ def prune(model: SwitchTransformer, prunings: Mapping[str, LayerPruning], pruned
                 weight = weight[pruning.kept]
             if name.endswith(".wo"):
                 weight = weight * pruning.wo.to(weight.dtype)
-        parameter.copy_(weight)
+        pruned_weight.copy_(weight)
 
 
 def merge_weights(router_ED: torch.Tensor, pruning: LayerPruning) -> torch.Tensor:

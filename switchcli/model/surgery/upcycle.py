@@ -94,6 +94,8 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
             router_ED = torch.empty(self._spec.num_experts, self._spec.d_model)
             truncated_normal(router_ED, self._spec.init_scale, keyed_generator(self._seed, name))
             return router_ED * self._corrections[stack].router
+        if name.endswith(".router.bias"):
+            return torch.zeros(self._spec.num_experts)
         return self._dense[name]
 
     def __iter__(self) -> Iterator[str]:
