@@ -62,6 +62,10 @@ class AdamW(Spec):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), by torch's fused kernel.
 
     Norm scales and position biases are decayed like all other weights.
+
+    With `scale_by: rms` the step of a weight w is multiplied by max(0.001, RMS(w)), as Adafactor's is, and its decay is
+    not (AdamWScale of nanoT5, Nawrot 2023). RMS is that of one expert in a stack, and of the full weight if it is
+    sharded. This is not torch's kernel, and takes memory for two copies of the largest weight during a step.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -74,6 +78,9 @@ class AdamW(Spec):
     """Constant added to the denominator of an update."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Fraction of a weight that each step subtracts, times the learning rate."""
+    scale_by: Literal["none", "rms"] = "none"
+    """`rms` multiplies the step of each matrix, and of each expert, by the root mean square of its weights, at least
+    0.001: the learning rate is then relative, as with Adafactor."""
 
     def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
         """Return the optimizer of these parameters."""

@@ -305,6 +305,7 @@ class AdamWOptimizer(Optimizer):
 
     def __init__(self, spec: AdamW, parameters: NamedParameters, layouts: Layouts) -> None:
         super().__init__(parameters, layouts)
+        self.spec = spec
         # Plain tensors that share memory with this rank's values: torch's fused kernel refuses a mix of DTensors and
         # plain tensors.
         self._local = {name: torch.nn.Parameter(local_values(weight)) for name, weight in self.parameters.items()}
@@ -332,8 +333,36 @@ class AdamWOptimizer(Optimizer):
         }
 
     def step(self, learning_rate: float) -> None:
+        if self.spec.scale_by == "rms":
+            self._scaled_step(learning_rate)
+            return
         self._adamw.param_groups[0]["lr"] = learning_rate
         for name, parameter in self.parameters.items():
             self._local[name].grad = None if parameter.grad is None else local_values(parameter.grad)
         self._adamw.step()
         self._adamw.zero_grad()
+
+    @torch.no_grad()
+    def _scaled_step(self, learning_rate: float) -> None:
+        """Update every parameter by AdamW's step times max(0.001, RMS(w)) of the full weight, or of each expert."""
+        spec = self.spec
+        weights, gradients = {}, {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                weights[name], gradients[name] = local_values(parameter), local_values(parameter.grad)
+        layouts = {name: self.layouts.get(name, ()) for name in weights}
+        # [E], or [1]: with a leading dim as in Adafactor.
+        sums = {name: _square_sum(weight if is_stacked(name) else weight[None]) for name, weight in weights.items()}
+        sum_over_shards([(total, layouts[name]) for name, total in sums.items()])
+        for name, weight in weights.items():
+            full = _FullWeight(layouts[name], LocalPart(weight, layouts[name]).full_shape, is_stacked(name))
+            scale = full.rms(sums[name]).clamp_(min=1e-3).view(-1, *[1] * (weight.ndim - 1))
+            gradient, state = gradients[name], self._adamw.state[self._local[name]]
+            mean, square = state["exp_avg"], state["exp_avg_sq"]
+            # float64, because 1 - beta2**step is small at first. A tensor, so that a GPU is not waited for.
+            step = state["step"].add_(1.0).double()
+            mean.lerp_(gradient, 1 - spec.beta1)
+            square.mul_(spec.beta2).addcmul_(gradient, gradient, value=1 - spec.beta2)
+            divisor = (square / (1 - spec.beta2**step)).sqrt_().add_(spec.epsilon).mul_(1 - spec.beta1**step)
+            weight.mul_(1 - learning_rate * spec.weight_decay)
+            weight.addcdiv_(mean * scale, divisor, value=-learning_rate)

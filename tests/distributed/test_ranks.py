@@ -61,6 +61,7 @@ DENSE, GROUPED, NOISY, SPARSE = (
 )
 RELATIVE = 2e-6
 BATCH = 8
+SCALED = AdamW(weight_decay=0.1, scale_by="rms")
 CLIP = 0.05
 HERE = "experts that this rank holds"
 Arrays = dict[str, NDArray[Any]]
@@ -383,7 +384,9 @@ RUNS: dict[str, Callable[..., Arrays]] = {
     "adafactor": partial(trained, Adafactor(min_dim_to_factor=8)),
     "adamw": partial(trained, AdamW()),
     "balanced by the step before": partial(trained, Adafactor(min_dim_to_factor=8), of=BALANCED),
+    "adamw, scaled": partial(trained, SCALED),
     "adafactor, parts of each expert on replicas": partial(trained, Adafactor(min_dim_to_factor=8), of=THREE),
+    "adamw, scaled, parts of each expert on replicas": partial(trained, SCALED, of=THREE),
 }
 CONTROL: dict[str, Callable[..., Any]] = {
     "rounded": partial(gradients, DENSE, None, None, precision="selective"),
@@ -408,7 +411,7 @@ INTEGRATION = {
     ),
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
-        *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
+        *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor", "adamw, scaled"),
         "balanced by the step before",
     ),
     "zero2 2": (
@@ -418,7 +421,8 @@ INTEGRATION = {
     "zero3 2": (
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
         *("experts whole on all replicas", "products of oneDNN", "experts one at a time", "rounded"),
-        *("adafactor, parts of each expert on replicas", "balanced by the step before"),
+        *("adafactor, parts of each expert on replicas", "adamw, scaled, parts of each expert on replicas"),
+        "balanced by the step before",
     ),
     "data 4": ("at once", "poisoned"),
     "expert 2, twice": ("accumulated and clipped",),

@@ -163,8 +163,13 @@ def test_packing_does_not_make_a_step_wait(keys: dict[str, Any], monkeypatch: py
 
 @pytest.mark.parametrize(
     "optimizer",
-    [Adafactor(min_dim_to_factor=8), Adafactor(scale_by_parameter=False), AdamW(weight_decay=0.1)],
-    ids=["adafactor", "adafactor, unfactored, absolute", "adamw"],
+    [
+        Adafactor(min_dim_to_factor=8),
+        Adafactor(scale_by_parameter=False),
+        AdamW(weight_decay=0.1),
+        AdamW(scale_by="rms"),
+    ],
+    ids=["adafactor", "adafactor, unfactored, absolute", "adamw", "scaled adamw"],
 )
 def test_no_optimizer_makes_a_step_wait(optimizer: OptimizerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     train(on_meta(sparse()), monkeypatch, optimizer=optimizer)

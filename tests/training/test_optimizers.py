@@ -9,6 +9,7 @@ from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
 from switchcli.training.optimizers import Optimizer, is_stacked
 
 STEPS = 8
+SCALED = AdamW(weight_decay=0.1, scale_by="rms")
 SHAPES = {"matrix": (130, 200), "narrow": (130, 5), "scale": (40,), "blocks.1.layer.experts.wi": (3, 140, 129)}
 
 
@@ -95,8 +96,13 @@ def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
 
 @pytest.mark.parametrize(
     ("spec", "slice_size"),
-    [(Adafactor(), 140 * 129), (Adafactor(min_dim_to_factor=999), 140 * 129), (AdamW(weight_decay=0.1), None)],
-    ids=["factored", "whole", "adamw"],
+    [
+        (Adafactor(), 140 * 129),
+        (Adafactor(min_dim_to_factor=999), 140 * 129),
+        (AdamW(weight_decay=0.1), None),
+        (SCALED, None),
+    ],
+    ids=["factored", "whole", "adamw", "scaled adamw"],
 )
 def test_experts_that_share_a_tensor_do_not_know_of_one_another(
     spec: OptimizerSpec, slice_size: int | None, monkeypatch: pytest.MonkeyPatch
@@ -182,7 +188,47 @@ def test_the_settings_of_adamw_are_torchs_but_for_no_decay() -> None:
     assert AdamW().weight_decay == 0.0
 
 
-@pytest.mark.parametrize("spec", [Adafactor(), AdamW(weight_decay=0.1)])
+def scaled_formula(parameter: torch.Tensor, drawn: list[torch.Tensor]) -> torch.Tensor:
+    """AdamW of one matrix in float64 whose step, and not its decay, is relative to the weight."""
+    x = parameter.detach().double()
+    mean, square = torch.zeros_like(x), torch.zeros_like(x)
+    for t, (gradient, rate) in enumerate(zip(drawn, rates(), strict=True), 1):
+        g = gradient.double()
+        scale = max(1e-3, float(x.pow(2).mean().sqrt()))
+        mean = 0.8 * mean + 0.2 * g
+        square = 0.97 * square + 0.03 * g * g
+        step = (mean / (1 - 0.8**t)) / ((square / (1 - 0.97**t)).sqrt() + 1e-7)
+        x = x - rate * 0.1 * x - rate * scale * step
+    return x.float()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 0.0], ids=["weights", "small weights", "zeros"])
+def test_adamw_scaled_by_the_weight_is_the_formula_one_tensor_and_one_expert_at_a_time(size: float) -> None:
+    named = parameters()
+    with torch.no_grad():
+        for parameter in named.values():
+            parameter.mul_(size)
+        named["blocks.1.layer.experts.wi"][1] *= 30  # experts of different sizes
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    run(AdamW(beta1=0.8, beta2=0.97, epsilon=1e-7, weight_decay=0.1, scale_by="rms").build(named), rates())
+    for name, parameter in named.items():
+        drawn = gradients(parameter)
+        if is_stacked(name):
+            parts = [scaled_formula(starts[name][e], [g[e] for g in drawn]) for e in range(len(parameter))]
+            expected = torch.stack(parts)
+        else:
+            expected = scaled_formula(starts[name], drawn)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6 * max(size, 1e-3), msg=name)
+
+
+def test_the_first_scaled_step_is_the_sign_of_the_gradient_times_the_size_of_the_weight() -> None:
+    weight = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+    weight.grad = torch.tensor([1.0, -1e-3])
+    AdamW(scale_by="rms").build({"weight": weight}).step(0.1)
+    torch.testing.assert_close(weight.detach(), torch.tensor([3.0, -4.0]) - 0.1 * 12.5**0.5 * torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW(weight_decay=0.1), SCALED])
 def test_a_restored_state_goes_on_bit_by_bit(spec: OptimizerSpec) -> None:
     straight = spec.build(parameters())
     run(straight, rates())
@@ -198,7 +244,7 @@ def test_a_restored_state_goes_on_bit_by_bit(spec: OptimizerSpec) -> None:
         assert torch.equal(tensor, after.state()[name]), name
 
 
-@pytest.mark.parametrize("spec", [Adafactor(), AdamW()])
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW(), AdamW(scale_by="rms")])
 def test_a_gradient_of_zero_or_none_moves_nothing_and_makes_no_nan(spec: OptimizerSpec) -> None:
     named = parameters()
     starts = {name: parameter.detach().clone() for name, parameter in named.items()}
