@@ -112,6 +112,8 @@ def plan(
     else:
         plans = [planning.plan_recipe(name, overrides, machine)]
         title, result, tables = name, plans[0].to_json(), partial(_step_tables, plans[0])
+    if name is not None and (warning := planning.muon_warning(plans[0].recipe)):
+        main_console().warning(warning)
     if html is not None:
         write_page(html, f"switchcli plan: {title}", tables(None))
     fits = any(one.meshes.best for one in plans)
@@ -233,6 +235,8 @@ def _summary(plan: "RecipePlan") -> Iterator[tuple[str, str]]:
     yield "that a token meets", number(sizes["active_parameters"])
     yield "FLOPs a sequence, forward", si(sizes["flops_per_sequence"])
     yield "FLOPs a step, forward and backward", si(plan.planner.flops_per_step)
+    if flops := plan.planner.optimizer_flops_per_step:
+        yield "FLOPs a step of the optimizer", si(flops)
     yield "activation checkpointing", plan.recipe.train.activation_checkpointing
     yield "sequences a step", number(sizes["sequences_per_step"])
     yield "tokens of a sequence", f"{sizes['inputs_length']:,} + {sizes['targets_length']:,}"

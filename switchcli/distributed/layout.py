@@ -106,6 +106,10 @@ def sum_over_shards(sums: Sequence[tuple[torch.Tensor, Layout]]) -> None:
             tensor.copy_(total.view_as(tensor))
 
 
+MOMENTUM = "momentum"
+"""The slot of the optimizer state that the hidden matrices have which Muon orthogonalizes, and no other weight."""
+
+
 def reduced_dim(slot: str, ndim: int) -> int | None:
     """Return the dim of a parameter with `ndim` dims over which an optimizer slot is a mean; None if it has all dims.
 

@@ -6,12 +6,17 @@ router), capacity is ignored, and the keys and values of cross-attention are cou
 and 114 tokens this gives the FLOPs of Table 9.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from switchcli.model.config import STACKS, ModelSpec
 
 FORWARD_AND_BACKWARD = 3
 """Ratio of the FLOPs of a training step to those of its forward pass."""
+
+NEWTON_SCHULZ_STEPS = 5
+"""Steps of Muon's Newton-Schulz iteration."""
 
 
 class ModelCounts(NamedTuple):
@@ -73,3 +78,12 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> ModelCounts:
     )
     active = dense + sum(active_experts[stack] * num_sparse[stack] for stack in STACKS)
     return ModelCounts(dense, expert * spec.num_experts * sum(num_sparse.values()), active, flops)
+
+
+def newton_schulz_flops(shape: Sequence[int]) -> int:
+    """Return the FLOPs of Muon's Newton-Schulz iteration of a matrix [A, B], or of a stack [E, A, B].
+
+    With d the smaller side and f the larger, a step has the products [d, f] [f, d], [d, d] [d, d] and [d, d] [d, f].
+    """
+    *stack, d, f = *shape[:-2], *sorted(shape[-2:])
+    return math.prod(stack) * NEWTON_SCHULZ_STEPS * (4 * d**2 * f + 2 * d**3)

@@ -196,6 +196,30 @@ class Planner:
         """The model's FLOPs, forward and backward. Recomputation counts only in the seconds of a plan."""
         return FORWARD_AND_BACKWARD * self.step.sequences * self.counts.flops
 
+    @property
+    def optimizer_flops_per_step(self) -> int:
+        """The FLOPs of Muon's Newton-Schulz iterations, each matrix once; 0 for other optimizers, without products."""
+        own = self.weights_of_rank(1)
+        return own.dense_orthogonal + own.expert_orthogonal
+
+    @property
+    def orthogonal_share(self) -> float:
+        """The FLOPs of Muon for an expert over those of its training, forward and backward; 0 with other optimizers.
+
+        The expert is one of the stack with more tokens, the encoder if it has some, at equal loads. Muon's FLOPs do not
+        depend on the batch: a decoder of shorter sequences has a larger share.
+        """
+        spec, own = self.spec, self.weights_of_rank(1)
+        if not own.expert_orthogonal:
+            return 0.0
+        rows = max(
+            self.step.sequences * self.step.length(stack) * spec.router_of(stack).experts_per_token
+            for stack in STACKS
+            if spec.sparse_layers(stack)
+        )
+        # Two FLOPs for each row and parameter, of rows / E rows each.
+        return own.expert_orthogonal / (FORWARD_AND_BACKWARD * 2 * own.expert * rows / spec.num_experts)
+
     @cached_property
     def _weights(self) -> Parameters:
         with torch.device("meta"):
@@ -337,7 +361,8 @@ def _seconds(
     dense_shards = 1 if mesh.shard == "none" else mesh.data
     accesses += 5 * (experts / weights.expert_shards(mesh) + weights.dense / dense_shards)
     seconds = {
-        "compute": flops_of(spec, step, mesh, microbatch) / machine.product_flops(step.product_bytes),
+        "compute": flops_of(spec, step, mesh, microbatch) / machine.product_flops(step.product_bytes)
+        + weights.orthogonal_flops(mesh) / machine.product_flops(FLOAT),
         "memory": FLOAT * accesses / machine.memory_bandwidth,
     }
     for call in collectives(spec, step, mesh, weights, microbatch):

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from switchcli.distributed.layout import is_stacked, reduced_dim
+from switchcli.distributed.layout import MOMENTUM, is_stacked, reduced_dim
 from switchcli.distributed.parallel_spec import Shard, even_dim
 from switchcli.distributed.tensor_parallel import sharded_dim
 from switchcli.model.config import ModelSpec, Stack
+from switchcli.model.flops import newton_schulz_flops
 from switchcli.model.moe.router import RouterSpec
 
 FLOAT = 4
@@ -106,6 +107,10 @@ class RankWeights(NamedTuple):
     """Bytes of optimizer state of all experts."""
     expert_means: int
     """Bytes of it that are means over dim 1 of the stacks."""
+    dense_orthogonal: int
+    """FLOPs of a step of Muon in matrices outside the experts, which every rank computes whole; 0 with others."""
+    expert_orthogonal: int
+    """FLOPs of a step of Muon in all experts; 0 with other optimizers."""
 
     @property
     def dense_state(self) -> int:
@@ -125,6 +130,14 @@ class RankWeights(NamedTuple):
         if num_shards == 1 or self._expert_dim(mesh) == 0:
             return state // num_shards
         return (state - means) // num_shards + means  # dim 1 is divided: every rank has the means over it
+
+    def orthogonal_flops(self, mesh: Mesh) -> float:
+        """Return the FLOPs of a step of Muon on one rank: all matrices outside the experts, and the experts it has."""
+        return self.dense_orthogonal + self.expert_orthogonal / mesh.expert / self.whole_expert_shards(mesh)
+
+    def whole_expert_shards(self, mesh: Mesh) -> int:
+        """Return the number of shards of whole experts; 1 if each replica has all experts, or a part of each."""
+        return self.expert_shards(mesh) if self._expert_dim(mesh) == 0 else 1
 
     def expert_shards(self, mesh: Mesh) -> int:
         """Return the number of shards into which replicas divide the experts; 1 if every replica has them in full."""
@@ -164,7 +177,7 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         units[unit] += numel
         if name_in_blocks and dim is not None:  # norms and routers are not divided, and not computed in bfloat16
             products += numel
-    dense_means = expert_state = expert_means = 0
+    dense_means = expert_state = expert_means = dense_orthogonal = expert_orthogonal = 0
     parameters_of, state_of = Counter[int](), Counter[int]()
     for name, weight in weights.items():
         if not is_stacked(name):
@@ -179,6 +192,10 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         if parameter in weights and tensor.ndim and dim not in (None, reduced_dim(slot, weights[parameter].ndim)):
             num_bytes //= model
         missing = reduced_dim(slot, weights[parameter].ndim) if parameter in weights else None
+        if slot == MOMENTUM:
+            flops = newton_schulz_flops(weights[parameter].shape)
+            dense_orthogonal += 0 if is_stacked(name) else flops
+            expert_orthogonal += flops if is_stacked(name) else 0
         if is_stacked(name):
             expert_state += num_bytes
             expert_means += num_bytes if missing == 1 else 0
@@ -198,6 +215,8 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         dense_means,
         expert_state,
         expert_means,
+        dense_orthogonal,
+        expert_orthogonal,
     )
 
 

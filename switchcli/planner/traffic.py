@@ -61,6 +61,7 @@ def collectives(
     num_microbatches = step.sequences // mesh.data // microbatch
     candidates = [
         *_gradients(mesh, weights, num_microbatches),
+        *_whole_matrices(mesh, weights),
         *_tokens(spec, step, mesh, microbatch, num_microbatches),
         *_model_axis(spec, step, mesh, microbatch, num_microbatches),
     ]
@@ -93,7 +94,7 @@ def _gradients(mesh: Mesh, weights: RankWeights, num_microbatches: int) -> Itera
         for unit, num_units in Counter(weights.units).items():
             calls = num_units * num_reductions
             yield Collective("reduce_scatter", "data", data, "dense gradients", calls, FLOAT * unit)
-    axis: Axis = "data" if mesh.expert == 1 else "replica"
+    axis = _replica_axis(mesh)
     num_shards = weights.expert_shards(mesh)
     if num_shards == 1:
         experts = FLOAT * weights.expert // mesh.expert
@@ -104,6 +105,29 @@ def _gradients(mesh: Mesh, weights: RankWeights, num_microbatches: int) -> Itera
         gathers_of_unit = calls * gathers_per_reduction
         yield Collective("all_gather", axis, mesh.replicas, "expert weights", gathers_of_unit, payload // num_shards)
         yield Collective("reduce_scatter", axis, mesh.replicas, "expert gradients", calls, payload)
+
+
+def _replica_axis(mesh: Mesh) -> Axis:
+    """Return the axis of the ranks that hold the same experts."""
+    return "data" if mesh.expert == 1 else "replica"
+
+
+def _whole_matrices(mesh: Mesh, weights: RankWeights) -> Iterator[Collective]:
+    """Yield the all-gathers of Muon, which needs whole matrices: once a step over the data axis, then the model axis.
+
+    The calls for several matrices count as one. Experts that are whole on a rank stay there.
+    """
+    if not weights.dense_orthogonal + weights.expert_orthogonal:
+        return
+    # `products` are the matrices of the blocks, which Muon updates; AdamW has the other dense weights.
+    dense, experts = FLOAT * weights.products, FLOAT * weights.expert // mesh.expert
+    if mesh.shard != "none":
+        yield Collective("all_gather", "data", mesh.data, "dense updates", 1, dense // mesh.data)
+    yield Collective("all_gather", "model", mesh.model, "dense updates", 1, dense)
+    whole = weights.whole_expert_shards(mesh)
+    if (num_shards := weights.expert_shards(mesh)) > whole:
+        yield Collective("all_gather", _replica_axis(mesh), mesh.replicas, "expert updates", 1, experts // num_shards)
+    yield Collective("all_gather", "model", mesh.model, "expert updates", 1, experts // whole)
 
 
 def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microbatches: int) -> Iterator[Collective]:

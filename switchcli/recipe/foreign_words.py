@@ -48,6 +48,7 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
         ],
         "lr": [_key("schedule.learning_rate")],
         "lr_scheduler_type": [_key("schedule.kind", "KIND, such as cosine, linear, or wsd (warmup_stable_decay)")],
+        "optim": [_key("optimizer.kind", "KIND: adafactor, adamw or muon")],
         "bf16": [_key("train.precision", _HALF), _key("precision", _HALF)],
         "fp16": [_key("train.precision", _HALF), _key("precision", _HALF)],
         "output_dir": [

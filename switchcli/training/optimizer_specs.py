@@ -89,4 +89,38 @@ class AdamW(Spec):
         return AdamWOptimizer(self, parameters, layouts)
 
 
-OptimizerSpec = Annotated[Adafactor | AdamW, Field(discriminator="kind")]
+class Muon(Spec):
+    """Muon (Jordan et al. 2024) for hidden matrices; AdamW for embeddings, softmax, routers, position biases and norms.
+
+    Update of a matrix w [A, B] from its gradient g:
+
+        m = momentum m + (1 - momentum) g
+        u = momentum m + (1 - momentum) g
+        w = w - learning_rate weight_decay w - learning_rate 0.2 sqrt(max(A, B)) NewtonSchulz(u)
+
+    NewtonSchulz brings all singular values of u near 1, in float32 and five steps. The factor 0.2 sqrt(max(A, B)) gives
+    steps of AdamW's size, so that both take the same learning rate (Liu et al. 2025, Muon is Scalable, section 2.2). In
+    a stack each expert is a matrix of its own. An expert that gets no token still moves, by the direction of its past.
+    """
+
+    kind: Literal["muon"] = "muon"
+    """`muon` makes steps of the matrices in blocks and experts orthogonal, and is AdamW for all other weights."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay of the mean of gradients of hidden matrices, which is also the weight of Nesterov's look ahead."""
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of AdamW's mean of gradients, for all other weights."""
+    beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of AdamW's mean of squared gradients."""
+    epsilon: float = Field(default=1e-8, gt=0.0)
+    """Constant added to the denominator of an update of AdamW."""
+    weight_decay: float = Field(default=0.1, ge=0.0)
+    """Fraction of any weight that each step subtracts, times the learning rate; 0.1 as in Muon is Scalable."""
+
+    def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
+        """Return the optimizer of these parameters."""
+        from switchcli.training.optimizers import MuonOptimizer
+
+        return MuonOptimizer(self, parameters, layouts)
+
+
+OptimizerSpec = Annotated[Adafactor | AdamW | Muon, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""Optimizers: Adafactor as T5 uses it, and AdamW.
+"""Optimizers: Adafactor as T5 uses it, AdamW, and Muon.
 
 A spec of optimizer_specs.py builds an `Optimizer`: `step(learning_rate)` updates the parameters from their gradients,
 and `state()` names every tensor that resuming needs, as `<parameter>/<slot>`.
@@ -15,8 +15,17 @@ from typing import NamedTuple
 
 import torch
 
-from switchcli.distributed.layout import Layout, LocalPart, is_stacked, local_values, reduced_dim, sum_over_shards
-from switchcli.training.optimizer_specs import UNSHARDED, Adafactor, AdamW
+from switchcli.distributed.layout import (
+    MOMENTUM,
+    Layout,
+    LocalPart,
+    is_stacked,
+    local_values,
+    reduced_dim,
+    sum_over_shards,
+)
+from switchcli.model.flops import NEWTON_SCHULZ_STEPS
+from switchcli.training.optimizer_specs import UNSHARDED, Adafactor, AdamW, Muon
 
 NamedParameters = Mapping[str, torch.nn.Parameter]
 Layouts = Mapping[str, Layout]
@@ -25,9 +34,10 @@ ShardSums = list[tuple[torch.Tensor, Layout]]
 """Sums over this rank's shards. Each must be summed over the ranks of its layout, in place."""
 
 CPU_SLICE = 2**21
-"""Elements that Adafactor updates at a time on a CPU: they and a scratch buffer of that size fit into the cache."""
+"""Elements of a stack that Adafactor and Muon update at a time on a CPU: they and a scratch buffer of that size fit
+into the cache."""
 GPU_SLICE = 2**27
-"""Elements that Adafactor updates at a time on a GPU: few kernel launches, with half a GB of scratch memory."""
+"""Elements of a stack that they update at a time on a GPU: few kernel launches, with half a GB of scratch memory."""
 
 
 class Optimizer(ABC):
@@ -149,7 +159,7 @@ class AdafactorOptimizer(Optimizer):
         the cache. All slices share one scratch buffer. The update u = g sqrt(mean(R) / R) sqrt(1 / C) is never stored:
         the sum of its squares is sum over i of (mean(R) / R_i) * (sum over j of g_ij**2 / C_j).
         """
-        num_experts = max(1, (CPU_SLICE if tensors[0].is_cpu else GPU_SLICE) // tensors[0][0].numel())
+        num_experts = _experts_of_slice(tensors[0], tensors[0][0].numel())
         slices = zip(*(torch.split(tensor, num_experts) for tensor in tensors), strict=True)
         scratch = torch.empty_like(tensors[1][:num_experts])
         for parameter, gradient, row, column in slices:
@@ -281,6 +291,11 @@ def _scale(spec: Adafactor, weight_rms: torch.Tensor, update_rms: torch.Tensor, 
     return scale * weight_rms.clamp_(min=spec.scale_epsilon) if spec.scale_by_parameter else scale
 
 
+def _experts_of_slice(stack: torch.Tensor, numel: int) -> int:
+    """Return how many experts of a stack are updated at a time, if each has `numel` elements."""
+    return max(1, (CPU_SLICE if stack.is_cpu else GPU_SLICE) // numel)
+
+
 def _rms(tensor: torch.Tensor) -> torch.Tensor:
     """Return the root mean square of each slice of dim 0: [E, 1, ..., 1].
 
@@ -310,7 +325,7 @@ class AdamWOptimizer(Optimizer):
         # plain tensors.
         self._local = {name: torch.nn.Parameter(local_values(weight)) for name, weight in self.parameters.items()}
         self._adamw = torch.optim.AdamW(
-            self._local.values(),
+            [{"params": [*self._local.values()]}],  # a group may be empty: Muon may have left nothing
             lr=0.0,
             betas=(spec.beta1, spec.beta2),
             eps=spec.epsilon,
@@ -366,3 +381,62 @@ class AdamWOptimizer(Optimizer):
             divisor = (square / (1 - spec.beta2**step)).sqrt_().add_(spec.epsilon).mul_(1 - spec.beta1**step)
             weight.mul_(1 - learning_rate * spec.weight_decay)
             weight.addcdiv_(mean * scale, divisor, value=-learning_rate)
+
+
+class MuonOptimizer(Optimizer):
+    """Muon's momenta and updates of the hidden matrices, and an AdamW of all other weights."""
+
+    nonnegative_slots = AdamWOptimizer.nonnegative_slots
+
+    def __init__(self, spec: Muon, parameters: NamedParameters, layouts: Layouts) -> None:
+        super().__init__(parameters, layouts)
+        self.spec = spec
+        self._momenta = {
+            name: torch.zeros_like(local_values(weight))
+            for name, weight in self.parameters.items()
+            if weight.ndim >= 2 and _NOT_HIDDEN.isdisjoint(name.split("."))
+        }
+        others = {name: weight for name, weight in self.parameters.items() if name not in self._momenta}
+        adamw = AdamW(**spec.model_dump(include={"beta1", "beta2", "epsilon", "weight_decay"}))
+        self._adamw = AdamWOptimizer(adamw, others, layouts)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {**{f"{name}/{MOMENTUM}": momentum for name, momentum in self._momenta.items()}, **self._adamw.state()}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        self._adamw.step(learning_rate)
+        for name, momentum in self._momenta.items():
+            parameter, layout = self.parameters[name], self.layouts.get(name, ())
+            if parameter.grad is None:
+                continue
+            tensors = (local_values(parameter), local_values(parameter.grad), momentum)
+            *_, rows, columns = LocalPart(momentum, layout).full_shape
+            # Few experts at a time, to bound the memory of what is gathered and of the products. No layout divides dim
+            # 0 of a stack, and all ranks of a layout know the same full shape: they gather the same slices.
+            size = _experts_of_slice(momentum, rows * columns) if is_stacked(name) else max(1, len(momentum))
+            for weight, gradient, mean in zip(*(torch.split(one, size) for one in tensors), strict=True):
+                mean.lerp_(gradient, 1 - self.spec.momentum)
+                part = LocalPart(gradient.lerp(mean, self.spec.momentum), layout)
+                update = newton_schulz(part.gather())[part.slices]
+                weight.mul_(1 - learning_rate * self.spec.weight_decay)
+                weight.sub_(update, alpha=learning_rate * 0.2 * max(rows, columns) ** 0.5)
+
+
+_NOT_HIDDEN = frozenset({"embedding", "head", "router", "position_bias"})
+"""Parts of the names of matrices that map from or to something else than hidden vectors."""
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Return each matrix [..., A, B] with all of its singular values near 1, in its dtype (Jordan et al. 2024, Muon).
+
+    A step takes each singular value s to 3.4445 s - 4.775 s**3 + 2.0315 s**5: the small ones grow fast, and all of them
+    stay within about 0.3 of 1. Each matrix is divided by its own norm first, so that none is above 1.
+    """
+    is_tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if is_tall else matrix  # the products x x^T are of the smaller side
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x.mT if is_tall else x

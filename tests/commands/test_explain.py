@@ -22,11 +22,12 @@ def test_one_key() -> None:
         assert word in text
 
 
-def test_a_key_of_two_kinds_has_two_meanings() -> None:
+def test_a_key_of_several_kinds_has_a_meaning_for_each() -> None:
     rows = json.loads(explain("optimizer.epsilon", "--json"))["meanings"]
     assert [(row["when"], row["default"]) for row in rows] == [
         (["optimizer.kind=adafactor"], "1e-30"),
         (["optimizer.kind=adamw"], "1e-8"),
+        (["optimizer.kind=muon"], "1e-8"),
     ]
     assert rows[1]["example"] == "optimizer.kind=adamw optimizer.epsilon=1e-8"
 

@@ -69,6 +69,17 @@ def test_what_people_see(recipe: str, switchcli: SwitchCLI) -> None:
     assert not lacking(full.out, "GiB device")
 
 
+def test_muon_is_counted_and_too_much_of_it_is_warned_of(recipe: str, switchcli: SwitchCLI) -> None:
+    muon = ("quickstart/switch", "optimizer.kind=muon", "--devices", 1)
+    plain, few = switchcli("plan", *muon), switchcli("plan", *muon, "train.batch_tokens=2048")
+    assert (plain.code, plain.err) == (0, "")  # 0.23 of an expert's training
+    assert not lacking(plain.out, "FLOPs step optimizer")
+    assert not lacking(few.err, "warning 0.938 train.batch_tokens 2,048 3,840 optimizer.kind=adamw")
+    found = json.loads(switchcli("plan", *muon, "--json").out)
+    # Products of d = 64 with d_ff = 256, or among the four of an attention: 5 (4 d^2 f + 2 d^3) each.
+    assert found["optimizer_flops_per_step"] == 5 * (4 * 8 * 2 * (4 * 64**2 * 256 + 2 * 64**3) + 6 * 4 * 6 * 64**3)
+
+
 def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("plan", recipe, "--devices", 2, "--html", "plan.html").code == 0
     page = Path("plan.html").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from drill import fingerprint
 from messages import lacking
 from tiny_run import SwitchCLI, records
 
@@ -211,6 +212,20 @@ def test_a_run_that_is_lost_goes_on_where_it_is_asked_to(recipe: str, switchcli:
     assert {"step": 2, "skipped_steps": [[1, 2]]} in records("runs/a")
     assert switchcli("eval", "runs/a", "--quiet").code == 0
     assert switchcli("report", "runs/a", "--html", "a.html").code == 0
+
+
+@pytest.mark.integration
+def test_with_muon_a_resumed_run_has_the_bits_of_one_that_is_not(recipe: str, switchcli: SwitchCLI) -> None:
+    muon = (recipe, "optimizer.kind=muon", "schedule={kind: constant, learning_rate: 0.01}")
+    straight = switchcli("pretrain", *muon, "train.steps=4", "--out", "straight", "--json")
+    assert straight.code == 0, straight.err
+    result = json.loads(straight.out)
+    assert result["held_out/loss"] < result["held_out/first_loss"]
+    assert not lacking(straight.err, "warning Muon 2.08 train.batch_tokens 256 optimizer.kind=adamw")
+    for steps in (2, 4):
+        assert switchcli("pretrain", *muon, f"train.steps={steps}", "--out", "resumed", "-q").code == 0
+    assert fingerprint(Path("resumed"))["model"] == fingerprint(Path("straight"))["model"]
+    assert fingerprint(Path("resumed"))["optimizer"] == fingerprint(Path("straight"))["optimizer"]
 
 
 def test_no_resume_sets_the_old_run_aside(begun: str, switchcli: SwitchCLI) -> None:

@@ -28,12 +28,12 @@ from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import cross_entropy
-from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
-OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW()}
+OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW(), "muon": Muon()}
 LEFT_OUT = ("data 4", "zero3 2")
 MESHES = {"1": (1, ALONE), **{name: mesh for name, mesh in ranks.MESHES.items() if name not in LEFT_OUT}}
 NOISY = tiny_model.NOISY.model_copy(update=tiny_model.TO_DIVIDE)
@@ -110,6 +110,7 @@ def on_meta(kind: TensorSpec) -> torch.Tensor:
         pytest.param("adafactor", ("1", "expert 2", "zero3 4, expert 2", "model 2", "zero2 2", "1"), id="some meshes"),
         pytest.param("adafactor", MESHES, id="all meshes", marks=pytest.mark.nightly),
         pytest.param("adamw", MESHES, id="all meshes by adamw", marks=pytest.mark.nightly),
+        pytest.param("muon", MESHES, id="all meshes by muon", marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_goes_from_mesh_to_mesh(optimizer: str, meshes: Collection[str], tmp_path: Path) -> None:

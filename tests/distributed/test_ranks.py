@@ -48,7 +48,7 @@ from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import FixedLoss, Objective, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
-from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.prefetch import Loader
 from switchcli.training.schedules import InverseSquareRoot
@@ -385,8 +385,10 @@ RUNS: dict[str, Callable[..., Arrays]] = {
     "adamw": partial(trained, AdamW()),
     "balanced by the step before": partial(trained, Adafactor(min_dim_to_factor=8), of=BALANCED),
     "adamw, scaled": partial(trained, SCALED),
+    "muon": partial(trained, Muon()),
     "adafactor, parts of each expert on replicas": partial(trained, Adafactor(min_dim_to_factor=8), of=THREE),
     "adamw, scaled, parts of each expert on replicas": partial(trained, SCALED, of=THREE),
+    "muon, parts of each expert on replicas": partial(trained, Muon(), of=THREE),
 }
 CONTROL: dict[str, Callable[..., Any]] = {
     "rounded": partial(gradients, DENSE, None, None, precision="selective"),
@@ -412,11 +414,11 @@ INTEGRATION = {
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor", "adamw, scaled"),
-        "balanced by the step before",
+        *("balanced by the step before", "muon"),
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),
-        *("experts one at a time", "adafactor"),
+        *("experts one at a time", "adafactor", "muon, parts of each expert on replicas"),
     ),
     "zero3 2": (
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),

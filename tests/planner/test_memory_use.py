@@ -30,7 +30,7 @@ from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.memory import training_bytes
 from switchcli.training.microbatches import Microbatch, RealTokens
-from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 
 SMALL: dict[str, Any] = {
     **{"vocab_size": 500, "d_model": 48, "d_ff": 176, "d_kv": 8, "num_heads": 4, "num_layers": 2},
@@ -316,7 +316,7 @@ def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = N
     return rank_weights(weights, (optimizer or Adafactor()).build(weights).state(), model)
 
 
-@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["adafactor", "adamw"])
+@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW(), Muon()], ids=["adafactor", "adamw", "muon"])
 @pytest.mark.parametrize("size", ["tiny", "switch-mini-8", "switch-base-128", "switch-c-2048"])
 def test_on_one_device_it_is_what_training_says_that_it_needs(size: str, optimizer: OptimizerSpec) -> None:
     spec = ModelSpec(**SIZES[size]._asdict())
@@ -424,12 +424,15 @@ def test_more_experts_apart_and_more_model_ranks_never_take_more() -> None:
         assert by_model == sorted(by_model, reverse=True)
 
 
-@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW()], ids=["adafactor", "adamw"])
+@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW(), Muon()], ids=["adafactor", "adamw", "muon"])
 def test_the_model_axis_divides_the_optimizers_state_as_its_weights(optimizer: OptimizerSpec) -> None:
     one, eight = held_of(XXL, 1, optimizer), held_of(XXL, 8, optimizer)
     if optimizer.kind == "adamw":
         counts = 4 * 24 * 3  # of steps, one for each of three stacked weights of 24 layers
         assert eight.expert_state - counts == 2 * 4 * eight.expert
+        return
+    if optimizer.kind == "muon":
+        assert eight.expert_state == 4 * eight.expert
         return
     hidden, width = XXL.d_ff, XXL.d_model  # of [F, D] the rows are divided, of [D, F] the columns
     assert eight.expert_state == 4 * 24 * XXL.num_experts * 3 * (hidden // 8 + width)

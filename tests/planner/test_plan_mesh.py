@@ -13,7 +13,8 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.plan import Machine, Parameters, Plan, Planner, Rejection, flops_of, meshes, microbatch_sizes
 from switchcli.planner.step import Mesh, RankWeights, Step, rank_weights
 from switchcli.planner.traffic import Collective, collectives
-from switchcli.training.optimizer_specs import Adafactor
+from switchcli.recipe.sizes import SIZES
+from switchcli.training.optimizer_specs import Adafactor, Muon
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "d_model": 64, "d_ff": 256, "d_kv": 16, "num_heads": 4, "num_layers": 2}
 SPARSE = ModelSpec(**SHAPE, num_experts=8, sparse_every=1, router=SwitchRouter(capacity_factor=1.25))
@@ -25,10 +26,14 @@ def state_of(weights: Parameters) -> dict[str, torch.Tensor]:
     return Adafactor().build(weights).state()
 
 
-def held_of(spec: ModelSpec, model: int = 1) -> RankWeights:
+def muon_of(weights: Parameters) -> dict[str, torch.Tensor]:
+    return Muon().build(weights).state()
+
+
+def held_of(spec: ModelSpec, model: int = 1, state: Any = state_of) -> RankWeights:
     with torch.device("meta"):
         weights = dict(SwitchTransformer(spec).named_parameters())
-    return rank_weights(weights, state_of(weights), model)
+    return rank_weights(weights, state(weights), model)
 
 
 def calls(spec: ModelSpec, mesh: Mesh, microbatch: int, step: Step = STEP) -> dict[str, Collective]:
@@ -234,3 +239,75 @@ def test_a_group_within_a_node_has_the_nodes_bandwidth() -> None:
     )
     for mesh, axis, ranks, rate in ways:
         assert machine.rate(Collective("all_reduce", axis, ranks, "", 1, 1), mesh) == rate  # type: ignore[arg-type]
+
+
+ONE_MATRIX = 5 * (2 * 64**2 * 256 + 2 * 64**3 + 2 * 64**2 * 256)
+"""Products x x^T, its square, and that times x, of a matrix [64, 256], in five iterations."""
+SQUARE = 5 * 6 * 64**3
+
+
+def test_muon_takes_the_products_of_each_matrix_once() -> None:
+    planner = Planner(SPARSE, STEP, muon_of)
+    # Two layers of each stack with 8 experts of two matrices; q, k, v and o of 2 + 4 attentions.
+    assert planner.optimizer_flops_per_step == 4 * 8 * 2 * ONE_MATRIX + 6 * 4 * SQUARE
+    dense = Planner(DENSE, STEP, muon_of)
+    assert dense.optimizer_flops_per_step == 4 * 2 * ONE_MATRIX + 6 * 4 * SQUARE
+    assert (dense.orthogonal_share, Planner(SPARSE, STEP, state_of).orthogonal_share) == (0, 0)
+    assert Planner(SPARSE, STEP, state_of).optimizer_flops_per_step == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_tokens", "share"),
+    [("switch-base-128", 2**20, 0.35), ("switch-base-128", 2**16, 5.6), ("switch-c", 2**20, 15.8)],
+)
+def test_for_an_expert_muon_takes_the_more_the_fewer_tokens_it_gets(size: str, batch_tokens: int, share: float) -> None:
+    spec = ModelSpec(**SIZES[size]._asdict())
+    planner = Planner(spec, Step(batch_tokens // 512, 512, 114), muon_of)
+    assert planner.orthogonal_share == pytest.approx(share, rel=0.01)
+    twice = spec.model_copy(update={"router": TopKRouter(k=2), "decoder_router": None})
+    two = Planner(twice, Step(batch_tokens // 512, 512, 114), muon_of)
+    assert two.orthogonal_share == pytest.approx(planner.orthogonal_share / 2)
+
+
+def test_each_device_orthogonalizes_the_dense_matrices_and_the_experts_that_it_has_whole() -> None:
+    own = held_of(SPARSE, state=muon_of)
+    dense, experts = 6 * 4 * SQUARE, 4 * 8 * 2 * ONE_MATRIX
+    for mesh, share in {
+        Mesh(8): 1,
+        Mesh(8, expert=4): 4,
+        Mesh(8, expert=4, shard="zero2"): 8,  # two replicas of two experts: one each
+        Mesh(16, shard="zero2"): 1,  # sixteen replicas divide the width of all eight
+    }.items():
+        assert own.orthogonal_flops(mesh) == dense + experts / share, mesh
+    machine = Machine(8, 80 * 2**30, flops=1e12, float32_flops=1e11)
+    times = {
+        state: {fit.mesh: fit.seconds["compute"] for fit in Planner(SPARSE, STEP, state).plan(machine).fits}
+        for state in (state_of, muon_of)
+    }
+    for mesh, seconds in times[muon_of].items():
+        more = held_of(SPARSE, mesh.model, muon_of).orthogonal_flops(mesh) / 1e11
+        assert seconds == pytest.approx(times[state_of][mesh] + more), mesh
+
+
+def test_muon_gathers_what_is_not_whole() -> None:
+    own = held_of(SPARSE, state=muon_of)
+    dense, experts = 4 * 6 * 4 * 64**2, 4 * own.expert  # float32 bytes of q, k, v and o
+    model = held_of(SPARSE, 2, muon_of)
+    for mesh, held, expected in (
+        (Mesh(8), own, {}),
+        (Mesh(8, expert=4), own, {}),
+        (Mesh(8, expert=4, shard="zero2"), own, {"data dense": dense // 8}),
+        (Mesh(16, shard="zero3"), own, {"data dense": dense // 16, "data expert": experts // 16}),
+        (Mesh(4, expert=2, model=2), model, {"model dense": dense // 2, "model expert": experts // 4}),
+        (
+            Mesh(4, expert=2, model=2, shard="zero2"),
+            model,
+            {"data dense": dense // 8, "model dense": dense // 2, "model expert": experts // 8},
+        ),
+    ):
+        found = {
+            f"{call.axis} {call.what.removesuffix(' updates')}": call.calls * call.payload_bytes
+            for call in collectives(SPARSE, STEP, mesh, held, 2)
+            if call.what.endswith("updates")
+        }
+        assert found == expected, mesh

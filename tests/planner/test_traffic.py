@@ -12,6 +12,7 @@ from tiny_model import SOURCE, TARGET, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from switchcli.distributed import layout
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
 from switchcli.model.block_execution import recompute_blocks
@@ -24,6 +25,7 @@ from switchcli.training.config import Precision
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
+from switchcli.training.optimizer_specs import Muon
 
 BATCH, MICROBATCH = 8, 1
 SPARSE = tiny_model.SPARSE.model_copy(update={"vocab_size": 40, "d_kv": 4})
@@ -48,6 +50,7 @@ SPECS = {
     "dropless": wider(4, "dropless"),
 }
 ROUNDED: dict[str, CommDtype] = {"bfloat16": "compute", "bfloat16, float32 on the wire": "float32"}
+MUON = "muon"
 AGAIN = " computed again"
 NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "dropout", "dropless"))]
 
@@ -104,7 +107,28 @@ def counted(parallel: ParallelSpec, name: str, precision: Precision = "float32")
     return +calls
 
 
+def gathered_by_muon(parallel: ParallelSpec) -> Traffic:
+    """Return the bytes that this rank gives to all all-gathers of an optimizer's step."""
+    context = DistributedContext("cpu", "float32", parallel)
+    _, weights = model_of(SPECS["4 experts"], context)
+    for weight in weights.parameters.values():
+        weight.grad = torch.ones_like(weight)
+    optimizer, calls = Muon().build(weights.parameters, weights.layouts), Counter[tuple[str, int]]()
+    all_gather = layout.all_gather
+
+    def counting(gathered: torch.Tensor, local: torch.Tensor, group: Any) -> None:
+        calls[MUON, 1] += local.nbytes
+        all_gather(gathered, local, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "all_gather", counting)
+        optimizer.step(0.01)
+    return calls
+
+
 def traffic(case: str, parallel: ParallelSpec) -> Traffic:
+    if case == MUON:
+        return gathered_by_muon(parallel)
     if case in ROUNDED:
         return counted(parallel.model_copy(update={"comm_dtype": ROUNDED[case]}), "dropout", "selective")
     return counted(parallel, case)
@@ -150,7 +174,7 @@ def fits(row: Row) -> bool:
 
 MATRIX = RankMatrix(
     traffic,
-    filter(fits, (Row(mesh, case) for mesh in MESHES for case in (*NAMES, *ROUNDED))),
+    filter(fits, (Row(mesh, case) for mesh in MESHES for case in (*NAMES, *ROUNDED, MUON))),
     {name: (mesh.data * mesh.model, parallel) for name, (mesh, parallel) in MESHES.items()},
     integration={
         "expert 2": [
@@ -165,13 +189,13 @@ MATRIX = RankMatrix(
             ),
             *ROUNDED,
         ],
-        "model 2": ["4 experts", "12 experts computed again", "dropout computed again"],
+        "model 2": [MUON, "4 experts", "12 experts computed again", "dropout computed again"],
         "zero2 2": ["dropout"],
         "zero3 2, expert 2": ["Switch attention", "12 experts computed again"],
         "expert 2, twice": ["12 experts"],
         "expert 2 x model 2": ["12 experts", "bfloat16"],
         "zero3 2 x model 2": ["dropout"],
-        "zero2 4, expert 2": ["top-2"],
+        "zero2 4, expert 2": ["top-2", MUON],
         "zero3 4, expert 2": ["dropout computed again"],
     },
 )
@@ -215,3 +239,13 @@ def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(
     expected = planned(MESHES[row.mesh][0], "dropout", 2, 4 if ROUNDED[row.case] == "float32" else None)
     for rank in MATRIX.answers(row):
         assert rank == expected
+
+
+@pytest.mark.parametrize("row", MATRIX.parameters([MUON]))
+def test_muon_gathers_as_many_bytes_as_planned(row: Row) -> None:
+    mesh, _ = MESHES[row.mesh]
+    weights = dict(transformers_checkpoint.meta_model(SPECS["4 experts"]).named_parameters())
+    own = rank_weights(weights, Muon().build(weights).state(), mesh.model)
+    planned = collectives(SPECS["4 experts"], Step(BATCH, SOURCE, TARGET), mesh, own, MICROBATCH)
+    expected = sum(call.calls * call.payload_bytes for call in planned if call.what.endswith("updates"))
+    assert [sum(rank.values()) if rank else 0 for rank in MATRIX.answers(row)] == [expected] * mesh.data * mesh.model

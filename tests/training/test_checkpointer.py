@@ -19,7 +19,7 @@ from switchcli.model.trainable_sets import TrainableSet
 from switchcli.training.checkpointer import load_optimizer_state, load_weights, logical_tensors, preflight
 from switchcli.training.config import CheckpointSpec
 from switchcli.training.metrics import Mean
-from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.state import TrainState
 
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
@@ -34,6 +34,7 @@ FACTORED = Adafactor(min_dim_to_factor=8)
         (NOISY, "all", FACTORED),
         (DENSE, "all", AdamW()),
         (NOISY, "expert", AdamW()),
+        (NOISY, "all", Muon()),
         (GEGLU, "dense_feed_forward", Adafactor()),
     ],
 )
@@ -121,6 +122,7 @@ def test_the_optimizer_is_carried_over_for_the_parameters_that_learn(
     ("there", "there_learned", "here", "message"),
     [
         (AdamW(), "all", Adafactor(), r"optimizer\b.*\bkind\b"),
+        (AdamW(), "all", Muon(), r"\boptimizer\b.*/momentum\b"),
         (Adafactor(), "all", FACTORED, r"\boptimizer\b.*/row\b"),
         (AdamW(), "non_expert", AdamW(), r"\boptimizer\b.*\brouter\.weight/step\b"),
     ],

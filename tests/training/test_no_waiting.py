@@ -32,7 +32,7 @@ from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import FixedLoss, Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.microbatches import Microbatches
-from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.schedules import Constant
 from switchcli.training.state import TrainState
 
@@ -168,8 +168,9 @@ def test_packing_does_not_make_a_step_wait(keys: dict[str, Any], monkeypatch: py
         Adafactor(scale_by_parameter=False),
         AdamW(weight_decay=0.1),
         AdamW(scale_by="rms"),
+        Muon(),
     ],
-    ids=["adafactor", "adafactor, unfactored, absolute", "adamw", "scaled adamw"],
+    ids=["adafactor", "adafactor, unfactored, absolute", "adamw", "scaled adamw", "muon"],
 )
 def test_no_optimizer_makes_a_step_wait(optimizer: OptimizerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     train(on_meta(sparse()), monkeypatch, optimizer=optimizer)

@@ -1,11 +1,12 @@
-"""Adafactor against its formula, one tensor and one expert at a time, and against transformers; AdamW against torch."""
+"""Adafactor against its formula, one tensor and one expert at a time, and against transformers; AdamW and Muon against
+torch."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.training.optimizer_specs import Adafactor, AdamW, OptimizerSpec
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.optimizers import Optimizer, is_stacked
 
 STEPS = 8
@@ -101,8 +102,9 @@ def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
         (Adafactor(min_dim_to_factor=999), 140 * 129),
         (AdamW(weight_decay=0.1), None),
         (SCALED, None),
+        (Muon(), None),
     ],
-    ids=["factored", "whole", "adamw", "scaled adamw"],
+    ids=["factored", "whole", "adamw", "scaled adamw", "muon"],
 )
 def test_experts_that_share_a_tensor_do_not_know_of_one_another(
     spec: OptimizerSpec, slice_size: int | None, monkeypatch: pytest.MonkeyPatch
@@ -228,7 +230,108 @@ def test_the_first_scaled_step_is_the_sign_of_the_gradient_times_the_size_of_the
     torch.testing.assert_close(weight.detach(), torch.tensor([3.0, -4.0]) - 0.1 * 12.5**0.5 * torch.tensor([1.0, -1.0]))
 
 
-@pytest.mark.parametrize("spec", [Adafactor(), AdamW(weight_decay=0.1), SCALED])
+HIDDEN = {"blocks.0.q.weight": (20, 48), "blocks.0.wo.weight": (48, 20), "blocks.1.layer.experts.wi": (3, 24, 16)}
+OTHERS = {
+    **{"embedding": (40, 8), "head.weight": (40, 8), "encoder.position_bias.weight": (32, 4)},
+    **{"blocks.1.layer.router.weight": (4, 8), "blocks.1.norm.weight": (8,)},
+}
+
+
+def orthogonalized(parameter: torch.Tensor, drawn: list[torch.Tensor]) -> torch.Tensor:
+    """Muon of one matrix in float32, as its authors write it down."""
+    w, b = parameter.detach().clone(), torch.zeros_like(parameter)
+    for g, rate in zip(drawn, rates(), strict=True):
+        b = 0.95 * b + 0.05 * g
+        u = 0.05 * g + 0.95 * b
+        x = u.T if u.shape[0] > u.shape[1] else u
+        x = x / x.norm()
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.T if u.shape[0] > u.shape[1] else x
+        w = w - rate * 0.1 * w - rate * 0.2 * max(w.shape) ** 0.5 * x
+    return w
+
+
+@pytest.mark.parametrize("slice_size", [1, 2 * 24 * 16, 2**21], ids=["one at a time", "two and one", "all at once"])
+def test_muon_is_the_loop_one_matrix_and_one_expert_at_a_time(slice_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchcli.training.optimizers.CPU_SLICE", slice_size)
+    named = parameters(HIDDEN)
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    drawn = {name: gradients(parameter) for name, parameter in named.items()}
+    for gradient in drawn["blocks.1.layer.experts.wi"]:
+        gradient[1] *= 1e-3  # a norm over the stack would be that of the others
+    optimizer = Muon().build(named)
+    for step, rate in enumerate(rates()):
+        for name, parameter in named.items():
+            parameter.grad = drawn[name][step].clone()
+        optimizer.step(rate)
+    for name, parameter in named.items():
+        if is_stacked(name):
+            experts = range(len(parameter))
+            expected = torch.stack([orthogonalized(starts[name][e], [g[e] for g in drawn[name]]) for e in experts])
+        else:
+            expected = orthogonalized(starts[name], drawn[name])
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_muon_is_torchs_but_for_its_bfloat16() -> None:
+    shapes = {name: shape for name, shape in HIDDEN.items() if len(shape) == 2}
+    ours, theirs = parameters(shapes), parameters(shapes)
+    starts = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    optimizer = torch.optim.Muon([*theirs.values()], lr=1.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    drawn = {name: gradients(parameter) for name, parameter in theirs.items()}
+    for step, rate in enumerate(rates()):
+        optimizer.param_groups[0]["lr"] = rate
+        for name, parameter in theirs.items():
+            parameter.grad = drawn[name][step].clone()
+        optimizer.step()
+    run(Muon().build(ours), rates())
+    for name, start in starts.items():
+        difference, moved = (ours[name] - theirs[name]).norm(), (theirs[name] - start).norm()
+        assert difference < 0.05 * moved, name
+    defaults = torch.optim.Muon([*theirs.values()]).defaults
+    assert (Muon().momentum, Muon().weight_decay) == (defaults["momentum"], defaults["weight_decay"])
+
+
+def test_float64_stays_float64() -> None:
+    matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.nn.Parameter(torch.zeros_like(matrix))
+    weight.grad = matrix
+    Muon(momentum=0.0).build({"weight": weight}).step(1.0)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = -(u.T @ weight.detach() @ v.T) / (0.2 * 9**0.5)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, found.diagonal().diag(), atol=1e-12)  # the same singular vectors
+    assert 0.6 < found.diagonal().min() <= found.diagonal().max() < 1.3
+
+
+def test_what_is_no_hidden_matrix_moves_by_adamw_at_the_same_rate() -> None:
+    mixed, adamw = parameters(OTHERS | HIDDEN), parameters(OTHERS)
+    given = {"beta1": 0.8, "beta2": 0.97, "epsilon": 1e-7, "weight_decay": 0.1}
+    optimizer = Muon(**given).build(mixed)
+    run(optimizer, rates())
+    run(AdamW(**given).build(adamw), rates())
+    for name, parameter in adamw.items():
+        assert torch.equal(mixed[name], parameter), name
+    slots = {
+        name: {key.rpartition("/")[2] for key in optimizer.state() if key.startswith(f"{name}/")} for name in mixed
+    }
+    assert slots == {
+        **{name: {"momentum"} for name in HIDDEN},
+        **{name: {"step", "exp_avg", "exp_avg_sq"} for name in OTHERS},
+    }
+
+
+@pytest.mark.parametrize("shapes", [HIDDEN, OTHERS], ids=["hidden matrices alone", "no hidden matrix"])
+def test_one_half_of_muon_may_have_nothing_to_do(shapes: dict[str, tuple[int, ...]]) -> None:
+    named = parameters(shapes)
+    starts = {name: parameter.detach().clone() for name, parameter in named.items()}
+    run(Muon().build(named), rates())
+    assert all((parameter - starts[name]).abs().max() > 1e-3 for name, parameter in named.items())
+
+
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW(weight_decay=0.1), SCALED, Muon()])
 def test_a_restored_state_goes_on_bit_by_bit(spec: OptimizerSpec) -> None:
     straight = spec.build(parameters())
     run(straight, rates())
@@ -244,7 +347,7 @@ def test_a_restored_state_goes_on_bit_by_bit(spec: OptimizerSpec) -> None:
         assert torch.equal(tensor, after.state()[name]), name
 
 
-@pytest.mark.parametrize("spec", [Adafactor(), AdamW(), AdamW(scale_by="rms")])
+@pytest.mark.parametrize("spec", [Adafactor(), AdamW(), AdamW(scale_by="rms"), Muon(weight_decay=0.0)])
 def test_a_gradient_of_zero_or_none_moves_nothing_and_makes_no_nan(spec: OptimizerSpec) -> None:
     named = parameters()
     starts = {name: parameter.detach().clone() for name, parameter in named.items()}

@@ -25,6 +25,8 @@ TIMES = (
     "estimate was compared with a measurement on a GPU yet."
 )
 """The statement of a plan on how far its times are from measurements."""
+_MUON_SHARE = 0.5
+"""FLOPs of Muon for an expert, over those of its training, above which a warning is given."""
 _SECONDS_PER_DAY = 24 * 60 * 60
 _BUSY_TOKENS = 8192
 """Tokens of a step on each device, below which starting the kernels is assumed to take longer than their work. It is an
@@ -80,6 +82,17 @@ def planner_of(recipe: TrainingRecipe, fused: bool = True) -> Planner:
         return recipe.optimizer.build(weights).state()
 
     return Planner(recipe.model, step, optimizer_state, microbatch, recipe.parallel)
+
+
+def muon_warning(recipe: TrainingRecipe) -> str | None:
+    """Return why Muon is too expensive for the batch, with the fix; None if it is not, and for other optimizers."""
+    if recipe.optimizer.kind != "muon" or (share := planner_of(recipe).orthogonal_share) <= _MUON_SHARE:
+        return None
+    batch = recipe.train.batch_tokens
+    return (
+        f"Muon takes {share:.3g} times the FLOPs of an expert's training, whatever the batch: raise train.batch_tokens "
+        f"({batch:,}) to {math.ceil(batch * share / _MUON_SHARE):,} for {_MUON_SHARE:g}, or take optimizer.kind=adamw"
+    )
 
 
 class LaptopSetting(NamedTuple):
@@ -174,6 +187,7 @@ class RecipePlan(NamedTuple):
             "name": self.name,
             **self.about,
             "flops_per_step": self.planner.flops_per_step,
+            "optimizer_flops_per_step": self.planner.optimizer_flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
             "machine": self.machine.to_json(self.product_bytes),
             "times": TIMES,

@@ -7,7 +7,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.units import si
-from switchcli.runs.devices.planning import describe
+from switchcli.runs.devices.planning import describe, muon_warning
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.training.state import TrainState
 
@@ -35,6 +35,8 @@ def announce(
         f"training {parameters:,} parameters for {steps:,} steps of {batch_tokens:,} tokens{first}: "
         f"{si(total)} tokens, on {context.device.type}{ranks}"
     )
+    if context.is_main and (warning := muon_warning(recipe)):
+        console.warning(warning)
     held_out, examples = sum(text.num_rows for text in data.evaluator.texts.values()), _num_examples(data)
     answers = f" and answering {examples:,} examples" if examples else ""
     evaluating, saving = _times(recipe.eval.every_steps, steps), _times(recipe.checkpoint.save_every_steps, steps)
