@@ -106,7 +106,7 @@ def layer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def dense(shape: Shape) -> Call:
-    module = shape.made(FeedForward(shape.spec))
+    module = shape.made(FeedForward(shape.spec, shape.spec.d_ff))
     return shape.both_ways(module, lambda: module(shape.x_BSD))
 
 

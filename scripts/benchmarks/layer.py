@@ -123,7 +123,7 @@ def layer_of(job: Job) -> Layer:
     router = SwitchRouter(capacity_factor=job.get("capacity_factor", 1.25), group_sequences=1, jitter=0.0)
     spec, dtype = spec_of(job, dropout=0.0, router=router), PRECISIONS[job["precision"]]
     if who == "dense":
-        dense = FeedForward(spec)
+        dense = FeedForward(spec, spec.d_ff)
         return dense, dense, lambda x_BSD: 1.0
     ours, real_BS = SwitchLayer(spec, "encoder", sizes.d_model), torch.ones(sizes.batch, sizes.source, dtype=torch.bool)
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

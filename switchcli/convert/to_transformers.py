@@ -100,18 +100,18 @@ def _num_sparse_layers(layers: tuple[int, ...], num_blocks: int) -> int | None:
 
 def _switch_router(router: RouterSpec) -> SwitchRouter:
     """Return the router with the type that transformers has; `_unsupported` has refused all others."""
-    assert router.is_in_transformers
+    assert not router.key_unlike_transformers()
     return cast("SwitchRouter", router)
 
 
 def _unsupported(spec: ModelSpec, sparse_stacks: list[Stack]) -> str | None:
     """Return why transformers has no such sparse model, or None if it has."""
     for stack in sparse_stacks:
-        if not (router := spec.router_of(stack)).is_in_transformers:
-            return f"the {stack}'s router is of kind {router.kind}, where transformers has only switch"
-        for key, only in (("gate", "softmax"), ("balance", "loss")):
-            if (value := getattr(router, key)) != only:
-                return f"the {stack}'s router has {key}: {value}, where transformers has only {only}"
+        router = spec.router_of(stack)
+        if key := router.key_unlike_transformers():
+            return f"the {stack}'s router has {key}: {getattr(router, key)}, where transformers has only the paper's"
+    if keys := spec.uncommon_experts():
+        return f"{keys}, where transformers' experts are feed-forwards of d_ff ({spec.d_ff}) hidden units, alone"
     if spec.sparse != "feed_forward":
         return f"sparse ({spec.sparse}) routes attention, where transformers routes only feed-forwards"
     if spec.activation != "relu":

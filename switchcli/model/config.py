@@ -74,6 +74,15 @@ class ModelSpec(Spec):
     sparse: Literal["feed_forward", "attention", "both"] = "feed_forward"
     """Sublayers with experts in a sparse block: its feed-forward, its self-attention (queries, keys and values,
     Appendix A; its experts have d_ff hidden units too), or both."""
+    expert_d_ff: Size | None = None
+    """Hidden units of each expert; absent: `d_ff`. Fine-grained experts are g times as many of d_ff / g hidden units,
+    with g times as many choices of a token (`router.k`)."""
+    shared_d_ff: int = Field(default=0, ge=0, le=MAX_SIZE)
+    """Hidden units of a dense feed-forward beside the experts of each sparse feed-forward, for every token; 0: none.
+    The FLOPs are those of a dense layer if it and the chosen experts have `d_ff` hidden units together."""
+    expert_scale: float | None = Field(default=None, gt=0.0)
+    """Factor of the experts' outputs. Absent: sqrt(d_ff / expert_d_ff), or its reciprocal if gates do not depend on the
+    number of experts, so that finer experts start with the root mean square of those of `d_ff` hidden units."""
     router: RouterSpec = SwitchRouter()
     """Router of the sparse layers, selected by its `kind`."""
     decoder_router: RouterSpec | None = None
@@ -157,6 +166,33 @@ class ModelSpec(Spec):
     @property
     def head_width(self) -> int:
         return self.d_kv or self.d_model // self.num_heads
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden units of each expert."""
+        return self.expert_d_ff or self.d_ff
+
+    def uncommon_experts(self) -> str | None:
+        """Return the keys by which experts are not feed-forwards of `d_ff` hidden units alone; None if they are."""
+        scales = {self.scale_of_experts(stack) for stack in STACKS if self.sparse_layers(stack)}
+        uncommon = {
+            "expert_d_ff": self.expert_width != self.d_ff,
+            "shared_d_ff": self.shared_d_ff > 0,
+            "expert_scale": not scales <= {1.0},
+        }
+        return ", ".join(f"{key} ({getattr(self, key)})" for key, differs in uncommon.items() if differs) or None
+
+    def scale_of_experts(self, stack: Stack) -> float:
+        """Return the factor of the experts' outputs.
+
+        An expert's output starts with the same root mean square r whatever its width, because the variance of its last
+        matrix is 1 / width. k of E experts with gates 1 / E add up to sqrt(k) r / E, and g k of g E to 1 / sqrt(g) of
+        that; likewise with gates 1 / k. With gates of 1 / 2, g k experts add up to sqrt(g) times that of k.
+        """
+        if self.expert_scale is not None:
+            return self.expert_scale
+        scale = math.sqrt(self.d_ff / self.expert_width)
+        return 1 / scale if self.router_of(stack).gates_are_independent else scale
 
     @property
     def experts_dropout(self) -> float:

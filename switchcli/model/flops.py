@@ -1,9 +1,9 @@
 """Parameters and forward FLOPs from the spec, by the formulas of paper section 5.6, without creating a tensor.
 
 FLOPs are counted as Kaplan et al. do: two per weight that processes a token, and those of only one of attention's two
-products. Embedding lookups and routers are left out, each token passes one expert (k with a top_k
-router), capacity is ignored, and the keys and values of cross-attention are counted once per decoder token. With 512
-and 114 tokens this gives the FLOPs of Table 9.
+products. Embedding lookups and routers are left out (`ModelCounts.router_flops`), each token passes one expert (k with
+a top_k router), capacity is ignored, and the keys and values of cross-attention are counted once per decoder token.
+With 512 and 114 tokens this gives the FLOPs of Table 9.
 """
 
 import math
@@ -29,6 +29,8 @@ class ModelCounts(NamedTuple):
     active: int
     """Parameters that one token uses: the dense ones and one expert (k with top_k) in each sparse layer."""
     flops: int
+    router_flops: int
+    """FLOPs of the routers, which are no part of `flops`: they count where there are many small experts."""
 
     @property
     def parameters(self) -> int:
@@ -40,9 +42,11 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> ModelCounts:
     # Weights of one module.
     width = spec.num_heads * spec.head_width
     attention = 4 * spec.d_model * width  # q, k, v, o
-    input_projections = (2 if spec.activation == "geglu" else 1) * spec.d_model * spec.d_ff
-    feed_forward = input_projections + spec.d_ff * spec.d_model
-    attention_expert = input_projections + 2 * width * spec.d_ff  # outputs: a query, and a shared key and value
+    num_inputs = 2 if spec.activation == "geglu" else 1
+    per_hidden_unit = (num_inputs + 1) * spec.d_model
+    feed_forward = per_hidden_unit * spec.d_ff
+    # Outputs of an expert of attention: a query, and a shared key and value.
+    attention_expert = (num_inputs * spec.d_model + 2 * width) * spec.expert_width
     vocabulary = spec.vocab_size * spec.d_model
     dense_block = {"encoder": attention + feed_forward, "decoder": 2 * attention + feed_forward}
 
@@ -51,14 +55,17 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> ModelCounts:
     routes_feed_forward = spec.sparse in ("feed_forward", "both")
     routes_attention = spec.sparse in ("attention", "both")
     num_routers = routes_feed_forward + routes_attention
-    expert = routes_feed_forward * feed_forward + routes_attention * attention_expert
-    replaced = routes_feed_forward * feed_forward + routes_attention * 3 * spec.d_model * width
+    expert = routes_feed_forward * per_hidden_unit * spec.expert_width + routes_attention * attention_expert
+    # Beside the experts of a feed-forward there may be a smaller one for every token.
+    unrouted = routes_feed_forward * per_hidden_unit * (spec.d_ff - spec.shared_d_ff)
+    replaced = unrouted + routes_attention * 3 * spec.d_model * width
 
     num_norms = 2 * spec.num_layers + 3 * spec.decoder_layers + 2  # one per sublayer, and one at the end of each stack
+    router = num_routers * spec.num_experts * spec.d_model
     dense = (
         vocabulary * (1 if spec.tie_embeddings else 2)
         + sum(dense_block[stack] * spec.num_blocks(stack) for stack in STACKS)
-        + sum(num_sparse.values()) * (num_routers * spec.num_experts * spec.d_model - replaced)
+        + sum(num_sparse.values()) * (router - replaced)
         + spec.d_model * num_norms
         + 2 * spec.relative_attention_num_buckets * spec.num_heads  # a position bias per stack
     )
@@ -76,8 +83,9 @@ def count(spec: ModelSpec, source: int = 512, target: int = 114) -> ModelCounts:
         + spec.decoder_layers * width * (target**2 + target * source)  # self-attention and cross-attention
         + vocabulary * target
     )
+    router_flops = 2 * router * (num_sparse["encoder"] * source + num_sparse["decoder"] * target)
     active = dense + sum(active_experts[stack] * num_sparse[stack] for stack in STACKS)
-    return ModelCounts(dense, expert * spec.num_experts * sum(num_sparse.values()), active, flops)
+    return ModelCounts(dense, expert * spec.num_experts * sum(num_sparse.values()), active, flops, router_flops)
 
 
 def newton_schulz_flops(shape: Sequence[int]) -> int:

@@ -86,11 +86,11 @@ def _dropout_mask(
 class FeedForward(nn.Module):
     """The dense feed-forward: two projections with an activation in between, or three for GEGLU (T5 1.1)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, d_ff: int) -> None:
         super().__init__()
-        self.wi = Linear(spec.d_model, spec.d_ff)
-        self.wi_gate = Linear(spec.d_model, spec.d_ff) if spec.activation == "geglu" else None
-        self.wo = Linear(spec.d_ff, spec.d_model)
+        self.wi = Linear(spec.d_model, d_ff)
+        self.wi_gate = Linear(spec.d_model, d_ff) if spec.activation == "geglu" else None
+        self.wo = Linear(d_ff, spec.d_model)
         self.dropout = spec.dropout
         self.axis = SINGLE_PROCESS
         """The processes among which the hidden units are divided."""

@@ -5,7 +5,7 @@ from torch import nn
 from switchcli.model.layers import FeedForward
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.trainable_sets import TrainableSet, check
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.transformer import FeedForwardSublayer, SwitchTransformer
 
 
 def trainable_members(model: SwitchTransformer, trainable_set: TrainableSet) -> dict[str, nn.Parameter]:
@@ -13,8 +13,11 @@ def trainable_members(model: SwitchTransformer, trainable_set: TrainableSet) -> 
     parameters = dict(model.named_parameters())
     if trainable_set == "all":
         return parameters
-    module_type = FeedForward if trainable_set == "dense_feed_forward" else SwitchLayer
-    modules = [module for module in model.modules() if isinstance(module, module_type)]
+    if trainable_set == "dense_feed_forward":
+        layers = [module.layer for module in model.modules() if isinstance(module, FeedForwardSublayer)]
+        modules: list[nn.Module] = [layer for layer in layers if isinstance(layer, FeedForward)]
+    else:
+        modules = [module for module in model.modules() if isinstance(module, SwitchLayer)]
     inside = {id(weight) for module in modules for weight in module.parameters()}
     wants_inside = trainable_set != "non_expert"
     return {name: weight for name, weight in parameters.items() if (id(weight) in inside) == wants_inside}

@@ -125,7 +125,9 @@ class FeedForwardSublayer(nn.Module):
         super().__init__()
         self.norm = RMSNorm(spec.d_model, spec.layer_norm_epsilon)
         sparse = spec.is_sparse(stack, layer, "feed_forward")
-        self.layer = SwitchLayer(spec, stack, spec.d_model) if sparse else FeedForward(spec)
+        self.layer = (
+            SwitchLayer(spec, stack, spec.d_model, spec.shared_d_ff) if sparse else FeedForward(spec, spec.d_ff)
+        )
         self.dropout = spec.dropout
 
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, StackStats]:

@@ -196,7 +196,7 @@ def _recomputed_gradient_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbat
         rows = microbatch * length
         if spec.sparse_layers(stack):
             rows = max(rows, slots(spec, stack, step, microbatch, mesh.expert).expert_rows)
-        hidden = step.product_bytes * rows * spec.d_ff  # [rows, F]
+        hidden = step.product_bytes * rows * max(spec.d_ff, spec.expert_width)  # [rows, F], at most
         # [B, H, T, S], at most: a CPU computes them in chunks, whose size depends on its threads.
         attention_weights = 0 if step.fused else FLOAT * microbatch * spec.num_heads * length**2
         widest = max(widest, hidden, attention_weights)
@@ -241,14 +241,16 @@ def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack
     # A norm's output is read by queries, keys and values, or by the first products of the feed-forward.
     for part, num_readers in (("attention", 3), ("feed_forward", _num_input_products(spec))):
         is_sparse = spec.is_sparse(stack, layer, part)  # type: ignore[arg-type] # of the two names above
-        kept += _norm(spec, step, tokens, 0 if is_sparse else num_readers, mesh.model)
+        d_ff = 0  # hidden units of a dense feed-forward, which may stand beside experts
+        if part == "feed_forward":
+            d_ff = spec.shared_d_ff if is_sparse else spec.d_ff
+        kept += _norm(spec, step, tokens, 0 if is_sparse and not d_ff else num_readers, mesh.model)
+        num_hidden = _num_hidden_tensors(spec, spec.dropout)
+        kept += step.product_bytes * tokens * num_hidden * d_ff // mesh.model
         if is_sparse:
             layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
             kept += _router(spec, step, stack, tokens)
             kept += _experts(spec, step, layer_slots, output_widths(spec)[part], mesh.model)
-        elif part == "feed_forward":
-            num_hidden = _num_hidden_tensors(spec, spec.dropout)
-            kept += step.product_bytes * tokens * num_hidden * spec.d_ff // mesh.model
     if stack == "decoder":
         kept += _norm(spec, step, target, 1, mesh.model)  # before cross-attention, read by the queries
         kept += _cross_attention(spec, step, source, target, mesh.model)
@@ -341,5 +343,5 @@ def _experts(spec: ModelSpec, step: Step, layer_slots: Slots, width: int, model:
     Example: D = O = 512, F = 2048, ReLU without dropout, bfloat16: 2 * (512 + 2048 + 512 + 1) + 25 = 6,171 bytes a row.
     """
     dropout = spec.experts_dropout
-    hidden = (_num_hidden_tensors(spec, dropout) + (dropout > 0.0)) * spec.d_ff // model
+    hidden = (_num_hidden_tensors(spec, dropout) + (dropout > 0.0)) * spec.expert_width // model
     return layer_slots.expert_rows * (step.product_bytes * (spec.d_model + hidden + width + 1) + 25)

@@ -154,7 +154,7 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microb
         if spec.experts_dropout:
             # The number of each row's sequence, and the masks [B, F / m] of all sequences.
             indices = INT64 * layer_slots.sent_rows
-            masks = step.product_bytes * microbatch * spec.d_ff // mesh.model
+            masks = step.product_bytes * microbatch * spec.expert_width // mesh.model
             yield Collective("all_to_all", "expert", mesh.expert, f"{stack} dropout, whose rows", calls, indices)
             yield Collective("all_gather", "expert", mesh.expert, f"{stack} dropout, masks", calls, masks)
         if layer_slots.is_dropless:
@@ -175,7 +175,8 @@ def _model_axis(
     for stack in STACKS:
         num_blocks, tokens = spec.num_blocks(stack), microbatch * step.length(stack)
         regions = 3 if stack == "decoder" else 2  # self-attention, cross-attention, feed-forward
-        calls = (2 + step.recomputed) * regions * num_blocks * num_microbatches
+        num_regions = regions * num_blocks + (len(spec.sparse_layers(stack)) if spec.shared_d_ff else 0)
+        calls = (2 + step.recomputed) * num_regions * num_microbatches
         layer_bytes = step.sent_bytes * tokens * spec.d_model
         yield Collective("all_reduce", "model", model, f"{stack} layers", calls, layer_bytes)
         # Each rank looks up the tokens of its rows of the vocabulary; the others are 0. float32.

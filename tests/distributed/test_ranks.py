@@ -331,6 +331,8 @@ THREE = NOISY.model_copy(update={"num_experts": 3})
 """More than two ranks can share out whole: each has a part of every expert."""
 ODD = THREE.model_copy(update={"d_ff": 25})
 """Nor can they divide d_ff."""
+FINE = TOP_2.model_copy(update={"dropout": 0.1, "expert_d_ff": 8, "shared_d_ff": 16})
+"""Small experts beside a path for every token."""
 BALANCED = NOISY.model_copy(
     update={
         "router": TopKRouter(
@@ -360,6 +362,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert"),
     "the dense feed-forwards alone": partial(gradients, GROUPED, None, None, "dense_feed_forward"),
     "top-2 of experts with GEGLU": partial(gradients, TOP_2, 2, None),
+    "fine experts beside a shared path": partial(gradients, FINE, 2, CLIP),
     "no token left behind": partial(gradients, TRYING_AGAIN, 2, None),
     "experts that choose": partial(gradients, CHOOSING, 2, None),
     "a Switch attention": partial(gradients, ATTENTION, None, CLIP),
@@ -414,7 +417,7 @@ INTEGRATION = {
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor", "adamw, scaled"),
-        *("balanced by the step before", "muon"),
+        *("balanced by the step before", "muon", "fine experts beside a shared path"),
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),

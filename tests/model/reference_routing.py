@@ -79,9 +79,9 @@ def can_be_told_apart(rule: Router, weights: Weights, logits_GNE: torch.Tensor) 
 
 
 def layer(
-    rule: Router, weights: Weights, x_BSD: torch.Tensor, real_BS: torch.Tensor, mode: Mode
+    rule: Router, weights: Weights, x_BSD: torch.Tensor, real_BS: torch.Tensor, mode: Mode, scale: float = 1.0
 ) -> tuple[Answer, torch.Tensor]:
-    """The answer of the layer, and the router's logits [G, N, E]."""
+    """The answer of the layer, and the router's logits [G, N, E]. `scale` multiplies what experts give."""
     B, S, D = x_BSD.shape
     together = 1 if mode == "dropless" and not isinstance(rule, ExpertChoiceRouter) else rule.group_sequences
     x_GND = x_BSD.reshape(B // together, together * S, D)
@@ -101,7 +101,14 @@ def layer(
         probability_NE = gate_NE / gate_NE.sum(-1, keepdim=True)
         y_N = [torch.zeros(weights["experts.wo"].shape[1], dtype=x_BSD.dtype) for _ in real_N]
         for token, expert, weight in group.places:
-            y_N[token] = y_N[token] + weight * _expert(weights, expert, x_ND[token])
+            y_N[token] = y_N[token] + scale * weight * _expert(weights, expert, x_ND[token])
+        if "shared.wi.weight" in weights:
+            shared = {
+                name.replace("shared", "experts").removesuffix(".weight"): weight[None]
+                for name, weight in weights.items()
+                if name.startswith("shared.")
+            }
+            y_N = [y_D + _expert(shared, 0, x_D) for y_D, x_D in zip(y_N, x_ND, strict=True)]
         outputs.append(torch.stack(y_N))
         groups.append(group)
         length = S if getattr(rule, "balance_scope", "group") == "sequence" else len(real_N)

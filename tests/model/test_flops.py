@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from switchcli.model.config import ModelSpec
+from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
@@ -22,6 +22,8 @@ shapes = st.fixed_dictionaries(
         "num_heads": st.integers(1, 5),
         "num_layers": st.integers(3, 6),
         "num_decoder_layers": st.none() | st.integers(3, 6),
+        "expert_d_ff": st.none() | st.integers(1, 20),
+        "shared_d_ff": st.integers(0, 20),
         "activation": st.sampled_from(["relu", "geglu"]),
         "tie_embeddings": st.booleans(),
         "num_experts": st.integers(1, 9),
@@ -50,6 +52,11 @@ def test_parameters_are_those_of_the_model(shape: dict[str, object]) -> None:
     total = sum(parameter.numel() for parameter in named.values())
     assert (found.parameters, found.expert, found.dense) == (total, expert, total - expert)
     assert found.active == total - expert + one_expert
+    routers = {
+        stack: sum(weight.numel() for name, weight in named.items() if name.startswith(stack) and ".router." in name)
+        for stack in STACKS
+    }
+    assert found.router_flops == 2 * (512 * routers["encoder"] + 114 * routers["decoder"])
 
 
 def counted_by_torch(spec: ModelSpec, source: int, target: int) -> int:

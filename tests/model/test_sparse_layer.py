@@ -7,8 +7,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
+from switchcli.model.init import initialize
 from switchcli.model.layers import FeedForward
-from switchcli.model.moe.layer import SwitchLayer, evaluating
+from switchcli.model.moe.layer import SwitchLayer, evaluating, sparse_layers
 from switchcli.model.moe.router import (
     ExpertChoiceRouter,
     Mode,
@@ -17,7 +18,7 @@ from switchcli.model.moe.router import (
     SwitchRouter,
     TopKRouter,
 )
-from switchcli.model.transformer import FeedForwardSublayer
+from switchcli.model.transformer import FeedForwardSublayer, SwitchTransformer
 
 factors = st.floats(0.1, 4.0)
 common = {"jitter": st.just(0.0), "min_capacity": st.integers(1, 4), "group_sequences": st.integers(1, 3)}
@@ -46,7 +47,7 @@ def a_layer(router: RouterSpec, seed: int, num_outputs: int = 4, **shape: object
     """A layer of the encoder, where every router may stand, with weights of unit variance."""
     sizes = {"d_model": 6, "d_ff": 5, "num_heads": 2, "num_layers": 2, "num_experts": 4}
     spec = ModelSpec(**{**sizes, **shape}, router=router, sparse_every=1, sparse_decoder_layers=())
-    layer = SwitchLayer(spec, "encoder", num_outputs)
+    layer = SwitchLayer(spec, "encoder", num_outputs, spec.shared_d_ff)
     generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
@@ -63,12 +64,16 @@ def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.Da
     batch, length = router.group_sequences * data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
     mode: Mode = data.draw(st.sampled_from(["training", "paper", "dropless"]))
     seed = data.draw(st.integers(0, 2**20))
+    shared_d_ff = data.draw(st.sampled_from([0, 3]))
     layer = a_layer(
         router,
         seed,
-        num_outputs=data.draw(st.sampled_from([6, 4])),
+        num_outputs=6 if shared_d_ff else data.draw(st.sampled_from([6, 4])),
         num_experts=num_experts,
         activation=data.draw(st.sampled_from(["relu", "geglu"])),
+        expert_d_ff=data.draw(st.sampled_from([None, 2])),
+        shared_d_ff=shared_d_ff,
+        expert_scale=(scale := data.draw(st.sampled_from([1.0, 1.5]))),
     )
     generator = torch.Generator().manual_seed(seed + 1)
     x_BSD = torch.randn(batch, length, 6, generator=generator).requires_grad_()
@@ -85,7 +90,7 @@ def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.Da
     exact = {name: weight.detach().double().requires_grad_() for name, weight in layer.named_parameters()}
     exact_BSD = x_BSD.detach().double().requires_grad_()
     whole = {**exact, **{name: bias.double() for name, bias in layer.named_buffers()}}
-    expected, logits_GNE = reference.layer(router, whole, exact_BSD, real_BS, mode)
+    expected, logits_GNE = reference.layer(router, whole, exact_BSD, real_BS, mode, scale)
     assume(reference.can_be_told_apart(router, whole, logits_GNE))
 
     close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}  # float32 against float64
@@ -105,6 +110,54 @@ def test_output_report_and_every_gradient_equal_the_loops(kind: str, data: st.Da
     theirs = torch.autograd.grad(exact_loss, [exact_BSD, *exact.values()], allow_unused=True, materialize_grads=True)
     for found, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "router", [TopKRouter(k=2), TopKRouter(k=2, renormalize=False), TopKRouter(k=2, renormalize=False, gate="sigmoid")]
+)
+def test_finer_experts_start_with_the_root_mean_square_of_whole_ones(router: TopKRouter) -> None:
+    """With the initial weights, by which a router is all but undecided; known to a tenth by 16 models each."""
+    shape = {"d_model": 64, "d_ff": 128, "num_heads": 2, "num_layers": 1, "sparse_every": 1, "init_scale": 1e-2}
+    x_BSD, real_BS = torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(0)), torch.ones(8, 32).bool()
+    squares = []
+    for finer in (1, 4):
+        fine = router.model_copy(update={"k": 2 * finer, "capacity_factor": "dropless", "keep_threshold": 0.0})
+        spec = ModelSpec(**shape, num_experts=4 * finer, expert_d_ff=128 // finer, router=fine)
+        total = 0.0
+        for seed in range(16):
+            model = SwitchTransformer(spec)
+            initialize(model, seed)
+            (layer, *_) = sparse_layers(model).values()
+            total += float(layer(x_BSD, real_BS).y_BSO.detach().square().mean())
+        squares.append(total)
+    assert squares[1] == pytest.approx(squares[0], rel=0.1)
+
+
+def test_experts_beside_a_shared_path_are_those_of_deepseek_v3_in_transformers() -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        **{"hidden_size": 6, "n_routed_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 4},
+        **{"n_shared_experts": 2, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5},
+        hidden_act="gelu_pytorch_tanh",
+    )
+    theirs = DeepseekV3MoE(config)
+    router = TopKRouter(gate="sigmoid", balance="bias", capacity_factor="dropless", jitter=0.0, keep_threshold=0.0)
+    shape = {"expert_d_ff": 4, "shared_d_ff": 8, "expert_scale": 2.5, "activation": "geglu"}
+    ours = a_layer(router, seed=3, num_outputs=6, num_experts=5, **shape)
+    with torch.no_grad():
+        theirs.gate.weight.copy_(ours.router.weight)
+        theirs.gate.e_score_correction_bias.copy_(ours.router.bias)
+        theirs.experts.gate_up_proj.copy_(torch.cat([ours.experts.wi_gate, ours.experts.wi], 1))
+        theirs.experts.down_proj.copy_(ours.experts.wo)
+        for name, part in (("gate_proj", "wi_gate"), ("up_proj", "wi"), ("down_proj", "wo")):
+            getattr(theirs.shared_experts, name).weight.copy_(getattr(ours.shared, part).weight)
+    x_BSD = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    y_BSD = ours(x_BSD, torch.ones(2, 7, dtype=torch.bool)).y_BSO
+    torch.testing.assert_close(y_BSD, theirs(x_BSD), rtol=1e-5, atol=1e-5)
+    (found,), (wanted,) = (torch.autograd.grad(y.square().sum(), [x_BSD]) for y in (y_BSD, theirs(x_BSD)))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_dropped_token_is_exactly_zero_and_an_expert_without_tokens_still_has_a_gradient() -> None:
@@ -198,7 +251,7 @@ def test_expert_dropout_falls_on_the_experts_hidden_vector_alone(
     shape = {"d_model": 6, "d_ff": 30, "num_heads": 2, "num_layers": 1, "num_experts": 2, "sparse_every": 1}
     router = SwitchRouter(capacity_factor="dropless", jitter=0.0)
     spec = ModelSpec(**shape, activation=activation, dropout=0.1, expert_dropout=expert_dropout, router=router)
-    sparse, dense = SwitchLayer(spec, "encoder", 30), FeedForward(spec)
+    sparse, dense = SwitchLayer(spec, "encoder", 30), FeedForward(spec, spec.d_ff)
     dense.wo = torch.nn.Linear(30, 30, bias=False)
     with torch.no_grad():
         for name, weight in [*sparse.named_parameters(), *dense.named_parameters()]:

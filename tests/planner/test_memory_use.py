@@ -40,7 +40,14 @@ SPARSE: dict[str, Any] = {"num_experts": 8, "sparse_every": 1}
 TOLERANCE = 0.07
 """Where tokens are dropped the prediction is that none is: a mesh must not fail where the router is balanced. For a
 top-2 router that drops it is 6.2 % too high."""
-CLOSER = {"dense": 0.01, "geglu": 0.01, "switch": 0.02, "dropless": 0.02, "top_k": 0.02}
+CLOSER = {
+    "dense": 0.01,
+    "geglu": 0.01,
+    "switch": 0.02,
+    "dropless": 0.02,
+    "top_k": 0.02,
+    "fine experts, shared path": 0.02,
+}
 """Where nothing is dropped and there is no dropout: no tensor that counts is left out."""
 
 # fmt: off
@@ -61,6 +68,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "expert choice": {**SPARSE, "router": ExpertChoiceRouter(), "decoder_router": SwitchRouter()},
     "experts in attention": {**SPARSE, "sparse": "attention"},
     "experts in both": {**SPARSE, "sparse": "both"},
+    "fine experts, shared path": {**SPARSE, "expert_d_ff": 88, "shared_d_ff": 88},
     "wide heads": {"d_model": 64, "num_heads": 8, "d_kv": 16, **SPARSE},
 }
 # fmt: on

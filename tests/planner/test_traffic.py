@@ -48,6 +48,7 @@ SPECS = {
     "top-2": wider(4).model_copy(update={"router": TopKRouter(min_capacity=1), "decoder_router": None}),
     "dropout": wider(4, dropout=0.1),
     "dropless": wider(4, "dropless"),
+    "fine experts, shared path": wider(4, dropout=0.1, expert_d_ff=8, shared_d_ff=12),
 }
 ROUNDED: dict[str, CommDtype] = {"bfloat16": "compute", "bfloat16, float32 on the wire": "float32"}
 MUON = "muon"

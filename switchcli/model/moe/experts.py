@@ -28,7 +28,7 @@ class Experts(nn.Module):
 
     def __init__(self, spec: ModelSpec, num_outputs: int) -> None:
         super().__init__()
-        E, D, hidden = spec.num_experts, spec.d_model, spec.d_ff
+        E, D, hidden = spec.num_experts, spec.d_model, spec.expert_width
         self.wi = nn.Parameter(torch.empty(E, hidden, D))
         self.wi_gate = nn.Parameter(torch.empty(E, hidden, D)) if spec.activation == "geglu" else None
         self.wo = nn.Parameter(torch.empty(E, num_outputs, hidden))

@@ -16,6 +16,7 @@ from torch import nn
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.kernels.cpu_products import linear
 from switchcli.model.kernels.opaque_ops import random_bits
+from switchcli.model.layers import FeedForward
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.router import Mode, Policy, Routing
@@ -67,13 +68,18 @@ class SwitchOutput(NamedTuple):
 
 
 class SwitchLayer(nn.Module):
-    """The sum of p_i(x) E_i(x) over the experts i that have x in a slot (eq. 2); zero for a dropped token."""
+    """The sum of p_i(x) E_i(x) over the experts i that have x in a slot (eq. 2); zero for a dropped token.
 
-    def __init__(self, spec: ModelSpec, stack: Stack, num_outputs: int) -> None:
+    Beyond the paper, the sum may have a factor (`expert_scale`), and a dense feed-forward beside it (`shared_d_ff`).
+    """
+
+    def __init__(self, spec: ModelSpec, stack: Stack, num_outputs: int, shared_d_ff: int = 0) -> None:
         super().__init__()
         self.router_spec = spec.router_of(stack)
         self.router = RouterWeights(spec, stack)
         self.experts = Experts(spec, num_outputs)
+        self.shared = FeedForward(spec, shared_d_ff) if shared_d_ff else None
+        self.scale = spec.scale_of_experts(stack)
         self.dispatcher: Dispatcher[Any] = LocalDispatcher()
         self.policy: Policy = "paper"
 
@@ -99,6 +105,8 @@ class SwitchLayer(nn.Module):
         x_GND = x_BSD.reshape(B // self.router_spec.group_size(self.mode), -1, D)
         with torch.autocast(x_BSD.device.type, enabled=False):  # autocast would choose the precision of the softmax
             routing = self.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
+            if self.scale != 1.0:
+                routing = routing._replace(weight_GEC=routing.weight_GEC * self.scale)
             # The weights enter the region of divided hidden units too: each process has a part of their gradient.
             routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)
@@ -106,7 +114,8 @@ class SwitchLayer(nn.Module):
         mask_AF = None if mask_BF is None else self.dispatcher.expand_mask(mask_BF, meta, S)
         y_AO = self.experts(x_AD, meta.end_E, mask_AF)
         y_GNO = axis.all_reduce(self.dispatcher.combine(y_AO, meta, x_GND))
-        return SwitchOutput(y_GNO.reshape(B, S, -1), routing.stats)
+        y_BSO = y_GNO.reshape(B, S, -1)
+        return SwitchOutput(y_BSO if self.shared is None else y_BSO + self.shared(x_BSD), routing.stats)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SwitchLayer]:

@@ -85,8 +85,10 @@ class Router(Spec, ABC):
     """Experts choose tokens: loads are equal by construction, and a token may be taken by several experts or none."""
     has_load_balancing_loss: ClassVar[bool] = True
     """Whether `balance_loss_coef` weighs a load-balancing loss."""
-    is_in_transformers: ClassVar[bool] = False
-    """Whether transformers' SwitchTransformers implements this router."""
+
+    def key_unlike_transformers(self) -> str | None:
+        """Return the key at whose value transformers' SwitchTransformers has no such router; None if it has."""
+        return "kind"
 
     @property
     def experts_per_token(self) -> int:
@@ -368,7 +370,11 @@ class SwitchRouter(TokenChoiceRouter):
 
     kind: Literal["switch"] = "switch"
     """`switch` sends each token to its most probable expert (paper section 2.1)."""
-    is_in_transformers: ClassVar[bool] = True
+
+    def key_unlike_transformers(self) -> str | None:
+        if self.gate != "softmax":
+            return "gate"
+        return "balance" if self.balance != "loss" else None
 
     def num_choices(self, num_experts: int) -> int:
         return 1

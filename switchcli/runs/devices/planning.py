@@ -46,6 +46,7 @@ def describe(recipe: TrainingRecipe) -> dict[str, Any]:
         "expert_parameters": cost.expert,
         "active_parameters": cost.active,
         "flops_per_sequence": cost.flops,
+        "router_flops_per_sequence": cost.router_flops,
         "inputs_length": recipe.inputs_length,
         "targets_length": recipe.targets_length,
         "sequences_per_step": recipe.rows_per_step,
