@@ -262,11 +262,13 @@ def preflight(
     settings: CheckpointSpec,
     num_metrics: int = 1,
     num_present: int = 0,
+    num_named: int = 0,
 ) -> None:
     """Raise a CheckpointError if the disk has no room for the checkpoints that are kept and one more being written.
 
     `num_metrics` is the number of evaluation metrics: each may have a best checkpoint of its own. `num_present` is the
-    number of the run's checkpoints that are on the disk already.
+    number of the run's checkpoints that are on the disk already, and `num_named` that of the steps of
+    `checkpoint.keep_steps` that the run takes.
     """
     expert_factor = weights.num_experts // len(weights.experts)  # all experts over those on this rank
     tensors = {**full_tensors(weight_parts(weights)), **full_tensors(optimizer_parts(optimizer, weights.experts))}
@@ -274,7 +276,7 @@ def preflight(
     for name, tensor in tensors.items():
         is_expert = bool(tensor_names.expert_numbers([name]))
         checkpoint_bytes += tensor_file.num_bytes([tensor]) * (expert_factor if is_expert else 1)
-    num_kept = settings.keep_last + settings.keep_best * num_metrics + len(settings.keep_steps)
+    num_kept = settings.keep_last + settings.keep_best * num_metrics + num_named
     num_new = max(1, num_kept + 1 - num_present)
     context.main_only(lambda: checkpoint.preflight(folder, checkpoint_bytes * num_new))
 

@@ -15,6 +15,7 @@ from messages import lacking
 from tiny_run import SwitchCLI, lay_out, lay_out_tuning, records
 from typer.testing import CliRunner
 
+from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.training.schedules import Constant
@@ -118,6 +119,8 @@ def test_branches_of_one_constant_run_each_fall_over_their_own_steps(
     """Steps 3 and 5 are between the saves, and kept; the recipe of the run is that of its branches."""
     wsd = ("schedule.kind=wsd", "schedule.learning_rate=0.01", "schedule.warmup_steps=2", "log.every_steps=1")
     kept = ("checkpoint.keep_steps=[3,5]", "checkpoint.keep_last=1", "checkpoint.keep_best=false")
+    room: list[int] = []
+    monkeypatch.setattr(checkpoint, "preflight", lambda folder, size: room.append(size))
     trunk = switchcli("pretrain", recipe, f"train.steps={STEPS}", *wsd, *kept, "--out", "trunk", "-q")
     assert trunk.code == 0, trunk.err
     assert sorted(path.name for path in Path("trunk/checkpoints").iterdir()) == [
@@ -131,6 +134,8 @@ def test_branches_of_one_constant_run_each_fall_over_their_own_steps(
         assert not lacking(done.err, "rises again")
         progress = [own / (steps - first) for own in range(steps - first)]
         rates[out] = [0.01 * (1 - (share**0.5 if shape == "sqrt" else share)) for share in progress]
+    # The newest, one being written, and the named ones that it takes: steps 3 and 5, then 5, then none.
+    assert [size / room[2] * 2 for size in room] == [4, 3, 2]
     for out, expected in rates.items():
         found = [record["learning_rate"] for record in records(Path(out)) if "learning_rate" in record]
         assert found == pytest.approx(expected)

@@ -210,5 +210,5 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch:
     assert asked == [3 * one]  # the two that are kept, and one being written
     preflight(*of_run, CheckpointSpec(keep_last=2), num_metrics=9)
     assert asked[1] == 12 * one  # and the best by each of nine figures
-    preflight(*of_run, CheckpointSpec(keep_last=2, keep_best=False, keep_steps=(10, 20)))
+    preflight(*of_run, CheckpointSpec(keep_last=2, keep_best=False), num_named=2)
     assert asked[2] == 5 * one

@@ -101,6 +101,8 @@ class Trainer:
         weights = context.parallelize(self.model)
         freeze(self.model, task.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
+        first_step = 0 if branch is None else branch.step
+        named = {step for step in recipe.checkpoint.keep_steps if first_step < step <= recipe.train.steps}
         num_present = len(checkpoint.saved_checkpoints(folder.checkpoints)) if folder.is_resumed else 0
         preflight(
             folder.checkpoints,
@@ -110,6 +112,7 @@ class Trainer:
             recipe.checkpoint,
             task.run_data.num_metrics,
             num_present,
+            len(named),
         )
         if branch is not None:  # before the data, because that run may remove the checkpoint meanwhile
             branching.load(branch, weights, self.optimizer)
