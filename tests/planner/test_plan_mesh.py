@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from switchcli.distributed.layout import is_stacked
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
@@ -311,3 +312,17 @@ def test_muon_gathers_what_is_not_whole() -> None:
             if call.what.endswith("updates")
         }
         assert found == expected, mesh
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"sparse": "both", "activation": "geglu"}, {"expert_d_ff": 64, "shared_d_ff": 64}, {"num_experts": 1}]
+)
+def test_what_is_gathered_for_muon_is_what_it_updates(keys: dict[str, Any]) -> None:
+    spec = SPARSE.model_copy(update={**keys, "tie_embeddings": False})
+    with torch.device("meta"):
+        state = muon_of(dict(SwitchTransformer(spec).named_parameters()))
+    sizes = {True: 0, False: 0}
+    for name, tensor in state.items():
+        sizes[is_stacked(name)] += tensor.numel() if name.endswith("/momentum") else 0
+    own = held_of(spec, state=muon_of)
+    assert sizes == {True: own.expert, False: own.products}
