@@ -397,7 +397,7 @@ class MuonOptimizer(Optimizer):
             if weight.ndim >= 2 and _NOT_HIDDEN.isdisjoint(name.split("."))
         }
         others = {name: weight for name, weight in self.parameters.items() if name not in self._momenta}
-        adamw = AdamW(**spec.model_dump(include={"beta1", "beta2", "epsilon", "weight_decay"}))
+        adamw = AdamW(beta1=spec.beta1, beta2=spec.beta2, epsilon=spec.epsilon, weight_decay=spec.weight_decay)
         self._adamw = AdamWOptimizer(adamw, others, layouts)
 
     def state(self) -> dict[str, torch.Tensor]:
