@@ -79,6 +79,8 @@ KEYS = {
     "train.gradient_accumulation_steps=4": "train.microbatch_tokens=N",
     "gradient_checkpointing=true": "train.activation_checkpointing=blocks",
     "fsdp=true": "parallel.shard=zero3",
+    "lr_scheduler_type=cosine": "schedule.kind=KIND",
+    "optim=adamw_torch": "optimizer.kind=KIND",
 }
 """Keys and values of other tools, as an override."""
 
