@@ -9,6 +9,7 @@ evaluation mode is deterministic: calling the router's `assign` again on the sam
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -59,6 +60,8 @@ class StackTokens(NamedTuple):
     """int64 token ids. The decoder reads the targets shifted right, so its first id is the start token, `PAD`."""
     position_A: torch.Tensor
     """int64 positions from the start of the row, or of the example where rows are packed."""
+    kind_A: torch.Tensor | None = None
+    """int64: the kind of each token, as python_kinds.py numbers them, 0 for a token without one; None if not known."""
 
 
 class ExpertChoices(NamedTuple):
@@ -80,6 +83,8 @@ class LayerCounts(NamedTuple):
     """Choices by token id."""
     positions: ExpertCounts
     """Choices by position."""
+    kinds: ExpertCounts
+    """Choices by kind, of tokens that have one."""
     chosen_E: torch.Tensor
     """int64: how many tokens chose each expert."""
     turned_away_E: torch.Tensor
@@ -88,6 +93,8 @@ class LayerCounts(NamedTuple):
     """float64: the sum of p_e(x) over the tokens that chose expert e."""
     num_tokens: torch.Tensor
     """int64 scalar: real tokens."""
+    tokens_of_kinds: torch.Tensor
+    """int64 scalar: real tokens that have a kind."""
     dropped: torch.Tensor
     """int64 scalar: tokens in no slot of any expert."""
     confidence: torch.Tensor
@@ -100,11 +107,12 @@ class LayerCounts(NamedTuple):
 
     def __add__(self, other: object) -> "LayerCounts":
         assert isinstance(other, LayerCounts)
-        tables = (self.tokens + other.tokens, self.positions + other.positions)
-        return LayerCounts(*tables, *map(torch.add, self[2:], other[2:]))
+        tables = (self.tokens + other.tokens, self.positions + other.positions, self.kinds + other.kinds)
+        return LayerCounts(*tables, *map(torch.add, self[3:], other[3:]))
 
     def to_cpu(self) -> "LayerCounts":
-        return LayerCounts(self.tokens.to_cpu(), self.positions.to_cpu(), *(tensor.cpu() for tensor in self[2:]))
+        tables = (self.tokens.to_cpu(), self.positions.to_cpu(), self.kinds.to_cpu())
+        return LayerCounts(*tables, *(tensor.cpu() for tensor in self[3:]))
 
 
 OnLayer = Callable[[str, StackTokens, ExpertChoices], None]
@@ -131,6 +139,7 @@ def count_routing(
     packed: bool,
     context: DistributedContext,
     policies: Sequence[Policy],
+    kinds: Sequence[Batch] | None = None,
 ) -> RoutingCounts:
     """Count the routing of one model, or of two models with equally named sparse layers, on the same batches.
 
@@ -140,17 +149,19 @@ def count_routing(
         packed: whether several examples share a row of a batch.
         context: the device and the precision.
         policies: how the routers of each model count capacity.
+        kinds: for each batch the kinds of its tokens, where their ids lie in the batch.
     """
     layers: tuple[dict[str, LayerCounts], ...] = tuple({} for _ in models)
     joint_EE: dict[str, torch.Tensor] = {}
     compares = len(models) > 1
-    for batch in batches:
+    for batch, kinds_of_batch in zip(batches, kinds or repeat(None), strict=False):
         on_device = Batch(*context.to_device(batch))
+        on_device_kinds = kinds_of_batch and Batch(*context.to_device(kinds_of_batch))
         segments = batch_segment_ids(on_device, packed)
         chosen: list[dict[str, torch.Tensor]] = []
         for model, policy, counts in zip(models, policies, layers, strict=True):
             with context.autocast():
-                chosen.append(_count_batch(model, on_device, segments, policy, counts, keep_choices=compares))
+                chosen.append(_count_batch(model, on_device, segments, policy, counts, on_device_kinds, compares))
         if compares:
             one_AE, other_AE = chosen
             for name in one_AE:
@@ -165,6 +176,7 @@ def _count_batch(
     segments: SegmentIds | None,
     policy: Policy,
     counts: dict[str, LayerCounts],
+    kinds: Batch | None,
     keep_choices: bool,
 ) -> dict[str, torch.Tensor]:
     """Add the counts of one batch to `counts`. Return chosen_AE of each layer by name, or {} without `keep_choices`."""
@@ -175,7 +187,7 @@ def _count_batch(
         if keep_choices:
             chosen_AE[name] = choices.chosen_AE
 
-    observe(model, batch, segments, policy, on_layer)
+    observe(model, batch, segments, policy, on_layer, kinds)
     return chosen_AE
 
 
@@ -188,10 +200,15 @@ def _add(sums: dict[str, Sum], name: str, term: Sum) -> None:
 
 @torch.no_grad()
 def observe(
-    model: SwitchTransformer, batch: Batch, segments: SegmentIds | None, policy: Policy, on_layer: OnLayer
+    model: SwitchTransformer,
+    batch: Batch,
+    segments: SegmentIds | None,
+    policy: Policy,
+    on_layer: OnLayer,
+    kinds: Batch | None = None,
 ) -> None:
     """Run the model on a batch in evaluation mode, and call `on_layer` for each sparse layer in forward order."""
-    tokens_by_stack = stack_tokens(batch, segments)
+    tokens_by_stack = stack_tokens(batch, segments, kinds)
 
     def on_logits(name: str, layer: SwitchLayer, logits_GNE: torch.Tensor) -> None:
         tokens = tokens_by_stack[_stack_of(name)]
@@ -201,23 +218,28 @@ def observe(
         model(*batch, segments)
 
 
-def stack_tokens(batch: Batch, segments: SegmentIds | None) -> Mapping[Stack, StackTokens]:
+def stack_tokens(batch: Batch, segments: SegmentIds | None, kinds: Batch | None = None) -> Mapping[Stack, StackTokens]:
     """Return the tokens that each stack reads, with their positions. `segments` is None where rows are not packed."""
     inputs_BS, targets_BT = batch
-    encoder = _stack_tokens(inputs_BS, inputs_BS != PAD, segments and segments.source_BS)
+    encoder = _stack_tokens(inputs_BS, inputs_BS != PAD, segments and segments.source_BS, kinds and kinds.inputs_BS)
     # The decoder reads shifted targets. Which positions are real follows from the targets: an example starts with PAD.
-    decoder = _stack_tokens(decoder_inputs(targets_BT, segments), targets_BT != PAD, segments and segments.target_BT)
+    # EOS has no kind, so kinds shifted as in rows of one example are 0 at all starts.
+    ids_BT, kinds_BT = decoder_inputs(targets_BT, segments), kinds and decoder_inputs(kinds.targets_BT, None)
+    decoder = _stack_tokens(ids_BT, targets_BT != PAD, segments and segments.target_BT, kinds_BT)
     return dict(zip(STACKS, (encoder, decoder), strict=True))
 
 
-def _stack_tokens(ids_BS: torch.Tensor, real_BS: torch.Tensor, segment_BS: torch.Tensor | None) -> StackTokens:
+def _stack_tokens(
+    ids_BS: torch.Tensor, real_BS: torch.Tensor, segment_BS: torch.Tensor | None, kind_BS: torch.Tensor | None
+) -> StackTokens:
     position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
     if segment_BS is not None:
         # True at the first position of each example but the first; the first starts at 0 anyway.
         starts_BS = segment_BS.diff(dim=1, prepend=segment_BS[:, :1]) != 0
         # The running maximum carries the start of an example over its positions; subtract it.
         position_BS = position_BS - (position_BS * starts_BS).cummax(1).values
-    return StackTokens(real_BS, ids_BS[real_BS], position_BS[real_BS])
+    kind_A = None if kind_BS is None else kind_BS[real_BS]
+    return StackTokens(real_BS, ids_BS[real_BS], position_BS[real_BS], kind_A)
 
 
 def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.Tensor) -> ExpertChoices:
@@ -248,13 +270,17 @@ def count_choices(tokens: StackTokens, choices: ExpertChoices) -> LayerCounts:
     E, one_X = chosen_AE.shape[1], torch.ones_like(expert_X)
     turned_away_X = ~in_slot_AE[token_X, expert_X]
     zeros_E = probability_AE.new_zeros(E, dtype=torch.float64)
+    kind_A = torch.zeros_like(tokens.id_A) if tokens.kind_A is None else tokens.kind_A
+    has_kind_X = kind_A[token_X] > 0
     return LayerCounts(
         tokens=sum_counts(tokens.id_A[token_X] * E + expert_X, one_X),
         positions=sum_counts(tokens.position_A[token_X] * E + expert_X, one_X),
+        kinds=sum_counts((kind_A[token_X] * E + expert_X)[has_kind_X], one_X[has_kind_X]),
         chosen_E=expert_X.bincount(minlength=E),
         turned_away_E=expert_X[turned_away_X].bincount(minlength=E),
         probability_E=zeros_E.index_add(0, expert_X, probability_AE[token_X, expert_X].double()),
         num_tokens=one_X.new_tensor(len(chosen_AE)),
+        tokens_of_kinds=(kind_A > 0).sum(),
         dropped=(~in_slot_AE.any(1)).sum(),
         confidence=probability_AE.amax(1).sum(dtype=torch.float64),
         # entr(x) is -x ln x, and 0 for x = 0.

@@ -8,6 +8,7 @@ import torch
 
 from switchcli.analysis.routing_counts import ExpertCounts, LayerCounts, RoutingCounts, count_routing
 from switchcli.analysis.specialization import MIN_COUNT, information, specialization_metrics, within
+from switchcli.data.python_kinds import kinds_of
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.router import Policy
@@ -41,8 +42,11 @@ def routing_report(
     counts_by_text = {}
     for name, text in texts.items():
         batches = rank_batches(text, batch_rows, 0, 1)
+        kinds = text.kind_rows and [
+            kinds_of(batch, tokenizer) for batch in rank_batches(text._replace(rows=text.kind_rows()), batch_rows, 0, 1)
+        ]
         tracked = console.track(batches, f"reading {name}", len(batches))
-        counts_by_text[name] = count_routing(models, tracked, text.is_packed, context, policies)
+        counts_by_text[name] = count_routing(models, tracked, text.is_packed, context, policies, kinds)
     return {
         "sequences": {name: text.num_rows for name, text in texts.items()},
         "rare": MIN_COUNT,

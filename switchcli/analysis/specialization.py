@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli.analysis.routing_counts import ExpertCounts, LayerCounts, sum_counts
+from switchcli.data.python_kinds import KINDS
 from switchcli.metric_names import DROPPED_FRACTION
+from switchcli.model.moe.evenness import load_spread
 
 TOP_TOKENS = 10
 """Tokens listed for each expert, at most."""
@@ -26,9 +28,13 @@ class Information(NamedTuple):
     nats: float
     """The mutual information of value and expert. Chance alone makes it positive, the more so the rarer the values."""
     by_chance: float
-    """The mutual information after the choices are assigned to the values at random (`information_by_chance`)."""
+    """The mutual information after the choices are assigned to the values at random (`information_by_chance`): the bias
+    of `nats`. It is about (R - 1)(E - 1) / (2 N) where each of the R values came often (Miller and Madow), and stays
+    right where many are rare."""
     experts: float
     """The entropy of the experts' shares of the choices."""
+    values: float
+    """The entropy of the values' shares of the choices."""
     within: float
     """The part of `experts` that no value can explain: which of a token's own experts a choice is. It is ln k where
     every token chose k experts."""
@@ -40,15 +46,24 @@ class Information(NamedTuple):
         explainable = self.experts - self.within - self.by_chance
         return (self.nats - self.by_chance) / explainable if explainable > 1e-9 else None
 
+    @property
+    def share_of_values(self) -> float | None:
+        """(nats - by_chance) / (values - by_chance): 0 for chance, 1 where the expert determines the value."""
+        tellable = self.values - self.by_chance
+        return (self.nats - self.by_chance) / tellable if tellable > 1e-9 else None
+
     def to_json(self) -> dict[str, float | None]:
-        return {**self._asdict(), "share": self.share}
+        return {**self._asdict(), "share": self.share, "share_of_values": self.share_of_values}
 
 
 def information(pairs: ExpertCounts, num_experts: int, num_tokens: int, within: float) -> Information:
     """Return the information of `pairs`, which count the choices of `num_tokens` tokens and are on the CPU."""
-    count_E = _counts_by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts)
-    by_chance = _mutual_information(information_by_chance(pairs, num_experts, num_tokens), num_experts)
-    return Information(_mutual_information(pairs, num_experts), by_chance, _entropy(count_E), within)
+    experts = _entropy(_counts_by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts))
+    values = _entropy(_counts_by_value(pairs.key_X // num_experts, pairs.count_X)[1])
+    # I(value; expert) = H(value) + H(expert) - H(value, expert). At random each value and each expert is as frequent.
+    at_random = information_by_chance(pairs, num_experts, num_tokens)
+    nats, by_chance = (values + experts - _entropy(joint.count_X) for joint in (pairs, at_random))
+    return Information(nats, by_chance, experts, values, within)
 
 
 def within(counts: LayerCounts) -> float:
@@ -92,6 +107,9 @@ def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence
         # The value of a choice is the number of its text: keys run over all (text, expert) pairs in order.
         key_X = torch.arange(len(counts_by_text) * num_experts)
         sources["text"] = ExpertCounts(key_X, torch.cat([text.chosen_E for text in counts_by_text.values()]))
+    told = {name: information(pairs, num_experts, num_tokens, within(counts)) for name, pairs in sources.items()}
+    if tokens_of_kinds := int(counts.tokens_of_kinds):
+        told["kind"] = information(counts.kinds, num_experts, tokens_of_kinds, within(counts))
     is_sentinel_X = torch.isin(counts.tokens.key_X // num_experts, torch.tensor(sentinels))
     sentinel_pairs = ExpertCounts(counts.tokens.key_X[is_sentinel_X], counts.tokens.count_X[is_sentinel_X])
     return {
@@ -100,10 +118,8 @@ def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence
         "confidence": float(counts.confidence) / max(1, num_tokens),
         "entropy": float(counts.entropy) / max(1, num_tokens),
         "load": counts.chosen_E.tolist(),
-        "explained_by": {
-            name: information(pairs, num_experts, num_tokens, within(counts)).to_json()
-            for name, pairs in sources.items()
-        },
+        **{name: float(value_L[0]) for name, value_L in load_spread(counts.chosen_E.unsqueeze(0)).items()},
+        "explained_by": {name: info.to_json() for name, info in told.items()},
         "experts": _expert_metrics(counts),
         "positions": {
             "firsts": bins.firsts,
@@ -111,6 +127,7 @@ def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence
             "load": [load_by_bin.get(number, [0] * num_experts) for number in range(len(bins.firsts))],
         },
         "sentinels": _load_by_value(sentinel_pairs, num_experts),
+        "kinds": {KINDS[kind]: load for kind, load in _load_by_value(counts.kinds, num_experts).items()},
         "texts": {name: text.chosen_E.tolist() for name, text in counts_by_text.items()},
     }
 
@@ -214,13 +231,6 @@ def _counts_by_value(value_X: torch.Tensor, count_X: torch.Tensor) -> tuple[torc
 def _counts_by_expert(expert_X: torch.Tensor, count_X: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Return count_E, the total count of each expert."""
     return count_X.new_zeros(num_experts).scatter_add_(0, expert_X, count_X)
-
-
-def _mutual_information(pairs: ExpertCounts, num_experts: int) -> float:
-    """Return I(value; expert) = H(value) + H(expert) - H(value, expert) of the counts, in nats."""
-    count_R = _counts_by_value(pairs.key_X // num_experts, pairs.count_X)[1]
-    count_E = _counts_by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts)
-    return _entropy(count_R) + _entropy(count_E) - _entropy(pairs.count_X)
 
 
 def _entropy(count: torch.Tensor) -> float:

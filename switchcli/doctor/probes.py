@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from switchcli.doctor import texts
 from switchcli.doctor.subject import ForwardTrace, ProbeText, Subject
+from switchcli.metric_names import LOAD_ENTROPY, MAX_LOAD
+from switchcli.model.moe.evenness import load_spread, variation
 from switchcli.spec import PAD
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -36,6 +38,9 @@ COLLAPSED: Final = 0.8
 """Fraction of the way of the load-balancing loss from uniform routing (1) to one expert for all tokens (E)."""
 HOT: Final = 4.0
 """Load of an expert that is too high, as a multiple of an even share; the paper's capacity factors end at 2."""
+NO_ENTROPY: Final = 0.01
+"""Entropy over log(E) up to which a router is certain of nearly every token. A top probability of 0.999, as in
+`CERTAIN`, leaves 0.005 with 8 experts."""
 NEARLY_ALL: Final = 0.9
 """Fraction of a layer's tokens that counts as all of them, as in the warning of training."""
 DROPPED_WARNING: Final = 0.2
@@ -154,6 +159,26 @@ def experts_in_use(subject: Subject) -> Finding:
     max_dead, max_load = (total / 2, NEARLY_ALL * E) if subject.initialized else (1, min(HOT, NEARLY_ALL * E))
     advice = f"{CHECK_ON_TEXT}; if they are so there, raise balance_loss_coef"
     return judged("pass" if dead < max_dead and highest < max_load else "warn", measured, dead, advice)
+
+
+def routing_of_text(subject: Subject) -> Finding:
+    """Measure how even loads and probabilities are on text. Training and `eval` measure them on the model's own."""
+    if subject.real_text is None:
+        return Finding("skip", "no text in a vocabulary of the model")
+    stats, E = subject.forward(subject.real_text).router_stats, subject.num_experts
+    spread = load_spread(torch.stack([layer_stats.load_E for layer_stats in stats]))
+    highest, worst = float(spread[MAX_LOAD].max()), int(spread[MAX_LOAD].argmax())
+    # a, b and r of the load-balancing loss, in the layer with the highest load.
+    a, b, r = (float(total_L[worst] / stats[worst].tokens) for total_L in variation(stats).values())
+    load_entropy = float(spread[LOAD_ENTROPY].min()) / math.log(E)
+    entropy = min(float(layer_stats.entropy / layer_stats.tokens) for layer_stats in stats) / math.log(E)
+    measured = (
+        f"highest load {highest:.1f} times an even share ({subject.layers[worst]}; a {a:.2f}, b {b:.2f}, r {r:.2f}), "
+        f"entropy of loads {load_entropy:.2f} and of probabilities {entropy:.2f} of log E, at least"
+    )
+    is_sound = highest < min(HOT, NEARLY_ALL * E) and entropy > NO_ENTROPY
+    advice = "it is Python's documentation: if `switchcli eval` says so of your text, raise balance_loss_coef"
+    return judged("pass" if is_sound else "warn", measured, highest, advice)
 
 
 def dropped_tokens(subject: Subject) -> Finding:
@@ -280,6 +305,7 @@ PROBES: Final = (
     Probe("router confidence", router_confidence),
     Probe("router balance", router_balance),
     Probe("experts in use", experts_in_use),
+    Probe("routing of text", routing_of_text),
     Probe("dropped tokens", dropped_tokens),
     Probe("padding", padding, needs_routers=False),
     Probe("batch independence", batch_neighbors, needs_routers=False),

@@ -20,7 +20,7 @@ from switchcli.model.moe.stats import StackStats
 
 
 class ProbeText(NamedTuple):
-    """Synthetic token ids, int64; 0 is padding."""
+    """Token ids, int64; 0 is padding."""
 
     inputs_BS: torch.Tensor
     targets_BT: torch.Tensor
@@ -73,6 +73,8 @@ class Subject(ABC):
     """The capacity of an expert per sequence, if it is a constant; None if it depends on the length."""
     balance_coef: float | None
     """alpha of eq. 4; None for routing that is balanced by construction."""
+    real_text: ProbeText | None = None
+    """Rows of text in the model's vocabulary; None where there is no vocabulary or no text."""
 
     @abstractmethod
     def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.metric_names import DROPPED_FRACTION
+from switchcli.metric_names import DROPPED_FRACTION, LOAD_ENTROPY, MAX_LOAD
 from switchcli.report import html_page
 from switchcli.report.charts import Figure, load_map
 from switchcli.report.figures import even_scale, file_name, shown_layer
@@ -41,6 +41,7 @@ def tables(survey: Survey) -> Iterator[Table]:
     """Yield the tables for a terminal."""
     for model in survey["models"]:
         yield _summary(model, survey["sequences"])
+        yield _balance_table(model["layers"])
         for name, layer in model["layers"].items():
             yield _expert_table(shown_layer(name), layer, TERMINAL_EXPERTS, with_tokens=True)
             if len(layer["texts"]) > 1:
@@ -54,7 +55,8 @@ def section(survey: Survey) -> Part:
     elements: list[Part | Table] = [] if survey["drift"] is None else [_drift_table(survey["drift"])]
     elements.append(html_page.paragraphs(_MAP_NOTE))
     for index, model in enumerate(survey["models"]):
-        elements += [_summary(model, survey["sequences"]), html_page.charts([_load_map(index, model)])]
+        elements += [_summary(model, survey["sequences"]), _balance_table(model["layers"])]
+        elements.append(html_page.charts([_load_map(index, model)]))
         for name, layer in model["layers"].items():
             maps = html_page.charts([*_layer_maps(index, name, layer, survey["rare"])])
             experts = _expert_table("Experts", layer, PAGE_EXPERTS, with_tokens=False, note=_EXPERT_NOTE)
@@ -81,7 +83,7 @@ def names(survey: Survey) -> str:
 def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> Table:
     """Return a row per layer of a checkpoint, measured over so many sequences of each text."""
     layers = model["layers"]
-    deciders = next(iter(layers.values()))["explained_by"]
+    deciders = [name for name in next(iter(layers.values()))["explained_by"] if name != "kind"]
     headings = ("layer", "tokens", "dropped", "unused", "sure", "entropy", *(f"by {kind}" for kind in deciders))
     rows = [
         (
@@ -91,7 +93,7 @@ def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> Table:
             layer["load"].count(0),
             _two_decimals(layer["confidence"]),
             _two_decimals(layer["entropy"]),
-            *(_two_decimals(info["share"]) for info in layer["explained_by"].values()),
+            *(_two_decimals(layer["explained_by"][name]["share"]) for name in deciders),
         )
         for name, layer in layers.items()
     ]
@@ -103,6 +105,28 @@ def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> Table:
     measured = ", ".join(f"{number:,} of {text}" for text, number in sequences.items())
     title = f"{model['checkpoint']}, capacity {model['capacity']}; held-out sequences: {measured}"
     return Table(headings, rows, title, note)
+
+
+def _balance_table(layers: Mapping[str, Any]) -> Table:
+    """Return how even the loads of each layer are, and what an expert tells about the domain of a token."""
+    domains = [name for name in next(iter(layers.values()))["explained_by"] if name in ("text", "kind")]
+    rows = []
+    for name, layer in layers.items():
+        told = [_told(layer["explained_by"][domain]) for domain in domains]
+        rows.append((shown_layer(name), f"{layer[MAX_LOAD]:.2f}", f"{layer[LOAD_ENTROPY]:.2f}", *told))
+    note = (
+        "Max load: the largest over the mean. Load entropy: in nats, at most the logarithm of the number of experts. "
+        "About the text or the kind: its mutual information with a token's expert, in nats above chance, and as a "
+        "share of its entropy: 100 % if the expert gives it away."
+    )
+    headings = ("layer", "max load", "load entropy", *(f"about the {domain}" for domain in domains))
+    return Table(headings, rows, "Balance, and what an expert tells", note)
+
+
+def _told(info: Mapping[str, Any]) -> str:
+    """Return what an expert tells about a domain, in nats above chance, and its share of the domain's entropy."""
+    share = info["share_of_values"]
+    return f"{info['nats'] - info['by_chance']:.3f} ({'-' if share is None else percent(share)})"
 
 
 def _expert_table(title: str, layer: Mapping[str, Any], count: int, with_tokens: bool, note: str = "") -> Table:
@@ -220,10 +244,11 @@ def _load_map(index: int, model: Mapping[str, Any]) -> Figure:
 
 
 def _layer_maps(index: int, name: str, layer: Mapping[str, Any], rare: int) -> Iterator[Figure]:
-    """Yield a layer's load by position, by sentinel (those read `rare` times at least) and by text."""
+    """Yield a layer's load by position, by sentinel (those read `rare` times at least), by kind and by text."""
     sentinels = {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= rare}
     texts = layer["texts"] if len(layer["texts"]) > 1 else {}
-    for kind, loads in (("position", _loads_by_position(layer)), ("sentinel", sentinels), ("text", texts)):
+    loads_by = {"position": _loads_by_position(layer), "sentinel": sentinels, "kind": layer["kinds"], "text": texts}
+    for kind, loads in loads_by.items():
         if loads:
             yield _map(f"{kind}_{index}_{name}", f"By {kind}", kind, layer, loads, shown_layer(name))
 

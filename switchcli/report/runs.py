@@ -22,6 +22,7 @@ from switchcli.metric_names import (
     HELD_OUT_LOSS,
     INPUT_TOKENS,
     LOSS,
+    MAX_LOAD,
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
@@ -29,7 +30,7 @@ from switchcli.report.sinks import LONGEST_LINE, MAX_JSON_BYTES, is_count, lines
 from switchcli.system.user_files import open_regular, read_regular
 
 Floats = NDArray[np.float64]
-LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
+LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, MAX_LOAD, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
 """The metrics that are kept of a logged step. Those of evaluations, whose names have a `/`, are kept too."""
 LAYER_LINES = 600
 """Logged steps of a run, evenly spread, of which the metrics of layers are read, about."""

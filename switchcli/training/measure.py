@@ -171,13 +171,15 @@ class Evaluator(NamedTuple):
         }
         return measured._replace(scores=scores)
 
-    def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest | None) -> TextMetrics:
-        context, group = self.context, model.spec.group_sequences
+    def batches(self, model: SwitchTransformer, text: HeldOutText) -> list[Batch]:
+        """Return this rank's batches of a text, of whole routing groups of the model: equally many on each rank."""
+        group = model.spec.group_sequences
         batch_rows = -(-self.rows_each // group) * group
-        batches = rank_batches(text, batch_rows, context.dp_rank, context.dp_size)
-        metrics = evaluate(
-            model, text.objective, _until_stopped(batches, stop, context), context, self.capacity["text"]
-        )
+        return rank_batches(text, batch_rows, self.context.dp_rank, self.context.dp_size)
+
+    def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest | None) -> TextMetrics:
+        batches = _until_stopped(self.batches(model, text), stop, self.context)
+        metrics = evaluate(model, text.objective, batches, self.context, self.capacity["text"])
         loss = -float(metrics[NEG_LOG_PERPLEXITY].value())
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss is {loss}", "take an older checkpoint")

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from switchcli.checkpoint import tensor_names
 from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS, LOSS, MAX_LOAD, NEG_LOG_PERPLEXITY
-from switchcli.model.moe.stats import StackStats
+from switchcli.model.moe.evenness import load_spread, variation
 from switchcli.model.transformer import ModelOutput
 from switchcli.report.console import Console
 from switchcli.training.metrics import Mean, Metrics
@@ -33,8 +32,6 @@ NONFINITE_FIX = (
     "train.precision=float32, or go on by train.nonfinite.policy=roll_back"
 )
 """The fix named by errors about numbers that are not finite."""
-ROUNDING = 1e-12
-"""Squared coefficient of variation up to which numbers are equal but for the rounding of float32."""
 AUXILIARY = "auxiliary_loss/"
 """Prefix of the auxiliary losses of the two stacks. Each is a mean over its own tokens; `record` adds the means."""
 LAYER = "layer_"
@@ -52,7 +49,7 @@ def routing_metrics(output: ModelOutput) -> Metrics:
         torch.stack([getattr(layer, field) for layer in stats]) for field in fields
     )
     one = torch.ones_like(balance_L[0])
-    variation = _variation(stats)
+    unequal = variation(stats)
     # Layers are in forward order: those of the encoder first.
     num_encoder = len(output.encoder_stats)
     stacks = {"": slice(None), "encoder_": slice(num_encoder), "decoder_": slice(num_encoder, None)}
@@ -66,7 +63,7 @@ def routing_metrics(output: ModelOutput) -> Metrics:
             if stats[layers]
         },
         f"{LAYER}balance": Mean(balance_L, tokens_L),
-        **{f"{LAYER}{name}": Mean(total_L, tokens_L) for name, total_L in variation.items()},
+        **{f"{LAYER}{name}": Mean(total_L, tokens_L) for name, total_L in unequal.items()},
         f"{LAYER}z": Mean(z_L, tokens_L),
         f"{LAYER}dropped_fraction": Mean(dropped_L, tokens_L),
         f"{LAYER}entropy": Mean(entropy_L, tokens_L),
@@ -75,37 +72,11 @@ def routing_metrics(output: ModelOutput) -> Metrics:
     }
 
 
-def _variation(stats: StackStats) -> dict[str, torch.Tensor]:
-    """Return how unequal f and P of the load-balancing loss are over the experts of a group, and their correlation.
-
-    Of each, the sum over groups times the real tokens of a group [L]. The variations are squared coefficients of
-    variation, E sum(f^2) - 1 and E sum(P^2) - 1. The correlation r is 0 where one of them is 0, so that in a group the
-    loss without its coefficient is 1 + r sqrt(variation of f times that of P).
-    """
-    # f and P add up to 1, so these are their relative distances from the mean 1 / E. Squaring them loses no digits, as
-    # the difference of E sum(f^2) and 1 would.
-    # Stacks may have groups of different sizes, and so different numbers of them: groups without a token fill them up.
-    fraction_LGE, probability_LGE = (
-        pad_sequence([getattr(layer, field) for layer in stats], batch_first=True) * len(stats[0].load_E) - 1
-        for field in ("fraction_GE", "probability_GE")
-    )
-    fraction_LG, probability_LG = fraction_LGE.square().mean(-1), probability_LGE.square().mean(-1)
-    correlation_LG = (fraction_LGE * probability_LGE).mean(-1) / (fraction_LG * probability_LG).sqrt()
-    correlation_LG = correlation_LG.where(torch.minimum(fraction_LG, probability_LG) > ROUNDING, 0.0)
-    tokens_LG = pad_sequence([layer.tokens_G for layer in stats], batch_first=True)
-    values = {
-        "fraction_cv_squared": fraction_LG,
-        "probability_cv_squared": probability_LG,
-        "fraction_probability_correlation": correlation_LG,
-    }
-    return {name: (value_LG * tokens_LG).sum(1) for name, value_LG in values.items()}
-
-
 def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]:
     """Return the metrics as numbers for the log, with the loss beside the neg. log perplexity.
 
     Metrics of sparse layers are under `layers`, by the names given. A layer's load is the number of tokens of each
-    expert, summed over microbatches. `MAX_LOAD` has the value of the layer in which it is largest.
+    expert, summed over microbatches. Beside the layers, `MAX_LOAD` has the value of the layer in which it is largest.
     """
     values = {name: float(mean.value()) for name, mean in metrics.items() if not name.startswith((LAYER, AUXILIARY))}
     if NEG_LOG_PERPLEXITY in values:
@@ -121,9 +92,9 @@ def record(metrics: Mapping[str, Mean], layers: Sequence[str]) -> dict[str, Any]
         name.removeprefix(LAYER): mean.value().tolist() for name, mean in metrics.items() if name.startswith(LAYER)
     }
     columns["load"] = load.total.long().tolist()
+    columns |= {name: value_L.tolist() for name, value_L in load_spread(load.total).items()}
     by_layer = {layer: {name: column[index] for name, column in columns.items()} for index, layer in enumerate(layers)}
-    max_load_L = load.total.amax(1) * load.total.shape[1] / load.total.sum(1).clamp(min=1)
-    values[MAX_LOAD], values[DEAD_EXPERTS] = float(max_load_L.max()), float((load.total == 0).sum())
+    values[MAX_LOAD], values[DEAD_EXPERTS] = max(columns[MAX_LOAD]), float((load.total == 0).sum())
     return {**values, "layers": by_layer}
 
 

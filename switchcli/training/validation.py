@@ -17,17 +17,22 @@ from switchcli.spec import PAD
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.metrics import Mean, Metrics, flatten, merge, unflatten
 
+Rows = Callable[[int, int], Batch]
+
 
 class HeldOutText(NamedTuple):
     """The rows of one held-out text."""
 
-    rows: Callable[[int, int], Batch]
+    rows: Rows
     """`rows(first, count)`: a batch of these rows, the same ones in each call."""
     num_rows: int
     bytes_per_target: float | None = None
     """Bytes of text that a target token stands for, on average; None if unknown."""
     objective: Objective = cross_entropy
     """The loss on its rows."""
+    kind_rows: Callable[[], Rows] | None = None
+    """Returns the same rows with Python's kinds of tokens in place of ids (`data.python_kinds`), which takes a
+    while; None if they cannot be made."""
 
     @property
     def is_packed(self) -> bool:

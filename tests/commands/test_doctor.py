@@ -45,7 +45,10 @@ def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
     head, *lines, end = done.out.splitlines()
     assert head.startswith("quickstart/switch: ")
     assert not lacking(head, "4 sparse layers 8 experts initial switchcli")
-    assert [line.split("  ")[:2] for line in lines] == [["pass", probe.name] for probe in PROBES]
+    verdicts = ["skip" if probe.name == "routing of text" else "pass" for probe in PROBES]  # it has no vocabulary yet
+    assert [line.split("  ")[:2] for line in lines] == [
+        [verdict, probe.name] for verdict, probe in zip(verdicts, PROBES, strict=True)
+    ]
     assert re.fullmatch(rf"sound: 0 of {len(PROBES)} .*\b0 .*warning", end)
     assert "\x1b" not in done.out
 
@@ -65,9 +68,35 @@ def test_a_trained_run_is_sound(trained: Path, switchcli: SwitchCLI) -> None:
     assert done.code == 0
     assert not lacking(done.out, f"{trained} trained switchcli")
     assert done.out.splitlines()[-1].startswith("sound: ")
+    (text,) = (line for line in done.out.splitlines() if "routing of text" in line)
+    assert re.fullmatch(
+        r"(pass|warn)  routing of text .* highest load \d+\.\d times .* r -?[01]\.\d+\), .* loads [01]\.\d\d .*", text
+    )
     refused = switchcli("doctor", trained, "model.num_experts=2")
     assert (refused.code, refused.out) == (2, "")
     assert not lacking(refused.err, f"{trained} KEY=VALUE model.num_experts")
+
+
+@pytest.mark.integration
+def test_a_hugging_face_folder_routes_text_if_it_has_a_vocabulary(
+    trained: Path, tmp_path: Path, switchcli: SwitchCLI
+) -> None:
+    folder = tmp_path / "theirs"
+    assert switchcli("convert", trained, folder, "--to", "huggingface").code == 0
+    vocabulary = (folder / "tokenizer.json").read_text()
+    ours, theirs = (json.loads(switchcli("doctor", name, "--json").out)["findings"] for name in (trained, folder))
+    of_text = [
+        re.sub(r"\([a-z]\S*;", "(", finding["measured"])  # without the name of the layer
+        for finding in (*ours, *theirs)
+        if finding["probe"] == "routing of text"
+    ]
+    assert of_text[0] == of_text[1]
+    larger = json.loads(vocabulary)
+    larger["model"]["vocab"] += [[f"piece{number}", -9.0] for number in range(10_000)]
+    for content in ("{", json.dumps(larger)):
+        (folder / "tokenizer.json").write_text(content)
+        findings = json.loads(switchcli("doctor", folder, "--json").out)["findings"]
+        assert [one["verdict"] for one in findings if one["probe"] == "routing of text"] == ["skip"]
 
 
 @pytest.mark.integration

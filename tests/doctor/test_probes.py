@@ -12,7 +12,7 @@ from subjects import findings, ours, result
 from torch import nn
 
 from switchcli.doctor import texts
-from switchcli.doctor.probes import EQUAL_LOGITS, PROBES, idle_gradients, padding, router_balance
+from switchcli.doctor.probes import EQUAL_LOGITS, PROBES, idle_gradients, padding, router_balance, routing_of_text
 from switchcli.doctor.subject import ForwardTrace, ProbeText, Subject
 from switchcli.model import transformer
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer
@@ -53,8 +53,9 @@ def test_our_models_are_sound(settings: dict[str, Any]) -> None:
     state = torch.random.get_rng_state()
     found = findings(subject)
     skipped = {name for name, finding in found.items() if finding.verdict == "skip"}
-    assert skipped == {probe.name for probe in PROBES if probe.needs_routers and subject.dense}
-    assert all("dense" in found[name].measured for name in skipped)
+    no_router = {probe.name for probe in PROBES if probe.needs_routers and subject.dense}
+    assert skipped == {"routing of text"} | no_router  # initial weights have no vocabulary
+    assert all("dense" in found[name].measured for name in no_router)
     assert {finding.verdict for finding in found.values()} <= {"pass", "skip"}
     assert torch.equal(torch.random.get_rng_state(), state), "probes leave the generator as it was"
     assert all(weight.grad is None for weight in subject.model.parameters())
@@ -119,11 +120,18 @@ def dead(patch: Patch) -> Subject:
     return subject
 
 
+def one_word(patch: Patch) -> Subject:
+    """Its text has one token alone, so that all of them go to one expert."""
+    subject = ours(router=DROPLESS)
+    subject.real_text = texts.one_token(subject)
+    return subject
+
+
 def padding_is_routed(patch: Patch) -> Subject:
     assign = TokenChoiceRouter.assign
 
-    def blind(self: SwitchRouter, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str) -> Routing:
-        return assign(self, logits_GNE, torch.ones_like(real_GN), mode)
+    def blind(self: SwitchRouter, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str, *history: Any) -> Routing:
+        return assign(self, logits_GNE, torch.ones_like(real_GN), mode, *history)
 
     patch.setattr(TokenChoiceRouter, "assign", blind)
     return ours()
@@ -133,8 +141,8 @@ def padding_takes_slots(patch: Patch) -> Subject:
     """Wrong only where a capacity counts."""
     assign = TokenChoiceRouter.assign
 
-    def blind(self: SwitchRouter, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str) -> Routing:
-        return assign(self, logits_GNE, torch.ones_like(real_GN) if mode == "paper" else real_GN, mode)
+    def blind(self: SwitchRouter, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: str, *history: Any) -> Routing:
+        return assign(self, logits_GNE, torch.ones_like(real_GN) if mode == "paper" else real_GN, mode, *history)
 
     patch.setattr(TokenChoiceRouter, "assign", blind)
     return ours()
@@ -186,6 +194,7 @@ BROKEN = {
     "router under autocast": Broken(route(lambda router, x: F.linear(x, router.weight)), "fail", {"router precision"}),
     "initial weights of std 1": Broken(saturated, "fail", {"router confidence"}, frozenset({"router balance"})),
     "collapsed": Broken(collapsed, "fail", {"router balance"}, frozenset({"experts in use"})),
+    "text to one expert": Broken(one_word, "warn", {"routing of text"}),
     "a dead expert": Broken(dead, "warn", {"experts in use"}),
     "few slots": Broken(lambda patch: ours(router=FEW_SLOTS), "fail", {"dropped tokens"}),
     "padding is routed": Broken(padding_is_routed, "fail", {"padding"}),
@@ -271,6 +280,50 @@ def test_a_layer_is_judged_by_its_balance_loss(num_experts: int, loss: float, ve
     result = router_balance(cast("Subject", subject))
     assert (result.verdict, result.value) == (verdict, pytest.approx(loss))
     assert subject.layers[worst] in result.measured or loss == 1.0
+
+
+@pytest.mark.parametrize(
+    ("loads", "entropy", "verdict"),
+    [
+        *(([39, 12, 12, 12, 12, 12, 1, 0], 0.5, "pass"), ([50, 50, 0, 0, 0, 0, 0, 0], 0.5, "warn")),
+        *(([49, 51, 0, 0, 0, 0, 0, 0], 0.5, "warn"), ([89, 11], 0.5, "pass"), ([90, 10], 0.5, "warn")),
+        *(([1, 1, 1, 1], 0.0099, "warn"), ([1, 1, 1, 1], 0.0101, "pass")),
+    ],
+)
+@pytest.mark.parametrize("worst", [0, 1])
+def test_a_layer_is_judged_by_its_largest_load_and_its_entropy_on_text(
+    loads: list[int], entropy: float, verdict: str, worst: int
+) -> None:
+    """The other layer is even and undecided. The limits are 4 times an even share, and 0.9 of all with two experts."""
+    E, total = len(loads), float(sum(loads))
+    layers = {worst: (loads, entropy), 1 - worst: ([1] * E, 0.9)}
+    stats = []
+    for number in range(2):
+        load, share = layers[number]
+        f_GE = torch.tensor([load]) / sum(load)
+        stats.append(
+            SimpleNamespace(
+                load_E=torch.tensor(load).float(),
+                tokens=torch.tensor(total),
+                tokens_G=torch.tensor([total]),
+                entropy=torch.tensor(share * math.log(E) * total),
+                fraction_GE=f_GE,
+                probability_GE=0.5 * f_GE + 0.5 / E,
+            )
+        )
+    subject = SimpleNamespace(
+        num_experts=E,
+        layers=("first", "second"),
+        real_text=object(),
+        forward=lambda text: SimpleNamespace(router_stats=stats),
+    )
+    found = routing_of_text(cast("Subject", subject))
+    assert (found.verdict, found.value) == (verdict, pytest.approx(E * max(loads) / total))
+    if len({*loads}) > 1:
+        a = E * sum((load / total) ** 2 for load in loads) - 1
+        assert f"({subject.layers[worst]}; a {a:.2f}, b {a / 4:.2f}, r 1.00)" in found.measured
+        entropies = -sum(load / total * math.log(load / total) for load in loads if load) / math.log(E)
+        assert f"loads {entropies:.2f} and of probabilities {entropy:.2f} of log E" in found.measured
 
 
 def test_a_frozen_weight_needs_no_gradient() -> None:

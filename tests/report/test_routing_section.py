@@ -34,6 +34,7 @@ def test_all_is_there_and_fits_a_terminal() -> None:
     assert ["31", *["antidisestablishment"] * 2, "6.2%", "12.5%", "0.50", "256-511:", "1.0x", "6.2%"] in rows
     assert not lacking(said, f"Encoder block 11: {TERMINAL_EXPERTS} {2 * TERMINAL_EXPERTS} experts --json")
     assert [row[0] for row in rows if "antidisestablishment" in row] == [*map(str, range(16, 32))] * 4
+    assert ["Encoder", "block", "11", "1.75", "0.62", "0.125", "(50.0%)", "0.000", "(-)"] in rows
     attention = ["Decoder", "block", "11,", "self", "attention"]
     assert [*attention, "4.96k", "25.0%", "1", "0.50", "1.00", "0.50", "-", "-0.25"] in rows
     assert [*attention, "60", "50.0%", "0.25"] in rows
@@ -65,7 +66,7 @@ def drawn(survey: dict[str, Any]) -> dict[str, Figure]:
 
 def test_the_maps_show_what_was_counted() -> None:
     figures = drawn(a_survey())
-    assert len(figures) == 2 * (1 + 2 * 3)
+    assert len(figures) == 2 * (1 + 2 * 4)
     suffix = LAYERS[0].replace(".", "_")
     position = figures[f"position_1_{suffix}"]
     assert position.full_title == "Encoder block 11: By position"

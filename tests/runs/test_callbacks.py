@@ -11,7 +11,7 @@ import pytest
 import torch
 from doubles import KeepingConsole, Records, StopAfter, a_run
 from messages import naming
-from tiny_model import a_model, rows
+from tiny_model import DENSE, a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
@@ -108,8 +108,7 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
     state = TrainState(step=20, seconds=4.0)
     written = Written(state)
     state.step, state.seconds, state.targets_seen = 30, 9.0, 777
-    loads = {"first": [3, 0], "second": [1, 2]}
-    state.metrics_since_log = window([[float(tokens) for tokens in load] for load in loads.values()])
+    state.metrics_since_log = window([[3.0, 0.0], [1.0, 2.0]])
     written.loader.seconds_waited += 0.25
     written.log(state)
     assert state.metrics_since_log == {}
@@ -121,7 +120,15 @@ def test_a_record_holds_means_rates_and_times_and_empties_the_window() -> None:
             "gradient_norm": 0.5,
             "max_load": 2.0,
             "dead_experts": 1.0,
-            "layers": {name: {"load": load, "dropped_fraction": 0.0} for name, load in loads.items()},
+            "layers": {
+                "first": {"load": [3, 0], "dropped_fraction": 0.0, "max_load": 2.0, "load_entropy": 0.0},
+                "second": {
+                    "load": [1, 2],
+                    "dropped_fraction": 0.0,
+                    "max_load": pytest.approx(4 / 3),
+                    "load_entropy": pytest.approx(math.log(3) - 2 / 3 * math.log(2)),
+                },
+            },
             "learning_rate": 0.01,
             "targets_seen": 777,
             "input_tokens": 30 * 512,
@@ -200,6 +207,20 @@ def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
     assert state.texts == {
         "": {"neg_log_perplexity": state.eval_metrics[HELD_OUT], "bits_per_byte": pytest.approx(bits)}
     }
+
+
+def test_an_evaluation_notes_how_many_tokens_kept_their_expert_since_the_one_before() -> None:
+    log, model = Records(), a_model()
+    validation = a_validation(model, log, {"de": DE, "fr": FR})
+    for step in (5, 10):
+        validation(TrainState(step=step))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".router." in name or ".experts." in name:
+                parameter.copy_(parameter.roll(1, 0))  # the experts as they were, each with the next number
+    validation(TrainState(step=15))
+    a_validation(a_model(DENSE), log, ONE)(TrainState(step=20))
+    assert [record.get("held_out/same_expert") for record in log.written] == [None, 1.0, 0.0, None]
 
 
 def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from doubles import KeepingConsole
+from hypothesis import given
+from hypothesis import strategies as st
 from messages import naming
 from tiny_model import DENSE, SPARSE, a_model, rows
 
@@ -92,6 +94,19 @@ def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
     both = merge(routing_metrics(output), routing_metrics(other))
     assert values(both)["layer_dropped_fraction"] == [pytest.approx(0.2), pytest.approx(0.75)]
     assert both["layer_load"].total.tolist() == [[8.0, 2.0], [6.0, 2.0]]
+
+
+@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_the_spread_of_loads_is_that_of_a_loop(loads: list[list[int]]) -> None:
+    metrics = {"layer_load": Mean(torch.tensor(loads).float(), torch.tensor(1.0))}
+    names = [str(layer) for layer in range(len(loads))]
+    found = record(metrics, names)
+    for name, load in zip(names, loads, strict=True):
+        shares = [one / max(1, sum(load)) for one in load]
+        entropy = -sum(share * math.log(share) for share in shares if share)
+        assert found["layers"][name]["load_entropy"] == pytest.approx(entropy, abs=1e-12)
+        assert found["layers"][name]["max_load"] == pytest.approx(3 * max(shares), abs=1e-12)
+    assert found["max_load"] == max(layer["max_load"] for layer in found["layers"].values())
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

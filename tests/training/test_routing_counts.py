@@ -67,7 +67,7 @@ def looked_at(draw: st.DrawFn, num_experts: int) -> tuple[StackTokens, ExpertCho
     num = draw(st.integers(0, 12))
     masks = st.lists(st.lists(st.booleans(), min_size=num_experts, max_size=num_experts), min_size=num, max_size=num)
     chosen, held = (torch.tensor(draw(masks)).bool().reshape(num, num_experts) for _ in range(2))
-    ids = [torch.tensor(draw(st.lists(st.integers(0, 5), min_size=num, max_size=num))).long() for _ in range(2)]
+    ids = [torch.tensor(draw(st.lists(st.integers(0, 5), min_size=num, max_size=num))).long() for _ in range(3)]
     logits = torch.randn(num, num_experts, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
     return StackTokens(torch.ones(1, num).bool(), *ids), ExpertChoices(logits.softmax(-1), chosen, held)
 
@@ -79,6 +79,7 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
     counts = one + other
     tokens: Counter[tuple[int, int]] = Counter()
     positions: Counter[tuple[int, int]] = Counter()
+    kinds: Counter[tuple[int, int]] = Counter()
     chose, away = ([0] * num_experts for _ in range(2))
     probability, dropped, confidence, within = [0.0] * num_experts, 0, 0.0, 0.0
     for places, choices in batches:
@@ -86,6 +87,8 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
             for expert in range(num_experts):
                 chosen, held = bool(choices.chosen_AE[place, expert]), bool(choices.in_slot_AE[place, expert])
                 if chosen:
+                    assert places.kind_A is not None
+                    kinds[int(places.kind_A[place]), expert] += 1
                     tokens[token, expert] += 1
                     positions[position, expert] += 1
                     probability[expert] += float(choices.probability_AE[place, expert])
@@ -97,6 +100,8 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
             confidence += max(choices.probability_AE[place].tolist())
     assert as_counter(counts.tokens, num_experts) == tokens
     assert as_counter(counts.positions, num_experts) == positions
+    assert as_counter(counts.kinds, num_experts) == {pair: count for pair, count in kinds.items() if pair[0]}
+    assert int(counts.tokens_of_kinds) == sum(int((places.kind_A != 0).sum()) for places, _ in batches)
     assert counts.chosen_E.tolist() == chose
     assert float(counts.within_token) == pytest.approx(within)
     assert counts.turned_away_E.tolist() == away
@@ -161,6 +166,18 @@ def test_positions_of_packed_rows_are_those_of_each_example() -> None:
     assert encoder.id_A.tolist() == [5, 6, EOS, 7, EOS]
     assert decoder.position_A.tolist() == [0, 1, 0, 1, 2]
     assert decoder.id_A.tolist() == [PAD, 8, PAD, 9, 4]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_kind_lies_where_its_token_is_read_and_a_start_has_none(packed: bool) -> None:
+    """Kind 1 is as good as any, though EOS has that id."""
+    batch = Batch(torch.tensor([[5, 6, EOS, 7, EOS, PAD]]), torch.tensor([[8, EOS, 9, 4, EOS]]))
+    kinds = Batch(torch.tensor([[1, 2, 0, 3, 0, 0]]), torch.tensor([[1, 0, 4, 1, 0]]))
+    encoder, decoder = stack_tokens(batch, segment_ids(*batch) if packed else None, kinds).values()
+    for read, kind_of in ((encoder, {5: 1, 6: 2, 7: 3}), (decoder, {8: 1, 9: 4, 4: 1})):
+        assert read.kind_A is not None
+        assert read.kind_A.tolist() == [kind_of.get(token, 0) for token in read.id_A.tolist()]
+    assert stack_tokens(batch, None)["encoder"].kind_A is None
 
 
 def by_hand(spec: ModelSpec) -> SwitchTransformer:

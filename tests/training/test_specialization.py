@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_routing_counts import looked_at
@@ -25,6 +26,7 @@ from switchcli.analysis.specialization import (
     specialization_metrics,
     top_tokens,
 )
+from switchcli.data.python_kinds import KINDS
 
 CHOICES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(1, 30)), min_size=1, max_size=20)
 
@@ -44,6 +46,7 @@ def test_mutual_information_is_that_of_a_loop(drawn: list[tuple[int, int, int]])
     found = information(pairs_of(choices, 4), 4, num, 0.0)
     assert found.nats == pytest.approx(nats, abs=1e-9)
     assert found.experts == pytest.approx(entropy, abs=1e-9)
+    assert found.values == pytest.approx(-sum(c / num * math.log(c / num) for c in values.values()), abs=1e-9)
     assert -1e-9 <= found.by_chance <= entropy + 1e-9
     assert found == information(pairs_of(choices[::-1], 4), 4, num, 0.0)
 
@@ -57,6 +60,38 @@ def test_a_value_that_decides_says_all_and_one_that_is_dealt_at_random_nothing()
     assert chance.nats > 0.3  # rare values: as they come they seem to say a lot
     assert chance.share == pytest.approx(0.0, abs=0.02)
     assert chance.experts == pytest.approx(math.log(8), abs=0.01)
+
+
+def test_an_expert_for_each_domain_tells_its_entropy_and_none_of_it_if_experts_do_not_depend_on_it() -> None:
+    domains = [0] * 800 + [1] * 150 + [2] * 50
+    entropy = -(0.8 * math.log(0.8) + 0.15 * math.log(0.15) + 0.05 * math.log(0.05))
+    # Two experts for domain 0, and one for each of the others: the expert tells more than the domain.
+    told = information(pairs_of([(d, d + 1 if d else n % 2) for n, d in enumerate(domains)], 4), 4, 1000, 0.0)
+    assert (told.nats, told.values) == pytest.approx((entropy, entropy))
+    assert told.experts == pytest.approx(entropy + 0.8 * math.log(2))
+    assert told.share_of_values == pytest.approx(1.0)
+    assert told.share is not None
+    assert told.share < 0.7
+    even = information(pairs_of([(d, n % 2) for n, d in enumerate(domains)], 2), 2, 1000, 0.0)
+    assert even.nats == pytest.approx(0.0, abs=1e-12)
+    assert even.share_of_values == pytest.approx(0.0, abs=0.01)
+    assert information(pairs_of([(0, n % 4) for n in range(40)], 4), 4, 40, 0.0).share_of_values is None
+
+
+@pytest.mark.parametrize(("num_experts", "num_values"), [(8, 5), (16, 3), (64, 10)])
+def test_what_chance_tells_is_miller_and_madows_bias(num_experts: int, num_values: int) -> None:
+    """In the mean over draws of independent values and experts, and of their random assignments."""
+    draw, num, nats, by_chance = torch.Generator().manual_seed(0), 8000, [], []
+    for _ in range(20):
+        values, experts = (torch.randint(high, (num,), generator=draw) for high in (num_values, num_experts))
+        keys = values * num_experts + experts
+        found = information(sum_counts(keys, torch.ones_like(keys)), num_experts, num, 0.0)
+        nats.append(found.nats)
+        by_chance.append(found.by_chance)
+    bias = (num_experts - 1) * (num_values - 1) / (2 * num)
+    # A nat's 2 * num fold is chi-squared with (E - 1)(K - 1) degrees of freedom: its mean over 20 draws is within 25 %.
+    assert sum(nats) / 20 == pytest.approx(bias, rel=0.25)
+    assert sum(by_chance) / 20 == pytest.approx(bias, rel=0.25)
 
 
 def of_several(experts_AK: torch.Tensor, id_A: torch.Tensor) -> LayerCounts:
@@ -116,6 +151,26 @@ def test_the_tokens_of_an_expert_are_those_of_a_loop(drawn: list[tuple[int, int,
             assert one["lift"] == pytest.approx(lift[int(one["id"])])
 
 
+def test_the_kinds_are_told_of_the_tokens_that_have_one() -> None:
+    kind_A = torch.tensor([KINDS.index(kind) for kind in ("keyword", "name", "comment")]).repeat_interleave(100)
+    kind_A = torch.cat([kind_A, torch.zeros(100, dtype=torch.int64)])
+    chosen_AE = F.one_hot(torch.tensor([0, 1, 1, 2]).repeat_interleave(100), 3).bool()
+    places = StackTokens(torch.ones(1, 400).bool(), torch.zeros(400).long(), torch.zeros(400).long(), kind_A)
+    counts = count_choices(places, ExpertChoices(chosen_AE.float(), chosen_AE, chosen_AE))
+    found = specialization_metrics({"text": counts + counts}, [])
+    assert found["kinds"] == {"keyword": [200, 0, 0], "name": [0, 200, 0], "comment": [0, 200, 0]}
+    told = found["explained_by"]["kind"]
+    # Expert 0 is a third of the tokens with a kind; without one, all of expert 2's tokens count in nothing.
+    halves = math.log(3) - 2 / 3 * math.log(2)
+    assert (told["nats"], told["experts"], told["values"]) == pytest.approx((halves, halves, math.log(3)))
+    assert told["share"] == pytest.approx(1.0)
+    assert told["share_of_values"] == pytest.approx(halves / math.log(3), abs=0.01)
+    assert found["max_load"] == 1.5
+    assert found["load_entropy"] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
+    without = count_choices(places._replace(kind_A=None), ExpertChoices(chosen_AE.float(), chosen_AE, chosen_AE))
+    assert "kind" not in specialization_metrics({"text": without}, [])["explained_by"]
+
+
 @given(st.data())
 def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
     texts = {name: count_choices(*data.draw(looked_at(3))) for name in ("a", "b")}
@@ -125,7 +180,9 @@ def test_the_parts_of_the_figures_add_up(data: st.DataObject) -> None:
     assert [sum(column) for column in zip(*found["texts"].values(), strict=True)] == found["load"]
     assert sum(map(sum, found["positions"]["load"])) == chosen
     assert set(found["sentinels"]) <= {1, 4}
-    assert set(found["explained_by"]) == {"token", "position", "text"}
+    assert set(found["explained_by"]) - {"kind"} == {"token", "position", "text"}
+    assert sum(map(sum, found["kinds"].values())) == sum(int(one.kinds.count_X.sum()) for one in texts.values())
+    assert set(found["kinds"]) <= set(KINDS[1:])
     for expert, load in enumerate(found["load"]):
         assert (found["experts"][expert]["confidence"] is None) == (load == 0)
         assert bool(found["experts"][expert]["by_count"]) == (load > 0)

@@ -1,17 +1,23 @@
 """The engine of `switchcli doctor`: probe a model, and verify the files of a checkpoint."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from switchcli.checkpoint import checkpoint
+from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.convert.weight_files import is_hugging_face_folder
-from switchcli.doctor import switchcli_subject, transformers_subject
+from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.sources.python_stdlib import PythonStdlib
+from switchcli.data.text_batches import BatchCorruption
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.doctor import switchcli_subject, texts, transformers_subject
 from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
-from switchcli.doctor.subject import Subject
-from switchcli.errors import RecipeError, disk_errors
+from switchcli.doctor.subject import ProbeText, Subject
+from switchcli.errors import DataError, RecipeError, disk_errors
 from switchcli.recipe import library
 from switchcli.recipe.resolve import resolve
 from switchcli.recipe.schema import PretrainRecipe
@@ -97,9 +103,34 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
             f"{name}: an existing model takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out"
         )
     if is_hugging_face_folder(path):
-        return transformers_subject.load(path)
-    model = load_checkpoint(path, torch.device("cpu"), console).model
-    return switchcli_subject.SwitchcliSubject(model, initialized=False)
+        subject: Subject = transformers_subject.load(path)
+        with suppress(DataError, RecipeError):  # without its tokenizer there is no text
+            if (file := find_tokenizer(path)) is not None:
+                subject.real_text = _real_text(subject, Tokenizer.read(file))
+        return subject
+    loaded = load_checkpoint(path, torch.device("cpu"), console)
+    subject = switchcli_subject.SwitchcliSubject(loaded.model, initialized=False)
+    subject.real_text = _real_text(subject, loaded.tokenizer)
+    return subject
+
+
+def _real_text(subject: Subject, tokenizer: Tokenizer) -> ProbeText | None:
+    """Return Python's own documentation with spans hidden, as in training: a row for each of the first documents.
+
+    None if there is not enough of it, or if its ids or sentinels are not the model's.
+    """
+    num_tokens, length = texts.broad(subject).inputs_BS.numel(), texts.broad(subject).inputs_BS.shape[1]
+    objective, corpus = SpanCorruption(inputs_length=length), PythonStdlib()
+    num_rows = texts.batch_size(subject, -(-num_tokens // objective.targets_length))  # so many tokens in the decoder
+    rows: list[torch.Tensor] = []
+    with suppress(DataError):
+        corruption, (shard,) = BatchCorruption(objective, tokenizer, seed=0), corpus.source_shards()
+        for document in corpus.read(shard) if tokenizer.vocab_size <= subject.vocab_size else ():
+            ids = torch.from_numpy(tokenizer.encode_batch([document.text])[0][: objective.raw_tokens_per_row])
+            rows += [ids] * (len(ids) == objective.raw_tokens_per_row)
+            if len(rows) == num_rows:
+                return ProbeText(*corruption.batch(torch.stack(rows).numpy(), 0, 0))
+    return None
 
 
 def _recipe(name: str) -> Path:

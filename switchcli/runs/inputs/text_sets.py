@@ -19,8 +19,9 @@ from switchcli.data.prepare.pipeline import (
     with_digests,
 )
 from switchcli.data.prepare.prepare_context import PrepareContext
-from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN
+from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, PreparedText
 from switchcli.data.prepare.store import digest_of
+from switchcli.data.python_kinds import kinds_shard
 from switchcli.data.sources.records import RowCorpus
 from switchcli.data.streaming import CorpusShards, StreamedTextSource, source_shards_of
 from switchcli.data.text_batches import PreparedTextSource, text_fraction
@@ -33,7 +34,7 @@ from switchcli.report.console import Console
 from switchcli.report.table import Table
 from switchcli.runs.inputs.train_data import check_same_data
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
-from switchcli.training.validation import HeldOutText
+from switchcli.training.validation import HeldOutText, Rows
 
 HELD_OUT_SEED = 0
 """The seed of held-out batches. It differs from the run's seed, so that all runs are measured on the same batches."""
@@ -235,8 +236,16 @@ def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int) -> dict[s
         # Sentinels and EOS are targets too, but stand for no text.
         fraction = text_fraction(source.batch(0, 0, num_rows), text.tokenizer)
         bytes_per_target = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
-        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target, text_loss(data))
+        kinds = partial(_kind_rows, text.texts[label], text.tokenizer, data, sequences)
+        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target, text_loss(data), kinds)
     return texts
+
+
+def _kind_rows(text: PreparedText, tokenizer: Tokenizer, data: DataSpec, sequences: int) -> Rows:
+    """Return the rows of `held_out_rows` of one text, with the kind of each token in place of its id."""
+    shards = [kinds_shard(shard, tokenizer) for shard in text.shards[HELD_OUT]]
+    dataset = TokenDataset(group_small_shards(shards), data.rows, HELD_OUT_SEED)
+    return partial(PreparedTextSource([dataset], tokenizer, data.rows, HELD_OUT_SEED, sequences).batch, 0)
 
 
 def _report_training_text(
