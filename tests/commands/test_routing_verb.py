@@ -1,6 +1,7 @@
 """`switchcli report --routing`: a run, languages, tasks; the drift between two; what is refused."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,43 @@ def test_languages_are_told_apart(languages: Path, switchcli: SwitchCLI) -> None
         assert list(layer["texts"]) == ["de", "fr"]
         assert [sum(pair) for pair in zip(*layer["texts"].values(), strict=True)] == layer["load"]
         assert layer["explained_by"]["text"]["share"] <= layer["explained_by"]["token"]["share"] + 0.05
+        told = layer["explained_by"]["text"]
+        assert told["values"] == pytest.approx(math.log(2), abs=0.05)
+        assert told["share_of_values"] == pytest.approx(
+            (told["nats"] - told["by_chance"]) / (told["values"] - told["by_chance"])
+        )
+        assert layer["kinds"] == {}
     shown = switchcli("report", "--routing", languages).out
     assert "by text" in shown
+    assert "about the text" in shown
     assert not lacking(shown, "most text's tokens")
     done = switchcli("report", "--routing", languages, "--html", "page.html", "--figures", "figures", "--quiet")
     assert done == (0, shown, "")
     assert Path("page.html").read_text().count("By text") == 8  # a caption and a name for each layer
     assert Path("figures/text_0_encoder_blocks_1_feed_forward.csv").read_text().startswith("text,expert,share\nde,")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("packing", ["windows", "documents"])
+def test_of_python_source_an_expert_is_asked_for_the_kind_of_a_token(
+    packing: str, recipe: str, switchcli: SwitchCLI
+) -> None:
+    for number in range(40):
+        body = f"    # how {number} is added\n    return value + {number} if value else '{number} more'\n"
+        Path(f"{number}.py").write_text(f"import os\n\n\ndef add{number}(value):\n{body}" * 4)
+    source = ("data.corpora=[{kind: files, paths: ['*.py']}]", f"data.packing={packing}", "data.held_out_fraction=0.4")
+    assert switchcli("pretrain", recipe, *source, "--out", "run", "--quiet").code == 0
+    for layer in survey(switchcli, "run")["models"][0]["layers"].values():
+        assert list(layer["kinds"]) == ["keyword", "name", "string", "comment", "other"]
+        loads = [sum(load) for load in layer["kinds"].values()]
+        assert all(loads)
+        # Neither sentinels nor EOS have a kind, nor the start token.
+        assert 0.5 < sum(loads) / layer["tokens"] < 1.0
+        told = layer["explained_by"]["kind"]
+        entropy = -sum(load / sum(loads) * math.log(load / sum(loads)) for load in loads)
+        assert told["values"] == pytest.approx(entropy)
+        assert 0.0 < told["nats"] <= min(told["values"], told["experts"]) + 1e-9
+    assert "about the kind" in switchcli("report", "--routing", "run").out
 
 
 @pytest.mark.integration
