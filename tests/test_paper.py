@@ -144,7 +144,7 @@ def test_switch_base_has_a_balance_loss_of_twelve_alphas() -> None:
 def test_a_router_has_the_papers_settings_and_mesh_tensorflows_where_the_paper_has_none() -> None:
     router = SwitchRouter()
     assert (router.capacity_factor, router.eval_capacity_factor, router.min_capacity) == (1.25, 2.0, 4)
-    assert (router.balance_loss_coef, router.z_loss_coef, router.overflow) == (0.01, 0.0, "position")
+    assert (router.balance_coef, router.z_loss_coef, router.overflow) == (0.01, 0.0, "position")
     assert (router.jitter, router.input_dropout, router.sample_temperature) == (0.01, 0.0, None)
 
 

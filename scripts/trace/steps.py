@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import FixedLoss, Objective, cross_entropy
 from switchcli.training.microbatches import Microbatch, RealTokens
-from switchcli.training.optimizer_specs import Adafactor, AdamW
+from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 from switchcli.training.validation import evaluate
@@ -48,18 +49,21 @@ SETTINGS: Mapping[str, Sequence[str]] = {
         *("t5-small", "t5-v1_1-base", "switch-tiny-8", "switch-small-8", "switch-base-8", "switch-base-32"),
         *("switch-base-128", "switch-base", *SHRUNK),
     ),
-    "router": ("switch", "top_k", "no_token_left_behind", "expert_choice"),
+    "router": ("switch", "top_k", "no_token_left_behind", "expert_choice", "balanced"),
     "precision": ("float32", "selective", "bfloat16"),
-    "optimizer": ("adafactor", "adamw"),
+    "optimizer": ("adafactor", "adamw", "muon"),
     "checkpointing": ("none", "blocks"),
     "verb": ("train", "distill", "generate", "evaluate"),
 }
-ROUTERS: Mapping[str, type[Router]] = {
+ROUTERS: Mapping[str, Callable[..., Router]] = {
     "switch": SwitchRouter,
     "top_k": TopKRouter,
     "no_token_left_behind": NoTokenLeftBehindRouter,
     "expert_choice": ExpertChoiceRouter,
+    # By the loads of the step before, with finer experts beside a shared path.
+    "balanced": partial(TopKRouter, k=4, gate="sigmoid", balance="bias", balance_scope="step"),
 }
+OPTIMIZERS: Mapping[str, OptimizerSpec] = {"adafactor": Adafactor(), "adamw": AdamW(), "muon": Muon()}
 
 
 class Row(NamedTuple):
@@ -127,6 +131,8 @@ def model_spec(row: Row) -> ModelSpec:
     if row.size in SHRUNK:
         layers = decoder_layers = 2
     experts = shape["num_experts"]
+    if row.router == "balanced":
+        shape |= {"expert_d_ff": shape["d_ff"] // 8, "shared_d_ff": shape["d_ff"] // 2}
     groups = next(rows for rows in (1, 2, 4, 8, 16, 32) if rows * TARGETS >= experts)
     router = ROUTERS[row.router](group_sequences=groups)
     decoder_router = SwitchRouter(group_sequences=groups) if row.router == "expert_choice" else None
@@ -227,9 +233,7 @@ def _step(
         recompute_blocks(model)
     if change is not None:
         objective = change(model, objective)
-    optimizer = (Adafactor() if row.optimizer == "adafactor" else AdamW()).build(
-        dict(model.named_parameters()), weights.layouts
-    )
+    optimizer = OPTIMIZERS[row.optimizer].build(dict(model.named_parameters()), weights.layouts)
     checked = _CheckedAtUpdate(optimizer, context.device.type)
     fit(
         TrainState(),

@@ -258,8 +258,7 @@ def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.
     with torch.autocast(logits_GNE.device.type, enabled=False):
         in_slot_AE = slots_AE(layer.mode)
         chosen_AE = in_slot_AE if layer.router_spec.experts_choose else slots_AE("dropless")
-        gate_AE = layer.router_spec.gates(logits_GNE[real_GN].float())
-        return ExpertChoices(gate_AE / gate_AE.sum(-1, keepdim=True), chosen_AE, in_slot_AE)
+        return ExpertChoices(layer.router_spec.probabilities(logits_GNE[real_GN].float()), chosen_AE, in_slot_AE)
 
 
 def count_choices(tokens: StackTokens, choices: ExpertChoices) -> LayerCounts:

@@ -73,7 +73,7 @@ def transformers_config(
         expert_capacity=capacity,
         router_jitter_noise=first.jitter,
         router_z_loss_coef=first.z_loss_coef,
-        router_aux_loss_coef=first.balance_loss_coef,
+        router_aux_loss_coef=first.balance_coef,
     )
     return config, [*_drop_differences(spec, routers, lengths, capacity), *_training_differences(spec, routers)]
 
@@ -169,16 +169,14 @@ def _training_differences(spec: ModelSpec, routers: Mapping[Stack, SwitchRouter]
         noise = [name for name in ("input_dropout", "sample_temperature") if getattr(router, name) not in (0.0, None)]
         if noise:
             yield f"{' and '.join(noise)} of {label}: transformers has no such noise (training alone)"
-        if (router.jitter, router.balance_loss_coef, router.z_loss_coef) != (
+        if (router.jitter, router.balance_coef, router.z_loss_coef) != (
             first.jitter,
-            first.balance_loss_coef,
+            first.balance_coef,
             first.z_loss_coef,
         ):
             yield "jitter or coefficients of the decoder's router alone: transformers has one set (training alone)"
     fully_sparse = [stack for stack in routers if len(spec.sparse_layers(stack)) == spec.num_blocks(stack)]
-    if without_loss := [
-        stack for stack in fully_sparse if routers[stack].balance_loss_coef or routers[stack].z_loss_coef
-    ]:
+    if without_loss := [stack for stack in fully_sparse if routers[stack].balance_coef or routers[stack].z_loss_coef]:
         yield (
             f"every block of the {' and the '.join(without_loss)} is sparse: transformers then leaves the balance and "
             "z-loss of its routers out (training alone)"

@@ -26,7 +26,7 @@ from switchcli.distributed.collectives import all_gather, explain_lost_ranks
 from switchcli.distributed.mesh import RankGroup, to_comm_dtype
 from switchcli.distributed.parallel_spec import CommDtype
 from switchcli.model.layers import compute_dtype
-from switchcli.model.moe.dispatch import filled_slots, weighted_scatter_add
+from switchcli.model.moe.dispatch import all_slots, equal_ends, filled_slots, products_wait, weighted_scatter_add
 from switchcli.model.moe.layer import SwitchLayer
 from switchcli.model.moe.router import Routing
 
@@ -55,6 +55,8 @@ class AllToAllMeta(NamedTuple):
     order_A: torch.Tensor | None
     """int64: index, among the rows as they were received, of each row sorted by expert. None where the received rows
     are [R, L, G * C] with equal splits, so that a transpose sorts them."""
+    equal_rows: bool
+    """See `DispatchMeta`."""
 
 
 class AllToAllDispatcher:
@@ -70,7 +72,10 @@ class AllToAllDispatcher:
         N, C = x_GND.shape[1], routing.token_GEC.shape[2]
         # Sending every slot gives equal splits if the ranks' batches have equal size. If C = N, most slots are empty.
         send_all = equal_batches and C < N
-        meta = self._send_all_slots(routing, N) if send_all else self._send_filled_slots(routing, N)
+        if send_all:
+            meta = self._send_all_slots(routing, N, equal_rows=products_wait(x_GND))
+        else:
+            meta = self._send_filled_slots(routing, N)
         x_SD = x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_S)
         return self._sort_by_expert(self._exchange(x_SD, meta.splits), meta), meta
 
@@ -101,27 +106,12 @@ class AllToAllDispatcher:
         y_SO = self._exchange(y_AO, meta.splits.reversed())
         return weighted_scatter_add(y_SO, meta.weight_S, meta.source_S, G * N).view(G, N, O)
 
-    def _send_all_slots(self, routing: Routing, group_size: int) -> AllToAllMeta:
+    def _send_all_slots(self, routing: Routing, group_size: int, equal_rows: bool) -> AllToAllMeta:
         """Plan to send every slot, filled or not: S = E * G * C rows, sorted by expert and so by rank."""
-        token_EGC = routing.token_GEC.transpose(0, 1)
-        _, G, C = token_EGC.shape
-        # Index of each group's first token among the G * N.
-        first_token_G1 = torch.arange(G, device=token_EGC.device).unsqueeze(1) * group_size
-        # An empty slot holds token N, which is out of range. Slot c then carries token c, so that the zeros which the
-        # backward pass adds for empty slots go to many tokens and not all to one.
-        filler_C = torch.arange(C, device=token_EGC.device) % group_size
-        source_S = (token_EGC.where(token_EGC < group_size, filler_C) + first_token_G1).flatten()
-        # Each local expert receives G * C rows from each of the R ranks.
-        rows_per_expert = self._ranks.size * G * C
-        end_E = torch.arange(
-            rows_per_expert,
-            rows_per_expert * self._num_local + 1,
-            rows_per_expert,
-            device=source_S.device,
-            dtype=torch.int32,
-        )
-        weight_S = routing.weight_GEC.transpose(0, 1).flatten()
-        return AllToAllMeta(source_S, weight_S, end_E, SplitSizes(None, None), None)
+        source_S, weight_S = all_slots(routing, group_size)
+        # Each local expert receives G * C rows from each rank: as many rows as this rank sends, S.
+        end_E = equal_ends(self._num_local, source_S)
+        return AllToAllMeta(source_S, weight_S, end_E, SplitSizes(None, None), None, equal_rows)
 
     def _send_filled_slots(self, routing: Routing, group_size: int) -> AllToAllMeta:
         """Plan to send the filled slots only, sorted by expert and so by rank. Waits for the device."""
@@ -140,7 +130,7 @@ class AllToAllDispatcher:
         order_A = expert_A.argsort(stable=True)
         end_E = received_RL.sum(0).cumsum(0).int()
         splits = SplitSizes(sent_RL.sum(1).tolist(), received_RL.sum(1).tolist())
-        return AllToAllMeta(rows.source_A, rows.weight_A, end_E, splits, order_A)
+        return AllToAllMeta(rows.source_A, rows.weight_A, end_E, splits, order_A, equal_rows=False)
 
     def _sort_by_expert(self, x_AD: torch.Tensor, meta: AllToAllMeta) -> torch.Tensor:
         """Return the received rows, which are ordered by rank, ordered by expert."""

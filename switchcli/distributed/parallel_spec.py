@@ -77,7 +77,7 @@ ALONE = ParallelSpec()
 def mesh_problems(spec: ModelSpec, model: int, expert: int) -> Iterator[str]:
     """Yield each reason why axes of `model` and `expert` ranks cannot divide the weights of a model."""
     sizes = {"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff, "model.vocab_size": spec.vocab_size}
-    sizes |= {"model.expert_d_ff": spec.expert_width, "model.shared_d_ff": spec.shared_d_ff}
+    sizes |= {"model.expert_d_ff": spec.expert_d_ff or 0, "model.shared_d_ff": spec.shared_d_ff}
     for key, size in sizes.items():
         if size % model:
             yield f"{key} ({size}) must be a multiple of parallel.model ({model}): try {math.gcd(size, model)}."

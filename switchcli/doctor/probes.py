@@ -275,7 +275,7 @@ def idle_gradients(subject: Subject) -> Finding:
 def balance_loss(subject: Subject) -> Finding:
     """Find out whether the loss of training includes the load-balancing loss."""
     if subject.balance_coef is None:
-        return Finding("pass", "none: routing is balanced by construction")
+        return Finding("pass", "none: routing is balanced by construction, or by biases")
     if subject.balance_coef == 0:
         return Finding("warn", "the settings give it a coefficient of 0", 0.0, "the paper's is 0.01")
     loss = subject.loss(texts.short(subject))

@@ -81,8 +81,9 @@ class ModelSpec(Spec):
     """Hidden units of a dense feed-forward beside the experts of each sparse feed-forward, for every token; 0: none.
     The FLOPs are those of a dense layer if it and the chosen experts have `d_ff` hidden units together."""
     expert_scale: float | None = Field(default=None, gt=0.0)
-    """Factor of the experts' outputs. Absent: sqrt(d_ff / expert_d_ff), or its reciprocal if gates do not depend on the
-    number of experts, so that finer experts start with the root mean square of those of `d_ff` hidden units."""
+    """Factor of the experts' outputs. Absent: sqrt(g) for g = d_ff / expert_d_ff, or 1 / sqrt(g) if gates do not depend
+    on the number of experts: the output starts with the root mean square of that of 1/g as many experts of `d_ff`
+    hidden units with 1/g as many choices."""
     router: RouterSpec = SwitchRouter()
     """Router of the sparse layers, selected by its `kind`."""
     decoder_router: RouterSpec | None = None
@@ -119,6 +120,15 @@ class ModelSpec(Spec):
         if self.num_experts > 1 and not any(self.sparse_layers(stack) for stack in STACKS):
             raise ValueError(
                 "sparse_encoder_layers and sparse_decoder_layers name no block: set num_experts: 1 for a dense model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_path_has_experts_beside_it(self) -> Self:
+        if self.shared_d_ff and self.sparse == "attention":
+            raise ValueError(
+                f"shared_d_ff ({self.shared_d_ff}) stands beside the experts of feed-forwards, and sparse: attention "
+                "has none: leave it out, or set sparse: feed_forward or both"
             )
         return self
 

@@ -331,7 +331,10 @@ def _router(spec: ModelSpec, step: Step, stack: Stack, tokens: int) -> int:
     Example: D = 512, E = 8, a float32 router with jitter: 4 * 512 * 2 + 8 * (4 + 8) + 64 = 4,256 bytes a token.
     """
     inputs = step.router_bytes * spec.d_model * (2 if spec.router_of(stack).jitter else 1)
-    return tokens * (inputs + spec.num_experts * (step.router_bytes + 2 * FLOAT) + 64)
+    per_expert = step.router_bytes + 2 * FLOAT
+    if spec.router_of(stack).has_sigmoid_gates:  # the logits, and what a CPU keeps of the logarithm of a sigmoid
+        per_expert += FLOAT if step.fused else 2 * FLOAT
+    return tokens * (inputs + spec.num_experts * per_expert + 64)
 
 
 def _experts(spec: ModelSpec, step: Step, layer_slots: Slots, width: int, model: int) -> int:

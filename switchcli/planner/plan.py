@@ -19,7 +19,7 @@ from switchcli.model.flops import FORWARD_AND_BACKWARD, ModelCounts, count
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner import devices
 from switchcli.planner.memory_use import DeviceBytes, device_bytes
-from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, Tensors, output_widths, rank_weights, slots
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, Tensors, rank_weights, slots
 from switchcli.planner.traffic import Collective, collectives
 
 GIB = 2**30
@@ -329,7 +329,6 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
     sequences = step.sequences / mesh.data
     counts = count(spec, step.source, step.target)
     forward = counts.flops * sequences
-    routing = 0.0
     num_experts = spec.num_experts * sum(len(spec.sparse_layers(stack)) for stack in STACKS)
     for stack in STACKS:
         num_layers = len(spec.sparse_layers(stack))
@@ -340,12 +339,10 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
         computed_rows = slots(spec, stack, step, microbatch, mesh.expert).expert_rows * sequences / microbatch
         # Two FLOPs for each row and parameter of one expert.
         forward += 2 * num_layers * (computed_rows - counted_rows) * counts.expert / num_experts
-        # Two for each element of W [E, D] and token.
-        routing += 2 * num_layers * len(output_widths(spec)) * tokens * spec.num_experts * spec.d_model
     # Recomputation repeats the forward pass of the blocks, but not the logits.
     logits = 2 * spec.vocab_size * spec.d_model * step.target * sequences
     recomputed = forward - logits if step.recomputed else 0.0
-    routing *= FORWARD_AND_BACKWARD + step.recomputed
+    routing = counts.router_flops * sequences * (FORWARD_AND_BACKWARD + step.recomputed)
     # Every rank of the model axis computes all logits of the routers.
     return (FORWARD_AND_BACKWARD * forward + recomputed) / mesh.model + routing
 

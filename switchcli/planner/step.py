@@ -245,10 +245,11 @@ def slots(spec: ModelSpec, stack: Stack, step: Step, microbatch: int, expert: in
     capacity, max_filled = _slots_of_group(rule, group_tokens, spec.num_experts)
     is_dropless = capacity >= group_tokens
     sent_rows = num_groups * (max_filled if is_dropless else spec.num_experts * capacity)
-    # Without an expert axis only filled slots are computed. With one of R ranks, the E / R experts of a rank compute
-    # the slots of R ranks: E / R * R * G * C rows. If dropless, they compute as many rows as a rank sends, if the
-    # experts have equal loads.
-    expert_rows = num_groups * max_filled if expert == 1 else sent_rows
+    # Without an expert axis only filled slots are computed, but in float32 on CUDA all of them (`products_wait`). With
+    # one of R ranks, the E / R experts of a rank compute the slots of R ranks: E / R * R * G * C rows. If dropless,
+    # they compute as many rows as a rank sends, if the experts have equal loads.
+    computes_all = expert > 1 or (step.fused and step.product_bytes == FLOAT)
+    expert_rows = sent_rows if computes_all else num_groups * max_filled
     return Slots(capacity, sent_rows, is_dropless, expert_rows)
 
 

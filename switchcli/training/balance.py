@@ -26,7 +26,13 @@ class RouterBalance:
         self._choice_LE: torch.Tensor | None = None
         """int64: choices of this rank in the step so far."""
         self._uses_last = False
-        self._counts = any(router.bias is not None for router in self._routers)
+        # A router that is not trained keeps its biases too.
+        self._biased = [
+            index
+            for index, router in enumerate(self._routers)
+            if router.bias is not None and router.weight.requires_grad
+        ]
+        self._counts = bool(self._biased)
         for router in self._routers:
             if router.router_spec.needs_last_loads:
                 router.last_fraction_E = torch.empty(len(router.weight), device=router.weight.device)
@@ -64,10 +70,11 @@ class RouterBalance:
         if self._choice_LE is None:
             return
         choice_LE = self._context.all_reduce(self._choice_LE)
-        for router, choice_E in zip(self._routers, choice_LE, strict=True):
-            if router.bias is not None:
-                # The sign of mean - load, without rounding.
-                sign_E = (choice_E.sum() - len(choice_E) * choice_E).sign()
-                router.bias += router.router_spec.choice_bias_rate * sign_E
+        for index in self._biased:
+            router, choice_E = self._routers[index], choice_LE[index]
+            assert router.bias is not None, "it has biases"
+            # The sign of mean - load, without rounding.
+            sign_E = (choice_E.sum() - len(choice_E) * choice_E).sign()
+            router.bias.add_(sign_E, alpha=router.router_spec.choice_bias_rate or 0.0)
         if self._uses_last:
             state.last_choices = choice_LE

@@ -313,8 +313,14 @@ def _check_optimizer_state(optimizer: Optimizer, parts: Mapping[str, LocalPart],
 
 
 def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the weights, in place, from full tensors by logical name, one after another."""
-    load_parts(weight_parts(weights), tensors)
+    """Fill the weights, in place, from full tensors by logical name, one after another.
+
+    Biases of routers that another run balanced by its loss begin at 0.
+    """
+    parts = weight_parts(weights)
+    for name in weights.buffers.keys() - tensors.keys():
+        parts.pop(name).tensor.zero_()
+    load_parts(parts, tensors)
 
 
 def load_parts(parts: Mapping[str, LocalPart], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -21,7 +21,8 @@ from switchcli.data.text_batches import PreparedTextSource
 from switchcli.training.schedules import Constant
 
 KEPT = "checkpoint.keep_last=10"
-CONSTANT = ("schedule.kind=constant", "schedule.learning_rate=0.01")
+CONSTANT = ("schedule.kind=constant", "schedule.learning_rate=0.01", "model.router.balance_scope=step")
+"""With a balance that needs the choices of the step before, as a branch does."""
 STEPS = 8
 
 

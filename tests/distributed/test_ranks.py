@@ -163,7 +163,7 @@ def naive(clip_norm: float | None = None) -> Arrays:
             balances[stack] = balances[stack] + real * sum(report.load_balancing_loss for report in reports)
     num_inputs = sum(token != PAD for token in inputs_BS.flatten().tolist())
     balance = balances["encoder"] / num_inputs + balances["decoder"] / count
-    (total / count + SPARSE.router.balance_loss_coef * balance).backward()
+    (total / count + SPARSE.router.balance_coef * balance).backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     norm = torch.stack([gradient.square().sum() for gradient in found.values()]).sum().sqrt()
     factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (float(norm) + 1e-6))  # as torch has it

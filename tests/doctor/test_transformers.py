@@ -45,6 +45,7 @@ def test_every_finding_of_a_fresh_one(fresh: dict[str, Finding]) -> None:
         "gradient of idle experts": "warn",
         "balance in the loss": "fail",
         "dropped tokens": "warn",
+        "routing of text": "skip",
     }
 
 

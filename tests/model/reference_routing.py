@@ -71,7 +71,8 @@ def can_be_told_apart(rule: Router, weights: Weights, logits_GNE: torch.Tensor) 
     """Whether no two numbers that decide are nearly equal: scores of a token, gates for an expert."""
     gate_GNE = gates(rule, logits_GNE)
     score_GNE = gate_GNE + weights["router.bias"] if "router.bias" in weights else logits_GNE
-    first_GN = gate_GNE.gather(-1, score_GNE.argmax(-1, keepdim=True))
+    k = rule.k if isinstance(rule, TopKRouter) else 1
+    first_GN = gate_GNE.gather(-1, score_GNE.topk(k).indices).amax(-1)
     return all(
         (values.sort(dim).values.diff(dim=dim) > GAP).all()
         for values, dim in ((score_GNE, 2), (gate_GNE, 1), (first_GN, 1))
@@ -163,6 +164,9 @@ def _token_choice(
     C = capacity(rule, N, E, mode)
     gate, score = gate_NE.tolist(), (gate_NE if bias_E is None else gate_NE + bias_E).tolist()
     ranked = {token: sorted(range(E), key=lambda expert, s=score[token]: -s[expert]) for token in real}
+    if isinstance(rule, TopKRouter):  # scores choose, and gates say which choice is first
+        for token, experts in ranked.items():
+            experts[: rule.k] = sorted(experts[: rule.k], key=lambda expert, g=gate[token]: -g[expert])
     rounds = {"switch": 1, "top_k": getattr(rule, "k", 1), "no_token_left_behind": min(getattr(rule, "k", 1), E)}
     queue = list(real)
     if rule.overflow == "probability":

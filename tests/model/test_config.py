@@ -67,6 +67,7 @@ def test_the_routed_parts_are_the_modules_of_the_model_in_the_order_of_their_rep
         ({"sparse": "both", "sparse_every": 0}, r"greater than or equal to 1"),
         ({"sparse": "cross_attention"}, r"'feed_forward', 'attention' or 'both'"),
         ({"balance_reduction": "max"}, r"'sum', 'mean' or 'pooled'"),
+        ({"sparse": "attention", "shared_d_ff": 4}, r"shared_d_ff \(4\).*sparse: feed_forward"),
     ],
 )
 def test_layers_that_are_refused(changes: dict[str, object], message: str) -> None:
@@ -86,6 +87,10 @@ def test_layers_that_are_refused(changes: dict[str, object], message: str) -> No
         (SwitchRouter, {"sample_temperature": 0.0}, "greater than 0"),
         (SwitchRouter, {"overflow": "last"}, "'position', 'probability' or 'random'"),
         (SwitchRouter, {"balance_loss_coef": -0.1}, "greater than or equal to 0"),
+        (SwitchRouter, {"balance": "bias", "sample_temperature": 1.0}, "sample_temperature"),
+        (NoTokenLeftBehindRouter, {"balance": "bias"}, "balance: bias.*top_k"),
+        (ExpertChoiceRouter, {"balance": "bias"}, "Extra inputs"),
+        (TopKRouter, {"k": 1, "gate": "sigmoid"}, "cannot learn"),
         (ExpertChoiceRouter, {"capacity_factor": "dropless"}, "valid number"),
         (ExpertChoiceRouter, {"overflow": "position"}, "Extra inputs"),
         (SwitchRouter, {"capacity_factor": 0.0}, "greater than 0"),
@@ -103,6 +108,12 @@ def test_settings_of_a_router_that_are_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         kind(**settings)
+
+
+def test_biases_take_the_place_of_the_balance_loss_unless_it_has_a_coefficient() -> None:
+    assert SwitchRouter().balance_coef == 0.01
+    assert SwitchRouter(balance="bias").balance_coef == 0.0
+    assert SwitchRouter(balance="bias", balance_loss_coef=0.1).balance_coef == 0.1
 
 
 def test_more_choices_than_experts_are_refused_under_the_key_that_asks_for_them() -> None:

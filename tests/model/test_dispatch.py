@@ -50,14 +50,16 @@ def appendix_f(layer: SwitchLayer, x_GND: torch.Tensor, capacity: int) -> tuple[
     return torch.einsum("egcd,gnec->gnd", outputs_EGCD, combine_GNEC), balance
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("rows", ["filled", "foreseen", "all"])
 @pytest.mark.parametrize(("factor", "capacity"), [(0.5, 1), (1.25, 3), (4.0, 10)])
 def test_the_layer_is_appendix_f_with_every_gradient(
-    factor: float, capacity: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+    factor: float, capacity: int, rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With as many rows as filled slots, and with the number that is known without looking, as off the CPU."""
+    """With as many rows as filled slots, and with the numbers that are known without looking, as off the CPU."""
+    exact = rows == "filled"
     monkeypatch.setattr(dispatch, "filled_slots", lambda routing, size, **_: filled_slots(routing, size, exact=exact))
     layer, x_BSD = a_layer(factor), some_tokens().requires_grad_()
+    layer.dispatcher = LocalDispatcher(sends_all=rows == "all")
     y_BSD, report = layer(x_BSD, torch.ones(x_BSD.shape[:2], dtype=torch.bool))
     expected_GND, balance = appendix_f(layer, x_BSD.reshape(NUM_GROUPS, NUM_TOKENS, WIDTH), capacity)
     assert (report.dropped > 0) == (factor < 4.0)
@@ -99,6 +101,21 @@ def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weig
     assert torch.equal(foreseen.end_E[:-1], counted.end_E[:-1])
     assert torch.equal(foreseen.weight_A[:num_rows], counted.weight_A)
     assert not foreseen.weight_A[num_rows:].any()
+
+
+def test_every_slot_is_a_row_in_training_alone_and_with_a_capacity_alone() -> None:
+    x_GND, dispatcher = torch.randn(2, 6, WIDTH), LocalDispatcher(sends_all=True)
+    real_GN, logits_GNE = torch.ones(2, 6, dtype=torch.bool), torch.randn(2, 6, 3)
+    for router, trains, equal, count in (
+        (SwitchRouter(capacity_factor=1.0, min_capacity=1), True, True, 2 * 3 * 2),
+        (SwitchRouter(capacity_factor="dropless"), True, False, 12),
+        (SwitchRouter(capacity_factor=3.0), False, False, 12),
+    ):
+        routing = router.assign(logits_GNE, real_GN, "training")
+        sent_AD, rows = dispatcher.dispatch(x_GND, routing, equal_batches=trains)
+        assert (rows.equal_rows, len(sent_AD)) == (equal, count)
+        if equal:
+            assert rows.end_E.tolist() == [4, 8, 12]
 
 
 @pytest.mark.parametrize(

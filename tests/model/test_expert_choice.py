@@ -62,7 +62,7 @@ def test_evaluation_has_a_factor_of_its_own_under_either_policy() -> None:
 def test_loads_are_equal_so_there_is_no_balance_loss() -> None:
     report = route(RULE, [[0.9, 0.1]] * 4).report
     assert report.fraction_GE.tolist() == [[0.5, 0.5]]
-    assert RULE.balance_loss_coef == 0.0
+    assert RULE.balance_coef == 0.0
     with pytest.raises(ValueError, match="balance_loss_coef"):
         ExpertChoiceRouter(balance_loss_coef=0.01)
 

@@ -38,7 +38,9 @@ ROUTERS = {
     "top_k": st.builds(
         TopKRouter, **queued, k=st.integers(2, 3), renormalize=st.booleans(), keep_threshold=st.just(0.0)
     ),
-    "no_token_left_behind": st.builds(NoTokenLeftBehindRouter, **queued, k=st.integers(2, 5)),
+    "no_token_left_behind": st.builds(
+        NoTokenLeftBehindRouter, **{**queued, "balance": st.just("loss")}, k=st.integers(2, 5)
+    ),
     "expert_choice": st.builds(ExpertChoiceRouter, **common, capacity_factor=factors, eval_capacity_factor=factors),
 }
 
@@ -197,7 +199,7 @@ def test_gradient_reaches_the_router_through_the_gate_the_balance_loss_and_z(rou
     for loss in (
         y_BSO.square().sum(),
         report.z_loss,
-        *([report.load_balancing_loss] if router.balance_loss_coef else []),
+        *([report.load_balancing_loss] if router.balance_coef else []),
     ):
         (gradient,) = torch.autograd.grad(loss, layer.router.weight, retain_graph=True)
         assert gradient.abs().max() > 1e-5

@@ -6,9 +6,11 @@ from tiny_model import DENSE, SPARSE, a_model
 
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec
+from switchcli.model.moe.layer import sparse_layers
+from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.surgery.student import differing_dimensions, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.transformer import SwitchTransformer, named_weights
 
 PARTS = ("encoder.blocks.1.feed_forward.layer", "decoder.blocks.1.feed_forward.layer")
 LOAD = {name.removesuffix(".layer"): torch.tensor([3.0, 1.0, 5.0, 7.0]) for name in PARTS}
@@ -62,6 +64,23 @@ def test_a_smaller_sparse_student_takes_the_most_used_experts_with_their_rows_of
     for part in PARTS:
         for name in ("experts.wi", "experts.wo", "router.weight"):
             assert torch.equal(named[f"{part}.{name}"], weights[f"{part}.{name}"][[2, 3]])
+
+
+def test_the_most_used_experts_come_with_their_biases_and_the_shared_path_is_copied() -> None:
+    shape = {"router": SwitchRouter(balance="bias"), "shared_d_ff": 6}
+    teacher = SPARSE.model_copy(update=shape)
+    model, student = a_model(teacher, seed=1), a_model(teacher.model_copy(update={"num_experts": 2}), seed=2)
+    for layer in sparse_layers(model).values():
+        layer.router.bias.copy_(torch.arange(4.0))
+    weights = {name: weight.detach() for name, weight in named_weights(model).items()}
+    settings = FromTeacherInit(experts="most_used")
+    plan = plan_init(student, model, settings)
+    unsharded_weights(student).load_full(
+        init_weights(student.spec, range(2), plan, weights.__getitem__, settings, LOAD)
+    )
+    for name, layer in sparse_layers(student).items():
+        assert layer.router.bias.tolist() == [2.0, 3.0]
+        assert torch.equal(layer.shared.wi.weight, weights[f"{name}.layer.shared.wi.weight"])
 
 
 def test_a_process_gets_the_experts_that_it_stores_and_all_rows_of_the_router() -> None:

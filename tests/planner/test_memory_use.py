@@ -47,6 +47,7 @@ CLOSER = {
     "dropless": 0.02,
     "top_k": 0.02,
     "fine experts, shared path": 0.02,
+    "sigmoid gates": 0.02,
 }
 """Where nothing is dropped and there is no dropout: no tensor that counts is left out."""
 
@@ -69,6 +70,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "experts in attention": {**SPARSE, "sparse": "attention"},
     "experts in both": {**SPARSE, "sparse": "both"},
     "fine experts, shared path": {**SPARSE, "expert_d_ff": 88, "shared_d_ff": 88},
+    "sigmoid gates": {**SPARSE, "router": SwitchRouter(gate="sigmoid", capacity_factor=8.0)},
     "wide heads": {"d_model": 64, "num_heads": 8, "d_kv": 16, **SPARSE},
 }
 # fmt: on

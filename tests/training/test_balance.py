@@ -12,12 +12,15 @@ from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, sparse_layers
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
+from switchcli.model.trainable import freeze, trainable
 from switchcli.report.console import silent
 from switchcli.system.signals import StopRequest
+from switchcli.training.checkpointer import load_weights, logical_tensors
 from switchcli.training.config import NonfiniteSpec, TrainSpec
 from switchcli.training.loss import FixedLoss, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
@@ -84,7 +87,7 @@ class Run:
             self.model,
             FixedLoss(objective),
             Microbatches(source, 4, 2, 0, 1),
-            Adafactor(min_dim_to_factor=8).build(dict(self.model.named_parameters())),
+            Adafactor(min_dim_to_factor=8).build(trainable(self.model)),
             Constant(learning_rate=0.01),
             DistributedContext("cpu", "float32"),
             [],
@@ -165,6 +168,21 @@ def test_a_skipped_step_balances_nothing() -> None:
     assert run.state.last_choices.equal(choices)
     run.fit(3)
     assert any(not bias_E.equal(before[name]) for name, bias_E in run.biases().items())
+
+
+def test_a_router_that_is_not_trained_keeps_its_biases() -> None:
+    run = Run(BOTH)
+    freeze(run.model, "non_expert")
+    run.fit(2)
+    assert not any(bias_E.any() for bias_E in run.biases().values())
+
+
+def test_routers_that_were_balanced_by_the_loss_start_without_bias() -> None:
+    run = Run(BIASED)
+    for layer in sparse_layers(run.model).values():
+        layer.router.bias.fill_(1.0)
+    load_weights(unsharded_weights(run.model), logical_tensors(a_model(with_router(TopKRouter()), seed=1)))
+    assert not any(bias_E.any() for bias_E in run.biases().values())
 
 
 def test_a_resumed_run_has_the_biases_and_the_choices_of_the_last_step(tmp_path: Path) -> None:

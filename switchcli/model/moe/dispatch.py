@@ -6,7 +6,8 @@ the filled slots of all groups, sorted by expert. T = G * N tokens of all groups
 `LocalDispatcher` is for experts that are all in this process. Another dispatcher may use collectives in between; the
 layer sees no difference.
 
-# Deviates: the paper computes empty slots as zeros. Here an expert computes only the rows that were sent to it.
+# Deviates: the paper computes empty slots as zeros. Here an expert computes only the rows that were sent to it, except
+where a grouped product would wait for their number (`products_wait`).
 """
 
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -26,6 +27,8 @@ class LocalMeta(NamedTuple):
     """The factor of the expert's output, in the router's precision."""
     end_E: torch.Tensor
     """int32: the end of each expert's rows."""
+    equal_rows: bool
+    """Whether every expert has the same number of rows, some of them for empty slots, and products use this."""
 
 
 class DispatchMeta(Protocol):
@@ -34,6 +37,10 @@ class DispatchMeta(Protocol):
     @property
     def end_E(self) -> torch.Tensor:
         """int32: the end of the rows of each local expert."""
+
+    @property
+    def equal_rows(self) -> bool:
+        """Whether products may rely on an equal number of rows for each local expert."""
 
 
 Meta = TypeVar("Meta", bound=DispatchMeta)
@@ -58,8 +65,18 @@ class Dispatcher(Protocol[Meta]):
 class LocalDispatcher:
     """A dispatcher for experts that are all in this process."""
 
+    def __init__(self, sends_all: bool | None = None) -> None:
+        """`sends_all`: send every slot in training, filled or not, if there is a capacity; None: if products wait."""
+        self._sends_all = sends_all
+
     def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, LocalMeta]:
-        meta = filled_slots(routing, x_GND.shape[1], exact=x_GND.is_cpu and not torch.compiler.is_compiling())
+        N, C = x_GND.shape[1], routing.token_GEC.shape[2]
+        sends_all = products_wait(x_GND) if self._sends_all is None else self._sends_all
+        if sends_all and equal_batches and C < N:
+            source_A, weight_A = all_slots(routing, N)
+            meta = LocalMeta(source_A, weight_A, equal_ends(routing.token_GEC.shape[1], source_A), equal_rows=True)
+        else:
+            meta = filled_slots(routing, N, exact=x_GND.is_cpu and not torch.compiler.is_compiling())
         return x_GND.to(compute_dtype(x_GND)).flatten(0, 1).index_select(0, meta.source_A), meta
 
     def expand_mask(self, mask_BF: torch.Tensor, meta: LocalMeta, length: int) -> torch.Tensor:
@@ -107,6 +124,32 @@ class _WeightedScatterAdd(torch.autograd.Function):
         return grad_AO.mul_(weight_A.unsqueeze(1).to(grad_AO.dtype)), grad_weight_A, None, None
 
 
+def products_wait(x: torch.Tensor) -> bool:
+    """Return whether torch's grouped product waits for the device to learn how many rows each expert has."""
+    return x.is_cuda and compute_dtype(x) != torch.bfloat16
+
+
+def all_slots(routing: Routing, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token and the weight of every slot, filled or not: E * G * C rows, sorted by expert.
+
+    The token is its index among the G * N tokens of all groups; the weight of an empty slot is 0.
+    """
+    token_EGC = routing.token_GEC.transpose(0, 1)
+    _, G, C = token_EGC.shape
+    first_token_G1 = torch.arange(G, device=token_EGC.device).unsqueeze(1) * group_size
+    # An empty slot holds token N, which is out of range. Slot c then carries token c, so that the zeros which the
+    # backward pass adds for empty slots go to many tokens and not all to one.
+    filler_C = torch.arange(C, device=token_EGC.device) % group_size
+    source_A = (token_EGC.where(token_EGC < group_size, filler_C) + first_token_G1).flatten()
+    return source_A, routing.weight_GEC.transpose(0, 1).flatten()
+
+
+def equal_ends(num_experts: int, rows_A: torch.Tensor) -> torch.Tensor:
+    """Return the ends of each expert's rows if all experts have equally many: int32 [E]."""
+    rows = len(rows_A) // num_experts
+    return torch.arange(rows, len(rows_A) + 1, rows, device=rows_A.device, dtype=torch.int32)
+
+
 def filled_slots(routing: Routing, group_size: int, exact: bool) -> LocalMeta:
     """Return the filled slots: all groups' slots of the first expert, then those of the second, and so on.
 
@@ -136,4 +179,4 @@ def filled_slots(routing: Routing, group_size: int, exact: bool) -> LocalMeta:
     weight_A = weight_A.masked_fill(is_excess_A, 0.0)
     end_E = filled_EGC.sum((1, 2)).cumsum(0)
     end_E[-1] = len(slot_A)  # the last expert takes the excess rows
-    return LocalMeta(group_start_A + token_A, weight_A, end_E.int())
+    return LocalMeta(group_start_A + token_A, weight_A, end_E.int(), equal_rows=False)

@@ -66,20 +66,28 @@ class Experts(nn.Module):
         mask_BF = F.dropout(x_AD.new_ones(num_sequences, self.wi.shape[1] * self.axis.size), self.dropout)
         return local_slice(mask_BF, self.axis, 1)
 
-    def forward(self, x_AD: torch.Tensor, end_E: torch.Tensor, mask_AF: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x_AD: torch.Tensor, end_E: torch.Tensor, mask_AF: torch.Tensor | None, equal_rows: bool = False
+    ) -> torch.Tensor:
         """Return the output of each row's expert: [A, O] in the dtype of x.
 
         Args:
             x_AD: the rows of the local experts, the first expert's first.
             end_E: int32, the end of each expert's rows. An expert without rows gets a gradient of 0.
             mask_AF: a factor of each row's hidden vector; None: no dropout.
+            equal_rows: whether every expert has as many rows, so that one batched product computes them all.
         """
-        adds = self.adds_to_grad
-        gate = None if self.wi_gate is None else grouped_product(x_AD, self.wi_gate, end_E, adds)
-        hidden_AF = activate(grouped_product(x_AD, self.wi, end_E, adds), gate)
+
+        def product(x_AI: torch.Tensor, weight_EOI: torch.Tensor) -> torch.Tensor:
+            if equal_rows:  # [E, rows, I] @ [E, I, O]
+                return torch.bmm(x_AI.view(len(weight_EOI), -1, x_AI.shape[1]), weight_EOI.mT).flatten(0, 1)
+            return grouped_product(x_AI, weight_EOI, end_E, self.adds_to_grad)
+
+        gate = None if self.wi_gate is None else product(x_AD, self.wi_gate)
+        hidden_AF = activate(product(x_AD, self.wi), gate)
         if mask_AF is not None:
             hidden_AF = hidden_AF * mask_AF
-        return grouped_product(hidden_AF, self.wo, end_E, adds)
+        return product(hidden_AF, self.wo)
 
 
 def grouped_product(
@@ -88,7 +96,7 @@ def grouped_product(
     """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, float64 only on a CPU.
 
     `adds_to_grad`: see `Experts`. In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert,
-    which waits for `end_E`.
+    which waits for `end_E`; `Experts` avoids it where all experts have as many rows.
     """
     if x_AD.is_cpu and not torch.compiler.is_compiling() and _is_computed_per_expert(x_AD, weight_EFD):
         y_AF: torch.Tensor = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, adds_to_grad)  # type: ignore[no-untyped-call]

@@ -112,7 +112,7 @@ class SwitchLayer(nn.Module):
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)
         mask_BF = self.experts.draw_dropout_mask(x_AD, B)
         mask_AF = None if mask_BF is None else self.dispatcher.expand_mask(mask_BF, meta, S)
-        y_AO = self.experts(x_AD, meta.end_E, mask_AF)
+        y_AO = self.experts(x_AD, meta.end_E, mask_AF, meta.equal_rows)
         y_GNO = axis.all_reduce(self.dispatcher.combine(y_AO, meta, x_GND))
         y_BSO = y_GNO.reshape(B, S, -1)
         return SwitchOutput(y_BSO if self.shared is None else y_BSO + self.shared(x_BSD), routing.stats)

@@ -65,9 +65,7 @@ def auxiliary_loss(stacks: Sequence[tuple[RouterSpec, StackStats]], reduction: R
 def _stack_loss(router: RouterSpec, stats: StackStats, reduction: Reduction, num_layers: int) -> StackLoss:
     """Return the loss of one stack; `num_layers` is the number of sparse layers of both stacks."""
     reduced = _mean_over_layers(stats) if reduction == "pooled" else stats
-    losses = [
-        router.balance_loss_coef * layer.load_balancing_sum + router.z_loss_coef * layer.z_sum for layer in reduced
-    ]
+    losses = [router.balance_coef * layer.load_balancing_sum + router.z_loss_coef * layer.z_sum for layer in reduced]
     total = torch.stack(losses).sum()
     return StackLoss(total / num_layers if reduction == "mean" else total, stats[0].tokens)
 

@@ -17,7 +17,7 @@ whose size the recipe sets, and f and P over its real tokens only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -60,7 +60,7 @@ class Routing(NamedTuple):
 class Router(Spec, ABC):
     """The base of all routers: capacities, groups, noise, losses.
 
-    Each router also has `capacity_factor` and `balance_loss_coef`, as keys or as constants of the class.
+    Each router also has `capacity_factor`, as a key.
     """
 
     eval_capacity_factor: Factor | Literal["dropless"] = 2.0
@@ -83,8 +83,6 @@ class Router(Spec, ABC):
 
     experts_choose: ClassVar[bool] = False
     """Experts choose tokens: loads are equal by construction, and a token may be taken by several experts or none."""
-    has_load_balancing_loss: ClassVar[bool] = True
-    """Whether `balance_loss_coef` weighs a load-balancing loss."""
 
     def key_unlike_transformers(self) -> str | None:
         """Return the key at whose value transformers' SwitchTransformers has no such router; None if it has."""
@@ -103,6 +101,21 @@ class Router(Spec, ABC):
     @property
     def gates_are_independent(self) -> bool:
         """Whether the weight of an expert depends on its own logit only."""
+        return False
+
+    @property
+    def has_sigmoid_gates(self) -> bool:
+        """Whether gates are sigmoids of their logits, before they are divided by any sum."""
+        return False
+
+    @property
+    def balance_coef(self) -> float:
+        """Coefficient of the load-balancing loss."""
+        return 0.0
+
+    @property
+    def needs_balance_loss(self) -> bool:
+        """Whether nothing but the load-balancing loss makes loads equal."""
         return False
 
     @property
@@ -130,6 +143,10 @@ class Router(Spec, ABC):
     def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
         """Return the gate of every expert, in the dtype and shape of the logits."""
         return softmax_over_experts(logits_GNE)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the probability of each expert over the last dim: its gate's share of the sum over the experts."""
+        return logits.softmax(-1)
 
     @abstractmethod
     def assign(
@@ -185,19 +202,12 @@ class TokenChoiceRouter(Router, ABC):
     and falls for the others (DeepSeek-V3). It suits `gate: sigmoid`: its rate is large beside a softmax of 1/E."""
     bias_rate: float = Field(default=1e-3, gt=0.0)
     """Change of an expert's bias in a step, with `balance: bias`; 0.001 as in DeepSeek-V3."""
-    balance_loss_coef: float = Field(default=0.01, ge=0.0)
-    """Coefficient alpha of the load-balancing loss (eq. 4). With `balance: bias` it is 0 unless it is set."""
+    balance_loss_coef: float | None = Field(default=None, ge=0.0)
+    """Coefficient alpha of the load-balancing loss (eq. 4); absent: the paper's 0.01, or 0 with `balance: bias`."""
     balance_scope: Literal["sequence", "group", "step"] = "group"
     """Tokens over which the load-balancing loss takes f and P: those of a `sequence`, or of a `group`
     (`group_sequences`). With `step`, f is that of all choices of the previous step, over all ranks, and P that of a
     group; f is uniform in the first step."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bias_replaces_the_loss(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("balance") == "bias":
-            return {"balance_loss_coef": 0.0, **values}
-        return values
 
     @model_validator(mode="after")
     def _bias_chooses_by_gates(self) -> Self:
@@ -209,8 +219,22 @@ class TokenChoiceRouter(Router, ABC):
         return self
 
     @property
+    def has_sigmoid_gates(self) -> bool:
+        return self.gate == "sigmoid"
+
+    @property
     def gates_are_independent(self) -> bool:
-        return self.gate == "sigmoid" and not self.gates_sum_to_one
+        return self.has_sigmoid_gates and not self.gates_sum_to_one
+
+    @property
+    def balance_coef(self) -> float:
+        if self.balance_loss_coef is not None:
+            return self.balance_loss_coef
+        return 0.0 if self.balance == "bias" else 0.01
+
+    @property
+    def needs_balance_loss(self) -> bool:
+        return self.balance == "loss"
 
     @property
     def choice_bias_rate(self) -> float | None:
@@ -220,8 +244,18 @@ class TokenChoiceRouter(Router, ABC):
     def needs_last_loads(self) -> bool:
         return self.balance_scope == "step"
 
+    @property
+    def _counts_choices(self) -> bool:
+        return self.balance == "bias" or self.needs_last_loads
+
     def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
         return logits_GNE.sigmoid() if self.gate == "sigmoid" else super().gates(logits_GNE)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.gate == "softmax":
+            return super().probabilities(logits)
+        gate = logits.sigmoid()
+        return gate / gate.sum(-1, keepdim=True)
 
     def dense_equivalent_scale(self, num_experts: int) -> float:
         # Experts are equally probable at logits of 0, where a sigmoid is 1/2.
@@ -283,6 +317,9 @@ class TokenChoiceRouter(Router, ABC):
             score_GNE = probability_GNE.detach().float() + history.bias_E
         expert_GNK = self._choices(score_GNE, K, training)
         probability_GNK = probability_GNE.gather(-1, expert_GNK)  # of each choice
+        if history.bias_E is not None and K > 1:  # biases choose the experts; they queue in the order of their gates
+            order_GNK = probability_GNK.detach().argsort(dim=-1, descending=True, stable=True)
+            expert_GNK, probability_GNK = expert_GNK.gather(-1, order_GNK), probability_GNK.gather(-1, order_GNK)
         gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
         order_GN = self._order(probability_GNK[..., 0], training)
 
@@ -321,7 +358,7 @@ class TokenChoiceRouter(Router, ABC):
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
             load_GE=load_GE,
             assigned_GN=assigned_GN,
-            choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 else None,
+            choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 and self._counts_choices else None,
             log_gate_GNE=F.logsigmoid(logits_GNE.float()) if self.gate == "sigmoid" else None,
             last_fraction_E=history.last_fraction_E,
         )
@@ -434,7 +471,11 @@ class TopKRouter(TokenChoiceRouter):
     def _gates(self, probability_GNK: torch.Tensor) -> torch.Tensor:
         if not self.renormalize:
             return probability_GNK
-        return probability_GNK / probability_GNK.sum(-1, keepdim=True)
+        import torch
+
+        # Of sigmoids, and of experts that a bias has chosen, all gates may be 0.
+        total_GN1 = probability_GNK.sum(-1, keepdim=True).clamp(min=torch.finfo(probability_GNK.dtype).tiny)
+        return probability_GNK / total_GN1
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         import torch
@@ -459,6 +500,15 @@ class NoTokenLeftBehindRouter(TokenChoiceRouter):
     """`no_token_left_behind` routes in rounds: a token that found no slot goes to its next expert (Appendix B)."""
     k: int = Field(default=4, ge=2, le=MAX_SIZE)
     """Number of rounds, limited to the number of experts."""
+
+    @model_validator(mode="after")
+    def _has_no_biases(self) -> Self:
+        if self.balance == "bias":
+            raise ValueError(
+                "balance: bias counts all choices of a token, and here most of them are never used: take kind: switch "
+                "or top_k, or balance: loss"
+            )
+        return self
 
     def num_choices(self, num_experts: int) -> int:
         return min(self.k, num_experts)
@@ -486,9 +536,7 @@ class ExpertChoiceRouter(Router):
     """Slots for training, as a multiple of an even share: the mean number of experts that take a token."""
     eval_capacity_factor: Factor = 1.25
     """Slots for evaluation, as a multiple of an even share, under the policies `paper` and `dropless`."""
-    balance_loss_coef: ClassVar[float] = 0.0
     experts_choose: ClassVar[bool] = True
-    has_load_balancing_loss: ClassVar[bool] = False
 
     def dense_equivalent_scale(self, num_experts: int) -> float:
         return num_experts / self.capacity_factor

@@ -45,7 +45,8 @@ class RouterStats(NamedTuple):
     Choices do not queue if top-k routing skips them (`keep_threshold`), or if the token has a slot already and the
     router gives it only one (`no_token_left_behind`)."""
     choice_E: torch.Tensor
-    """float32: number of choices of each expert by real tokens, all k of a token, whether they queued or not."""
+    """float32: number of choices of each expert by real tokens, all k of a token, whether they queued or not; `load_E`
+    where the balance of the next step does not need them."""
     dropped: torch.Tensor
     """float32 scalar: number of real tokens in no slot."""
     entropy: torch.Tensor

@@ -20,7 +20,7 @@ import torch
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, sublayer_name
 from switchcli.model.surgery.student_spec import FromTeacherInit
-from switchcli.model.transformer import SwitchTransformer
+from switchcli.model.transformer import SwitchTransformer, named_weights
 
 DIMENSIONS = (
     "vocab_size", "d_model", "d_ff", "head_width", "num_heads", "num_layers", "decoder_layers", "activation",
@@ -50,7 +50,9 @@ def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: 
     """Return the source of each parameter, from names and shapes only; the models may be on `meta`."""
     teacher_shapes = {name: weight.shape for name, weight in teacher.named_parameters()}
     sparse_layers = [module for module in student.modules() if isinstance(module, SwitchLayer)]
-    routed = {id(weight) for layer in sparse_layers for weight in layer.parameters()}
+    routed = {
+        id(weight) for layer in sparse_layers for part in (layer.router, layer.experts) for weight in part.parameters()
+    }
     copied, from_experts, random_init = [], {}, []
     for name, weight in student.named_parameters():
         source = name
@@ -72,7 +74,10 @@ def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: 
         stacks = [name for name in from_experts if ".experts." in name]
         routers = {f"{name.rpartition('.experts.')[0]}.router.weight" for name in stacks}
         random_init = [name for name in random_init if name not in routers]
-        from_experts |= {name: name for name in sorted(routers)}
+        biases = {name for name in named_weights(student) if name.endswith(".router.bias")} & named_weights(
+            teacher
+        ).keys()
+        from_experts |= {name: name for name in sorted(routers | biases)}
     return StudentInit(tuple(copied), from_experts, tuple(random_init))
 
 

@@ -91,8 +91,9 @@ def muon_warning(recipe: TrainingRecipe) -> str | None:
         return None
     batch = recipe.train.batch_tokens
     return (
-        f"Muon takes {share:.3g} times the FLOPs of an expert's training, whatever the batch: raise train.batch_tokens "
-        f"({batch:,}) to {math.ceil(batch * share / _MUON_SHARE):,} for {_MUON_SHARE:g}, or take optimizer.kind=adamw"
+        f"Muon takes {share:.3g} times the FLOPs of an expert's training, as its own do not depend on the batch: raise "
+        f"train.batch_tokens ({batch:,}) to {math.ceil(batch * share / _MUON_SHARE):,} for {_MUON_SHARE:g}, or take "
+        "optimizer.kind=adamw"
     )
 
 

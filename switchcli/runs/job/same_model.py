@@ -2,7 +2,7 @@
 
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
-from switchcli.model.config import ModelSpec
+from switchcli.model.config import STACKS, ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.training_recipe import TrainingRecipe
 
@@ -15,7 +15,8 @@ CHANGEABLE_MODEL_KEYS = (
     "balance_reduction",
     "init_scale",
 )
-"""Keys of `model` that may differ from the checkpoint, because no weight's shape or meaning depends on them."""
+"""Keys of `model` that may differ from the checkpoint, because no weight's shape or meaning depends on them. Of a
+router, the gate may not, and biases must not be lost."""
 
 
 def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
@@ -25,6 +26,17 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
             raise RecipeError(
                 f"model.{key}: the recipe says {new}, the weights of {path} are of {old}: leave it out; of the model a "
                 f"run that starts from them may change {', '.join(CHANGEABLE_MODEL_KEYS[1:])}"
+            )
+    for stack in STACKS:
+        old_router, new_router = before.router_of(stack), after.router_of(stack)
+        if not before.sparse_layers(stack):
+            continue
+        if old_router.has_sigmoid_gates != new_router.has_sigmoid_gates:
+            raise RecipeError(f"the {stack}'s router.gate is not that of the weights of {path}: leave it out")
+        if old_router.choice_bias_rate and not new_router.choice_bias_rate:
+            raise RecipeError(
+                f"the {stack}'s router.balance: the routers of {path} choose by biases, which balance: loss would "
+                "drop: leave it out"
             )
 
 

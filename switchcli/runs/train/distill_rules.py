@@ -108,9 +108,8 @@ def teacher_of(pins: Mapping[str, Pin]) -> CheckpointHandle:
 
 def dense_spec(teacher: ModelSpec) -> ModelSpec:
     """Return the dense model of a sparse one's shape. With top-1 feed-forwards both have the same FLOPs per token."""
-    return teacher.model_copy(
-        update={"size": "custom", "num_experts": 1, "sparse_encoder_layers": None, "sparse_decoder_layers": None}
-    )
+    unset = ("sparse_encoder_layers", "sparse_decoder_layers", "expert_d_ff", "expert_scale")
+    return teacher.model_copy(update={"size": "custom", "num_experts": 1, "shared_d_ff": 0, **dict.fromkeys(unset)})
 
 
 def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
@@ -205,6 +204,12 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
         raise RecipeError(
             f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
             "leave it out, or name a sparse teacher"
+        )
+    if student.experts != "random_init" and student_spec.expert_width != teacher_spec.expert_width:
+        raise RecipeError(
+            f"student.experts ({student.experts}): the teacher's experts have {teacher_spec.expert_width} hidden "
+            f"units, and what they are to fill has {student_spec.expert_width}: leave it out, or set model.d_ff or "
+            "model.expert_d_ff"
         )
     if student.experts == "most_used" and student_spec.num_experts > teacher_spec.num_experts:
         raise RecipeError(
