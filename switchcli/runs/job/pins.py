@@ -189,7 +189,7 @@ class PinFinder:
                 steps = ", ".join(str(int(saved.name[5:])) for saved in reversed(checkpoint.saved_checkpoints(folder)))
                 raise CheckpointError(
                     f"{name}: {run}: no checkpoint of step {step}, it has {steps or 'none'}: name one of them as "
-                    "RUN@STEP, and keep more of them by checkpoint.keep_last"
+                    "RUN@STEP, and keep others by checkpoint.keep_steps"
                 )
         handle = self._open(name, path)
         if handle.native is None or not handle.has_training_recipe:
