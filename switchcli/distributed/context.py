@@ -243,11 +243,7 @@ class DistributedContext:
         devices = [self.device] if self.device.type == "cuda" else None
         with explain_lost_ranks():
             return DistributedDataParallel(
-                model,
-                device_ids=devices,
-                process_group=data.group,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # ranks change the biases of routers alike
+                model, device_ids=devices, process_group=data.group, gradient_as_bucket_view=True
             )
 
     def reshard(self, model: nn.Module) -> None:

@@ -10,7 +10,8 @@ layer from the code of `switchcli.model`, and tests/planner/test_memory_use.py c
 The sum is an upper bound of the peak, because gradients grow while activations are freed.
 
 Not modeled: workspaces of kernels, fragmentation, buffers of collectives other than those of dispatched tokens, input
-dropout, packed rows, torch.compile, a teacher, the gathered matrices and products of Muon. Weights that are not trained (`update`) count as if they were.
+dropout, packed rows, torch.compile, a teacher, the gathered matrices and products of Muon. Weights that are not trained
+(`update`) count as if they were.
 """
 
 from typing import NamedTuple
