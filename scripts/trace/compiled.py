@@ -50,6 +50,9 @@ CASES = (
     Case("switch-small-8", "switch", flex=False),
     Case("switch-small-8", "switch", flex=True),
     Case("switch-small-8", "top_k", flex=True),
+    Case("switch-small-8", "no_token_left_behind", flex=False),
+    Case("switch-small-8", "expert_choice", flex=False),
+    Case("switch-small-8", "balanced", flex=False),
 )
 
 

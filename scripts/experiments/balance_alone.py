@@ -1,0 +1,73 @@
+"""Descend the load-balancing loss alone from a checkpoint, and print how the largest load over the mean changes.
+
+    python scripts/experiments/balance_alone.py RUN [RUN ...] > loads.csv
+
+Each RUN was trained with a recipe like quickstart/switch. From its newest checkpoint 50 steps are taken in which the
+cross-entropy has no gradient, with f and P over each scope, by biases, and with nothing that balances.
+"""
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import switchcli
+from switchcli.model.transformer import ModelOutput
+from switchcli.training import loss
+
+STEPS = 50
+ARMS: dict[str, dict[str, Any]] = {
+    "nothing": {"balance_loss_coef": 0.0},
+    "sequence": {"balance_scope": "sequence"},
+    "group": {"balance_scope": "group"},
+    "step": {"balance_scope": "step"},
+    "bias": {"balance": "bias", "balance_loss_coef": 0.0},
+}
+
+
+def loads_of(run: Path, arm: str, folder: Path) -> list[float]:
+    """Return the largest load over the mean, averaged over the layers, of each step."""
+    out = folder / f"{run.name}-{arm}"
+    settings = {
+        "train.steps": STEPS,
+        "schedule": {"kind": "constant", "learning_rate": 0.01},
+        "start": {"checkpoint": str(run), "keep": "weights"},
+        "log.every_steps": 1,
+        "eval": {"every_steps": STEPS, "sequences": 64},
+        "checkpoint.save_every_steps": STEPS,
+        # A run without the loss names a coefficient of 0.
+        **{f"model.router.{key}": value for key, value in ({"balance_loss_coef": 0.01} | ARMS[arm]).items()},
+    }
+    switchcli.train(switchcli.Recipe.load(run / "recipe.yaml", settings), out, quiet=True)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        sum(layer["max_load"] for layer in record["layers"].values()) / len(record["layers"])
+        for record in records
+        if "layers" in record and "loss" in record
+    ]
+
+
+def main() -> None:
+    target_loss = loss._target_loss
+
+    def without_gradient(output: ModelOutput, targets_BT: Any) -> loss.StepLoss:
+        found = target_loss(output, targets_BT)
+        return found._replace(target_sum=found.target_sum * 0.0)
+
+    loss._target_loss = without_gradient
+    table = csv.writer(sys.stdout)
+    table.writerow(["run", "arm", "step", "max_load"])
+    with tempfile.TemporaryDirectory() as folder:
+        for run in map(Path, sys.argv[1:]):
+            for arm in ARMS:
+                for step, load in enumerate(loads_of(run, arm, Path(folder)), 1):
+                    table.writerow([run.name, arm, step, f"{load:.4f}"])
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    main()
