@@ -10,8 +10,8 @@ from typing import Literal
 from switchcli.model.config import STACKS, ModelSpec
 
 TrainableSet = Literal["all", "non_expert", "expert", "dense_feed_forward"]
-"""`expert`: the sparse layers with their routers, in feed-forwards and attentions; `non_expert`: all else;
-`dense_feed_forward`: the feed-forwards without experts, but not the norms before them."""
+"""`expert`: the sparse layers with their routers and shared paths, in feed-forwards and attentions; `non_expert`: all
+else; `dense_feed_forward`: the feed-forwards without experts, but not the norms before them."""
 
 
 def check(spec: ModelSpec, trainable_set: TrainableSet) -> None:

@@ -44,7 +44,7 @@ def test_json_is_one_object_with_every_answer(trained: Path, switchcli: SwitchCL
 def test_the_capacity_is_a_choice(trained: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI) -> None:
     seen: list[str] = []
     assign = SwitchRouter.assign
-    monkeypatch.setattr(SwitchRouter, "assign", lambda self, *args: (seen.append(args[-1]), assign(self, *args))[1])
+    monkeypatch.setattr(SwitchRouter, "assign", lambda self, *args: (seen.append(args[2]), assign(self, *args))[1])
     for options, policy in (((), "dropless"), (("--capacity", "paper"), "paper")):
         assert switchcli("generate", trained, GAP, "--max-tokens", 3, *options).code == 0
         assert set(seen) == {policy}

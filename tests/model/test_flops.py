@@ -32,7 +32,7 @@ shapes = st.fixed_dictionaries(
         "sparse_encoder_layers": st.none() | st.sets(st.integers(0, 2)).map(sorted).map(tuple),
         "relative_attention_num_buckets": st.sampled_from([4, 8, 32]),
     }
-)
+).filter(lambda shape: shape["sparse"] != "attention" or shape["shared_d_ff"] == 0)
 
 
 def on_meta(spec: ModelSpec) -> SwitchTransformer:

@@ -21,8 +21,8 @@ GROUPS: tuple[TrainableSet, ...] = ("all", "non_expert", "expert", "dense_feed_f
 BOTH = SPARSE.model_copy(update={"sparse": "both", "num_layers": 4, "activation": "geglu", "tie_embeddings": False})
 NAMES = {
     "all": r".*",
-    "expert": r".*\.(experts\..+|router\.weight)",
-    "non_expert": r"(?!.*\.(experts\.|router\.weight)).*",
+    "expert": r".*\.(experts\..+|shared\..+|router\.weight)",
+    "non_expert": r"(?!.*\.(experts\.|shared\.|router\.weight)).*",
     "dense_feed_forward": r".*\.feed_forward\.layer\.(wi|wi_gate|wo)\.weight",
 }
 
@@ -42,10 +42,12 @@ def test_every_parameter_is_of_the_experts_or_not_and_of_a_dense_feed_forward_or
                 check(spec, group)
     counts = {group: sum(weight.numel() for weight in trainable_members(model, group).values()) for group in GROUPS}
     assert counts["non_expert"] + counts["expert"] == counts["all"]
-    routers = sum(weight.numel() for name, weight in model.named_parameters() if name.endswith("router.weight"))
+    beside = sum(  # routers, and paths for all tokens
+        weight.numel() for name, weight in model.named_parameters() if re.search(r"router\.weight|\.shared\.", name)
+    )
     assert counts["all"] == count(spec).parameters
-    assert counts["expert"] == count(spec).expert + routers
-    assert counts["non_expert"] == count(spec).dense - routers
+    assert counts["expert"] == count(spec).expert + beside
+    assert counts["non_expert"] == count(spec).dense - beside
     assert counts["dense_feed_forward"] <= counts["non_expert"]
 
 
