@@ -416,7 +416,7 @@ INTEGRATION = {
     ),
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
-        *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor", "adamw, scaled"),
+        *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
         *("balanced by the step before", "muon", "fine experts beside a shared path"),
     ),
     "zero2 2": (
@@ -427,12 +427,11 @@ INTEGRATION = {
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
         *("experts whole on all replicas", "products of oneDNN", "experts one at a time", "rounded"),
         *("adafactor, parts of each expert on replicas", "adamw, scaled, parts of each expert on replicas"),
-        "balanced by the step before",
     ),
     "data 4": ("at once", "poisoned"),
     "expert 2, twice": ("accumulated and clipped",),
     "expert 4": ("a slot for every token",),
-    "expert 2 x model 2": ("accumulated and clipped", "dropout and jitter", "adamw", "balanced by the step before"),
+    "expert 2 x model 2": ("accumulated and clipped", "dropout and jitter", "adamw"),
     "zero2 4, expert 2": ("accumulated and clipped",),
     "zero3 4, expert 2": ("accumulated and clipped", "adafactor"),
     "zero3 2 x model 2": ("dropout and jitter",),
