@@ -200,7 +200,7 @@ class Planner:
     def optimizer_flops_per_step(self) -> int:
         """The FLOPs of Muon's Newton-Schulz iterations, each matrix once; 0 for other optimizers, without products."""
         own = self.weights_of_rank(1)
-        return own.dense_orthogonal + own.expert_orthogonal
+        return own.dense_orthogonal_flops + own.expert_orthogonal_flops
 
     @property
     def orthogonal_share(self) -> float:
@@ -210,7 +210,7 @@ class Planner:
         depend on the batch: a decoder of shorter sequences has a larger share.
         """
         spec, own = self.spec, self.weights_of_rank(1)
-        if not own.expert_orthogonal:
+        if not own.expert_orthogonal_flops:
             return 0.0
         rows = max(
             self.step.sequences * self.step.length(stack) * spec.router_of(stack).experts_per_token
@@ -218,7 +218,7 @@ class Planner:
             if spec.sparse_layers(stack)
         )
         # Two FLOPs for each row and parameter, of rows / E rows each.
-        return own.expert_orthogonal / (FORWARD_AND_BACKWARD * 2 * own.expert * rows / spec.num_experts)
+        return own.expert_orthogonal_flops / (FORWARD_AND_BACKWARD * 2 * own.expert * rows / spec.num_experts)
 
     @cached_property
     def _weights(self) -> Parameters:

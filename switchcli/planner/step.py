@@ -107,9 +107,9 @@ class RankWeights(NamedTuple):
     """Bytes of optimizer state of all experts."""
     expert_means: int
     """Bytes of it that are means over dim 1 of the stacks."""
-    dense_orthogonal: int
+    dense_orthogonal_flops: int
     """FLOPs of a step of Muon in matrices outside the experts, which every rank computes whole; 0 with others."""
-    expert_orthogonal: int
+    expert_orthogonal_flops: int
     """FLOPs of a step of Muon in all experts; 0 with other optimizers."""
 
     @property
@@ -133,7 +133,7 @@ class RankWeights(NamedTuple):
 
     def orthogonal_flops(self, mesh: Mesh) -> float:
         """Return the FLOPs of a step of Muon on one rank: all matrices outside the experts, and the experts it has."""
-        return self.dense_orthogonal + self.expert_orthogonal / mesh.expert / self.whole_expert_shards(mesh)
+        return self.dense_orthogonal_flops + self.expert_orthogonal_flops / mesh.expert / self.whole_expert_shards(mesh)
 
     def whole_expert_shards(self, mesh: Mesh) -> int:
         """Return the number of shards of whole experts; 1 if each replica has all experts, or a part of each."""
@@ -177,7 +177,7 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         units[unit] += numel
         if name_in_blocks and dim is not None:  # norms and routers are not divided, and not computed in bfloat16
             products += numel
-    dense_means = expert_state = expert_means = dense_orthogonal = expert_orthogonal = 0
+    dense_means = expert_state = expert_means = dense_orthogonal_flops = expert_orthogonal_flops = 0
     parameters_of, state_of = Counter[int](), Counter[int]()
     for name, weight in weights.items():
         if not is_stacked(name):
@@ -194,8 +194,8 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         missing = reduced_dim(slot, weights[parameter].ndim) if parameter in weights else None
         if slot == MOMENTUM:
             flops = newton_schulz_flops(weights[parameter].shape)
-            dense_orthogonal += 0 if is_stacked(name) else flops
-            expert_orthogonal += flops if is_stacked(name) else 0
+            dense_orthogonal_flops += 0 if is_stacked(name) else flops
+            expert_orthogonal_flops += flops if is_stacked(name) else 0
         if is_stacked(name):
             expert_state += num_bytes
             expert_means += num_bytes if missing == 1 else 0
@@ -215,8 +215,8 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         dense_means,
         expert_state,
         expert_means,
-        dense_orthogonal,
-        expert_orthogonal,
+        dense_orthogonal_flops,
+        expert_orthogonal_flops,
     )
 
 

@@ -117,7 +117,7 @@ def _whole_matrices(mesh: Mesh, weights: RankWeights) -> Iterator[Collective]:
 
     The calls for several matrices count as one. Experts that are whole on a rank stay there.
     """
-    if not weights.dense_orthogonal + weights.expert_orthogonal:
+    if not weights.dense_orthogonal_flops + weights.expert_orthogonal_flops:
         return
     # `products` are the matrices of the blocks, which Muon updates; AdamW has the other dense weights.
     dense, experts = FLOAT * weights.products, FLOAT * weights.expert // mesh.expert

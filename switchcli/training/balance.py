@@ -27,12 +27,13 @@ class RouterBalance:
         """int64: choices of this rank in the step so far."""
         self._uses_last = False
         # A router that is not trained keeps its biases too.
-        self._biased = [
-            index
+        self._biases = [
+            (index, router.bias, rate)
             for index, router in enumerate(self._routers)
-            if router.bias is not None and router.weight.requires_grad
+            if router.bias is not None and (rate := router.router_spec.choice_bias_rate) and router.weight.requires_grad
         ]
-        self._counts = bool(self._biased)
+        """Layer, bias and rate of the routers that choose by biases."""
+        self._counts = bool(self._biases)
         for router in self._routers:
             if router.router_spec.needs_last_loads:
                 router.last_fraction_E = torch.empty(len(router.weight), device=router.weight.device)
@@ -70,11 +71,9 @@ class RouterBalance:
         if self._choice_LE is None:
             return
         choice_LE = self._context.all_reduce(self._choice_LE)
-        for index in self._biased:
-            router, choice_E = self._routers[index], choice_LE[index]
-            assert router.bias is not None, "it has biases"
+        for index, bias_E, rate in self._biases:
+            choice_E = choice_LE[index]
             # The sign of mean - load, without rounding.
-            sign_E = (choice_E.sum() - len(choice_E) * choice_E).sign()
-            router.bias.add_(sign_E, alpha=router.router_spec.choice_bias_rate or 0.0)
+            bias_E.add_((choice_E.sum() - len(choice_E) * choice_E).sign(), alpha=rate)
         if self._uses_last:
             state.last_choices = choice_LE

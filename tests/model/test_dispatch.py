@@ -59,7 +59,7 @@ def test_the_layer_is_appendix_f_with_every_gradient(
     exact = rows == "filled"
     monkeypatch.setattr(dispatch, "filled_slots", lambda routing, size, **_: filled_slots(routing, size, exact=exact))
     layer, x_BSD = a_layer(factor), some_tokens().requires_grad_()
-    layer.dispatcher = LocalDispatcher(sends_all=rows == "all")
+    monkeypatch.setattr(dispatch, "products_wait", lambda x_GND: rows == "all")
     y_BSD, report = layer(x_BSD, torch.ones(x_BSD.shape[:2], dtype=torch.bool))
     expected_GND, balance = appendix_f(layer, x_BSD.reshape(NUM_GROUPS, NUM_TOKENS, WIDTH), capacity)
     assert (report.dropped > 0) == (factor < 4.0)
@@ -103,8 +103,9 @@ def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weig
     assert not foreseen.weight_A[num_rows:].any()
 
 
-def test_every_slot_is_a_row_in_training_alone_and_with_a_capacity_alone() -> None:
-    x_GND, dispatcher = torch.randn(2, 6, WIDTH), LocalDispatcher(sends_all=True)
+def test_where_products_wait_every_slot_is_a_row_in_training_with_a_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "products_wait", lambda x_GND: True)
+    x_GND, dispatcher = torch.randn(2, 6, WIDTH), LocalDispatcher()
     real_GN, logits_GNE = torch.ones(2, 6, dtype=torch.bool), torch.randn(2, 6, 3)
     for router, trains, equal, count in (
         (SwitchRouter(capacity_factor=1.0, min_capacity=1), True, True, 2 * 3 * 2),

@@ -169,16 +169,21 @@ def test_the_minimum_is_128_as_in_t5(dim: int, factored: bool) -> None:
     assert ("weight/row" in state) is factored
 
 
-def test_adamw_is_torchs() -> None:
-    ours, theirs = parameters(), parameters()
-    spec = AdamW(beta1=0.8, beta2=0.97, epsilon=1e-7, weight_decay=0.1)
-    optimizer = torch.optim.AdamW(theirs.values(), lr=1.0, betas=(0.8, 0.97), eps=1e-7, weight_decay=0.1, foreach=False)
+def run_by_torch(optimizer: torch.optim.Optimizer, theirs: dict[str, torch.nn.Parameter]) -> None:
+    """What `run` does, by an optimizer of torch."""
     drawn = {name: gradients(parameter) for name, parameter in theirs.items()}
     for step, rate in enumerate(rates()):
         optimizer.param_groups[0]["lr"] = rate
         for name, parameter in theirs.items():
             parameter.grad = drawn[name][step].clone()
         optimizer.step()
+
+
+def test_adamw_is_torchs() -> None:
+    ours, theirs = parameters(), parameters()
+    spec = AdamW(beta1=0.8, beta2=0.97, epsilon=1e-7, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(theirs.values(), lr=1.0, betas=(0.8, 0.97), eps=1e-7, weight_decay=0.1, foreach=False)
+    run_by_torch(optimizer, theirs)
     run(spec.build(ours), rates())
     for name in SHAPES:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, msg=name)
@@ -280,12 +285,7 @@ def test_muon_is_torchs_but_for_its_bfloat16() -> None:
     ours, theirs = parameters(shapes), parameters(shapes)
     starts = {name: parameter.detach().clone() for name, parameter in ours.items()}
     optimizer = torch.optim.Muon([*theirs.values()], lr=1.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    drawn = {name: gradients(parameter) for name, parameter in theirs.items()}
-    for step, rate in enumerate(rates()):
-        optimizer.param_groups[0]["lr"] = rate
-        for name, parameter in theirs.items():
-            parameter.grad = drawn[name][step].clone()
-        optimizer.step()
+    run_by_torch(optimizer, theirs)
     run(Muon().build(ours), rates())
     for name, start in starts.items():
         difference, moved = (ours[name] - theirs[name]).norm(), (theirs[name] - start).norm()

@@ -65,14 +65,9 @@ class Dispatcher(Protocol[Meta]):
 class LocalDispatcher:
     """A dispatcher for experts that are all in this process."""
 
-    def __init__(self, sends_all: bool | None = None) -> None:
-        """`sends_all`: send every slot in training, filled or not, if there is a capacity; None: if products wait."""
-        self._sends_all = sends_all
-
     def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, LocalMeta]:
         N, C = x_GND.shape[1], routing.token_GEC.shape[2]
-        sends_all = products_wait(x_GND) if self._sends_all is None else self._sends_all
-        if sends_all and equal_batches and C < N:
+        if products_wait(x_GND) and equal_batches and C < N:  # without a capacity the empty slots are too many
             source_A, weight_A = all_slots(routing, N)
             meta = LocalMeta(source_A, weight_A, equal_ends(routing.token_GEC.shape[1], source_A), equal_rows=True)
         else:

@@ -305,7 +305,6 @@ class TokenChoiceRouter(Router, ABC):
     ) -> Routing:
         """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
         import torch
-        import torch.nn.functional as F
 
         G, N, E = logits_GNE.shape
         training = mode == "training"
@@ -352,7 +351,28 @@ class TokenChoiceRouter(Router, ABC):
                 tokens.reshape(sequences, -1, *tokens.shape[2:])
                 for tokens in (logits_GNE, real_GN, expert_GNK, assigned_GN)
             )
-        stats = router_stats(
+        stats = self._stats(logits_GNE, real_GN, expert_GNK, assigned_GN, load_GE, history)
+        return Routing(
+            token_GEC=token_GS[:, :-1].view(G, E, C),
+            weight_GEC=weight_GS[:, :-1].view(G, E, C),
+            max_filled_slots=G * min(E * C, N * self._max_slots_per_token(K)),
+            stats=stats,
+        )
+
+    def _stats(
+        self,
+        logits_GNE: torch.Tensor,
+        real_GN: torch.Tensor,
+        expert_GNK: torch.Tensor,
+        assigned_GN: torch.Tensor,
+        load_GE: torch.Tensor,
+        history: BalanceHistory,
+    ) -> RouterStats:
+        """Return the statistics of the choices `expert_GNK`, over the groups of f and P."""
+        import torch.nn.functional as F
+
+        E, K = logits_GNE.shape[-1], expert_GNK.shape[-1]
+        return router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
@@ -361,12 +381,6 @@ class TokenChoiceRouter(Router, ABC):
             choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 and self._counts_choices else None,
             log_gate_GNE=F.logsigmoid(logits_GNE.float()) if self.gate == "sigmoid" else None,
             last_fraction_E=history.last_fraction_E,
-        )
-        return Routing(
-            token_GEC=token_GS[:, :-1].view(G, E, C),
-            weight_GEC=weight_GS[:, :-1].view(G, E, C),
-            max_filled_slots=G * min(E * C, N * self._max_slots_per_token(K)),
-            stats=stats,
         )
 
     def _choices(self, score_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:

@@ -62,7 +62,7 @@ def upcycle(
             f"model.sparse ({spec.sparse}): experts can only be copies of feed-forwards: set model.sparse=feed_forward"
         )
     if keys := spec.uncommon_experts():
-        raise RecipeError(f"model.{keys}: experts are copies of whole feed-forwards here: leave it out")
+        raise RecipeError(f"model.{keys}: upcycled experts are copies of whole feed-forwards: leave out all of these")
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
     if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
