@@ -28,15 +28,15 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
                 f"run that starts from them may change {', '.join(CHANGEABLE_MODEL_KEYS[1:])}"
             )
     for stack in STACKS:
-        old_router, new_router = before.router_of(stack), after.router_of(stack)
         if not before.sparse_layers(stack):
             continue
+        old_router, new_router = before.router_of(stack), after.router_of(stack)
+        key = "model.decoder_router" if stack == "decoder" and after.decoder_router else "model.router"
         if old_router.has_sigmoid_gates != new_router.has_sigmoid_gates:
-            raise RecipeError(f"the {stack}'s router.gate is not that of the weights of {path}: leave it out")
+            raise RecipeError(f"{key}.gate: another one than that of the weights of {path}: leave it out")
         if old_router.choice_bias_rate and not new_router.choice_bias_rate:
             raise RecipeError(
-                f"the {stack}'s router.balance: the routers of {path} choose by biases, which balance: loss would "
-                "drop: leave it out"
+                f"{key}.balance: the routers of {path} choose by biases, which balance: loss would drop: leave it out"
             )
 
 
