@@ -147,7 +147,7 @@ class DistillRecipe(TrainingRecipe, ABC):
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        distillation = self.distill.model_dump(include={"soft_fraction", "temperature"})
+        distillation = self.distill.model_dump(include={"soft_fraction", "temperature", "loss"})
         student = self.student.model_dump(exclude={"path"})
         return {**super().summary, "distillation": distillation, "student": student}
 

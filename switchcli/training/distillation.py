@@ -1,10 +1,16 @@
 """DistillationLoss: a student learns from a teacher's probabilities and from the targets (section 4.2).
 
-    loss = (1 - f) hard + f T**2 soft       soft = -sum over targets and vocabulary of q log p
+    loss = (1 - f) hard + f T**2 soft
 
 `hard` is the cross-entropy of the targets, summed over targets. q are the teacher's probabilities and p the student's,
-both at temperature T. f is the soft fraction. Padding counts in neither sum. The load-balancing and z-losses of a
-sparse student are added unchanged.
+both at temperature T. f is the soft fraction. `soft` is, summed over targets (beyond the paper for b > 0; Agarwal et
+al. 2024, with the values at b = 0 and b = 1 of TRL):
+
+    b = 0       -sum q log p                                      forward KL plus the teacher's entropy: the paper's
+    b = 1       sum p log(p / q)                                  reverse KL
+    between     b sum q log(q / m) + (1 - b) sum p log(p / m)     generalized Jensen-Shannon, m = b q + (1 - b) p
+
+Padding counts in neither sum. The load-balancing and z-losses of a sparse student are added unchanged.
 
 # Deviates: Mesh-TensorFlow (StudentTeacher) adds an output z-loss to both parts, which is in no loss here.
 
@@ -12,7 +18,9 @@ Legend: B batch, T target, V vocabulary (for the student this rank's rows of it)
 C targets of a chunk, K cached probabilities of a target, M sums.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,22 +38,30 @@ from switchcli.training.config import Precision
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import StepLoss, batch_segment_ids, step_loss, sum_in_chunks
 
+SMALLEST: Mapping[torch.dtype, float] = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}
+"""The smallest probability that reverse KL takes of a cache, by dtype: smaller ones were rounded to 0."""
+
 
 class SoftLoss(NamedTuple):
-    """The cross-entropy of the student with its teacher for each target, over this rank's rows of the vocabulary."""
+    """What a student learns from its teacher's probabilities, for each target: this rank's terms of the sums."""
 
+    loss_C: torch.Tensor
+    """The soft part of the loss."""
     cross_entropy_C: torch.Tensor
+    """-sum q log p, whichever loss is minimized."""
     entropy_C: torch.Tensor
     """The teacher's entropy, which is the smallest possible cross-entropy."""
     gradient_CV: torch.Tensor | None
-    """Gradient of the cross-entropy with respect to the logits over T. None if not needed."""
+    """Gradient of the soft part with respect to the logits over T. None if not needed."""
 
 
 class TeacherProbs(ABC):
     """A teacher's probabilities q at temperature T of N targets, float32 or float64."""
 
     @abstractmethod
-    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
+    def soft(
+        self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
+    ) -> SoftLoss:
         """Return the soft part of the loss for the targets `chunk`, given the student's log p at T: [C, V]."""
 
 
@@ -67,12 +83,32 @@ class FullTeacherProbs(TeacherProbs):
         logits_CV = matmul(self._hidden_ND[chunk], self._vocabulary.weight_VD.mT)
         return self._vocabulary.log_softmax(logits_CV, self._temperature)
 
-    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
-        """Return -sum q log p over this rank's rows of the vocabulary, with the gradient p - q."""
+    def soft(
+        self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
+    ) -> SoftLoss:
+        """Return the soft part over this rank's rows of the vocabulary.
+
+        The gradient is p - q for beta = 0. Otherwise it is w p (log(p / m) - sum p log(p / m)), with w = 1 - beta, or
+        m = q and w = 1 for beta = 1.
+        """
         log_q_CV = local_slice(self.log_probs(chunk), vocabulary.axis, 1)
-        q_CV = log_q_CV.exp()
-        gradient_CV = log_p_CV.exp().sub_(q_CV) if needs_gradient else None
-        return SoftLoss(-_dot(q_CV, log_p_CV), -_dot(q_CV, log_q_CV), gradient_CV)
+        q_CV, p_CV = log_q_CV.exp(), log_p_CV.exp()
+        cross_entropy_C, entropy_C = -_dot(q_CV, log_p_CV), -_dot(q_CV, log_q_CV)
+        if beta == 0.0:
+            return SoftLoss(cross_entropy_C, cross_entropy_C, entropy_C, p_CV.sub_(q_CV) if needs_gradient else None)
+        if beta == 1.0:
+            log_ratio_CV, weight = log_p_CV - log_q_CV, 1.0
+            loss_C = student_C = _dot(p_CV, log_ratio_CV)
+        else:
+            log_m_CV = torch.logaddexp(log_q_CV + math.log(beta), log_p_CV + math.log1p(-beta))
+            log_ratio_CV, weight = log_p_CV - log_m_CV, 1.0 - beta
+            student_C = _dot(p_CV, log_ratio_CV)
+            loss_C = beta * _dot(q_CV, log_q_CV.sub_(log_m_CV)) + weight * student_C
+        gradient_CV = None
+        if needs_gradient:
+            mean_C = vocabulary.axis.all_reduce(student_C)  # over the whole vocabulary
+            gradient_CV = log_ratio_CV.sub_(mean_C.unsqueeze(1)).mul_(p_CV).mul_(weight)
+        return SoftLoss(loss_C, cross_entropy_C, entropy_C, gradient_CV)
 
 
 class CachedTeacherProbs(TeacherProbs):
@@ -82,18 +118,23 @@ class CachedTeacherProbs(TeacherProbs):
         """The tensors of `kept` are [N, K] and [N]; the ids are of the whole vocabulary."""
         self._kept = kept
 
-    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
+    def soft(
+        self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
+    ) -> SoftLoss:
         """Return the soft part for q of K tokens, with all other tokens as one outcome of probability r.
 
-            -sum over the K tokens of q log p - r log(1 - sum over the K tokens of p)
+            beta = 0    -sum over the K tokens of q log p - r log s      s = 1 - sum over the K tokens of p
+            beta = 1    sum over the K tokens of p log(p / q) + s log(s / r)
 
         How the student divides its probability among the other tokens does not matter. With K the whole vocabulary
-        there is no such outcome, and the result is that of `FullTeacherProbs`.
+        there is no such outcome, and the result is that of `FullTeacherProbs`. Otherwise it is a lower bound of the
+        divergence. Where a probability was rounded to 0, reverse KL takes the smallest positive one of its dtype.
 
         Example: four tokens, of which the teacher gives the first two q = [0.6, 0.3] and the rest r = 0.1. For a
         student with p = [0.5, 0.2, 0.2, 0.1] the result is -0.6 log 0.5 - 0.3 log 0.2 - 0.1 log 0.3. Its gradient is
         p - [0.6, 0.3, 0.0667, 0.0333]: the other tokens share r as the student shares 0.3 among them, 2 to 1.
         """
+        assert beta in (0.0, 1.0), "jsd needs the teacher's whole vocabulary: refused with the recipe"
         teacher = TeacherTopK(*(tensor[chunk] for tensor in self._kept))
         # [C, K]: the row of each token among this rank's rows, or any row, with q 0, for a token on another rank.
         token = vocabulary.locate(teacher.ids.long())
@@ -101,11 +142,10 @@ class CachedTeacherProbs(TeacherProbs):
         total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # not exactly 1, because cached probabilities are rounded
         q_CK = token.zero_others(q_CK)
         counts_rest = float(vocabulary.axis.rank == 0)  # the sum over ranks must contain the rest once
-        cross_entropy_C = -(q_CK * log_p_CV.gather(1, token.row)).sum(1)
+        log_p_CK = log_p_CV.gather(1, token.row)
+        cross_entropy_C = -(q_CK * log_p_CK).sum(1)
         entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts_rest * torch.xlogy(rest_C, rest_C))
-        # Terms of the gradient: the sum of all q times p, minus q at the K tokens, minus the gradient of the rest
-        # below.
-        gradient_CV = log_p_CV.exp().mul_(total_C1).scatter_add_(1, token.row, -q_CK) if needs_gradient else None
+        others_CV = log_rest_C = None
         num_tokens = log_p_CV.shape[1] * vocabulary.axis.size
         if token.row.shape[1] < num_tokens:  # K < V: there are other tokens
             # log p of the other tokens alone: -inf is added at the K tokens (0 where a row only stands in for another
@@ -116,10 +156,29 @@ class CachedTeacherProbs(TeacherProbs):
             others_CV = log_p_CV.scatter_add(1, token.row, removed_CK)
             log_rest_C = vocabulary.logsumexp(others_CV)
             cross_entropy_C = cross_entropy_C - counts_rest * rest_C * log_rest_C
-            if gradient_CV is not None:
-                # The gradient of log_rest_C is the softmax over the other tokens, minus p. The term with p is above.
-                gradient_CV -= others_CV.sub_(log_rest_C.unsqueeze(1)).exp_().mul_(rest_C.unsqueeze(1))
-        return SoftLoss(cross_entropy_C, entropy_C, gradient_CV)
+        gradient_CV = None
+        if beta == 0.0:
+            if needs_gradient:
+                # The sum of all q times p, minus q at the K tokens, minus the gradient of the rest: that of log_rest_C
+                # is the softmax over the other tokens, minus p. The term with p is in the first one.
+                gradient_CV = log_p_CV.exp().mul_(total_C1).scatter_add_(1, token.row, -q_CK)
+                if others_CV is not None and log_rest_C is not None:
+                    gradient_CV -= others_CV.sub_(log_rest_C.unsqueeze(1)).exp_().mul_(rest_C.unsqueeze(1))
+            return SoftLoss(cross_entropy_C, cross_entropy_C, entropy_C, gradient_CV)
+        smallest = SMALLEST[teacher.probability.dtype]
+        p_CK = token.zero_others(log_p_CK.exp())
+        log_ratio_CK = log_p_CK - q_CK.clamp(min=smallest).log()  # any value for a token on another rank: p is 0
+        loss_C = (p_CK * log_ratio_CK).sum(1)
+        rest_ratio_C = torch.zeros_like(loss_C)
+        if log_rest_C is not None:
+            rest_ratio_C = log_rest_C - rest_C.clamp(min=smallest).log()
+            loss_C = loss_C + counts_rest * log_rest_C.exp() * rest_ratio_C
+        if needs_gradient:
+            # p (log-ratio of its outcome - mean log-ratio): first as if all tokens were others, then the K tokens.
+            mean_C = vocabulary.axis.all_reduce(loss_C)
+            gradient_CV = log_p_CV.exp().mul_((rest_ratio_C - mean_C).unsqueeze(1))
+            gradient_CV.scatter_add_(1, token.row, p_CK * (log_ratio_CK - rest_ratio_C.unsqueeze(1)))
+        return SoftLoss(loss_C, cross_entropy_C, entropy_C, gradient_CV)
 
 
 class Teacher:
@@ -150,20 +209,29 @@ class DistillationLoss:
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
         output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, self._packed))
-        soft_fraction, temperature = self._settings.soft_fraction, self._settings.temperature
-        teacher: TeacherProbs
-        if self._teacher is not None:
-            teacher = self._teacher.predict(batch, self._packed, temperature)
-        else:
-            assert isinstance(batch, DistillBatch), "without a teacher the batch brings its probabilities"
-            # [B, T, K] and [B, T] to [N, K] and [N], in the order of targets_N.
-            teacher = CachedTeacherProbs(TeacherTopK(*(tensor.flatten(0, 1) for tensor in batch.teacher)))
+        settings, teacher = self._settings, self._teacher_probs(batch)
         hidden_ND, targets_N = output.hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
-        sums_M = distilled_cross_entropy(hidden_ND, output.vocabulary, targets_N, teacher, soft_fraction, temperature)
+        sums_M = distilled_cross_entropy(
+            hidden_ND,
+            output.vocabulary,
+            targets_N,
+            teacher,
+            settings.soft_fraction,
+            settings.temperature,
+            settings.mixture,
+        )
         target_sum = sums_M[0]
         _, hard, soft, divergence = sums_M.detach()
         sums = {NEG_LOG_PERPLEXITY: -hard, SOFT_CROSS_ENTROPY: soft, TEACHER_DIVERGENCE: divergence}
         return step_loss(output, batch.targets_BT, target_sum, sums)
+
+    def _teacher_probs(self, batch: AnyBatch) -> TeacherProbs:
+        """Return the teacher's probabilities of the targets. Call it when `Teacher.predict` may be called."""
+        if self._teacher is not None:
+            return self._teacher.predict(batch, self._packed, self._settings.temperature)
+        assert isinstance(batch, DistillBatch), "without a teacher the batch brings its probabilities"
+        # [B, T, K] and [B, T] to [N, K] and [N], in the order of targets_N.
+        return CachedTeacherProbs(TeacherTopK(*(tensor.flatten(0, 1) for tensor in batch.teacher)))
 
 
 def distilled_cross_entropy(
@@ -173,17 +241,18 @@ def distilled_cross_entropy(
     teacher: TeacherProbs,
     soft_fraction: float,
     temperature: float,
+    beta: float = 0.0,
 ) -> torch.Tensor:
     """Return four sums over real targets, [4], in nats, float32 or float64, computed in chunks; see `sum_in_chunks`.
 
-    They are the loss, its hard part, its soft part (without the factor f T**2), and the Kullback-Leibler divergence of
-    the student from its teacher at temperature T. Only the loss has a gradient, which can be taken only once. Where the
-    vocabulary is sharded, the sums are over all ranks.
+    They are the loss, its hard part, and, whichever soft part is minimized, the cross-entropy of the student with its
+    teacher and its forward Kullback-Leibler divergence, both at temperature T. `beta` is the b of the soft part. Only
+    the loss has a gradient, which can be taken only once. Where the vocabulary is sharded, the sums are over all ranks.
     """
 
     def loss(logits_CV: torch.Tensor, chunk: slice) -> torch.Tensor:
         sums_M: torch.Tensor = _DistillationLoss.apply(  # type: ignore[no-untyped-call]
-            logits_CV, targets_N[chunk], teacher, chunk, soft_fraction, temperature, vocabulary
+            logits_CV, targets_N[chunk], teacher, chunk, soft_fraction, temperature, beta, vocabulary
         )
         return sums_M
 
@@ -197,8 +266,9 @@ class _DistillationLoss(torch.autograd.Function):
 
     The derivative of log softmax(z / T) has the factor 1 / T, so
 
-        d loss / d z = (1 - f) (p at 1 - target) + f T (p at T - q)
+        d loss / d z = (1 - f) (p at 1 - target) + f T g
 
+    where g is the gradient of the soft part with respect to z / T: p at T minus q for forward KL.
     The gradient is written by hand because autograd's takes longer.
     """
 
@@ -211,6 +281,7 @@ class _DistillationLoss(torch.autograd.Function):
         chunk: slice,
         soft_fraction: float,
         temperature: float,
+        beta: float,
         vocabulary: VocabularyShard,
     ) -> torch.Tensor:
         real_C1 = (targets_C != PAD).unsqueeze(1)
@@ -221,10 +292,11 @@ class _DistillationLoss(torch.autograd.Function):
         log_p_CV = vocabulary.log_softmax(logits_CV)
         hard = -(target.zero_others(log_p_CV.gather(1, target.row)) * real_C1).sum()
         tempered_CV = log_p_CV if temperature == 1.0 else vocabulary.log_softmax(logits_CV, temperature)
-        soft = teacher.soft(tempered_CV, chunk, vocabulary, needs_gradient)
+        soft = teacher.soft(tempered_CV, chunk, vocabulary, beta, needs_gradient)
         real_C = real_C1.squeeze(1)
-        cross_entropy, entropy = (soft.cross_entropy_C * real_C).sum(), (soft.entropy_C * real_C).sum()
-        loss = (1.0 - soft_fraction) * hard + soft_fraction * temperature**2 * cross_entropy
+        sums = ((values_C * real_C).sum() for values_C in (soft.loss_C, soft.cross_entropy_C, soft.entropy_C))
+        soft_loss, cross_entropy, entropy = sums
+        loss = (1.0 - soft_fraction) * hard + soft_fraction * temperature**2 * soft_loss
 
         if soft.gradient_CV is not None:
             # soft.gradient_CV is with respect to z / T: T**2 / T leaves the factor f T. The steps are in place, because
@@ -241,7 +313,7 @@ class _DistillationLoss(torch.autograd.Function):
         gradient_CV, ctx.gradient_CV = ctx.gradient_CV, None  # overwritten below: no second backward pass
         assert gradient_CV is not None, "the gradient can be taken once"
         # The gradient is 0 for padding.
-        return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None, None
+        return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None, None, None
 
 
 def _dot(x_CV: torch.Tensor, y_CV: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,11 @@ class DistillSpec(Spec):
     mixture, 0 to train without a teacher."""
     temperature: float = Field(default=1.0, gt=0.0)
     """Temperature T of both softmaxes; the paper gives none, and Mesh-TensorFlow has no default."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Divergence of the student p and the teacher q, times T**2: `forward_kl` of q from p (the paper's), `reverse_kl`
+    of p from q, or `jsd`, the mean of both from their mixture."""
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Weight of the teacher in the mixture of `jsd`; towards 0 it is like forward KL, towards 1 like reverse KL."""
     start_step: int = Field(default=0, ge=0, le=MAX_COUNT)
     """First step that uses the teacher; before it the loss is that of the targets alone."""
     capacity: Policy = "dropless"
@@ -49,8 +54,18 @@ class DistillSpec(Spec):
     baseline: float | PathOrUrl | None = None
     """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
 
+    @property
+    def mixture(self) -> float:
+        """The b of the soft part (distillation.py): 0 for forward KL, 1 for reverse KL, beta for the mean of both."""
+        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta}[self.loss]
+
     @model_validator(mode="after")
-    def _probabilities_repeat(self) -> Self:
+    def _probabilities_suffice(self) -> Self:
+        if self.cache is not None and self.loss == "jsd":
+            raise ValueError(
+                "loss (jsd): needs the teacher's probabilities of all tokens, and a cache has the largest: leave cache "
+                "out, or take forward_kl or reverse_kl"
+            )
         if self.cache is not None and self.mode == "training":
             raise ValueError(
                 "mode (training): the teacher's noise differs in each step and cannot be cached: take evaluation"

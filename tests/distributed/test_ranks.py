@@ -127,19 +127,21 @@ def gradients(
     return {name: tensor.numpy() for name, tensor in seen.items()}
 
 
-def of_kept_answers(model: nn.Module, batch: Batch) -> StepLoss:
+def of_kept_answers(model: nn.Module, batch: Batch, loss: str = "forward_kl") -> StepLoss:
     """The loss of a student whose teacher's answers are kept: some of them on either half of the vocabulary."""
     ids = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
     rest = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
     answers = TeacherTopK(ids, torch.full_like(ids, 0.15, dtype=torch.float32), rest)
     lesson = DistillBatch(batch.inputs_BS, batch.targets_BT, answers)
-    return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), None, packed=False)(model, lesson)
+    spec = DistillSpec(teacher="teacher", soft_fraction=0.5, loss=loss)
+    return DistillationLoss(spec, None, packed=False)(model, lesson)
 
 
-def distilled(model: nn.Module, batch: Batch) -> StepLoss:
+def distilled(model: nn.Module, batch: Batch, loss: str = "forward_kl") -> StepLoss:
     """The loss of a student whose teacher every rank holds whole."""
     teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32")
-    return DistillationLoss(DistillSpec(teacher="teacher", soft_fraction=0.5), teacher, packed=False)(model, batch)
+    spec = DistillSpec(teacher="teacher", soft_fraction=0.5, loss=loss)
+    return DistillationLoss(spec, teacher, packed=False)(model, batch)
 
 
 def naive(clip_norm: float | None = None) -> Arrays:
@@ -375,6 +377,10 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "computed again, distillation": partial(gradients, SPARSE, None, None, objective=distilled, recomputed=True),
     "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
     "kept answers": partial(gradients, SPARSE, None, None, objective=of_kept_answers),
+    "distillation by jsd": partial(gradients, SPARSE, None, None, objective=partial(distilled, loss="jsd")),
+    "kept answers, reverse KL": partial(
+        gradients, SPARSE, None, None, objective=partial(of_kept_answers, loss="reverse_kl")
+    ),
     "products of oneDNN": by_onednn,
     "evaluation": evaluated,
     "answers": answered,
@@ -418,6 +424,7 @@ INTEGRATION = {
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
         *("balanced by the step before", "muon", "fine experts beside a shared path"),
+        *("distillation by jsd", "kept answers, reverse KL"),
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),

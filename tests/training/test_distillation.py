@@ -47,14 +47,29 @@ def factors(pair) -> tuple[torch.Tensor, VocabularyShard]:
     return pair[0], VocabularyShard(pair[1])
 
 
-def naive(student, q_NV: torch.Tensor, targets_N: torch.Tensor, f: float, T: float) -> torch.Tensor:
+def naive(
+    student, log_q_NV: torch.Tensor, targets_N: torch.Tensor, f: float, T: float, beta: float = 0.0
+) -> torch.Tensor:
     """Section 4.2 as one reads it: all logits at once, autograd for the rest."""
     hidden_ND, vocabulary_VD = student
     logits_NV = hidden_ND @ vocabulary_VD.mT
     real_N = targets_N != PAD
     hard = F.cross_entropy(logits_NV[real_N], targets_N[real_N], reduction="sum")
-    soft = -(q_NV * (logits_NV / T).log_softmax(-1))[real_N].sum()
+    soft = soft_loss((logits_NV / T).log_softmax(-1)[real_N], log_q_NV[real_N], beta)
     return (1 - f) * hard + f * T**2 * soft
+
+
+def soft_loss(log_p_NV: torch.Tensor, log_q_NV: torch.Tensor, beta: float) -> torch.Tensor:
+    """Cross-entropy at beta 0, reverse KL at 1, and between them the mean of both divergences from the mixture."""
+    if beta == 0.0:
+        return -(log_q_NV.exp() * log_p_NV).sum()
+    if beta == 1.0:
+        return F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+    log_m_NV = (beta * log_q_NV.exp() + (1 - beta) * log_p_NV.exp()).log()
+    from_teacher, from_student = (
+        F.kl_div(log_m_NV, log_NV, reduction="sum", log_target=True) for log_NV in (log_q_NV, log_p_NV)
+    )
+    return beta * from_teacher + (1 - beta) * from_student
 
 
 @given(
@@ -63,22 +78,25 @@ def naive(student, q_NV: torch.Tensor, targets_N: torch.Tensor, f: float, T: flo
     f=st.sampled_from([0.0, 0.25, 1.0]),
     T=st.sampled_from([1.0, 0.5, 3.0]),
     scale=st.sampled_from([1.0, 5.0]),
+    beta=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
 )
-def test_loss_and_gradients_are_those_of_the_formula(rows: int, chunk: int, f: float, T: float, scale: float) -> None:
+def test_loss_and_gradients_are_those_of_the_formula(
+    rows: int, chunk: int, f: float, T: float, scale: float, beta: float
+) -> None:
     student, teacher, targets_N = a_case(rows, scale=scale)
-    q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
-    expected = naive(student, q_NV, targets_N, f, T)
+    log_q_NV = (teacher[0] @ teacher[1].mT / T).log_softmax(-1)
+    expected = naive(student, log_q_NV, targets_N, f, T, beta)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.training.loss.CHUNK", chunk)
-        found = distilled_cross_entropy(*factors(student), targets_N, FullTeacherProbs(*factors(teacher), T), f, T)
+        soft_targets = FullTeacherProbs(*factors(teacher), T)
+        found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, f, T, beta)
     torch.testing.assert_close(found[0], expected)
     gradients = (torch.autograd.grad(0.3 * loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients)
     log_NV = (student[0] @ student[1].mT / T).log_softmax(-1)
-    real_N1 = (targets_N != PAD).unsqueeze(1)
-    divergence = F.kl_div(log_NV * real_N1, q_NV * real_N1, reduction="sum")
-    torch.testing.assert_close(found[3], divergence)
-    torch.testing.assert_close(found[1], naive(student, q_NV, targets_N, 0.0, 1.0))
+    real_N = targets_N != PAD
+    torch.testing.assert_close(found[3], soft_loss(log_q_NV[real_N], log_NV[real_N], 1.0))
+    torch.testing.assert_close(found[1], naive(student, log_q_NV, targets_N, 0.0, 1.0))
 
 
 def lumped(probability_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
@@ -92,9 +110,10 @@ def lumped(probability_NV: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
     kept=st.integers(1, V),
     f=st.sampled_from([0.25, 1.0]),
     T=st.sampled_from([1.0, 2.0]),
+    beta=st.sampled_from([0.0, 1.0]),
 )
 def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher_itself(
-    rows: int, kept: int, f: float, T: float
+    rows: int, kept: int, f: float, T: float, beta: float
 ) -> None:
     student, teacher, targets_N = a_case(rows)
     all_of_them = FullTeacherProbs(*factors(teacher), T)
@@ -103,25 +122,28 @@ def test_of_kept_answers_the_rest_is_one_outcome_and_all_of_them_are_the_teacher
     close = {"rtol": 1e-6, "atol": 1e-6}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.training.loss.CHUNK", 4)
-        found = distilled_cross_entropy(*factors(student), targets_N, CachedTeacherProbs(answers), f, T)
+        found = distilled_cross_entropy(*factors(student), targets_N, CachedTeacherProbs(answers), f, T, beta)
     q_NV = (teacher[0] @ teacher[1].mT / T).softmax(-1)
     ids_NK = q_NV.topk(kept).indices
     q_NK, p_NK = lumped(q_NV, ids_NK), lumped((student[0] @ student[1].mT / T).softmax(-1), ids_NK)
     real_N = targets_N != PAD
-    soft = -(q_NK * p_NK.log())[real_N].sum()
-    expected = (1 - f) * naive(student, q_NV, targets_N, 0.0, T) + f * T**2 * soft
+    soft = soft_loss(p_NK[real_N].log(), q_NK[real_N].log(), beta)
+    expected = (1 - f) * naive(student, q_NV.log(), targets_N, 0.0, T) + f * T**2 * soft
     torch.testing.assert_close(found[0], expected, **close)
     gradients = (torch.autograd.grad(loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients, **close)
-    torch.testing.assert_close(found[3], soft + torch.xlogy(q_NK, q_NK)[real_N].sum(), **close)
+    divergence = soft_loss(q_NK[real_N].log(), p_NK[real_N].log(), 1.0)
+    torch.testing.assert_close(found[3], divergence, **close)
+    online = distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T, beta)
     if kept == V:
-        online = distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)
         torch.testing.assert_close(found, online, **close)
     else:
-        assert found[3] <= distilled_cross_entropy(*factors(student), targets_N, all_of_them, f, T)[3] + 1e-6
+        assert found[3] <= online[3] + 1e-6
+        assert beta == 0.0 or found[0] <= online[0] + 1e-6, "a lower bound"
 
 
-def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_loss() -> None:
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_loss(beta: float) -> None:
     """Each is rounded when it is kept."""
     student, _, _ = a_case(2)
     answers = TeacherTopK(
@@ -129,7 +151,9 @@ def test_kept_probabilities_that_do_not_add_up_to_1_have_the_gradient_of_their_l
     )
     targets_N = torch.tensor([4, 7])
     assert torch.autograd.gradcheck(
-        lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, CachedTeacherProbs(answers), 0.25, 2.0)[0],
+        lambda *pair: distilled_cross_entropy(*factors(pair), targets_N, CachedTeacherProbs(answers), 0.25, 2.0, beta)[
+            0
+        ],
         student,
     )
 
@@ -149,12 +173,28 @@ def test_a_kept_probability_of_zero_adds_nothing() -> None:
     torch.testing.assert_close(one[3], one[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_student_is_not_driven_away_without_bound_where_a_kept_probability_was_rounded_to_zero(dtype) -> None:
+    """Reverse KL divides by it: the smallest positive one stands for it, for a token and for all others."""
+    logits_CV, targets_C = torch.randn(1, V, dtype=torch.float64), torch.tensor([4])
+    vocabulary = VocabularyShard(torch.eye(V, dtype=torch.float64))
+    answers = TeacherTopK(
+        torch.tensor([[4, 2]]), torch.tensor([[1.0, 0.0]], dtype=dtype), torch.tensor([0.0], dtype=dtype)
+    )
+    found = distilled_cross_entropy(logits_CV, vocabulary, targets_C, CachedTeacherProbs(answers), 1.0, 1.0, 1.0)
+    p_NK = lumped(logits_CV.softmax(-1), torch.tensor([[4, 2]]))
+    smallest = 2.0**-24 if dtype == torch.float16 else 2.0**-126
+    q_NK = torch.tensor([[1.0, smallest, smallest]], dtype=torch.float64)
+    expected = soft_loss(p_NK.log(), q_NK.log(), 1.0)
+    torch.testing.assert_close(found[0], expected)
+
+
 def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() -> None:
     """bfloat16 keeps 2**-9 of a number: what is summed of a few such products is off by 2**-6 of the largest."""
     student, teacher, targets_N = a_case(200, torch.float32)
     exact = [tensor.detach().double().requires_grad_() for tensor in student]
     q_NV = (teacher[0].double() @ teacher[1].double().mT).softmax(-1)
-    expected = naive(exact, q_NV, targets_N, 0.25, 1.0)
+    expected = naive(exact, q_NV.log(), targets_N, 0.25, 1.0)
     soft_targets = FullTeacherProbs(*factors(teacher), 1.0)
     for enabled, tolerance in ((False, 1e-5), (True, 2**-6)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -241,6 +281,16 @@ def test_a_teacher_with_noise_has_no_answers_to_keep() -> None:
     with pytest.raises(ValueError, match=r"mode \(training\)[^\[]*cached[^\[]*evaluation"):
         settings(mode="training", cache={"folder": "a"})
     assert settings(cache={"folder": "a"}).cache is not None
+
+
+def test_the_mixture_of_jsd_needs_what_a_cache_has_not() -> None:
+    with pytest.raises(ValueError, match=r"loss \(jsd\)[^\[]*cache[^\[]*reverse_kl"):
+        settings(loss="jsd", cache={"folder": "a"})
+    assert settings(loss="reverse_kl", cache={"folder": "a"}).mixture == 1.0
+    assert [settings(loss=loss).mixture for loss in ("forward_kl", "jsd")] == [0.0, 0.5]
+    for beta in (0.0, 1.0):
+        with pytest.raises(ValueError, match="beta"):
+            settings(loss="jsd", beta=beta)
 
 
 def test_the_share_of_the_gain_is_that_of_table_6() -> None:
