@@ -1,4 +1,4 @@
-"""Read config.json of T5 and SwitchTransformers into a `ModelSpec`, with the meaning that transformers gives each key.
+"""Read config.json of T5, mT5 and Switch into a `ModelSpec`, with the meaning that transformers gives each key.
 
 to_transformers.py is the inverse, and weight_files.py reads the weights. The keys are those of transformers 4 and 5;
 their meaning was checked with version 5.24. A value that changes what the model computes, and that switchcli cannot
@@ -44,6 +44,7 @@ _SIZES: Final = (
 _CLASSES: Final[Mapping[str, ModelType]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
+    "MT5ForConditionalGeneration": "mt5",
     "SwitchTransformersForConditionalGeneration": "switch_transformers",
 }
 
@@ -102,17 +103,18 @@ class _CommonConfig(Spec):
 
 
 class T5Config(_CommonConfig):
-    """config.json of a dense T5: version 1.0 (relu, tied embeddings) or 1.1 (gated-gelu, untied)."""
+    """config.json of a dense T5: version 1.0 (relu, tied embeddings) or 1.1 (gated-gelu, untied); or of an mT5."""
 
-    model_type: Literal["t5"] = "t5"
-    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
+    model_type: Literal["t5", "mt5"] = "t5"
+    feed_forward_proj: Literal["relu", "gated-gelu"] | None = None
+    """Absent: relu in T5, gated-gelu in mT5."""
     dense_act_fn: Literal["relu", "gelu_new"] | None = None
     scale_decoder_outputs: bool | None = None
     """Key of transformers 5, which always ties the matrices. It says what `tie_word_embeddings` says in version 4."""
 
     @property
     def gated(self) -> bool:
-        return self.feed_forward_proj == "gated-gelu"
+        return self.feed_forward_proj == "gated-gelu" or (self.feed_forward_proj is None and self.model_type == "mt5")
 
     @property
     def num_experts(self) -> int:
@@ -123,6 +125,9 @@ class T5Config(_CommonConfig):
         if self.dense_act_fn not in (None, "gelu_new" if self.gated else "relu"):
             raise ValueError(f"dense_act_fn ({self.dense_act_fn}) is not that of {self.feed_forward_proj}")
         tied = self.tie_word_embeddings if self.scale_decoder_outputs is None else self.scale_decoder_outputs
+        # Tied matrices of ours are scaled, and mT5 never scales its logits. Its `tie_word_embeddings` says nothing: the
+        # published files have false, version 5 writes true, and both have two matrices.
+        tied = tied and self.model_type != "mt5"
         return self._model_spec(tied, activation="geglu" if self.gated else "relu")
 
 
@@ -244,15 +249,22 @@ def read_config(path: Path) -> Config:
     content = read_json(path)
     model_type, classes = content.get("model_type"), content.get("architectures")
     classes = classes if isinstance(classes, list) else []
+    if model_type == "umt5":
+        raise CheckpointError(
+            f"{path}: model_type 'umt5': it has a position bias in every layer, where a model of switchcli has one in "
+            "each stack: take an mT5, such as google/mt5-small"
+        )
     types = [_CLASSES[name] for name in classes if isinstance(name, str) and name in _CLASSES]
     if model_type not in _CLASSES.values() or (classes and model_type not in types):
         raise CheckpointError(
             f"{path}: model_type {model_type!r} with architectures {classes!r}: switchcli reads "
-            "T5ForConditionalGeneration (t5) and SwitchTransformersForConditionalGeneration (switch_transformers)"
+            "T5ForConditionalGeneration (t5), MT5ForConditionalGeneration (mt5) and "
+            "SwitchTransformersForConditionalGeneration (switch_transformers)"
         )
     check_sizes(content, path)
     try:
-        return T5Config.model_validate(content) if model_type == "t5" else SwitchConfig.model_validate(content)
+        schema = SwitchConfig if model_type == "switch_transformers" else T5Config
+        return schema.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {_first_problem(error)}") from error
 

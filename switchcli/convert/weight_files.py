@@ -92,7 +92,7 @@ def open_weights(folder: Path, config: Config, expected: Mapping[str, Tensor], *
     if "head.weight" not in expected:
         copies += [HEAD] if HEAD in stored else []
     elif config.tie_word_embeddings and HEAD not in stored:
-        # T5 1.1 of transformers 5: the matrices are tied, but decoder outputs are not scaled as with tied ones.
+        # T5 1.1 and mT5 of transformers 5: the matrices are tied, but decoder outputs are not scaled as with tied ones.
         names["head.weight"] = embedding
     for name, theirs in names.items():
         _check(folder, stored, theirs, tuple(expected[name].shape))

@@ -1,4 +1,4 @@
-"""Names of our tensors in transformers' T5 and SwitchTransformers. They are the same in versions 4 and 5.
+"""Names of our tensors in transformers' T5, mT5 and SwitchTransformers. They are the same in versions 4 and 5.
 
     encoder.blocks.1.feed_forward.layer.experts.3.wi    ours, one tensor per dense weight and per expert's weight
     encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Final, Literal
 
-ModelType = Literal["t5", "switch_transformers"]
+ModelType = Literal["t5", "mt5", "switch_transformers"]
 """The `model_type` of transformers."""
 
 EMBEDDINGS: Final[tuple[str, ...]] = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -50,7 +50,7 @@ def transformers_names(model_type: ModelType, gated: bool) -> Callable[[str], st
 
     `gated` says whether dense feed-forwards are gated. The model must be one that transformers has (see config.py).
     """
-    dense = "DenseReluDense" if model_type == "t5" else "mlp"
+    dense = "mlp" if model_type == "switch_transformers" else "DenseReluDense"
 
     def their_name(name: str) -> str:
         for pattern, template in _TEMPLATES:

@@ -177,6 +177,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "missing key": (without("d_ff"), ("config.json", "d_ff", "save_pretrained")),
     "other model": (configure(model_type="bert"), ("model_type", "'bert'", "T5ForConditionalGeneration")),
+    "umT5": (configure(model_type="umt5"), ("model_type", "'umt5'", "position bias", "google/mt5-small")),
     "list": (write("config.json", b"[1]"), ("config.json", "model_type", "None")),
     "not JSON": (write("config.json", b"{"), ("config.json", "JSON")),
     "cut tensor": (cut(-100), ("model.safetensors", "copy")),

@@ -31,9 +31,9 @@ from switchcli.training.checkpointer import logical_tensors
 from switchcli.training.config import TrainSpec
 from switchcli.training.state import TrainState
 
-THEIRS: dict[str, Callable[[], torch.nn.Module]] = {
+THEIRS: dict[str, Callable[..., torch.nn.Module]] = {
     "T5 1.0": theirs.t5,
-    "T5 1.1": lambda: theirs.t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "T5 1.1": lambda **keys: theirs.t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **keys),
     "T5, tied GEGLU": lambda: theirs.t5(feed_forward_proj="gated-gelu"),
     "Switch": theirs.switch,
     "Switch, untied": lambda: theirs.switch(tie_word_embeddings=False),
@@ -41,6 +41,8 @@ THEIRS: dict[str, Callable[[], torch.nn.Module]] = {
     "Switch, one layer": lambda: theirs.switch(num_sparse_encoder_layers=1, num_sparse_decoder_layers=0),
     "Switch, encoder alone": lambda: theirs.switch(num_sparse_decoder_layers=3),
     "Switch, by a step": lambda: theirs.switch(num_layers=5, encoder_sparse_step=2, num_sparse_encoder_layers=3),
+    "mT5, saved again": theirs.mt5,
+    "mT5, as published": theirs.mt5,
 }
 OURS = {key: size for key, size in theirs.SHAPE.items() if key in ModelSpec.model_fields}
 
@@ -96,7 +98,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
 
 
-@pytest.mark.unit("T5 1.0-4", "T5 1.1-5", "Switch-5")
+@pytest.mark.unit("T5 1.0-4", "T5 1.1-5", "Switch-5", "mT5, saved again-5", "mT5, as published-4")
 @pytest.mark.parametrize(("case", "version"), [(case, 4 + number % 2) for number, case in enumerate(THEIRS)])
 def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, version: int, tmp_path: Path) -> None:
     model = THEIRS[case]()
@@ -220,13 +222,19 @@ def test_safetensors_are_read_where_there_are_pickles_too(tmp_path: Path) -> Non
     theirs.assert_same_logits(opened(tmp_path / "ours").model, model)
 
 
-def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["T5 1.1", "mT5"])
+def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(kind: str, tmp_path: Path) -> None:
     import transformers
 
     config = transformers.T5Config(**theirs.SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     model = theirs.filled(transformers.T5ForConditionalGeneration(config))  # which version 5 ties even so
+    if kind == "mT5":
+        model = theirs.mt5(is_tied=True)
     assert model.lm_head.weight is model.shared.weight
     source = theirs.save(model, tmp_path / "theirs")
+    if kind == "mT5":  # which is gated where the file does not say so
+        path = source / "config.json"
+        path.write_text(path.read_text().replace('"feed_forward_proj"', '"other"'))
     loaded = opened(source)
     theirs.assert_same_logits(loaded.model, model)
     assert not loaded.recipe.model.tie_embeddings
@@ -259,3 +267,24 @@ def test_generate_answers_from_either_layout_as_transformers_does(tmp_path: Path
     ids = torch.tensor([[*tokenizer.encode("ab <extra_id_0> c"), 1]])
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert [answer.stdout for answer in answers] == [tokenizer.decode(expected[0].tolist()) + "\n"] * 2
+
+
+@pytest.mark.unit("mT5, as published")
+@pytest.mark.parametrize("case", ["T5 1.0", "T5 1.1", "mT5, saved again", "mT5, as published"])
+def test_a_folder_teaches_and_a_folder_learns(case: str, text: Path, tmp_path: Path) -> None:
+    """The student goes on from its own weights."""
+    teacher = theirs.save(THEIRS[case](), tmp_path / "teacher")
+    student = theirs.save(THEIRS[case](num_layers=1, num_decoder_layers=1), tmp_path / "student")
+    if case == "mT5, as published":
+        for folder in (teacher, student):
+            theirs.as_version_4(folder)
+    before = opened(student).model.state_dict()
+    keys = ("data.objective.inputs_length=32", "data.held_out_fraction=0.1", "train.steps=2", "train.batch_tokens=256")
+    keys += ("eval.sequences=8", "train.device=cpu", "schedule={kind: constant, learning_rate: 0.001}")
+    arguments = ["distill", f"data.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]", *keys]
+    arguments += ["--teacher", str(teacher), "--student", str(student), "--out", str(tmp_path / "run"), "--quiet"]
+    CliRunner().invoke(app, arguments, catch_exceptions=False, standalone_mode=False)
+    after = opened(tmp_path / "run").model.state_dict()
+    for name, weight in before.items():
+        assert not torch.equal(after[name], weight)
+        torch.testing.assert_close(after[name], weight, atol=0.005, rtol=0.0)

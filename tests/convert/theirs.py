@@ -42,6 +42,16 @@ def t5(**keys: Any) -> torch.nn.Module:
     return filled(model)
 
 
+def mt5(is_tied: bool = False, **keys: Any) -> torch.nn.Module:
+    """As the published ones: two matrices, which version 5 keeps apart although it always writes that they are tied."""
+    import transformers
+
+    model = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**{**SHAPE, **keys}))
+    if not is_tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+    return filled(model)
+
+
 def switch(**keys: Any) -> torch.nn.Module:
     import transformers
 
@@ -97,6 +107,8 @@ def as_version_4(folder: Path, *, pickled: bool = False) -> None:
     config = json.loads((folder / "config.json").read_text())
     if "scale_decoder_outputs" in config:
         config["tie_word_embeddings"] = config.pop("scale_decoder_outputs")
+    if config["model_type"] == "mt5":
+        config["tie_word_embeddings"] = False
     for key in ("dtype", "transformers_version"):
         config.pop(key, None)
     config |= {"torch_dtype": "float32", "num_selected_experts": 1, "router_type": "tokens_masked", "n_positions": 512}
