@@ -1,4 +1,4 @@
-"""`switchcli upcycle`: a sparse model whose experts are copies of a dense one. Imports torch only when it runs."""
+"""`switchcli upcycle`: a sparse model made of copies of a smaller model. Imports torch only when it runs."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,13 +18,18 @@ app = typer.Typer()
     epilog=epilog(
         "how-to/upcycle-and-prune",
         "switchcli upcycle runs/quickstart/dense runs/sparse --experts 8",
-        "switchcli upcycle runs/dense runs/top2 --experts 8 model.router.kind=top_k",
+        "switchcli upcycle runs/sparse runs/grown --experts 16",
     )
 )
 def upcycle(
-    dense: Annotated[Path, typer.Argument(help=f"A dense model. {A_CHECKPOINT}")],
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help=f"A dense or a sparse model. {A_CHECKPOINT}")],
     destination: Destination,
-    experts: Annotated[int, typer.Option(metavar="N", help="Number of experts in each sparse layer.")],
+    experts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Number of experts in each sparse layer: a multiple of those of a sparse MODEL."
+        ),
+    ],
     overrides: Overrides = None,
     gate: Annotated[
         Literal["scaled", "raw"],
@@ -37,19 +42,38 @@ def upcycle(
         float,
         typer.Option(
             metavar="NUMBER",
-            help="Standard deviation of noise on experts, as a multiple of the weights' root mean square.",
+            help="Standard deviation of noise on copied experts, as a multiple of the weights' root mean square.",
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the new routers and the noise.")] = 0,
+    redraw: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of each copied expert's hidden units that are drawn anew, with the mean and standard deviation "
+            "of what they replace (drop-upcycling).",
+        ),
+    ] = 0.0,
+    router_noise: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            show_default=False,
+            help="Standard deviation of noise on copied router rows, as a multiple of that of the router's weights. "
+            "With 0 no token reaches the copies under top-1. Default: 0.01 for a sparse MODEL.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of new routers, noise and redrawn units.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a sparse model from a dense one: its experts are copies of the dense feed-forwards."""
+    """Make a sparse model whose experts are copies of a dense model's feed-forwards, or of a sparse model's experts."""
+    from switchcli.model.surgery.upcycle import CopyNoise
     from switchcli.runs.models import upcycling
 
     console = Console(quiet=quiet)
+    copy_noise = CopyNoise(noise, redraw, router_noise, seed)
     result = upcycling.upcycle(
-        dense, destination, overrides or [], console, experts=experts, gate=gate, noise=noise, seed=seed
+        source, destination, overrides or [], console, experts=experts, gate=gate, noise=copy_noise
     )
     for line in _summary(result):
         console.message(line)
@@ -61,13 +85,18 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
     from switchcli.report.program import program_name
 
     yield f"{result['parameters']:,} parameters in {result['destination']}"
+    noise = result["router_noise"]  # None for a dense model, whose routers are new
+    source = "dense" if noise is None else "smaller"
     for stack, correction in result["corrections"].items():
         layers = sum(layer.startswith(stack) for layer in result["layers"])
-        factors = f"wo times {correction['wo']:g}, fresh routers times {correction['router']:g}"
+        routers = f"fresh routers times {correction['router']:g}" if noise is None else f"router noise of {noise:g}"
+        factors = f"wo times {correction['wo']:g}, {routers}"
         if correction["exact"]:
-            start = "as the dense model, where no token is dropped"
+            start = f"as the {source} model, where no token is dropped"
+        elif correction["exact_without_noise"]:
+            start = f"as the {source} model but for rounding or noise, where no token is dropped"
         else:
-            start = "otherwise than the dense model"
+            start = f"otherwise than the {source} model"
         yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {start}"
     yield "Next:"
     yield f"  {program_name()} {result['next']}"

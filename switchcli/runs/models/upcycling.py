@@ -1,12 +1,12 @@
-"""Make a sparse model whose experts are copies of a dense model's feed-forwards (Komatsuzaki et al. 2022)."""
+"""Make a sparse model from copies of a dense model's feed-forwards, or of the experts of a smaller sparse model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.config import STACKS
-from switchcli.model.surgery.upcycle import Gate, UpcycledWeights, gate_correction
+from switchcli.errors import RecipeError
+from switchcli.model.config import STACKS, ModelSpec, Stack
+from switchcli.model.surgery.upcycle import CopyNoise, Gate, UpcycledWeights, correction_of
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_recipe import TrainingRecipe
@@ -20,78 +20,122 @@ from switchcli.runs.inputs.new_folder import (
     publish_checkpoint,
 )
 from switchcli.runs.inputs.transformers_checkpoint import meta_model
-from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
+from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS, check_shape
 from switchcli.training.checkpointer import logical_tensors
 
 _CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")
 """Prefixes of the keys that do not change the shape or the meaning of weights."""
+ROUTER_NOISE = 0.01
+"""Noise on copied router rows by default: of two equal experts about half of the tokens choose the copy."""
 
 
 def upcycle(
-    dense: Path,
+    model: Path,
     destination: Path,
     overrides: Sequence[str],
     console: Console,
     *,
     experts: int,
     gate: Gate,
-    noise: float,
-    seed: int,
+    noise: CopyNoise,
 ) -> dict[str, Any]:
     """Write the sparse model with `experts` experts per layer to `destination`, and return the JSON result.
 
-    Normal noise is added to each expert's weights, with a standard deviation of `noise` times their root mean square.
-    `seed` is the seed of the new routers and the noise.
+    It is made from the dense or the sparse `model`.
 
     Raises:
-        CheckpointError: `dense` is not a dense model, or the disk cannot be written.
+        CheckpointError: there is no model, or the disk cannot be written.
         RecipeError: the number of experts is not possible, or a key would change the shape of weights.
     """
-    checkpoint = open_model(dense, console)
-    num_experts = checkpoint.recipe.model.num_experts
-    if num_experts > 1:
-        raise CheckpointError(f"{checkpoint.path}: has {num_experts} experts already: name a dense model")
-    if experts < 2:
-        raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
-    if not 0 <= noise <= 1:
-        raise RecipeError(f"--noise ({noise}) must be from 0 to 1: 0.01 is a hundredth of the weights' size")
+    checkpoint = open_model(model, console)
+    source = checkpoint.recipe.model
+    _check_options(source, checkpoint.path, experts, noise)
     recipe = with_experts(checkpoint, experts, overrides)
     spec = recipe.model
-    if spec.sparse != "feed_forward":
-        raise RecipeError(
-            f"model.sparse ({spec.sparse}): experts can only be copies of feed-forwards: set model.sparse=feed_forward"
-        )
-    if keys := spec.uncommon_experts():
-        raise RecipeError(f"model.{keys}: upcycled experts are copies of whole feed-forwards: leave out all of these")
+    if source.num_experts > 1:
+        check_shape(source.model_copy(update={"num_experts": experts}), spec, str(checkpoint.path))
+        noise = noise._replace(router=ROUTER_NOISE if noise.router is None else noise.router)
+    else:
+        _check_copies_of_feed_forwards(spec)
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
     if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
         console.warning(
-            f"model.router.eval_capacity_factor ({factors[stacks[0]]}): new routers distribute tokens unevenly, and "
-            "the output of a dropped token differs from the dense model's: dropless keeps all tokens"
+            f"model.router.eval_capacity_factor ({factors[stacks[0]]}): the copies share tokens unevenly, and the "
+            f"output of a dropped token differs from that of {checkpoint.path}: dropless keeps all tokens"
         )
-    destination = check_checkpoint_destination(dense, destination)
-    weights = UpcycledWeights(checkpoint.weights(), logical_tensors(meta_model(spec)), spec, gate, noise, seed)
+    for stack in stacks:
+        _warn_of_choices(source, spec, stack, console)
+    destination = check_checkpoint_destination(model, destination)
+    names = logical_tensors(meta_model(spec))
+    weights = UpcycledWeights(checkpoint.weights(), source, names, spec, gate, noise)
     parameters = publish_checkpoint(
         destination, continuation_recipe(recipe, destination), checkpoint.tokenizer, weights, data_document(checkpoint)
     )
-    corrections = {stack: gate_correction(spec.router_of(stack), experts, gate) for stack in stacks}
-    can_be_exact = not noise and recipe.train.precision != "bfloat16"  # bfloat16 routers round their gates
+    corrections = {stack: correction_of(source, spec, stack, gate) for stack in stacks}
+    # bfloat16 routers round their gates
+    can_be_exact = not (noise.experts or noise.redraw or noise.router) and recipe.train.precision != "bfloat16"
     return {
         "source": str(checkpoint.path),
         "destination": str(destination),
         "parameters": parameters,
         "experts": experts,
         "gate": gate,
-        "noise": noise,
-        "seed": seed,
+        "noise": noise.experts,
+        "redraw": noise.redraw,
+        "router_noise": noise.router,
+        "seed": noise.seed,
         "layers": spec.sparse_layer_names(),
         "next": next_command(recipe, destination),
         "corrections": {
-            stack: {**correction._asdict(), "exact": correction.exact and can_be_exact}
+            stack: {
+                **correction._asdict(),
+                "exact": correction.exact and can_be_exact,
+                "exact_without_noise": correction.exact,
+            }
             for stack, correction in corrections.items()
         },
     }
+
+
+def _check_options(source: ModelSpec, path: Path, experts: int, noise: CopyNoise) -> None:
+    """Raise RecipeError unless the model at `path` can get so many experts with this noise."""
+    before = source.num_experts
+    if before == 1 and experts < 2:
+        raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
+    if before > 1 and (experts <= before or experts % before):
+        fewer = "" if experts >= before else ", or take fewer by `switchcli prune`"
+        raise RecipeError(
+            f"--experts ({experts}) must be a multiple of the {before} of {path}, which all get as many copies: try "
+            f"{before * max(2, round(experts / before))}{fewer}"
+        )
+    if before == 1 and noise.router is not None:
+        raise RecipeError(f"--router-noise: {path} is dense, and new routers are no copies: leave it out")
+    for option, value in (("noise", noise.experts), ("redraw", noise.redraw), ("router-noise", noise.router or 0)):
+        if not 0 <= value <= 1:
+            raise RecipeError(f"--{option} ({value}) must be from 0 to 1: 0.01 is a hundredth of the weights")
+
+
+def _check_copies_of_feed_forwards(spec: ModelSpec) -> None:
+    """Raise RecipeError unless each expert of the sparse model can be a copy of a dense feed-forward."""
+    if spec.sparse != "feed_forward":
+        raise RecipeError(
+            f"model.sparse ({spec.sparse}): experts can only be copies of feed-forwards: set model.sparse=feed_forward"
+        )
+    if keys := spec.uncommon_experts():
+        raise RecipeError(f"model.{keys}: upcycled experts are copies of whole feed-forwards: leave out all of these")
+
+
+def _warn_of_choices(source: ModelSpec, grown: ModelSpec, stack: Stack, console: Console) -> None:
+    """Warn if tokens will choose several copies of one expert instead of as many experts as before."""
+    before, after = (spec.router_of(stack).experts_per_token for spec in (source, grown))
+    growth = grown.num_experts // source.num_experts
+    if source.num_experts > 1 and before > 1 and after != before * growth:
+        key = "decoder_router" if stack == "decoder" and grown.decoder_router else "router"
+        console.warning(
+            f"model.{key}.k ({after}): a token will choose copies of the same experts: {before * growth} keeps the "
+            f"outputs, at {growth} times the experts' FLOPs"
+        )
 
 
 def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
