@@ -147,7 +147,7 @@ class DistillRecipe(TrainingRecipe, ABC):
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        distillation = self.distill.model_dump(include={"soft_fraction", "temperature", "loss"})
+        distillation = self.distill.model_dump(include={"soft_fraction", "temperature", "loss", "targets"})
         student = self.student.model_dump(exclude={"path"})
         return {**super().summary, "distillation": distillation, "student": student}
 
@@ -170,6 +170,11 @@ class DistillTextRecipe(TextRecipe, DistillRecipe):
 
     def _verb_rules(self) -> Iterator[str]:
         yield from super()._verb_rules()
+        if self.distill.targets != "data":
+            yield (
+                f"distill.targets ({self.distill.targets}): the spans of plain text are no answers to generate: take "
+                "distill.targets=data, or distill on tasks."
+            )
         if self.distill.cache is not None and self.data.access == "stream":
             yield (
                 "distill.cache: a stream is read once and in order, and the cache is filled before training: take "

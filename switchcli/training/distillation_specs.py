@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
+from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
 from switchcli.spec import MAX_COUNT, PathOrUrl, Size, Spec
 
@@ -43,6 +44,14 @@ class DistillSpec(Spec):
     of p from q, or `jsd`, the mean of both from their mixture."""
     beta: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Weight of the teacher in the mixture of `jsd`; towards 0 it is like forward KL, towards 1 like reverse KL."""
+    targets: Literal["data", "teacher", "student"] = "data"
+    """Targets to learn from: those of the `data`, or of tasks the answers of the `teacher`, generated once into the
+    cache (sequence-level distillation), or those that the `student` generates in `student_fraction` of the steps."""
+    student_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
+    """Fraction of the steps on the student's answers, with `targets: student`; they have no hard loss."""
+    decoding: Decoding | None = None
+    """How answers are generated; absent: beam search with 4 beams by a teacher, sampling at temperature 1 by a
+    student."""
     start_step: int = Field(default=0, ge=0, le=MAX_COUNT)
     """First step that uses the teacher; before it the loss is that of the targets alone."""
     capacity: Policy = "dropless"
@@ -55,12 +64,34 @@ class DistillSpec(Spec):
     """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
 
     @property
+    def teacher_decoding(self) -> Decoding:
+        """How a teacher answers."""
+        return self.decoding or Decoding(beams=4)
+
+    @property
+    def student_decoding(self) -> Decoding:
+        """How a student answers."""
+        return self.decoding or Decoding(temperature=1.0)
+
+    @property
     def mixture(self) -> float:
         """The b of the soft part (distillation.py): 0 for forward KL, 1 for reverse KL, beta for the mean of both."""
         return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta}[self.loss]
 
     @model_validator(mode="after")
     def _probabilities_suffice(self) -> Self:
+        if self.targets == "student" and self.cache is not None:
+            raise ValueError(
+                "targets (student): the answers change with the student, and a cache holds the teacher's probabilities "
+                "of targets that stay: leave cache out, or take targets=teacher"
+            )
+        if self.targets == "student" and not self.soft_fraction:
+            raise ValueError(
+                "targets (student): the student's answers are scored by the teacher, and soft_fraction is 0: set it, "
+                "such as to 0.25"
+            )
+        if self.targets == "teacher" and self.cache is None:
+            raise ValueError("targets (teacher): the answers are stored: name a folder by cache.folder")
         if self.cache is not None and self.loss == "jsd":
             raise ValueError(
                 "loss (jsd): needs the teacher's probabilities of all tokens, and a cache has the largest: leave cache "

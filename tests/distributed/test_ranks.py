@@ -40,7 +40,7 @@ from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRout
 from switchcli.model.trainable import freeze, trainable, trainable_members
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.runs.train.callbacks import LogCallback, ValidationCallback
-from switchcli.spec import PAD
+from switchcli.spec import EOS, PAD
 from switchcli.system.signals import StopRequest
 from switchcli.training.callback import Callback
 from switchcli.training.config import Precision, TrainSpec
@@ -48,6 +48,7 @@ from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import FixedLoss, Objective, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
+from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.prefetch import Loader
@@ -142,6 +143,20 @@ def distilled(model: nn.Module, batch: Batch, loss: str = "forward_kl") -> StepL
     teacher = Teacher(a_model(SPARSE, seed=1).eval(), "float32")
     spec = DistillSpec(teacher="teacher", soft_fraction=0.5, loss=loss)
     return DistillationLoss(spec, teacher, packed=False)(model, batch)
+
+
+def on_own_answers(parallel: ParallelSpec = ALONE) -> Arrays:
+    """The gradient of a student on what it answers in the step; ranks end the decoding together."""
+    spec = DistillSpec(teacher="teacher", targets="student")
+    context = DistributedContext("cpu", "float32", parallel)
+
+    def loss(model: nn.Module, batch: Batch) -> StepLoss:
+        targets_BT = batch.targets_BT.clone()
+        targets_BT[:, 0].masked_fill_(targets_BT[:, 0] == PAD, EOS)  # each example has a target
+        answered = Batch(batch.inputs_BS, targets_BT)
+        return OnPolicyLoss(spec, Teacher(a_model(SPARSE, seed=1).eval(), "float32"), context)(model, answered)
+
+    return gradients(SPARSE, 2, CLIP, objective=loss, parallel=parallel)
 
 
 def naive(clip_norm: float | None = None) -> Arrays:
@@ -381,6 +396,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "kept answers, reverse KL": partial(
         gradients, SPARSE, None, None, objective=partial(of_kept_answers, loss="reverse_kl")
     ),
+    "distillation on own answers": on_own_answers,
     "products of oneDNN": by_onednn,
     "evaluation": evaluated,
     "answers": answered,
@@ -418,13 +434,14 @@ INTEGRATION = {
     "expert 2": (
         *("top-2 of experts with GEGLU", "no token left behind", "experts that choose", "a Switch attention"),
         *("all tokens to one rank", "computed again, a slot for every token", "answers", "distillation"),
+        "distillation on own answers",
         *("experts one at a time", "rounded", "stopped", "poisoned", "adamw"),
     ),
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
         *("balanced by the step before", "muon", "fine experts beside a shared path"),
-        *("distillation by jsd", "kept answers, reverse KL"),
+        *("distillation by jsd", "kept answers, reverse KL", "distillation on own answers"),
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),
@@ -433,6 +450,7 @@ INTEGRATION = {
     "zero3 2": (
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
         *("experts whole on all replicas", "products of oneDNN", "experts one at a time", "rounded"),
+        "distillation on own answers",
         *("adafactor, parts of each expert on replicas", "adamw, scaled, parts of each expert on replicas"),
     ),
     "data 4": ("at once", "poisoned"),

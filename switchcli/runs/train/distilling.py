@@ -14,7 +14,7 @@ from switchcli.errors import RecipeError
 from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initial_weights
+from switchcli.model.init import initial_weights, keyed_generator
 from switchcli.model.surgery.student import StudentInit, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.report.console import Console
@@ -38,6 +38,7 @@ from switchcli.training.config import FromCheckpoint
 from switchcli.training.distillation import DistillationLoss, compression, gain_kept
 from switchcli.training.loss import Objective, packed_cross_entropy
 from switchcli.training.measure import Evaluator
+from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizers import Optimizer
 
 
@@ -80,7 +81,8 @@ class Distillation(DistillRules):
         self.identity = {"teacher_sha256": self._teacher.sha256}
         if self._settings.soft_fraction and self._settings.cache is None:
             self.teacher = self._handle.recipe.model
-        self._loss: DistillationLoss | None = None
+        self._losses: tuple[Objective, Objective] | None = None
+        """The loss on the data's targets, and that on the student's: the same unless `distill.targets` is student."""
 
     def build_data(self) -> TrainData:
         """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
@@ -102,10 +104,16 @@ class Distillation(DistillRules):
         """
         if step < self._settings.start_step or not self._settings.soft_fraction:
             return self.validation_loss
-        if self._loss is None:
+        if self._losses is None:
             teacher = self._teacher.in_training() if self._settings.cache is None else None
-            self._loss = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
-        return self._loss
+            loss: Objective = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
+            self._losses = loss, loss
+            if self._settings.targets == "student":
+                assert teacher is not None, "refused with a cache"
+                self._losses = loss, OnPolicyLoss(self._settings, teacher, self.context)
+        on_data, on_policy = self._losses
+        draw = torch.rand((), generator=keyed_generator(self._recipe.train.seed, f"targets of step {step}"))
+        return on_policy if draw < self._settings.student_fraction else on_data
 
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
@@ -142,7 +150,7 @@ class Distillation(DistillRules):
         recipe, teacher, baseline = self._recipe, self._handle, self.job.handle(BASELINE)
         metric = trainer.evaluator.metric
         teacher_measured = self._teacher.measure(trainer.evaluator)
-        self._loss = None
+        self._losses = None
         self._teacher.unload()  # frees the memory of the teacher for the baseline
         student_parameters, teacher_parameters = (
             count(spec).parameters for spec in (recipe.model, teacher.recipe.model)
