@@ -12,7 +12,14 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, pack_as_given, store_from_texts
+from switchcli.data.objectives.example_packing import (
+    PackedExamples,
+    RowLengths,
+    pack,
+    pack_as_given,
+    store_from_ids,
+    store_from_texts,
+)
 from switchcli.data.prepare.cache import get_or_build
 from switchcli.data.prepare.prepared_text import FORMAT as STORE_FORMAT
 from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_files, read_manifest, write_manifest
@@ -89,9 +96,42 @@ def packed_task(
         return PackedTask(packed, identity_of_files(manifest, (INPUTS, TARGETS)))
 
 
+def relabeled(task: PackedTask, answers_XT: NDArray[np.int64], seed: int) -> PackedTask:
+    """Return a task's examples with other targets, packed anew.
+
+    An answer ends at its EOS; one without is cut off, as a target that is longer than a row is.
+    """
+    is_end_XT = answers_XT == EOS
+    length_X = np.where(is_end_XT.any(1), is_end_XT.argmax(1) + 1, answers_XT.shape[1])
+    targets = store_from_ids([ids[:length] for ids, length in zip(answers_XT, length_X, strict=True)])
+    identity = hashlib.sha256(task.identity.encode() + answers_XT.tobytes()).hexdigest()
+    return PackedTask(pack(task.packed.inputs, targets, task.packed.lengths, seed), identity)
+
+
 def _write(store: StoreWriter, tokenizer: Tokenizer, texts: list[str]) -> None:
     for ids in tokenizer.encode_batch(texts):
         store.add(np.append(ids, EOS), starts_document=True)
+
+
+class Questions(NamedTuple):
+    """Inputs of examples that a model answers."""
+
+    inputs: TokenStore
+    length: int
+    """Tokens to which longer inputs are truncated."""
+    numbers: range
+    """The examples that are asked, by their index in `inputs`."""
+
+    def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the numbers of `size` examples at a time, the longest inputs first, always in the same order."""
+        asked = np.arange(self.numbers.start, self.numbers.stop)
+        order = asked[np.argsort(-np.diff(self.inputs.offsets)[asked], kind="stable")]
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def padded(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the examples' inputs as int64 [B, S], truncated to the model's length, with S a multiple of BUCKET."""
+        return _pad(self.inputs, numbers, self.length)
 
 
 class ScoredExamples(NamedTuple):
@@ -117,15 +157,10 @@ class ScoredExamples(NamedTuple):
         ids = self.inputs.tokens
         return float((ids == token).mean()) if len(ids) else 0.0
 
-    def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the indices of `size` examples at a time, the longest inputs first, always in the same order."""
-        order = np.argsort(-np.diff(self.inputs.offsets), kind="stable")
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-
-    def padded(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the examples' inputs as int64 [B, S], truncated to the model's length, with S a multiple of BUCKET."""
-        return _pad(self.inputs, numbers, self.packed.lengths.inputs)
+    @property
+    def questions(self) -> "Questions":
+        """The inputs of all examples, in batches of similar length."""
+        return Questions(self.inputs, self.packed.lengths.inputs, range(self.inputs.num_documents))
 
     def targets(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the examples' first targets as int64 [B, T], truncated and padded as the inputs are."""

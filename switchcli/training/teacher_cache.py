@@ -1,25 +1,30 @@
-"""TeacherCache: a teacher's K largest probabilities of every target on disk, computed once and read in training.
+"""What a teacher said, on disk: computed once and read in training.
 
-    FOLDER/
+    FOLDER/                                           TeacherCache: its K largest probabilities of every target
       facts.json                                      what they depend on: teacher, text, batches, settings
       steps-00000000-00000064-<digest>.safetensors    of all rows of steps 0 to 63: ids, probability, rest
+      answers/<digest of a task's examples>/          TeacherAnswers: its answer to each training example of a task
+        facts.json
+        examples-00000000-00001024-<digest>.safetensors    of examples 0 to 1023: ids
 
 Files appear complete, by a rename. The name of a file holds the first half of its SHA-256. When the file is first read,
 that is checked, and so are its values, because anybody can give a file the name of its digest. The next start computes
 those that are missing, after a stop or when the run has more steps. A batch is a function of its step, so any
 number of ranks can compute them and any other number can read them.
 
-Legend: R rows of a step, T target, K cached probabilities of a target.
+Legend: R rows of a step, T target, K cached probabilities of a target, X examples.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, final
 
 import safetensors.torch
 import torch
@@ -44,7 +49,10 @@ MAX_HEADER_BYTES = 1 << 16
 SUM_TOLERANCE = 0.01
 """Distance of a target's probabilities from a sum of 1 that rounding explains: bfloat16 has an error of 0.004."""
 ELSEWHERE = "name another folder by distill.cache.folder"
-_FILE_NAME = re.compile(r"steps-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
+ANSWERS = "answers"
+"""The folder of the teacher's answers, in that of its probabilities."""
+EXAMPLES_PER_FILE = 1024
+_FILE_NAME = re.compile(r"(?:steps|examples)-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
 _DIFFERENCES: Mapping[str, str] = {
     "teacher": "are those of another teacher",
     "text": "are for other text",
@@ -58,7 +66,7 @@ Facts = Mapping[str, str | int | float]
 
 
 class _CacheFile(NamedTuple):
-    """A file with the probabilities of steps `first` to `stop` - 1."""
+    """A file with the tensors of the items `first` to `stop` - 1."""
 
     first: int
     stop: int
@@ -67,22 +75,23 @@ class _CacheFile(NamedTuple):
     """First half of the SHA-256 of its bytes, hexadecimal."""
 
 
-class TeacherCache:
-    """A folder with a teacher's probabilities of the targets of a run, R rows a step."""
+class TeacherFolder(ABC):
+    """A folder with tensors of the items of a run, R rows each: of its steps, or of its training examples."""
 
-    def __init__(self, folder: Path, settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> None:
-        """A step has R rows with T targets each. The ids are those of a `vocabulary` of so many tokens."""
-        self._folder, self._rows, self._vocabulary = folder, rows, vocabulary
-        self._step_bytes = bytes_per_step(settings, rows, targets, vocabulary)
-        top_k = min(settings.top_k, vocabulary)
-        self._specs = {
-            "ids": TensorSpec(id_dtype(vocabulary), (targets, top_k)),
-            "probability": TensorSpec(settings.dtype, (targets, top_k)),
-            "rest": TensorSpec(settings.dtype, (targets,)),
-        }
-        """Dtype and shape of each tensor of a file, without its first dim: the rows of its steps."""
+    unit: ClassVar[str]
+    """What an item is."""
+
+    def __init__(self, folder: Path, rows: int, specs: Mapping[str, TensorSpec], per_file: int | None = None) -> None:
+        """`specs` gives dtype and shape of a row of each tensor. A file has `per_file` items, or `MAX_FILE_BYTES`."""
+        self._folder, self._rows, self._specs = folder, rows, specs
+        self._item_bytes = rows * sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        self._per_file = per_file
         self._lock = Lock()
         self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
+
+    @abstractmethod
+    def _problem(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        """Return what is wrong with the values of a file, whose dtypes and shapes are right."""
 
     def is_begun(self, facts: Facts) -> bool:
         """Return whether the folder is a cache with these facts, complete or not.
@@ -95,7 +104,7 @@ class TeacherCache:
                 self._check(facts)
                 return True
             entries = self._folder.iterdir() if self._folder.exists() else ()
-            if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
+            if any(path.name not in ("run.lock", ANSWERS) and not _is_leftover(path) for path in entries):
                 raise CheckpointError(f"{self._folder}: exists already and is no teacher cache: {ELSEWHERE}")
             return False
 
@@ -125,54 +134,50 @@ class TeacherCache:
         return damaged
 
     def missing(self, first: int, stop: int) -> list[range]:
-        """Return the missing steps from `first` to `stop` - 1, as one range of steps for each file to write."""
+        """Return the missing items from `first` to `stop` - 1, as one range of them for each file to write."""
         with disk_errors(self._folder, ELSEWHERE):
             files = self._files()
         # Within the bounds, as the name of a file may claim any number of steps.
-        cached = {step for file in files for step in range(max(first, file.first), min(stop, file.stop))}
-        steps_per_file = max(1, MAX_FILE_BYTES // self._step_bytes)
+        cached = {item for file in files for item in range(max(first, file.first), min(stop, file.stop))}
+        per_file = self._per_file or max(1, MAX_FILE_BYTES // self._item_bytes)
         ranges: list[range] = []
-        for step in range(first, stop):
-            if step in cached:
+        for item in range(first, stop):
+            if item in cached:
                 continue
-            # Extend the last range if the step follows it and it is not full.
-            if ranges and ranges[-1].stop == step and len(ranges[-1]) < steps_per_file:
-                ranges[-1] = range(ranges[-1].start, step + 1)
+            # Extend the last range if the item follows it and it is not full.
+            if ranges and ranges[-1].stop == item and len(ranges[-1]) < per_file:
+                ranges[-1] = range(ranges[-1].start, item + 1)
             else:
-                ranges.append(range(step, step + 1))
+                ranges.append(range(item, item + 1))
         return ranges
 
-    def add(self, steps: range, probs: TeacherTopK) -> None:
-        """Write a file with the probabilities of all rows of `steps`.
-
-        The rows of all steps are in dim 0, step after step: [steps * R, T, K] and [steps * R, T].
-        """
-        fields = zip(TeacherTopK._fields, probs, strict=True)
-        content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in fields})
+    def _write(self, items: range, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a file with the tensors of `items`, whose rows are in dim 0, item after item."""
+        content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         digest = hashlib.sha256(content).hexdigest()[:32]
-        path = self._folder / f"steps-{steps.start:08d}-{steps.stop:08d}-{digest}.safetensors"
+        path = self._folder / f"{self.unit}s-{items.start:08d}-{items.stop:08d}-{digest}.safetensors"
         with disk_errors(self._folder, ELSEWHERE, len(content)):
             publish.write_file(path, content)
 
-    def read(self, step: int, first: int, count: int) -> TeacherTopK:
-        """Return the probabilities of rows first..first+count of a step: [count, T, K] and [count, T].
+    def _read(self, item: int, first: int, count: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of rows first..first+count of an item.
 
         Raises:
             CheckpointError: they are missing or damaged.
         """
         with disk_errors(self._folder, ELSEWHERE):
             with self._lock:  # `train.workers` threads read
-                file, tensors = self._load(step)
-            start = (step - file.first) * self._rows + first  # R rows for each step before this one
-            return TeacherTopK(*(tensors[name][start : start + count].clone() for name in TeacherTopK._fields))
+                file, tensors = self._load(item)
+            start = (item - file.first) * self._rows + first  # R rows for each item before this one
+            return {name: tensors[name][start : start + count].clone() for name in self._specs}
 
-    def _load(self, step: int) -> tuple[_CacheFile, Mapping[str, torch.Tensor]]:
-        """Return the file with a step, and its tensors in memory. The last file stays in memory."""
-        if self._loaded is not None and self._loaded[0].first <= step < self._loaded[0].stop:
+    def _load(self, item: int) -> tuple[_CacheFile, Mapping[str, torch.Tensor]]:
+        """Return the file with an item, and its tensors in memory. The last file stays in memory."""
+        if self._loaded is not None and self._loaded[0].first <= item < self._loaded[0].stop:
             return self._loaded
-        file = next((file for file in self._files() if file.first <= step < file.stop), None)
+        file = next((file for file in self._files() if file.first <= item < file.stop), None)
         if file is None:
-            raise CheckpointError(f"{self._folder}: lacks step {step}: run the same command again to get them")
+            raise CheckpointError(f"{self._folder}: lacks {self.unit} {item}: run the same command again to get it")
         try:
             self._loaded = file, self._tensors(file)
         except ValueError as error:
@@ -182,14 +187,14 @@ class TeacherCache:
         return self._loaded
 
     def _tensors(self, file: _CacheFile) -> Mapping[str, torch.Tensor]:
-        """Return the tensors of a file. Raises ValueError if they are not a teacher's probabilities of its steps.
+        """Return the tensors of a file. Raises ValueError if they are not those of its items.
 
         The tensors come from the very bytes whose digest was checked, so a file that changes later does no harm.
         """
-        num_steps = file.stop - file.first
+        num_items = file.stop - file.first
         with open_regular(file.path) as opened:
-            if os.fstat(opened.fileno()).st_size > num_steps * self._step_bytes + MAX_HEADER_BYTES:
-                raise ValueError(f"it is larger than {num_steps} steps are")
+            if os.fstat(opened.fileno()).st_size > num_items * self._item_bytes + MAX_HEADER_BYTES:
+                raise ValueError(f"it is larger than {num_items} {self.unit}s are")
             content = opened.read()
         if not hashlib.sha256(content).hexdigest().startswith(file.digest):
             raise ValueError("its SHA-256 is not that of its name")
@@ -198,21 +203,15 @@ class TeacherCache:
         except (SafetensorError, KeyError) as error:  # KeyError: an unknown dtype
             raise ValueError(str(error)) from error
         specs = {
-            name: TensorSpec(dtype, (num_steps * self._rows, *shape)) for name, (dtype, shape) in self._specs.items()
+            name: TensorSpec(dtype, (num_items * self._rows, *shape)) for name, (dtype, shape) in self._specs.items()
         }
         found = {name: tensor_spec(tensor) for name, tensor in tensors.items()}
         if wrong := next((name for name in {**specs, **found} if found.get(name) != specs.get(name)), None):
             raise ValueError(
                 f"{wrong} is {found.get(wrong, 'missing')}, where {specs.get(wrong, 'nothing')} is expected"
             )
-        ids, probability, rest = (tensors[name] for name in TeacherTopK._fields)
-        if bool((ids.int() < 0).any()) or bool((ids.int() >= self._vocabulary).any()):
-            raise ValueError(f"an id is not below {self._vocabulary}, the size of the vocabulary")
-        # Comparisons with NaN are false, so a sound value is one for which they hold.
-        total = probability.float().sum(-1) + rest.float()
-        is_sound = ((probability >= 0).all(-1)) & (rest >= 0) & ((total - 1).abs() <= SUM_TOLERANCE)
-        if not is_sound.all():
-            raise ValueError("the probabilities of a target are negative, or do not sum to 1")
+        if problem := self._problem(tensors):
+            raise ValueError(problem)
         return tensors
 
     def _files(self) -> list[_CacheFile]:
@@ -235,6 +234,82 @@ class TeacherCache:
             if written.get(name) != fact:
                 other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
                 raise CheckpointError(f"{self._folder}: its probabilities {_DIFFERENCES.get(name, other)}: {ELSEWHERE}")
+
+
+@final
+class TeacherCache(TeacherFolder):
+    """A folder with a teacher's probabilities of the targets of a run, R rows a step."""
+
+    unit: ClassVar[str] = "step"
+
+    def __init__(self, folder: Path, settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> None:
+        """A step has R rows with T targets each. The ids are those of a `vocabulary` of so many tokens."""
+        self._vocabulary = vocabulary
+        top_k = min(settings.top_k, vocabulary)
+        specs = {
+            "ids": TensorSpec(id_dtype(vocabulary), (targets, top_k)),
+            "probability": TensorSpec(settings.dtype, (targets, top_k)),
+            "rest": TensorSpec(settings.dtype, (targets,)),
+        }
+        super().__init__(folder, rows, specs)
+
+    def add(self, steps: range, probs: TeacherTopK) -> None:
+        """Write a file with the probabilities of all rows of `steps`.
+
+        The rows of all steps are in dim 0, step after step: [steps * R, T, K] and [steps * R, T].
+        """
+        self._write(steps, probs._asdict())
+
+    def read(self, step: int, first: int, count: int) -> TeacherTopK:
+        """Return the probabilities of rows first..first+count of a step: [count, T, K] and [count, T].
+
+        Raises:
+            CheckpointError: they are missing or damaged.
+        """
+        return TeacherTopK(**self._read(step, first, count))
+
+    def _problem(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        ids, probability, rest = (tensors[name] for name in TeacherTopK._fields)
+        # Comparisons with NaN are false, so a sound value is one for which they hold.
+        total = probability.float().sum(-1) + rest.float()
+        is_sound = ((probability >= 0).all(-1)) & (rest >= 0) & ((total - 1).abs() <= SUM_TOLERANCE)
+        if not is_sound.all():
+            return "the probabilities of a target are negative, or do not sum to 1"
+        return _unknown_token(ids, self._vocabulary)
+
+
+@final
+class TeacherAnswers(TeacherFolder):
+    """A folder with a teacher's answers to the training examples of a task."""
+
+    unit: ClassVar[str] = "example"
+
+    def __init__(self, folder: Path, targets: int, vocabulary: int) -> None:
+        """An answer has at most T targets, of a `vocabulary` of so many tokens."""
+        self._vocabulary = vocabulary
+        super().__init__(folder, 1, {"ids": TensorSpec(id_dtype(vocabulary), (targets,))}, EXAMPLES_PER_FILE)
+
+    def add(self, examples: range, ids_XT: torch.Tensor) -> None:
+        """Write a file with the answers to `examples`, which end in EOS unless they are cut off, then padding."""
+        self._write(examples, {"ids": ids_XT.to(self._specs["ids"].dtype)})
+
+    def read(self, count: int) -> torch.Tensor:
+        """Return the answers to examples 0..count-1: int64 [X, T]. Raises CheckpointError like `TeacherCache.read`."""
+        answers, start = [], 0
+        with disk_errors(self._folder, ELSEWHERE):
+            while start < count:
+                file, tensors = self._load(start)
+                answers.append(tensors["ids"][start - file.first :].long())
+                start = file.stop
+        return torch.cat(answers)[:count]
+
+    def _problem(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
+        return _unknown_token(tensors["ids"], self._vocabulary)
+
+
+def _unknown_token(ids: torch.Tensor, vocabulary: int) -> str | None:
+    is_known = (ids.int() >= 0) & (ids.int() < vocabulary)
+    return None if is_known.all() else f"an id is not below {vocabulary}, the size of the vocabulary"
 
 
 def _is_leftover(path: Path) -> bool:

@@ -13,8 +13,12 @@ from messages import lacking
 from safetensors.torch import load_file
 from tiny_run import RECIPE, SwitchCLI, records, write_text
 
+from switchcli.model.decoding import Decoding
+from switchcli.model.generation import generate
+from switchcli.model.moe.layer import evaluating
 from switchcli.runs.inputs.loading import load_checkpoint
 from switchcli.runs.train import distilling
+from switchcli.spec import EOS, PAD
 from switchcli.system.lock import lock
 from switchcli.training.distillation import DistillationLoss
 
@@ -160,6 +164,64 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
 
 
 @pytest.mark.integration
+def test_a_student_learns_its_teachers_answers_which_are_generated_once(
+    tuned: Path, dense: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    kept = ("distill.targets=teacher", "distill.cache.folder=kept", "distill.decoding.beams=2")
+    command = ("distill", "--teacher", tuned, "--student", dense, *kept, "-q")
+    done = switchcli(*command, "distill.soft_fraction=0", "--cache-only", "--json")
+    assert done.code == 0, done.err
+    files = sorted(Path("kept/answers").glob("*/examples-00000000-00000060-*.safetensors"))
+    assert len(files) == 2, "a file for each task"
+    assert json.loads(done.out)["bytes"] >= sum(path.stat().st_size for path in files)
+    teacher = load_checkpoint(tuned, torch.device("cpu"), NoWarnings())
+    decoding = Decoding(beams=2, max_tokens=32)
+    rows = [json.loads(line) for line in (tuned.parent / "last.train.jsonl").read_text().splitlines()]
+    expected = []
+    for prompt in ("which colour", "last word"):
+        expected.append([])
+        for row in rows[:4]:
+            ids = torch.tensor([[*teacher.tokenizer.encode(f"{prompt}: {row['text']}"), EOS]])
+            with evaluating(teacher.model, "dropless"):
+                answer = generate(teacher.model, ids, decoding)[0].tolist()
+            expected[-1].append(answer + [PAD] * (32 - len(answer)))
+    assert sorted(load_file(path)["ids"][:4].tolist() for path in files) == sorted(expected)
+
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    again = switchcli(*command, "--out", "a")
+    assert again.code == 0, again.err
+    assert not lacking(again.err, f"{files[0].name} damaged")
+    assert sorted(Path("kept/answers").glob("*/examples-*.safetensors")) == files, "the same bytes again"
+    written = {path: path.stat().st_mtime_ns for path in files}
+    more = switchcli(*command, "train.steps=3", "--out", "a")
+    assert more.code == 0, more.err
+    assert written == {path: path.stat().st_mtime_ns for path in files}, "nothing is generated again"
+    other = switchcli(*command, "distill.decoding.beams=3", "--out", "b")
+    assert (other.code, lacking(other.err, "kept/answers decoding distill.cache.folder")) == (4, []), other.err
+
+
+@pytest.mark.integration
+def test_a_student_that_learns_from_its_own_answers_goes_on_as_if_it_had_not_stopped(
+    tuned: Path, dense: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    """A step with its answers has no cross-entropy of targets, as there are none."""
+    command = ("distill", "--teacher", tuned, "--student", dense, "distill.targets=student", "log.every_steps=1", "-q")
+    for fraction in ("0.5", "1.0"):
+        keys = (f"distill.student_fraction={fraction}", "schedule.kind=constant", "eval.every_steps=4")
+        assert switchcli(*command, *keys, "train.steps=4", "--out", f"whole-{fraction}").code == 0
+        assert switchcli(*command, *keys, "train.steps=2", "--out", f"parts-{fraction}").code == 0
+        assert switchcli(*command, *keys, "train.steps=4", "--out", f"parts-{fraction}").code == 0
+        assert equal(weights(f"whole-{fraction}", 4), weights(f"parts-{fraction}", 4))
+    steps = {
+        fraction: [record for record in records(f"whole-{fraction}") if "gradient_norm" in record]
+        for fraction in ("0.5", "1.0")
+    }
+    assert ["loss" in record for record in steps["1.0"]] == [False] * 4
+    assert 0 < sum("loss" in record for record in steps["0.5"]) < 4
+    assert all(record["teacher_divergence"] > 0 for run in steps.values() for record in run)
+
+
+@pytest.mark.integration
 def test_a_student_of_another_width_and_a_smaller_sparse_one(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
     sparse = ("distill", "--teacher", trained, "model.num_experts=2", "student.experts=most_used", "--out", "s")
     done = switchcli(*sparse, "--json")
@@ -285,6 +347,9 @@ BAD = {
     "T distill.teacher=DENSE": (2, "distill.teacher --teacher too"),
     "T --student DENSE student.kind=random_init": (2, "student.kind random_init --student DENSE"),
     "T --baseline nan": (2, "--baseline nan checkpoint finite"),
+    "T distill.targets=student": (2, "distill.targets student data tasks"),
+    "T distill.targets=teacher distill.cache.folder=a": (2, "distill.targets teacher data tasks"),
+    "T distill.loss=jsd distill.cache.folder=a": (2, "distill loss jsd cache reverse_kl"),
     "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),

@@ -25,6 +25,7 @@ from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.evaluate.score_tables import shown_metric
 from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import load_model
+from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, STUDENT
@@ -52,7 +53,7 @@ def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
         Interrupted: stopped by a signal. Finished parts of the cache are kept.
     """
     recipe, settings = job.recipe, job.recipe.distill.cache
-    if settings is None or not recipe.distill.soft_fraction:
+    if settings is None or not (recipe.distill.soft_fraction or recipe.distill.targets == "teacher"):
         raise RecipeError("--cache-only: needs distill.cache.folder, and a distill.soft_fraction above 0")
     context = build_context(recipe)
     check_ranks_agree(recipe, context)
@@ -60,7 +61,7 @@ def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
     with memory.explain_out_of_memory_in_evaluation(context.device):
         Distillation(job, None, context, console).build_data()
         context.close()
-    size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
+    size = sum(path.stat().st_size for path in Path(settings.folder).rglob("*") if path.is_file())
     steps = recipe.train.steps - recipe.distill.start_step
     console.message(f"probabilities of {steps:,} steps, {si(size)}B, in {settings.folder}")
     return {"verb": recipe.verb, "folder": settings.folder, "steps": steps, "bytes": size} if context.is_main else {}
@@ -86,9 +87,13 @@ class Distillation(DistillRules):
 
     def build_data(self) -> TrainData:
         """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
+        if self._settings.targets == "teacher":
+            assert isinstance(self.run_data, TaskRunData), "refused on text"
+            self.run_data.relabel = self._teacher.answer
         data = super().build_data()
         start_step, cache_spec = self._settings.start_step, self._settings.cache
         if not self._settings.soft_fraction:
+            self._teacher.unload()
             return data
         if cache_spec is None:
             if start_step == 0:  # a later start loads the teacher when it is needed

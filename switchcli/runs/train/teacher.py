@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +19,7 @@ from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import STACKS
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.recipe.schema import DistillTasksRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import to_json
 from switchcli.report.units import si
@@ -30,10 +32,21 @@ from switchcli.system import publish
 from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.system.user_files import read_regular
+from switchcli.tasks.tokens import PackedTask, Questions, relabeled
 from switchcli.training.distillation import Teacher
 from switchcli.training.distillation_specs import TeacherCacheSpec
 from switchcli.training.measure import Evaluator
-from switchcli.training.teacher_cache import ELSEWHERE, MAX_FACTS_BYTES, TeacherCache, bytes_per_step
+from switchcli.training.scoring import TaskPredictor
+from switchcli.training.teacher_cache import (
+    ANSWERS,
+    ELSEWHERE,
+    MAX_FACTS_BYTES,
+    Facts,
+    TeacherAnswers,
+    TeacherCache,
+    TeacherFolder,
+    bytes_per_step,
+)
 from switchcli.training.teacher_cache_writer import TeacherCacheWriter
 
 TEACHER_METRICS = "teacher.json"
@@ -168,31 +181,18 @@ class RunTeacher:
 
         If the cache is complete, nothing is written and no teacher is loaded.
         """
-        recipe, context, console, folder = self._recipe, self._context, self._console, Path(cache_spec.folder)
+        recipe, context, folder = self._recipe, self._context, Path(cache_spec.folder)
         rows, first_step, end_step = recipe.rows_per_step, self._settings.start_step, recipe.train.steps
         first_batch_sha256 = _digest(data.source.batch(0, 0, rows)).hexdigest()
         facts = cache_facts(self._recipe, self.sha256, data.identity, first_batch_sha256)
         cache = TeacherCache(folder, cache_spec, rows, recipe.targets_length, recipe.model.vocab_size)
 
-        def is_incomplete() -> bool:
-            if not cache.is_begun(facts) or cache.missing(first_step, end_step):
-                return True
-            if self._saved_metrics(cache_spec, data.evaluator) is None:
-                return True
-            if damaged := cache.damaged():
-                console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher runs again")
-            return bool(damaged)
+        def has_metrics() -> bool:
+            return self._saved_metrics(cache_spec, data.evaluator) is not None
 
-        if not context.from_main(int(context.main_only(is_incomplete) or 0)):
-            return cache
-        with ExitStack() as locks:
-            context.main_only(lambda: locks.enter_context(lock(folder, ELSEWHERE)))
-            context.main_only(lambda: cache.begin(facts))
-            missing = cache.missing(first_step, end_step)
-            if not context.all_equal(repr(missing)):
-                raise DistributedError(
-                    f"the ranks see different files in {folder}: keep it on a disk that all of them share"
-                )
+        with self._filling(cache, folder, facts, range(first_step, end_step), has_metrics) as missing:
+            if missing is None:
+                return cache
             if missing:
                 self._fill(cache, missing, data, cache_spec)
             measured = ModelMetrics.measure(self.load(), data.evaluator, recipe.inputs_length)
@@ -206,6 +206,77 @@ class RunTeacher:
                 context.main_only(lambda: publish.write_file(folder / TEACHER_METRICS, text))
         self.unload()  # the cache has all that training needs
         return cache
+
+    @contextmanager
+    def _filling(
+        self,
+        cache: TeacherFolder,
+        folder: Path,
+        facts: Facts,
+        items: range,
+        is_complete: Callable[[], bool] = lambda: True,
+    ) -> Iterator[list[range] | None]:
+        """Yield the missing `items` of a cache, a range for each file, and hold its lock meanwhile. Collective.
+
+        None if nothing is missing, nothing is damaged, and `is_complete` says so too.
+        """
+        context = self._context
+
+        def is_incomplete() -> bool:
+            if not cache.is_begun(facts) or cache.missing(items.start, items.stop) or not is_complete():
+                return True
+            if damaged := cache.damaged():
+                self._console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher runs again")
+            return bool(damaged)
+
+        if not context.from_main(int(context.main_only(is_incomplete) or 0)):
+            yield None
+            return
+        with ExitStack() as locks:
+            context.main_only(lambda: locks.enter_context(lock(folder, ELSEWHERE)))
+            context.main_only(lambda: cache.begin(facts))
+            missing = cache.missing(items.start, items.stop)
+            if not context.all_equal(repr(missing)):
+                raise DistributedError(
+                    f"the ranks see different files in {folder}: keep it on a disk that all of them share"
+                )
+            yield missing
+
+    def answer(self, tasks: Mapping[str, PackedTask]) -> dict[str, PackedTask]:
+        """Return training tasks with the teacher's answers as targets: those in the cache, and new ones. Collective.
+
+        Raises:
+            Interrupted: stopped by a signal. Finished parts of the cache are kept.
+        """
+        recipe, context, cache_spec = self._recipe, self._context, self._settings.cache
+        assert cache_spec is not None, "refused without one"
+        assert isinstance(recipe, DistillTasksRecipe), "refused on text"
+        settings = self._settings.teacher_decoding
+        decoding = settings.model_copy(update={"max_tokens": min(settings.max_tokens, recipe.targets_length)})
+        answered = {}
+        for name, task in tasks.items():
+            packed, examples = task.packed, task.packed.inputs.num_documents
+            folder = Path(cache_spec.folder) / ANSWERS / task.identity[:16]
+            answers = TeacherAnswers(folder, decoding.max_tokens, recipe.model.vocab_size)
+            facts: Facts = {
+                "format": 1,
+                "teacher": self.sha256,
+                "text": task.identity,
+                "inputs_length": recipe.inputs_length,
+                "decoding": decoding.model_dump_json(),
+                "capacity": self._settings.capacity,
+            }
+            with self._filling(answers, folder, facts, range(examples)) as missing, self._stoppable() as stop:
+                if missing:
+                    scoring = recipe.scoring.model_copy(update={"decoding": decoding, "by": "generation"})
+                    capacity = self._settings.capacity
+                    predictor = TaskPredictor(self.load(), self._handle.tokenizer, context, scoring, capacity)
+                    message = f"generating the teacher's answers to {name}"
+                    for part in self._console.track(missing, message, len(missing)):
+                        ids_XT = predictor.answer_ids(Questions(packed.inputs, packed.lengths.inputs, part), stop)
+                        context.main_only(partial(answers.add, part, ids_XT))
+            answered[name] = relabeled(task, answers.read(examples).numpy(), recipe.train.seed)
+        return answered
 
     def _fill(self, cache: TeacherCache, missing: list[range], data: TrainData, cache_spec: TeacherCacheSpec) -> None:
         """Run the teacher on the missing ranges of steps, and save its probabilities."""
@@ -229,13 +300,20 @@ class RunTeacher:
             data.is_packed,
             self._settings.temperature,
         )
+        with self._stoppable() as stop:
+            writer.fill(cache, missing, context, console, stop)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[StopRequest]:
+        """Yield what a signal sets, while the cache is filled. Raises Interrupted after StopTraining."""
+        folder = self._settings.cache and self._settings.cache.folder
         try:
-            with StopRequest(console.for_watchers(run_messages.STOPPING)) as stop:
-                writer.fill(cache, missing, context, console, stop)
+            with StopRequest(self._console.for_watchers(run_messages.STOPPING)) as stop:
+                yield stop
         except StopTraining as stopped:
             raise Interrupted(
-                f"stopped while the teacher cache was filled; the finished parts are in {cache_spec.folder}: the same "
-                "command goes on from there"
+                f"stopped while the teacher cache was filled; the finished parts are in {folder}: the same command "
+                "goes on from there"
             ) from stopped
 
 
