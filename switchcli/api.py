@@ -48,11 +48,13 @@ from switchcli.runs.job.job import Job
 from switchcli.runs.job.job import resolve as resolve_recipe
 from switchcli.runs.job.options import Options
 from switchcli.runs.job.pins import PinFinder
+from switchcli.runs.train import replay
 from switchcli.runs.train.distilling import Distillation
 from switchcli.runs.train.ending import conclude
 from switchcli.runs.train.finetuning import Finetuning
 from switchcli.runs.train.pretraining import Pretraining
-from switchcli.runs.train.trainer import open_trainer
+from switchcli.runs.train.replay import Segment
+from switchcli.runs.train.trainer import Trainer, open_trainer
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
 from switchcli.tasks.scores import Score, Scores
@@ -435,6 +437,25 @@ def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "fl
 
 
 # What only the commands use
+
+
+def audit(
+    run: PathLike, *, segments: int = 3, steps: tuple[int, int] | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """Repeat segments of a run, and compare them with what it recorded.
+
+    Arguments and errors are those of `switchcli.runs.train.replay.audit`.
+    """
+
+    @contextmanager
+    def open_run(source: Path, overrides: Sequence[str], out: Path) -> Iterator[Trainer]:
+        recipe = Recipe.load(source, overrides)
+        job = resolve_job(recipe, out, {}, resume=True)
+        with open_trainer(job, TASKS[recipe.verb], out, resume=True, quiet=True) as trainer:
+            yield trainer
+
+    named = None if steps is None else Segment(*steps)
+    return replay.audit(Path(run), open_run, main_console(), segments=segments, steps=named, seed=seed)
 
 
 def open_checkpoint(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:

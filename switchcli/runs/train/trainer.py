@@ -33,6 +33,7 @@ from switchcli.runs.train.callbacks import (
     LogCallback,
     SampleCallback,
     SaveCallback,
+    StopAfter,
     TaskEvalCallback,
     ValidationCallback,
 )
@@ -196,8 +197,10 @@ class Trainer:
             error.add_note(f"after step {self.state.step}")  # read by `training_location`
             raise
 
-    def train(self) -> Measurement | None:
-        """Train for the remaining steps. Return the answers to the examples of tasks, if there are some.
+    def train(self, until: int | None = None) -> Measurement | None:
+        """Train for the remaining steps, or save and return after the step `until`.
+
+        Return the answers to the examples of tasks, if there are some.
 
         Raises:
             Interrupted: stopped by a signal, after a checkpoint was saved.
@@ -227,7 +230,7 @@ class Trainer:
                     self.optimizer,
                     self.schedule,
                     self.context,
-                    [log, *evaluations, save, SampleCallback(self)],
+                    [log, *evaluations, save, SampleCallback(self), *([StopAfter(until, stop)] if until else [])],
                     recipe.train,
                     stop,
                     progress,
@@ -245,7 +248,7 @@ class Trainer:
                 if self.checkpointer.step != state.step:
                     call([save], state, nonfinite)
         self._trackers.close()
-        if is_stopped:
+        if is_stopped and state.step != until:
             raise Interrupted(
                 f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: the same command goes on "
                 "from there"

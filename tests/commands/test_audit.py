@@ -1,0 +1,188 @@
+"""`switchcli audit`: an honest run is equal to the bit; what was tampered with in a repeated segment is found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from messages import lacking
+from safetensors.torch import load_file, save_file
+from shared_runs import made_once
+from shared_runs import switchcli as run_switchcli
+from tiny_checkpoint import reseal
+from tiny_run import RECIPE, SwitchCLI, records, write_text
+
+KEPT = ("train.steps=6", "log.every_steps=1", "eval.every_steps=2", "checkpoint.save_every_steps=2")
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and a run on it of six steps, which kept the checkpoints of steps 2, 4 and 6."""
+
+    def train(folder: Path) -> None:
+        with chdir(folder):
+            write_text(Path("text.txt"))
+            Path("tiny.yaml").write_text(RECIPE)
+            run_switchcli("pretrain", "tiny.yaml", *KEPT, "checkpoint.keep_last=3", "--out", "run")
+
+    return made_once(tmp_path_factory, "audited", train)
+
+
+@pytest.fixture
+def here(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the folder, which the test may change."""
+    shutil.copytree(original, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def audited(switchcli: SwitchCLI, *words: str, code: int = 0) -> dict[str, Any]:
+    done = switchcli("audit", "run", "--json", *words)
+    assert done.code == code, done.err
+    result: dict[str, Any] = json.loads(done.out)
+    return result
+
+
+@pytest.mark.parametrize("start", ["0", "2"])
+def test_an_honest_run_is_equal_to_the_bit(start: str, here: Path, switchcli: SwitchCLI) -> None:
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    found = audited(switchcli, "--steps", f"{start}-4")
+    assert found["same_machine"]
+    assert [segment["verdict"] for segment in found["segments"]] == ["equal"]
+    assert found["segments"][0]["tensor_files"] > 0
+    steps = [record["step"] for record in records("run")]
+    assert found["segments"][0]["records"] == sum(int(start) < step <= 4 or (start, step) == ("0", 0) for step in steps)
+    assert found["not_checked"] == ([[0, 2], [4, 6]] if start == "2" else [[4, 6]])
+    assert before == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.integration
+def test_segments_are_drawn_among_the_checkpoints(here: Path, switchcli: SwitchCLI) -> None:
+    every = audited(switchcli)
+    assert [segment["segment"] for segment in every["segments"]] == [[2, 4], [4, 6]]
+    assert every["not_checked"] == [[0, 2]]
+    one = [audited(switchcli, "--segments", "1", "--seed", str(seed))["segments"] for seed in range(4)]
+    draws = {tuple(segment["segment"]) for (segment,) in one}
+    assert draws == {(2, 4), (4, 6)}
+
+
+def another_digit(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    record = next(line for line in lines if line["step"] == 3 and "loss" in line)
+    record["loss"] += 1e-12
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def a_missing_record(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] != 3))
+
+
+def another_weight(run: Path) -> None:
+    path = run / "checkpoints/step-00000004"
+    file = next(path.glob("model-*.safetensors"))
+    tensors = load_file(file)
+    tensors["embedding"][0, 0] = torch.nextafter(tensors["embedding"][0, 0], torch.tensor(1.0))
+    save_file(tensors, file)
+    reseal(path)
+
+
+def another_recipe(run: Path) -> None:
+    path = run / "checkpoints/step-00000004"
+    text = (path / "recipe.yaml").read_text()
+    assert "seed: 0" in text
+    (path / "recipe.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    reseal(path)
+
+
+def other_data(run: Path) -> None:
+    text = run.parent / "text.txt"
+    text.write_text(text.read_text().replace("alpha", "gamma", 1))
+
+
+def an_optimizer_that_forgot(run: Path) -> None:
+    path = run / "checkpoints/step-00000004"
+    file = next(path.glob("optimizer-*.safetensors"))
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    reseal(path)
+
+
+TAMPERING: dict[Callable[[Path], None], str] = {
+    another_digit: "step 3 loss",
+    a_missing_record: "step 3",
+    another_weight: "step 4 model",
+    another_recipe: "train.seed",
+    other_data: "text",
+    an_optimizer_that_forgot: "step 4 optimizer",
+}
+
+
+@pytest.mark.unit("another_digit")
+@pytest.mark.parametrize("tamper", TAMPERING)
+def test_tampering_is_found_in_a_repeated_segment(
+    tamper: Callable[[Path], None], here: Path, switchcli: SwitchCLI
+) -> None:
+    tamper(Path("run"))
+    found = audited(switchcli, "--steps", "2-4", code=1)
+    assert found["segments"][0]["verdict"] == "differs"
+    assert not lacking(found["segments"][0]["difference"], TAMPERING[tamper])
+    assert not found["sound"]
+    done = switchcli("audit", "run", "--steps", "2-4")
+    assert done.code == 1
+    for line in ("2 4 differs", "not checked 0 2 4 6"):
+        assert not lacking(done.out, line)
+
+
+@pytest.mark.integration
+def test_what_lies_outside_is_said_to_be_unchecked(here: Path, switchcli: SwitchCLI) -> None:
+    another_digit(Path("run"))
+    found = audited(switchcli, "--steps", "4-6")
+    assert found["sound"]
+    assert found["not_checked"] == [[0, 4]]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("by", "verdict"), [(0.009, "close"), (0.011, "differs")])
+def test_on_another_machine_losses_may_differ_a_little(
+    by: float, verdict: str, here: Path, switchcli: SwitchCLI
+) -> None:
+    result = json.loads(Path("run/result.json").read_text())
+    result["hardware"]["threads_per_rank"] += 1
+    Path("run/result.json").write_text(json.dumps(result))
+    lines = records("run")
+    for line in lines:
+        if "loss" in line:
+            line["loss"] += by
+    Path("run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = audited(switchcli, "--steps", "2-4", code=int(verdict == "differs"))
+    assert (found["same_machine"], found["segments"][0]["verdict"]) == (False, verdict)
+
+
+@pytest.mark.integration
+def test_without_checkpoints_the_first_steps_are_repeated(here: Path, switchcli: SwitchCLI) -> None:
+    shutil.rmtree("run/checkpoints")
+    found = audited(switchcli)
+    assert [segment["segment"] for segment in found["segments"]] == [[0, 1]]
+    assert found["segments"][0] | {"records": 0} == {
+        **{"segment": [0, 1], "verdict": "equal", "records": 0, "tensor_files": 0, "difference": None}
+    }
+    assert found["not_checked"] == [[1, 6]]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ("nowhere", 4, "nowhere run"),
+        ("run --steps 1-4", 2, "--steps 1 0 2 4 6"),
+        ("run --steps 2-7", 2, "--steps 2 6"),
+        ("run --steps 4-4", 2, "--steps 4 6"),
+        ("run --steps two-4", 2, "--steps A-B"),
+    ],
+)
+def test_bad_input_is_told_with_its_fix(words: str, code: int, told: str, here: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("audit", *words.split())
+    assert (done.code, lacking(done.err, told)) == (code, []), done.err
