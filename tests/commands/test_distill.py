@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from messages import lacking
 from safetensors.torch import load_file
 from tiny_run import RECIPE, SwitchCLI, records, write_text
 
+from switchcli.model.config import STACKS
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
@@ -240,6 +243,56 @@ def test_a_student_of_another_width_and_a_smaller_sparse_one(trained: Path, here
     )
 
 
+@pytest.mark.integration
+def test_experts_side_by_side_from_the_teacher_itself_and_with_kept_answers(
+    trained: Path, dense: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    """The table has what the wider feed-forward costs."""
+    wide = ("distill", "--teacher", trained, "student.experts=concat", "model.d_ff=128", "--json", "--out")
+    done = switchcli(*wide, "a", "--baseline", dense)
+    assert done.code == 0, done.err
+    assert not lacking(done.err, "student parameters FLOPs/token tokens/s")
+    said = json.loads(done.out)["distillation"]
+    matrices = {f"{stack}.blocks.{{}}.feed_forward.layer.{name}.weight" for stack in STACKS for name in ("wi", "wo")}
+    assert set(said["student_init"]["from_experts"]) == {name.format(1) for name in matrices}
+    assert set(said["student_init"]["widened"]) == {name.format(0) for name in matrices}
+    assert not said["student_init"]["random_init"]
+    # Two matrices of 64 more hidden units, in two blocks of each stack, for each token of inputs and of targets.
+    recipe = load_checkpoint(Path("a"), torch.device("cpu"), NoWarnings()).recipe
+    tokens = 2 * (recipe.inputs_length + recipe.targets_length)
+    more = 2 * 2 * 64 * 32 * tokens / recipe.inputs_length
+    flops = {role: said[role]["flops_per_token"] for role in ("teacher", "student", "baseline")}
+    assert flops["teacher"] == flops["baseline"] == pytest.approx(flops["student"] - more, abs=1)
+    kept = ("distill.cache.folder=answers", "distill.cache.top_k=512", "distill.cache.precision=float32")
+    done = switchcli(*wide, "b", *kept)
+    assert done.code == 0, done.err
+    for name, weight in weights("a", 2).items():
+        torch.testing.assert_close(weights("b", 2)[name], weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_join_the_experts_that_one_process_does(
+    ranks: int, trained: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    wide = ("distill", "--teacher", trained, "student.experts=concat", "model.d_ff=128", "model.dropout=0")
+    wide = (*wide, "train.steps=1", "schedule.warmup_steps=1", "train.microbatch_tokens=64", "-q", "--out")
+    done = switchcli(*wide, "one")
+    assert done.code == 0, done.err
+    command = [sys.executable, "-m", "switchcli", *map(str, wide), "many", "--processes", str(ranks)]
+    assert subprocess.run(command, check=False).returncode == 0
+    for name, weight in weights("one", 1).items():
+        torch.testing.assert_close(weights("many", 1)[name], weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.integration
+def test_experts_side_by_side_of_a_teacher_of_tasks(tuned: Path, here: Path, switchcli: SwitchCLI) -> None:
+    wide = ("student.experts=concat", "model.d_ff=128", "train.steps=1")
+    done = switchcli("distill", "--teacher", tuned, *wide, "--out", "a", "--json")
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)["distillation"]["student_init"]["from_experts"]) == 4
+
+
 def test_a_dense_student_is_served_by_transformers(distilled: Path, here: Path, switchcli: SwitchCLI) -> None:
     """The end of the road: the exported student loads there and gives the logits that it gives here."""
     import transformers
@@ -333,6 +386,12 @@ def test_notes_that_are_lost_are_made_again_and_complete_answers_need_no_lock(
 BAD = {
     "--teacher DENSE": (2, "--teacher num_experts 1 dense sparse --student"),
     "T model.num_experts=8": (2, "larger teacher --student model.num_experts"),
+    "T student.experts=concat model.d_ff=320": (2, "model.d_ff 320 5 experts 4 256 or less"),
+    "T student.experts=concat model.d_ff=100": (2, "model.d_ff 100 concat multiple 64 try 64"),
+    "T student.experts=concat model.d_ff=32": (2, "model.d_ff 32 concat multiple 64 try 64"),
+    "T student.experts=concat model.num_experts=2": (2, "concat 2 experts model.num_experts=1"),
+    "--teacher DENSE student.experts=concat": (2, "concat DENSE no experts"),
+    "T student.experts=concat model.d_ff=128 model.num_layers=1": (2, "num_layers 1 2 student.on_shape_mismatch"),
     "T model.vocab_size=640": (2, "model.vocab_size 640 512 --student"),
     "T distill.start_step=2": (2, "distill.start_step train.steps 2"),
     "T data.tokenizer.kind=file data.tokenizer.path=other.json": (2, "data.tokenizer tokenizer"),

@@ -291,7 +291,7 @@ def test_choices_that_are_no_longer_the_same_are_known(router: RouterSpec, after
 
 
 def test_without_noise_no_token_reaches_a_copy_and_with_it_about_half_do() -> None:
-    source = sparse_source({"num_experts": 8, "num_layers": 2})
+    source = sparse_source({"num_experts": 8, "num_layers": 2, "router": SwitchRouter(jitter=0.0)})
     x_ND = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
     for noise, low, high in ((0.0, 0.0, 0.0), (0.01, 0.45, 0.55)):
         grown = made_of(source, grown_spec(source, 16), noise=CopyNoise(router=noise))
@@ -299,7 +299,8 @@ def test_without_noise_no_token_reaches_a_copy_and_with_it_about_half_do() -> No
             expert_N = layer.router(x_ND).argmax(-1)
             assert low <= float((expert_N >= 8).float().mean()) <= high
             kept = expert_N % 8 == sparse_layers(source)[name].router(x_ND).argmax(-1)
-            assert float(kept.float().mean()) > 0.97, "a token goes to its expert or to a copy of it"
+            share = float(kept.float().mean())
+            assert share > 0.97 if noise else share == 1, "a token goes to its expert or to a copy of it"
 
 
 def test_with_noise_the_output_differs_by_no_more_than_the_logits_do() -> None:

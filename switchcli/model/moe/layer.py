@@ -5,8 +5,9 @@ experts.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,16 @@ class SwitchLayer(nn.Module):
         last_fraction_E = self.router.last_fraction_E if mode == "training" else None
         return self.router_spec.assign(logits_GNE, real_GN, mode, BalanceHistory(self.router.bias, last_fraction_E))
 
+    def route(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+        """Return the tokens by group, [G, N, D], and their slots with the weights of the experts' outputs."""
+        # A group is that many full sequences, one after another: G = B / group_size, N = group_size * S.
+        x_GND = x_BSD.reshape(x_BSD.shape[0] // self.router_spec.group_size(self.mode), -1, x_BSD.shape[2])
+        with torch.autocast(x_BSD.device.type, enabled=False):  # autocast would choose the precision of the softmax
+            routing = self.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
+            if self.scale != 1.0:
+                routing = routing._replace(weight_GEC=routing.weight_GEC * self.scale)
+        return x_GND, routing
+
     def forward(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> SwitchOutput:
         """Route the tokens and return their outputs.
 
@@ -100,15 +111,10 @@ class SwitchLayer(nn.Module):
             real_BS: bool, False for padding.
         """
         axis = self.experts.axis
-        B, S, D = x_BSD.shape
-        # A group is that many full sequences, one after another: G = B / group_size, N = group_size * S.
-        x_GND = x_BSD.reshape(B // self.router_spec.group_size(self.mode), -1, D)
-        with torch.autocast(x_BSD.device.type, enabled=False):  # autocast would choose the precision of the softmax
-            routing = self.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
-            if self.scale != 1.0:
-                routing = routing._replace(weight_GEC=routing.weight_GEC * self.scale)
-            # The weights enter the region of divided hidden units too: each process has a part of their gradient.
-            routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
+        B, S, _ = x_BSD.shape
+        x_GND, routing = self.route(x_BSD, real_BS)
+        # The weights enter the region of divided hidden units too: each process has a part of their gradient.
+        routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)
         mask_BF = self.experts.draw_dropout_mask(x_AD, B)
         mask_AF = None if mask_BF is None else self.dispatcher.expand_mask(mask_BF, meta, S)
@@ -135,6 +141,23 @@ def sublayer_name(module: str) -> str:
 def local_experts(model: nn.Module) -> range:
     """Return the numbers of the experts that this process stores, the same in each sparse layer."""
     return next((module.expert_ids for module in model.modules() if isinstance(module, Experts)), range(1))
+
+
+@contextmanager
+def observing(
+    model: nn.Module, observe: Callable[[str, SwitchLayer, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `observe(name, layer, x_BSD, real_BS)` after each forward pass of a sparse layer within the context."""
+
+    def hook(name: str, layer: SwitchLayer, inputs: tuple[torch.Tensor, torch.Tensor], _: SwitchOutput) -> None:
+        observe(name, layer, *inputs)
+
+    hooks = [layer.register_forward_hook(partial(hook, name)) for name, layer in sparse_layers(model).items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 @contextmanager

@@ -10,13 +10,12 @@ Legend: E experts, N kept experts, B batch, S positions, D model, A tokens.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.moe.layer import SwitchLayer, SwitchOutput, sparse_layers, sublayer_name
+from switchcli.model.moe.layer import SwitchLayer, observing, sparse_layers, sublayer_name
 from switchcli.model.moe.router import Router
 from switchcli.model.transformer import SwitchTransformer, named_weights
 
@@ -83,20 +82,15 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
     """
     mass: dict[str, torch.Tensor] = {}
 
-    def add(name: str, layer: SwitchLayer, inputs: tuple[torch.Tensor, torch.Tensor], output: SwitchOutput) -> None:
-        x_BSD, real_BS = inputs
+    def add(name: str, layer: SwitchLayer, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> None:
         probability_AE = layer.router_spec.gates(layer.router(x_BSD[real_BS]).double())
         score_AE = probability_AE if layer.router.bias is None else probability_AE + layer.router.bias
         first_AE = F.one_hot(score_AE.argmax(-1), probability_AE.shape[-1]).double()
         # [E, A] @ [A, E] sums the probabilities of the tokens with the same first expert.
         mass[name] = first_AE.mT @ probability_AE + mass.get(name, 0.0)
 
-    hooks = [layer.register_forward_hook(partial(add, name)) for name, layer in sparse_layers(model).items()]
-    try:
+    with observing(model, add):
         yield mass
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.surgery.student import differing_dimensions
+from switchcli.model.surgery.student import differing_dimensions, num_joined
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, schema_of
@@ -180,6 +180,8 @@ def _check_models(job: Job[Recipe]) -> None:
             "probabilities of different vocabularies cannot be compared: leave it out, or take a --student of that "
             "many rows"
         )
+    if isinstance(recipe.student, FromTeacherInit) and recipe.student.experts == "concat":
+        _check_concat(student_spec, teacher_spec, teacher.path)
     both_dense = teacher_spec.num_experts == student_spec.num_experts == 1
     if both_dense and not differing_dimensions(student_spec, teacher_spec):
         raise RecipeError(
@@ -195,6 +197,31 @@ def _check_models(job: Job[Recipe]) -> None:
     _check_student_init(recipe, teacher)
 
 
+def _check_concat(student: ModelSpec, teacher: ModelSpec, path: Path) -> None:
+    """Raise RecipeError unless some of the teacher's experts fill a feed-forward of the student."""
+    key = "student.experts (concat)"
+    if student.num_experts > 1:
+        raise RecipeError(
+            f"{key}: fills dense feed-forwards, and the student has {student.num_experts} experts: set "
+            "model.num_experts=1, or take most_used"
+        )
+    if teacher.num_experts == 1 or teacher.sparse == "attention":
+        raise RecipeError(f"{key}: the feed-forwards of {path} have no experts: leave it out, or name another teacher")
+    joined, rest = num_joined(student, teacher)
+    fitting = teacher.shared_d_ff + teacher.expert_width * min(max(joined, 1), teacher.num_experts)
+    if joined < 1 or rest:
+        beside = f"{teacher.shared_d_ff} and " if teacher.shared_d_ff else ""
+        raise RecipeError(
+            f"model.d_ff ({student.d_ff}): with {key} it is {beside}a multiple of the {teacher.expert_width} hidden "
+            f"units of an expert of {path}: try {fitting}"
+        )
+    if joined > teacher.num_experts:
+        raise RecipeError(
+            f"model.d_ff ({student.d_ff}): has room for {joined} experts side by side, and {path} has "
+            f"{teacher.num_experts} in a layer: take {fitting} or less"
+        )
+
+
 def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
     """Raise RecipeError if the student is to copy weights that the teacher does not have."""
     student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.recipe.model
@@ -205,7 +232,7 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
             f"student.experts ({student.experts}): the teacher {teacher.path} is dense (num_experts: 1) and has none: "
             "leave it out, or name a sparse teacher"
         )
-    if student.experts != "random_init" and student_spec.expert_width != teacher_spec.expert_width:
+    if student.experts in ("mean", "most_used") and student_spec.expert_width != teacher_spec.expert_width:
         raise RecipeError(
             f"student.experts ({student.experts}): the teacher's experts have {teacher_spec.expert_width} hidden "
             f"units, and what they are to fill has {student_spec.expert_width}: leave it out, or set model.d_ff or "
@@ -217,6 +244,9 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
             f"{teacher_spec.num_experts}: take fewer, or student.experts=mean"
         )
     differing = differing_dimensions(student_spec, teacher_spec)
+    if student.experts == "concat" and student_spec.d_ff > teacher_spec.d_ff:
+        # A wider dense feed-forward begins with the teacher's.
+        differing = [dimension for dimension in differing if dimension[0] != "d_ff"]
     if differing and student.on_shape_mismatch == "error":
         dimensions = ", ".join(f"{name} {own} (the teacher's is {other})" for name, own, other in differing)
         raise RecipeError(

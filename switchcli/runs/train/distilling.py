@@ -15,7 +15,7 @@ from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights, keyed_generator
-from switchcli.model.surgery.student import StudentInit, init_weights, plan_init
+from switchcli.model.surgery.student import ExpertUse, StudentInit, gate_sums, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
@@ -133,22 +133,41 @@ class Distillation(DistillRules):
         if plan is None or not isinstance(recipe.student, FromTeacherInit):
             return
         weights, num_experts = teacher.weights(), teacher.recipe.model.num_experts
-        load: dict[str, torch.Tensor] = {}
-        if plan.from_experts and recipe.student.experts == "most_used":
-            measured = self._teacher.measure(evaluator, with_tasks=False)
-            load = {layer: torch.tensor(tokens) for layer, tokens in measured.load.items()}
+        use = ExpertUse({}, {})
+        if plan.from_experts and recipe.student.experts in ("most_used", "concat"):
+            use = self._expert_use(evaluator, with_gates=recipe.student.experts == "concat")
 
         def stacked_weight(name: str) -> torch.Tensor:
             return tensor_names.stack_experts(weights, name, num_experts)
 
-        student.load_full(init_weights(recipe.model, student.experts, plan, stacked_weight, recipe.student, load))
+        student.load_full(
+            init_weights(recipe.model, student.experts, plan, stacked_weight, recipe.student, use, recipe.train.seed)
+        )
         self.console.message(
             f"of the student's {len(student.parameters)} weight tensors {len(plan.copied)} are copies of the "
             f"teacher's, {len(plan.from_experts)} are made from its experts (student.experts={recipe.student.experts}) "
             f"and {len(plan.random_init)} start from random values"
         )
+        if plan.widened:
+            self.console.message(f"{len(plan.widened)} of wider dense feed-forwards begin with the teacher's")
         if recipe.student.on_shape_mismatch == "random_init":
             self.console.message(f"from random values: {', '.join(plan.random_init)}")
+
+    def _expert_use(self, evaluator: Evaluator, with_gates: bool) -> ExpertUse:
+        """Measure how the teacher uses its experts on held-out text. Collective."""
+        gate: dict[str, torch.Tensor] = {}
+        if with_gates:  # a teacher cache has none: the teacher runs
+            with gate_sums(self._teacher.load()) as sums:
+                text_only = evaluator._replace(tasks=())
+                measured = ModelMetrics.measure(self._teacher.load(), text_only, self._recipe.inputs_length)
+            for layer, local in sums.items():
+                total_E, tokens_E = self.context.all_reduce(local).cpu()
+                gate[layer] = total_E / tokens_E.clamp(min=1)
+            if self.teacher is None:  # training does not need it
+                self._teacher.unload()
+        else:
+            measured = self._teacher.measure(evaluator, with_tasks=False)
+        return ExpertUse({layer: torch.tensor(tokens) for layer, tokens in measured.load.items()}, gate)
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
@@ -157,9 +176,7 @@ class Distillation(DistillRules):
         teacher_measured = self._teacher.measure(trainer.evaluator)
         self._losses = None
         self._teacher.unload()  # frees the memory of the teacher for the baseline
-        student_parameters, teacher_parameters = (
-            count(spec).parameters for spec in (recipe.model, teacher.recipe.model)
-        )
+        student_size, teacher_size = (_size(spec, recipe) for spec in (recipe.model, teacher.recipe.model))
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
         text_only = trainer.evaluator._replace(tasks=())
         measured = ModelMetrics.measure(trainer.model, text_only, recipe.inputs_length)._replace(
@@ -169,17 +186,18 @@ class Distillation(DistillRules):
             "metric": metric,
             "teacher": {
                 "checkpoint": str(teacher.path),
-                "parameters": teacher_parameters,
+                **teacher_size,
                 **_metrics_and_speed(teacher_measured),
             },
-            "student": {"parameters": student_parameters, **_metrics_and_speed(measured)},
-            "compression": compression(student_parameters, teacher_parameters),
+            "student": {**student_size, **_metrics_and_speed(measured)},
+            "compression": compression(student_size["parameters"], teacher_size["parameters"]),
         }
         plan = student_init(recipe, teacher.recipe.model)
         if plan is not None:
             result["student_init"] = {
                 "copied": plan.copied,
                 "from_experts": list(plan.from_experts),
+                "widened": plan.widened,
                 "random_init": plan.random_init,
             }
         baseline_value = self._settings.baseline
@@ -189,7 +207,7 @@ class Distillation(DistillRules):
             baseline_value = baseline_measured.metrics[metric]
             result["baseline"] = {
                 "checkpoint": str(baseline.path),
-                "parameters": count(baseline.recipe.model).parameters,
+                **_size(baseline.recipe.model, recipe),
                 **_metrics_and_speed(baseline_measured),
             }
         elif isinstance(baseline_value, float):
@@ -209,7 +227,7 @@ class Distillation(DistillRules):
             model = distillation[role]
             properties = []
             if model.get("parameters"):
-                properties.append(f"{model['parameters']:,} parameters")
+                properties += [f"{model['parameters']:,} parameters", f"{si(model['flops_per_token'])} FLOPs/token"]
             if model.get(TOKENS_PER_SECOND):
                 properties.append(f"{si(model[TOKENS_PER_SECOND])} tokens/s forward")
             label, value = shown_metric(metric, model["metrics"][metric])
@@ -242,6 +260,12 @@ def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
     return plan_init(
         transformers_checkpoint.meta_model(recipe.model), transformers_checkpoint.meta_model(teacher), recipe.student
     )
+
+
+def _size(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
+    """Return the parameters, and the FLOPs of the forward pass for each input token of the run's sequences."""
+    counts = count(spec, recipe.inputs_length, recipe.targets_length)
+    return {"parameters": counts.parameters, "flops_per_token": round(counts.flops / recipe.inputs_length)}
 
 
 def _metrics_and_speed(measured: ModelMetrics) -> dict[str, Any]:
