@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from switchcli.doctor import texts
 from switchcli.doctor.subject import ForwardTrace, ProbeText, Subject
 from switchcli.metric_names import LOAD_ENTROPY, MAX_LOAD
-from switchcli.model.moe.evenness import load_spread, variation
+from switchcli.model.moe.evenness import MORE_BALANCE, load_spread, variation
 from switchcli.spec import PAD
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -137,8 +137,8 @@ def router_balance(subject: Subject) -> Finding:
     worst, layer = max(zip(losses, subject.layers, strict=True))
     E, measured = subject.num_experts, f"{worst:.2f} on random token ids, at most ({layer}); 1 is uniform"
     if (worst - 1) / (E - 1) >= COLLAPSED:
-        return Finding("fail", measured, worst, "the layer uses only one expert: train with a higher balance_loss_coef")
-    advice = "some experts do most of the work: raise balance_loss_coef" if subject.initialized else CHECK_ON_TEXT
+        return Finding("fail", measured, worst, f"the layer uses only one expert: {MORE_BALANCE}")
+    advice = f"some experts do most of the work: {MORE_BALANCE}" if subject.initialized else CHECK_ON_TEXT
     return judged("warn" if worst >= min(UNBALANCED, (1 + E) / 2) else "pass", measured, worst, advice)
 
 
@@ -157,7 +157,7 @@ def experts_in_use(subject: Subject) -> Finding:
         "share"
     )
     max_dead, max_load = (total / 2, NEARLY_ALL * E) if subject.initialized else (1, min(HOT, NEARLY_ALL * E))
-    advice = f"{CHECK_ON_TEXT}; if they are so there, raise balance_loss_coef"
+    advice = f"{CHECK_ON_TEXT}; if they are so there, {MORE_BALANCE}"
     return judged("pass" if dead < max_dead and highest < max_load else "warn", measured, dead, advice)
 
 
@@ -177,7 +177,7 @@ def routing_of_text(subject: Subject) -> Finding:
         f"entropy of loads {load_entropy:.2f} and of probabilities {entropy:.2f} of log E, at least"
     )
     is_sound = highest < min(HOT, NEARLY_ALL * E) and entropy > NO_ENTROPY
-    advice = "it is Python's documentation: if `switchcli eval` says so of your text, raise balance_loss_coef"
+    advice = f"it is Python's documentation: if `switchcli eval` says so of your text, {MORE_BALANCE}"
     return judged("pass" if is_sound else "warn", measured, highest, advice)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from switchcli.checkpoint import tensor_names
 from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS, LOSS, MAX_LOAD, NEG_LOG_PERPLEXITY
-from switchcli.model.moe.evenness import load_spread, variation
+from switchcli.model.moe.evenness import MORE_BALANCE, load_spread, variation
 from switchcli.model.transformer import ModelOutput
 from switchcli.report.console import Console
 from switchcli.training.metrics import Mean, Metrics
@@ -145,13 +145,13 @@ class RoutingAlarms:
             if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
                 warnings[layer, "collapsed"] = (
                     f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
-                    "tokens; raise its router's balance_loss_coef or lower the learning rate"
+                    f"tokens; {MORE_BALANCE}, or lower the learning rate"
                 )
             dropped_fraction = float(dropped / tokens.clamp(min=1))
             if dropped_fraction >= MANY_DROPPED and step > UNBALANCED_STEPS:
                 warnings[layer, "dropped"] = (
                     f"{layer}: {dropped_fraction:.0%} of the tokens found no slot; raise its router's "
-                    "capacity_factor, or balance_loss_coef where it has one"
+                    f"capacity_factor, or {MORE_BALANCE}"
                 )
             # The product resets the count of every expert that had a token.
             idle_E = self._idle_steps[layer] = (self._idle_steps.get(layer, 0) + steps) * (load_E == 0)

@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 from switchcli.metric_names import LOAD_ENTROPY, MAX_LOAD
 from switchcli.model.moe.stats import StackStats
 
+MORE_BALANCE = "raise balance_loss_coef (or bias_rate, where biases balance)"
+"""The fix of uneven experts, by the keys of their router."""
 ROUNDING = 1e-12
 """Squared coefficient of variation up to which numbers are equal but for the rounding of float32."""
 
