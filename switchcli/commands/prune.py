@@ -20,7 +20,6 @@ app = typer.Typer()
     epilog=epilog(
         "how-to/upcycle-and-prune",
         "switchcli prune runs/quickstart/switch runs/small --experts 4",
-        "switchcli prune runs/quickstart/switch runs/small --experts 4 --by merge",
         "switchcli prune runs/quickstart/switch runs/trimmed --vocabulary mine.txt",
     )
 )
