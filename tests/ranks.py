@@ -36,6 +36,9 @@ from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 
 SECONDS = 120
+"""Until some rank answers."""
+SECONDS_PER_ROW = 15
+"""What a row of a matrix may take besides: on a busy machine, ranks that are asked everything at once take minutes."""
 MESHES = {
     "data 2": (2, ParallelSpec()),
     "data 4": (4, ParallelSpec()),
@@ -90,9 +93,9 @@ class RankMatrix:
         self._answers: dict[tuple[str, str | int], list[dict[Row, Any]]] = {}
 
     def parameters(self, cases: Collection[Any]) -> list[Any]:
-        """The parameters of a test of these cases: each row, with the marker of its tier."""
+        """The parameters of a test of these cases: each row, with the marker of its tier; the first asks for all."""
         return [
-            pytest.param(row, id=f"{row.mesh}-{row.case}", marks=TIERS[tier])
+            pytest.param(row, id=f"{row.mesh}-{row.case}", marks=[*TIERS[tier], pytest.mark.timeout(3600)])
             for row, tier in self._tier.items()
             if row.case in cases
         ]
@@ -115,7 +118,9 @@ class RankMatrix:
 
     def _ask(self, rows: Sequence[Row]) -> list[dict[Row, Any]]:
         world = self._meshes[rows[0].mesh][0]
-        return on_ranks(world, _answers, self._answer, {row: self._meshes[row.mesh][1] for row in rows})
+        seconds = SECONDS + SECONDS_PER_ROW * len(rows)
+        meshes = {row: self._meshes[row.mesh][1] for row in rows}
+        return on_ranks(world, _answers, self._answer, meshes, seconds=seconds)
 
 
 def _answers(answer: Callable[[Any, ParallelSpec], Any], rows: Mapping[Row, ParallelSpec]) -> dict[Row, Any]:
@@ -158,10 +163,11 @@ def train_on_rows(
     )
 
 
-def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> list[Any]:
+def on_ranks(world: int, function: Callable[..., Any], *arguments: object, seconds: float | None = None) -> list[Any]:
     """What `function(*arguments)` returns on each of `world` ranks, in order; it must be importable by its name.
 
-    The processes are forked from a server that has imported torch and has no threads.
+    Some rank must answer within `seconds`, by default SECONDS. The processes are forked from a server that has imported
+    torch and has no threads.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["accelerate", "torch._dynamo"])  # what ranks import, the slow part of a start
@@ -176,7 +182,7 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: object) -> li
         ends.append(here)
         processes.append(process)
     try:
-        return _answers_of(ends)
+        return _answers_of(ends, seconds or SECONDS)
     finally:
         for end in ends:
             end.close()  # a rank that has answered ends now, and not while another is still in its last collective
@@ -194,13 +200,13 @@ def free_port() -> int:
             return port
 
 
-def _answers_of(ends: Sequence[Connection]) -> list[Any]:
+def _answers_of(ends: Sequence[Connection], seconds: float) -> list[Any]:
     """Each rank's answer. The first rank that fails ends it: others may wait for that one, and say nothing."""
     answers: dict[int, Any] = {}
     while len(answers) < len(ends):
         silent = {end: rank for rank, end in enumerate(ends) if rank not in answers}
-        heard = wait(silent, SECONDS)
-        assert heard, f"ranks {[*silent.values()]} have not answered after {SECONDS} s"
+        heard = wait(silent, seconds)
+        assert heard, f"ranks {[*silent.values()]} have not answered after {seconds} s"
         for end in heard:
             rank = silent[end]
             failure, answers[rank] = end.recv()
