@@ -96,7 +96,7 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
         elif correction["exact_without_noise"]:
             start = f"as the {source} model but for rounding or noise, where no token is dropped"
         else:
-            start = f"otherwise than the {source} model"
+            start = f"with other outputs than the {source} model's"
         yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {start}"
     yield "Next:"
     yield f"  {program_name()} {result['next']}"

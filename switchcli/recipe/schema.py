@@ -147,7 +147,8 @@ class DistillRecipe(TrainingRecipe, ABC):
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        distillation = self.distill.model_dump(include={"soft_fraction", "temperature", "loss", "targets"})
+        keys = {"soft_fraction", "temperature", "loss", "beta", "targets", "student_fraction"}
+        distillation = self.distill.model_dump(include=keys, exclude_none=True)
         student = self.student.model_dump(exclude={"path"})
         return {**super().summary, "distillation": distillation, "student": student}
 

@@ -19,7 +19,14 @@ from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
 from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
-from switchcli.errors import CheckpointError, DistributedError, NumericsError, OtherRankError, RankError
+from switchcli.errors import (
+    CheckpointError,
+    DistributedError,
+    NumericsError,
+    OtherDataError,
+    OtherRankError,
+    RankError,
+)
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.system.signals import StopRequest
@@ -248,7 +255,7 @@ class Checkpointer:
             difference = "on other text"
         elif before.get(EVALUATION) != now.get(EVALUATION):
             difference = "and scored on other examples of its tasks"
-        raise CheckpointError(
+        raise OtherDataError(
             f"{newest.path} was trained {difference} than the recipe gives now: restore what has changed, give another "
             "folder by --out, or --no-resume to archive this run and start anew"
         )

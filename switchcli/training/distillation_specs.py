@@ -1,6 +1,8 @@
 """Settings of distillation: its loss (distillation.py), and the cache of the teacher (teacher_cache.py)."""
 
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +12,12 @@ from switchcli.spec import MAX_COUNT, PathOrUrl, Size, Spec
 
 if TYPE_CHECKING:
     import torch
+
+
+_DECODING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"teacher": {"beams": 4}, "student": {"temperature": 1.0}}
+)
+"""How a teacher and a student answer by default."""
 
 
 class TeacherCacheSpec(Spec):
@@ -41,17 +49,20 @@ class DistillSpec(Spec):
     """Temperature T of both softmaxes; the paper gives none, and Mesh-TensorFlow has no default."""
     loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     """Divergence of the student p and the teacher q, times T**2: `forward_kl` of q from p (the paper's), `reverse_kl`
-    of p from q, or `jsd`, the mean of both from their mixture."""
-    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Weight of the teacher in the mixture of `jsd`; towards 0 it is like forward KL, towards 1 like reverse KL."""
+    of p from q, or `jsd`, the mean of those of both from their mixture, weighted by beta."""
+    beta: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Weight of the teacher in the mixture of `jsd`; towards 0 it is like forward KL, towards 1 like reverse KL; 0.5 if
+    absent."""
     targets: Literal["data", "teacher", "student"] = "data"
-    """Targets to learn from: those of the `data`, or of tasks the answers of the `teacher`, generated once into the
-    cache (sequence-level distillation), or those that the `student` generates in `student_fraction` of the steps."""
-    student_fraction: float = Field(default=0.5, gt=0.0, le=1.0)
-    """Fraction of the steps on the student's answers, with `targets: student`; they have no hard loss."""
+    """Targets to learn from: those of the `data`, or of tasks the answers of the `teacher`, generated once
+    (sequence-level distillation), or those that the `student` generates in `student_fraction` of the steps."""
+    answers: PathOrUrl | None = None
+    """Folder of the teacher's answers, with `targets: teacher`; it is created if missing."""
+    student_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Fraction of the steps on the student's answers, with `targets: student`; they have no hard loss. Absent: 0.5."""
     decoding: Decoding | None = None
-    """How answers are generated; absent: beam search with 4 beams by a teacher, sampling at temperature 1 by a
-    student."""
+    """How answers are generated. By default a teacher searches with 4 `beams`, and a student samples at a `temperature`
+    of 1, also if other keys of the decoding are given."""
     start_step: int = Field(default=0, ge=0, le=MAX_COUNT)
     """First step that uses the teacher; before it the loss is that of the targets alone."""
     capacity: Policy = "dropless"
@@ -64,19 +75,37 @@ class DistillSpec(Spec):
     """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
 
     @property
-    def teacher_decoding(self) -> Decoding:
-        """How a teacher answers."""
-        return self.decoding or Decoding(beams=4)
-
-    @property
-    def student_decoding(self) -> Decoding:
-        """How a student answers."""
-        return self.decoding or Decoding(temperature=1.0)
+    def answer_decoding(self) -> Decoding:
+        """How answers are generated."""
+        return self.decoding or Decoding.model_validate(_DECODING[self.targets])
 
     @property
     def mixture(self) -> float:
         """The b of the soft part (distillation.py): 0 for forward KL, 1 for reverse KL, beta for the mean of both."""
-        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta}[self.loss]
+        return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta or 0.5}[self.loss]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_decoding(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not isinstance(given := value.get("decoding"), Mapping):
+            return value
+        return {**value, "decoding": {**_DECODING.get(str(value.get("targets")), {}), **given}}
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        for key, choice, value in (
+            ("beta", "loss", "jsd"),
+            ("student_fraction", "targets", "student"),
+            ("answers", "targets", "teacher"),
+        ):
+            if getattr(self, key) is not None and getattr(self, choice) != value:
+                raise ValueError(
+                    f"{key} ({getattr(self, key)}): has no effect with {choice}={getattr(self, choice)}: leave it out, "
+                    f"or take {choice}={value}"
+                )
+        if self.decoding is not None and self.targets == "data":
+            raise ValueError("decoding: has no effect with targets=data: leave it out, or take teacher or student")
+        return self
 
     @model_validator(mode="after")
     def _probabilities_suffice(self) -> Self:
@@ -90,8 +119,10 @@ class DistillSpec(Spec):
                 "targets (student): the student's answers are scored by the teacher, and soft_fraction is 0: set it, "
                 "such as to 0.25"
             )
-        if self.targets == "teacher" and self.cache is None:
-            raise ValueError("targets (teacher): the answers are stored: name a folder by cache.folder")
+        if self.targets == "student" and self.decoding is not None and self.decoding.seed:
+            raise ValueError("decoding.seed: a student's answers follow from train.seed and the step: leave it out")
+        if self.targets == "teacher" and self.answers is None:
+            raise ValueError("targets (teacher): the answers are generated once: name a folder for them by answers")
         if self.cache is not None and self.loss == "jsd":
             raise ValueError(
                 "loss (jsd): needs the teacher's probabilities of all tokens, and a cache has the largest: leave cache "

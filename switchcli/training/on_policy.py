@@ -28,13 +28,14 @@ class OnPolicyLoss:
     """The soft part of the distillation loss, on answers that the student generates in the step.
 
     There is no hard part: to repeat its own samples teaches a student nothing. The result is the mean over the answers'
-    tokens times the number of the batch's own targets, by which the step divides.
+    tokens times the number of the batch's own targets, by which the step divides. So unlike other losses it depends a
+    little on how the step is divided into microbatches.
     """
 
     def __init__(self, settings: DistillSpec, teacher: Teacher, context: DistributedContext) -> None:
         """The rows of a batch hold one example or several, each with inputs and targets that end in EOS."""
         self._soft = DistillationLoss(settings.model_copy(update={"soft_fraction": 1.0}), teacher, packed=True)
-        self._decoding, self._context = settings.student_decoding, context
+        self._decoding, self._context = settings.answer_decoding, context
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
         student = next(module for module in model.modules() if isinstance(module, SwitchTransformer))

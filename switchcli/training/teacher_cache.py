@@ -3,9 +3,10 @@
     FOLDER/                                           TeacherCache: its K largest probabilities of every target
       facts.json                                      what they depend on: teacher, text, batches, settings
       steps-00000000-00000064-<digest>.safetensors    of all rows of steps 0 to 63: ids, probability, rest
-      answers/<digest of a task's examples>/          TeacherAnswers: its answer to each training example of a task
-        facts.json
-        examples-00000000-00001024-<digest>.safetensors    of examples 0 to 1023: ids
+
+    FOLDER/<digest of a task's examples>/             TeacherAnswers: its answer to each training example of a task
+      facts.json
+      examples-00000000-00001024-<digest>.safetensors    of examples 0 to 1023: ids
 
 Files appear complete, by a rename. The name of a file holds the first half of its SHA-256. When the file is first read,
 that is checked, and so are its values, because anybody can give a file the name of its digest. The next start computes
@@ -49,8 +50,6 @@ MAX_HEADER_BYTES = 1 << 16
 SUM_TOLERANCE = 0.01
 """Distance of a target's probabilities from a sum of 1 that rounding explains: bfloat16 has an error of 0.004."""
 ELSEWHERE = "name another folder by distill.cache.folder"
-ANSWERS = "answers"
-"""The folder of the teacher's answers, in that of its probabilities."""
 EXAMPLES_PER_FILE = 1024
 _FILE_NAME = re.compile(r"(?:steps|examples)-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
 _DIFFERENCES: Mapping[str, str] = {
@@ -80,6 +79,10 @@ class TeacherFolder(ABC):
 
     unit: ClassVar[str]
     """What an item is."""
+    content: ClassVar[str]
+    """What is kept of an item."""
+    elsewhere: ClassVar[str]
+    """The fix where the folder cannot be used."""
 
     def __init__(self, folder: Path, rows: int, specs: Mapping[str, TensorSpec], per_file: int | None = None) -> None:
         """`specs` gives dtype and shape of a row of each tensor. A file has `per_file` items, or `MAX_FILE_BYTES`."""
@@ -99,13 +102,13 @@ class TeacherFolder(ABC):
         Raises:
             CheckpointError: it is a cache with other facts, or holds something else.
         """
-        with disk_errors(self._folder, ELSEWHERE):
+        with disk_errors(self._folder, self.elsewhere):
             if (self._folder / FACTS).exists():
                 self._check(facts)
                 return True
             entries = self._folder.iterdir() if self._folder.exists() else ()
-            if any(path.name not in ("run.lock", ANSWERS) and not _is_leftover(path) for path in entries):
-                raise CheckpointError(f"{self._folder}: exists already and is no teacher cache: {ELSEWHERE}")
+            if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
+                raise CheckpointError(f"{self._folder}: exists already and is no teacher cache: {self.elsewhere}")
             return False
 
     def begin(self, facts: Facts) -> None:
@@ -114,7 +117,7 @@ class TeacherFolder(ABC):
         Raises:
             CheckpointError: see `is_begun`, or the disk refuses.
         """
-        with disk_errors(self._folder, ELSEWHERE):
+        with disk_errors(self._folder, self.elsewhere):
             DISK.make_dir(self._folder)
             publish.remove_stale_in(self._folder, age=0)
             for path in [*leftovers(self._folder), *self.damaged()]:
@@ -125,7 +128,7 @@ class TeacherFolder(ABC):
     def damaged(self) -> list[Path]:
         """Return the files that do not hold what was written. All files are read."""
         damaged = []
-        with disk_errors(self._folder, ELSEWHERE):
+        with disk_errors(self._folder, self.elsewhere):
             for file in self._files() if self._folder.exists() else []:
                 try:
                     self._tensors(file)
@@ -135,7 +138,7 @@ class TeacherFolder(ABC):
 
     def missing(self, first: int, stop: int) -> list[range]:
         """Return the missing items from `first` to `stop` - 1, as one range of them for each file to write."""
-        with disk_errors(self._folder, ELSEWHERE):
+        with disk_errors(self._folder, self.elsewhere):
             files = self._files()
         # Within the bounds, as the name of a file may claim any number of steps.
         cached = {item for file in files for item in range(max(first, file.first), min(stop, file.stop))}
@@ -156,7 +159,7 @@ class TeacherFolder(ABC):
         content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         digest = hashlib.sha256(content).hexdigest()[:32]
         path = self._folder / f"{self.unit}s-{items.start:08d}-{items.stop:08d}-{digest}.safetensors"
-        with disk_errors(self._folder, ELSEWHERE, len(content)):
+        with disk_errors(self._folder, self.elsewhere, len(content)):
             publish.write_file(path, content)
 
     def _read(self, item: int, first: int, count: int) -> dict[str, torch.Tensor]:
@@ -165,7 +168,7 @@ class TeacherFolder(ABC):
         Raises:
             CheckpointError: they are missing or damaged.
         """
-        with disk_errors(self._folder, ELSEWHERE):
+        with disk_errors(self._folder, self.elsewhere):
             with self._lock:  # `train.workers` threads read
                 file, tensors = self._load(item)
             start = (item - file.first) * self._rows + first  # R rows for each item before this one
@@ -229,11 +232,12 @@ class TeacherFolder(ABC):
         except (OSError, ValueError, RecursionError):
             written = None
         if not isinstance(written, dict):
-            raise CheckpointError(f"{self._folder / FACTS}: is damaged: {ELSEWHERE}")
+            raise CheckpointError(f"{self._folder / FACTS}: is damaged: {self.elsewhere}")
         for name, fact in facts.items():
             if written.get(name) != fact:
                 other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
-                raise CheckpointError(f"{self._folder}: its probabilities {_DIFFERENCES.get(name, other)}: {ELSEWHERE}")
+                difference = _DIFFERENCES.get(name, other)
+                raise CheckpointError(f"{self._folder}: its {self.content} {difference}: {self.elsewhere}")
 
 
 @final
@@ -241,6 +245,8 @@ class TeacherCache(TeacherFolder):
     """A folder with a teacher's probabilities of the targets of a run, R rows a step."""
 
     unit: ClassVar[str] = "step"
+    content: ClassVar[str] = "probabilities"
+    elsewhere: ClassVar[str] = ELSEWHERE
 
     def __init__(self, folder: Path, settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> None:
         """A step has R rows with T targets each. The ids are those of a `vocabulary` of so many tokens."""
@@ -283,6 +289,8 @@ class TeacherAnswers(TeacherFolder):
     """A folder with a teacher's answers to the training examples of a task."""
 
     unit: ClassVar[str] = "example"
+    content: ClassVar[str] = "answers"
+    elsewhere: ClassVar[str] = "name another folder by distill.answers"
 
     def __init__(self, folder: Path, targets: int, vocabulary: int) -> None:
         """An answer has at most T targets, of a `vocabulary` of so many tokens."""
@@ -296,7 +304,7 @@ class TeacherAnswers(TeacherFolder):
     def read(self, count: int) -> torch.Tensor:
         """Return the answers to examples 0..count-1: int64 [X, T]. Raises CheckpointError like `TeacherCache.read`."""
         answers, start = [], 0
-        with disk_errors(self._folder, ELSEWHERE):
+        with disk_errors(self._folder, self.elsewhere):
             while start < count:
                 file, tensors = self._load(start)
                 answers.append(tensors["ids"][start - file.first :].long())

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -50,8 +52,8 @@ def audited(switchcli: SwitchCLI, *words: str, code: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize("start", ["0", "2"])
 def test_an_honest_run_is_equal_to_the_bit(start: str, here: Path, switchcli: SwitchCLI) -> None:
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
-    found = audited(switchcli, "--steps", f"{start}-4")
-    assert found["same_machine"]
+    found = audited(switchcli, "--steps", f"{start}:4")
+    assert found["segments"][0]["same_machine"]
     assert [segment["verdict"] for segment in found["segments"]] == ["equal"]
     assert found["segments"][0]["tensor_files"] > 0
     steps = [record["step"] for record in records("run")]
@@ -127,11 +129,11 @@ def test_tampering_is_found_in_a_repeated_segment(
     tamper: Callable[[Path], None], here: Path, switchcli: SwitchCLI
 ) -> None:
     tamper(Path("run"))
-    found = audited(switchcli, "--steps", "2-4", code=1)
+    found = audited(switchcli, "--steps", "2:4", code=1)
     assert found["segments"][0]["verdict"] == "differs"
     assert not lacking(found["segments"][0]["difference"], TAMPERING[tamper])
     assert not found["sound"]
-    done = switchcli("audit", "run", "--steps", "2-4")
+    done = switchcli("audit", "run", "--steps", "2:4")
     assert done.code == 1
     for line in ("2 4 differs", "not checked 0 2 4 6"):
         assert not lacking(done.out, line)
@@ -140,7 +142,7 @@ def test_tampering_is_found_in_a_repeated_segment(
 @pytest.mark.integration
 def test_what_lies_outside_is_said_to_be_unchecked(here: Path, switchcli: SwitchCLI) -> None:
     another_digit(Path("run"))
-    found = audited(switchcli, "--steps", "4-6")
+    found = audited(switchcli, "--steps", "4:6")
     assert found["sound"]
     assert found["not_checked"] == [[0, 4]]
 
@@ -158,8 +160,9 @@ def test_on_another_machine_losses_may_differ_a_little(
         if "loss" in line:
             line["loss"] += by
     Path("run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = audited(switchcli, "--steps", "2-4", code=int(verdict == "differs"))
-    assert (found["same_machine"], found["segments"][0]["verdict"]) == (False, verdict)
+    found = audited(switchcli, "--steps", "2:4", code=int(verdict == "differs"))
+    (segment,) = found["segments"]
+    assert (segment["same_machine"], segment["verdict"]) == (False, verdict)
 
 
 @pytest.mark.integration
@@ -168,19 +171,60 @@ def test_without_checkpoints_the_first_steps_are_repeated(here: Path, switchcli:
     found = audited(switchcli)
     assert [segment["segment"] for segment in found["segments"]] == [[0, 1]]
     assert found["segments"][0] | {"records": 0} == {
-        **{"segment": [0, 1], "verdict": "equal", "records": 0, "tensor_files": 0, "difference": None}
+        **{"segment": [0, 1], "verdict": "equal", "records": 0, "tensor_files": 0, "difference": None},
+        "same_machine": True,
     }
     assert found["not_checked"] == [[1, 6]]
+
+
+@pytest.mark.integration
+def test_a_run_of_ranks_is_repeated_by_one_process(here: Path, switchcli: SwitchCLI) -> None:
+    """With the microbatches of the ranks, which seed dropout, losses are equal but for rounding."""
+    command = [sys.executable, "-m", "switchcli", "pretrain", "tiny.yaml", *KEPT, "checkpoint.keep_last=3"]
+    for name, key in (("two", "parallel.expert=2"), ("unknown", "train.microbatch_tokens=null")):
+        subprocess.run([*command, key, "--processes", "2", "-q", "--out", name], check=True, capture_output=True)
+    done = switchcli("audit", "two", "--json", "--steps", "2:4")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["segments"][0]["verdict"] == "close"
+    refused = switchcli("audit", "unknown", "--steps", "2:4")
+    assert (refused.code, lacking(refused.err, "unknown 2 ranks train.microbatch_tokens")) == (2, [])
+
+
+@pytest.mark.integration
+def test_no_segment_crosses_the_step_at_which_a_run_was_extended(here: Path, switchcli: SwitchCLI) -> None:
+    keep = ("checkpoint.keep_last=1", "checkpoint.keep_steps=[5,8]")
+    assert switchcli("pretrain", "tiny.yaml", *KEPT, *keep, "--out", "more", "-q").code == 0
+    assert switchcli("pretrain", "tiny.yaml", *KEPT, *keep, "train.steps=10", "--out", "more", "-q").code == 0
+    found = json.loads(switchcli("audit", "more", "--json").out)
+    assert [segment["segment"] for segment in found["segments"]] == [[8, 10]]
+    assert found["sound"]
+    refused = switchcli("audit", "more", "--steps", "5:8")
+    assert (refused.code, lacking(refused.err, "--steps 5:8 train.steps")) == (2, [])
+
+
+@pytest.mark.integration
+def test_without_a_result_the_machine_is_unknown(here: Path, switchcli: SwitchCLI) -> None:
+    Path("run/result.json").unlink()
+    found = audited(switchcli, "--steps", "2:4")
+    assert (found["segments"][0]["verdict"], found["segments"][0]["same_machine"]) == ("equal", None)
+
+
+def test_a_signal_ends_an_audit_that_has_no_part_to_keep(
+    here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("switchcli.system.signals.StopRequest.__enter__", lambda self: self.request() or self)
+    done = switchcli("audit", "run", "--steps", "2:4")
+    assert (done.code, lacking(done.err, "segment nothing")) == (130, []), done.err
 
 
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
         ("nowhere", 4, "nowhere run"),
-        ("run --steps 1-4", 2, "--steps 1 0 2 4 6"),
-        ("run --steps 2-7", 2, "--steps 2 6"),
-        ("run --steps 4-4", 2, "--steps 4 6"),
-        ("run --steps two-4", 2, "--steps A-B"),
+        ("run --steps 1:4", 2, "--steps 1 0 2 4 6"),
+        ("run --steps 2:7", 2, "--steps 2 6"),
+        ("run --steps 4:4", 2, "--steps 4 6"),
+        ("run --steps 2-4", 2, "--steps A:B"),
     ],
 )
 def test_bad_input_is_told_with_its_fix(words: str, code: int, told: str, here: Path, switchcli: SwitchCLI) -> None:

@@ -170,13 +170,12 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
 def test_a_student_learns_its_teachers_answers_which_are_generated_once(
     tuned: Path, dense: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
-    kept = ("distill.targets=teacher", "distill.cache.folder=kept", "distill.decoding.beams=2")
+    kept = ("distill.targets=teacher", "distill.answers=kept", "distill.decoding.beams=2")
     command = ("distill", "--teacher", tuned, "--student", dense, *kept, "-q")
-    done = switchcli(*command, "distill.soft_fraction=0", "--cache-only", "--json")
+    done = switchcli(*command, "distill.loss=jsd", "--out", "by-jsd")
     assert done.code == 0, done.err
-    files = sorted(Path("kept/answers").glob("*/examples-00000000-00000060-*.safetensors"))
+    files = sorted(Path("kept").glob("*/examples-00000000-00000060-*.safetensors"))
     assert len(files) == 2, "a file for each task"
-    assert json.loads(done.out)["bytes"] >= sum(path.stat().st_size for path in files)
     teacher = load_checkpoint(tuned, torch.device("cpu"), NoWarnings())
     decoding = Decoding(beams=2, max_tokens=32)
     rows = [json.loads(line) for line in (tuned.parent / "last.train.jsonl").read_text().splitlines()]
@@ -194,13 +193,13 @@ def test_a_student_learns_its_teachers_answers_which_are_generated_once(
     again = switchcli(*command, "--out", "a")
     assert again.code == 0, again.err
     assert not lacking(again.err, f"{files[0].name} damaged")
-    assert sorted(Path("kept/answers").glob("*/examples-*.safetensors")) == files, "the same bytes again"
+    assert sorted(Path("kept").glob("*/examples-*.safetensors")) == files, "the same bytes again"
     written = {path: path.stat().st_mtime_ns for path in files}
     more = switchcli(*command, "train.steps=3", "--out", "a")
     assert more.code == 0, more.err
     assert written == {path: path.stat().st_mtime_ns for path in files}, "nothing is generated again"
     other = switchcli(*command, "distill.decoding.beams=3", "--out", "b")
-    assert (other.code, lacking(other.err, "kept/answers decoding distill.cache.folder")) == (4, []), other.err
+    assert (other.code, lacking(other.err, "answers decoding distill.answers")) == (4, []), other.err
 
 
 @pytest.mark.integration
@@ -407,7 +406,12 @@ BAD = {
     "T --student DENSE student.kind=random_init": (2, "student.kind random_init --student DENSE"),
     "T --baseline nan": (2, "--baseline nan checkpoint finite"),
     "T distill.targets=student": (2, "distill.targets student data tasks"),
-    "T distill.targets=teacher distill.cache.folder=a": (2, "distill.targets teacher data tasks"),
+    "T distill.targets=teacher distill.answers=a": (2, "distill.targets teacher data tasks"),
+    "T distill.beta=0.9": (2, "distill beta loss=forward_kl loss=jsd"),
+    "T model.d_model=16 student.experts=concat student.on_shape_mismatch=random_init": (
+        2,
+        "model.d_model 16 32 concat",
+    ),
     "T distill.loss=jsd distill.cache.folder=a": (2, "distill loss jsd cache reverse_kl"),
     "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),

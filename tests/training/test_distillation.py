@@ -288,6 +288,7 @@ def test_the_mixture_of_jsd_needs_what_a_cache_has_not() -> None:
         settings(loss="jsd", cache={"folder": "a"})
     assert settings(loss="reverse_kl", cache={"folder": "a"}).mixture == 1.0
     assert [settings(loss=loss).mixture for loss in ("forward_kl", "jsd")] == [0.0, 0.5]
+    assert settings(loss="jsd", beta=0.25).mixture == 0.25
     for beta in (0.0, 1.0):
         with pytest.raises(ValueError, match="beta"):
             settings(loss="jsd", beta=beta)

@@ -5,8 +5,8 @@ routers are new. With such copies a sparse layer computes sum_i p_i(x) E(x): the
 gates. `gate_correction` says how that sum becomes 1.
 
 A sparse model grows by copies of its experts and of their router rows: expert e is a copy of e % E. The first E experts
-stay as they are. `growth_correction` restores the sum of the gates. Without noise on the copied rows a token's logits
-tie, and a top-1 router never chooses a copy.
+stay as they are but for `growth_correction`, which restores the sum of the gates. Without noise on the copied rows a
+token's logits tie, and a top-1 router never chooses a copy.
 
 Names are those on disk, where an expert's weight is a tensor of its own: `...feed_forward.layer.experts.{e}.wi`.
 

@@ -33,6 +33,7 @@ RESUME_SAFE_KEYS = (
     "checkpoint.",
     "distill.baseline",
     "distill.cache.folder",
+    "distill.answers",
     "parallel.",
 )
 """Keys, or prefixes of keys, that may change when a run is resumed.

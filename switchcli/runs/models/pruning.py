@@ -70,7 +70,7 @@ def prune(
         OutOfMemory: the device has not enough memory.
     """
     if experts is None and not vocabulary:
-        raise RecipeError("prune: it is not said what to take out: give --experts N, --vocabulary FILE, or both")
+        raise RecipeError("prune: nothing to remove: give --experts N, --vocabulary FILE, or both")
     handle = open_model(checkpoint, console)
     recipe = resolve_job(handle, name, overrides).recipe
     spec = handle.recipe.model

@@ -207,6 +207,10 @@ def _check_concat(student: ModelSpec, teacher: ModelSpec, path: Path) -> None:
         )
     if teacher.num_experts == 1 or teacher.sparse == "attention":
         raise RecipeError(f"{key}: the feed-forwards of {path} have no experts: leave it out, or name another teacher")
+    if student.d_model != teacher.d_model:
+        raise RecipeError(
+            f"model.d_model ({student.d_model}): with {key} it is that of the experts of {path}, {teacher.d_model}"
+        )
     joined, rest = num_joined(student, teacher)
     fitting = teacher.shared_d_ff + teacher.expert_width * min(max(joined, 1), teacher.num_experts)
     if joined < 1 or rest:

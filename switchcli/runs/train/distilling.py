@@ -53,7 +53,7 @@ def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
         Interrupted: stopped by a signal. Finished parts of the cache are kept.
     """
     recipe, settings = job.recipe, job.recipe.distill.cache
-    if settings is None or not (recipe.distill.soft_fraction or recipe.distill.targets == "teacher"):
+    if settings is None or not recipe.distill.soft_fraction:
         raise RecipeError("--cache-only: needs distill.cache.folder, and a distill.soft_fraction above 0")
     context = build_context(recipe)
     check_ranks_agree(recipe, context)
@@ -61,7 +61,7 @@ def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
     with memory.explain_out_of_memory_in_evaluation(context.device):
         Distillation(job, None, context, console).build_data()
         context.close()
-    size = sum(path.stat().st_size for path in Path(settings.folder).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
     steps = recipe.train.steps - recipe.distill.start_step
     console.message(f"probabilities of {steps:,} steps, {si(size)}B, in {settings.folder}")
     return {"verb": recipe.verb, "folder": settings.folder, "steps": steps, "bytes": size} if context.is_main else {}
@@ -82,8 +82,8 @@ class Distillation(DistillRules):
         self.identity = {"teacher_sha256": self._teacher.sha256}
         if self._settings.soft_fraction and self._settings.cache is None:
             self.teacher = self._handle.recipe.model
-        self._losses: tuple[Objective, Objective] | None = None
-        """The loss on the data's targets, and that on the student's: the same unless `distill.targets` is student."""
+        self._losses: tuple[DistillationLoss, OnPolicyLoss | None] | None = None
+        """The loss on the data's targets, and that on the student's with `distill.targets: student`."""
 
     def build_data(self) -> TrainData:
         """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
@@ -111,14 +111,17 @@ class Distillation(DistillRules):
             return self.validation_loss
         if self._losses is None:
             teacher = self._teacher.in_training() if self._settings.cache is None else None
-            loss: Objective = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
-            self._losses = loss, loss
+            on_data = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
+            on_policy = None
             if self._settings.targets == "student":
                 assert teacher is not None, "refused with a cache"
-                self._losses = loss, OnPolicyLoss(self._settings, teacher, self.context)
+                on_policy = OnPolicyLoss(self._settings, teacher, self.context)
+            self._losses = on_data, on_policy
         on_data, on_policy = self._losses
+        if on_policy is None:
+            return on_data
         draw = torch.rand((), generator=keyed_generator(self._recipe.train.seed, f"targets of step {step}"))
-        return on_policy if draw < self._settings.student_fraction else on_data
+        return on_policy if draw < (self._settings.student_fraction or 0.5) else on_data
 
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""

@@ -1,8 +1,8 @@
 """Audit of a run: segments of its training are repeated from its checkpoints, recipe and data, and compared with it.
 
 A segment goes from one kept checkpoint to another, or from the start. It is trained in a temporary folder, as the run
-itself would go on. With the same hardware and versions the result must be equal to the bit; elsewhere, losses must be
-within `TOLERANCE`. The run is only read.
+itself would go on, in one process. On a CPU with the hardware and versions of the run the result must be equal to the
+bit; elsewhere, losses must be within `TOLERANCE`. The run is only read.
 """
 
 import json
@@ -19,18 +19,30 @@ from typing import Any, Final, Literal, NamedTuple
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.checkpoint import Checkpoint, checkpoint_path
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.errors import CheckpointError, DataError, RecipeError
+from switchcli.errors import CheckpointError, Interrupted, InterruptedByForce, OtherDataError, RecipeError
 from switchcli.metric_names import FLOPS_PER_SECOND, HELD_OUT_LOSS, LOSS, SAME_EXPERT, TOKENS_PER_SECOND
+from switchcli.recipe import resolve
+from switchcli.recipe.resolve import differences
 from switchcli.report.console import Console
 from switchcli.report.sinks import parse, read_lines, read_object
 from switchcli.runs.devices.machine_info import machine_info
+from switchcli.runs.inputs.loading import saved_recipe
+from switchcli.runs.job.run_dir import RESUME_SAFE_KEYS
 from switchcli.runs.train.trainer import Trainer
+from switchcli.spec import Spec
 from switchcli.training.checkpointer import DATA
 
 FRACTION: Final = 0.05
 """Fraction of the steps that are repeated from the start where a run kept fewer than two checkpoints."""
 TOLERANCE: Final = 0.01
 """Difference in nats of a loss that other hardware explains: processors differ by up to 0.009 after 800 steps."""
+IN_ONE_PROCESS: Final = (
+    *("parallel.auto=false", "parallel.data=null", "parallel.model=1", "parallel.expert=1", "parallel.shard=none"),
+    "log.trackers=[]",
+)
+"""Overrides under which this process repeats what any ranks did."""
+RECORD_KEYS: Final = {"train.steps", "log.every_steps", "eval.every_steps"}
+"""Keys that a resumed run may change, and that decide at which steps there are records."""
 UNCOMPARED: Final = {
     *("seconds", "seconds_left", "data_wait_fraction", TOKENS_PER_SECOND, FLOPS_PER_SECOND),
     SAME_EXPERT,
@@ -60,6 +72,8 @@ class Finding(NamedTuple):
     """Number of files of weights and optimizer state that were compared; 0 where the run kept no checkpoint."""
     difference: str | None
     """The first difference."""
+    same_machine: bool | None = None
+    """Whether hardware and versions are those of the run. None: unknown, as the run has no result."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding with the keys of the JSON result."""
@@ -89,29 +103,26 @@ def audit(
         raise CheckpointError(f"{run}: holds no log of a training: name the folder of a run")
     done = max(record["step"] for record in records)
     kept = sorted(int(path.name.removeprefix("step-")) for path in checkpoint.saved_checkpoints(folder.checkpoints))
-    seed = secrets.randbits(32) if seed is None else seed
-    chosen = [_checked(steps, kept, done, run)] if steps else _choose(kept, done, segments, seed)
-    findings, is_same_machine = [], False
+    if steps:
+        seed, chosen = None, [_checked(steps, kept, done, run)]
+        if reason := _obstacle(folder, steps, kept):
+            raise RecipeError(f"--steps {steps.first}:{steps.last}: {reason}")
+    else:
+        seed = secrets.randbits(32) if seed is None else seed
+        between = [pair for pair in map(Segment._make, pairwise(kept)) if not _obstacle(folder, pair, kept)]
+        chosen = sorted(random.Random(seed).sample(between, min(segments, len(between))))
+        chosen = chosen or [Segment(0, max(1, round(FRACTION * done)))]
+    findings: list[Finding] = []
     for segment in chosen:
         console.message(f"repeating steps {segment.first + 1:,} to {segment.last:,}")
-        finding, is_same_machine = _repeat(folder, segment, segment.last in kept, records, open_run)
-        findings.append(finding)
+        findings.append(_repeat(folder, segment, segment.last in kept, records, open_run))
     return {
         "run": str(run),
         "seed": seed,
-        "same_machine": is_same_machine,
         "segments": [finding.to_json() for finding in findings],
         "not_checked": [[*gap] for gap in _gaps(chosen, done)],
         "sound": all(finding.verdict != "differs" for finding in findings),
     }
-
-
-def _choose(kept: Sequence[int], done: int, count: int, seed: int) -> list[Segment]:
-    """Return segments between checkpoints, in order; without two of them, the first steps of the run."""
-    between = [Segment(*pair) for pair in pairwise(kept)]
-    if not between:
-        return [Segment(0, max(1, round(FRACTION * done)))]
-    return sorted(random.Random(seed).sample(between, min(count, len(between))))
 
 
 def _checked(steps: Segment, kept: Sequence[int], done: int, run: Path) -> Segment:
@@ -122,6 +133,21 @@ def _checked(steps: Segment, kept: Sequence[int], done: int, run: Path) -> Segme
     if not steps.first < steps.last <= done:
         raise RecipeError(f"--steps: must end after step {steps.first}, and at step {done} of {run} at the latest")
     return steps
+
+
+def _obstacle(folder: RunFolder, segment: Segment, kept: Sequence[int]) -> str | None:
+    """Return why one recipe cannot repeat a segment: the run was resumed in it with other steps or other records."""
+    if not segment.first or segment.last not in kept:
+        return None
+    first, last = (saved_recipe(_open(folder, step)) for step in segment)
+    changed = [key for key, _, _ in differences(first, last) if key in RECORD_KEYS]
+    if not changed or first.train.steps == segment.first:  # it was resumed at the first step
+        return None
+    return f"{folder.path} was resumed in between with another {changed[0]}: take steps before or after that"
+
+
+def _open(folder: RunFolder, step: int, verified: bool = True) -> Checkpoint:
+    return Checkpoint.open(checkpoint_path(folder.checkpoints, step), verified=verified)
 
 
 def _gaps(segments: Sequence[Segment], done: int) -> Iterator[Segment]:
@@ -137,26 +163,44 @@ def _gaps(segments: Sequence[Segment], done: int) -> Iterator[Segment]:
 
 def _repeat(
     folder: RunFolder, segment: Segment, has_end: bool, records: Sequence[Mapping[str, Any]], open_run: OpenRun
-) -> tuple[Finding, bool]:
-    """Train the steps of a segment again. Return what was found, and whether this is the machine of the run."""
+) -> Finding:
+    """Train the steps of a segment again, and compare.
+
+    Raises:
+        InterruptedByForce: a signal stopped it.
+        SwitchError: the run cannot be repeated here.
+    """
     first, last = segment
     expected = [record for record in records if record["step"] <= last and (record["step"] > first or not first)]
+    start = _open(folder, first, verified=False) if first else None
+    end = _open(folder, last, verified=False) if has_end else None
+    newest = end or start
+    saved = None if newest is None else saved_recipe(newest)
+    ranks = (read_object(folder.result) or {}).get("mesh", {}).get("data", 1)
+    if ranks > 1 and (saved is None or saved.train.microbatch_tokens is None):
+        raise RecipeError(
+            f"{folder.path}: trained on {ranks} ranks, whose microbatches seed dropout and jitter, and its recipe does "
+            "not give their size: one process can repeat a run whose recipe has train.microbatch_tokens"
+        )
+    if start and end and (changed := _first_change(saved_recipe(start), saved_recipe(end))):
+        return Finding(segment, "differs", 0, 0, changed)
     with tempfile.TemporaryDirectory() as scratch:
         out, recipe = Path(scratch, "run"), folder.recipe
-        start = Checkpoint.open(checkpoint_path(folder.checkpoints, first)) if first else None
-        end = Checkpoint.open(checkpoint_path(folder.checkpoints, last)) if has_end else None
         if start:
             shutil.copytree(start.path, out / "checkpoints" / start.path.name)
-        if saved := end or start:  # the recipe may have changed since, for more steps
+        if saved:  # the recipe may have changed since, for more steps
             recipe = Path(scratch, "recipe.yaml")
-            recipe.write_bytes(saved.document("recipe.yaml"))
+            recipe.write_text(resolve.dump(saved), encoding="utf-8")
+        overrides = [*IN_ONE_PROCESS, f"checkpoint.save_every_steps={last}"]
         try:
-            with open_run(recipe, ("log.trackers=[]", f"checkpoint.save_every_steps={last}"), out) as trainer:
-                with trainer.begun():
-                    trainer.train(until=last)
-                now = machine_info(trainer.context)
-        except (CheckpointError, DataError, RecipeError) as error:  # the data or the recipe of the run is another
-            return Finding(segment, "differs", 0, 0, str(error).replace(str(out), str(folder.path))), False
+            with open_run(recipe, overrides, out) as trainer, trainer.begun():
+                trainer.train(until=last)
+                is_same_machine = _is_same_machine(folder.result, machine_info(trainer.context))
+                is_exact = is_same_machine and trainer.context.device.type == "cpu"
+        except OtherDataError as error:
+            return Finding(segment, "differs", 0, 0, str(error).replace(str(out), str(folder.path)))
+        except Interrupted:
+            raise InterruptedByForce("stopped before the segment was repeated: nothing is known about it") from None
         found = _records(out / "metrics.jsonl")
         found = [record for record in found if record["step"] > first or not first]
         difference = _first_difference(expected, found)
@@ -165,11 +209,18 @@ def _repeat(
             replayed = Checkpoint.open(checkpoint_path(out / "checkpoints", last))
             num_files, different = _compare_files(end, replayed)
             difference = difference or different
-    is_same_machine = _is_same_machine(folder.result, now)
     verdict: Literal["equal", "close", "differs"] = "equal" if difference is None else "differs"
-    if difference is not None and not is_same_machine and _is_close(expected, found):
+    if difference is not None and not is_exact and _is_close(expected, found):
         verdict = "close"
-    return Finding(segment, verdict, len(expected), num_files, difference), is_same_machine
+    return Finding(segment, verdict, len(expected), num_files, difference, is_same_machine)
+
+
+def _first_change(before: Spec, after: Spec) -> str | None:
+    """Return the first key in which recipes differ though a run that resumes cannot change it."""
+    for key, old, new in differences(before, after):
+        if not key.startswith(RESUME_SAFE_KEYS):
+            return f"{key}: {old} in the recipe of the first checkpoint, {new} in that of the last"
+    return None
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:
@@ -214,13 +265,13 @@ def _compare_files(end: Checkpoint, replayed: Checkpoint) -> tuple[int, str | No
     tensors = [entry for entry in end.manifest.entries if entry.name.endswith(".safetensors")]
     for entry in tensors:
         if theirs.get(entry.name) != entry.sha256:
-            return len(tensors), f"step {end.step}: {entry.name} of the checkpoint is another when repeated"
+            return len(tensors), f"step {end.step}: {entry.name} of the checkpoint differs when repeated"
     if end.document(DATA) != replayed.document(DATA):
-        return len(tensors), f"step {end.step}: the data of the checkpoint is another than that of today"
+        return len(tensors), f"step {end.step}: the data of the checkpoint differs from today's"
     return len(tensors), None
 
 
-def _is_same_machine(result: Path, now: Mapping[str, Any]) -> bool:
-    """Return whether the result of a run was made with the hardware and the versions of `now`. A run may have none."""
+def _is_same_machine(result: Path, now: Mapping[str, Any]) -> bool | None:
+    """Return whether the result of a run was made with the hardware and versions of `now`. None: there is none."""
     saved = read_object(result) or {}
-    return all(saved.get(name) == now[name] for name in ("hardware", "versions"))
+    return all(saved.get(name) == now[name] for name in ("hardware", "versions")) if "hardware" in saved else None

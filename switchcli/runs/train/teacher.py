@@ -38,7 +38,6 @@ from switchcli.training.distillation_specs import TeacherCacheSpec
 from switchcli.training.measure import Evaluator
 from switchcli.training.scoring import TaskPredictor
 from switchcli.training.teacher_cache import (
-    ANSWERS,
     ELSEWHERE,
     MAX_FACTS_BYTES,
     Facts,
@@ -192,6 +191,7 @@ class RunTeacher:
 
         with self._filling(cache, folder, facts, range(first_step, end_step), has_metrics) as missing:
             if missing is None:
+                self.unload()  # it may have generated answers
                 return cache
             if missing:
                 self._fill(cache, missing, data, cache_spec)
@@ -233,7 +233,7 @@ class RunTeacher:
             yield None
             return
         with ExitStack() as locks:
-            context.main_only(lambda: locks.enter_context(lock(folder, ELSEWHERE)))
+            context.main_only(lambda: locks.enter_context(lock(folder, cache.elsewhere)))
             context.main_only(lambda: cache.begin(facts))
             missing = cache.missing(items.start, items.stop)
             if not context.all_equal(repr(missing)):
@@ -243,20 +243,20 @@ class RunTeacher:
             yield missing
 
     def answer(self, tasks: Mapping[str, PackedTask]) -> dict[str, PackedTask]:
-        """Return training tasks with the teacher's answers as targets: those in the cache, and new ones. Collective.
+        """Return training tasks with the teacher's answers as targets: those in their folder, and new ones. Collective.
 
         Raises:
-            Interrupted: stopped by a signal. Finished parts of the cache are kept.
+            Interrupted: stopped by a signal. Finished parts are kept.
         """
-        recipe, context, cache_spec = self._recipe, self._context, self._settings.cache
-        assert cache_spec is not None, "refused without one"
+        recipe, context, place = self._recipe, self._context, self._settings.answers
+        assert place is not None, "refused without one"
         assert isinstance(recipe, DistillTasksRecipe), "refused on text"
-        settings = self._settings.teacher_decoding
+        settings = self._settings.answer_decoding
         decoding = settings.model_copy(update={"max_tokens": min(settings.max_tokens, recipe.targets_length)})
         answered = {}
         for name, task in tasks.items():
             packed, examples = task.packed, task.packed.inputs.num_documents
-            folder = Path(cache_spec.folder) / ANSWERS / task.identity[:16]
+            folder = Path(place) / task.identity[:16]
             answers = TeacherAnswers(folder, decoding.max_tokens, recipe.model.vocab_size)
             facts: Facts = {
                 "format": 1,
@@ -266,7 +266,7 @@ class RunTeacher:
                 "decoding": decoding.model_dump_json(),
                 "capacity": self._settings.capacity,
             }
-            with self._filling(answers, folder, facts, range(examples)) as missing, self._stoppable() as stop:
+            with self._filling(answers, folder, facts, range(examples)) as missing, self._stoppable(place) as stop:
                 if missing:
                     scoring = recipe.scoring.model_copy(update={"decoding": decoding, "by": "generation"})
                     capacity = self._settings.capacity
@@ -300,19 +300,18 @@ class RunTeacher:
             data.is_packed,
             self._settings.temperature,
         )
-        with self._stoppable() as stop:
+        with self._stoppable(cache_spec.folder) as stop:
             writer.fill(cache, missing, context, console, stop)
 
     @contextmanager
-    def _stoppable(self) -> Iterator[StopRequest]:
-        """Yield what a signal sets, while the cache is filled. Raises Interrupted after StopTraining."""
-        folder = self._settings.cache and self._settings.cache.folder
+    def _stoppable(self, folder: str) -> Iterator[StopRequest]:
+        """Yield what a signal sets, while a folder is filled. Raises Interrupted after StopTraining."""
         try:
             with StopRequest(self._console.for_watchers(run_messages.STOPPING)) as stop:
                 yield stop
         except StopTraining as stopped:
             raise Interrupted(
-                f"stopped while the teacher cache was filled; the finished parts are in {folder}: the same command "
+                f"stopped while the teacher ran; the finished parts are in {folder}: the same command "
                 "goes on from there"
             ) from stopped
 
