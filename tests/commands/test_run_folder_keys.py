@@ -113,7 +113,6 @@ def test_the_page_lists_the_keys_that_the_verbs_write(
         (("plan", trained.parent / "tiny.yaml", "train.device=auto", "--gpu", "h100"), "plan"),
         (("plan", "--memory", "80GB"), "plan of all sizes"),
         (("doctor", trained, "--checkpoint-files"), "doctor of files"),
-        (("audit", trained, "--steps", "0:1"), "audit"),
         (("eval", trained, "--out", "of_text"), "result.json of eval"),
         (("pretrain", trained.parent / "tiny.yaml", "--dry-run"), "dry run"),
         (("distill", "--teacher", trained, "--cache-only", "distill.cache.folder=probs"), "distill --cache-only"),

@@ -113,8 +113,11 @@ class SwitchLayer(nn.Module):
         axis = self.experts.axis
         B, S, _ = x_BSD.shape
         x_GND, routing = self.route(x_BSD, real_BS)
-        # The weights enter the region of divided hidden units too: each process has a part of their gradient.
-        routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
+        with torch.autocast(
+            x_BSD.device.type, enabled=False
+        ):  # under autocast their gradients would be sent in bfloat16
+            # The weights enter the region of divided hidden units too: each process has a part of their gradient.
+            routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)
         mask_BF = self.experts.draw_dropout_mask(x_AD, B)
         mask_AF = None if mask_BF is None else self.dispatcher.expand_mask(mask_BF, meta, S)
