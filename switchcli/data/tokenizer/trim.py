@@ -86,7 +86,8 @@ def trim(tokenizer: Tokenizer, texts: Iterable[list[str]], size_for: Callable[[i
         by_id = sorted(filter(is_kept, model["vocab"]), key=model["vocab"].__getitem__)
         model["vocab"] = {piece: index for index, piece in enumerate(by_id)}
     if "merges" in model:
-        model["merges"] = [list(merge[:2]) for merge in _merges(model) if all(map(is_kept, merge))]
+        # The parts of a kept piece are kept.
+        model["merges"] = [[first, second] for first, second, result in _merges(model) if is_kept(result)]
     # Its ids are those of before. switchcli appends EOS by itself, and `convert` writes what transformers needs.
     content["post_processor"] = None
     # Added tokens get their new ids when they are loaded: after the pieces, in the same order.
