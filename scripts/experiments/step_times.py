@@ -33,7 +33,7 @@ STEPS = 5
 
 
 class RandomRows(BatchSource):
-    """The same rows of random ids in every step."""
+    """A source that gives the same rows of random ids in every step."""
 
     def __init__(self, rows: int, inputs_length: int, targets_length: int, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -32,7 +32,7 @@ from switchcli.model.axis import local_slice
 from switchcli.model.kernels.cpu_products import matmul
 from switchcli.model.layers import compute_dtype
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.model.vocabulary import VocabularyShard
+from switchcli.model.vocabulary import LocalTokens, VocabularyShard
 from switchcli.spec import PAD
 from switchcli.training.config import Precision
 from switchcli.training.distillation_specs import DistillSpec
@@ -148,13 +148,7 @@ class CachedTeacherProbs(TeacherProbs):
         others_CV = log_rest_C = None
         num_tokens = log_p_CV.shape[1] * vocabulary.axis.size
         if token.row.shape[1] < num_tokens:  # K < V: there are other tokens
-            # log p of the other tokens alone: -inf is added at the K tokens (0 where a row only stands in for another
-            # rank's), so that they drop out of the logsumexp.
-            removed_CK = torch.full_like(q_CK, -torch.inf)
-            if token.is_local is not None:
-                removed_CK = removed_CK.where(token.is_local, 0.0)
-            others_CV = log_p_CV.scatter_add(1, token.row, removed_CK)
-            log_rest_C = vocabulary.logsumexp(others_CV)
+            others_CV, log_rest_C = _others(log_p_CV, token, vocabulary)
             cross_entropy_C = cross_entropy_C - counts_rest * rest_C * log_rest_C
         gradient_CV = None
         if beta == 0.0:
@@ -179,6 +173,19 @@ class CachedTeacherProbs(TeacherProbs):
             gradient_CV = log_p_CV.exp().mul_((rest_ratio_C - mean_C).unsqueeze(1))
             gradient_CV.scatter_add_(1, token.row, p_CK * (log_ratio_CK - rest_ratio_C.unsqueeze(1)))
         return SoftLoss(loss_C, cross_entropy_C, entropy_C, gradient_CV)
+
+
+def _others(
+    log_p_CV: torch.Tensor, token: LocalTokens, vocabulary: VocabularyShard
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p with -inf at K tokens, [C, V], and the log of the probability of all others over all ranks, [C]."""
+    # -inf is added at the K tokens, so that they drop out of the logsumexp; 0 where a row only stands in for that of
+    # another rank.
+    removed_CK = log_p_CV.new_full(token.row.shape, -torch.inf)
+    if token.is_local is not None:
+        removed_CK = removed_CK.where(token.is_local, 0.0)
+    others_CV = log_p_CV.scatter_add(1, token.row, removed_CK)
+    return others_CV, vocabulary.logsumexp(others_CV)
 
 
 class Teacher:

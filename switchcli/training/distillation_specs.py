@@ -80,6 +80,11 @@ class DistillSpec(Spec):
         return self.decoding or Decoding.model_validate(_DECODING[self.targets])
 
     @property
+    def on_policy_fraction(self) -> float:
+        """The fraction of the steps on the student's answers."""
+        return 0.0 if self.targets != "student" else self.student_fraction or 0.5
+
+    @property
     def mixture(self) -> float:
         """The b of the soft part (distillation.py): 0 for forward KL, 1 for reverse KL, beta for the mean of both."""
         return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": self.beta or 0.5}[self.loss]

@@ -121,7 +121,7 @@ class Distillation(DistillRules):
         if on_policy is None:
             return on_data
         draw = torch.rand((), generator=keyed_generator(self._recipe.train.seed, f"targets of step {step}"))
-        return on_policy if draw < (self._settings.student_fraction or 0.5) else on_data
+        return on_policy if draw < self._settings.on_policy_fraction else on_data
 
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
