@@ -92,6 +92,10 @@ class Subject(ABC):
     def in_bfloat16(self) -> Self:
         """Return a copy whose weights are in bfloat16."""
 
+    def choice_scores(self, router: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+        """Return what tokens choose a router's experts by, given its logits [..., E]: by default probabilities."""
+        return logits.softmax(-1)
+
     @property
     def dense(self) -> bool:
         return not self.layers or self.num_experts == 1

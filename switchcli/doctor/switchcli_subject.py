@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from switchcli.doctor.subject import (
     ForwardTrace,
@@ -74,6 +75,11 @@ class SwitchcliSubject(Subject):
         cross_entropy = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
         auxiliary = 0.0 if output.auxiliary is None else float(output.auxiliary.mean().detach())
         return TrainingLoss(cross_entropy, auxiliary, auxiliary)  # always added, so asking changes nothing
+
+    def choice_scores(self, router: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+        assert isinstance(router, RouterWeights)
+        gates = router.router_spec.gates(logits)
+        return gates if router.bias is None else gates + router.bias
 
     def in_bfloat16(self) -> Self:
         return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialized)

@@ -58,12 +58,12 @@ def crowded_source(subject: Subject) -> ProbeText:
     plain = short(subject)
     candidates = _candidates(subject)
     padded = ProbeText(F.pad(candidates.inputs_BS, (0, 1), value=PAD), candidates.targets_BT)
-    logits_BSE = _first_logits(subject, padded, "encoder")
-    if logits_BSE is None:
+    score_BSE = _first_scores(subject, padded, "encoder")
+    if score_BSE is None:
         return plain
-    expert = int(logits_BSE[:, -1].argmax(-1).mode().values)  # the usual choice of the padding, which is last
+    expert = int(score_BSE[:, -1].argmax(-1).mode().values)  # the usual choice of the padding, which is last
     return plain._replace(
-        inputs_BS=_repeat_best(candidates.inputs_BS, logits_BSE[:, :-1], expert, 4, plain.inputs_BS.shape)
+        inputs_BS=_repeat_best(candidates.inputs_BS, score_BSE[:, :-1], expert, 4, plain.inputs_BS.shape)
     )
 
 
@@ -73,14 +73,14 @@ def crowded_target(subject: Subject) -> ProbeText:
     B = batch_size(subject, 1)
     text = ProbeText(_random_ids(subject, B, SHORT, seed=6), _random_ids(subject, B, length, seed=7))
     candidates = _candidates(subject)
-    logits_BTE = _first_logits(subject, candidates, "decoder")
-    if logits_BTE is None:
+    score_BTE = _first_scores(subject, candidates, "decoder")
+    if score_BTE is None:
         return text
-    # The decoder's input at position t is target t - 1, so the logits at t are those of target t - 1.
-    logits_BTE, ids_BT = logits_BTE[:, 1:], candidates.targets_BT[:, :-1]
-    expert = int(logits_BTE.argmax(-1).flatten().mode().values)
+    # The decoder's input at position t is target t - 1, so the scores at t are those of target t - 1.
+    score_BTE, ids_BT = score_BTE[:, 1:], candidates.targets_BT[:, :-1]
+    expert = int(score_BTE.argmax(-1).flatten().mode().values)
     # One token repeated: all positions then choose the same expert, whichever it is.
-    return text._replace(targets_BT=_repeat_best(ids_BT, logits_BTE, expert, 1, text.targets_BT.shape))
+    return text._replace(targets_BT=_repeat_best(ids_BT, score_BTE, expert, 1, text.targets_BT.shape))
 
 
 def crowded_rows(subject: Subject) -> ProbeText:
@@ -108,22 +108,24 @@ def _candidates(subject: Subject) -> ProbeText:
     return ProbeText(_random_ids(subject, B, SHORT, seed=8), _random_ids(subject, B, SHORT, seed=9))
 
 
-def _first_logits(subject: Subject, text: ProbeText, stack: str) -> torch.Tensor | None:
-    """Return the router logits of the first sparse layer of a stack: [B, S, E]; None without such a layer."""
+def _first_scores(subject: Subject, text: ProbeText, stack: str) -> torch.Tensor | None:
+    """Return what the first sparse layer of a stack chooses by: [B, S, E]; None without such a layer."""
     first = next((index for index, layer in enumerate(subject.layers) if layer.startswith(stack)), None)
     if first is None:
         return None
     # Groups are full sequences one after another, so [G, N, E] is also [B, S, E].
-    return subject.forward(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
+    logits_BSE = subject.forward(text).calls[first].logits_GNE.view(len(text.inputs_BS), -1, subject.num_experts)
+    return subject.choice_scores(subject.routers[first], logits_BSE)
 
 
 def _repeat_best(
-    ids_BS: torch.Tensor, logits_BSE: torch.Tensor, expert: int, count: int, shape: torch.Size
+    ids_BS: torch.Tensor, score_BSE: torch.Tensor, expert: int, count: int, shape: torch.Size
 ) -> torch.Tensor:
-    """Return a text of the `count` ids with the highest probability of `expert`, repeated to `shape`.
+    """Return a text of the `count` ids whose score of `expert` is furthest above all others, repeated to `shape`.
 
     In such a text they choose the expert that they chose among the candidates.
     """
-    probability_A = logits_BSE.softmax(-1)[..., expert].flatten()
-    best_ids = ids_BS.flatten()[probability_A.topk(count).indices]
+    others_BSE = score_BSE.index_fill(-1, torch.tensor([expert]), -torch.inf)
+    margin_A = (score_BSE[..., expert] - others_BSE.amax(-1)).flatten()
+    best_ids = ids_BS.flatten()[margin_A.topk(count).indices]
     return best_ids.repeat(-(-shape.numel() // count))[: shape.numel()].view(shape)
