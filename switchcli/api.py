@@ -344,17 +344,15 @@ class Model:
             RecipeError: a setting breaks a rule, or settings contradict one another.
             DataError: a text is not UTF-8.
         """
-        settings = {
-            "max_tokens": max_tokens,
-            "beams": beams,
-            "length_penalty": length_penalty,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": seed,
-        }
-        found = answers(
-            self, _as_list(texts), make_decoding(settings), batch_size=batch_size, capacity=_check_capacity(capacity)
+        decoding = make_decoding(
+            max_tokens=max_tokens,
+            beams=beams,
+            length_penalty=length_penalty,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
+        found = answers(self, _as_list(texts), decoding, batch_size=batch_size, capacity=_check_capacity(capacity))
         return [answer.output for answer in found]
 
     def evaluate(
@@ -500,7 +498,7 @@ def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequenc
     return eval_job.resolve_job(model._handle, _as_text(recipe), overrides)
 
 
-def make_decoding(settings: Mapping[str, Any]) -> Decoding:
+def make_decoding(**settings: Any) -> Decoding:
     """Return how tokens are chosen, by settings of `Model.generate`.
 
     Raises:

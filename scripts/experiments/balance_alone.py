@@ -1,21 +1,26 @@
-"""Descend the load-balancing loss alone from a checkpoint, and print how the largest load over the mean changes.
+"""Descend the load-balancing loss alone from checkpoints, and chart how the largest load over the mean changes.
 
-    python scripts/experiments/balance_alone.py RUN [RUN ...] > loads.csv
+    python scripts/experiments/balance_alone.py FOLDER RUN [RUN ...]
 
 Each RUN was trained with a recipe like quickstart/switch. From its newest checkpoint 50 steps are taken in which the
-cross-entropy has no gradient, with f and P over each scope, by biases, and with nothing that balances.
+cross-entropy has no gradient, with f and P over each scope, by biases, and with nothing that balances. FOLDER gets
+RUN.csv, RUN.svg and RUN.png.
 """
 
-import csv
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import switchcli
+from switchcli.metric_names import MAX_LOAD
 from switchcli.model.transformer import ModelOutput
+from switchcli.report import charts
+from switchcli.report.charts import Axis
+from switchcli.report.table import Table
 from switchcli.training import loss
 
 STEPS = 50
@@ -28,8 +33,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def loads_of(run: Path, arm: str, folder: Path) -> list[float]:
-    """Return the largest load over the mean, averaged over the layers, of each step."""
+def loads_of(run: Path, arm: str, folder: Path) -> list[list[float]]:
+    """Return the largest load over the mean of each layer, for each step."""
     out = folder / f"{run.name}-{arm}"
     settings = {
         "train.steps": STEPS,
@@ -44,7 +49,7 @@ def loads_of(run: Path, arm: str, folder: Path) -> list[float]:
     switchcli.train(switchcli.Recipe.load(run / "recipe.yaml", settings), out, quiet=True)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
-        sum(layer["max_load"] for layer in record["layers"].values()) / len(record["layers"])
+        [layer[MAX_LOAD] for layer in record["layers"].values()]
         for record in records
         if "layers" in record and "loss" in record
     ]
@@ -58,14 +63,22 @@ def main() -> None:
         return found._replace(target_sum=found.target_sum * 0.0)
 
     loss._target_loss = without_gradient
-    table = csv.writer(sys.stdout)
-    table.writerow(["run", "arm", "step", "max_load"])
-    with tempfile.TemporaryDirectory() as folder:
-        for run in map(Path, sys.argv[1:]):
-            for arm in ARMS:
-                for step, load in enumerate(loads_of(run, arm, Path(folder)), 1):
-                    table.writerow([run.name, arm, step, f"{load:.4f}"])
-                sys.stdout.flush()
+    out, *runs = map(Path, sys.argv[1:])
+    figures = []
+    for run in runs:
+        with tempfile.TemporaryDirectory() as folder:
+            loads = {arm: loads_of(run, arm, Path(folder)) for arm in ARMS}
+        rows = [
+            (arm, step, fmean(layers), min(layers), max(layers))
+            for arm in ARMS
+            for step, layers in enumerate(loads[arm], 1)
+        ]
+        table = Table(("series", "step", "load", "least", "most"), rows, name=run.name)
+        x, y = Axis("step", "steps on the balance alone"), Axis("load", "largest load over the mean", "~g")
+        figures.append(
+            charts.lines(run.name, f"From {run.name}: mean of the layers, least to most", "", table, x, y, [*ARMS])
+        )
+    charts.write_files(figures, [], out)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that a killed process left. Only the holder of the folder's lock may."""
-        for path in (self.recipe, self.tokenizer, self.metrics, self.result):
+        for path in self._files:
             publish.remove_stale(path, age=0)
 
     def is_to_archive(self) -> bool:

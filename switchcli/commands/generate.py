@@ -81,16 +81,15 @@ def generate(
     from switchcli import api
     from switchcli.runs.evaluate import text_generation
 
-    settings = {
-        "max_tokens": max_tokens,
-        "beams": beams,
-        "length_penalty": length_penalty,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
     try:
-        decoding = api.make_decoding(settings)
+        decoding = api.make_decoding(
+            max_tokens=max_tokens,
+            beams=beams,
+            length_penalty=length_penalty,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
     except RecipeError as error:
         raise RecipeError(*map(_as_option, error.lines)) from None
     model = api.load(checkpoint, device, precision)

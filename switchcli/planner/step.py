@@ -112,11 +112,6 @@ class RankWeights(NamedTuple):
     expert_orthogonal_flops: int
     """FLOPs of a step of Muon in all experts; 0 with other optimizers."""
 
-    @property
-    def dense_state(self) -> int:
-        """Bytes of optimizer state outside the experts."""
-        return self.dense_means + sum(length * state for length, _, state in self.dense_rows)
-
     def dense_shard(self, num_shards: int) -> tuple[int, int]:
         """Return parameters and bytes of state of the first shard, the largest one: rows are divided, rounded up."""
         rows = [(-(-length // num_shards), parameters, state) for length, parameters, state in self.dense_rows]

@@ -25,8 +25,8 @@ def _key(key: str, value: str = "{value}") -> Suggestion:
     return Suggestion(key, f"{key}={value}")
 
 
-def _option(option: str, value: str = "{value}") -> Suggestion:
-    return Suggestion(option, f"{option} {value}")
+def _option(option: str) -> Suggestion:
+    return Suggestion(option, f"{option} {{value}}")
 
 
 _CHECKPOINT: Final = Suggestion("CHECKPOINT", "{verb} {value}, as the checkpoint is the first argument")

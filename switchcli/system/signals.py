@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread, current_thread, main_thread
 from types import FrameType, TracebackType
-from typing import Self, TypeVar
+from typing import Final, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -72,6 +72,10 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+NEVER: Final = StopRequest()
+"""What nobody requests, for work that does not end early."""
 
 
 @contextmanager

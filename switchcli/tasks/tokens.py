@@ -79,14 +79,13 @@ def packed_task(
     def build(temporary: Path) -> None:
         temporary.mkdir()
         examples = read_examples(task, "train", "training", folder)
-        with (
-            StoreWriter(temporary, INPUTS, tokenizer.vocab_size) as inputs,
-            StoreWriter(temporary, TARGETS, tokenizer.vocab_size) as targets,
-        ):
-            tracked = iter(track(examples, f"tokenizing examples of {task.name}", len(examples)))
-            while chunk := [*islice(tracked, CHUNK_EXAMPLES)]:
-                _write(inputs, tokenizer, [example.input for example in chunk])
-                _write(targets, tokenizer, [example.targets[0] for example in chunk])
+        inputs, targets = (StoreWriter(temporary, name, tokenizer.vocab_size) for name in (INPUTS, TARGETS))
+        tracked = iter(track(examples, f"tokenizing examples of {task.name}", len(examples)))
+        while chunk := [*islice(tracked, CHUNK_EXAMPLES)]:
+            _write(inputs, tokenizer, [example.input for example in chunk])
+            _write(targets, tokenizer, [example.targets[0] for example in chunk])
+        inputs.close()
+        targets.close()
         write_manifest(temporary, {"format": FORMAT, "task": task.name, "examples": len(examples)})
 
     with get_or_build(entry, build):

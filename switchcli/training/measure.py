@@ -18,7 +18,7 @@ from switchcli.metric_names import AUXILIARY_LOSS, HELD_OUT, NEG_LOG_PERPLEXITY,
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
-from switchcli.system.signals import StopRequest, StopTraining
+from switchcli.system.signals import NEVER, StopRequest, StopTraining
 from switchcli.tasks.scores import Scores, score
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
@@ -76,8 +76,9 @@ class Measurement(NamedTuple):
         return {**held_out, **score_metrics(self.scores)}
 
     def load(self) -> dict[str, list[float]]:
-        """Return the tokens of all texts that each expert got, by the name of the sparse layer."""
-        layers = router_health.record(self.total, self.layers).get("layers", {})
+        """Return the tokens of all texts and targets that each expert got, by the name of the sparse layer."""
+        targets = [metrics for _, metrics in self.targets.values()]
+        layers = router_health.record(functools.reduce(merge, targets, self.total), self.layers).get("layers", {})
         return {name: layer["load"] for name, layer in layers.items()}
 
     def held_out(self) -> dict[str, dict[str, Any]]:
@@ -141,7 +142,7 @@ class Evaluator(NamedTuple):
         """The metric by which models are compared."""
         return TASKS_AVERAGE if self.tasks else HELD_OUT
 
-    def __call__(self, model: SwitchTransformer, stop: StopRequest | None = None) -> Measurement:
+    def __call__(self, model: SwitchTransformer, stop: StopRequest = NEVER) -> Measurement:
         """Measure a model, which must not be wrapped for training. Collective.
 
         Scores have no intervals, which take long: see `with_intervals`. A `stop` that is requested on any rank ends
@@ -177,7 +178,7 @@ class Evaluator(NamedTuple):
         batch_rows = -(-self.rows_each // group) * group
         return rank_batches(text, batch_rows, self.context.dp_rank, self.context.dp_size)
 
-    def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest | None) -> TextMetrics:
+    def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest) -> TextMetrics:
         batches = _until_stopped(self.batches(model, text), stop, self.context)
         metrics = evaluate(model, text.objective, batches, self.context, self.capacity["text"])
         loss = -float(metrics[NEG_LOG_PERPLEXITY].value())
@@ -186,9 +187,9 @@ class Evaluator(NamedTuple):
         return TextMetrics(text, metrics)
 
 
-def _until_stopped(batches: Iterable[Batch], stop: StopRequest | None, context: DistributedContext) -> Iterator[Batch]:
+def _until_stopped(batches: Iterable[Batch], stop: StopRequest, context: DistributedContext) -> Iterator[Batch]:
     """Yield the batches. Raises StopTraining on all ranks together after a stop."""
     for batch in batches:
-        if stop is not None and context.any_rank(stop.requested):
+        if context.any_rank(stop.requested):
             raise StopTraining
         yield batch

@@ -23,7 +23,7 @@ from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.spec import EOS
-from switchcli.system.signals import StopRequest, StopTraining
+from switchcli.system.signals import NEVER, StopRequest, StopTraining
 from switchcli.tasks.registry import SUITES
 from switchcli.tasks.scores import Scores
 from switchcli.tasks.suites import PAPER, average
@@ -51,7 +51,7 @@ class TaskPredictor:
         self._capacity = capacity
 
     def answer_all(
-        self, task_sets: Sequence[ScoredExamples], console: Console, stop: StopRequest | None = None
+        self, task_sets: Sequence[ScoredExamples], console: Console, stop: StopRequest = NEVER
     ) -> dict[str, tuple[AnsweredExample, ...]]:
         """Return the answered examples of each task, by its name, and show the progress in examples."""
         answers = {}
@@ -65,7 +65,7 @@ class TaskPredictor:
     def __call__(
         self,
         examples: ScoredExamples,
-        stop: StopRequest | None = None,
+        stop: StopRequest = NEVER,
         show: Callable[[int], None] = lambda count: None,
     ) -> tuple[AnsweredExample, ...]:
         """Return every example with the model's answer, in order and identical on all ranks.
@@ -86,7 +86,7 @@ class TaskPredictor:
     def answer_ids(
         self,
         questions: Questions,
-        stop: StopRequest | None = None,
+        stop: StopRequest = NEVER,
         show: Callable[[int], None] = lambda count: None,
     ) -> torch.Tensor:
         """Return the answers to the asked examples as token ids, int32 [X, T], in order and identical on all ranks.
@@ -105,14 +105,14 @@ class TaskPredictor:
                     self._settings.decoding,
                     all_done=lambda done_B: self._ends(done_B, stop),
                 )
-                if self._context.any_rank(_is_stopping(stop)):
+                if self._context.any_rank(stop.requested):
                     raise StopTraining
                 if batch.is_own:
                     tokens_XT[batch.number_B - questions.numbers.start, : answers_BT.shape[1]] = answers_BT.int()
         return self._context.all_reduce(tokens_XT)
 
     def _choose_labels(
-        self, examples: ScoredExamples, stop: StopRequest | None, show: Callable[[int], None]
+        self, examples: ScoredExamples, stop: StopRequest, show: Callable[[int], None]
     ) -> tuple[AnsweredExample, ...]:
         """Return every example with the most probable label of its task, the first one of equals."""
         task, context = examples.task, self._context
@@ -123,7 +123,7 @@ class TaskPredictor:
         with closing(self._batches(examples.questions, stop, show)) as batches:
             for batch in batches:
                 log_p_BL = label_log_likelihoods(self._model, batch.inputs_BS, labels)
-                if context.any_rank(_is_stopping(stop)):
+                if context.any_rank(stop.requested):
                     raise StopTraining
                 if batch.is_own:
                     log_p_XL[batch.number_B] = log_p_BL.double()
@@ -134,12 +134,12 @@ class TaskPredictor:
         )
 
     def _batches(
-        self, questions: Questions, stop: StopRequest | None, show: Callable[[int], None]
+        self, questions: Questions, stop: StopRequest, show: Callable[[int], None]
     ) -> Generator["_AnswerBatch", None, None]:
         """Yield this rank's batches, equally many on each rank, with the model ready to answer them."""
         context = self._context
         batches = list(questions.batches(self._settings.batch_examples))
-        if context.any_rank(_is_stopping(stop)):
+        if context.any_rank(stop.requested):
             raise StopTraining
         with evaluating(self._model, self._capacity), context.eager(), context.autocast():
             # The number of rounds is rounded up.
@@ -153,9 +153,9 @@ class TaskPredictor:
                 num_done = (round_index + 1) * context.dp_size * self._settings.batch_examples
                 show(min(num_done, len(questions.numbers)))
 
-    def _ends(self, done_B: torch.Tensor, stop: StopRequest | None) -> bool:
+    def _ends(self, done_B: torch.Tensor, stop: StopRequest) -> bool:
         """Return whether to leave the decoding loop, together on all ranks: all are done, or one is to stop."""
-        unfinished, stopping = self._context.sum_over_ranks([int(not done_B.all()), int(_is_stopping(stop))])
+        unfinished, stopping = self._context.sum_over_ranks([int(not done_B.all()), int(stop.requested)])
         return stopping > 0 or unfinished == 0
 
 
@@ -171,10 +171,6 @@ class _AnswerBatch(NamedTuple):
 
 def _show_after(num_before: int, show: Callable[[int], None], count: int) -> None:
     show(num_before + count)
-
-
-def _is_stopping(stop: StopRequest | None) -> bool:
-    return stop is not None and stop.requested
 
 
 def score_metrics(scores: Mapping[str, Scores]) -> dict[str, float]:
@@ -219,11 +215,10 @@ def answer_texts(
     tokenizer: Tokenizer,
     inputs_BS: torch.Tensor,
     max_tokens: int,
-    policy: Policy = "dropless",
     all_done: AllDone = all_done_locally,
 ) -> list[str]:
     """Return the model's greedy answer to each row of token ids, as text in which sentinels are readable."""
-    with evaluating(model, policy):
+    with evaluating(model, "dropless"):
         answers_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
     return [tokenizer.decode(answer) for answer in answers_BT.tolist()]
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing import active_children
 from pathlib import Path
 from typing import NamedTuple
@@ -816,7 +816,7 @@ def test_an_empty_part_is_refused(corpus: Corpus, fraction: float) -> None:
 
 
 def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path, "store", 2**16 + 1) as writer:
+    with closing(StoreWriter(tmp_path, "store", 2**16 + 1)) as writer:
         writer.add(np.array([2**16, 5]), starts_document=True)
         writer.add(np.array([], dtype=np.int64), starts_document=True)
         writer.add(np.array([7]), starts_document=True)

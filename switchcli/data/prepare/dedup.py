@@ -171,9 +171,10 @@ def write_distinct(
         store = shard.open()
         length_D = np.diff(store.offsets)
         name = f"{split}-{len(manifests[split]):05}"
-        with StoreWriter(folder, name, tokenizer.vocab_size) as writer:
-            stays_T = np.repeat(stays_D, length_D)  # each token stays if its document does
-            writer.add_all(store.tokens[stays_T], length_D[stays_D])
+        writer = StoreWriter(folder, name, tokenizer.vocab_size)
+        stays_T = np.repeat(stays_D, length_D)  # each token stays if its document does
+        writer.add_all(store.tokens[stays_T], length_D[stays_D])
+        writer.close()
         num_tokens = int(length_D[stays_D].sum())
         # The bytes of a single document are not recorded, so that this is an average.
         counts = text.counts[split]

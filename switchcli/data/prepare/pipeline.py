@@ -297,13 +297,14 @@ def held_out_sample(spec: DataSpec, context: PrepareContext, tokenizer: Tokenize
 def _write_sample(documents: Iterable[Document], tokenizer: Tokenizer, num_tokens: int, folder: Path) -> None:
     """Write documents as a held-out split until it has `num_tokens` tokens."""
     folder.mkdir()
-    with ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as writer:
-        for document in documents:
-            parts = [*split_text(document.text)]
-            for index, (text, ids) in enumerate(zip(parts, tokenizer.encode_batch(parts), strict=True)):
-                writer.add(ids, len(text.encode()), starts_document=index == 0)
-            if sum(shard["tokens"] for shard in writer.shards) >= num_tokens:
-                break
+    writer = ShardWriter(folder, HELD_OUT, tokenizer.vocab_size)
+    for document in documents:
+        parts = [*split_text(document.text)]
+        for index, (text, ids) in enumerate(zip(parts, tokenizer.encode_batch(parts), strict=True)):
+            writer.add(ids, len(text.encode()), starts_document=index == 0)
+        if sum(shard["tokens"] for shard in writer.shards) >= num_tokens:
+            break
+    writer.close()
     write_text_manifest(folder, {TRAIN: [], HELD_OUT: writer.shards}, {}, tokenizer.sha256)
 
 

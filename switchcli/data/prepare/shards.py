@@ -157,16 +157,15 @@ def _build(job: TokenizeJob, scratch: Path, tokenizer: Tokenizer, add_tokens: Ca
         folder.mkdir()
         dropped: Counter[str] = Counter()
         documents = job.filters(job.corpus.read(job.source_shard, dropped=dropped), dropped)
-        with (
-            ShardWriter(folder, TRAIN, tokenizer.vocab_size) as train,
-            ShardWriter(folder, HELD_OUT, tokenizer.vocab_size) as held_out,
-        ):
-            for chunk in group_parts(split_documents(documents, job.held_out_fraction)):
-                ids_of_parts = tokenizer.encode_batch([part.text for part in chunk])
-                for part, ids in zip(chunk, ids_of_parts, strict=True):
-                    writer = held_out if part.held_out else train
-                    writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
-                    add_tokens(len(ids))
+        train, held_out = (ShardWriter(folder, split, tokenizer.vocab_size) for split in (TRAIN, HELD_OUT))
+        for chunk in group_parts(split_documents(documents, job.held_out_fraction)):
+            ids_of_parts = tokenizer.encode_batch([part.text for part in chunk])
+            for part, ids in zip(chunk, ids_of_parts, strict=True):
+                writer = held_out if part.held_out else train
+                writer.add(ids, len(part.text.encode()), starts_document=part.starts_document)
+                add_tokens(len(ids))
+        train.close()
+        held_out.close()
         facts = {
             "format": FORMAT,
             "piece": job.source_shard.name,

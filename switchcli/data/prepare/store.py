@@ -9,7 +9,6 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -87,15 +86,6 @@ class StoreWriter:
         self._lengths.extend(lengths.tolist())
         self._tokens += tokens.astype(self._dtype).data
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-
     def close(self) -> None:
         """Write the two files. Documents without tokens are left out."""
         lengths = np.array(self._lengths, dtype=np.int64)
@@ -108,7 +98,7 @@ ShardManifest = dict[str, Any]
 
 
 class ShardWriter:
-    """Writer of one split of a text as shards, used in a `with` statement. No document is divided between shards."""
+    """Writer of one split of a text as shards. No document is divided between shards."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
         """Prepare to write shards `split`-000, `split`-001, ... in `folder`."""
@@ -119,7 +109,7 @@ class ShardWriter:
     def add(self, ids: NDArray[np.int64], num_bytes: int, *, starts_document: bool) -> None:
         """Append the ids of `num_bytes` bytes of text to the last document, or as a new one."""
         if self._writer is None or (starts_document and self._is_full()):
-            self._close()
+            self.close()
             name = f"{self._split}-{len(self.shards):03}"
             self._writer = StoreWriter(self._folder, name, self._vocab_size)
             self.shards.append({"name": name, "documents": 0, "tokens": 0, "bytes": 0})
@@ -129,19 +119,10 @@ class ShardWriter:
         shard["tokens"] += len(ids)
         shard["bytes"] += num_bytes
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._close()
-
     def _is_full(self) -> bool:
         return self.shards[-1]["tokens"] >= SHARD_TOKENS or self.shards[-1]["documents"] >= SHARD_DOCUMENTS
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 

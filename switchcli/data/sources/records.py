@@ -21,9 +21,11 @@ class UnreadableRow(Exception):
     returns the exact position if it is known better than the row's.
     """
 
-    def __init__(self, reason: str, message: str, location: Callable[[], str] | None = None) -> None:
+    location: Callable[[], str] | None = None
+
+    def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
-        self.reason, self.message, self.location = reason, message, location
+        self.reason, self.message = reason, message
 
 
 class RawRow(NamedTuple):

@@ -30,7 +30,7 @@ _OF_TOKENS: Final = ("embedding", "head.weight")
 class LayerPruning(NamedTuple):
     """How one sparse layer is pruned."""
 
-    load: Sequence[int]
+    load: Sequence[float]
     """Number of tokens that chose each expert."""
     kept: list[int]
     """The kept experts, in ascending order: those with the largest load, of equal loads the first."""
@@ -42,7 +42,7 @@ class LayerPruning(NamedTuple):
 
 def plan_pruning(
     model: SwitchTransformer,
-    loads: Mapping[str, Sequence[int]],
+    loads: Mapping[str, Sequence[float]],
     mass: Mapping[str, torch.Tensor],
     num_kept: int,
     gate: Gate,
@@ -63,7 +63,7 @@ def plan_pruning(
 
 
 def _plan_layer(
-    router: Router, load_E: Sequence[int], mass_EE: torch.Tensor, num_kept: int, gate: Gate
+    router: Router, load_E: Sequence[float], mass_EE: torch.Tensor, num_kept: int, gate: Gate
 ) -> LayerPruning:
     by_load = sorted(range(len(load_E)), key=lambda expert: -load_E[expert])  # stable: of equal loads the first
     kept = sorted(by_load[:num_kept])

@@ -17,9 +17,10 @@ from switchcli.runs.inputs.loading import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
 from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
+from switchcli.spec import Spec
 from switchcli.system.lock import lock
 
-RESUME_SAFE_KEYS = (
+_SAFE_KEYS = (
     "description",
     "train.steps",
     "train.device",
@@ -117,17 +118,23 @@ def _check_shared(out: Path) -> None:
         )
 
 
+def unsafe_changes(before: Spec, after: Spec) -> list[Difference]:
+    """Return the keys that differ between two recipes and must not change when a run is resumed."""
+    return [
+        difference
+        for difference in differences(before, after)
+        # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
+        if not difference.key.startswith(_SAFE_KEYS) and not difference.key.endswith(".unreadable")
+    ]
+
+
 def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out: Path) -> None:
     """Raise RecipeError if the recipe changes a key of the saved one that must not change when a run is resumed.
 
     `latest` is the newest checkpoint in the folder `out`.
     """
-    saved, changed = saved_recipe(latest), list[Difference]()
-    for difference in differences(saved, recipe):
-        # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
-        is_safe = difference.key.startswith(RESUME_SAFE_KEYS) or difference.key.endswith(".unreadable")
-        if not is_safe:
-            changed.append(difference)
+    saved = saved_recipe(latest)
+    changed = unsafe_changes(saved, recipe)
     changed.sort(key=lambda difference: difference.key == "model.vocab_size")  # it may follow from the tokenizer
     if changed:
         key, old, new = changed[0]

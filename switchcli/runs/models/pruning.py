@@ -1,7 +1,7 @@
 """Remove experts that held-out text uses least, or tokens that no given text needs, and measure the loss in quality."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,13 @@ def prune(
         original = load_model(handle, context.device)
         evaluator, _ = _evaluator(original, recipe, context, console)
         with pruning.probability_mass(original.model) as mass:
-            before = evaluator(original.model).parts()
+            measured = evaluator(original.model)
+        before = measured.parts()
         if not before:
             raise DataError(f"{handle.path}: no labeled example in what it is measured on: name text or other tasks")
         layer_plans = {}
         if experts is not None:
-            layer_plans = pruning.plan_pruning(original.model, _load_by_layer(before), mass, experts, gate)
+            layer_plans = pruning.plan_pruning(original.model, measured.load(), mass, experts, gate)
         tokens_K = None if trimmed is None else torch.from_numpy(trimmed.kept).to(context.device)
         tokenizer = handle.tokenizer if trimmed is None else trimmed.tokenizer
         pruned = LoadedModel(destination, 0, pruned_recipe, tokenizer, empty_model(pruned_recipe, context.device))
@@ -251,14 +252,3 @@ def _evaluator(
     data = build_eval_data(model, recipe, context, console)
     policy = _capacity(recipe)
     return data.evaluators[0]._replace(tasks=(), capacity={"text": policy, "tasks": policy}), data.prepared
-
-
-def _load_by_layer(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Return the number of tokens that chose each expert of each layer, summed over all texts and tasks."""
-    sums: dict[str, list[int]] = {}
-    for metrics in measured.values():
-        for layer, layer_metrics in metrics["layers"].items():
-            load = layer_metrics["load"]
-            before = sums.get(layer, [0] * len(load))
-            sums[layer] = [total + tokens for total, tokens in zip(before, load, strict=True)]
-    return sums

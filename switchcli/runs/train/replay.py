@@ -27,9 +27,8 @@ from switchcli.report.console import Console
 from switchcli.report.sinks import parse, read_lines, read_object
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import saved_recipe
-from switchcli.runs.job.run_dir import RESUME_SAFE_KEYS
+from switchcli.runs.job.run_dir import unsafe_changes
 from switchcli.runs.train.trainer import Trainer
-from switchcli.spec import Spec
 from switchcli.training.checkpointer import DATA
 
 FRACTION: Final = 0.05
@@ -182,8 +181,10 @@ def _repeat(
             f"{folder.path}: trained on {ranks} ranks, whose microbatches seed dropout and jitter, and its recipe does "
             "not give their size: one process can repeat a run whose recipe has train.microbatch_tokens"
         )
-    if start and end and (changed := _first_change(saved_recipe(start), saved_recipe(end))):
-        return Finding(segment, "differs", 0, 0, changed)
+    if start and end and (changed := unsafe_changes(saved_recipe(start), saved_recipe(end))):
+        key, old, new = changed[0]
+        change = f"{key}: {old} in the recipe of the first checkpoint, {new} in that of the last"
+        return Finding(segment, "differs", 0, 0, change)
     with tempfile.TemporaryDirectory() as scratch:
         out, recipe = Path(scratch, "run"), folder.recipe
         if start:
@@ -213,14 +214,6 @@ def _repeat(
     if difference is not None and not is_exact and _is_close(expected, found):
         verdict = "close"
     return Finding(segment, verdict, len(expected), num_files, difference, is_same_machine)
-
-
-def _first_change(before: Spec, after: Spec) -> str | None:
-    """Return the first key in which recipes differ though a run that resumes cannot change it."""
-    for key, old, new in differences(before, after):
-        if not key.startswith(RESUME_SAFE_KEYS):
-            return f"{key}: {old} in the recipe of the first checkpoint, {new} in that of the last"
-    return None
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:

@@ -317,7 +317,7 @@ class RunTeacher:
 
 
 class DistillSource(BatchSource):
-    """Another source's batches, with the teacher's cached probabilities from `start_step` on."""
+    """Batches that depend on their step only, with the cached probabilities of the teacher from `start_step` on."""
 
     def __init__(self, source: BatchSource, cache: TeacherCache, start_step: int) -> None:
         self._source, self._cache, self._start_step = source, cache, start_step
@@ -328,23 +328,16 @@ class DistillSource(BatchSource):
             return batch
         return DistillBatch(batch.inputs_BS, batch.targets_BT, self._cache.read(step, first, count))
 
-    def state(self, step: int) -> list[int]:
-        return self._source.state(step)
-
     def restore_state(self, step: int, state: Sequence[int], row_offset: int = 0) -> None:
         if row_offset:
             raise RecipeError(
                 "distill.cache: holds the teacher's probabilities by step, and a branch with another batch size or "
                 "other data has other rows in its steps: leave distill.cache out, so that the teacher runs in each step"
             )
-        self._source.restore_state(step, state)
+        super().restore_state(step, state)
 
     def record(self, step: int) -> Mapping[str, Any]:
         return self._source.record(step)
-
-    @property
-    def is_sequential(self) -> bool:
-        return self._source.is_sequential
 
 
 def cache_facts(recipe: Recipe, teacher: str, text: str, batches: str) -> Mapping[str, str | int | float]:
