@@ -14,6 +14,7 @@ from pydantic import model_validator
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ParallelSpec, batch_problem, mesh_problems
 from switchcli.model.config import STACKS, ModelSpec, Stack
+from switchcli.model.moe.router import FEW_CHOICES
 from switchcli.spec import Spec
 from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
 from switchcli.training.optimizer_specs import Adafactor, OptimizerSpec
@@ -163,6 +164,11 @@ class TrainingRecipe(Spec, ABC):
                     f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
                     f"in a group of {group} tokens of the {stack}: take {min_factor:g} or more, for at "
                     "least one."
+                )
+            elif not isinstance(factor, str) and factor < router.experts_per_token > FEW_CHOICES:
+                yield (
+                    f"{key}.{name} ({factor:g}) has slots for {factor:g} of the {router.experts_per_token} experts "
+                    f"that a token chooses: take {1.25 * router.experts_per_token:g}, or dropless."
                 )
 
     def _parallel_rules(self) -> Iterator[str]:

@@ -72,6 +72,16 @@ def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
             0,
             "model.router.eval_capacity_factor 0.01 8 0.64 512 encoder 0.016",
         ),
+        (
+            ["model.router={kind: top_k, k: 3, capacity_factor: 2.9}"],
+            0,
+            "model.router.capacity_factor 2.9 3 3.75 dropless",
+        ),
+        (
+            ["model.router={kind: top_k, k: 4, eval_capacity_factor: 2}", "model.sparse_encoder_layers=[]"],
+            0,
+            "model.router.eval_capacity_factor 2 4 5 dropless",
+        ),
         (["model.vocab_size=8000"], 0, "data.tokenizer.vocab_size 8192 8000 model.vocab_size"),
         (["schedule={kind: cosine, warmup_steps: 101}"], 0, "schedule.warmup_steps 101 train.steps 100 10"),
     ],
@@ -142,6 +152,13 @@ def test_objectives_that_cannot_be(recipe, override, words):
 def test_a_router_without_a_kind_is_switch(recipe):
     assert recipe("model.router.jitter=0.5").model.router == SwitchRouter(jitter=0.5)
     assert recipe("model.router={kind: top_k, jitter: 0.5}").model.router == TopKRouter(jitter=0.5)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(2, (1.25, 2.0, 0.2)), (3, (3.75, 6.0, 0.0)), (8, (10.0, 16.0, 0.0))])
+def test_more_than_two_choices_have_slots_for_all_by_default(recipe, k, expected):
+    router = recipe("model.router.kind=top_k", f"model.router.k={k}").model.router
+    assert (router.capacity_factor, router.eval_capacity_factor, router.keep_threshold) == expected
+    assert recipe(f"model.router={{kind: top_k, k: {k}, capacity_factor: {k}}}").model.router.capacity_factor == k
 
 
 def test_without_a_capacity_none_can_be_too_small(recipe):

@@ -41,6 +41,9 @@ Policy = Literal["paper", "dropless"] | Factor
 """How an evaluation counts capacity: by `eval_capacity_factor` (`paper`), not at all (`dropless`), or by this factor.
 With `dropless` no token's output depends on the other tokens of its batch, so that decoding step by step equals teacher
 forcing. Expert choice needs a capacity and keeps its own under `dropless`."""
+FEW_CHOICES = 2
+"""Up to so many experts per token, capacity factors are the paper's, which has slots for 1.25 choices of a token in its
+top-2 baseline. With more choices, a factor below their number would leave most of them out."""
 Mode = Literal["training"] | Policy
 """Training, or an evaluation under one of the policies."""
 
@@ -450,11 +453,20 @@ class TopKRouter(TokenChoiceRouter):
     kind: Literal["top_k"] = "top_k"
     """`top_k` sends each token to its k most probable experts: the paper's Mixture-of-Experts baseline."""
     k: Size = 2
-    """Number of experts per token."""
+    """Number of experts per token. For more than two, the defaults have room for all of them: `capacity_factor` is
+    1.25 k, `eval_capacity_factor` 2 k, and `keep_threshold` 0."""
     renormalize: bool = True
     """Whether the k gates are divided by their sum."""
     keep_threshold: float = Field(default=0.2, ge=0.0, le=1.0)
     """Gate above which training always keeps a second or later choice; 0 keeps every choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _many_choices_have_room(cls, keys: object) -> object:
+        """Mesh-TensorFlow's threshold would skip most gates of 1 / k, as well."""
+        if not isinstance(keys, dict) or not isinstance(k := keys.get("k"), int) or k <= FEW_CHOICES:
+            return keys
+        return {"capacity_factor": 1.25 * k, "eval_capacity_factor": 2.0 * k, "keep_threshold": 0.0, **keys}
 
     @model_validator(mode="after")
     def _can_learn(self) -> Self:
