@@ -26,7 +26,7 @@ _STYLES = {"equal": "green", "close": "yellow", "differs": "bold red"}
     epilog=epilog(
         "how-to/audit-a-run",
         "switchcli audit runs/quickstart/switch",
-        "switchcli audit runs/quickstart/switch --steps 200:400",
+        "switchcli audit runs/quickstart/switch --steps 600:800",
     )
 )
 def audit(
@@ -36,7 +36,10 @@ def audit(
     ] = 3,
     steps: Annotated[
         str | None,
-        typer.Option(metavar="A:B", help="Repeat the steps after step A up to B; A is 0 or has a kept checkpoint."),
+        typer.Option(
+            metavar="A:B",
+            help="Repeat the steps after step A up to B; A is where the run began, mostly 0, or has a kept checkpoint.",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Seed of the choice; by default nobody can foresee it.")
@@ -54,7 +57,7 @@ def audit(
     if steps is not None:
         match = re.fullmatch(r"(\d{1,15}):(\d{1,15})", steps)
         if match is None:
-            raise RecipeError(f"--steps ({steps}): write two steps as A:B, such as 200:400")
+            raise RecipeError(f"--steps ({steps}): write two steps as A:B, such as 600:800")
         named = (int(match[1]), int(match[2]))
     result = api.audit(run, segments=segments, steps=named, seed=seed)
     finish(result, as_json, _shown(result), exit_code=0 if result["sound"] else 1)

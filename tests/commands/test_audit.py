@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from shared_runs import made_once
 from shared_runs import switchcli as run_switchcli
 from tiny_checkpoint import reseal
-from tiny_run import RECIPE, SwitchCLI, records, write_text
+from tiny_run import RECIPE, SwitchCLI, lay_out_tuning, records, write_text
 
 KEPT = ("train.steps=6", "log.every_steps=1", "eval.every_steps=2", "checkpoint.save_every_steps=2")
 
@@ -198,8 +198,45 @@ def test_no_segment_crosses_the_step_at_which_a_run_was_extended(here: Path, swi
     found = json.loads(switchcli("audit", "more", "--json").out)
     assert [segment["segment"] for segment in found["segments"]] == [[8, 10]]
     assert found["sound"]
-    refused = switchcli("audit", "more", "--steps", "5:8")
-    assert (refused.code, lacking(refused.err, "--steps 5:8 train.steps")) == (2, [])
+    for end in (7, 8):
+        refused = switchcli("audit", "more", "--steps", f"5:{end}")
+        assert (refused.code, lacking(refused.err, f"--steps 5:{end} train.steps")) == (2, [])
+    assert json.loads(switchcli("audit", "more", "--json", "--steps", "8:9").out)["sound"]
+
+
+@pytest.mark.integration
+def test_the_beginning_of_an_extended_run_had_other_rates_than_its_recipe_gives(
+    here: Path, switchcli: SwitchCLI
+) -> None:
+    cosine = ("schedule={kind: cosine, learning_rate: 0.01, warmup_steps: 1}", "checkpoint.keep_last=1")
+    for steps in (6, 40):
+        assert (
+            switchcli("pretrain", "tiny.yaml", *KEPT, *cosine, f"train.steps={steps}", "--out", "more", "-q").code == 0
+        )
+    refused = switchcli("audit", "more", "--steps", "0:4")
+    assert (refused.code, lacking(refused.err, "more learning rates extended --steps")) == (2, [])
+
+
+@pytest.mark.integration
+def test_a_branch_is_repeated_from_where_it_began(here: Path, switchcli: SwitchCLI) -> None:
+    words = ("--branch-from", "run", "--out", "branch", "-q")
+    done = switchcli("pretrain", "tiny.yaml", *KEPT, "train.steps=9", *words)
+    assert done.code == 0, done.err
+    found = json.loads(switchcli("audit", "branch", "--json", "--steps", "6:7").out)
+    assert [(one["segment"], one["verdict"]) for one in found["segments"]] == [([6, 7], "equal")]
+    assert (found["not_checked"], found["sound"]) == ([[7, 9]], True)
+    refused = switchcli("audit", "branch", "--steps", "0:7")
+    assert (refused.code, lacking(refused.err, "--steps 0 6 8 9")) == (2, [])
+
+
+@pytest.mark.integration
+def test_a_run_that_keeps_the_best_scores_is_repeated_too(here: Path, switchcli: SwitchCLI) -> None:
+    recipe = lay_out_tuning(here)
+    keys = ("train.steps=8", "checkpoint.save_every_steps=4", "log.every_steps=1")
+    done = switchcli("finetune", recipe, "--model", "run", "start.keep=weights", *keys, "--out", "tuned", "-q")
+    assert done.code == 0, done.err
+    found = json.loads(switchcli("audit", "tuned", "--json", "--steps", "4:8").out)
+    assert [(one["segment"], one["verdict"]) for one in found["segments"]] == [([4, 8], "equal")]
 
 
 @pytest.mark.integration

@@ -196,15 +196,20 @@ def read_documents(native: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Token
 
 
 def saved_recipe(native: checkpoint.Checkpoint) -> TrainingRecipe:
-    """Return the recipe of a checkpoint, by the schema of the verb that wrote it.
+    """Return the recipe of a checkpoint. Raises like `read_recipe`."""
+    return read_recipe(native.document(resolve.SAVED), native.path / resolve.SAVED)
+
+
+def read_recipe(document: bytes, path: Path) -> TrainingRecipe:
+    """Return the recipe that a run wrote to a file, by the schema of the verb that wrote it.
 
     Raises:
         CheckpointError: there is no such verb, or it does not train.
     """
-    tree = resolve.parse_saved(native.document(resolve.SAVED), yaml_nodes.display_path(native.path / resolve.SAVED))
+    tree = resolve.parse_saved(document, yaml_nodes.display_path(path))
     schema = schema_of(tree)
     if schema is None or not issubclass(schema, TrainingRecipe):
         raise CheckpointError(
-            f"{native.path}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
+            f"{path.parent}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
         )
     return resolve.validate(tree, schema)

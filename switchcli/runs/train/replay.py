@@ -1,8 +1,8 @@
 """Audit of a run: segments of its training are repeated from its checkpoints, recipe and data, and compared with it.
 
-A segment goes from one kept checkpoint to another, or from the start. It is trained in a temporary folder, as the run
-itself would go on, in one process. On a CPU with the hardware and versions of the run the result must be equal to the
-bit; elsewhere, losses must be within `TOLERANCE`. The run is only read.
+A segment goes from one kept checkpoint to another, or from where the run began. It is trained in a temporary folder, as
+the run itself would go on, in one process. On a CPU with the hardware and versions of the run the result must be equal
+to the bit; elsewhere, losses must be within `TOLERANCE`. The run is only read.
 """
 
 import json
@@ -19,14 +19,30 @@ from typing import Any, Final, Literal, NamedTuple
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.checkpoint import Checkpoint, checkpoint_path
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.errors import CheckpointError, Interrupted, InterruptedByForce, OtherDataError, RecipeError
-from switchcli.metric_names import FLOPS_PER_SECOND, HELD_OUT_LOSS, LOSS, SAME_EXPERT, TOKENS_PER_SECOND
+from switchcli.checkpoint.saved_state import SavedState
+from switchcli.errors import (
+    CheckpointError,
+    Interrupted,
+    InterruptedByForce,
+    OtherDataError,
+    RecipeError,
+    disk_errors,
+)
+from switchcli.metric_names import (
+    FLOPS_PER_SECOND,
+    HELD_OUT_LOSS,
+    LEARNING_RATE,
+    LOSS,
+    SAME_EXPERT,
+    TOKENS_PER_SECOND,
+)
 from switchcli.recipe import resolve
 from switchcli.recipe.resolve import differences
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.sinks import parse, read_lines, read_object
 from switchcli.runs.devices.machine_info import machine_info
-from switchcli.runs.inputs.loading import saved_recipe
+from switchcli.runs.inputs.loading import read_recipe, saved_recipe
 from switchcli.runs.job.run_dir import unsafe_changes
 from switchcli.runs.train.trainer import Trainer
 from switchcli.training.checkpointer import DATA
@@ -37,7 +53,7 @@ TOLERANCE: Final = 0.01
 """Difference in nats of a loss that other hardware explains: processors differ by up to 0.009 after 800 steps."""
 IN_ONE_PROCESS: Final = (
     *("parallel.auto=false", "parallel.data=null", "parallel.model=1", "parallel.expert=1", "parallel.shard=none"),
-    "log.trackers=[]",
+    *("log.trackers=[]", "checkpoint.keep_best=false"),
 )
 """Overrides under which this process repeats what any ranks did."""
 RECORD_KEYS: Final = {"train.steps", "log.every_steps", "eval.every_steps"}
@@ -102,32 +118,33 @@ def audit(
         raise CheckpointError(f"{run}: holds no log of a training: name the folder of a run")
     done = max(record["step"] for record in records)
     kept = sorted(int(path.name.removeprefix("step-")) for path in checkpoint.saved_checkpoints(folder.checkpoints))
+    began = SavedState.read(_open(folder, kept[-1]).document("state.json")).branch.step if kept else 0
     if steps:
-        seed, chosen = None, [_checked(steps, kept, done, run)]
+        seed, chosen = None, [_checked(steps, (began, *kept), done, run)]
         if reason := _obstacle(folder, steps, kept):
             raise RecipeError(f"--steps {steps.first}:{steps.last}: {reason}")
     else:
         seed = secrets.randbits(32) if seed is None else seed
         between = [pair for pair in map(Segment._make, pairwise(kept)) if not _obstacle(folder, pair, kept)]
         chosen = sorted(random.Random(seed).sample(between, min(segments, len(between))))
-        chosen = chosen or [Segment(0, max(1, round(FRACTION * done)))]
+        chosen = chosen or [Segment(began, began + max(1, round(FRACTION * (done - began))))]
     findings: list[Finding] = []
     for segment in chosen:
         console.message(f"repeating steps {segment.first + 1:,} to {segment.last:,}")
-        findings.append(_repeat(folder, segment, segment.last in kept, records, open_run))
+        findings.append(_repeat(folder, segment, kept, records, open_run))
     return {
         "run": str(run),
         "seed": seed,
         "segments": [finding.to_json() for finding in findings],
-        "not_checked": [[*gap] for gap in _gaps(chosen, done)],
+        "not_checked": [[*gap] for gap in _gaps(chosen, began, done)],
         "sound": all(finding.verdict != "differs" for finding in findings),
     }
 
 
-def _checked(steps: Segment, kept: Sequence[int], done: int, run: Path) -> Segment:
-    """Return the steps. Raises RecipeError if they cannot be repeated."""
-    if steps.first not in (0, *kept):
-        known = ", ".join(map(str, (0, *kept)))
+def _checked(steps: Segment, starts: Sequence[int], done: int, run: Path) -> Segment:
+    """Return the steps. Raises RecipeError if they cannot be repeated from one of `starts`."""
+    if steps.first not in starts:
+        known = ", ".join(map(str, starts))
         raise RecipeError(f"--steps: {run} kept no checkpoint of step {steps.first}: begin at one of {known}")
     if not steps.first < steps.last <= done:
         raise RecipeError(f"--steps: must end after step {steps.first}, and at step {done} of {run} at the latest")
@@ -136,22 +153,31 @@ def _checked(steps: Segment, kept: Sequence[int], done: int, run: Path) -> Segme
 
 def _obstacle(folder: RunFolder, segment: Segment, kept: Sequence[int]) -> str | None:
     """Return why one recipe cannot repeat a segment: the run was resumed in it with other steps or other records."""
-    if not segment.first or segment.last not in kept:
+    if segment.first not in kept:  # where the run began
         return None
-    first, last = (saved_recipe(_open(folder, step)) for step in segment)
+    first, last = saved_recipe(_open(folder, segment.first)), _recipe_at(folder, kept, segment.last)
     changed = [key for key, _, _ in differences(first, last) if key in RECORD_KEYS]
     if not changed or first.train.steps == segment.first:  # it was resumed at the first step
         return None
     return f"{folder.path} was resumed in between with another {changed[0]}: take steps before or after that"
 
 
+def _recipe_at(folder: RunFolder, kept: Sequence[int], step: int) -> TrainingRecipe:
+    """Return the recipe by which a step was taken, that of the next kept checkpoint: resuming may change it."""
+    for later in kept:
+        if later >= step:
+            return saved_recipe(_open(folder, later))
+    with disk_errors(folder.path):
+        return read_recipe(folder.recipe.read_bytes(), folder.recipe)
+
+
 def _open(folder: RunFolder, step: int, verified: bool = True) -> Checkpoint:
     return Checkpoint.open(checkpoint_path(folder.checkpoints, step), verified=verified)
 
 
-def _gaps(segments: Sequence[Segment], done: int) -> Iterator[Segment]:
-    """Yield the steps up to `done` that are in none of the segments."""
-    position = 0
+def _gaps(segments: Sequence[Segment], began: int, done: int) -> Iterator[Segment]:
+    """Yield the steps from `began` up to `done` that are in none of the segments."""
+    position = began
     for segment in segments:
         if segment.first > position:
             yield Segment(position, segment.first)
@@ -161,7 +187,7 @@ def _gaps(segments: Sequence[Segment], done: int) -> Iterator[Segment]:
 
 
 def _repeat(
-    folder: RunFolder, segment: Segment, has_end: bool, records: Sequence[Mapping[str, Any]], open_run: OpenRun
+    folder: RunFolder, segment: Segment, kept: Sequence[int], records: Sequence[Mapping[str, Any]], open_run: OpenRun
 ) -> Finding:
     """Train the steps of a segment again, and compare.
 
@@ -170,28 +196,27 @@ def _repeat(
         SwitchError: the run cannot be repeated here.
     """
     first, last = segment
-    expected = [record for record in records if record["step"] <= last and (record["step"] > first or not first)]
-    start = _open(folder, first, verified=False) if first else None
-    end = _open(folder, last, verified=False) if has_end else None
-    newest = end or start
-    saved = None if newest is None else saved_recipe(newest)
+    start = _open(folder, first, verified=False) if first in kept else None
+    end = _open(folder, last, verified=False) if last in kept else None
+    # Where the run began, it was evaluated before the first step.
+    first_record = first if start is None else first + 1
+    expected = [record for record in records if first_record <= record["step"] <= last]
+    saved = _recipe_at(folder, kept, last)
     ranks = (read_object(folder.result) or {}).get("mesh", {}).get("data", 1)
-    if ranks > 1 and (saved is None or saved.train.microbatch_tokens is None):
+    if ranks > 1 and saved.train.microbatch_tokens is None:
         raise RecipeError(
             f"{folder.path}: trained on {ranks} ranks, whose microbatches seed dropout and jitter, and its recipe does "
             "not give their size: one process can repeat a run whose recipe has train.microbatch_tokens"
         )
-    if start and end and (changed := unsafe_changes(saved_recipe(start), saved_recipe(end))):
+    if start and (changed := unsafe_changes(saved_recipe(start), saved)):
         key, old, new = changed[0]
         change = f"{key}: {old} in the recipe of the first checkpoint, {new} in that of the last"
         return Finding(segment, "differs", 0, 0, change)
     with tempfile.TemporaryDirectory() as scratch:
-        out, recipe = Path(scratch, "run"), folder.recipe
+        out, recipe = Path(scratch, "run"), Path(scratch, "recipe.yaml")
+        recipe.write_text(resolve.dump(saved), encoding="utf-8")
         if start:
             shutil.copytree(start.path, out / "checkpoints" / start.path.name)
-        if saved:  # the recipe may have changed since, for more steps
-            recipe = Path(scratch, "recipe.yaml")
-            recipe.write_text(resolve.dump(saved), encoding="utf-8")
         overrides = [*IN_ONE_PROCESS, f"checkpoint.save_every_steps={last}"]
         try:
             with open_run(recipe, overrides, out) as trainer, trainer.begun():
@@ -203,7 +228,12 @@ def _repeat(
         except Interrupted:
             raise InterruptedByForce("stopped before the segment was repeated: nothing is known about it") from None
         found = _records(out / "metrics.jsonl")
-        found = [record for record in found if record["step"] > first or not first]
+        found = [record for record in found if record["step"] >= first_record]
+        if start is None and _first_difference(_rates(expected), _rates(found)):
+            raise RecipeError(
+                f"{folder.path}: its first steps had other learning rates than its recipe gives, as of a run that was "
+                "extended later: only segments between its checkpoints can be repeated (--steps)"
+            )
         difference = _first_difference(expected, found)
         num_files = 0
         if end is not None:
@@ -222,6 +252,11 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
         return []
     parsed = (parse(line) for line, step in read_lines(metrics) if step is not None)
     return [{key: value for key, value in record.items() if key not in UNCOMPARED} for record in parsed if record]
+
+
+def _rates(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the learning rates of the records that have one."""
+    return [{key: one[key] for key in ("step", LEARNING_RATE)} for one in records if LEARNING_RATE in one]
 
 
 def _first_difference(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> str | None:
