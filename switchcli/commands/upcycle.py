@@ -94,7 +94,9 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
         if correction["exact"]:
             start = f"as the {source} model, where no token is dropped"
         elif correction["exact_without_noise"]:
-            start = f"as the {source} model but for rounding or noise, where no token is dropped"
+            redraw = result["redraw"]
+            but = f"but for {redraw:.0%} of the hidden units, drawn anew" if redraw else "but for rounding or noise"
+            start = f"as the {source} model {but}, where no token is dropped"
         else:
             start = f"with other outputs than the {source} model's"
         yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {start}"

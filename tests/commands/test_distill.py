@@ -292,6 +292,22 @@ def test_experts_side_by_side_of_a_teacher_of_tasks(tuned: Path, here: Path, swi
     assert len(json.loads(done.out)["distillation"]["student_init"]["from_experts"]) == 4
 
 
+@pytest.mark.integration
+def test_a_path_beside_fine_experts_is_joined_too_and_never_left_out_unsaid(
+    trained: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    """A student that is narrower than the teacher's d_ff of 64 fits, as the teacher has no dense feed-forward."""
+    keys = ("model.shared_d_ff=16", "model.expert_d_ff=24", "model.sparse_every=1", "train.steps=1")
+    assert switchcli("pretrain", trained.with_name("tiny.yaml"), *keys, "--out", "fine", "-q").code == 0
+    words = ("distill", "--teacher", "fine", "--out", "a", "train.steps=1", "schedule.warmup_steps=1")
+    refused = switchcli(*words, "student.experts=most_used", "model.d_ff=24")
+    assert (refused.code, lacking(refused.err, "most_used 16 fine student.experts=concat")) == (2, [])
+    done = switchcli(*words, "student.experts=concat", "model.d_ff=40", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)["distillation"]["student_init"]
+    assert (len(found["from_experts"]), found["random_init"]) == (8, [])
+
+
 def test_a_dense_student_is_served_by_transformers(distilled: Path, here: Path, switchcli: SwitchCLI) -> None:
     """The end of the road: the exported student loads there and gives the logits that it gives here."""
     import transformers

@@ -26,6 +26,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "sigmoid": {"router": SwitchRouter(gate="sigmoid")},
 }
 LOAD = [3, 0, 9, 4, 4]
+ONE = torch.tensor(1.0)
 
 
 def model_of(spec: ModelSpec, seed: int = 0) -> SwitchTransformer:
@@ -129,13 +130,29 @@ def test_kept_experts_keep_their_biases_and_independent_gates_need_no_factor() -
         assert cuts[name].wo == 1
 
 
+def test_biases_rise_as_softmax_gates_do() -> None:
+    """Routers of zeros: every gate is 1/5, and 1/3 where three experts are left."""
+    model = model_of(ModelSpec(**LARGE, router=SwitchRouter(balance="bias")))
+    loads = loads_of(model.spec)
+    for name, layer in sparse_layers(model).items():
+        torch.nn.init.zeros_(layer.router.weight)
+        layer.router.bias.copy_(torch.tensor(loads[name]))
+    factors: dict[Gate, float] = {"scaled": 3 / 5, "raw": 1.0}
+    for gate, wo in factors.items():
+        cuts, smaller = cuts_of(model, loads, 3, gate), pruned(model, loads, 3, gate=gate)
+        for name, layer in sparse_layers(smaller).items():
+            expected = [loads[name][expert] * 5 / 3 for expert in cuts[name].kept]
+            assert layer.router.bias.tolist() == pytest.approx(expected)
+            assert float(cuts[name].wo) == pytest.approx(wo)
+
+
 def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, torch.tensor(1.0)))
+    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, ONE, ONE))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 
 def test_an_expert_that_is_kept_is_not_merged_into_another_of_the_same_row() -> None:
-    share_NE = merge_weights(torch.ones(3, 4), LayerPruning([1, 1, 1], [0, 2], 0.0, torch.tensor(1.0)))
+    share_NE = merge_weights(torch.ones(3, 4), LayerPruning([1, 1, 1], [0, 2], 0.0, ONE, ONE))
     assert torch.equal(share_NE, torch.tensor([[0.5, 0.5, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 

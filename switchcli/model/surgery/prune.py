@@ -38,6 +38,8 @@ class LayerPruning(NamedTuple):
     """Fraction of the load that fell on the removed experts."""
     wo: torch.Tensor
     """Factor of the kept experts' last matrix. It keeps the mean gate of tokens that keep their expert."""
+    bias: torch.Tensor
+    """Factor of the kept experts' biases of choices, by which gates rise as well, on average."""
 
 
 def plan_pruning(
@@ -70,12 +72,14 @@ def _plan_layer(
     total_load = sum(load_E)
     lost_load = total_load - sum(load_E[expert] for expert in kept)
     # The tokens that keep their expert are in the rows of the kept experts. Each has a probability sum of 1 over all
-    # experts; the mean over the kept ones is how much the new softmax divides by, on average. Independent gates stay.
+    # experts; the mean over the kept ones is how much the new softmax divides by, on average. Sigmoids stay.
     mass_NE = mass_EE[kept]
-    wo = mass_NE[:, kept].sum() / mass_NE.sum()
-    if gate == "raw" or router.gates_sum_to_one or router.gates_are_independent or not mass_NE.any():
-        wo = torch.ones_like(wo)
-    return LayerPruning(load_E, kept, lost_load / max(1, total_load), wo)
+    kept_mass = mass_NE[:, kept].sum() / mass_NE.sum()
+    one = torch.ones_like(kept_mass)
+    if router.has_sigmoid_gates or not mass_NE.any():
+        kept_mass = one
+    wo = one if gate == "raw" or router.gates_sum_to_one else kept_mass
+    return LayerPruning(load_E, kept, lost_load / max(1, total_load), wo, 1 / kept_mass)
 
 
 @contextmanager
@@ -127,6 +131,8 @@ def prune(
                 weight = weight[pruning.kept]
             if name.endswith(".wo"):
                 weight = weight * pruning.wo.to(weight.dtype)
+            elif name.endswith(".router.bias"):
+                weight = weight * pruning.bias.to(weight.dtype)
         pruned_weight.copy_(weight)
 
 

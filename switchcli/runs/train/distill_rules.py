@@ -9,7 +9,7 @@ from typing import Any
 from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.config import ModelSpec
+from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.surgery.student import differing_dimensions, num_joined
 from switchcli.model.surgery.student_spec import FromTeacherInit
@@ -226,6 +226,11 @@ def _check_concat(student: ModelSpec, teacher: ModelSpec, path: Path) -> None:
         )
 
 
+def _has_dense_blocks(spec: ModelSpec) -> bool:
+    """Return whether the feed-forward of some block has no experts."""
+    return any(len(spec.sparse_layers(stack)) < spec.num_blocks(stack) for stack in STACKS)
+
+
 def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
     """Raise RecipeError if the student is to copy weights that the teacher does not have."""
     student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.recipe.model
@@ -242,13 +247,18 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
             f"units, and what they are to fill has {student_spec.expert_width}: leave it out, or set model.d_ff or "
             "model.expert_d_ff"
         )
+    if student.experts in ("mean", "most_used") and teacher_spec.shared_d_ff and student_spec.num_experts == 1:
+        raise RecipeError(
+            f"student.experts ({student.experts}): leaves out the dense path of {teacher_spec.shared_d_ff} hidden "
+            f"units beside the experts of {teacher.path}: take student.experts=concat, which has both"
+        )
     if student.experts == "most_used" and student_spec.num_experts > teacher_spec.num_experts:
         raise RecipeError(
             f"model.num_experts: a student of {student_spec.num_experts} cannot take the most used of "
             f"{teacher_spec.num_experts}: take fewer, or student.experts=mean"
         )
     differing = differing_dimensions(student_spec, teacher_spec)
-    if student.experts == "concat" and student_spec.d_ff > teacher_spec.d_ff:
+    if student.experts == "concat" and (student_spec.d_ff > teacher_spec.d_ff or not _has_dense_blocks(teacher_spec)):
         # A wider dense feed-forward begins with the teacher's.
         differing = [dimension for dimension in differing if dimension[0] != "d_ff"]
     if differing and student.on_shape_mismatch == "error":
