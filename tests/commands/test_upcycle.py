@@ -107,7 +107,8 @@ def test_choices_of_two_copies_are_told_with_what_keeps_the_outputs(
     done = switchcli("upcycle", "top2", tmp_path / "a", "--experts", 8, "--json")
     assert not lacking(done.err, "model.router.k 2 4 copies")
     assert not any(one["exact_without_noise"] for one in json.loads(done.out)["corrections"].values())
-    done = switchcli("upcycle", "top2", tmp_path / "b", "--experts", 8, "model.router.k=4", "--json")
+    keys = ("model.router.k=4", "model.router.capacity_factor=dropless")
+    done = switchcli("upcycle", "top2", tmp_path / "b", "--experts", 8, *keys, "--json")
     assert "copies of the same" not in done.err
     assert all(one["exact_without_noise"] for one in json.loads(done.out)["corrections"].values())
 
