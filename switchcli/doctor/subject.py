@@ -32,6 +32,8 @@ class RouterCall(NamedTuple):
     input_before_GND: torch.Tensor
     input_after_GND: torch.Tensor
     logits_GNE: torch.Tensor
+    output: Any
+    """All that it returned."""
 
 
 class ForwardTrace(NamedTuple):
@@ -128,7 +130,7 @@ def record_router_calls(subject: Subject, logits_index: int | None) -> Iterator[
 
     def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], output: Any) -> None:
         logits_GNE = output if logits_index is None else output[logits_index]
-        calls.append(RouterCall(inputs.pop(), arguments[0].detach(), logits_GNE.detach()))
+        calls.append(RouterCall(inputs.pop(), arguments[0].detach(), logits_GNE.detach(), output))
 
     hooks = [router.register_forward_pre_hook(before) for router in subject.routers]
     hooks += [router.register_forward_hook(after) for router in subject.routers]

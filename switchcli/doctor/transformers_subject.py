@@ -58,26 +58,16 @@ class TransformersSubject(Subject):
         self.balance_coef = config.router_aux_loss_coef
 
     def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
-        choices: list[torch.Tensor] = []
-
-        def record_choices(router: nn.Module, arguments: Any, output: Any) -> None:
-            choices.append(output[CHOICES_INDEX])
-
-        hooks = [router.register_forward_hook(record_choices) for router in self.routers]
-        try:
-            with self._in(mode), torch.no_grad(), precision(autocast), record_router_calls(self, LOGITS_INDEX) as calls:
-                logits_BTV = self._forward(text).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self._in(mode), torch.no_grad(), precision(autocast), record_router_calls(self, LOGITS_INDEX) as calls:
+            logits_BTV = self._forward(text).logits
         real_BS = text.inputs_BS != PAD
         all_real_BT = torch.ones_like(text.targets_BT, dtype=torch.bool)
         stats = []
-        for layer, call, choice_GNE in zip(self.layers, calls, choices, strict=True):
+        for layer, call in zip(self.layers, calls, strict=True):
             # transformers tells neither router of padding. In the decoder there is none to tell of; in the encoder the
             # statistics leave it out, as a correct router would.
             real_GN = real_BS if layer.startswith("encoder") else all_real_BT
-            stats.append(_router_stats(call.logits_GNE.float(), real_GN, choice_GNE.any(-1)))
+            stats.append(_router_stats(call.logits_GNE.float(), real_GN, call.output[CHOICES_INDEX].any(-1)))
         return ForwardTrace(logits_BTV.float(), tuple(calls), tuple(stats))
 
     def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
