@@ -173,6 +173,7 @@ def test_a_list_that_says_no_runs_is_refused(text, words, tmp_path, switchcli):
     [
         "finetune quickstart/finetune --model {absolute}/one",
         "finetune quickstart/finetune --model={out}/one",
+        "pretrain quickstart/dense --model {out}/one start.keep=weights",
         "pretrain quickstart/dense --branch-from {out}/one@3",
         "pretrain quickstart/dense --branch-from .@3",
         "distill --teacher {out}/one --student tiny --baseline -1.5",
