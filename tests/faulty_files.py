@@ -6,7 +6,7 @@ from pathlib import Path
 from switchcli.checkpoint.fsops import DISK, FileOperations
 
 
-class FaultyFiles:
+class FaultyFiles(FileOperations):
     """A disk, until operation number `at` (from 0): there `strike` is called, and at every one after it if `for_good`.
 
     A write that is struck has written half of its bytes before.

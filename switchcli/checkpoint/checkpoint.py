@@ -237,7 +237,7 @@ class CheckpointWriter:
             _clean_up(self._folder, self._files)
 
 
-def latest(folder: Path, warn: Callable[[str], None], *, files: FileOperations = DISK) -> Checkpoint | None:
+def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, or None if nothing was ever saved here.
 
     Leftovers of killed saves are removed. A damaged checkpoint is renamed to `step-N.bad-<why>`, with a warning, and
@@ -247,13 +247,13 @@ def latest(folder: Path, warn: Callable[[str], None], *, files: FileOperations =
     def rename_damaged(path: Path, damage: DamagedError) -> None:
         renamed = path.with_name(f"{path.name}.bad-{damage.why}")
         renamed = publish.free_name(renamed) if os.path.lexists(renamed) else renamed
-        files.rename(path, renamed)
-        files.sync(folder)
+        DISK.rename(path, renamed)
+        DISK.sync(folder)
         warn(f"{damage} It is now {renamed.name}; the one before it is tried.")
 
     with disk_errors(folder, _ALTERNATIVE):
         publish.check_folder(folder)
-        _clean_up(folder, files)
+        _clean_up(folder, DISK)
         return _newest(folder, rename_damaged)
 
 
@@ -311,19 +311,17 @@ def prune(
         _clean_up(folder, files)
 
 
-def preflight(
-    folder: Path, bytes_needed: int, alternative: str = _ALTERNATIVE, *, files: FileOperations = DISK
-) -> None:
+def preflight(folder: Path, bytes_needed: int, alternative: str = _ALTERNATIVE) -> None:
     """Raise CheckpointError, before training, if `folder` cannot be written to or its disk lacks `bytes_needed`."""
     probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
     with disk_errors(folder, alternative, bytes_needed):
         publish.check_folder(folder)
-        files.make_dir(probe)
+        DISK.make_dir(probe)
         try:
             if shutil.disk_usage(folder).free < bytes_needed:
                 raise OSError(errno.ENOSPC, "not enough space")
         finally:
-            files.remove_tree(probe)
+            DISK.remove_tree(probe)
             with suppress(OSError):
                 folder.rmdir()  # unless it holds something
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.checkpoint.checkpoint import Checkpoint
-from switchcli.checkpoint.fsops import DiskOperations
+from switchcli.checkpoint.fsops import FileOperations
 from switchcli.cli import app
 from switchcli.data.config import DataSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerFile
@@ -189,14 +189,14 @@ def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: 
         done.append("encode")
         return tensor_file.encode(named, metadata)
 
-    def write(self: DiskOperations, path: Path, content: bytes) -> None:
+    def write(self: FileOperations, path: Path, content: bytes) -> None:
         done.append("write")
         path.write_bytes(content)
 
     source = ours(tmp_path, SPECS["sparse"])
     monkeypatch.setattr(conversion, "_MAX_FILE_BYTES", 20_000)
     monkeypatch.setattr(conversion, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
-    monkeypatch.setattr(DiskOperations, "write", write)
+    monkeypatch.setattr(FileOperations, "write", write)
     run(source, tmp_path / "theirs", "--to", "huggingface")
     assert done.count("encode") > 3
     assert done[done.index("encode") :] == ["encode", "write"] * done.count("encode")

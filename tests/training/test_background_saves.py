@@ -25,7 +25,7 @@ from switchcli.training.state import TrainState
 STEPS = 4
 
 
-class Watched:
+class Watched(FileOperations):
     """A disk that writes down what it is told, and before each operation waits until it is `open`."""
 
     def __init__(self, disk: FileOperations = DISK) -> None:
