@@ -45,6 +45,7 @@ from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import read_recipe, saved_recipe
 from switchcli.runs.job.run_dir import unsafe_changes
 from switchcli.runs.train.trainer import Trainer
+from switchcli.system.user_files import read_regular
 from switchcli.training.checkpointer import DATA
 
 FRACTION: Final = 0.05
@@ -63,6 +64,9 @@ UNCOMPARED: Final = {
     SAME_EXPERT,
 }
 """Times, and what a resumed run does not know at its first evaluation."""
+
+_RECIPE_BYTES: Final = 1 << 24
+"""Size of a recipe, at most."""
 
 OpenRun = Callable[[Path, Sequence[str], Path], AbstractContextManager[Trainer]]
 """Opens the trainer of a recipe file with overrides, to train in a folder."""
@@ -168,7 +172,7 @@ def _recipe_at(folder: RunFolder, kept: Sequence[int], step: int) -> TrainingRec
         if later >= step:
             return saved_recipe(_open(folder, later))
     with disk_errors(folder.path):
-        return read_recipe(folder.recipe.read_bytes(), folder.recipe)
+        return read_recipe(read_regular(folder.recipe, _RECIPE_BYTES), folder.recipe)
 
 
 def _open(folder: RunFolder, step: int, verified: bool = True) -> Checkpoint:
