@@ -136,7 +136,10 @@ def prune(
             for name, metrics in before.items()
         },
         "next": next_command(pruned_recipe, destination),
-        "layers": {name: {**plan._asdict(), "wo": float(plan.wo)} for name, plan in layer_plans.items()},
+        "layers": {
+            name: {**plan._asdict(), "wo": float(plan.wo), "bias": float(plan.bias)}
+            for name, plan in layer_plans.items()
+        },
     }
 
 
