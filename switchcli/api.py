@@ -498,7 +498,9 @@ def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequenc
     return eval_job.resolve_job(model._handle, _as_text(recipe), overrides)
 
 
-def make_decoding(**settings: Any) -> Decoding:
+def make_decoding(
+    *, max_tokens: int, beams: int, length_penalty: float, temperature: float, top_p: float, seed: int
+) -> Decoding:
     """Return how tokens are chosen, by settings of `Model.generate`.
 
     Raises:
@@ -506,7 +508,14 @@ def make_decoding(**settings: Any) -> Decoding:
             starts with its name and a colon.
     """
     try:
-        return Decoding.model_validate(settings)
+        return Decoding(
+            max_tokens=max_tokens,
+            beams=beams,
+            length_penalty=length_penalty,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
     except ValidationError as error:
         raise RecipeError(*messages.plain_lines(error)) from None
 

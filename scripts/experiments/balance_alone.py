@@ -8,7 +8,6 @@ RUN.csv, RUN.svg and RUN.png.
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -82,5 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "2")
     main()

@@ -132,7 +132,7 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
         if value is not None and not _is_found(option, str(value), out):
             name = option.replace("_", "-")
             raise RecipeError(f"{name} ({value}): no such folder: name a checkpoint, or a run of an earlier stage")
-    start = [f"start.checkpoint={given['model']}"] if given.get("model") is not None else []
+    start = [resolve.override("start.checkpoint", str(given["model"]))] if given.get("model") is not None else []
     try:
         resolve_standalone(recipe, [*overrides, *start, f"verb={verb}"])
     except RecipeError as error:

@@ -140,6 +140,16 @@ def test_tampering_is_found_in_a_repeated_segment(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("tamper", [another_digit, a_missing_record])
+def test_tampering_is_found_where_the_run_began(
+    tamper: Callable[[Path], None], here: Path, switchcli: SwitchCLI
+) -> None:
+    tamper(Path("run"))
+    found = audited(switchcli, "--steps", "0:4", code=1)
+    assert not lacking(found["segments"][0]["difference"], "step 3")
+
+
+@pytest.mark.integration
 def test_what_lies_outside_is_said_to_be_unchecked(here: Path, switchcli: SwitchCLI) -> None:
     another_digit(Path("run"))
     found = audited(switchcli, "--steps", "4:6")
@@ -213,8 +223,10 @@ def test_the_beginning_of_an_extended_run_had_other_rates_than_its_recipe_gives(
         assert (
             switchcli("pretrain", "tiny.yaml", *KEPT, *cosine, f"train.steps={steps}", "--out", "more", "-q").code == 0
         )
-    refused = switchcli("audit", "more", "--steps", "0:4")
-    assert (refused.code, lacking(refused.err, "more learning rates extended --steps")) == (2, [])
+    done = switchcli("audit", "more", "--steps", "0:4", "--json")
+    (segment,) = json.loads(done.out)["segments"]
+    assert (done.code, segment["verdict"]) == (1, "differs")
+    assert not lacking(segment["difference"], "step 3 learning_rate extended")
 
 
 @pytest.mark.integration

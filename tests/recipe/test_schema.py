@@ -82,6 +82,7 @@ def test_a_dumped_recipe_resolves_to_an_equal_one(recipe, tmp_path):
             0,
             "model.router.eval_capacity_factor 2 4 5 dropless",
         ),
+        (["model.router={kind: top_k, k: 6, keep_threshold: 0.2}"], 0, "model.router.keep_threshold 0.2 6 choices 0"),
         (["model.vocab_size=8000"], 0, "data.tokenizer.vocab_size 8192 8000 model.vocab_size"),
         (["schedule={kind: cosine, warmup_steps: 101}"], 0, "schedule.warmup_steps 101 train.steps 100 10"),
     ],

@@ -25,4 +25,6 @@ def test_the_report_has_each_step_with_its_exit_code(trained: Path, tmp_path: Pa
     assert refused.returncode == 2
     missing = subprocess.run([script[0], tmp_path / "none", tmp_path / "other"], check=False, capture_output=True)
     assert missing.returncode != 0
-    assert "exit code" in (tmp_path / "other/report.md").read_text()
+    failed = (tmp_path / "other/report.md").read_text().partition("## Convert")[2]
+    assert "exit code" in failed
+    assert "exit code 0" not in failed

@@ -477,6 +477,15 @@ class TopKRouter(TokenChoiceRouter):
             )
         return self
 
+    @model_validator(mode="after")
+    def _keeps_choices(self) -> Self:
+        if self.k > FEW_CHOICES and self.keep_threshold > 1 / self.k:
+            raise ValueError(
+                f"keep_threshold ({self.keep_threshold:g}) is above 1 / k: training would skip many of the {self.k} "
+                "choices, as their gates are near that: set it to 0"
+            )
+        return self
+
     @property
     def experts_per_token(self) -> int:
         return self.k

@@ -132,9 +132,11 @@ def _warn_of_choices(source: ModelSpec, grown: ModelSpec, stack: Stack, console:
     growth = grown.num_experts // source.num_experts
     if source.num_experts > 1 and before > 1 and after != before * growth:
         key = "decoder_router" if stack == "decoder" and grown.decoder_router else "router"
+        k = before * growth
         console.warning(
-            f"model.{key}.k ({after}): a token will choose copies of the same experts: {before * growth} keeps the "
-            f"outputs, at {growth} times the experts' FLOPs"
+            f"model.{key}.k ({after}): a token will choose copies of the same experts: model.{key}.k={k} "
+            f"model.{key}.capacity_factor={1.25 * k:g} model.{key}.eval_capacity_factor={2 * k} "
+            f"model.{key}.keep_threshold=0 keep the outputs, at {growth} times the experts' FLOPs"
         )
 
 

@@ -233,12 +233,9 @@ def _repeat(
             raise InterruptedByForce("stopped before the segment was repeated: nothing is known about it") from None
         found = _records(out / "metrics.jsonl")
         found = [record for record in found if record["step"] >= first_record]
-        if start is None and _first_difference(_rates(expected), _rates(found)):
-            raise RecipeError(
-                f"{folder.path}: its first steps had other learning rates than its recipe gives, as of a run that was "
-                "extended later: only segments between its checkpoints can be repeated (--steps)"
-            )
         difference = _first_difference(expected, found)
+        if start is None and difference and LEARNING_RATE in difference:
+            difference += " (so do the rates of a run that was extended: then name steps between its checkpoints)"
         num_files = 0
         if end is not None:
             replayed = Checkpoint.open(checkpoint_path(out / "checkpoints", last))
@@ -256,11 +253,6 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
         return []
     parsed = (parse(line) for line, step in read_lines(metrics) if step is not None)
     return [{key: value for key, value in record.items() if key not in UNCOMPARED} for record in parsed if record]
-
-
-def _rates(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the learning rates of the records that have one."""
-    return [{key: one[key] for key in ("step", LEARNING_RATE)} for one in records if LEARNING_RATE in one]
 
 
 def _first_difference(expected: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> str | None:
