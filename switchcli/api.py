@@ -344,15 +344,17 @@ class Model:
             RecipeError: a setting breaks a rule, or settings contradict one another.
             DataError: a text is not UTF-8.
         """
-        decoding = make_decoding(
-            max_tokens=max_tokens,
-            beams=beams,
-            length_penalty=length_penalty,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+        settings = {
+            "max_tokens": max_tokens,
+            "beams": beams,
+            "length_penalty": length_penalty,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        found = answers(
+            self, _as_list(texts), make_decoding(settings), batch_size=batch_size, capacity=_check_capacity(capacity)
         )
-        found = answers(self, _as_list(texts), decoding, batch_size=batch_size, capacity=_check_capacity(capacity))
         return [answer.output for answer in found]
 
     def evaluate(
@@ -498,9 +500,7 @@ def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequenc
     return eval_job.resolve_job(model._handle, _as_text(recipe), overrides)
 
 
-def make_decoding(
-    *, max_tokens: int, beams: int, length_penalty: float, temperature: float, top_p: float, seed: int
-) -> Decoding:
+def make_decoding(settings: Mapping[str, Any]) -> Decoding:
     """Return how tokens are chosen, by settings of `Model.generate`.
 
     Raises:
@@ -508,14 +508,7 @@ def make_decoding(
             starts with its name and a colon.
     """
     try:
-        return Decoding(
-            max_tokens=max_tokens,
-            beams=beams,
-            length_penalty=length_penalty,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+        return Decoding.model_validate(settings)
     except ValidationError as error:
         raise RecipeError(*messages.plain_lines(error)) from None
 

@@ -81,15 +81,16 @@ def generate(
     from switchcli import api
     from switchcli.runs.evaluate import text_generation
 
+    settings = {
+        "max_tokens": max_tokens,
+        "beams": beams,
+        "length_penalty": length_penalty,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
     try:
-        decoding = api.make_decoding(
-            max_tokens=max_tokens,
-            beams=beams,
-            length_penalty=length_penalty,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        )
+        decoding = api.make_decoding(settings)
     except RecipeError as error:
         raise RecipeError(*map(_as_option, error.lines)) from None
     model = api.load(checkpoint, device, precision)
