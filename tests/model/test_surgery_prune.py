@@ -26,7 +26,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "sigmoid": {"router": SwitchRouter(gate="sigmoid")},
 }
 LOAD = [3, 0, 9, 4, 4]
-ONE = torch.tensor(1.0)
 
 
 def model_of(spec: ModelSpec, seed: int = 0) -> SwitchTransformer:
@@ -143,16 +142,16 @@ def test_biases_rise_as_softmax_gates_do() -> None:
         for name, layer in sparse_layers(smaller).items():
             expected = [loads[name][expert] * 5 / 3 for expert in cuts[name].kept]
             assert layer.router.bias.tolist() == pytest.approx(expected)
-            assert float(cuts[name].wo) == pytest.approx(wo)
+            assert cuts[name].wo == pytest.approx(wo)
 
 
 def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, ONE, ONE))
+    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, 1.0, 1.0))
     assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 
 def test_an_expert_that_is_kept_is_not_merged_into_another_of_the_same_row() -> None:
-    share_NE = merge_weights(torch.ones(3, 4), LayerPruning([1, 1, 1], [0, 2], 0.0, ONE, ONE))
+    share_NE = merge_weights(torch.ones(3, 4), LayerPruning([1, 1, 1], [0, 2], 0.0, 1.0, 1.0))
     assert torch.equal(share_NE, torch.tensor([[0.5, 0.5, 0], [0, 0, 1.0]], dtype=torch.float64))
 
 

@@ -36,9 +36,9 @@ class LayerPruning(NamedTuple):
     """The kept experts, in ascending order: those with the largest load, of equal loads the first."""
     lost_fraction: float
     """Fraction of the load that fell on the removed experts."""
-    wo: torch.Tensor
+    wo: float
     """Factor of the kept experts' last matrix. It keeps the mean gate of tokens that keep their expert."""
-    bias: torch.Tensor
+    bias: float
     """Factor of the kept experts' biases of choices, by which gates rise as well, on average."""
 
 
@@ -74,11 +74,10 @@ def _plan_layer(
     # The tokens that keep their expert are in the rows of the kept experts. Each has a probability sum of 1 over all
     # experts; the mean over the kept ones is how much the new softmax divides by, on average. Sigmoids stay.
     mass_NE = mass_EE[kept]
-    kept_mass = mass_NE[:, kept].sum() / mass_NE.sum()
-    one = torch.ones_like(kept_mass)
-    if router.has_sigmoid_gates or not mass_NE.any():
-        kept_mass = one
-    wo = one if gate == "raw" or router.gates_sum_to_one else kept_mass
+    kept_mass = 1.0
+    if mass_NE.any() and not router.has_sigmoid_gates:
+        kept_mass = float(mass_NE[:, kept].sum() / mass_NE.sum())
+    wo = 1.0 if gate == "raw" or router.gates_sum_to_one else kept_mass
     return LayerPruning(load_E, kept, lost_load / max(1, total_load), wo, 1 / kept_mass)
 
 
@@ -130,9 +129,9 @@ def prune(
             else:
                 weight = weight[pruning.kept]
             if name.endswith(".wo"):
-                weight = weight * pruning.wo.to(weight.dtype)
+                weight = weight * pruning.wo
             elif name.endswith(".router.bias"):
-                weight = weight * pruning.bias.to(weight.dtype)
+                weight = weight * pruning.bias
         pruned_weight.copy_(weight)
 
 

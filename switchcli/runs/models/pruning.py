@@ -136,10 +136,7 @@ def prune(
             for name, metrics in before.items()
         },
         "next": next_command(pruned_recipe, destination),
-        "layers": {
-            name: {**plan._asdict(), "wo": float(plan.wo), "bias": float(plan.bias)}
-            for name, plan in layer_plans.items()
-        },
+        "layers": {name: plan._asdict() for name, plan in layer_plans.items()},
     }
 
 
