@@ -36,7 +36,7 @@ from switchcli.metric_names import (
     SAME_EXPERT,
     TOKENS_PER_SECOND,
 )
-from switchcli.recipe import resolve
+from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
@@ -64,9 +64,6 @@ UNCOMPARED: Final = {
     SAME_EXPERT,
 }
 """Times, and what a resumed run does not know at its first evaluation."""
-
-_RECIPE_BYTES: Final = 1 << 24
-"""Size of a recipe, at most."""
 
 OpenRun = Callable[[Path, Sequence[str], Path], AbstractContextManager[Trainer]]
 """Opens the trainer of a recipe file with overrides, to train in a folder."""
@@ -172,7 +169,7 @@ def _recipe_at(folder: RunFolder, kept: Sequence[int], step: int) -> TrainingRec
         if later >= step:
             return saved_recipe(_open(folder, later))
     with disk_errors(folder.path):
-        return read_recipe(read_regular(folder.recipe, _RECIPE_BYTES), folder.recipe)
+        return read_recipe(read_regular(folder.recipe, yaml_nodes.MAX_BYTES), folder.recipe)
 
 
 def _open(folder: RunFolder, step: int, verified: bool = True) -> Checkpoint:
