@@ -95,7 +95,11 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
             start = f"as the {source} model, where no token is dropped"
         elif correction["exact_without_noise"]:
             redraw = result["redraw"]
-            but = f"but for {redraw:.0%} of the hidden units, drawn anew" if redraw else "but for rounding or noise"
+            but = (
+                f"but for {redraw:.0%} of the copies' hidden units, drawn anew"
+                if redraw
+                else "but for rounding or noise"
+            )
             start = f"as the {source} model {but}, where no token is dropped"
         else:
             start = f"with other outputs than the {source} model's"

@@ -113,10 +113,9 @@ class SwitchLayer(nn.Module):
         axis = self.experts.axis
         B, S, _ = x_BSD.shape
         x_GND, routing = self.route(x_BSD, real_BS)
-        with torch.autocast(
-            x_BSD.device.type, enabled=False
-        ):  # under autocast their gradients would be sent in bfloat16
-            # The weights enter the region of divided hidden units too: each process has a part of their gradient.
+        # The weights enter the region of divided hidden units too: each process has a part of their gradient, which
+        # autocast would send in bfloat16.
+        with torch.autocast(x_BSD.device.type, enabled=False):
             routing = routing._replace(weight_GEC=axis.enter_region(routing.weight_GEC))
         x_AD, meta = self.dispatcher.dispatch(axis.enter_region(x_GND), routing, equal_batches=self.training)
         mask_BF = self.experts.draw_dropout_mask(x_AD, B)

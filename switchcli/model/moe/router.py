@@ -463,7 +463,7 @@ class TopKRouter(TokenChoiceRouter):
     @model_validator(mode="before")
     @classmethod
     def _many_choices_have_room(cls, keys: object) -> object:
-        """Mesh-TensorFlow's threshold would skip most gates of 1 / k, as well."""
+        """Fill in the defaults for more than a few choices."""
         if not isinstance(keys, dict) or not isinstance(k := keys.get("k"), int) or k <= FEW_CHOICES:
             return keys
         return {"capacity_factor": 1.25 * k, "eval_capacity_factor": 2.0 * k, "keep_threshold": 0.0, **keys}

@@ -259,7 +259,7 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
         )
     differing = differing_dimensions(student_spec, teacher_spec)
     if student.experts == "concat" and (student_spec.d_ff > teacher_spec.d_ff or not _has_dense_blocks(teacher_spec)):
-        # A wider dense feed-forward begins with the teacher's.
+        # A wider dense feed-forward begins with the teacher's; without dense ones, only experts have to fit.
         differing = [dimension for dimension in differing if dimension[0] != "d_ff"]
     if differing and student.on_shape_mismatch == "error":
         dimensions = ", ".join(f"{name} {own} (the teacher's is {other})" for name, own, other in differing)
