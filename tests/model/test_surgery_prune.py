@@ -164,7 +164,7 @@ def test_the_most_loaded_are_kept_in_order_and_of_equals_the_first(load: list[in
     assert found.kept == sorted(set(found.kept))
     assert all((load[stays], -stays) >= (load[goes], -goes) for stays in found.kept for goes in gone)
     assert found.lost_fraction == pytest.approx(sum(load[expert] for expert in gone) / max(1, sum(load)))
-    assert float(found.wo) == pytest.approx(count / 3)
+    assert found.wo == pytest.approx(count / 3)
 
 
 @pytest.mark.parametrize("case", SPECS)
@@ -184,15 +184,12 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
             assert found.wo == 1
             continue
         keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))
-        assert float(found.wo) == pytest.approx(float(seen[name][keep_A][:, found.kept].sum(-1).mean()), rel=1e-5)
+        assert found.wo == pytest.approx(float(seen[name][keep_A][:, found.kept].sum(-1).mean()), rel=1e-5)
     raw, scaled = (dict(pruned(model, loads, 3, gate=gate).named_parameters()) for gate in ("raw", "scaled"))
+    cuts = cuts_of(model, loads, 3, "scaled")
     for name, weight in raw.items():
-        factor = (
-            cuts_of(model, loads, 3, "scaled")[sublayer_name(name)].wo
-            if name.endswith("experts.wo")
-            else torch.tensor(1.0)
-        )
-        assert torch.allclose(scaled[name], weight * factor.float())
+        factor = cuts[sublayer_name(name)].wo if name.endswith("experts.wo") else 1.0
+        assert torch.allclose(scaled[name], weight * factor)
 
 
 @pytest.mark.parametrize("tied", [True, False])
