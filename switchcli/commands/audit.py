@@ -70,7 +70,7 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Line]:
     for segment in result["segments"]:
         verdict, difference = segment["verdict"], segment["difference"]
         first, last = segment["segment"]
-        compared = f"{segment['records']} records, {segment['tensor_files']} files of weights and optimizer state"
+        compared = f"records: {segment['records']}, files of weights and optimizer state: {segment['tensor_files']}"
         yield Line(f"steps {first} to {last}: {_VERDICTS[verdict]} ({compared})", _STYLES[verdict])
         if difference:
             yield Line(f"  {difference}")

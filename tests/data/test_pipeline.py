@@ -404,6 +404,17 @@ def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_togeth
     assert again.told == []
 
 
+def test_machines_may_name_the_files_in_different_ways(corpus: Corpus) -> None:
+    absolute = tuple(
+        FilesCorpus(paths=(str(Path(f"{number}.txt").absolute()),), sample_by="line") for number in range(NUM_FILES)
+    )
+    assert module.prepare_share(corpus.spec, corpus.context()._replace(share=(0, 2)))[1] == {"": None}
+    spec = corpus.spec.model_copy(update={"corpora": absolute})
+    _, texts = module.prepare_share(spec, corpus.context()._replace(share=(1, 2)))
+    assert texts[""] is not None
+    assert texts[""].identity == corpus.prepare().identity
+
+
 def test_two_at_once_agree(corpus: Corpus) -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: corpus.prepare(), range(2))

@@ -235,7 +235,7 @@ def _prepare_text(
 def _is_built(job: TokenizeJob, context: PrepareContext) -> bool:
     """Return whether the folder of a job is complete. Warn if it is damaged."""
     facts = read_manifest(job.folder)
-    if facts is None or facts.get("piece") != job.source_shard.name:
+    if facts is None or facts.get("piece") != job.folder.name:
         return False
     if is_complete(job.folder, check=context.check):
         return True

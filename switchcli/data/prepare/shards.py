@@ -168,7 +168,7 @@ def _build(job: TokenizeJob, scratch: Path, tokenizer: Tokenizer, add_tokens: Ca
         held_out.close()
         facts = {
             "format": FORMAT,
-            "piece": job.source_shard.name,
+            "piece": job.folder.name,
             "dropped": dropped,
             "shards": {TRAIN: train.shards, HELD_OUT: held_out.shards},
         }
