@@ -15,7 +15,6 @@ from switchcli.report.console import Console, silent
 from switchcli.system.signals import StopTraining
 from switchcli.training.callback import Callback
 from switchcli.training.loop import fit
-from switchcli.training.loss import LossSchedule, Objective
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.schedules import InverseSquareRoot
@@ -132,16 +131,6 @@ class Still(Optimizer):
 
     def state(self) -> dict[str, Tensor]:
         return {}
-
-
-class LossAt(LossSchedule):
-    """The loss that a function of the step returns."""
-
-    def __init__(self, loss_at: Callable[[int], Objective]) -> None:
-        self._loss_at = loss_at
-
-    def loss_at(self, step: int) -> Objective:
-        return self._loss_at(step)
 
 
 class StopAfter:

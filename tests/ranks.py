@@ -29,7 +29,7 @@ from switchcli.system.signals import StopRequest
 from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
-from switchcli.training.loss import FixedLoss, Objective, cross_entropy
+from switchcli.training.loss import Objective, cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.schedules import InverseSquareRoot
@@ -152,7 +152,7 @@ def train_on_rows(
     fit(
         state or TrainState(),
         context.wrap(model),
-        FixedLoss(objective),
+        lambda _: objective,
         Microbatches(rows, batch, microbatch or batch // context.dp_size, context.dp_rank, context.dp_size),
         optimizer,
         InverseSquareRoot(),

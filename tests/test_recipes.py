@@ -53,7 +53,8 @@ def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path):
         verb, name, *rest = run.arguments
         keys = [argument for argument in rest if sweep_list.is_key(argument)]
         assert resolve_standalone(name, keys).verb == verb
-        for needed in (argument.removeprefix("out/") for argument in rest if argument.startswith("out/")):
+        folders = (argument.partition("@")[0] for argument in rest if argument.startswith("out/"))  # RUN@STEP: a branch
+        for needed in (folder.removeprefix("out/") for folder in folders):
             assert made[needed] < run.stage, f"{run.name}: {needed} is not made before it"
 
 

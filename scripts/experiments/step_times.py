@@ -24,7 +24,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
 from switchcli.system.signals import StopRequest
 from switchcli.training.loop import fit
-from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.state import TrainState
 
@@ -67,7 +67,7 @@ class Arm:
         fit(
             self._state,
             self._model,
-            FixedLoss(cross_entropy),
+            lambda _: cross_entropy,
             self._microbatches,
             self._optimizer,
             self._recipe.schedule,

@@ -26,7 +26,7 @@ from switchcli.errors import (
 from switchcli.report.console import Console, print_json
 from switchcli.report.program import command_line
 from switchcli.report.safe_text import one_line
-from switchcli.system.signals import stop_signals
+from switchcli.system.signals import handling
 from switchcli.system.startup import is_main_rank
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
@@ -56,9 +56,9 @@ def interruptible(saves_nothing: bool = False) -> Iterator[None]:
             interruption = Interrupted(f"stopped by {name}, nothing is lost: the same command goes on")
         raise interruption
 
-    previous_handlers = {number: signal.signal(number, handle_signal) for number in stop_signals()}
     try:
-        yield
+        with handling(handle_signal):
+            yield
     except BaseException as error:
         # A signal during cleanup, or within a library, may surface as another error.
         if interruption is not None and error is not interruption:
@@ -66,9 +66,6 @@ def interruptible(saves_nothing: bool = False) -> Iterator[None]:
         if not isinstance(error, KeyboardInterrupt):
             raise
         raise InterruptedByForce(FORCED) from None
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
 
 
 def exit_rank(code: str | int | None) -> None:

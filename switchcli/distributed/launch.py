@@ -29,7 +29,7 @@ from switchcli.errors import (
     training_location,
 )
 from switchcli.system.processor import available_processors, is_thread_count_set
-from switchcli.system.signals import stop_signals
+from switchcli.system.signals import handling, stop_signals
 from switchcli.system.startup import LAUNCHER
 
 if TYPE_CHECKING:
@@ -150,14 +150,8 @@ def _forward_signals() -> Iterator[None]:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    previous = {number: signal.getsignal(number) for number in (*stop_signals(), signal.SIGQUIT)}
-    try:
-        for number in previous:
-            signal.signal(number, forward)
+    with handling(forward, (*stop_signals(), signal.SIGQUIT)):
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:

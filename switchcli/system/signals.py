@@ -6,7 +6,7 @@ also commands/_exit.py and launch.py.
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread, current_thread, main_thread
@@ -29,6 +29,22 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in STOPPING if not (ignores_hangup and number == signal.SIGHUP))
 
 
+@contextmanager
+def handling(
+    handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals] | None = None
+) -> Iterator[None]:
+    """Handle `numbers`, by default the stopping signals, by `handler`. The previous handlers are restored at the end.
+
+    Python allows handlers in the main thread alone.
+    """
+    previous = {number: signal.signal(number, handler) for number in numbers or stop_signals()}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
 class StopTraining(Exception):
     """A stop was requested on some rank. All ranks raise it together.
 
@@ -39,30 +55,27 @@ class StopTraining(Exception):
 class StopRequest:
     """A context manager that sets `requested` at the first stopping signal.
 
-    A SIGINT after the first signal raises KeyboardInterrupt. The previous handlers are restored at the end. Python
-    allows handlers in the main thread alone: in another thread only `request` sets the flag.
+    A SIGINT after the first signal raises KeyboardInterrupt. In another thread than the main one only `request` sets
+    the flag.
     """
 
     def __init__(self, acknowledge: Callable[[], None] | None = None) -> None:
         """`acknowledge` is called once, in another thread and at once, if the first signal is a Ctrl-C."""
         self.requested = False
         self._acknowledge = acknowledge
-        self._watch = ExitStack()
-        self._previous: dict[signal.Signals, object] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for number in stop_signals() if current_thread() is main_thread() else ():
-            self._previous[number] = signal.signal(number, self._on_signal)
-        if self._previous and self._acknowledge is not None:
-            self._watch.enter_context(_calling_at_sigint(self._acknowledge))
+        if current_thread() is main_thread():
+            self._stack.enter_context(handling(self._on_signal))
+            if self._acknowledge is not None:
+                self._stack.enter_context(_calling_at_sigint(self._acknowledge))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
-        self._watch.close()
+        self._stack.close()
 
     def request(self) -> None:
         """Request a stop without a signal; any thread may call it."""

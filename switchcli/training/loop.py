@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, SupportsFloat
 
 import torch
@@ -19,7 +19,7 @@ from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.balance import RouterBalance
 from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
-from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.loss import Objective
 from switchcli.training.metrics import Mean, Metrics, merge
 from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
 from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
@@ -45,7 +45,7 @@ class StepResult(NamedTuple):
 def fit(
     state: TrainState,
     model: nn.Module,
-    losses: LossSchedule,
+    loss_at: Callable[[int], Objective],
     loader: Loader | Microbatches,
     optimizer: Optimizer,
     schedule: Schedule,
@@ -61,7 +61,7 @@ def fit(
     Args:
         state: the progress of the run.
         model: the model as `context.wrap` returns it.
-        losses: the loss that each step minimizes.
+        loss_at: returns the loss that a step, counted from 0, minimizes.
         loader: this rank's microbatches of each step.
         optimizer: updates the weights.
         schedule: the learning rate of each step.
@@ -96,7 +96,7 @@ def fit(
         learning_rate = schedule(step, settings.steps)
         seed = f"{settings.seed}/{step}"
         balance.begin_step(state)
-        objective = balance.counting(losses.loss_at(step))
+        objective = balance.counting(loss_at(step))
         metrics = accumulate_gradients(model, objective, microbatches, real, context, seed)
         norm = _clip_gradients(optimizer, settings.clip_norm, context)
         result = StepResult(step + 1, norm, context.to_host(norm.total), metrics)

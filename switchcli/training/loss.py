@@ -4,7 +4,6 @@ Legend: B batch, T target, V vocabulary (this rank's rows of it), D model, N tar
 chunk, M sums.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -44,24 +43,6 @@ class Objective(Protocol):
     """A function that computes the loss of a model on a batch."""
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss: ...
-
-
-class LossSchedule(ABC):
-    """Which loss a run minimizes at each step."""
-
-    @abstractmethod
-    def loss_at(self, step: int) -> Objective:
-        """Return the loss of `step`, counted from 0."""
-
-
-class FixedLoss(LossSchedule):
-    """One loss at every step."""
-
-    def __init__(self, loss: Objective) -> None:
-        self._loss = loss
-
-    def loss_at(self, step: int) -> Objective:
-        return self._loss
 
 
 def batch_segment_ids(batch: AnyBatch, packed: bool) -> SegmentIds | None:

@@ -24,7 +24,7 @@ from switchcli.system.signals import StopRequest
 from switchcli.training import loop
 from switchcli.training.checkpointer import DATA, Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
-from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.schedules import InverseSquareRoot
@@ -75,7 +75,7 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     try:
         with saver.background_saves(stop, NoWarnings()):
             if not trained_to_the_end(
-                state, wrapped, FixedLoss(cross_entropy), batches, optimizer, schedule, context, callbacks, spec, stop
+                state, wrapped, lambda _: cross_entropy, batches, optimizer, schedule, context, callbacks, spec, stop
             ):
                 saver.save(state)
     except SwitchError as error:

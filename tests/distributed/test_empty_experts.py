@@ -17,7 +17,7 @@ from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
-from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.schedules import InverseSquareRoot
@@ -45,7 +45,7 @@ def trained(parallel: ParallelSpec, no_experts: bool, no_ranks: bool) -> tuple[i
     fit(
         state,
         context.wrap(model),
-        FixedLoss(cross_entropy),
+        lambda _: cross_entropy,
         Microbatches(Source(given), 8, 8 // context.dp_size, context.dp_rank, context.dp_size),
         Adafactor().build(weights.parameters, weights.layouts),
         InverseSquareRoot(),

@@ -21,7 +21,7 @@ import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
 from checkpointed_run import DOCUMENTS, idle
-from doubles import KeepingConsole, LossAt, NoWarnings, Records, SaveEvery, Source, a_run
+from doubles import KeepingConsole, NoWarnings, Records, SaveEvery, Source, a_run
 from drill import ROUNDING, apart
 from ranks import on_ranks
 from tiny_model import SPARSE, a_model
@@ -192,7 +192,7 @@ class Run:
         fit(
             self.state,
             context.wrap(self.model),
-            LossAt(lambda step: self.objective),
+            lambda _: self.objective,
             Microbatches(Source(sequences), BATCH, 2, context.dp_rank, context.dp_size),
             self.optimizer,
             InverseSquareRoot(),

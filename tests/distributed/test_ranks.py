@@ -46,7 +46,7 @@ from switchcli.training.callback import Callback
 from switchcli.training.config import Precision, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
-from switchcli.training.loss import FixedLoss, Objective, StepLoss, cross_entropy
+from switchcli.training.loss import Objective, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
@@ -326,7 +326,7 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
         trained_to_the_end(
             state,
             context.wrap(model),
-            FixedLoss(objective),
+            lambda _: objective,
             Microbatches(rows, BATCH, BATCH // context.dp_size, context.dp_rank, context.dp_size),
             Adafactor().build(weights.parameters, weights.layouts),
             InverseSquareRoot(),

@@ -16,7 +16,7 @@ from switchcli.system.signals import StopRequest
 from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loop import fit
-from switchcli.training.loss import FixedLoss, cross_entropy
+from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.schedules import InverseSquareRoot
@@ -125,7 +125,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     fit(
         state,
         model,
-        FixedLoss(cross_entropy),
+        lambda _: cross_entropy,
         Microbatches(Source(lambda step, first, count: rows(step % 2, first, count)), 8, 8, 0, 1),
         Adafactor().build(dict(model.named_parameters())),
         InverseSquareRoot(learning_rate=0.005),

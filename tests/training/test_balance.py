@@ -22,7 +22,7 @@ from switchcli.report.console import silent
 from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import load_weights, logical_tensors
 from switchcli.training.config import NonfiniteSpec, TrainSpec
-from switchcli.training.loss import FixedLoss, StepLoss, cross_entropy
+from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
 from switchcli.training.optimizer_specs import Adafactor
@@ -85,7 +85,7 @@ class Run:
         trained(
             self.state,
             self.model,
-            FixedLoss(objective),
+            lambda _: objective,
             Microbatches(source, 4, 2, 0, 1),
             Adafactor(min_dim_to_factor=8).build(trainable(self.model)),
             Constant(learning_rate=0.01),

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from doubles import Do, LossAt, Source, Still, trained
+from doubles import Do, Source, Still, trained
 from messages import naming
 from tiny_model import NOISY, a_model, rows
 from torch import nn
@@ -56,7 +56,7 @@ class Run:
         return trained(
             self.state,
             self.model,
-            LossAt(lambda step: self.objective),
+            lambda _: self.objective,
             Microbatches(Source(noted), 4, 2, 0, 1),
             self.optimizer,
             SCHEDULE,

@@ -30,7 +30,7 @@ from switchcli.system.signals import StopRequest
 from switchcli.training.config import TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
-from switchcli.training.loss import FixedLoss, Objective, cross_entropy, packed_cross_entropy
+from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.schedules import Constant
@@ -111,7 +111,7 @@ def train(
         assert trained(
             state,
             model,
-            FixedLoss(objective),
+            lambda _: objective,
             Microbatches(batches or Source(rows), 4, 4 // microbatches, 0, 1),
             built,
             Constant(learning_rate=0.01),

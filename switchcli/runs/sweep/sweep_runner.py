@@ -28,7 +28,7 @@ from switchcli.report.sinks import parse, read_object, step_of
 from switchcli.runs.sweep.sweep_list import SweepRun
 from switchcli.system import publish
 from switchcli.system.processor import available_processors, is_thread_count_set
-from switchcli.system.signals import stop_signals
+from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER
 from switchcli.system.user_files import open_regular
 
@@ -200,12 +200,8 @@ class Sweep:
                 elif is_first:
                     process.terminate()
 
-        previous = {number: signal.signal(number, stop) for number in stop_signals()}
-        try:
+        with handling(stop):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def command(run: SweepRun, out: Path) -> list[str]:

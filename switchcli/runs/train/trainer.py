@@ -225,7 +225,7 @@ class Trainer:
                 fit(
                     state,
                     self.context.wrap(self.model),
-                    self.task,
+                    self.task.loss_at,
                     loader,
                     self.optimizer,
                     self.schedule,

@@ -33,7 +33,7 @@ from switchcli.runs.job.same_model import check_shape, check_tokenizer
 from switchcli.runs.train import branching
 from switchcli.spec import Spec
 from switchcli.training.checkpointer import load_optimizer_state, load_weights
-from switchcli.training.loss import LossSchedule, Objective
+from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from switchcli.runs.train.trainer import Trainer
 
 
-class TrainingTask(LossSchedule):
+class TrainingTask:
     """The data, the initial weights and the loss of a run, and additions to its result.
 
     By default, a run starts from the checkpoint that `start` names.
@@ -166,6 +166,7 @@ class TrainingTask(LossSchedule):
             load_optimizer_state(optimizer, start.native, weights.experts)
 
     def loss_at(self, step: int) -> Objective:
+        """Return the loss that `step`, counted from 0, minimizes."""
         return self.validation_loss
 
     def results(self, trainer: "Trainer") -> dict[str, Any]:
