@@ -104,8 +104,9 @@ class Ledger:
         self._excess: list[str] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        file = report.nodeid.partition("::")[0].removeprefix("tests/")
-        self._spent[report.tier, file] += report.cpu_seconds
+        if hasattr(report, "cpu_seconds"):  # a report that xdist makes of a worker that died has none
+            file = report.nodeid.partition("::")[0].removeprefix("tests/")
+            self._spent[report.tier, file] += report.cpu_seconds
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

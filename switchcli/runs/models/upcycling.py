@@ -64,8 +64,11 @@ def upcycle(
             f"model.router.eval_capacity_factor ({factors[stacks[0]]}): the copies share tokens unevenly, and the "
             f"output of a dropped token differs from that of {checkpoint.path}: dropless keeps all tokens"
         )
-    for stack in stacks:
-        _warn_of_choices(source, spec, stack, console)
+    for warning in dict.fromkeys(
+        _choices_warning(source, spec, stack) for stack in stacks
+    ):  # one if they share a router
+        if warning:
+            console.warning(warning)
     destination = check_checkpoint_destination(model, destination)
     names = logical_tensors(meta_model(spec))
     weights = UpcycledWeights(checkpoint.weights(), source, names, spec, gate, noise)
@@ -126,18 +129,19 @@ def _check_copies_of_feed_forwards(spec: ModelSpec) -> None:
         raise RecipeError(f"model.{keys}: upcycled experts are copies of whole feed-forwards: leave out all of these")
 
 
-def _warn_of_choices(source: ModelSpec, grown: ModelSpec, stack: Stack, console: Console) -> None:
-    """Warn if tokens will choose several copies of one expert instead of as many experts as before."""
+def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str | None:
+    """Return a warning if tokens will choose several copies of one expert instead of as many experts as before."""
     before, after = (spec.router_of(stack).experts_per_token for spec in (source, grown))
     growth = grown.num_experts // source.num_experts
-    if source.num_experts > 1 and before > 1 and after != before * growth:
-        key = "decoder_router" if stack == "decoder" and grown.decoder_router else "router"
-        k = before * growth
-        console.warning(
-            f"model.{key}.k ({after}): a token will choose copies of the same experts: model.{key}.k={k} "
-            f"model.{key}.capacity_factor={1.25 * k:g} model.{key}.eval_capacity_factor={2 * k} "
-            f"model.{key}.keep_threshold=0 keep the outputs, at {growth} times the experts' FLOPs"
-        )
+    if source.num_experts == 1 or before == 1 or after == before * growth:
+        return None
+    key = "decoder_router" if stack == "decoder" and grown.decoder_router else "router"
+    k = before * growth
+    return (
+        f"model.{key}.k ({after}): a token will choose copies of the same experts: model.{key}.k={k} "
+        f"model.{key}.capacity_factor={1.25 * k:g} model.{key}.eval_capacity_factor={2 * k} "
+        f"model.{key}.keep_threshold=0 keep the outputs, at {growth} times the experts' FLOPs"
+    )
 
 
 def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
