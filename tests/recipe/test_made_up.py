@@ -78,9 +78,7 @@ def test_any_recipe_is_refused_in_words_or_means_what_is_written(
 
 
 @pytest.mark.nightly
-@settings(
-    max_examples=100, phases=[Phase.explicit, Phase.generate]
-)  # a run takes too long to be tried in smaller forms
+@settings(max_examples=100, phases=[Phase.explicit, Phase.generate])  # without shrinking: a run takes too long
 @given(overrides=made_up("pretrain", "model", "optimizer", "schedule", "train"))
 @example(overrides=["schedule.learning_rate=1048576"])
 def test_a_recipe_that_is_accepted_can_be_run(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -64,9 +64,8 @@ def upcycle(
             f"model.router.eval_capacity_factor ({factors[stacks[0]]}): the copies share tokens unevenly, and the "
             f"output of a dropped token differs from that of {checkpoint.path}: dropless keeps all tokens"
         )
-    for warning in dict.fromkeys(
-        _choices_warning(source, spec, stack) for stack in stacks
-    ):  # one if they share a router
+    # Stacks that share a router have one warning.
+    for warning in dict.fromkeys(_choices_warning(source, spec, stack) for stack in stacks):
         if warning:
             console.warning(warning)
     destination = check_checkpoint_destination(model, destination)
