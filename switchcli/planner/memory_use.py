@@ -156,14 +156,22 @@ def copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, ac
     experts_of_layer = weights.expert // mesh.expert // num_layers
     # A layer has two stacks of experts, or three with GEGLU.
     stack = experts_of_layer // (3 if spec.activation == "geglu" else 2)
-    if not step.fused and stack * step.product_bytes > CPU_CACHE:
-        # A CPU computes one expert of a large stack at a time (`_ProductPerExpert`): only one matrix is copied.
-        experts_of_layer = stack = stack * mesh.expert // spec.num_experts
+    if _is_one_expert_at_a_time(spec, step, mesh):
+        experts_of_layer = stack = stack * mesh.expert // spec.num_experts  # only one matrix is copied
     num_bytes = step.product_bytes * (weights.products + experts_of_layer) if is_rounded else 0
     if accumulates:
         largest = max(stack, spec.vocab_size * spec.d_model // mesh.model)
         num_bytes += largest * (FLOAT + (step.product_bytes if is_rounded else 0))
     return num_bytes
+
+
+def _is_one_expert_at_a_time(spec: ModelSpec, step: Step, mesh: Mesh) -> bool:
+    """Return whether a CPU computes one expert at a time (kernels/cpu_experts.py), as stacks do not fit into its cache.
+
+    With oneDNN it does so for smaller stacks too, and then keeps less than is planned.
+    """
+    stack = spec.num_experts * spec.expert_width * spec.d_model // (mesh.expert * mesh.model)
+    return not step.fused and stack * step.product_bytes > CPU_CACHE
 
 
 def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:
@@ -251,7 +259,7 @@ def _block_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, stack
         if is_sparse:
             layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
             kept += _router(spec, step, stack, tokens)
-            kept += _experts(spec, step, layer_slots, output_widths(spec)[part], mesh.model)
+            kept += _experts(spec, step, layer_slots, output_widths(spec)[part], mesh)
     if stack == "decoder":
         kept += _norm(spec, step, target, 1, mesh.model)  # before cross-attention, read by the queries
         kept += _cross_attention(spec, step, source, target, mesh.model)
@@ -338,14 +346,17 @@ def _router(spec: ModelSpec, step: Step, stack: Stack, tokens: int) -> int:
     return tokens * (inputs + spec.num_experts * per_expert + 64)
 
 
-def _experts(spec: ModelSpec, step: Step, layer_slots: Slots, width: int, model: int) -> int:
+def _experts(spec: ModelSpec, step: Step, layer_slots: Slots, width: int, mesh: Mesh) -> int:
     """Return the bytes kept of the experts' rows: input [A, D], hidden vectors [A, F / m], output [A, O = `width`].
 
     With dropout the mask [A, F / m] is kept as well. Weight and indices take about 25 bytes a row, and one element in
-    the dtype of products.
+    the dtype of products. A CPU that computes one expert at a time keeps what the activation gets, one tensor for each
+    product that reads the input, and computes the hidden vectors again.
 
     Example: D = O = 512, F = 2048, ReLU without dropout, bfloat16: 2 * (512 + 2048 + 512 + 1) + 25 = 6,171 bytes a row.
     """
     dropout = spec.experts_dropout
-    hidden = (_num_hidden_tensors(spec, dropout) + (dropout > 0.0)) * spec.expert_width // model
+    again = _is_one_expert_at_a_time(spec, step, mesh)
+    num_hidden = _num_input_products(spec) if again else _num_hidden_tensors(spec, dropout)
+    hidden = (num_hidden + (dropout > 0.0)) * spec.expert_width // mesh.model
     return layer_slots.expert_rows * (step.product_bytes * (spec.d_model + hidden + width + 1) + 25)

@@ -6,6 +6,8 @@ products are a case of tests/distributed/test_ranks.py.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
+from typing import Literal
 
 import onednn
 import pytest
@@ -21,7 +23,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.kernels import cpu_products
 from switchcli.model.kernels.cpu_products import MIN_WIDTH_OVER_ROWS, MIN_WORK, ROW_BLOCK
 from switchcli.model.layers import Linear
-from switchcli.model.moe.experts import grouped_product
+from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.layer import evaluating
 from switchcli.spec import PAD
 
@@ -92,45 +94,53 @@ def test_the_result_of_a_linear_layer_may_be_overwritten(calls: onednn.Calls) ->
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "adds_to_grad"), [(64, 96, False), (MIN_WIDTH_OVER_ROWS, 160, True), (200, 40, False)]
+    ("inputs", "hidden", "activation"), [(64, 96, "relu"), (MIN_WIDTH_OVER_ROWS, 160, "geglu"), (200, 40, "relu")]
 )
 def test_experts_with_any_number_of_rows_have_the_values_and_gradients_of_float64(
-    calls: onednn.Calls, inputs: int, outputs: int, adds_to_grad: bool
+    calls: onednn.Calls, inputs: int, hidden: int, activation: Literal["relu", "geglu"]
 ) -> None:
-    counts = [0, 1, ROW_BLOCK - 1, ROW_BLOCK, 0, ROW_BLOCK + 1, 5 * ROW_BLOCK + 3, 400, 13 * ROW_BLOCK - 1, 0]
-    weight_EFD = torch.randn(len(counts), outputs, inputs, requires_grad=True)
+    counts = [0, 1, ROW_BLOCK - 1, ROW_BLOCK, 0, ROW_BLOCK + 1, 5 * ROW_BLOCK + 3, 400, 26 * ROW_BLOCK - 1, 0]
+    layer = Experts(
+        ModelSpec(vocab_size=8, d_model=inputs, d_ff=hidden, num_experts=len(counts), activation=activation), inputs
+    )
+    layer.adds_to_grad = True
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_()
     x_AD = torch.randn(sum(counts), inputs, requires_grad=True)
     end_E = torch.tensor(counts).cumsum(0).int()
-    assert cpu_products.speeds_up(x_AD, weight_EFD)
+    exact, exact_AD = deepcopy(layer).double(), x_AD.detach().double().requires_grad_()
+    assert cpu_products.speeds_up(x_AD, layer.wi)
     for _ in range(2):
-        y_AF = grouped_product(x_AD, weight_EFD, end_E, adds_to_grad)
-        y_AF.square().sum().backward()
-    exact_AD, exact_EFD = (tensor.detach().double().requires_grad_() for tensor in (x_AD, weight_EFD))
-    parts = zip(exact_AD.split(counts), exact_EFD, strict=True)
-    exact_AF = torch.cat([rows @ weight.mT for rows, weight in parts])
-    (2 * exact_AF.square().sum()).backward()
-    found = (y_AF, x_AD.grad, weight_EFD.grad)
+        y_AD = layer(x_AD, end_E, None)
+        y_AD.square().sum().backward()
+    y64_AD = exact(
+        exact_AD, end_E, None
+    )  # of float64, which no oneDNN computes; it equals a loop in test_expert_products
+    (2 * y64_AD.square().sum()).backward()
+    found = [(y_AD, y64_AD, counts), (x_AD.grad, exact_AD.grad, counts)]
+    found += [(one.grad, other.grad, 1) for one, other in zip(layer.parameters(), exact.parameters(), strict=True)]
     # Each expert against its own largest number, so that an expert with many rows does not hide one with few.
-    for tensor, exact, sizes in zip(found, (exact_AF, exact_AD.grad, exact_EFD.grad), (counts, counts, 1), strict=True):
-        for expert, expected in zip(tensor.split(sizes), exact.split(sizes), strict=True):
+    for tensor, exact_tensor, sizes in found:
+        for expert, expected in zip(tensor.split(sizes), exact_tensor.split(sizes), strict=True):
             _assert_equals_float64(expert, expected)
 
 
 @pytest.mark.parametrize(
     ("rows", "left", "right", "is_onednn"),
     [
-        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 64, True),
-        (ROW_BLOCK, 64, MIN_WIDTH_OVER_ROWS, True),
-        (2 * ROW_BLOCK - 1, MIN_WIDTH_OVER_ROWS, 64, True),
-        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 63, False),  # too little work
-        (ROW_BLOCK - 1, 2 * MIN_WIDTH_OVER_ROWS, 64, False),
+        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 128, True),
+        (ROW_BLOCK, 128, MIN_WIDTH_OVER_ROWS, True),
+        (2 * ROW_BLOCK - 1, MIN_WIDTH_OVER_ROWS, 128, True),
+        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 127, False),  # too little work
+        (ROW_BLOCK - 1, 2 * MIN_WIDTH_OVER_ROWS, 128, False),
         (2 * ROW_BLOCK, MIN_WIDTH_OVER_ROWS - 1, MIN_WIDTH_OVER_ROWS - 1, False),
     ],
 )
 def test_onednn_sums_over_a_block_of_rows_or_more_where_a_width_is_large(
     calls: onednn.Calls, rows: int, left: int, right: int, is_onednn: bool
 ) -> None:
-    assert MIN_WORK == ROW_BLOCK * MIN_WIDTH_OVER_ROWS * 64
+    assert MIN_WORK == ROW_BLOCK * MIN_WIDTH_OVER_ROWS * 128
     left_NF, right_ND, out_FD = torch.randn(rows, left), torch.randn(rows, right), torch.full((left, right), torch.nan)
     product_FD = cpu_products.matmul_over_rows(left_NF, right_ND)
     cpu_products.write_matmul_over_rows(left_NF, right_ND, out_FD)
@@ -141,7 +151,7 @@ def test_onednn_sums_over_a_block_of_rows_or_more_where_a_width_is_large(
 
 @pytest.mark.parametrize(
     ("rows", "of_onednn"),
-    [(1, 1), (ROW_BLOCK, ROW_BLOCK), (ROW_BLOCK + 1, ROW_BLOCK), (3 * ROW_BLOCK - 1, 2 * ROW_BLOCK)],
+    [(1, 1), (ROW_BLOCK, ROW_BLOCK), (ROW_BLOCK + 1, 2 * ROW_BLOCK), (3 * ROW_BLOCK - 1, 3 * ROW_BLOCK)],
 )
 def test_onednn_gets_at_most_one_block_of_rows_or_whole_blocks(calls: onednn.Calls, rows: int, of_onednn: int) -> None:
     left_RD, right_DF, out_RF = torch.randn(rows, 700), torch.randn(700, 400), torch.full((rows, 400), torch.nan)
@@ -230,13 +240,15 @@ def test_attention_with_a_learned_bias_has_the_gradients_of_float64(
 
 def test_the_gradients_of_experts_are_float32_under_autocast(calls: onednn.Calls) -> None:
     counts, end_E = [500, 3], torch.tensor([500, 503], dtype=torch.int32)
-    weight_EFD = torch.randn(2, 160, 48, requires_grad=True)
-    x_AD = torch.randn(503, 48)
-    y_AF = grouped_product(x_AD, weight_EFD, end_E)
+    layer = Experts(ModelSpec(vocab_size=8, d_model=48, d_ff=160, num_experts=2), 48)
+    with torch.no_grad():
+        layer.wi.fill_(1.0)
+    x_AD = torch.rand(503, 48)
+    y_AD = layer(x_AD, end_E, None)
     with torch.autocast("cpu", torch.bfloat16):
-        y_AF.sum().backward()
-    for found, rows in zip(weight_EFD.grad, x_AD.double().split(counts), strict=True):
-        _assert_equals_float64(found, rows.sum(0).expand(160, -1))
+        y_AD.sum().backward()
+    for found, rows in zip(layer.wo.grad, x_AD.double().split(counts), strict=True):
+        _assert_equals_float64(found, rows.sum().expand(48, 160))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself

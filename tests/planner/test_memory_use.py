@@ -18,6 +18,7 @@ from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initialize
+from switchcli.model.kernels import cpu_products
 from switchcli.model.moe import experts
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
@@ -275,11 +276,31 @@ def drawn(spec: ModelSpec, shape: tuple[int, int, int]) -> Batch:
 
 
 @pytest.mark.parametrize(("model", "shape", "bfloat16"), [*in_turns()])
-def test_activations_are_what_autograd_keeps(model: str, shape: tuple[int, int, int], bfloat16: bool) -> None:
+def test_activations_are_what_autograd_keeps(
+    model: str, shape: tuple[int, int, int], bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: False)  # it keeps less of small stacks
     spec = ModelSpec(**(SMALL | MODELS[model]))
     step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False)
     seen = kept_by_autograd(a_model(spec), drawn(spec, shape), bfloat16)
     assert predicted(spec, step) == pytest.approx(seen, rel=CLOSER.get(model, TOLERANCE))
+
+
+@pytest.mark.parametrize("activation", ["relu", "geglu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_experts_of_large_stacks_keep_what_their_activations_get(
+    activation: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec(**{**SMALL, **SPARSE, "activation": activation, "expert_dropout": dropout})
+    step, seen, planned = Step(*LONG, product_bytes=4, fused=False), [], []
+    for large in (2**62, 0):
+        monkeypatch.setattr(experts, "CPU_CACHE", large)
+        monkeypatch.setattr(memory_use, "CPU_CACHE", large)
+        monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: False)
+        seen.append(kept_by_autograd(a_model(spec), drawn(spec, LONG), False))
+        planned.append(predicted(spec, step))
+    assert planned == pytest.approx(seen, rel=0.02)
+    assert planned[1] < planned[0] if activation == "geglu" or dropout else planned[1] == planned[0]
 
 
 AGAIN = {"dense": "float32", "top_k": "bfloat16", "switch that drops": "float32", "experts in both": "bfloat16"}

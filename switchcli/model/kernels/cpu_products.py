@@ -23,9 +23,9 @@ MIN_WORK_IN_BATCH = 2**22
 """Multiplications of each product of a batch below which MKL's one call for the batch is faster."""
 MIN_WIDTH_OVER_ROWS = 128
 """The wider operand of a sum over rows below which oneDNN's copy of the other one outweighs its speed."""
-ROW_BLOCK = 32
+ROW_BLOCK = 16
 """oneDNN compiles a kernel for each shape. Where the number of rows changes with every call, it gets at most this many
-or a multiple of it, so that there are few shapes, and MKL gets the rest."""
+or a multiple of it, the last of them zeros, so that there are few shapes."""
 
 
 @functools.cache
@@ -98,27 +98,27 @@ def matmul_over_rows(left_NF: torch.Tensor, right_ND: torch.Tensor) -> torch.Ten
 
 def write_matmul(left_RD: torch.Tensor, right_DF: torch.Tensor, out_RF: torch.Tensor) -> None:
     """Write left @ right to `out_RF`, also under autocast. The number of rows changes with every call."""
-    num_rows = len(left_RD)  # those of oneDNN
-    if num_rows > ROW_BLOCK:
-        num_rows -= num_rows % ROW_BLOCK
-    if not _applies(left_RD[:num_rows], right_DF.mT):
-        num_rows = 0
-    if num_rows:
-        out_RF[:num_rows] = _onednn(left_RD[:num_rows], right_DF.mT)
-    if num_rows < len(left_RD):
-        torch.mm(left_RD[num_rows:], right_DF, out=out_RF[num_rows:])
+    if _applies(left_RD, right_DF.mT):
+        out_RF.copy_(_onednn(_whole_blocks(left_RD), right_DF.mT)[: len(left_RD)])
+    else:
+        torch.mm(left_RD, right_DF, out=out_RF)  # autocast does not change the dtype of what has `out`
 
 
-def write_matmul_over_rows(left_RF: torch.Tensor, right_RD: torch.Tensor, out_FD: torch.Tensor) -> None:
-    """Write left.T @ right to `out_FD`, also under autocast. The number of rows changes with every call."""
-    num_rows = len(right_RD) // ROW_BLOCK * ROW_BLOCK  # those of oneDNN
-    left_NF, right_ND = left_RF[:num_rows], right_RD[:num_rows]
-    if not (_applies(left_NF.mT, right_ND.mT) and _is_wide(left_NF, right_ND)):
+def write_matmul_over_rows(
+    left_RF: torch.Tensor, right_RD: torch.Tensor, out_FD: torch.Tensor, *, add: bool = False
+) -> None:
+    """Write left.T @ right to `out_FD`, or add it, in its dtype. The number of rows changes with every call."""
+    if _applies(left_RF.mT, right_RD.mT) and _is_wide(left_RF, right_RD):
+        product_FD = _over_rows(_whole_blocks(left_RF), _whole_blocks(right_RD))
+    elif not add and out_FD.dtype == left_RF.dtype:
         torch.mm(left_RF.mT, right_RD, out=out_FD)
         return
-    out_FD.copy_(_over_rows(left_NF, right_ND))
-    if num_rows < len(right_RD):
-        torch.addmm(out_FD, left_RF[num_rows:].mT, right_RD[num_rows:], out=out_FD)
+    else:
+        product_FD = torch.mm(left_RF.mT, right_RD, out=left_RF.new_empty(out_FD.shape))
+    if add:
+        out_FD.add_(product_FD)
+    else:
+        out_FD.copy_(product_FD)
 
 
 def write_bmm(left_NTK: torch.Tensor, right_NKS: torch.Tensor, out_NTS: torch.Tensor, *, add: bool = False) -> None:
@@ -196,6 +196,12 @@ def _onednn(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
     """Return x @ weight.T, [..., F], without a gradient. The weight may be packed."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_FD, None, "none", [], "")
     return y
+
+
+def _whole_blocks(x_RD: torch.Tensor) -> torch.Tensor:
+    """Return the rows, and, if they are more than ROW_BLOCK, rows of zeros up to a multiple of it."""
+    num_missing = -len(x_RD) % ROW_BLOCK
+    return F.pad(x_RD, (0, 0, 0, num_missing)) if num_missing and len(x_RD) > ROW_BLOCK else x_RD
 
 
 def _is_wide(left_NF: torch.Tensor, right_ND: torch.Tensor) -> bool:

@@ -3,17 +3,15 @@
 Legend: E experts, B sequences, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from switchcli.model.axis import SINGLE_PROCESS, local_slice
 from switchcli.model.config import ModelSpec
-from switchcli.model.kernels import cpu_products
+from switchcli.model.kernels import cpu_experts, cpu_products
 from switchcli.model.kernels.opaque_ops import grouped_mm
 from switchcli.model.layers import activate
 
@@ -77,11 +75,14 @@ class Experts(nn.Module):
             mask_AF: a factor of each row's hidden vector; None: no dropout.
             equal_rows: whether every expert has as many rows, so that one batched product computes them all.
         """
+        if x_AD.is_cpu and not torch.compiler.is_compiling() and _is_computed_per_expert(x_AD, self.wi):
+            matrices = self.wo, self.wi, self.wi_gate
+            return cpu_experts.feed_forward(x_AD, end_E, mask_AF, *matrices, adds_to_grad=self.adds_to_grad)
 
         def product(x_AI: torch.Tensor, weight_EOI: torch.Tensor) -> torch.Tensor:
             if equal_rows:  # [E, rows, I] @ [E, I, O]
                 return torch.bmm(x_AI.view(len(weight_EOI), -1, x_AI.shape[1]), weight_EOI.mT).flatten(0, 1)
-            return grouped_product(x_AI, weight_EOI, end_E, self.adds_to_grad)
+            return grouped_product(x_AI, weight_EOI, end_E)
 
         gate = None if self.wi_gate is None else product(x_AD, self.wi_gate)
         hidden_AF = activate(product(x_AD, self.wi), gate)
@@ -90,17 +91,12 @@ class Experts(nn.Module):
         return product(hidden_AF, self.wo)
 
 
-def grouped_product(
-    x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor, adds_to_grad: bool = False
-) -> torch.Tensor:
-    """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, float64 only on a CPU.
+def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
+    """Return x @ weight.T with the weight of each row's expert: [A, F] in the dtype of x, which is not float64.
 
-    `adds_to_grad`: see `Experts`. In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert,
-    which waits for `end_E`; `Experts` avoids it where all experts have as many rows.
+    In bfloat16 CUDA runs one kernel. In float32 it falls back to one product per expert, which waits for `end_E`;
+    `Experts` avoids it where all experts have as many rows.
     """
-    if x_AD.is_cpu and not torch.compiler.is_compiling() and _is_computed_per_expert(x_AD, weight_EFD):
-        y_AF: torch.Tensor = _ProductPerExpert.apply(x_AD, weight_EFD, end_E, adds_to_grad)  # type: ignore[no-untyped-call]
-        return y_AF
     num_outputs, D = weight_EFD.shape[1:]
     # Pad both widths to the alignment, which only narrow models need. The added inputs are zeros, so no product
     # changes, and the added outputs are cut off. -n % unit is the distance from n to the next multiple of unit.
@@ -109,96 +105,14 @@ def grouped_product(
     if pad_inputs or pad_outputs:
         x_AD = F.pad(x_AD, (0, pad_inputs))
         weight_EFD = F.pad(weight_EFD, (0, pad_inputs, 0, pad_outputs))
-    y_AF = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
+    y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
     return y_AF[:, :num_outputs] if pad_outputs else y_AF
 
 
 def _is_computed_per_expert(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
-    """Return whether a CPU computes x @ weight.T of each expert by itself. torch's grouped product has no float64."""
+    """Return whether a CPU computes one expert at a time. torch's grouped product has no float64."""
     is_large = weight_EFD.numel() * x_AD.element_size() > CPU_CACHE
     return is_large or x_AD.dtype == torch.float64 or cpu_products.speeds_up(x_AD, weight_EFD)
-
-
-class _ProductPerExpert(torch.autograd.Function):
-    """`grouped_product` on a CPU, one product per expert: for stacks that do not fit into its cache, and for oneDNN.
-
-    torch's grouped product is a loop over experts too. Here an expert's matrix is cast to the dtype of x just before
-    its product, and its gradient is cast back and added just after its product. So these copies stay in the cache, and
-    memory is read and written in the dtype of the weights alone. x is saved only if the weights need a gradient.
-
-    All products have `out`, because autocast does not change the dtype of these.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.Tensor, adds_to_grad: bool
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x_AD if ctx.needs_input_grad[1] else None, weight_EFD, end_E)
-        # With activation checkpointing, a saved tensor comes back as another object, without `.grad`.
-        ctx.parameter = weight_EFD if adds_to_grad and weight_EFD.is_leaf else None
-        return _products(x_AD, weight_EFD.mT, end_E)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_AF: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        x_AD, weight_EFD, end_E = ctx.saved_tensors
-        grad_AF = grad_AF.contiguous()
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _products(grad_AF, weight_EFD, end_E)
-        if ctx.needs_input_grad[1]:
-            sum_EFD = None
-            if ctx.parameter is not None:
-                # autograd finds no `.grad`, and makes the returned sum the new one without a copy.
-                sum_EFD, ctx.parameter.grad = ctx.parameter.grad, None
-            grad_weight = _weight_gradient(grad_AF, x_AD, end_E, weight_EFD, sum_EFD)
-        return grad_x, grad_weight, None, None
-
-
-def _products(x_AD: torch.Tensor, weight_EDF: torch.Tensor, end_E: torch.Tensor) -> torch.Tensor:
-    """Return x @ weight with the weight of each row's expert: [A, F]. Weights of experts without rows are not read."""
-    y_AF = x_AD.new_empty(len(x_AD), weight_EDF.shape[2])
-    cast_DF = torch.empty_like(weight_EDF[0], dtype=x_AD.dtype)
-    num_rows_E = end_E.diff(prepend=end_E.new_zeros(1))
-    begin = 0
-    for expert in num_rows_E.nonzero().squeeze(1):
-        end = int(end_E[expert])  # also where the rows of the next expert with rows begin
-        weight_DF = weight_EDF[expert]
-        if weight_DF.dtype != x_AD.dtype:
-            weight_DF = cast_DF.copy_(weight_DF)
-        cpu_products.write_matmul(x_AD[begin:end], weight_DF, y_AF[begin:end])
-        begin = end
-    return y_AF
-
-
-def _weight_gradient(
-    grad_AF: torch.Tensor,
-    x_AD: torch.Tensor,
-    end_E: torch.Tensor,
-    weight_EFD: torch.Tensor,
-    sum_EFD: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the gradient of the weights, in their dtype. It is added to `sum_EFD`, in place, if that is given."""
-    is_direct = sum_EFD is None and x_AD.dtype == weight_EFD.dtype
-    gradient_EFD = torch.empty_like(weight_EFD) if sum_EFD is None else sum_EFD
-    product_FD = x_AD.new_empty(weight_EFD.shape[1:])
-    # [F, R] @ [R, D] -> [F, D]: zeros for an expert without rows.
-    parts = zip(_rows_of_experts(grad_AF, end_E), _rows_of_experts(x_AD, end_E), gradient_EFD, strict=True)
-    for grad_RF, x_RD, gradient_FD in parts:
-        if is_direct:
-            cpu_products.write_matmul_over_rows(grad_RF, x_RD, gradient_FD)
-        elif sum_EFD is None:
-            cpu_products.write_matmul_over_rows(grad_RF, x_RD, product_FD)
-            gradient_FD.copy_(product_FD)
-        else:
-            cpu_products.write_matmul_over_rows(grad_RF, x_RD, product_FD)
-            gradient_FD.add_(product_FD)
-    return gradient_EFD
-
-
-def _rows_of_experts(x_AD: torch.Tensor, end_E: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return views of the rows of each expert, [R, D]. They are consecutive, so they end where the next ones begin."""
-    return torch.tensor_split(x_AD, end_E[:-1].long())
 
 
 class _GroupedProduct(torch.autograd.Function):

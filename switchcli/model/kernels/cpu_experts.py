@@ -1,0 +1,158 @@
+"""The feed-forwards of experts on a CPU, one expert at a time, so that its hidden rows and matrices stay in the cache.
+
+For stacks that do not fit into the cache, and for oneDNN. torch's grouped product is a loop over experts too, but of
+one product: all hidden rows go through memory between two of them. docs/results/speed.md has measurements.
+
+Legend: E experts, A rows (each expert's, one after the other), R rows of one expert, D model, F hidden, O outputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from switchcli.model.kernels import cpu_products
+
+
+def feed_forward(
+    x_AD: torch.Tensor,
+    end_E: torch.Tensor,
+    mask_AF: torch.Tensor | None,
+    wo_EOF: torch.Tensor,
+    wi_EFD: torch.Tensor,
+    wi_gate_EFD: torch.Tensor | None,
+    adds_to_grad: bool = False,
+) -> torch.Tensor:
+    """Return the output of each row's expert, [A, O], in the dtype of x. Matrices of experts without rows are not read.
+
+    Args:
+        x_AD: the rows, the first expert's first.
+        end_E: the end of each expert's rows.
+        mask_AF: a factor of each row's hidden vector; None: 1.
+        wo_EOF: the matrices of the outputs.
+        wi_EFD: the matrices of the hidden units.
+        wi_gate_EFD: the matrices of their gates, with GEGLU. None: ReLU.
+        adds_to_grad: see `Experts`.
+    """
+    inputs = (wi_EFD,) if wi_gate_EFD is None else (wi_EFD, wi_gate_EFD)
+    y_AO: torch.Tensor = _FeedForward.apply(x_AD, end_E, mask_AF, adds_to_grad, wo_EOF, *inputs)  # type: ignore[no-untyped-call]
+    return y_AO
+
+
+class _FeedForward(torch.autograd.Function):
+    """`feed_forward`, whose `inputs` are the matrices that read x.
+
+    An expert's matrix is cast to the dtype of x just before its product, and its gradient is cast back and added just
+    after its product. So memory is read and written in the dtype of the weights alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_AD: torch.Tensor,
+        end_E: torch.Tensor,
+        mask_AF: torch.Tensor | None,
+        adds_to_grad: bool,
+        wo_EOF: torch.Tensor,
+        *inputs_EFD: torch.Tensor,
+    ) -> torch.Tensor:
+        hidden = [x_AD.new_empty(len(x_AD), weight_EFD.shape[1]) for weight_EFD in inputs_EFD]
+        y_AO = x_AD.new_empty(len(x_AD), wo_EOF.shape[1])
+        for expert, rows in _experts_with_rows(end_E):
+            for weight_EFD, hidden_AF in zip(inputs_EFD, hidden, strict=True):
+                cpu_products.write_matmul(x_AD[rows], weight_EFD[expert].to(x_AD.dtype).mT, hidden_AF[rows])
+            if len(hidden) == 1:
+                hidden[0][rows].relu_()  # the backward pass needs its result alone
+            hidden_RF = _masked(_activated([hidden_AF[rows] for hidden_AF in hidden]), mask_AF, rows)
+            cpu_products.write_matmul(hidden_RF, wo_EOF[expert].to(x_AD.dtype).mT, y_AO[rows])
+        learns = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(x_AD if learns else None, end_E, mask_AF, *hidden, wo_EOF, *inputs_EFD)
+        # With activation checkpointing, a saved tensor comes back as another object, without `.grad`.
+        ctx.parameters = [weight if adds_to_grad and weight.is_leaf else None for weight in (wo_EOF, *inputs_EFD)]
+        return y_AO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_AD, end_E, mask_AF, *tensors = ctx.saved_tensors
+        num_inputs = len(tensors) // 2  # as many hidden tensors as matrices that read x, and the outputs' matrices
+        hidden, (wo_EOF, *inputs_EFD) = tensors[:num_inputs], tensors[num_inputs:]
+        needs_x, (needs_wo, *need_inputs) = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        grad_AO, dtype = grad_AO.contiguous(), grad_AO.dtype
+        grad_AD = grad_AO.new_empty(len(grad_AO), inputs_EFD[0].shape[2]) if needs_x else None
+        grad_wo, *grad_inputs = (
+            _Gradient(weight, parameter, end_E) if needed else None
+            for weight, parameter, needed in zip(
+                (wo_EOF, *inputs_EFD), ctx.parameters, (needs_wo, *need_inputs), strict=True
+            )
+        )
+        for expert, rows in _experts_with_rows(end_E):
+            grad_RO, hidden_of_expert = grad_AO[rows], [hidden_AF[rows] for hidden_AF in hidden]
+            if grad_wo:
+                grad_wo.add(expert, grad_RO, _masked(_activated(hidden_of_expert), mask_AF, rows))
+            if not (needs_x or any(need_inputs)):
+                continue
+            grad_RF = torch.empty_like(hidden_of_expert[0])
+            cpu_products.write_matmul(grad_RO, wo_EOF[expert].to(dtype), grad_RF)
+            grads_RF = _activation_gradients(_masked(grad_RF, mask_AF, rows), hidden_of_expert)
+            for index, (grad_RF, gradient) in enumerate(zip(grads_RF, grad_inputs, strict=True)):
+                if gradient:
+                    gradient.add(expert, grad_RF, x_AD[rows])
+                if grad_AD is not None:
+                    part_RD = grad_AD[rows] if index == 0 else grad_AD.new_empty(len(grad_RF), grad_AD.shape[1])
+                    cpu_products.write_matmul(grad_RF, inputs_EFD[index][expert].to(dtype), part_RD)
+                    if index:
+                        grad_AD[rows] += part_RD
+        gradients = [None if gradient is None else gradient.sum_EFD for gradient in (grad_wo, *grad_inputs)]
+        return grad_AD, None, None, None, *gradients
+
+
+class _Gradient:
+    """The gradient of a stack of matrices, in its dtype: zeros for an expert without rows."""
+
+    def __init__(self, weight_EFD: torch.Tensor, parameter: torch.Tensor | None, end_E: torch.Tensor) -> None:
+        """`parameter`: the parameter to whose `.grad` the gradient is added, in place."""
+        self.sum_EFD = torch.empty_like(weight_EFD)
+        self._adds = parameter is not None and parameter.grad is not None
+        if parameter is not None and parameter.grad is not None:
+            # autograd finds no `.grad`, and makes the returned sum the new one without a copy.
+            self.sum_EFD, parameter.grad = parameter.grad, None
+        else:
+            for expert in (end_E.diff(prepend=end_E.new_zeros(1)) == 0).nonzero():
+                self.sum_EFD[expert] = 0.0
+
+    def add(self, expert: int, left_RF: torch.Tensor, right_RD: torch.Tensor) -> None:
+        """Add left.T @ right to the gradient of an expert. Called once for each expert with rows."""
+        cpu_products.write_matmul_over_rows(left_RF, right_RD, self.sum_EFD[expert], add=self._adds)
+
+
+def _experts_with_rows(end_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, and where they are."""
+    begin = 0
+    for expert, end in enumerate(end_E.tolist()):
+        if end > begin:
+            yield expert, slice(begin, end)
+        begin = end
+
+
+def _masked(hidden_RF: torch.Tensor, mask_AF: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    return hidden_RF if mask_AF is None else hidden_RF * mask_AF[rows]
+
+
+def _activated(hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the hidden vectors: those that ReLU has overwritten, or those of GEGLU's values and gates."""
+    if len(hidden) == 1:
+        return hidden[0]
+    values, gates = hidden
+    return F.gelu(gates, approximate="tanh") * values
+
+
+def _activation_gradients(grad_RF: torch.Tensor, hidden: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return the gradients of what `_activated` gets, given the gradient of what it returns."""
+    if len(hidden) == 1:
+        return [torch.ops.aten.threshold_backward(grad_RF, hidden[0], 0.0)]
+    values, gates = hidden
+    of_gates = torch.ops.aten.gelu_backward(grad_RF * values, gates, approximate="tanh")
+    return [grad_RF * F.gelu(gates, approximate="tanh"), of_gates]
