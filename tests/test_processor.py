@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,16 @@ import torch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.cpu_settings import limit_threads
 from switchcli.system import processor
-from switchcli.system.processor import available_processors, is_amd_with_avx512, processor_limit
+from switchcli.system.processor import available_processors, is_amd_with_avx512, processor_limit, processor_name
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+
+
+@pytest.fixture(autouse=True)
+def facts() -> Iterator[None]:
+    """Facts that a test replaced are forgotten."""
+    yield
+    processor._cpuinfo.cache_clear()
 
 
 @linux
@@ -32,7 +40,25 @@ def test_the_vendor_and_the_width_count(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\n", encoding="utf-8")
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    assert is_amd_with_avx512.__wrapped__() is expected
+    processor._cpuinfo.cache_clear()
+    assert is_amd_with_avx512() is expected
+
+
+@linux
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\n", "AMD EPYC (family 26, model 2)"),
+        ("BogoMIPS : 48\n", platform.machine()),  # a machine that tells nothing
+    ],
+)
+def test_processors_of_one_name_are_told_apart_by_family_and_model(
+    told: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(told, encoding="utf-8")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    processor._cpuinfo.cache_clear()
+    assert processor_name() == expected
 
 
 @pytest.mark.parametrize(("count", "processors"), [(3, 3), (None, 1)])

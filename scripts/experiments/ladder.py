@@ -1,13 +1,14 @@
-"""The rows of the ladder's models, and what two sizes predict of the third.
+"""The rows of the ladder's models, and what smaller sizes predict of a larger one.
 
-    python scripts/experiments/ladder.py rows FOLDER SIZE COMMIT PROCESSOR >> ladder.csv
+    python scripts/experiments/ladder.py rows COMMIT PROCESSOR SIZE=FOLDER ... > ladder.csv
     python scripts/experiments/ladder.py predict ladder.csv ACTIVE TOKENS [TOKENS ...] > predictions.csv
     python scripts/experiments/ladder.py speed ladder.csv > speed.csv
 
-`rows` reads the runs ARM-SEED, ARM-half-SEED and ARM-quarter-SEED of a folder. `predict` fits, for each arm,
-log(loss) = a - b log(active parameters) - c log(tokens) to all models of the file, and states the 95 % interval of the
-mean of three new seeds. The gain over the dense model has its own fit, a + b log(active) + c log(tokens), paired by
-seed. `speed` says how many times fewer steps, FLOPs and seconds an arm needs for the last loss of the dense model.
+`rows` reads the runs ARM-SEED, ARM-half-SEED and ARM-quarter-SEED of each folder. `predict` fits, for each arm,
+log(loss) = a - b log(active) - c log(tokens) to the means over seeds at all sizes below ACTIVE parameters, which are
+those of the dense model, and states the 95 % interval of another mean. The gain over the dense model has its own fit,
+a + b log(active) + c log(tokens). The intervals hold if the law does: a bend beyond the fitted sizes is not in them.
+`speed` says how many times fewer steps, FLOPs and seconds an arm needs for the last loss of the dense model.
 """
 
 import csv
@@ -35,22 +36,20 @@ DENSE = "dense"
 
 
 def rows(folder: Path, size: str, commit: str, processor: str) -> Iterable[Sequence[object]]:
-    """Yield a row for each model. Vocabulary rows do not count as active parameters."""
+    """Yield a row for each model. Rows of the embedding do not count as active parameters."""
     for path in sorted(folder.glob("*/result.json")):
-        result, settings = json.loads(path.read_text()), (path.parent / "recipe.yaml").read_text()
+        result = json.loads(path.read_text())
+        recipe = _flat((path.parent / "recipe.yaml").read_text())
         name, _, seed = path.parent.name.rpartition("-")
-        recipe = _flat(settings)
-        sequence = recipe["data.objective.inputs_length"]
-        vocabulary = recipe["model.vocab_size"] * recipe["model.d_model"]
+        embedding = recipe["model.vocab_size"] * recipe["model.d_model"]
         tokens = result["step"] * recipe["train.batch_tokens"]
-        choices = recipe.get("model.router.k", 1)
-        per_expert = tokens * choices // recipe["model.num_experts"]
+        per_expert = tokens * recipe.get("model.router.k", 1) // recipe["model.num_experts"]
+        flops = result["flops_per_sequence"] // recipe["data.objective.inputs_length"]
+        seconds = recipe["train.batch_tokens"] / result["tokens_per_second"]
         yield (
             *(size, name.removesuffix("-half").removesuffix("-quarter"), seed, recipe["schedule.learning_rate"]),
-            *(result["step"], tokens, f"{result[HELD_OUT_LOSS]:.4f}", result["flops_per_sequence"] // sequence),
-            *(result["active_parameters"] - vocabulary, result["parameters"], per_expert),
-            *(f"{tokens / result['tokens_per_second'] / result['step']:.4f}", commit, result["versions"]["torch"]),
-            processor,
+            *(result["step"], tokens, f"{result[HELD_OUT_LOSS]:.4f}", flops, result["active_parameters"] - embedding),
+            *(result["parameters"], per_expert, f"{seconds:.4f}", commit, result["versions"]["torch"], processor),
         )
 
 
@@ -92,25 +91,28 @@ class Fit:
     def _row(active: float, tokens: float) -> list[float]:
         return [1.0, math.log(active), math.log(tokens)]
 
-    def predict(self, active: float, tokens: float, seeds: int = 3) -> tuple[float, float]:
-        """Return the mean of new seeds, and half the width of its interval."""
+    def predict(self, active: float, tokens: float) -> tuple[float, float]:
+        """Return the value of another point, and half the width of its interval."""
         x = np.array(self._row(active, tokens))
         leverage = float(x @ np.linalg.inv(self._inputs.T @ self._inputs) @ x)
-        return float(x @ self.coefficients), quantile(self.degrees) * math.sqrt(self.variance * (leverage + 1 / seeds))
+        return float(x @ self.coefficients), quantile(self.degrees) * math.sqrt(self.variance * (1 + leverage))
 
 
 def predict(table: Sequence[Row], active: float, horizons: Sequence[float]) -> Iterable[Sequence[object]]:
     """Yield arm, tokens, and the predicted loss and gain over the dense model with their intervals."""
-    dense_active = {row["size"]: float(row["active_parameters"]) for row in table if row["arm"] == DENSE}
-    losses = {(row["size"], row["arm"], row["seed"], row["tokens"]): float(row["held_out_loss"]) for row in table}
-    for arm in dict.fromkeys(row["arm"] for row in table):
-        points = [(key, loss) for key, loss in losses.items() if key[1] == arm]
-        loss_fit = Fit([(dense_active[size], float(tokens), math.log(loss)) for (size, _, _, tokens), loss in points])
-        gains = [
-            (dense_active[size], float(tokens), losses[size, DENSE, seed, tokens] - loss)
-            for (size, _, seed, tokens), loss in points
-        ]
-        gain_fit = Fit(gains)
+    sizes = {row["size"]: float(row["active_parameters"]) for row in table if row["arm"] == DENSE}
+    seeds: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in table:
+        if sizes[row["size"]] < active:
+            seeds[row["arm"], row["size"], row["tokens"]].append(float(row["held_out_loss"]))
+    losses = {key: fmean(values) for key, values in seeds.items()}
+    for arm in dict.fromkeys(arm for arm, _, _ in losses):
+        points = [(sizes[size], float(tokens), loss) for (one, size, tokens), loss in losses.items() if one == arm]
+        dense = [losses[DENSE, size, tokens] for one, size, tokens in losses if one == arm]
+        loss_fit = Fit([(size, tokens, math.log(loss)) for size, tokens, loss in points])
+        gain_fit = Fit(
+            [(size, tokens, other - loss) for (size, tokens, loss), other in zip(points, dense, strict=True)]
+        )
         for tokens in horizons:
             middle, width = loss_fit.predict(active, tokens)
             gain, gain_width = gain_fit.predict(active, tokens)
@@ -119,47 +121,47 @@ def predict(table: Sequence[Row], active: float, horizons: Sequence[float]) -> I
 
 
 def speed(table: Sequence[Row]) -> Iterable[Sequence[object]]:
-    """Yield size, arm, and the ratios of steps, FLOPs and seconds at the dense model's last loss, as means over seeds.
+    """Yield size, arm, seeds that reach the dense model's last loss, and the ratios of steps, FLOPs and seconds there.
 
     The steps of an arm are found between two of its horizons, by a straight line in log(steps).
     """
     curves: dict[tuple[str, str, str], list[tuple[int, float]]] = defaultdict(list)
-    for row in table:
-        curves[row["size"], row["arm"], row["seed"]].append((int(row["steps"]), float(row["held_out_loss"])))
     costs = defaultdict(list)
     for row in table:
+        curves[row["size"], row["arm"], row["seed"]].append((int(row["steps"]), float(row["held_out_loss"])))
         costs[row["size"], row["arm"]].append((float(row["flops_per_token"]), float(row["seconds_per_step"])))
-    ratios = defaultdict(list)
-    for (size, arm, seed), curve in curves.items():
-        last_step, target = max(curves[size, DENSE, seed])
-        ratios[size, arm].append(last_step / _steps_to(target, sorted(curve)))
-    for (size, arm), found in ratios.items():
+    for size, arm in costs:
         flops, seconds = (
             fmean(cost[part] for cost in costs[size, DENSE]) / fmean(cost[part] for cost in costs[size, arm])
             for part in (0, 1)
         )
-        yield (
-            *(size, arm, f"{fmean(found):.2f}", f"{min(found):.2f}", f"{max(found):.2f}"),
-            *(f"{fmean(found) * flops:.2f}", f"{fmean(found) * seconds:.2f}"),
-        )
+        found = []
+        for (one_size, one_arm, seed), curve in curves.items():
+            if (one_size, one_arm) == (size, arm):
+                last_step, target = max(curves[size, DENSE, seed])
+                if steps := _steps_to(target, sorted(curve)):
+                    found.append(last_step / steps)
+        ratios = [f"{ratio:.2f}" for ratio in (fmean(found), min(found), max(found))] if found else ["", "", ""]
+        costs_there = [f"{fmean(found) * factor:.2f}" for factor in (flops, seconds)] if found else ["", ""]
+        yield size, arm, len(found), *ratios, *costs_there
 
 
-def _steps_to(target: float, curve: Sequence[tuple[int, float]]) -> float:
-    """Return the steps at which a curve reaches a loss; beyond its ends by its nearest two points."""
-    pairs = [*pairwise(curve)]
-    first, second = next((pair for pair in pairs if pair[1][1] <= target), pairs[-1])
-    slope = (second[1] - first[1]) / math.log(second[0] / first[0])
-    return first[0] * math.exp((target - first[1]) / slope)
+def _steps_to(target: float, curve: Sequence[tuple[int, float]]) -> float | None:
+    """Return the steps at which a curve of falling losses reaches a loss; None if that is not between two of them."""
+    for (first, high), (second, low) in pairwise(curve):
+        if low <= target <= high:
+            return first * (second / first) ** ((high - target) / (high - low)) if high > low else second
+    return None
 
 
 def main() -> None:
     command, *rest = sys.argv[1:]
     table = csv.writer(sys.stdout)
     if command == "rows":
-        folder, size, commit, processor = rest
-        if size == "small":
-            table.writerow(COLUMNS)
-        table.writerows(rows(Path(folder), size, commit, processor))
+        commit, processor, *folders = rest
+        table.writerow(COLUMNS)
+        for size, _, folder in (text.partition("=") for text in folders):
+            table.writerows(rows(Path(folder), size, commit, processor))
         return
     with Path(rest[0]).open(encoding="utf-8", newline="") as file:
         data = [*csv.DictReader(file)]
@@ -167,7 +169,7 @@ def main() -> None:
         table.writerow(["arm", "tokens", "loss", "loss_low", "loss_high", "gain", "gain_low", "gain_high"])
         table.writerows(predict(data, float(rest[1]), [*map(float, rest[2:])]))
     else:
-        table.writerow(["size", "arm", "steps", "steps_least", "steps_most", "flops", "seconds"])
+        table.writerow(["size", "arm", "seeds", "steps", "steps_least", "steps_most", "flops", "seconds"])
         table.writerows(speed(data))
 
 

@@ -1,7 +1,7 @@
 """The state file of a checkpoint, state.json: everything that resuming needs besides the tensors."""
 
 from collections.abc import Mapping
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -67,6 +67,8 @@ class SavedState(Spec):
     """First and last step of each range whose batches were skipped because of values that are not finite."""
     branch: BranchPoint = FROM_BEGINNING
     """Where the run began, if it was branched from another."""
+    machines: list[tuple[Count, dict[str, Any]]] = Field(default_factory=list)
+    """Hardware and versions of the run, each with the number of steps that were taken before it."""
     last_choices: list[list[Count]] = Field(default_factory=list)
     """Choices of each expert in the last step, for each sparse layer; empty if no router needs them."""
     metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)
@@ -90,6 +92,14 @@ class SavedState(Spec):
     def read(cls, text: bytes) -> "SavedState":
         """Return the state in the JSON `text`. Raises ValueError or RecursionError if no run wrote it."""
         return cls.model_validate_json(text)
+
+    def machines_of(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Return the machines that took the steps after `first` up to `last`; empty if they are unknown."""
+        if not self.machines or self.machines[0][0] > first:
+            return []
+        ends = [*(step for step, _ in self.machines[1:]), self.step]
+        spans = zip(self.machines, ends, strict=True)
+        return [machine for (begin, machine), end in spans if max(begin, first) < min(end, last)]
 
     def metrics_at_step(self) -> Mapping[str, float]:
         """Return the evaluation metrics of this checkpoint's weights. Empty if they were not evaluated at its step."""

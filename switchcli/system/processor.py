@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import platform
 import re
 import sys
 from contextlib import suppress
@@ -74,13 +75,26 @@ def _ratio(quota: str = "", period: str = "") -> float:
 
 
 @functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """Return Linux's facts about the last processor; elsewhere {}."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines() if sys.platform == "linux" else []
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def processor_name() -> str:
+    """Return the processor's name, and its family and model, which tell apart what shares a name: the bits of sums of
+    floats may depend on it. Elsewhere than on Linux the architecture, as platform.processor() would start a subprocess.
+    """
+    facts = _cpuinfo()
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
 def is_amd_with_avx512() -> bool:
     """Return whether the processor is AMD's and has AVX-512, as far as Linux tells; elsewhere False."""
-    if sys.platform != "linux":
-        return False
-    try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    values = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
-    return values.get("vendor_id") == ["AuthenticAMD"] and "avx512f" in values.get("flags", [])
+    facts = _cpuinfo()
+    return facts.get("vendor_id") == "AuthenticAMD" and "avx512f" in facts.get("flags", "").split()

@@ -37,8 +37,10 @@ def handling(
 
     Python allows handlers in the main thread alone.
     """
-    previous = {number: signal.signal(number, handler) for number in numbers or stop_signals()}
+    previous = {number: signal.getsignal(number) for number in numbers or stop_signals()}
     try:
+        for number in previous:
+            signal.signal(number, handler)
         yield
     finally:
         for number, before in previous.items():
@@ -55,8 +57,7 @@ class StopTraining(Exception):
 class StopRequest:
     """A context manager that sets `requested` at the first stopping signal.
 
-    A SIGINT after the first signal raises KeyboardInterrupt. In another thread than the main one only `request` sets
-    the flag.
+    A SIGINT after the first signal raises KeyboardInterrupt. Outside the main thread, only `request` sets the flag.
     """
 
     def __init__(self, acknowledge: Callable[[], None] | None = None) -> None:
@@ -67,9 +68,9 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if current_thread() is main_thread():
-            self._stack.enter_context(handling(self._on_signal))
             if self._acknowledge is not None:
                 self._stack.enter_context(_calling_at_sigint(self._acknowledge))
+            self._stack.enter_context(handling(self._on_signal))
         return self
 
     def __exit__(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -40,6 +41,8 @@ class TrainState:
     skipped_steps: list[tuple[int, int]] = field(default_factory=list)
     """The first and the last of the steps skipped each time a number was not finite (train.nonfinite)."""
 
+    machines: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    """Hardware and versions of the run, each with the number of steps that were taken before it."""
     last_choices: torch.Tensor | None = None
     """int64 [L, E]: choices of each expert in the last step over all ranks, for each sparse layer. None before the
     first step, and if no router needs them."""
@@ -58,6 +61,11 @@ class TrainState:
     def num_skipped_steps(self) -> int:
         """Return how many steps the weights have not learned from. A step skipped more than once counts once."""
         return len({step for first, last in self.skipped_steps for step in range(first, last + 1)})
+
+    def record_machine(self, machine: dict[str, Any]) -> None:
+        """Record the hardware and the versions of the steps that follow."""
+        if not self.machines or self.machines[-1][1] != machine:
+            self.machines.append((self.step, machine))
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Record evaluation metrics of the current weights. All calls at one step belong to one evaluation."""

@@ -162,9 +162,9 @@ def test_what_lies_outside_is_said_to_be_unchecked(here: Path, switchcli: Switch
 def test_on_another_machine_losses_may_differ_a_little(
     by: float, verdict: str, here: Path, switchcli: SwitchCLI
 ) -> None:
-    result = json.loads(Path("run/result.json").read_text())
-    result["hardware"]["threads_per_rank"] += 1
-    Path("run/result.json").write_text(json.dumps(result))
+    machines = machines_of(4)
+    machines[0][1]["hardware"]["threads_per_rank"] += 1
+    save_machines(4, machines)
     lines = records("run")
     for line in lines:
         if "loss" in line:
@@ -173,6 +173,33 @@ def test_on_another_machine_losses_may_differ_a_little(
     found = audited(switchcli, "--steps", "2:4", code=int(verdict == "differs"))
     (segment,) = found["segments"]
     assert (segment["same_machine"], segment["verdict"]) == (False, verdict)
+
+
+@pytest.mark.integration
+def test_a_run_that_moved_is_compared_with_the_machine_of_each_step(here: Path, switchcli: SwitchCLI) -> None:
+    (begin, now), *_ = machines_of(6)
+    other = {**now, "versions": {**now["versions"], "torch": "0.1"}}
+    save_machines(4, [[begin, other]])
+    save_machines(6, [[begin, other], [4, now]])
+    found = audited(switchcli, "--segments", "2")["segments"]
+    assert [(one["segment"], one["same_machine"]) for one in found] == [([2, 4], False), ([4, 6], True)]
+    save_machines(6, [[begin, now], [5, other]])
+    assert [one["same_machine"] for one in audited(switchcli, "--steps", "4:6")["segments"]] == [False]
+
+
+def state_file(step: int) -> Path:
+    return Path(f"run/checkpoints/step-{step:08}/state.json")
+
+
+def machines_of(step: int) -> list[Any]:
+    machines: list[Any] = json.loads(state_file(step).read_text())["machines"]
+    return machines
+
+
+def save_machines(step: int, machines: list[Any]) -> None:
+    state = json.loads(state_file(step).read_text())
+    state_file(step).write_text(json.dumps({**state, "machines": machines}))
+    reseal(state_file(step).parent)
 
 
 @pytest.mark.integration
@@ -252,9 +279,10 @@ def test_a_run_that_keeps_the_best_scores_is_repeated_too(here: Path, switchcli:
 
 
 @pytest.mark.integration
-def test_without_a_result_the_machine_is_unknown(here: Path, switchcli: SwitchCLI) -> None:
+def test_without_checkpoints_and_a_result_the_machine_is_unknown(here: Path, switchcli: SwitchCLI) -> None:
     Path("run/result.json").unlink()
-    found = audited(switchcli, "--steps", "2:4")
+    shutil.rmtree("run/checkpoints")
+    found = audited(switchcli)
     assert (found["segments"][0]["verdict"], found["segments"][0]["same_machine"]) == ("equal", None)
 
 

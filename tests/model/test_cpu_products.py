@@ -114,9 +114,8 @@ def test_experts_with_any_number_of_rows_have_the_values_and_gradients_of_float6
     for _ in range(2):
         y_AD = layer(x_AD, end_E, None)
         y_AD.square().sum().backward()
-    y64_AD = exact(
-        exact_AD, end_E, None
-    )  # of float64, which no oneDNN computes; it equals a loop in test_expert_products
+    # oneDNN computes no float64. tests/model/test_expert_products.py compares float64 with a loop.
+    y64_AD = exact(exact_AD, end_E, None)
     (2 * y64_AD.square().sum()).backward()
     found = [(y_AD, y64_AD, counts), (x_AD.grad, exact_AD.grad, counts)]
     found += [(one.grad, other.grad, 1) for one, other in zip(layer.parameters(), exact.parameters(), strict=True)]

@@ -63,7 +63,7 @@ def both_ways(*arguments: Any, **shape: Any) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("rows", [[5, 1, 9, 3], [0, 7, 0, 0, 2, 0]], ids=["rows for all", "experts without rows"])
 @pytest.mark.parametrize(("activation", "masked"), [("relu", False), ("relu", True), ("geglu", True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_expert_at_a_time_has_the_bits_of_the_grouped_product(
+def test_one_expert_at_a_time_equals_the_grouped_product(
     dtype: torch.dtype, activation: str, masked: bool, rows: list[int], microbatches: int, adds_to_grad: bool
 ) -> None:
     one_at_a_time, at_once = both_ways(

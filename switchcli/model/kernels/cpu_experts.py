@@ -19,10 +19,10 @@ from switchcli.model.kernels import cpu_products
 def feed_forward(
     x_AD: torch.Tensor,
     end_E: torch.Tensor,
-    mask_AF: torch.Tensor | None,
-    wo_EOF: torch.Tensor,
     wi_EFD: torch.Tensor,
     wi_gate_EFD: torch.Tensor | None,
+    mask_AF: torch.Tensor | None,
+    wo_EOF: torch.Tensor,
     adds_to_grad: bool = False,
 ) -> torch.Tensor:
     """Return the output of each row's expert, [A, O], in the dtype of x. Matrices of experts without rows are not read.
@@ -30,10 +30,10 @@ def feed_forward(
     Args:
         x_AD: the rows, the first expert's first.
         end_E: the end of each expert's rows.
-        mask_AF: a factor of each row's hidden vector; None: 1.
-        wo_EOF: the matrices of the outputs.
         wi_EFD: the matrices of the hidden units.
         wi_gate_EFD: the matrices of their gates, with GEGLU. None: ReLU.
+        mask_AF: a factor of each row's hidden vector; None: 1.
+        wo_EOF: the matrices of the outputs.
         adds_to_grad: see `Experts`.
     """
     inputs = (wi_EFD,) if wi_gate_EFD is None else (wi_EFD, wi_gate_EFD)
@@ -65,9 +65,10 @@ class _FeedForward(torch.autograd.Function):
                 cpu_products.write_matmul(x_AD[rows], weight_EFD[expert].to(x_AD.dtype).mT, hidden_AF[rows])
             if len(hidden) == 1:
                 hidden[0][rows].relu_()  # the backward pass needs its result alone
-            hidden_RF = _masked(_activated([hidden_AF[rows] for hidden_AF in hidden]), mask_AF, rows)
+            hidden_of_expert = [hidden_AF[rows] for hidden_AF in hidden]
+            hidden_RF = _masked(_activated(hidden_of_expert, _gates(hidden_of_expert)), mask_AF, rows)
             cpu_products.write_matmul(hidden_RF, wo_EOF[expert].to(x_AD.dtype).mT, y_AO[rows])
-        learns = any(ctx.needs_input_grad[5:])
+        learns = any(ctx.needs_input_grad[5:])  # the matrices that read x, whose gradients need it
         ctx.save_for_backward(x_AD if learns else None, end_E, mask_AF, *hidden, wo_EOF, *inputs_EFD)
         # With activation checkpointing, a saved tensor comes back as another object, without `.grad`.
         ctx.parameters = [weight if adds_to_grad and weight.is_leaf else None for weight in (wo_EOF, *inputs_EFD)]
@@ -90,15 +91,16 @@ class _FeedForward(torch.autograd.Function):
         )
         for expert, rows in _experts_with_rows(end_E):
             grad_RO, hidden_of_expert = grad_AO[rows], [hidden_AF[rows] for hidden_AF in hidden]
-            if grad_wo:
-                grad_wo.add(expert, grad_RO, _masked(_activated(hidden_of_expert), mask_AF, rows))
+            gates_RF = _gates(hidden_of_expert)
+            if grad_wo is not None:
+                grad_wo.add(expert, grad_RO, _masked(_activated(hidden_of_expert, gates_RF), mask_AF, rows))
             if not (needs_x or any(need_inputs)):
                 continue
             grad_RF = torch.empty_like(hidden_of_expert[0])
             cpu_products.write_matmul(grad_RO, wo_EOF[expert].to(dtype), grad_RF)
-            grads_RF = _activation_gradients(_masked(grad_RF, mask_AF, rows), hidden_of_expert)
+            grads_RF = _activation_gradients(_masked(grad_RF, mask_AF, rows), hidden_of_expert, gates_RF)
             for index, (grad_RF, gradient) in enumerate(zip(grads_RF, grad_inputs, strict=True)):
-                if gradient:
+                if gradient is not None:
                     gradient.add(expert, grad_RF, x_AD[rows])
                 if grad_AD is not None:
                     part_RD = grad_AD[rows] if index == 0 else grad_AD.new_empty(len(grad_RF), grad_AD.shape[1])
@@ -114,12 +116,13 @@ class _Gradient:
 
     def __init__(self, weight_EFD: torch.Tensor, parameter: torch.Tensor | None, end_E: torch.Tensor) -> None:
         """`parameter`: the parameter to whose `.grad` the gradient is added, in place."""
-        self.sum_EFD = torch.empty_like(weight_EFD)
-        self._adds = parameter is not None and parameter.grad is not None
+        self._adds = False
         if parameter is not None and parameter.grad is not None:
+            self._adds = True
             # autograd finds no `.grad`, and makes the returned sum the new one without a copy.
             self.sum_EFD, parameter.grad = parameter.grad, None
         else:
+            self.sum_EFD = torch.empty_like(weight_EFD)
             for expert in (end_E.diff(prepend=end_E.new_zeros(1)) == 0).nonzero():
                 self.sum_EFD[expert] = 0.0
 
@@ -131,7 +134,7 @@ class _Gradient:
 def _experts_with_rows(end_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has rows, and where they are."""
     begin = 0
-    for expert, end in enumerate(end_E.tolist()):
+    for expert, end in enumerate(map(int, end_E)):
         if end > begin:
             yield expert, slice(begin, end)
         begin = end
@@ -141,18 +144,21 @@ def _masked(hidden_RF: torch.Tensor, mask_AF: torch.Tensor | None, rows: slice) 
     return hidden_RF if mask_AF is None else hidden_RF * mask_AF[rows]
 
 
-def _activated(hidden: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the hidden vectors: those that ReLU has overwritten, or those of GEGLU's values and gates."""
-    if len(hidden) == 1:
-        return hidden[0]
-    values, gates = hidden
-    return F.gelu(gates, approximate="tanh") * values
+def _gates(hidden: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return the factors of GEGLU's values; None for ReLU."""
+    return F.gelu(hidden[1], approximate="tanh") if len(hidden) > 1 else None
 
 
-def _activation_gradients(grad_RF: torch.Tensor, hidden: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Return the gradients of what `_activated` gets, given the gradient of what it returns."""
-    if len(hidden) == 1:
+def _activated(hidden: Sequence[torch.Tensor], gates_RF: torch.Tensor | None) -> torch.Tensor:
+    """Return the hidden vectors, of which ReLU has overwritten what it got."""
+    return hidden[0] if gates_RF is None else gates_RF * hidden[0]
+
+
+def _activation_gradients(
+    grad_RF: torch.Tensor, hidden: Sequence[torch.Tensor], gates_RF: torch.Tensor | None
+) -> Sequence[torch.Tensor]:
+    """Return the gradients of `hidden`, given the gradient of the hidden vectors."""
+    if gates_RF is None:
         return [torch.ops.aten.threshold_backward(grad_RF, hidden[0], 0.0)]
-    values, gates = hidden
-    of_gates = torch.ops.aten.gelu_backward(grad_RF * values, gates, approximate="tanh")
-    return [grad_RF * F.gelu(gates, approximate="tanh"), of_gates]
+    of_gates = torch.ops.aten.gelu_backward(grad_RF * hidden[0], hidden[1], approximate="tanh")
+    return [grad_RF * gates_RF, of_gates]

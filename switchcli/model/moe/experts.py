@@ -1,4 +1,4 @@
-"""E feed-forwards as stacked weights, computed together with grouped matrix products.
+"""E feed-forwards as stacked weights, computed by grouped matrix products, or one by one on a CPU.
 
 Legend: E experts, B sequences, A rows (each expert's, one after the other), D model, F hidden, O outputs.
 """
@@ -76,8 +76,8 @@ class Experts(nn.Module):
             equal_rows: whether every expert has as many rows, so that one batched product computes them all.
         """
         if x_AD.is_cpu and not torch.compiler.is_compiling() and _is_computed_per_expert(x_AD, self.wi):
-            matrices = self.wo, self.wi, self.wi_gate
-            return cpu_experts.feed_forward(x_AD, end_E, mask_AF, *matrices, adds_to_grad=self.adds_to_grad)
+            inputs = self.wi, self.wi_gate
+            return cpu_experts.feed_forward(x_AD, end_E, *inputs, mask_AF, self.wo, self.adds_to_grad)
 
         def product(x_AI: torch.Tensor, weight_EOI: torch.Tensor) -> torch.Tensor:
             if equal_rows:  # [E, rows, I] @ [E, I, O]

@@ -9,16 +9,15 @@ import torch
 
 from switchcli import __version__
 from switchcli.distributed.context import DistributedContext
-from switchcli.system.processor import available_processors
+from switchcli.system.processor import available_processors, processor_name
 
 
 def machine_info(context: DistributedContext) -> dict[str, Any]:
-    """Return the hardware and the versions, for result.json."""
+    """Return the hardware and the versions, for results and checkpoints."""
     cuda = context.device.type == "cuda"
     return {
         "hardware": {
-            # platform.processor() would start a subprocess.
-            "device": torch.cuda.get_device_name(context.device) if cuda else platform.machine(),
+            "device": torch.cuda.get_device_name(context.device) if cuda else processor_name(),
             "ranks": context.world,
             "cores": os.cpu_count(),
             "available_processors": available_processors(),

@@ -222,7 +222,7 @@ def _repeat(
         try:
             with open_run(recipe, overrides, out) as trainer, trainer.begun():
                 trainer.train(until=last)
-                is_same_machine = _is_same_machine(folder.result, machine_info(trainer.context))
+                is_same_machine = _is_same_machine(folder, segment, kept, machine_info(trainer.context))
                 is_exact = is_same_machine and trainer.context.device.type == "cpu"
         except OtherDataError as error:
             return Finding(segment, "differs", 0, 0, str(error).replace(str(out), str(folder.path)))
@@ -292,7 +292,12 @@ def _compare_files(end: Checkpoint, replayed: Checkpoint) -> tuple[int, str | No
     return len(tensors), None
 
 
-def _is_same_machine(result: Path, now: Mapping[str, Any]) -> bool | None:
-    """Return whether the result of a run was made with the hardware and versions of `now`. None: there is none."""
-    saved = read_object(result) or {}
-    return all(saved.get(name) == now[name] for name in ("hardware", "versions")) if "hardware" in saved else None
+def _is_same_machine(folder: RunFolder, segment: Segment, kept: Sequence[int], now: dict[str, Any]) -> bool | None:
+    """Return whether all steps of a segment were taken with the hardware and versions of `now`. None: it is unknown."""
+    later = next((step for step in kept if step >= segment.last), None)
+    machines = []
+    if later is not None:
+        machines = SavedState.read(_open(folder, later, verified=False).document("state.json")).machines_of(*segment)
+    if not machines and "hardware" in (result := read_object(folder.result) or {}):
+        machines = [{name: result.get(name) for name in now}]
+    return all(machine == now for machine in machines) if machines else None

@@ -21,6 +21,7 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console, TrainingDisplay
 from switchcli.report.sinks import JsonLines
+from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.train_data import microbatch_rows
@@ -175,6 +176,7 @@ class Trainer:
             )
         else:
             self.task.init_weights(weights, self.optimizer, self.evaluator)
+        state.record_machine(machine_info(self.context))
         if state.step:
             self.data.source.restore_state(state.step, state.position, state.branch.row_offset)
 
