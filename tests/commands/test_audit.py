@@ -175,7 +175,6 @@ def test_on_another_machine_losses_may_differ_a_little(
     assert (segment["same_machine"], segment["verdict"]) == (False, verdict)
 
 
-@pytest.mark.integration
 def test_a_run_that_moved_is_compared_with_the_machine_of_each_step(here: Path, switchcli: SwitchCLI) -> None:
     (begin, now), *_ = machines_of(6)
     other = {**now, "versions": {**now["versions"], "torch": "0.1"}}
