@@ -22,10 +22,10 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import yaml
-from judge import t_tail
 
+from switchcli import Recipe
 from switchcli.metric_names import HELD_OUT_LOSS
+from switchcli.report.significance import t_95
 
 Row = dict[str, str]
 COLUMNS = (
@@ -39,42 +39,18 @@ def rows(folder: Path, size: str, commit: str, processor: str) -> Iterable[Seque
     """Yield a row for each model. Rows of the embedding do not count as active parameters."""
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
-        recipe = _flat((path.parent / "recipe.yaml").read_text())
+        recipe = Recipe.load(path.parent / "recipe.yaml").spec
         name, _, seed = path.parent.name.rpartition("-")
-        embedding = recipe["model.vocab_size"] * recipe["model.d_model"]
-        tokens = result["step"] * recipe["train.batch_tokens"]
-        per_expert = tokens * recipe.get("model.router.k", 1) // recipe["model.num_experts"]
-        flops = result["flops_per_sequence"] // recipe["data.objective.inputs_length"]
-        seconds = recipe["train.batch_tokens"] / result["tokens_per_second"]
+        embedding = recipe.model.vocab_size * recipe.model.d_model
+        tokens = result["step"] * recipe.train.batch_tokens
+        per_expert = tokens * recipe.model.router.experts_per_token // recipe.model.num_experts
+        flops = result["flops_per_sequence"] // recipe.data.objective.inputs_length
+        seconds = recipe.train.batch_tokens / result["tokens_per_second"]
         yield (
-            *(size, name.removesuffix("-half").removesuffix("-quarter"), seed, recipe["schedule.learning_rate"]),
+            *(size, name.removesuffix("-half").removesuffix("-quarter"), seed, recipe.schedule.learning_rate),
             *(result["step"], tokens, f"{result[HELD_OUT_LOSS]:.4f}", flops, result["active_parameters"] - embedding),
             *(result["parameters"], per_expert, f"{seconds:.4f}", commit, result["versions"]["torch"], processor),
         )
-
-
-def _flat(text: str) -> dict[str, float]:
-    """Return the numbers of a recipe by their dotted keys."""
-    found: dict[str, float] = {}
-
-    def walk(value: object, key: str) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                walk(inner, f"{key}.{name}" if key else name)
-        elif isinstance(value, (int, float)):
-            found[key] = value
-
-    walk(yaml.safe_load(text), "")
-    return found
-
-
-def quantile(degrees: int) -> float:
-    """Return the t of a two-sided interval of 95 %."""
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, degrees) > 0.05 else (low, middle)
-    return high
 
 
 class Fit:
@@ -95,7 +71,7 @@ class Fit:
         """Return the value of another point, and half the width of its interval."""
         x = np.array(self._row(active, tokens))
         leverage = float(x @ np.linalg.inv(self._inputs.T @ self._inputs) @ x)
-        return float(x @ self.coefficients), quantile(self.degrees) * math.sqrt(self.variance * (1 + leverage))
+        return float(x @ self.coefficients), t_95(self.degrees) * math.sqrt(self.variance * (1 + leverage))
 
 
 def predict(table: Sequence[Row], active: float, horizons: Sequence[float]) -> Iterable[Sequence[object]]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from switchcli.model.kernels import cpu_products
+from switchcli.model.layers import activate
 
 
 def feed_forward(
@@ -63,10 +64,9 @@ class _FeedForward(torch.autograd.Function):
         for expert, rows in _experts_with_rows(end_E):
             for weight_EFD, hidden_AF in zip(inputs_EFD, hidden, strict=True):
                 cpu_products.write_matmul(x_AD[rows], weight_EFD[expert].to(x_AD.dtype).mT, hidden_AF[rows])
-            if len(hidden) == 1:
-                hidden[0][rows].relu_()  # the backward pass needs its result alone
-            hidden_of_expert = [hidden_AF[rows] for hidden_AF in hidden]
-            hidden_RF = _masked(_activated(hidden_of_expert, _gates(hidden_of_expert)), mask_AF, rows)
+            # ReLU overwrites `hidden`, of which the backward pass needs its result alone.
+            hidden_RF = activate(hidden[0][rows], hidden[1][rows] if len(hidden) > 1 else None)
+            hidden_RF = _masked(hidden_RF, mask_AF, rows)
             cpu_products.write_matmul(hidden_RF, wo_EOF[expert].to(x_AD.dtype).mT, y_AO[rows])
         learns = any(ctx.needs_input_grad[5:])  # the matrices that read x, whose gradients need it
         ctx.save_for_backward(x_AD if learns else None, end_E, mask_AF, *hidden, wo_EOF, *inputs_EFD)
