@@ -87,6 +87,18 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def autograd_in_forks() -> None:
+    """A worker's forks may run autograd, whatever its tests did before.
+
+    The first backward pass of a process counts devices. In a CUDA build without a GPU, FakeTensorMode registers one
+    that is none. A first pass after that starts a thread for it, and autograd then refuses to run in forks.
+    """
+    import torch  # here, where what stands at the top of this file has been set
+
+    torch.zeros(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+
+
 @pytest.fixture(autouse=True)
 def module_path() -> Iterator[None]:
     """A command that a test calls in this process sets PYTHONSAFEPATH for all processes that it starts, to the end."""
