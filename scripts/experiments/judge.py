@@ -4,7 +4,7 @@
 
 FOLDER holds runs ARM-SEED. The first arm is the baseline. The routing is that of the last record: the highest load over
 the mean in the worst layer, the entropy of loads and of probabilities over log E, and the held-out tokens that kept
-their expert since the evaluation before, all as means over seeds.
+their expert since the evaluation before, all as means over seeds; a dense model has none.
 """
 
 import csv
@@ -57,6 +57,9 @@ def runs_of(folder: Path, arm: str) -> dict[int, dict[str, Any]]:
 
 def routing(runs: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the figures of the routing, as means over runs."""
+    if any("layers" not in run["record"] for run in runs):
+        yield from [""] * 4
+        return
     layers = [[*run["record"]["layers"].values()] for run in runs]
     log_experts = math.log(len(layers[0][0]["load"]))
     yield f"{fmean(max(layer[MAX_LOAD] for layer in run) for run in layers):.2f}"
