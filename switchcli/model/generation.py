@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.kernels.cpu_products import linear, packed_linear
+from switchcli.model.kernels import cpu_products
 from switchcli.model.kv_cache import DecoderCache
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.layer import SwitchLayer
@@ -25,7 +25,7 @@ from switchcli.model.vocabulary import at_least_float32
 from switchcli.spec import EOS, PAD
 
 MIN_TOKENS_TO_PACK = 8
-"""Steps after which a packed vocabulary has saved the time to pack it."""
+"""Steps after which packed weights have saved the time to pack them."""
 AllDone = Callable[[torch.Tensor], bool]
 """Returns whether to stop, given which inputs are done, bool [B]. Where a step has collectives, the answer must be the
 same on all ranks: whether all inputs of all ranks are done."""
@@ -101,18 +101,18 @@ class _Source(NamedTuple):
     cache: DecoderCache
     real_B: torch.Tensor
     """bool: inputs that are not padding only."""
-    product: Callable[[torch.Tensor], torch.Tensor] | None
-    """The product of hidden states [R, D] with this process's rows of the vocabulary, if they are packed for it."""
+    packed: cpu_products.PackedWeights
+    """The weights of a step that are packed for its rows."""
 
 
 def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding) -> _Source:
     encoded, real_B = encode_groups(model, inputs_BS)
-    product = None
+    packed: cpu_products.PackedWeights = {}
     if decoding.max_tokens >= MIN_TOKENS_TO_PACK:
         _, vocabulary = model.vocabulary(encoded.hidden_BSD[:, :1])
-        num_rows = decoding.beams * len(real_B)
-        product = packed_linear(vocabulary.weight_VD, compute_dtype(encoded.hidden_BSD), num_rows)
-    return _Source(encoded, model.decoder.cache(encoded), real_B, product)
+        weights = [vocabulary.weight_VD, *model.decoder.weights_of_a_step()]
+        packed = cpu_products.pack(weights, compute_dtype(encoded.hidden_BSD), decoding.beams * len(real_B))
+    return _Source(encoded, model.decoder.cache(encoded), real_B, packed)
 
 
 def encode_groups(model: SwitchTransformer, inputs_BS: torch.Tensor) -> tuple[EncoderOutput, torch.Tensor]:
@@ -157,10 +157,10 @@ def label_log_likelihoods(
 def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, active_R: torch.Tensor) -> torch.Tensor:
     """Return the logits [R, V] of the token after the last one. Rows that are not active are not routed."""
     x_R1D = model.embed(last_R.unsqueeze(1))
-    hidden_R1D, _ = model.decoder(x_R1D, active_R.unsqueeze(1), source.encoded, source.cache)
-    hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
-    hidden_RD = hidden_R1D.squeeze(1)
-    logits_RV = source.product(hidden_RD) if source.product else linear(hidden_RD, vocabulary.weight_VD)
+    with cpu_products.using(source.packed):
+        hidden_R1D, _ = model.decoder(x_R1D, active_R.unsqueeze(1), source.encoded, source.cache)
+        hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
+        logits_RV = cpu_products.linear(hidden_R1D.squeeze(1), vocabulary.weight_VD)
     return vocabulary.axis.all_gather(logits_RV)
 
 

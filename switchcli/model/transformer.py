@@ -6,7 +6,7 @@ Pre-norm blocks: x + dropout(layer(norm(x))). The forward pass returns the route
 the sparse layers; modules store no state of a forward pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -292,6 +292,14 @@ class Decoder(nn.Module):
         itself = flex.causal(num_targets, target_BT, real_BS.device)
         source = flex.visible(num_targets, real_BS, target_BT, source_BS)
         return FlexBias(self.position_bias.by_distance(num_targets, num_targets), itself), FlexBias(None, source)
+
+    def weights_of_a_step(self) -> Iterator[torch.Tensor]:
+        """Yield the dense matrices that a step of decoding reads: not those of the source's keys and values."""
+        for block in cast(Iterable[DecoderBlock], self.blocks):
+            source = block.cross_attention.attention
+            for module in block.modules():
+                if isinstance(module, Linear) and module not in (source.k, source.v):
+                    yield module.weight
 
     def cache(self, encoded: EncoderOutput) -> DecoderCache:
         """Return an empty cache for step-by-step decoding: keys and values of the source, and the position bias."""

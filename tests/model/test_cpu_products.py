@@ -7,7 +7,7 @@ products are a case of tests/distributed/test_ranks.py.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import onednn
 import pytest
@@ -169,26 +169,65 @@ def test_matrix_products_equal_those_of_float64(calls: onednn.Calls, inputs: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_weight_has_the_products_of_the_weight(calls: onednn.Calls, dtype: torch.dtype) -> None:
     weight_FD, x = torch.randn(3000, 96), torch.randn(8, 96)
-    product = cpu_products.packed_linear(weight_FD, dtype, len(x))
-    if product is None and dtype == torch.bfloat16:
+    packed = cpu_products.pack([weight_FD], dtype, len(x))
+    if not packed and dtype == torch.bfloat16:
         pytest.skip("bfloat16 needs AVX-512 or AVX-NE-CONVERT")
-    assert product is not None
+    with cpu_products.using(packed):
+        found = cpu_products.linear(x, weight_FD)
+    assert calls.shapes == [(8, 96)]
+    assert found.dtype == dtype
     expected = (x.to(dtype).double() @ weight_FD.to(dtype).double().mT).to(dtype)
-    torch.testing.assert_close(product(x), expected, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
-    assert cpu_products.packed_linear(weight_FD[:2], dtype, len(x)) is None
-    assert cpu_products.packed_linear(weight_FD.double(), torch.float64, len(x)) is None
+    torch.testing.assert_close(found, expected, rtol=2e-5 if dtype == torch.float32 else 1e-2, atol=1e-4)
+    weight_FD.zero_()
+    assert not cpu_products.linear(x, weight_FD).any()  # the copy is used within the context only
+
+
+def test_weights_are_packed_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large matrix, of float32, for two rows or more, or for one where MKL is slow; of all no more than a limit."""
+    large, small = torch.randn(MIN_WORK // 64, 64), torch.randn(MIN_WORK // 64 - 1, 64)
+    for is_slow, num_rows, is_packed in ((True, 1, True), (False, 1, False), (False, 2, torch._C.has_mkl)):
+        monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda is_slow=is_slow: is_slow)
+        assert [*cpu_products.pack([small, large], torch.float32, num_rows)] == [large] * is_packed
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
+    assert not cpu_products.pack([large.double()], torch.float64, 8)
+    for limit, num_packed in ((2 * large.nbytes, 2), (2 * large.nbytes - 1, 1)):
+        monkeypatch.setattr(cpu_products, "MAX_PACKED_BYTES", limit)
+        assert len(cpu_products.pack([large, large.clone()], torch.float32, 8)) == num_packed
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_answers_are_the_same_with_a_packed_vocabulary(
+def test_answers_are_the_same_with_packed_weights(
     calls: onednn.Calls, beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = a_model(SPARSE.model_copy(update={"vocab_size": 20_000}))
+    model = a_model(SPARSE.model_copy(update={"vocab_size": 20_000, "d_model": 128, "d_ff": 2048, "shared_d_ff": 2048}))
     inputs_BS, decoding = torch.randint(2, 20_000, (4, 12)), Decoding(max_tokens=10, beams=beams)
+    packs: list[cpu_products.PackedWeights] = []
+    pack = cpu_products.pack
+    monkeypatch.setattr(cpu_products, "pack", lambda *call: packs.append(pack(*call)) or packs[-1])
     with evaluating(model, "dropless"):
         packed = generation.generate(model, inputs_BS, decoding)
+        assert {20_000, 2048} <= {len(weight_FD) for weight_FD in packs[0]}
         monkeypatch.setattr(generation, "MIN_TOKENS_TO_PACK", 11)
         assert torch.equal(packed, generation.generate(model, inputs_BS, decoding))
+    assert len(packs) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_d_ff": 64}, {"activation": "geglu"}], ids=str)
+def test_the_weights_of_a_step_are_those_that_it_reads(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = a_model(SPARSE.model_copy(update=options))
+    used: list[torch.Tensor] = []
+    linear = cpu_products.linear
+    monkeypatch.setattr(cpu_products, "linear", lambda x, weight: used.append(weight) or linear(x, weight))
+    inputs_BS = torch.randint(2, SPARSE.vocab_size, (4, 12))
+    with evaluating(model, "dropless"), torch.no_grad():
+        source = generation._encode(model, inputs_BS, Decoding(max_tokens=2))
+        used.clear()
+        generation._step(model, source, torch.zeros(4, dtype=torch.int64), source.real_B)
+    *of_blocks, vocabulary = used
+    assert vocabulary is model.vocabulary(torch.zeros(1, 1, SPARSE.d_model))[1].weight_VD
+    assert {*of_blocks} == {*model.decoder.weights_of_a_step()}
 
 
 def test_greedy_tokens_in_bfloat16_are_those_of_a_full_pass() -> None:
@@ -268,4 +307,4 @@ def test_onednn_can_be_disabled(calls: onednn.Calls) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         layer(x)
         assert calls.shapes == []
-        assert cpu_products.packed_linear(torch.randn(3000, 96), torch.float32, 8) is None
+        assert not cpu_products.pack([torch.randn(3000, 96)], torch.float32, 8)

@@ -64,10 +64,9 @@ class _FeedForward(torch.autograd.Function):
         for expert, rows in _experts_with_rows(end_E):
             for weight_EFD, hidden_AF in zip(inputs_EFD, hidden, strict=True):
                 cpu_products.write_matmul(x_AD[rows], weight_EFD[expert].to(x_AD.dtype).mT, hidden_AF[rows])
-            # ReLU overwrites `hidden`, of which the backward pass needs its result alone.
+            # ReLU and its mask overwrite `hidden`, of which the backward pass needs their result alone.
             hidden_RF = activate(hidden[0][rows], hidden[1][rows] if len(hidden) > 1 else None)
-            hidden_RF = _masked(hidden_RF, mask_AF, rows)
-            cpu_products.write_matmul(hidden_RF, wo_EOF[expert].to(x_AD.dtype).mT, y_AO[rows])
+            cpu_products.write_matmul(_mask(hidden_RF, mask_AF, rows), wo_EOF[expert].to(x_AD.dtype).mT, y_AO[rows])
         learns = any(ctx.needs_input_grad[5:])  # the matrices that read x, whose gradients need it
         ctx.save_for_backward(x_AD if learns else None, end_E, mask_AF, *hidden, wo_EOF, *inputs_EFD)
         # With activation checkpointing, a saved tensor comes back as another object, without `.grad`.
@@ -93,12 +92,12 @@ class _FeedForward(torch.autograd.Function):
             grad_RO, hidden_of_expert = grad_AO[rows], [hidden_AF[rows] for hidden_AF in hidden]
             gates_RF = _gates(hidden_of_expert)
             if grad_wo is not None:
-                grad_wo.add(expert, grad_RO, _masked(_activated(hidden_of_expert, gates_RF), mask_AF, rows))
+                grad_wo.add(expert, grad_RO, _activated(hidden_of_expert, gates_RF, mask_AF, rows))
             if not (needs_x or any(need_inputs)):
                 continue
             grad_RF = torch.empty_like(hidden_of_expert[0])
             cpu_products.write_matmul(grad_RO, wo_EOF[expert].to(dtype), grad_RF)
-            grads_RF = _activation_gradients(_masked(grad_RF, mask_AF, rows), hidden_of_expert, gates_RF)
+            grads_RF = _activation_gradients(_mask(grad_RF, mask_AF, rows), hidden_of_expert, gates_RF)
             for index, (grad_RF, gradient) in enumerate(zip(grads_RF, grad_inputs, strict=True)):
                 if gradient is not None:
                     gradient.add(expert, grad_RF, x_AD[rows])
@@ -140,8 +139,9 @@ def _experts_with_rows(end_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
         begin = end
 
 
-def _masked(hidden_RF: torch.Tensor, mask_AF: torch.Tensor | None, rows: slice) -> torch.Tensor:
-    return hidden_RF if mask_AF is None else hidden_RF * mask_AF[rows]
+def _mask(hidden_RF: torch.Tensor, mask_AF: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    """Multiply an expert's hidden vectors, or their gradient, by its rows of the mask, in place."""
+    return hidden_RF if mask_AF is None else hidden_RF.mul_(mask_AF[rows])
 
 
 def _gates(hidden: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -149,9 +149,11 @@ def _gates(hidden: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return F.gelu(hidden[1], approximate="tanh") if len(hidden) > 1 else None
 
 
-def _activated(hidden: Sequence[torch.Tensor], gates_RF: torch.Tensor | None) -> torch.Tensor:
-    """Return the hidden vectors, of which ReLU has overwritten what it got."""
-    return hidden[0] if gates_RF is None else gates_RF * hidden[0]
+def _activated(
+    hidden: Sequence[torch.Tensor], gates_RF: torch.Tensor | None, mask_AF: torch.Tensor | None, rows: slice
+) -> torch.Tensor:
+    """Return the masked hidden vectors, which with ReLU have overwritten what it got."""
+    return hidden[0] if gates_RF is None else _mask(gates_RF * hidden[0], mask_AF, rows)
 
 
 def _activation_gradients(
@@ -159,6 +161,7 @@ def _activation_gradients(
 ) -> Sequence[torch.Tensor]:
     """Return the gradients of `hidden`, given the gradient of the hidden vectors."""
     if gates_RF is None:
-        return [torch.ops.aten.threshold_backward(grad_RF, hidden[0], 0.0)]
+        # Where the mask is 0, so is the masked gradient.
+        return [torch.ops.aten.threshold_backward.grad_input(grad_RF, hidden[0], 0.0, grad_input=grad_RF)]
     of_gates = torch.ops.aten.gelu_backward(grad_RF * hidden[0], hidden[1], approximate="tanh")
     return [grad_RF * gates_RF, of_gates]

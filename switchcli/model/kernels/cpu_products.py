@@ -8,7 +8,10 @@ Legend: N rows, D inputs, F outputs, R rows of an expert. Of a batch: N products
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,9 +26,18 @@ MIN_WORK_IN_BATCH = 2**22
 """Multiplications of each product of a batch below which MKL's one call for the batch is faster."""
 MIN_WIDTH_OVER_ROWS = 128
 """The wider operand of a sum over rows below which oneDNN's copy of the other one outweighs its speed."""
+MIN_ROWS_TO_PACK = 2
+"""Rows below which MKL, where it uses AVX-512, reads a weight as fast as oneDNN reads its packed copy."""
+MAX_PACKED_BYTES = 2**30
+"""Memory that packed copies of weights may take."""
 ROW_BLOCK = 16
 """oneDNN compiles a kernel for each shape. Where the number of rows changes with every call, it gets at most this many
 or a multiple of it, the last of them zeros, so that there are few shapes."""
+
+
+PackedWeights = Mapping[torch.Tensor, torch.Tensor]
+"""Copies of weights in oneDNN's layout, by the weight."""
+_packed_weights: ContextVar[PackedWeights] = ContextVar("_packed_weights", default=MappingProxyType({}))
 
 
 @functools.cache
@@ -51,6 +63,8 @@ def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
 
     By oneDNN it has no forward-mode and no second derivatives.
     """
+    if not torch.compiler.is_compiling() and (packed := _packed_weights.get().get(weight_FD)) is not None:
+        return _onednn(x.to(packed.dtype), packed)
     if not _applies(x, weight_FD) or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight_FD)
     if torch.is_grad_enabled() and (x.requires_grad or weight_FD.requires_grad):
@@ -60,26 +74,46 @@ def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
     return _onednn(x, weight_FD)
 
 
-def packed_linear(
-    weight_FD: torch.Tensor, dtype: torch.dtype, num_rows: int
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return the function x -> x @ weight.T for many x of `num_rows` rows, without gradients; None if it is no faster.
+def pack(weights: Iterable[torch.Tensor], dtype: torch.dtype, num_rows: int) -> PackedWeights:
+    """Return copies in oneDNN's layout of those weights whose products with few rows they speed up.
 
-    It keeps a copy of the weight in oneDNN's layout, so the weight must not change. Without the copy, oneDNN arranges
-    the weight anew in every call, which takes long where there are few rows.
+    Without a copy, oneDNN and MKL arrange the weight anew in every product, which takes long where there are few rows.
 
     Args:
-        weight_FD: the weight.
-        dtype: the dtype of the product, float32 or bfloat16. The function casts x to it.
+        weights: the weights [F, D]. They must not change while the copies are in use.
+        dtype: the dtype of the products, float32 or bfloat16.
         num_rows: the rows of x, [num_rows, D].
     """
+    packed, bytes_left = {}, MAX_PACKED_BYTES
+    for weight_FD in weights:
+        num_bytes = weight_FD.numel() * dtype.itemsize
+        if num_bytes <= bytes_left and _is_worth_packing(weight_FD, dtype, num_rows):
+            bytes_left -= num_bytes
+            packed[weight_FD] = torch.ops.mkldnn._reorder_linear_weight(weight_FD.detach().to(dtype), num_rows)
+    return packed
+
+
+def _is_worth_packing(weight_FD: torch.Tensor, dtype: torch.dtype, num_rows: int) -> bool:
+    """Return whether a packed copy of the weight is faster than the weight."""
     if torch.compiler.is_compiling() or not weight_FD.is_cpu or not _is_plain(weight_FD):
-        return None
-    is_faster = _is_enabled() if dtype == torch.float32 else dtype == torch.bfloat16 and _has_bfloat16_products()
-    if weight_FD.numel() < MIN_WORK or not is_faster:
-        return None
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_FD.detach().to(dtype), num_rows)
-    return lambda x: _onednn(x.to(dtype), packed)
+        return False
+    if weight_FD.numel() < MIN_WORK or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return _has_bfloat16_products()
+    return dtype == torch.float32 and (
+        onednn_is_faster() or (num_rows >= MIN_ROWS_TO_PACK and torch._C.has_mkl and _has_operations())
+    )
+
+
+@contextmanager
+def using(packed: PackedWeights) -> Iterator[None]:
+    """Let `linear` use packed weights within the context, without gradients, in their dtype."""
+    token = _packed_weights.set(packed)
+    try:
+        yield
+    finally:
+        _packed_weights.reset(token)
 
 
 def matmul(left_ND: torch.Tensor, right_DF: torch.Tensor) -> torch.Tensor:
