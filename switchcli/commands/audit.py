@@ -74,5 +74,7 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Line]:
         yield Line(f"steps {first} to {last}: {_VERDICTS[verdict]} ({compared})", _STYLES[verdict])
         if difference:
             yield Line(f"  {difference}")
+            if segment["machine_difference"]:
+                yield Line(f"  {segment['machine_difference']}")
     gaps = ", ".join(f"{first} to {last}" for first, last in result["not_checked"])
     yield Line(f"not checked: steps {gaps}" if gaps else "all steps were checked")

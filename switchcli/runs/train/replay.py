@@ -90,6 +90,8 @@ class Finding(NamedTuple):
     """The first difference."""
     same_machine: bool | None = None
     """Whether hardware and versions are those of the run. None: unknown, as the run has no result."""
+    machine_difference: str | None = None
+    """The first difference between them."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding with the keys of the JSON result."""
@@ -222,8 +224,9 @@ def _repeat(
         try:
             with open_run(recipe, overrides, out) as trainer, trainer.begun():
                 trainer.train(until=last)
-                is_same_machine = _is_same_machine(folder, segment, kept, machine_info(trainer.context))
-                is_exact = is_same_machine and trainer.context.device.type == "cpu"
+                now = machine_info(trainer.context)
+                machines = _machines(folder, segment, kept, now)
+                on_cpu = trainer.context.device.type == "cpu"
         except OtherDataError as error:
             return Finding(segment, "differs", 0, 0, str(error).replace(str(out), str(folder.path)))
         except Interrupted:
@@ -238,10 +241,12 @@ def _repeat(
             replayed = Checkpoint.open(checkpoint_path(out / "checkpoints", last))
             num_files, different = _compare_files(end, replayed)
             difference = difference or different
+    other = next((text for machine in machines if (text := _machine_difference(machine, now))), None)
+    is_same_machine = other is None if machines else None
     verdict: Literal["equal", "close", "differs"] = "equal" if difference is None else "differs"
-    if difference is not None and not is_exact and _is_close(expected, found):
+    if difference is not None and not (is_same_machine and on_cpu) and _is_close(expected, found):
         verdict = "close"
-    return Finding(segment, verdict, len(expected), num_files, difference, is_same_machine)
+    return Finding(segment, verdict, len(expected), num_files, difference, is_same_machine, other)
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:
@@ -292,12 +297,24 @@ def _compare_files(end: Checkpoint, replayed: Checkpoint) -> tuple[int, str | No
     return len(tensors), None
 
 
-def _is_same_machine(folder: RunFolder, segment: Segment, kept: Sequence[int], now: dict[str, Any]) -> bool | None:
-    """Return whether all steps of a segment were taken with the hardware and versions of `now`. None: it is unknown."""
+def _machines(
+    folder: RunFolder, segment: Segment, kept: Sequence[int], now: Mapping[str, Any]
+) -> Sequence[Mapping[str, Any]]:
+    """Return the hardware and versions, with the keys of `now`, that took the steps of a segment; [] if unknown."""
     later = next((step for step in kept if step >= segment.last), None)
     machines = []
     if later is not None:
         machines = SavedState.read(_open(folder, later, verified=False).document("state.json")).machines_of(*segment)
     if not machines and "hardware" in (result := read_object(folder.result) or {}):
         machines = [{name: result.get(name) for name in now}]
-    return all(machine == now for machine in machines) if machines else None
+    return machines
+
+
+def _machine_difference(machine: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first fact that differs between the machine of a run and that of now."""
+    for group, facts in now.items():
+        for name, value in facts.items():
+            if (theirs := (machine.get(group) or {}).get(name)) != value:
+                advice = f": set OMP_NUM_THREADS={theirs} to compare bits" if name == "threads_per_rank" else ""
+                return f"{name}: {theirs} in the run, {value} here{advice}"
+    return None
