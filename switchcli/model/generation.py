@@ -110,7 +110,7 @@ def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decodin
     packed: cpu_products.PackedWeights = {}
     if decoding.max_tokens >= MIN_TOKENS_TO_PACK:
         _, vocabulary = model.vocabulary(encoded.hidden_BSD[:, :1])
-        weights = [vocabulary.weight_VD, *model.decoder.weights_of_a_step()]
+        weights = [vocabulary.weight_VD, *model.decoder.decoding_weights()]
         packed = cpu_products.pack(weights, compute_dtype(encoded.hidden_BSD), decoding.beams * len(real_B))
     return _Source(encoded, model.decoder.cache(encoded), real_B, packed)
 
@@ -157,7 +157,7 @@ def label_log_likelihoods(
 def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, active_R: torch.Tensor) -> torch.Tensor:
     """Return the logits [R, V] of the token after the last one. Rows that are not active are not routed."""
     x_R1D = model.embed(last_R.unsqueeze(1))
-    with cpu_products.using(source.packed):
+    with cpu_products.using_packed(source.packed):
         hidden_R1D, _ = model.decoder(x_R1D, active_R.unsqueeze(1), source.encoded, source.cache)
         hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
         logits_RV = cpu_products.linear(hidden_R1D.squeeze(1), vocabulary.weight_VD)

@@ -293,8 +293,8 @@ class Decoder(nn.Module):
         source = flex.visible(num_targets, real_BS, target_BT, source_BS)
         return FlexBias(self.position_bias.by_distance(num_targets, num_targets), itself), FlexBias(None, source)
 
-    def weights_of_a_step(self) -> Iterator[torch.Tensor]:
-        """Yield the dense matrices that a step of decoding reads: not those of the source's keys and values."""
+    def decoding_weights(self) -> Iterator[torch.Tensor]:
+        """Yield the dense matrices that each token of a decoding needs: not those of the source's keys and values."""
         for block in cast(Iterable[DecoderBlock], self.blocks):
             source = block.cross_attention.attention
             for module in block.modules():

@@ -94,7 +94,11 @@ def processor_name() -> str:
     return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
+def has_avx512() -> bool:
+    """Return whether the processor has AVX-512, as far as Linux tells; elsewhere False."""
+    return "avx512f" in _cpuinfo().get("flags", "").split()
+
+
 def is_amd_with_avx512() -> bool:
     """Return whether the processor is AMD's and has AVX-512, as far as Linux tells; elsewhere False."""
-    facts = _cpuinfo()
-    return facts.get("vendor_id") == "AuthenticAMD" and "avx512f" in facts.get("flags", "").split()
+    return _cpuinfo().get("vendor_id") == "AuthenticAMD" and has_avx512()

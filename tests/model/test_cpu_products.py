@@ -172,7 +172,7 @@ def test_a_packed_weight_has_the_products_of_the_weight(calls: onednn.Calls, dty
     packed = cpu_products.pack([weight_FD], dtype, len(x))
     if not packed and dtype == torch.bfloat16:
         pytest.skip("bfloat16 needs AVX-512 or AVX-NE-CONVERT")
-    with cpu_products.using(packed):
+    with cpu_products.using_packed(packed):
         found = cpu_products.linear(x, weight_FD)
     assert calls.shapes == [(8, 96)]
     assert found.dtype == dtype
@@ -201,19 +201,28 @@ def test_answers_are_the_same_with_packed_weights(
 ) -> None:
     model = a_model(SPARSE.model_copy(update={"vocab_size": 20_000, "d_model": 128, "d_ff": 2048, "shared_d_ff": 2048}))
     inputs_BS, decoding = torch.randint(2, 20_000, (4, 12)), Decoding(max_tokens=10, beams=beams)
-    packs: list[cpu_products.PackedWeights] = []
-    pack = cpu_products.pack
-    monkeypatch.setattr(cpu_products, "pack", lambda *call: packs.append(pack(*call)) or packs[-1])
+    packed: list[torch.Tensor] = []
+    used: list[torch.Tensor] = []
+    pack, onednn_product = cpu_products.pack, cpu_products._onednn
+
+    def recorded(*call: Any) -> cpu_products.PackedWeights:
+        packed.extend((weights := pack(*call)).values())
+        return weights
+
+    monkeypatch.setattr(cpu_products, "pack", recorded)
+    monkeypatch.setattr(cpu_products, "_onednn", lambda x, weight: used.append(weight) or onednn_product(x, weight))
     with evaluating(model, "dropless"):
-        packed = generation.generate(model, inputs_BS, decoding)
-        assert {20_000, 2048} <= {len(weight_FD) for weight_FD in packs[0]}
+        answers_BT = generation.generate(model, inputs_BS, decoding)
+        assert {20_000, 2048} <= {len(weight_FD) for weight_FD in packed}
+        assert {*packed} <= {*used}
+        used.clear()
         monkeypatch.setattr(generation, "MIN_TOKENS_TO_PACK", 11)
-        assert torch.equal(packed, generation.generate(model, inputs_BS, decoding))
-    assert len(packs) == 1
+        assert torch.equal(answers_BT, generation.generate(model, inputs_BS, decoding))
+        assert not {*packed} & {*used}
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_d_ff": 64}, {"activation": "geglu"}], ids=str)
-def test_the_weights_of_a_step_are_those_that_it_reads(
+@pytest.mark.parametrize("options", [{}, {"shared_d_ff": 64}, {"activation": "geglu"}, {"sparse": "both"}], ids=str)
+def test_the_weights_of_decoding_are_those_that_a_token_needs(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = a_model(SPARSE.model_copy(update=options))
@@ -227,7 +236,7 @@ def test_the_weights_of_a_step_are_those_that_it_reads(
         generation._step(model, source, torch.zeros(4, dtype=torch.int64), source.real_B)
     *of_blocks, vocabulary = used
     assert vocabulary is model.vocabulary(torch.zeros(1, 1, SPARSE.d_model))[1].weight_VD
-    assert {*of_blocks} == {*model.decoder.weights_of_a_step()}
+    assert {*of_blocks} == {*model.decoder.decoding_weights()}
 
 
 def test_greedy_tokens_in_bfloat16_are_those_of_a_full_pass() -> None:

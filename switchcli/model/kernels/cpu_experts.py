@@ -152,7 +152,7 @@ def _gates(hidden: Sequence[torch.Tensor]) -> torch.Tensor | None:
 def _activated(
     hidden: Sequence[torch.Tensor], gates_RF: torch.Tensor | None, mask_AF: torch.Tensor | None, rows: slice
 ) -> torch.Tensor:
-    """Return the masked hidden vectors, which with ReLU have overwritten what it got."""
+    """Return the masked hidden vectors; those of ReLU stand in place of its input."""
     return hidden[0] if gates_RF is None else _mask(gates_RF * hidden[0], mask_AF, rows)
 
 
@@ -161,7 +161,7 @@ def _activation_gradients(
 ) -> Sequence[torch.Tensor]:
     """Return the gradients of `hidden`, given the gradient of the hidden vectors."""
     if gates_RF is None:
-        # Where the mask is 0, so is the masked gradient.
+        # `hidden` is masked, and 0 where the mask is. So is the masked gradient there, if it is finite.
         return [torch.ops.aten.threshold_backward.grad_input(grad_RF, hidden[0], 0.0, grad_input=grad_RF)]
     of_gates = torch.ops.aten.gelu_backward(grad_RF * hidden[0], hidden[1], approximate="tanh")
     return [grad_RF * gates_RF, of_gates]

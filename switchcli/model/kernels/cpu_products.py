@@ -1,8 +1,9 @@
 """float32 matrix products on a CPU by oneDNN, where MKL, which torch calls, leaves half of the vector width unused.
 
 MKL uses AVX-512 on Intel's processors only. oneDNN, which torch has for bfloat16 and for its compiled code, uses it on
-AMD's too. Elsewhere, and where `torch.backends.mkldnn` is disabled, these functions call torch's products.
-docs/results/speed.md has measurements.
+AMD's too. Elsewhere these functions call torch's products, but for weights that are packed for many products of few
+rows: oneDNN is faster with these on Intel's processors too. Where `torch.backends.mkldnn` is disabled, all products are
+torch's. docs/results/speed.md has measurements.
 
 Legend: N rows, D inputs, F outputs, R rows of an expert. Of a batch: N products, T rows, K inputs, S outputs.
 """
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from switchcli.system.processor import is_amd_with_avx512
+from switchcli.system.processor import has_avx512, is_amd_with_avx512
 
 MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""
@@ -29,7 +30,7 @@ MIN_WIDTH_OVER_ROWS = 128
 MIN_ROWS_TO_PACK = 2
 """Rows below which MKL, where it uses AVX-512, reads a weight as fast as oneDNN reads its packed copy."""
 MAX_PACKED_BYTES = 2**30
-"""Memory that packed copies of weights may take."""
+"""Memory that the packed weights of one decoding may take."""
 ROW_BLOCK = 16
 """oneDNN compiles a kernel for each shape. Where the number of rows changes with every call, it gets at most this many
 or a multiple of it, the last of them zeros, so that there are few shapes."""
@@ -43,7 +44,7 @@ _packed_weights: ContextVar[PackedWeights] = ContextVar("_packed_weights", defau
 @functools.cache
 def onednn_is_faster() -> bool:
     """Return whether torch has MKL and oneDNN, and this processor has AVX-512, which MKL does not use on it."""
-    return torch._C.has_mkl and _has_operations() and is_amd_with_avx512()
+    return _has_both_libraries() and is_amd_with_avx512()
 
 
 def speeds_up(x_AD: torch.Tensor, weight_EFD: torch.Tensor) -> bool:
@@ -101,13 +102,13 @@ def _is_worth_packing(weight_FD: torch.Tensor, dtype: torch.dtype, num_rows: int
         return False
     if dtype == torch.bfloat16:
         return _has_bfloat16_products()
-    return dtype == torch.float32 and (
-        onednn_is_faster() or (num_rows >= MIN_ROWS_TO_PACK and torch._C.has_mkl and _has_operations())
-    )
+    if dtype != torch.float32:
+        return False
+    return onednn_is_faster() or (num_rows >= MIN_ROWS_TO_PACK and _has_both_libraries() and has_avx512())
 
 
 @contextmanager
-def using(packed: PackedWeights) -> Iterator[None]:
+def using_packed(packed: PackedWeights) -> Iterator[None]:
     """Let `linear` use packed weights within the context, without gradients, in their dtype."""
     token = _packed_weights.set(packed)
     try:
@@ -211,6 +212,11 @@ def _is_enabled() -> bool:
 def _is_plain(x: torch.Tensor) -> bool:
     """Return whether x is no DTensor and no other subclass."""
     return type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _has_both_libraries() -> bool:
+    """Return whether torch has MKL and oneDNN."""
+    return torch._C.has_mkl and _has_operations()
 
 
 @functools.cache

@@ -91,7 +91,7 @@ class Finding(NamedTuple):
     same_machine: bool | None = None
     """Whether hardware and versions are those of the run. None: unknown, as the run has no result."""
     machine_difference: str | None = None
-    """The first difference between them."""
+    """The first difference between the machine of the run and this one."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding with the keys of the JSON result."""
@@ -226,7 +226,7 @@ def _repeat(
                 trainer.train(until=last)
                 now = machine_info(trainer.context)
                 machines = _machines(folder, segment, kept, now)
-                on_cpu = trainer.context.device.type == "cpu"
+                is_cpu = trainer.context.device.type == "cpu"
         except OtherDataError as error:
             return Finding(segment, "differs", 0, 0, str(error).replace(str(out), str(folder.path)))
         except Interrupted:
@@ -241,12 +241,13 @@ def _repeat(
             replayed = Checkpoint.open(checkpoint_path(out / "checkpoints", last))
             num_files, different = _compare_files(end, replayed)
             difference = difference or different
-    other = next((text for machine in machines if (text := _machine_difference(machine, now))), None)
+    other = next((machine for machine in machines if machine != now), None)
     is_same_machine = other is None if machines else None
     verdict: Literal["equal", "close", "differs"] = "equal" if difference is None else "differs"
-    if difference is not None and not (is_same_machine and on_cpu) and _is_close(expected, found):
+    if difference is not None and not (is_same_machine and is_cpu) and _is_close(expected, found):
         verdict = "close"
-    return Finding(segment, verdict, len(expected), num_files, difference, is_same_machine, other)
+    machine_difference = None if other is None else _machine_difference(other, now)
+    return Finding(segment, verdict, len(expected), num_files, difference, is_same_machine, machine_difference)
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:
@@ -310,11 +311,11 @@ def _machines(
     return machines
 
 
-def _machine_difference(machine: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def _machine_difference(machine: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the first fact that differs between the machine of a run and that of now."""
-    for group, facts in now.items():
-        for name, value in facts.items():
-            if (theirs := (machine.get(group) or {}).get(name)) != value:
-                advice = f": set OMP_NUM_THREADS={theirs} to compare bits" if name == "threads_per_rank" else ""
-                return f"{name}: {theirs} in the run, {value} here{advice}"
-    return None
+    facts = ((group, name, value) for group in now for name, value in now[group].items())
+    for group, name, value in facts:
+        theirs = found.get(name) if isinstance(found := machine.get(group), Mapping) else None
+        if theirs != value:
+            return f"{name}: {_short(theirs)} in the run, {_short(value)} here"
+    return "the run names other facts"
