@@ -6,14 +6,13 @@ A ratio is taken within a round, of runs side by side, and printed as median (le
 import argparse
 import platform
 from importlib.metadata import version
-from pathlib import Path
 
 from busy import WORK
 from machine import PRECISIONS, SIZES
 from peers import ROWS, chosen
 from tables import EXPERTS, TABLES
 
-from switchcli.system.processor import available_processors
+from switchcli.system.processor import available_processors, processor_name
 
 
 def main() -> None:
@@ -44,17 +43,9 @@ def main() -> None:
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     if unknown := [name for name in options.rows if not chosen(ROWS, [name])]:
         parser.error(f"no row has {', '.join(unknown)} in its name; --help lists them")
-    print(f"{processor()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
+    print(f"{processor_name()}, {options.threads} threads, {platform.python_version()}, torch {version('torch')}\n")
     for name in options.sections or TABLES:
         TABLES[name](options)
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
