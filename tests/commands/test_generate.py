@@ -69,9 +69,12 @@ def test_selective_precision_has_weights_in_bfloat16_and_routers_in_float32(
 
 
 def test_a_long_text_is_cut_with_a_warning(trained: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("generate", trained, "the red " * 100)
-    assert done.code == 0
-    assert re.search(r"^warning: .*\btext\b.* \d{3} .*\b32\b", done.err, re.M)
+    for num_texts in (1, 3):
+        done = switchcli("generate", trained, GAP, *["the red " * 100] * num_texts)
+        assert done.code == 0
+        first, *rest = re.findall("^warning: (.*)$", done.err, re.M)
+        assert re.search(r"\btext 2\b.* \d{3} .*\b32\b", first)
+        assert [re.findall(r"\d+", line) for line in rest] == [["3", "4"]] * (num_texts > 1)
 
 
 def test_an_empty_text_is_refused(trained: Path, switchcli: SwitchCLI) -> None:

@@ -38,11 +38,12 @@ def generate(
     Raises:
         DataError: a text is not UTF-8.
     """
-    first = 0  # the number of texts in earlier batches
+    encode = InputEncoder(model, console)
     for batch in _batches(texts, batch_size):
         outputs = [""] * len(batch)
+        first = encode.num_texts  # in earlier batches
+        inputs_BS = encode(batch)
         if any(map(str.strip, batch)):
-            inputs_BS = encode_inputs(model, batch, console, first)
             with evaluating(model.model, policy):
                 rows_BT = decode(model.model, inputs_BS, decoding, first=first)
             outputs = [
@@ -50,7 +51,7 @@ def generate(
                 for text, row in zip(batch, rows_BT.tolist(), strict=True)
             ]
         yield from map(Answer, batch, outputs)
-        first += len(batch)
+    encode.sum_up()
 
 
 def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, console: Console) -> Iterator[str]:
@@ -59,7 +60,7 @@ def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, co
     Raises:
         DataError: the text is not UTF-8.
     """
-    inputs_BS = encode_inputs(model, [text], console)
+    inputs_BS = InputEncoder(model, console)([text])
     ids: list[int] = []
     printed = answer = ""
     with evaluating(model.model, policy):
@@ -76,27 +77,50 @@ def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, co
         yield answer.removeprefix(printed) if answer.startswith(printed) else f"\n{answer}"
 
 
-def encode_inputs(model: LoadedModel, texts: Sequence[str], console: Console, first: int = 0) -> torch.Tensor:
-    """Return the token IDs of the texts, int64 [texts, length of the longest], padded at the end.
+class InputEncoder:
+    """Encodes texts as inputs of a model. It warns of the first one that is too long; `sum_up` tells of the others."""
 
-    A blank text is a row of padding. `first` is the number of texts in earlier batches, for error messages.
-    """
-    max_length = model.recipe.inputs_length
-    rows = []
-    for number, text in enumerate(texts, first + 1):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"text {number} is not UTF-8 (at its character {error.start}): convert it first") from error
-        ids = [*model.tokenizer.encode(text), EOS] if text.strip() else []
-        if len(ids) > max_length:
-            console.warning(
-                f"the text has {len(ids)} tokens, the model was trained on {max_length}: its end is cut off"
-            )
-            ids = [*ids[: max_length - 1], EOS]
-        rows.append(torch.tensor(ids, dtype=torch.int64))
-    inputs_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    return inputs_BS.to(model.model.embedding.device)
+    def __init__(self, model: LoadedModel, console: Console) -> None:
+        self._model, self._console = model, console
+        self.num_texts = 0
+        """Number of texts so far."""
+        self._num_cut_off = 0
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the token IDs of the texts, int64 [texts, length of the longest], padded at the end.
+
+        A blank text is a row of padding.
+
+        Raises:
+            DataError: a text is not UTF-8.
+        """
+        max_length = self._model.recipe.inputs_length
+        rows = []
+        for text in texts:
+            self.num_texts += 1
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"text {self.num_texts} is not UTF-8 (at its character {error.start}): convert it first"
+                ) from error
+            ids = [*self._model.tokenizer.encode(text), EOS] if text.strip() else []
+            if len(ids) > max_length:
+                self._num_cut_off += 1
+                if self._num_cut_off == 1:
+                    self._console.warning(
+                        f"text {self.num_texts} has {len(ids)} tokens, the model was trained on {max_length}: its end "
+                        "is cut off"
+                    )
+                ids = [*ids[: max_length - 1], EOS]
+            rows.append(torch.tensor(ids, dtype=torch.int64))
+        inputs_BS = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+        return inputs_BS.to(self._model.model.embedding.device)
+
+    def sum_up(self) -> None:
+        """Say how many texts were too long, if it was more than the one that the warning named."""
+        if self._num_cut_off > 1:
+            self._console.warning(f"{self._num_cut_off:,} of {self.num_texts:,} texts were cut off at their ends")
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[tuple[str, ...]]:

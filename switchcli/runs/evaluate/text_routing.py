@@ -10,7 +10,7 @@ from switchcli.data.batch import Batch
 from switchcli.errors import CheckpointError, DataError
 from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console
-from switchcli.runs.evaluate.text_generation import encode_inputs
+from switchcli.runs.evaluate.text_generation import InputEncoder
 from switchcli.runs.inputs.loading import LoadedModel
 from switchcli.spec import EOS, PAD
 
@@ -60,14 +60,17 @@ def route_texts(model: LoadedModel, texts: Iterable[str], policy: Policy, consol
     """
     if not model.recipe.model.sparse_layers("encoder"):
         raise CheckpointError(f"{model.path}: its encoder has no sparse layer, so no token is routed: load another one")
-    return [_route(model, number, text, policy, console) for number, text in enumerate(texts)]
+    encode = InputEncoder(model, console)
+    routings = [_route(model, text, policy, encode) for text in texts]
+    encode.sum_up()
+    return routings
 
 
-def _route(model: LoadedModel, number: int, text: str, policy: Policy, console: Console) -> TextRouting:
-    """Return the routing of one text. `number` is its place among the texts, for error messages."""
+def _route(model: LoadedModel, text: str, policy: Policy, encode: InputEncoder) -> TextRouting:
+    """Return the routing of one text."""
+    inputs_1S = encode([text])
     if not text.strip():
-        raise DataError(f"text {number + 1} is blank: no token of it could be routed")
-    inputs_1S = encode_inputs(model, [text], console, first=number)
+        raise DataError(f"text {encode.num_texts} is blank: no token of it could be routed")
     # Routers may count capacity over several sequences: the others of the group are padding, which takes no slot.
     num_rows = model.recipe.model.group_sequences
     inputs_BS = torch.nn.functional.pad(inputs_1S, (0, 0, 0, num_rows - 1), value=PAD)
