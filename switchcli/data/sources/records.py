@@ -87,5 +87,6 @@ def _field(fields: Mapping[str, object], name: str, key: str) -> object:
     """Return a field. If it is missing, raises UnreadableRow with the fix to set the corpus's `key`."""
     if name not in fields:
         present = ", ".join(map(str, fields)) or "none"
-        raise UnreadableRow("no field", f"no field {name!r} (fields: {present}): set `{key}` to one that is there")
+        advice = f"set `{key}` to one that is there, or rename it"
+        raise UnreadableRow("no field", f"no field {name!r} (fields: {present}): {advice}")
     return fields[name]
