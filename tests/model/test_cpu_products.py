@@ -183,10 +183,16 @@ def test_a_packed_weight_has_the_products_of_the_weight(calls: onednn.Calls, dty
 
 
 def test_weights_are_packed_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large matrix, of float32, for two rows or more, or for one where MKL is slow; of all no more than a limit."""
+    """A large float32 matrix: for one row where MKL is slow, for two with AVX-512; of all no more than a limit."""
     large, small = torch.randn(MIN_WORK // 64, 64), torch.randn(MIN_WORK // 64 - 1, 64)
-    for is_slow, num_rows, is_packed in ((True, 1, True), (False, 1, False), (False, 2, torch._C.has_mkl)):
+    for is_slow, has_avx512, num_rows, is_packed in (
+        (True, True, 1, True),
+        (False, True, 1, False),
+        (False, True, 2, torch._C.has_mkl),
+        (False, False, 2, False),
+    ):
         monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda is_slow=is_slow: is_slow)
+        monkeypatch.setattr(cpu_products, "has_avx512", lambda has_avx512=has_avx512: has_avx512)
         assert [*cpu_products.pack([small, large], torch.float32, num_rows)] == [large] * is_packed
     monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
     assert not cpu_products.pack([large.double()], torch.float64, 8)

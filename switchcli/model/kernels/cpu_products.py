@@ -35,7 +35,6 @@ ROW_BLOCK = 16
 """oneDNN compiles a kernel for each shape. Where the number of rows changes with every call, it gets at most this many
 or a multiple of it, the last of them zeros, so that there are few shapes."""
 
-
 PackedWeights = Mapping[torch.Tensor, torch.Tensor]
 """Copies of weights in oneDNN's layout, by the weight."""
 _packed_weights: ContextVar[PackedWeights] = ContextVar("_packed_weights", default=MappingProxyType({}))
@@ -92,19 +91,6 @@ def pack(weights: Iterable[torch.Tensor], dtype: torch.dtype, num_rows: int) -> 
             bytes_left -= num_bytes
             packed[weight_FD] = torch.ops.mkldnn._reorder_linear_weight(weight_FD.detach().to(dtype), num_rows)
     return packed
-
-
-def _is_worth_packing(weight_FD: torch.Tensor, dtype: torch.dtype, num_rows: int) -> bool:
-    """Return whether a packed copy of the weight is faster than the weight."""
-    if torch.compiler.is_compiling() or not weight_FD.is_cpu or not _is_plain(weight_FD):
-        return False
-    if weight_FD.numel() < MIN_WORK or not torch.backends.mkldnn.enabled:
-        return False
-    if dtype == torch.bfloat16:
-        return _has_bfloat16_products()
-    if dtype != torch.float32:
-        return False
-    return onednn_is_faster() or (num_rows >= MIN_ROWS_TO_PACK and _has_both_libraries() and has_avx512())
 
 
 @contextmanager
@@ -202,6 +188,19 @@ def _applies(x: torch.Tensor, weight_FD: torch.Tensor) -> bool:
         and x.numel() * len(weight_FD) >= MIN_WORK
         and _is_enabled()
     )
+
+
+def _is_worth_packing(weight_FD: torch.Tensor, dtype: torch.dtype, num_rows: int) -> bool:
+    """Return whether a packed copy of the weight is faster than the weight."""
+    if torch.compiler.is_compiling() or not weight_FD.is_cpu or not _is_plain(weight_FD):
+        return False
+    if weight_FD.numel() < MIN_WORK or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return _has_bfloat16_products()
+    if dtype != torch.float32:
+        return False
+    return onednn_is_faster() or (num_rows >= MIN_ROWS_TO_PACK and _has_both_libraries() and has_avx512())
 
 
 def _is_enabled() -> bool:
