@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, final
+from typing import TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,8 @@ class HostGroup:
         self._group: dist.ProcessGroup | None = None
         if world_size > 1:
             with explain_lost_ranks():
-                self._group = run_interruptibly(lambda: dist.new_group(backend="gloo", timeout=timeout))
+                group = run_interruptibly(lambda: dist.new_group(backend="gloo", timeout=timeout))
+            self._group = cast(dist.ProcessGroup, group)  # this rank is in it
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Return the elementwise sum over all ranks of equally many integers (int64)."""

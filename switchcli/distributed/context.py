@@ -76,7 +76,7 @@ class HostCopy:
         self._copy = scalar.to("cpu", non_blocking=True)  # in pinned memory, if the scalar is on a CUDA device
         self._done: torch.cuda.Event | None = None
         if scalar.is_cuda:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event()
             self._done.record()
 
     def __float__(self) -> float:
@@ -467,4 +467,4 @@ def _exclude_from_ddp(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
     # It goes by names, and overlooks parameters that belong to the model itself and not to a submodule.
     assert all("." in name for name in parameters)
     ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
-    ignore(model, list(parameters))  # type: ignore[no-untyped-call]
+    ignore(model, list(parameters))

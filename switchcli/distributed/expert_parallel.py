@@ -149,7 +149,7 @@ def exchange(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtyp
 
     The gradient goes back the same way.
     """
-    received: torch.Tensor = _Exchange.apply(x_SD, splits, ranks, comm_dtype)  # type: ignore[no-untyped-call]
+    received: torch.Tensor = _Exchange.apply(x_SD, splits, ranks, comm_dtype)
     return received
 
 
@@ -223,7 +223,7 @@ class ExpertGradients:
         """Gradients of this backward pass; their all-reduce, or None with a single replica."""
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._start)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(self._start)
 
     @contextmanager
     def averaging(self) -> Iterator[None]:

@@ -86,7 +86,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Exit:
         ]
         try:
             with _forward_signals():
-                run(get_args_parser().parse_args(options))  # type: ignore[no-untyped-call]
+                run(get_args_parser().parse_args(options))
         except ChildFailedError as failure:
             return _first_failure(failure.failures, _read_reports(logs))
         except SignalException as stopped:

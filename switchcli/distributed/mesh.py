@@ -11,7 +11,7 @@ A mesh has `data` x `model` ranks. Rank r = d * model + m has position d on the 
 
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -63,7 +63,7 @@ def build_groups(spec: ParallelSpec, rank: int, world: int, timeout: timedelta) 
             return None
         group, _ = run_interruptibly(partial(dist.new_subgroups_by_enumeration, rows, timeout=timeout))
         row = next(row for row in rows if rank in row)
-        return RankGroup(group, len(row), row.index(rank))
+        return RankGroup(cast(dist.ProcessGroup, group), len(row), row.index(rank))
 
     data = create(ranks.flatten(0, 1).T)  # [model, data]
     return MeshGroups(

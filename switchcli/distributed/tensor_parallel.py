@@ -62,12 +62,12 @@ class TensorParallelAxis:
 
     def enter_region(self, x: torch.Tensor) -> torch.Tensor:
         """Return x in the dtype of products. Its gradient is summed over the ranks in this dtype."""
-        entered: torch.Tensor = _EnterRegion.apply(x.to(compute_dtype(x)), self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
+        entered: torch.Tensor = _EnterRegion.apply(x.to(compute_dtype(x)), self._ranks, self._comm_dtype)
         return entered
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of all ranks' x, in the dtype of x."""
-        total: torch.Tensor = _LeaveRegion.apply(x, self._ranks, self._comm_dtype)  # type: ignore[no-untyped-call]
+        total: torch.Tensor = _LeaveRegion.apply(x, self._ranks, self._comm_dtype)
         return total
 
     @torch.no_grad()

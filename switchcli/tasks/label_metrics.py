@@ -119,7 +119,7 @@ def matthews(labels: tuple[str, ...]) -> Metric:
         hits, target, predicted = units.sum(axis=0).reshape(3, -1)  # [k + 1] each
         total = target.sum()
         variances = (total**2 - target @ target) * (total**2 - predicted @ predicted)
-        return _percentage(hits.sum() * total - target @ predicted, math.sqrt(variances))
+        return _percentage(float(hits.sum() * total - target @ predicted), math.sqrt(variances))
 
     return Metric("matthews", lambda answered: _class_counts(labels, answered), combine)
 

@@ -258,7 +258,7 @@ def distilled_cross_entropy(
     """
 
     def loss(logits_CV: torch.Tensor, chunk: slice) -> torch.Tensor:
-        sums_M: torch.Tensor = _DistillationLoss.apply(  # type: ignore[no-untyped-call]
+        sums_M: torch.Tensor = _DistillationLoss.apply(
             logits_CV, targets_N[chunk], teacher, chunk, soft_fraction, temperature, beta, vocabulary
         )
         return sums_M

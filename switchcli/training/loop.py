@@ -184,7 +184,7 @@ def accumulate_gradients(
             if loss.auxiliary is not None:
                 encoder, decoder = loss.auxiliary
                 total = total + encoder.total * per_input + decoder.total * per_target
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
         metrics = merge(metrics, loss.metrics)
     return metrics
 

@@ -94,7 +94,7 @@ def cross_entropy_sum(logits_CV: torch.Tensor, targets_C: torch.Tensor, vocabula
     `targets_C` is int64, `PAD` where there is no target. Where the vocabulary is sharded, the result is this rank's
     term of the sum. The gradient can be taken only once.
     """
-    log_p_C: torch.Tensor = _TargetLogProbability.apply(logits_CV, targets_C, vocabulary)  # type: ignore[no-untyped-call]
+    log_p_C: torch.Tensor = _TargetLogProbability.apply(logits_CV, targets_C, vocabulary)
     return -(log_p_C * (targets_C != PAD)).sum()
 
 
@@ -149,7 +149,7 @@ def sum_in_chunks(loss: LogitsLoss, hidden_ND: torch.Tensor, vocabulary: Vocabul
     # Each rank of the model axis computes with its rows of the vocabulary. The sums over ranks are taken of the results
     # below, and of the gradient of the hidden states, which `enter_region` does in the backward pass.
     region_ND = axis.enter_region(hidden_ND)
-    sums_M: torch.Tensor = _SumInChunks.apply(region_ND, vocabulary.weight_VD, loss, grad_enabled)  # type: ignore[no-untyped-call]
+    sums_M: torch.Tensor = _SumInChunks.apply(region_ND, vocabulary.weight_VD, loss, grad_enabled)
     return axis.all_reduce(sums_M)
 
 

@@ -27,7 +27,7 @@ def biased_attention(
     """Return softmax(q k^T + position + mask) v, [B, H, T, K]; the bias is that of `attention.SplitBias`."""
     bias_BHTS = position.expand(-1, query_BHTK.shape[1], query_BHTK.shape[2], key_BHSK.shape[2])
     with torch.autocast(position.device.type, enabled=False):  # it would round the logits
-        mixed_BHTK: torch.Tensor = _BiasedAttention.apply(query_BHTK, key_BHSK, value_BHSK, bias_BHTS, mask)  # type: ignore[no-untyped-call]
+        mixed_BHTK: torch.Tensor = _BiasedAttention.apply(query_BHTK, key_BHSK, value_BHSK, bias_BHTS, mask)
     return mixed_BHTK
 
 

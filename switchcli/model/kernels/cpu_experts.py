@@ -38,7 +38,7 @@ def feed_forward(
         adds_to_grad: see `Experts`.
     """
     inputs = (wi_EFD,) if wi_gate_EFD is None else (wi_EFD, wi_gate_EFD)
-    y_AO: torch.Tensor = _FeedForward.apply(x_AD, end_E, mask_AF, adds_to_grad, wo_EOF, *inputs)  # type: ignore[no-untyped-call]
+    y_AO: torch.Tensor = _FeedForward.apply(x_AD, end_E, mask_AF, adds_to_grad, wo_EOF, *inputs)
     return y_AO
 
 

@@ -69,7 +69,7 @@ def linear(x: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
         return F.linear(x, weight_FD)
     if torch.is_grad_enabled() and (x.requires_grad or weight_FD.requires_grad):
         # Flat, because the result of a function of autograd must not be a view if it is to be overwritten.
-        y_NF: torch.Tensor = _Linear.apply(x.flatten(0, -2), weight_FD)  # type: ignore[no-untyped-call]
+        y_NF: torch.Tensor = _Linear.apply(x.flatten(0, -2), weight_FD)
         return y_NF.view(*x.shape[:-1], len(weight_FD))
     return _onednn(x, weight_FD)
 

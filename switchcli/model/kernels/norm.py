@@ -14,7 +14,7 @@ def rms_norm(x_BSD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tor
     """Return x / sqrt(mean(x**2) + epsilon) * weight over the last dim."""
     full_precision = x_BSD.dtype == weight_D.dtype and x_BSD.dtype in (torch.float32, torch.float64)
     if x_BSD.is_cpu and full_precision and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        normed_BSD: torch.Tensor = _RMSNorm.apply(x_BSD, weight_D, epsilon)  # type: ignore[no-untyped-call]
+        normed_BSD: torch.Tensor = _RMSNorm.apply(x_BSD, weight_D, epsilon)
         return normed_BSD
     return F.rms_norm(x_BSD, weight_D.shape, weight_D, epsilon)
 

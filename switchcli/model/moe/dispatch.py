@@ -87,7 +87,7 @@ def weighted_scatter_add(
     y_AO: torch.Tensor, weight_A: torch.Tensor, source_A: torch.Tensor, num_tokens: int
 ) -> torch.Tensor:
     """Add each row of `y_AO` times its weight to its token `source_A`: [tokens, O] in the dtype of y."""
-    combined: torch.Tensor = _WeightedScatterAdd.apply(y_AO, weight_A, source_A, num_tokens)  # type: ignore[no-untyped-call]
+    combined: torch.Tensor = _WeightedScatterAdd.apply(y_AO, weight_A, source_A, num_tokens)
     return combined
 
 

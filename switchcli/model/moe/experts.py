@@ -105,7 +105,7 @@ def grouped_product(x_AD: torch.Tensor, weight_EFD: torch.Tensor, end_E: torch.T
     if pad_inputs or pad_outputs:
         x_AD = F.pad(x_AD, (0, pad_inputs))
         weight_EFD = F.pad(weight_EFD, (0, pad_inputs, 0, pad_outputs))
-    y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)  # type: ignore[no-untyped-call]
+    y_AF: torch.Tensor = _GroupedProduct.apply(x_AD, weight_EFD, end_E)
     return y_AF[:, :num_outputs] if pad_outputs else y_AF
 
 
