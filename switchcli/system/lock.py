@@ -12,7 +12,7 @@ import os
 import platform
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,17 +22,29 @@ from switchcli.system import publish
 
 _HOLDER_TIMEOUT = 0.2
 """Seconds that a second run waits for the first to write its name into the file."""
+_WAIT = 0.2
+"""Seconds between two attempts to get a lock that is waited for."""
 
 
 @contextmanager
-def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
-    """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
+def lock(
+    run_folder: Path,
+    alternative: str = "give another folder by --out",
+    on_wait: Callable[[str], None] | None = None,
+) -> Iterator[bool]:
+    """Hold the lock of a folder for the length of a `with` block, and yield whether another process had it before.
 
-    At the end, a folder in which nothing but the lock is new becomes what it was: it has no lock, or is not there.
+    The folder is made if it does not exist. At the end, one in which nothing but the lock is new becomes what it was:
+    it has no lock, or is not there.
 
-    Raises CheckpointError, without waiting, when another run holds the lock, or the folder cannot be written or locked;
-    RecipeError when it is a file.
-    `alternative` is the last fix that the message offers.
+    Args:
+        run_folder: the folder.
+        alternative: the last fix that a message offers.
+        on_wait: called once with who has the lock, before waiting for it. None: the lock is not waited for.
+
+    Raises:
+        CheckpointError: another process has the lock, or the folder cannot be written or locked.
+        RecipeError: it is a file.
     """
     path = run_folder / "run.lock"
     resolved = run_folder.resolve()
@@ -44,11 +56,21 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
     try:
         with disk_errors(path, alternative):
             _check_not_hard_link(descriptor)
-            _acquire(descriptor, path, alternative)
+            has_waited = False
+            while not _acquire(descriptor):
+                if on_wait is None:
+                    raise CheckpointError(
+                        f"{run_folder}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or "
+                        f"{alternative}."
+                    )
+                if not has_waited:
+                    on_wait(_holder(descriptor))
+                has_waited = True
+                time.sleep(_WAIT)
             if not _is_there(path, descriptor):
                 raise CheckpointError(f"{run_folder}: removed by a start that failed just now: run the command again")
         try:
-            yield
+            yield has_waited
         finally:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
@@ -85,17 +107,16 @@ def _check_not_hard_link(descriptor: int) -> None:
         raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
 
 
-def _acquire(descriptor: int, path: Path, alternative: str) -> None:
-    """Lock the file and write this process into it. Raises CheckpointError if another process has the lock."""
+def _acquire(descriptor: int) -> bool:
+    """Lock the file and write this process into it. Return False if another process has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise CheckpointError(
-            f"{path.parent}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or {alternative}."
-        ) from None
+        return False
     holder = {"host": platform.node(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+    return True
 
 
 def _holder(descriptor: int) -> str:

@@ -218,7 +218,8 @@ class RunTeacher:
     ) -> Iterator[list[range] | None]:
         """Yield the missing `items` of a cache, a range for each file, and hold its lock meanwhile. Collective.
 
-        None if nothing is missing, nothing is damaged, and `is_complete` says so too.
+        None if nothing is missing, nothing is damaged, and `is_complete` says so too: perhaps after a wait for another
+        run that fills it.
         """
         context = self._context
 
@@ -229,11 +230,20 @@ class RunTeacher:
                 self._console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher runs again")
             return bool(damaged)
 
-        if not context.from_main(int(context.main_only(is_incomplete) or 0)):
+        def on_main(question: Callable[[], bool]) -> bool:
+            return bool(context.from_main(int(context.main_only(question) or 0)))
+
+        def say(holder: str) -> None:
+            self._console.message(f"{folder}: waiting for the run that fills it ({holder})")
+
+        if not on_main(is_incomplete):
             yield None
             return
         with ExitStack() as locks:
-            context.main_only(lambda: locks.enter_context(lock(folder, cache.elsewhere)))
+            has_waited = on_main(lambda: locks.enter_context(lock(folder, cache.elsewhere, say)))
+            if has_waited and not on_main(is_incomplete):
+                yield None
+                return
             context.main_only(lambda: cache.begin(facts))
             missing = cache.missing(items.start, items.stop)
             if not context.all_equal(repr(missing)):
