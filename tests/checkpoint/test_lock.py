@@ -55,6 +55,23 @@ def test_a_folder_in_which_nothing_was_written_is_as_it_was(was_there: int, tmp_
     assert [folder.exists() for folder in folders] == [number <= was_there for number in range(3)]
 
 
+def test_a_lock_that_is_waited_for_comes_when_its_holder_ends(tmp_path: Path) -> None:
+    process = holding(tmp_path)
+    holders: list[str] = []
+
+    def let_go(holder: str) -> None:
+        holders.append(holder)
+        process.kill()
+
+    with lock(tmp_path, on_wait=let_go) as has_waited:
+        assert has_waited
+    process.wait()
+    assert [f"process {process.pid}" in holder for holder in holders] == [True]
+    with lock(tmp_path, on_wait=let_go) as has_waited:
+        assert not has_waited
+    assert len(holders) == 1
+
+
 @pytest.mark.integration
 def test_a_second_run_is_refused_by_name_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     process = holding(tmp_path)

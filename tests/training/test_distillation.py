@@ -189,6 +189,23 @@ def test_a_student_is_not_driven_away_without_bound_where_a_kept_probability_was
     torch.testing.assert_close(found[0], expected)
 
 
+def test_tokens_that_both_models_exclude_leave_jsd_and_its_gradient_finite() -> None:
+    """Their probabilities are 0 in float32; in float64 they are not."""
+    logits_CV, of_teacher_CV = (
+        torch.tensor([row], dtype=torch.float64) for row in ([0.0, 1, -500, -120], [1.0, 0, -400, -90])
+    )
+
+    def loss(student_CV: torch.Tensor) -> torch.Tensor:
+        vocabulary = VocabularyShard(torch.eye(4, dtype=student_CV.dtype))
+        teacher = FullTeacherProbs(of_teacher_CV.to(student_CV.dtype), vocabulary, 1.0)
+        return distilled_cross_entropy(student_CV, vocabulary, torch.tensor([1]), teacher, 1.0, 1.0, 0.5)[0]
+
+    found, expected = (logits_CV.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+    pairs = [(loss(x), torch.autograd.grad(loss(x), x)[0]) for x in (found, expected)]
+    for single, double in zip(*pairs, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-7)
+
+
 def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() -> None:
     """bfloat16 keeps 2**-9 of a number: what is summed of a few such products is off by 2**-6 of the largest."""
     student, teacher, targets_N = a_case(200, torch.float32)
