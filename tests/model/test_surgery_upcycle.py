@@ -34,6 +34,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "no token left behind": {"num_experts": 5, "router": NoTokenLeftBehindRouter(), **UNTIED},
     "sigmoid": {"num_experts": 5, "router": TopKRouter(renormalize=False, gate="sigmoid", balance="bias")},
     "two routers": {"num_experts": 4, "router": TopKRouter(), "decoder_router": SwitchRouter()},
+    "parts": {"num_experts": 12, "expert_d_ff": 6, "router": TopKRouter(k=4), **UNTIED},
+    "parts of two copies": {"num_experts": 8, "expert_d_ff": 12, "router": TopKRouter(k=4)},
+    "parts, raw gates": {"num_experts": 9, "expert_d_ff": 8, "router": TopKRouter(k=3, renormalize=False)},
+    "parts, sigmoid": {
+        "num_experts": 8,
+        "expert_d_ff": 12,
+        "router": TopKRouter(renormalize=False, gate="sigmoid", balance="bias"),
+    },
 }
 
 
@@ -103,6 +111,19 @@ def test_what_does_not_begin_so_is_known(
 def test_gates_that_add_up_to_1_need_nothing() -> None:
     for gate in ("scaled", "raw"):
         assert gate_correction(TopKRouter(), 8, gate) == (1.0, 1.0, True)
+
+
+def test_a_token_chooses_all_parts_of_a_copy_which_differ(context: DistributedContext) -> None:
+    spec = ModelSpec(**LARGE, **EXACT["parts"])
+    model = upcycled(spec)
+    load = measured(model, context)["layer_load"].total[0].unflatten(0, (3, 4))  # [copies, parts]
+    assert torch.equal(load, load[:, :1].expand(-1, 4))
+    assert len(set(load[:, 0].tolist())) > 1, "tokens choose among the copies"
+    source, parts = logical_tensors(dense(spec)), logical_tensors(model)
+    layer = "encoder.blocks.1.feed_forward.layer"
+    for matrix, hidden_dim, factor in (("wi", 0, 1.0), ("wi_gate", 0, 1.0), ("wo", 1, 2.0)):
+        second_copy = torch.cat([parts[f"{layer}.experts.{4 + part}.{matrix}"] for part in range(4)], hidden_dim)
+        assert torch.equal(second_copy, source[f"{layer}.{matrix}.weight"] * factor)
 
 
 def test_tokens_spread_over_the_copies_and_routers_learn(context: DistributedContext) -> None:

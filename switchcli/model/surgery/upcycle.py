@@ -4,6 +4,10 @@ From a dense model (Komatsuzaki et al. 2022) every expert is a copy of the feed-
 routers are new. With such copies a sparse layer computes sum_i p_i(x) E(x): the dense output times the sum of a token's
 gates. `gate_correction` says how that sum becomes 1.
 
+Experts of 1/P of the width are the P parts of such copies (virtual groups, He et al. 2024): expert e is part e % P of
+copy e // P. The parts of a copy have equal router rows, so that a token that chooses P experts chooses a whole copy,
+whose parts add up to the dense output if each counts once.
+
 A sparse model grows by copies of its experts and of their router rows: expert e is a copy of e % E. The first E experts
 stay as they are but for `growth_correction`, which restores the sum of the gates. Without noise on the copied rows a
 token's logits tie, and a top-1 router never chooses a copy.
@@ -75,10 +79,17 @@ def growth_correction(source: ModelSpec, grown: ModelSpec, stack: Stack, gate: G
     return GateCorrection(used, 1.0, exact=is_same_choice and used == wo)
 
 
+def num_parts(spec: ModelSpec) -> int:
+    """Return P, the number of experts that make up a feed-forward of the dense model."""
+    return spec.d_ff // spec.expert_width
+
+
 def correction_of(source: ModelSpec, spec: ModelSpec, stack: Stack, gate: Gate) -> GateCorrection:
     """Return the correction of the gates of `spec`, which is made from a dense or a sparse `source`."""
     if source.num_experts == 1:
-        return gate_correction(spec.router_of(stack), spec.num_experts, gate)
+        correction = gate_correction(spec.router_of(stack), spec.num_experts, gate)
+        # A sum of gates of 1 makes the mean over a copy's parts, not their sum.
+        return correction._replace(wo=correction.wo * num_parts(spec) / spec.scale_of_experts(stack))
     return growth_correction(source, spec, stack, gate)
 
 
@@ -155,8 +166,11 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
         copied = f"experts.{int(number) % self._num_kept}.{matrix}" if self._num_kept else f"{matrix}.weight"
         weight = self._source[f"{layer}.{copied}"].clone()  # safetensors refuses tensors that share memory
         noise, seed = self._noise, self._noise.seed
+        hidden_dim = 1 if matrix == "wo" else 0  # wi [F, D], wo [O, F]
+        if not self._num_kept:
+            parts = num_parts(self._spec)
+            weight = weight.chunk(parts, hidden_dim)[int(number) % parts].contiguous()
         if noise.redraw:
-            hidden_dim = 1 if matrix == "wo" else 0  # wi [F, D], wo [O, F]
             num_units = weight.shape[hidden_dim]
             order_F = torch.randperm(num_units, generator=keyed_generator(seed, f"{expert}/redraw"))  # for all matrices
             units = order_F[: max(1, round(noise.redraw * num_units))]
@@ -170,8 +184,10 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
     def _router(self, name: str) -> torch.Tensor:
         """Return the rows of a router: new ones, or those of the source followed by copies with noise."""
         if not self._num_kept:
-            row_ED = torch.empty(self._spec.num_experts, self._spec.d_model)
-            return truncated_normal(row_ED, self._spec.init_scale, keyed_generator(self._noise.seed, name))
+            parts = num_parts(self._spec)
+            row_CD = torch.empty(self._spec.num_experts // parts, self._spec.d_model)  # C: whole copies
+            row_CD = truncated_normal(row_CD, self._spec.init_scale, keyed_generator(self._noise.seed, name))
+            return row_CD.repeat_interleave(parts, 0)
         row_ED = self._source[name]
         copy_ED = row_ED.repeat(self._spec.num_experts // self._num_kept, 1)
         if self._noise.router:

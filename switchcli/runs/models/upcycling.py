@@ -6,7 +6,7 @@ from typing import Any
 
 from switchcli.errors import RecipeError
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.surgery.upcycle import CopyNoise, Gate, UpcycledWeights, correction_of
+from switchcli.model.surgery.upcycle import CopyNoise, Gate, UpcycledWeights, correction_of, num_parts
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_recipe import TrainingRecipe
@@ -23,7 +23,13 @@ from switchcli.runs.inputs.transformers_checkpoint import meta_model
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS, check_shape
 from switchcli.training.checkpointer import logical_tensors
 
-_CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")
+_CHANGEABLE_KEYS = (
+    "model.sparse",
+    "model.expert_d_ff",
+    "model.shared_d_ff",
+    *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]),
+    "train.",
+)
 """Prefixes of the keys that do not change the shape or the meaning of weights."""
 ROUTER_NOISE = 0.01
 """Noise on copied router rows by default: of two equal experts about half of the tokens choose the copy."""
@@ -56,7 +62,7 @@ def upcycle(
         check_shape(source.model_copy(update={"num_experts": experts}), spec, str(checkpoint.path))
         noise = noise._replace(router=ROUTER_NOISE if noise.router is None else noise.router)
     else:
-        _check_copies_of_feed_forwards(spec)
+        _check_copies_of_feed_forwards(spec, experts)
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
     if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
@@ -118,14 +124,37 @@ def _check_options(source: ModelSpec, path: Path, experts: int, noise: CopyNoise
             raise RecipeError(f"--{option} ({value}) must be from 0 to 1: 0.01 is a hundredth of the weights")
 
 
-def _check_copies_of_feed_forwards(spec: ModelSpec) -> None:
-    """Raise RecipeError unless each expert of the sparse model can be a copy of a dense feed-forward."""
+def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
+    """Raise RecipeError unless the experts of the sparse model can be copies of dense feed-forwards, or their parts."""
     if spec.sparse != "feed_forward":
         raise RecipeError(
             f"model.sparse ({spec.sparse}): experts can only be copies of feed-forwards: set model.sparse=feed_forward"
         )
-    if keys := spec.uncommon_experts():
-        raise RecipeError(f"model.{keys}: upcycled experts are copies of whole feed-forwards: leave out all of these")
+    if spec.shared_d_ff:
+        raise RecipeError(f"model.shared_d_ff ({spec.shared_d_ff}): a dense model has no weights for it: set it to 0")
+    parts = num_parts(spec)
+    if parts * spec.expert_width != spec.d_ff:
+        raise RecipeError(
+            f"model.expert_d_ff ({spec.expert_width}): must divide model.d_ff ({spec.d_ff}), of which experts are "
+            "equal parts"
+        )
+    if experts % parts:
+        raise RecipeError(
+            f"--experts ({experts}) must be a multiple of the {parts} parts of a feed-forward: try "
+            f"{parts * max(2, round(experts / parts))}"
+        )
+    for stack in STACKS:
+        router = spec.router_of(stack)
+        if spec.sparse_layers(stack) and not router.experts_choose and router.experts_per_token % parts:
+            key = _router_key(spec, stack)
+            raise RecipeError(
+                f"{key}: a token chooses {router.experts_per_token} experts, and a feed-forward has {parts} parts: set "
+                f"{key}.kind=top_k {key}.k={parts}"
+            )
+
+
+def _router_key(spec: ModelSpec, stack: Stack) -> str:
+    return "model.decoder_router" if stack == "decoder" and spec.decoder_router else "model.router"
 
 
 def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str | None:
@@ -134,12 +163,11 @@ def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str |
     growth = grown.num_experts // source.num_experts
     if source.num_experts == 1 or before == 1 or after == before * growth:
         return None
-    key = "decoder_router" if stack == "decoder" and grown.decoder_router else "router"
-    k = before * growth
+    key, k = _router_key(grown, stack), before * growth
     return (
-        f"model.{key}.k ({after}): a token will choose copies of the same experts: model.{key}.k={k} "
-        f"model.{key}.capacity_factor={1.25 * k:g} model.{key}.eval_capacity_factor={2 * k} "
-        f"model.{key}.keep_threshold=0 keep the outputs, at {growth} times the experts' FLOPs"
+        f"{key}.k ({after}): a token will choose copies of the same experts: {key}.k={k} "
+        f"{key}.capacity_factor={1.25 * k:g} {key}.eval_capacity_factor={2 * k} "
+        f"{key}.keep_threshold=0 keep the outputs, at {growth} times the experts' FLOPs"
     )
 
 
