@@ -66,7 +66,7 @@ def upcycle(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a sparse model whose experts are copies of a dense model's feed-forwards, or of a sparse model's experts."""
+    """Make a sparse model of copies of a dense model's feed-forwards or their parts, or of a sparse model's experts."""
     from switchcli.model.surgery.upcycle import CopyNoise
     from switchcli.runs.models import upcycling
 
@@ -103,6 +103,9 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
             start = f"as the {source} model {but}, where no token is dropped"
         else:
             start = f"with other outputs than the {source} model's"
-        yield f"{stack}: {layers} layers of {result['experts']} experts; {factors}: begins {start}"
+        experts = f"{result['experts']} experts"
+        if result["parts"] > 1:
+            experts += f", {result['parts']} to a copy"
+        yield f"{stack}: {layers} layers of {experts}; {factors}: begins {start}"
     yield "Next:"
     yield f"  {program_name()} {result['next']}"

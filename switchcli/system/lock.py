@@ -13,7 +13,7 @@ import platform
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,25 +26,46 @@ _WAIT = 0.2
 """Seconds between two attempts to get a lock that is waited for."""
 
 
+class LockedError(CheckpointError):
+    """Another holder has the lock, or had it until just now."""
+
+    def __init__(self, message: str, holder: str, *, is_own: bool = False) -> None:
+        """`holder` says who it is, `is_own` whether it is this process."""
+        super().__init__(message)
+        self.holder, self.is_own = holder, is_own
+
+
 @contextmanager
-def lock(
-    run_folder: Path,
-    alternative: str = "give another folder by --out",
-    on_wait: Callable[[str], None] | None = None,
-) -> Iterator[bool]:
-    """Hold the lock of a folder for the length of a `with` block, and yield whether another process had it before.
+def patient_lock(folder: Path, alternative: str, on_wait: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the lock of a folder as `lock` does, but wait for another process that has it. Yield whether it waited.
 
-    The folder is made if it does not exist. At the end, one in which nothing but the lock is new becomes what it was:
-    it has no lock, or is not there.
+    `on_wait` is called once with who has the lock, before waiting.
+    """
+    has_waited = False
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock(folder, alternative))
+                break
+            except LockedError as locked:
+                if locked.is_own:
+                    raise
+                if not has_waited:
+                    on_wait(locked.holder)
+                has_waited = True
+                time.sleep(_WAIT)
+        yield has_waited
 
-    Args:
-        run_folder: the folder.
-        alternative: the last fix that a message offers.
-        on_wait: called once with who has the lock, before waiting for it. None: the lock is not waited for.
 
-    Raises:
-        CheckpointError: another process has the lock, or the folder cannot be written or locked.
-        RecipeError: it is a file.
+@contextmanager
+def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
+    """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
+
+    At the end, a folder in which nothing but the lock is new becomes what it was: it has no lock, or is not there.
+
+    Raises LockedError, without waiting, when another run holds the lock; CheckpointError when the folder cannot be
+    written or locked; RecipeError when it is a file.
+    `alternative` is the last fix that the message offers.
     """
     path = run_folder / "run.lock"
     resolved = run_folder.resolve()
@@ -56,21 +77,12 @@ def lock(
     try:
         with disk_errors(path, alternative):
             _check_not_hard_link(descriptor)
-            has_waited = False
-            while not _acquire(descriptor):
-                if on_wait is None:
-                    raise CheckpointError(
-                        f"{run_folder}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or "
-                        f"{alternative}."
-                    )
-                if not has_waited:
-                    on_wait(_holder(descriptor))
-                has_waited = True
-                time.sleep(_WAIT)
+            _acquire(descriptor, path, alternative)
             if not _is_there(path, descriptor):
-                raise CheckpointError(f"{run_folder}: removed by a start that failed just now: run the command again")
+                removed = f"{run_folder}: removed by a start that failed just now: run the command again"
+                raise LockedError(removed, "a start that failed just now")
         try:
-            yield has_waited
+            yield
         finally:
             with suppress(OSError):
                 os.ftruncate(descriptor, 0)
@@ -107,16 +119,22 @@ def _check_not_hard_link(descriptor: int) -> None:
         raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
 
 
-def _acquire(descriptor: int) -> bool:
-    """Lock the file and write this process into it. Return False if another process has the lock."""
+def _acquire(descriptor: int, path: Path, alternative: str) -> None:
+    """Lock the file and write this process into it. Raises LockedError if another descriptor has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return False
-    holder = {"host": platform.node(), "pid": os.getpid(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        holder = _holder(descriptor)
+        message = f"{path.parent}: in use by another run ({holder}): wait for it, stop it, or {alternative}."
+        raise LockedError(message, holder, is_own=holder.startswith(_name_of(os.getpid()))) from None
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    text = json.dumps({"host": platform.node(), "pid": os.getpid(), "started": started})
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
-    return True
+    os.pwrite(descriptor, text.encode() + b"\n", 0)
+
+
+def _name_of(pid: int, host: str | None = None) -> str:
+    return f"host {host or platform.node()}, process {pid},"
 
 
 def _holder(descriptor: int) -> str:
@@ -128,6 +146,6 @@ def _holder(descriptor: int) -> str:
         text = os.pread(descriptor, 4096, 0)
     try:
         holder = json.loads(text)
-        return f"host {holder['host']}, process {holder['pid']}, started {holder['started']}"
+        return f"{_name_of(holder['pid'], holder['host'])} started {holder['started']}"
     except (ValueError, KeyError, TypeError):
         return "its run.lock does not say which"

@@ -132,7 +132,7 @@ class TeacherFolder(ABC):
             for file in self._files() if self._folder.exists() else []:
                 try:
                     self._tensors(file)
-                except ValueError:
+                except (ValueError, FileNotFoundError):  # the run that fills the folder has removed a damaged file
                     damaged.append(file.path)
         return damaged
 

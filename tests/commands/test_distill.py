@@ -1,15 +1,14 @@
 """`switchcli distill`: a student on text and on tasks, online and from kept answers, and bad input."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Timer
 
 import pytest
 import torch
@@ -24,9 +23,18 @@ from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.runs.inputs.loading import load_checkpoint
 from switchcli.runs.train import distilling
+from switchcli.runs.train import teacher as run_teacher
 from switchcli.spec import EOS, PAD
 from switchcli.system.lock import lock
 from switchcli.training.distillation import DistillationLoss
+
+HOLD = """
+from pathlib import Path
+from switchcli.system.lock import lock
+with lock(Path("answers")):
+    print("held", flush=True)
+    input()
+"""
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
@@ -380,7 +388,7 @@ def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: P
 
 @pytest.mark.integration
 def test_notes_that_are_lost_are_made_again_and_only_missing_answers_wait_for_the_lock(
-    trained: Path, here: Path, switchcli: SwitchCLI
+    trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = ("distill", "--teacher", trained, "distill.cache.folder=answers")
     assert switchcli(*kept, "--cache-only").code == 0
@@ -397,12 +405,22 @@ def test_notes_that_are_lost_are_made_again_and_only_missing_answers_wait_for_th
         assert done.code == 0, done.err
         assert json.loads(done.out)["distillation"]["teacher"]["metrics"] == before
         assert "waiting" not in done.err
-    with ExitStack() as held:
-        held.enter_context(lock(Path("answers")))
-        Timer(1.0, held.close).start()
-        more = switchcli(*kept, "train.steps=4", "--out", "a")
-        assert more.code == 0, more.err
-        assert not lacking(more.err, f"answers waiting process {os.getpid()}")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.read(4) == b"held"
+    wait = run_teacher.patient_lock
+
+    def wait_until_told(folder: Path, elsewhere: str, say: Callable[[str], None]) -> AbstractContextManager[bool]:
+        def say_and_let_go(name: str) -> None:
+            say(name)
+            holder.communicate(b"\n")
+
+        return wait(folder, elsewhere, say_and_let_go)
+
+    monkeypatch.setattr(run_teacher, "patient_lock", wait_until_told)
+    more = switchcli(*kept, "train.steps=4", "--out", "a", "-q")
+    assert more.code == 0, more.err
+    assert not lacking(more.err, f"answers waiting process {holder.pid}")
 
 
 BAD = {
@@ -436,6 +454,7 @@ BAD = {
         "model.d_model 16 32 concat",
     ),
     "T distill.loss=jsd distill.cache.folder=a": (2, "distill loss jsd cache reverse_kl"),
+    "T distill.cache.folder=new --out new": (4, "new in use distill.cache.folder"),
     "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),

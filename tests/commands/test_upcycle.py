@@ -115,6 +115,24 @@ def test_choices_of_two_copies_are_told_with_what_keeps_the_outputs(
     assert all(one["exact_without_noise"] for one in json.loads(done.out)["corrections"].values())
 
 
+def test_parts_begin_as_the_dense_run_with_the_keys_that_are_named(
+    here: Path, switchcli: SwitchCLI, tmp_path: Path
+) -> None:
+    command = ("upcycle", "dense", tmp_path / "parts", "--experts", 12, "model.expert_d_ff=16", "--json")
+    group = "model.router.group_sequences=4"
+    refused = switchcli(*command, group)
+    assert refused.code == 2
+    keys = re.findall(r"model\.router\.\w+=\S+", json.loads(refused.out)["error"])
+    done = switchcli(*command, group, *keys)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["parts"] == 4
+    assert all(one["exact"] for one in json.loads(done.out)["corrections"].values())
+    parts, dense = (
+        measured(switchcli, model, tmp_path / f"of-{Path(model).name}") for model in (tmp_path / "parts", "dense")
+    )
+    assert parts["neg_log_perplexity"] == pytest.approx(dense["neg_log_perplexity"], abs=1e-5)
+
+
 REFUSED = {
     "as many": (["runs", "--experts", "4"], 2, "--experts 4 multiple try 8"),
     "fewer": (["runs", "--experts", "2"], 2, "--experts 2 multiple 4 try 8 prune"),
@@ -129,12 +147,26 @@ REFUSED = {
     "size": (["dense", "--experts", "4", "model.size=small"], 2, "model.size custom dense"),
     "attention": (["dense", "--experts", "4", "model.sparse=both"], 2, "model.sparse both model.sparse=feed_forward"),
     "part of a part": (
-        ["dense", "--experts", "4", "model.expert_d_ff=100"],
+        ["dense", "--experts", "4", "model.expert_d_ff=60"],
         2,
-        "model.expert_d_ff 100 divide model.d_ff",
+        "model.expert_d_ff 60 model.d_ff 64 try 64",
     ),
-    "parts left over": (["dense", "--experts", "6", "model.expert_d_ff=16"], 2, "--experts 6 multiple 4 parts try 8"),
+    "one copy": (["dense", "--experts", "4", "model.expert_d_ff=16"], 2, "--experts 4 multiple parts try 8"),
+    "parts left over": (["dense", "--experts", "7", "model.expert_d_ff=16"], 2, "--experts 7 multiple 4 parts try 8"),
+    "raw gates": (
+        [
+            "dense",
+            "--experts",
+            "8",
+            "model.expert_d_ff=32",
+            "model.router.kind=top_k",
+            "model.router.renormalize=false",
+        ],
+        2,
+        "model.router 1 2 top_k model.router.k=2",
+    ),
     "one part": (["dense", "--experts", "8", "model.expert_d_ff=32"], 2, "model.router 1 2 top_k model.router.k=2"),
+    "sparse parts": (["runs", "--experts", "8", "model.expert_d_ff=32"], 2, "model.expert_d_ff leave"),
     "shared": (["dense", "--experts", "8", "model.shared_d_ff=32"], 2, "model.shared_d_ff 32 0"),
     "capacity": (["dense", "--experts", "50"], 2, "group_sequences=2"),
     "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction 0.1 dense"),

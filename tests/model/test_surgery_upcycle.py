@@ -36,11 +36,11 @@ EXACT: dict[str, dict[str, Any]] = {
     "two routers": {"num_experts": 4, "router": TopKRouter(), "decoder_router": SwitchRouter()},
     "parts": {"num_experts": 12, "expert_d_ff": 6, "router": TopKRouter(k=4), **UNTIED},
     "parts of two copies": {"num_experts": 8, "expert_d_ff": 12, "router": TopKRouter(k=4)},
-    "parts, raw gates": {"num_experts": 9, "expert_d_ff": 8, "router": TopKRouter(k=3, renormalize=False)},
     "parts, sigmoid": {
-        "num_experts": 8,
-        "expert_d_ff": 12,
-        "router": TopKRouter(renormalize=False, gate="sigmoid", balance="bias"),
+        "num_experts": 24,
+        "expert_d_ff": 3,
+        "router": TopKRouter(k=8, gate="sigmoid", balance="bias"),
+        "expert_scale": 0.7,
     },
 }
 
@@ -87,7 +87,8 @@ def loss(model: SwitchTransformer, context: DistributedContext) -> float:
 @pytest.mark.parametrize("case", EXACT)
 def test_it_begins_with_the_loss_of_the_dense_model(case: str, context: DistributedContext) -> None:
     spec = ModelSpec(**{**LARGE, **EXACT[case]})
-    assert all(gate_correction(spec.router_of(stack), spec.num_experts, "scaled").exact for stack in STACKS)
+    source = spec.model_copy(update={"num_experts": 1})
+    assert all(correction_of(source, spec, stack, "scaled").exact for stack in STACKS)
     assert loss(upcycled(spec), context) == pytest.approx(loss(dense(spec), context), abs=1e-5)
 
 

@@ -5,8 +5,8 @@ routers are new. With such copies a sparse layer computes sum_i p_i(x) E(x): the
 gates. `gate_correction` says how that sum becomes 1.
 
 Experts of 1/P of the width are the P parts of such copies (virtual groups, He et al. 2024): expert e is part e % P of
-copy e // P. The parts of a copy have equal router rows, so that a token that chooses P experts chooses a whole copy,
-whose parts add up to the dense output if each counts once.
+copy e // P. The parts of a copy have equal router rows, so that a token whose k is a multiple of P chooses whole
+copies. The parts of a copy add up to the dense output if each counts once, and its P gates add up to one gate.
 
 A sparse model grows by copies of its experts and of their router rows: expert e is a copy of e % E. The first E experts
 stay as they are but for `growth_correction`, which restores the sum of the gates. Without noise on the copied rows a
@@ -14,7 +14,7 @@ token's logits tie, and a top-1 router never chooses a copy.
 
 Names are those on disk, where an expert's weight is a tensor of its own: `...feed_forward.layer.experts.{e}.wi`.
 
-Legend: E experts of the sparse model, before it grows; D model, F hidden units, O outputs.
+Legend: E experts of the sparse model, before it grows; P parts; C whole copies; D model, F hidden units, O outputs.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -88,7 +88,7 @@ def correction_of(source: ModelSpec, spec: ModelSpec, stack: Stack, gate: Gate) 
     """Return the correction of the gates of `spec`, which is made from a dense or a sparse `source`."""
     if source.num_experts == 1:
         correction = gate_correction(spec.router_of(stack), spec.num_experts, gate)
-        # A sum of gates of 1 makes the mean over a copy's parts, not their sum.
+        # Without P, a copy would be the mean of its parts. The model multiplies the experts' outputs by their scale.
         return correction._replace(wo=correction.wo * num_parts(spec) / spec.scale_of_experts(stack))
     return growth_correction(source, spec, stack, gate)
 
@@ -129,7 +129,7 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
             source: the weights of the dense or sparse model that it is made from.
             source_spec: that model.
             names: the names of the new model's weights.
-            spec: the new model. Its number of experts is a multiple of that of the source.
+            spec: the new model. Its number of experts is a multiple of that of a sparse source, and of P.
             gate: whether gates are corrected.
             noise: how copies are made to differ.
         """
@@ -164,12 +164,13 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
         if int(number) < self._num_kept:
             return self._source[name]
         copied = f"experts.{int(number) % self._num_kept}.{matrix}" if self._num_kept else f"{matrix}.weight"
-        weight = self._source[f"{layer}.{copied}"].clone()  # safetensors refuses tensors that share memory
+        weight = self._source[f"{layer}.{copied}"]
         noise, seed = self._noise, self._noise.seed
         hidden_dim = 1 if matrix == "wo" else 0  # wi [F, D], wo [O, F]
         if not self._num_kept:
             parts = num_parts(self._spec)
-            weight = weight.chunk(parts, hidden_dim)[int(number) % parts].contiguous()
+            weight = weight.chunk(parts, hidden_dim)[int(number) % parts]
+        weight = weight.clone(memory_format=torch.contiguous_format)  # safetensors refuses tensors that share memory
         if noise.redraw:
             num_units = weight.shape[hidden_dim]
             order_F = torch.randperm(num_units, generator=keyed_generator(seed, f"{expert}/redraw"))  # for all matrices
@@ -185,7 +186,7 @@ class UpcycledWeights(Mapping[str, torch.Tensor]):
         """Return the rows of a router: new ones, or those of the source followed by copies with noise."""
         if not self._num_kept:
             parts = num_parts(self._spec)
-            row_CD = torch.empty(self._spec.num_experts // parts, self._spec.d_model)  # C: whole copies
+            row_CD = torch.empty(self._spec.num_experts // parts, self._spec.d_model)
             row_CD = truncated_normal(row_CD, self._spec.init_scale, keyed_generator(self._noise.seed, name))
             return row_CD.repeat_interleave(parts, 0)
         row_ED = self._source[name]

@@ -1,4 +1,4 @@
-"""Make a sparse model from copies of a dense model's feed-forwards, or of the experts of a smaller sparse model."""
+"""Make a sparse model from copies of a dense model's feed-forwards, or their parts, or of a smaller model's experts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +23,10 @@ from switchcli.runs.inputs.transformers_checkpoint import meta_model
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS, check_shape
 from switchcli.training.checkpointer import logical_tensors
 
-_CHANGEABLE_KEYS = (
-    "model.sparse",
-    "model.expert_d_ff",
-    "model.shared_d_ff",
-    *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]),
-    "train.",
-)
+_CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")
 """Prefixes of the keys that do not change the shape or the meaning of weights."""
+_KEYS_OF_EXPERTS = ("model.expert_d_ff", "model.shared_d_ff")
+"""Those that change them in sparse models alone."""
 ROUTER_NOISE = 0.01
 """Noise on copied router rows by default: of two equal experts about half of the tokens choose the copy."""
 
@@ -88,6 +84,7 @@ def upcycle(
         "destination": str(destination),
         "parameters": parameters,
         "experts": experts,
+        "parts": num_parts(spec) if source.num_experts == 1 else 1,
         "gate": gate,
         "noise": noise.experts,
         "redraw": noise.redraw,
@@ -135,21 +132,24 @@ def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
     parts = num_parts(spec)
     if parts * spec.expert_width != spec.d_ff:
         raise RecipeError(
-            f"model.expert_d_ff ({spec.expert_width}): must divide model.d_ff ({spec.d_ff}), of which experts are "
-            "equal parts"
+            f"model.expert_d_ff ({spec.expert_width}) must divide model.d_ff ({spec.d_ff}), as experts are equal parts "
+            f"of feed-forwards: try {spec.d_ff // max(1, parts)}"
         )
-    if experts % parts:
+    if parts == 1:
+        return
+    if experts % parts or experts < 2 * parts:
         raise RecipeError(
-            f"--experts ({experts}) must be a multiple of the {parts} parts of a feed-forward: try "
-            f"{parts * max(2, round(experts / parts))}"
+            f"--experts ({experts}) must be a multiple of the {parts} parts of a feed-forward, for two copies or more: "
+            f"try {parts * max(2, round(experts / parts))}"
         )
     for stack in STACKS:
-        router = spec.router_of(stack)
-        if spec.sparse_layers(stack) and not router.experts_choose and router.experts_per_token % parts:
-            key = _router_key(spec, stack)
+        router, key = spec.router_of(stack), _router_key(spec, stack)
+        # Otherwise gates would have to be made equal, and a router that chooses by them could not tell copies apart.
+        is_whole = router.gates_sum_to_one and router.experts_per_token % parts == 0
+        if spec.sparse_layers(stack) and not is_whole:
             raise RecipeError(
-                f"{key}: a token chooses {router.experts_per_token} experts, and a feed-forward has {parts} parts: set "
-                f"{key}.kind=top_k {key}.k={parts}"
+                f"{key}: each token must choose a multiple of the {parts} parts of a feed-forward, with gates that add "
+                f"up to 1: set {key}.kind=top_k {key}.k={parts} {_room(key, parts)}"
             )
 
 
@@ -165,10 +165,14 @@ def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str |
         return None
     key, k = _router_key(grown, stack), before * growth
     return (
-        f"{key}.k ({after}): a token will choose copies of the same experts: {key}.k={k} "
-        f"{key}.capacity_factor={1.25 * k:g} {key}.eval_capacity_factor={2 * k} "
-        f"{key}.keep_threshold=0 keep the outputs, at {growth} times the experts' FLOPs"
+        f"{key}.k ({after}): a token will choose copies of the same experts: {key}.k={k} {_room(key, k)} keep the "
+        f"outputs, at {growth} times the experts' FLOPs"
     )
+
+
+def _room(key: str, k: int) -> str:
+    """Return the keys of a router with which all of k choices have room."""
+    return f"{key}.capacity_factor={1.25 * k:g} {key}.eval_capacity_factor={2 * k} {key}.keep_threshold=0"
 
 
 def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
@@ -183,9 +187,11 @@ def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str
     without_overrides = handle.recipe.model_copy(update={"model": model, "description": description})
     tree = resolve.load(None, overrides, resolve.layer(without_overrides.model_dump(mode="json"), where))
     recipe = resolve.validate(tree, type(handle.recipe))
+    is_dense = handle.recipe.model.num_experts == 1
+    changeable = (*_CHANGEABLE_KEYS, *(_KEYS_OF_EXPERTS if is_dense else ()))
     for key, old, new in resolve.differences(without_overrides, recipe):
-        if not key.startswith(_CHANGEABLE_KEYS):
+        if not key.startswith(changeable):
             raise RecipeError(
-                f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(_CHANGEABLE_KEYS)}"
+                f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(changeable)}"
             )
     return recipe

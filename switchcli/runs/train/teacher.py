@@ -29,7 +29,7 @@ from switchcli.runs.inputs.train_data import TrainData, microbatch_rows
 from switchcli.runs.train import run_messages
 from switchcli.runs.train.distill_rules import Recipe
 from switchcli.system import publish
-from switchcli.system.lock import lock
+from switchcli.system.lock import patient_lock
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.system.user_files import read_regular
 from switchcli.tasks.tokens import PackedTask, Questions, relabeled
@@ -234,13 +234,13 @@ class RunTeacher:
             return bool(context.from_main(int(context.main_only(question) or 0)))
 
         def say(holder: str) -> None:
-            self._console.message(f"{folder}: waiting for the run that fills it ({holder})")
+            self._console.warning(f"{folder}: waiting for the run that fills it ({holder})")
 
         if not on_main(is_incomplete):
             yield None
             return
         with ExitStack() as locks:
-            has_waited = on_main(lambda: locks.enter_context(lock(folder, cache.elsewhere, say)))
+            has_waited = on_main(lambda: locks.enter_context(patient_lock(folder, cache.elsewhere, say)))
             if has_waited and not on_main(is_incomplete):
                 yield None
                 return
