@@ -347,12 +347,15 @@ def _newest(
     folder: Path, on_damage: Callable[[Path, DamagedError], None], alternative: str = _START_AGAIN
 ) -> Checkpoint | None:
     """Return the newest checkpoint that verifies, after `on_damage` was called for each newer one that does not."""
-    for path, checkpoint in verify_all(saved_checkpoints(folder)):
+    listed = saved_checkpoints(folder)
+    for path, checkpoint in verify_all(listed):
         if isinstance(checkpoint, Checkpoint):
             return checkpoint
         if not path.exists():  # the run has just pruned it, so that there are newer ones
             return _newest(folder, on_damage, alternative)
         on_damage(path, checkpoint)
+    if not {*listed}.issuperset(saved_checkpoints(folder)):  # a run saves and prunes meanwhile
+        return _newest(folder, on_damage, alternative)
     if names := sorted(path.name for path in folder.glob("step-*")):
         raise CheckpointError(
             f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "

@@ -241,6 +241,19 @@ def test_a_reader_never_meets_half_a_checkpoint(tmp_path: Path) -> None:
     assert failures == []
 
 
+def test_a_listing_that_missed_what_was_saved_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is not listed in one piece: all that is listed may be pruned by the time that it is looked at."""
+    save_step(tmp_path, 1)
+    look = checkpoints.saved_checkpoints
+    listings = [[], look(tmp_path)]
+    monkeypatch.setattr(checkpoints, "saved_checkpoints", lambda folder: listings.pop(0) if listings else look(folder))
+    found = latest_read_only(tmp_path, fail)
+    assert found is not None
+    assert found.step == 1
+
+
 def steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.iterdir())
 
