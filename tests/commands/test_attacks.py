@@ -395,4 +395,6 @@ def test_a_command_opens_no_file_elsewhere_no_host_and_no_program(tmp_path: Path
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert Path("seen").read_text() == "subprocess.Popen true\n"
+    seen = Path("seen").read_text().splitlines()
+    # torch's CUDA builds import NVIDIA's loader, which asks ldconfig where the C library is.
+    assert [line for line in seen if not line.endswith(" /sbin/ldconfig")] == ["subprocess.Popen true"]
