@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.system import publish
@@ -24,6 +25,17 @@ _HOLDER_TIMEOUT = 0.2
 """Seconds that a second run waits for the first to write its name into the file."""
 _WAIT = 0.2
 """Seconds between two attempts to get a lock that is waited for."""
+
+
+class _Holder(NamedTuple):
+    """The process that has the lock, as the file says."""
+
+    host: str
+    pid: int
+    started: str
+
+    def __str__(self) -> str:
+        return f"host {self.host}, process {self.pid}, started {self.started}"
 
 
 class LockedError(CheckpointError):
@@ -124,28 +136,24 @@ def _acquire(descriptor: int, path: Path, alternative: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        holder = _holder(descriptor)
-        message = f"{path.parent}: in use by another run ({holder}): wait for it, stop it, or {alternative}."
-        raise LockedError(message, holder, is_own=holder.startswith(_name_of(os.getpid()))) from None
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    text = json.dumps({"host": platform.node(), "pid": os.getpid(), "started": started})
+        holder = _read_holder(descriptor)
+        name = str(holder or "its run.lock does not say which")
+        message = f"{path.parent}: in use by another run ({name}): wait for it, stop it, or {alternative}."
+        is_own = holder is not None and (holder.host, holder.pid) == (platform.node(), os.getpid())
+        raise LockedError(message, name, is_own=is_own) from None
+    holder = _Holder(platform.node(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode() + b"\n", 0)
+    os.pwrite(descriptor, json.dumps(holder._asdict()).encode() + b"\n", 0)
 
 
-def _name_of(pid: int, host: str | None = None) -> str:
-    return f"host {host or platform.node()}, process {pid},"
-
-
-def _holder(descriptor: int) -> str:
-    """Return a description of the process that has the lock, which may not have written the file yet."""
+def _read_holder(descriptor: int) -> _Holder | None:
+    """Return the process that has the lock, which may not have written the file yet. None if the file does not say."""
     deadline = time.monotonic() + _HOLDER_TIMEOUT
     text = os.pread(descriptor, 4096, 0)
     while not text.endswith(b"\n") and time.monotonic() < deadline:
         time.sleep(0.01)
         text = os.pread(descriptor, 4096, 0)
     try:
-        holder = json.loads(text)
-        return f"{_name_of(holder['pid'], holder['host'])} started {holder['started']}"
-    except (ValueError, KeyError, TypeError):
-        return "its run.lock does not say which"
+        return _Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
