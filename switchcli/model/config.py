@@ -211,6 +211,10 @@ class ModelSpec(Spec):
     def router_of(self, stack: Stack) -> RouterSpec:
         return self.decoder_router or self.router if stack == "decoder" else self.router
 
+    def router_key(self, stack: Stack) -> str:
+        """Return the key of a stack's router in a recipe."""
+        return "model.decoder_router" if stack == "decoder" and self.decoder_router else "model.router"
+
     @property
     def group_sequences(self) -> int:
         """The number of sequences of a batch must be a multiple of this, so that it has whole groups in all routers."""

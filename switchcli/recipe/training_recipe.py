@@ -147,8 +147,7 @@ class TrainingRecipe(Spec, ABC):
 
     def _stack_capacity_rules(self, stack: Stack, length: int) -> Iterator[str]:
         experts, router = self.model.num_experts, self.model.router_of(stack)
-        has_own_router = stack == "decoder" and self.model.decoder_router is not None
-        key = "model.decoder_router" if has_own_router else "model.router"
+        key = self.model.router_key(stack)
         group = router.group_sequences * length
         if group < experts:
             yield (

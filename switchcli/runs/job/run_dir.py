@@ -82,7 +82,7 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
         return latest is not None
 
     with ExitStack() as locks:
-        folder.is_resumed = bool(context.from_main(int(context.main_only(lock_and_check) or 0)))
+        folder.is_resumed = context.main_decides(lock_and_check)
         context.on_all_ranks(lambda: _check_shared(out))
         yield folder
 

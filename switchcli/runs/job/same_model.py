@@ -31,7 +31,7 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
         if not before.sparse_layers(stack):
             continue
         old_router, new_router = before.router_of(stack), after.router_of(stack)
-        key = "model.decoder_router" if stack == "decoder" and after.decoder_router else "model.router"
+        key = after.router_key(stack)
         if old_router.has_sigmoid_gates != new_router.has_sigmoid_gates:
             raise RecipeError(f"{key}.gate: another one than that of the weights of {path}: leave it out")
         if old_router.choice_bias_rate and not new_router.choice_bias_rate:

@@ -230,18 +230,15 @@ class RunTeacher:
                 self._console.warning(f"{', '.join(map(str, damaged))}: damaged: the teacher runs again")
             return bool(damaged)
 
-        def on_main(question: Callable[[], bool]) -> bool:
-            return bool(context.from_main(int(context.main_only(question) or 0)))
-
         def say(holder: str) -> None:
             self._console.warning(f"{folder}: waiting for the run that fills it ({holder})")
 
-        if not on_main(is_incomplete):
+        if not context.main_decides(is_incomplete):
             yield None
             return
         with ExitStack() as locks:
-            has_waited = on_main(lambda: locks.enter_context(patient_lock(folder, cache.elsewhere, say)))
-            if has_waited and not on_main(is_incomplete):
+            has_waited = context.main_decides(lambda: locks.enter_context(patient_lock(folder, cache.elsewhere, say)))
+            if has_waited and not context.main_decides(is_incomplete):
                 yield None
                 return
             context.main_only(lambda: cache.begin(facts))
