@@ -149,7 +149,7 @@ REFUSED = {
     "part of a part": (
         ["dense", "--experts", "4", "model.expert_d_ff=60"],
         2,
-        "model.expert_d_ff 60 model.d_ff 64 try 64",
+        "model.expert_d_ff 60 model.d_ff 64 try 32",
     ),
     "one copy": (["dense", "--experts", "4", "model.expert_d_ff=16"], 2, "--experts 4 multiple parts try 8"),
     "parts left over": (["dense", "--experts", "7", "model.expert_d_ff=16"], 2, "--experts 7 multiple 4 parts try 8"),

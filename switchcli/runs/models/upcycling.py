@@ -24,9 +24,9 @@ from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS, check_shape
 from switchcli.training.checkpointer import logical_tensors
 
 _CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")
-"""Prefixes of the keys that do not change the shape or the meaning of weights."""
+"""Prefixes of the keys that no weight's shape or meaning depends on."""
 _KEYS_OF_EXPERTS = ("model.expert_d_ff", "model.shared_d_ff")
-"""Those that change them in sparse models alone."""
+"""Keys that no weight of a dense model depends on. Those of a sparse model do."""
 ROUTER_NOISE = 0.01
 """Noise on copied router rows by default: of two equal experts about half of the tokens choose the copy."""
 
@@ -60,16 +60,11 @@ def upcycle(
     else:
         _check_copies_of_feed_forwards(spec, experts)
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
-    factors = {stack: spec.router_of(stack).eval_capacity_factor for stack in stacks}
-    if gate == "scaled" and any(factor != "dropless" for factor in factors.values()):
-        console.warning(
-            f"model.router.eval_capacity_factor ({factors[stacks[0]]}): the copies share tokens unevenly, and the "
-            f"output of a dropped token differs from that of {checkpoint.path}: dropless keeps all tokens"
-        )
     # Stacks that share a router have one warning.
-    for warning in dict.fromkeys(_choices_warning(source, spec, stack) for stack in stacks):
-        if warning:
-            console.warning(warning)
+    warnings = [_drops_warning(spec, stacks, gate, checkpoint.path)]
+    warnings += [_choices_warning(source, spec, stack) for stack in stacks]
+    for warning in filter(None, dict.fromkeys(warnings)):
+        console.warning(warning)
     destination = check_checkpoint_destination(model, destination)
     names = logical_tensors(meta_model(spec))
     weights = UpcycledWeights(checkpoint.weights(), source, names, spec, gate, noise)
@@ -131,9 +126,10 @@ def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
         raise RecipeError(f"model.shared_d_ff ({spec.shared_d_ff}): a dense model has no weights for it: set it to 0")
     parts = num_parts(spec)
     if parts * spec.expert_width != spec.d_ff:
+        divides = max(width for width in range(1, min(spec.expert_width, spec.d_ff) + 1) if spec.d_ff % width == 0)
         raise RecipeError(
             f"model.expert_d_ff ({spec.expert_width}) must divide model.d_ff ({spec.d_ff}), as experts are equal parts "
-            f"of feed-forwards: try {spec.d_ff // max(1, parts)}"
+            f"of feed-forwards: try {divides}"
         )
     if parts == 1:
         return
@@ -143,7 +139,7 @@ def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
             f"try {parts * max(2, round(experts / parts))}"
         )
     for stack in STACKS:
-        router, key = spec.router_of(stack), _router_key(spec, stack)
+        router, key = spec.router_of(stack), spec.router_key(stack)
         # Otherwise gates would have to be made equal, and a router that chooses by them could not tell copies apart.
         is_whole = router.gates_sum_to_one and router.experts_per_token % parts == 0
         if spec.sparse_layers(stack) and not is_whole:
@@ -153,8 +149,15 @@ def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
             )
 
 
-def _router_key(spec: ModelSpec, stack: Stack) -> str:
-    return "model.decoder_router" if stack == "decoder" and spec.decoder_router else "model.router"
+def _drops_warning(spec: ModelSpec, stacks: Sequence[Stack], gate: Gate, path: Path) -> str | None:
+    """Return a warning if the start could be exact, and tokens that are dropped make it differ."""
+    factors = [spec.router_of(stack).eval_capacity_factor for stack in stacks]
+    if gate == "raw" or all(factor == "dropless" for factor in factors):
+        return None
+    return (
+        f"model.router.eval_capacity_factor ({factors[0]}): the copies share tokens unevenly, and the output of a "
+        f"dropped token differs from that of {path}: dropless keeps all tokens"
+    )
 
 
 def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str | None:
@@ -163,7 +166,7 @@ def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str |
     growth = grown.num_experts // source.num_experts
     if source.num_experts == 1 or before == 1 or after == before * growth:
         return None
-    key, k = _router_key(grown, stack), before * growth
+    key, k = grown.router_key(stack), before * growth
     return (
         f"{key}.k ({after}): a token will choose copies of the same experts: {key}.k={k} {_room(key, k)} keep the "
         f"outputs, at {growth} times the experts' FLOPs"
