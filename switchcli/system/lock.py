@@ -53,20 +53,27 @@ def patient_lock(folder: Path, alternative: str, on_wait: Callable[[str], None])
 
     `on_wait` is called once with who has the lock, before waiting.
     """
-    has_waited = False
     with ExitStack() as held:
-        while True:
+
+        def attempt() -> str | None:
+            """Return who else has the lock. None: this process has it now."""
             try:
                 held.enter_context(lock(folder, alternative))
-                break
             except LockedError as locked:
                 if locked.is_own:
                     raise
-                if not has_waited:
-                    on_wait(locked.holder)
-                has_waited = True
-                time.sleep(_WAIT)
-        yield has_waited
+                return locked.holder
+            return None
+
+        first = holder = attempt()
+        if first is not None:
+            on_wait(first)
+        while holder is not None:
+            time.sleep(
+                _WAIT
+            )  # outside of `except`, where a signal would be taken for one to a command that ends already
+            holder = attempt()
+        yield first is not None
 
 
 @contextmanager

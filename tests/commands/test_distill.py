@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -421,6 +422,22 @@ def test_notes_that_are_lost_are_made_again_and_only_missing_answers_wait_for_th
     more = switchcli(*kept, "train.steps=4", "--out", "a", "-q")
     assert more.code == 0, more.err
     assert not lacking(more.err, f"answers waiting process {holder.pid}")
+
+
+@pytest.mark.integration
+def test_a_run_that_waits_for_another_ones_answers_can_be_interrupted(trained: Path, here: Path) -> None:
+    command = ("distill", "--teacher", trained, "distill.cache.folder=answers", "--out", "a")
+    arguments = [sys.executable, "-m", "switchcli", *map(str, command)]
+    with lock(Path("answers")), subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        assert any("waiting" in line for line in run.stderr)
+        run.send_signal(signal.SIGINT)
+        try:
+            _, said = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert (run.returncode, lacking(said, "stopped SIGINT")) == (75, []), said
+    assert not Path("a").exists()
 
 
 BAD = {
