@@ -61,7 +61,7 @@ def distill(
     ] = None,
     cache_only: Annotated[
         bool,
-        typer.Option("--cache-only", help="Save the teacher's probabilities to distill.cache, and stop."),
+        typer.Option("--cache-only", help="Save what the teacher is asked to distill.cache and distill.answers, and stop."),
     ] = False,
     out: Annotated[
         Path | None,
@@ -97,7 +97,7 @@ def distill(
             return
         if _training.starts_ranks(processes):
             _training.start_ranks(processes, job)
-        finish(distilling.fill_teacher_cache(job, quiet), as_json)
+        finish(distilling.ask_teacher_only(job, quiet), as_json)
         return
     result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
     finish(result.record, as_json)

@@ -184,10 +184,15 @@ def test_a_student_learns_its_teachers_answers_which_are_generated_once(
 ) -> None:
     kept = ("distill.targets=teacher", "distill.answers=kept", "distill.decoding.beams=2")
     command = ("distill", "--teacher", tuned, "--student", dense, *kept, "-q")
-    done = switchcli(*command, "distill.loss=jsd", "--out", "by-jsd")
-    assert done.code == 0, done.err
+    asked = switchcli(*command, "distill.loss=jsd", "--cache-only", "--json", "--out", "by-jsd")
+    assert asked.code == 0, asked.err
+    assert json.loads(asked.out) == {"verb": "distill", "answers": "kept"}
+    assert not Path("by-jsd").exists()
     files = sorted(Path("kept").glob("*/examples-00000000-00000060-*.safetensors"))
     assert len(files) == 2, "a file for each task"
+    done = switchcli(*command, "distill.loss=jsd", "--out", "by-jsd")
+    assert done.code == 0, done.err
+    assert sorted(Path("kept").glob("*/examples-*.safetensors")) == files
     teacher = load_checkpoint(tuned, torch.device("cpu"), NoWarnings())
     decoding = Decoding(beams=2, max_tokens=32)
     rows = [json.loads(line) for line in (tuned.parent / "last.train.jsonl").read_text().splitlines()]
@@ -472,7 +477,7 @@ BAD = {
     ),
     "T distill.loss=jsd distill.cache.folder=a": (2, "distill loss jsd cache reverse_kl"),
     "T distill.cache.folder=new --out new": (4, "new in use distill.cache.folder"),
-    "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction"),
+    "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction distill.answers"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),
     "T --out .": (2, "distill.teacher folder --out"),

@@ -43,28 +43,38 @@ from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizers import Optimizer
 
 
-def fill_teacher_cache(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
-    """Save the teacher's probabilities for all steps of the run. No student is trained and no run folder is made.
+def ask_teacher_only(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
+    """Save what the run asks its teacher: answers, probabilities for all steps, or both. No student is trained.
 
-    Return a JSON result on the main rank, and an empty one on the others.
+    No run folder is made. Return a JSON result on the main rank, and an empty one on the others.
 
     Raises:
-        RecipeError: the recipe has no cache, or does not use the teacher's probabilities.
-        Interrupted: stopped by a signal. Finished parts of the cache are kept.
+        RecipeError: the recipe keeps nothing of what the teacher is asked.
+        Interrupted: stopped by a signal. Finished parts are kept.
     """
-    recipe, settings = job.recipe, job.recipe.distill.cache
-    if settings is None or not recipe.distill.soft_fraction:
-        raise RecipeError("--cache-only: needs distill.cache.folder, and a distill.soft_fraction above 0")
+    recipe, settings = job.recipe, job.recipe.distill
+    cache = settings.cache if settings.soft_fraction else None
+    if cache is None and settings.answers is None:
+        raise RecipeError(
+            "--cache-only: needs distill.cache.folder and a distill.soft_fraction above 0, or distill.targets: teacher "
+            "and distill.answers"
+        )
     context = build_context(recipe)
     check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)
     with memory.explain_out_of_memory_in_evaluation(context.device):
         Distillation(job, None, context, console).build_data()
         context.close()
-    size = sum(path.stat().st_size for path in Path(settings.folder).iterdir())
-    steps = recipe.train.steps - recipe.distill.start_step
-    console.message(f"probabilities of {steps:,} steps, {si(size)}B, in {settings.folder}")
-    return {"verb": recipe.verb, "folder": settings.folder, "steps": steps, "bytes": size} if context.is_main else {}
+    result: dict[str, Any] = {"verb": recipe.verb}
+    if settings.answers is not None:
+        console.message(f"the teacher's answers are in {settings.answers}")
+        result["answers"] = settings.answers
+    if cache is not None:
+        size = sum(path.stat().st_size for path in Path(cache.folder).iterdir())
+        steps = recipe.train.steps - settings.start_step
+        console.message(f"probabilities of {steps:,} steps, {si(size)}B, in {cache.folder}")
+        result |= {"folder": cache.folder, "steps": steps, "bytes": size}
+    return result if context.is_main else {}
 
 
 class Distillation(DistillRules):
