@@ -61,7 +61,9 @@ def distill(
     ] = None,
     cache_only: Annotated[
         bool,
-        typer.Option("--cache-only", help="Save what the teacher is asked to distill.cache and distill.answers, and stop."),
+        typer.Option(
+            "--cache-only", help="Save what the teacher is asked to distill.cache and distill.answers, and stop."
+        ),
     ] = False,
     out: Annotated[
         Path | None,

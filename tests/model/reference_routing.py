@@ -187,7 +187,8 @@ def _token_choice(
                 if isinstance(rule, TopKRouter) and rule.renormalize:
                     weight = weight / gate_NE[token, ranked[token][: rule.k]].sum()
                 places.append(Place(token, expert, weight))
-    counted = rounds[rule.kind] if isinstance(rule, NoTokenLeftBehindRouter) else 1
+    counts_all = isinstance(rule, NoTokenLeftBehindRouter) or rounds[rule.kind] > 2
+    counted = rounds[rule.kind] if counts_all else 1
     return Group(places, [ranked[token][:counted] if token in ranked else [] for token in range(N)], load)
 
 

@@ -46,10 +46,13 @@ def test_gates_may_stay_raw() -> None:
     assert route(raw, [[0.6, 0.1, 0.3]]).queues == [[(0, 0.6)], [], [(0, 0.3)]]
 
 
-def test_f_counts_first_choices_alone() -> None:
-    report = route(KEEP, [[0.6, 0.3, 0.1]] * 3 + [[0.1, 0.3, 0.6]]).report
-    assert report.fraction_GE.tolist() == [[0.75, 0.0, 0.25]]
-    assert report.load_E.tolist() == [3, 4, 1]
+def test_f_counts_the_first_of_two_choices_and_all_of_three() -> None:
+    table = [[0.6, 0.3, 0.1, 0.0]] * 3 + [[0.1, 0.3, 0.6, 0.0]]
+    report = route(KEEP, table).report
+    assert report.fraction_GE.tolist() == [[0.75, 0.0, 0.25, 0.0]]
+    assert report.load_E.tolist() == [3, 4, 1, 0]
+    three = route(KEEP.model_copy(update={"k": 3}), table).report
+    assert three.fraction_GE.tolist() == [[pytest.approx(1 / 3)] * 3 + [0.0]]
 
 
 def test_three_choices_queue_in_three_rounds() -> None:

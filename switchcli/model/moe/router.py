@@ -412,7 +412,7 @@ class TokenChoiceRouter(Router, ABC):
         return None
 
     def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
-        """Return f of eq. 5 over first choices only, as Mesh-TensorFlow does: [G, E], without a gradient."""
+        """Return f of eq. 5: [G, E], without a gradient. By default only first choices count."""
         return choice_fraction(expert_GNK[..., :1], real_GN, num_experts)
 
 
@@ -454,7 +454,8 @@ class TopKRouter(TokenChoiceRouter):
     """`top_k` sends each token to its k most probable experts: the paper's Mixture-of-Experts baseline."""
     k: Size = 2
     """Number of experts per token. For more than two, the defaults have room for all of them: `capacity_factor` is
-    1.25 k, `eval_capacity_factor` 2 k, and `keep_threshold` 0."""
+    1.25 k, `eval_capacity_factor` 2 k, and `keep_threshold` 0. The load-balancing loss then counts all choices, and of
+    two the first."""
     renormalize: bool = True
     """Whether the k gates are divided by their sum."""
     keep_threshold: float = Field(default=0.2, ge=0.0, le=1.0)
@@ -511,6 +512,12 @@ class TopKRouter(TokenChoiceRouter):
         # Of sigmoids, and of experts that a bias has chosen, all gates may be 0.
         total_GN1 = probability_GNK.sum(-1, keepdim=True).clamp(min=torch.finfo(probability_GNK.dtype).tiny)
         return probability_GNK / total_GN1
+
+    def _fraction(self, expert_GNK: torch.Tensor, real_GN: torch.Tensor, num_experts: int) -> torch.Tensor:
+        # Of two choices the first counts, as in Mesh-TensorFlow. Of many all do, as in DeepSeekMoE: which one is first
+        # says little, and among the parts of one upcycled feed-forward, whose gates are equal, it is always the same.
+        counted_GNK = expert_GNK if self.k > FEW_CHOICES else expert_GNK[..., :1]
+        return choice_fraction(counted_GNK, real_GN, num_experts)
 
     def _eligible(self, gate_GN: torch.Tensor, assigned_GN: torch.Tensor, training: bool) -> torch.Tensor:
         import torch
