@@ -1,8 +1,8 @@
 """Compare the arms of a sweep with its first one: losses paired by seed, with Holm's correction over the arms.
 
-    python scripts/experiments/judge.py FOLDER ARM [ARM ...] > arms.csv
+    python scripts/experiments/judge.py [--score] FOLDER ARM [ARM ...] > arms.csv
 
-FOLDER holds runs ARM-SEED. The first arm is the baseline. The routing is that of the last record: the highest load over
+FOLDER holds runs ARM-SEED. The first arm is the baseline. With --score the mean scores of tasks are compared. The routing is that of the last record: the highest load over
 the mean in the worst layer, the entropy of loads and of probabilities over log E, and the held-out tokens that kept
 their expert since the evaluation before, all as means over seeds; a dense model has none.
 """
@@ -68,12 +68,22 @@ def routing(runs: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{fmean(run['record'][SAME_EXPERT] for run in runs):.3f}"
 
 
+def held_out_loss(run: dict[str, Any]) -> float:
+    return float(run[HELD_OUT_LOSS])
+
+
+def score(run: dict[str, Any]) -> float:
+    return float(run["average"]["score"])
+
+
 def main() -> None:
-    folder, *arms = sys.argv[1:]
+    arguments = sys.argv[1:]
+    measured = score if arguments[0] == "--score" else held_out_loss
+    folder, *arms = [argument for argument in arguments if argument != "--score"]
     by_arm = {arm: runs_of(Path(folder), arm) for arm in arms}
     base = by_arm[arms[0]]
     differences = {
-        arm: [run[HELD_OUT_LOSS] - base[seed][HELD_OUT_LOSS] for seed, run in sorted(runs.items()) if seed in base]
+        arm: [measured(run) - measured(base[seed]) for seed, run in sorted(runs.items()) if seed in base]
         for arm, runs in by_arm.items()
         if arm != arms[0]
     }
@@ -81,7 +91,7 @@ def main() -> None:
     p = {arm: t_tail(fmean(values) / errors[arm], len(values) - 1) for arm, values in differences.items()}
     adjusted = holm(p)
     table = csv.writer(sys.stdout)
-    columns = ("loss", "difference", "deviation", "p", "holm", "flops", "active", "parameters")
+    columns = (measured.__name__, "difference", "deviation", "p", "holm", "flops", "active", "parameters")
     table.writerow(["arm", "seeds", *columns, "max_load", "load_entropy", "entropy", "same_expert"])
     for arm, runs in by_arm.items():
         compared = [""] * 4
@@ -89,8 +99,8 @@ def main() -> None:
             compared = [f"{fmean(values):+.4f}", f"{stdev(values):.4f}", f"{p[arm]:.4f}", f"{adjusted[arm]:.4f}"]
         one = next(iter(runs.values()))
         sizes = [one[key] for key in ("flops_per_sequence", "active_parameters", "parameters")]
-        loss = f"{fmean(run[HELD_OUT_LOSS] for run in runs.values()):.4f}"
-        table.writerow([arm, len(runs), loss, *compared, *sizes, *routing([*runs.values()])])
+        mean = f"{fmean(map(measured, runs.values())):.4f}"
+        table.writerow([arm, len(runs), mean, *compared, *sizes, *routing([*runs.values()])])
 
 
 if __name__ == "__main__":
