@@ -76,6 +76,8 @@ class Axis(NamedTuple):
     domain: tuple[float, float] | None = None
     """The range shown before the reader zooms; None for the range of the data."""
     kind: Literal["quantitative", "ordinal"] = "quantitative"
+    doubles: bool = False
+    """Whether equal distances are equal ratios: a scale of powers of 2."""
 
     def channel(self, label_separation: int = 8, **options: Any) -> dict[str, Any]:
         """Return the position channel of an encoding. Labels closer than `label_separation` pixels are left out."""
@@ -86,6 +88,9 @@ class Axis(NamedTuple):
 
     def scale(self, **options: Any) -> dict[str, Any]:
         """Return a scale with these options, over the axis's domain where it has one."""
+        if self.doubles:  # which has no zero
+            options = {**options, "type": "log", "base": 2}
+            options.pop("zero", None)
         return options if self.domain is None else {**options, "domain": [*self.domain]}
 
     def tooltip(self, field: str | None = None) -> dict[str, Any]:
@@ -99,8 +104,17 @@ def style_of(index: int) -> tuple[str, tuple[int, ...], str]:
     return COLORS[index % len(COLORS)], DASHES[index % len(DASHES)], SHAPES[index % len(SHAPES)]
 
 
-def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, series: Sequence[str]) -> Figure:
-    """Return a chart with one line per series, in a band from column `least` to column `most`.
+def lines(
+    name: str,
+    title: str,
+    caption: str,
+    table: Table,
+    x: Axis,
+    y: Axis,
+    series: Sequence[str],
+    spread: Literal["band", "bars"] = "band",
+) -> Figure:
+    """Return a chart with one line per series, and a band, or a bar at each point, from column `least` to `most`.
 
     Column `series` of the table holds labels; points are joined in the order of its rows. `series` lists all labels in
     the order of their styles, which is the same in all figures of a report.
@@ -124,7 +138,7 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
         channels = {**position, "color": color, "opacity": visible, **encoding}
         return {"mark": {"clip": True, **mark}, "encoding": channels, **options}
 
-    band = {"y": {**position["y"], "field": "least"}, "y2": {"field": "most"}}
+    least_to_most = {"y": {**position["y"], "field": "least"}, "y2": {"field": "most"}}
     every = max(1, math.ceil(len(table.rows) / (MARKERS * len(series))))
     nth_points = [
         {"window": [{"op": "row_number", "as": "row"}], "groupby": ["series"]},
@@ -133,7 +147,7 @@ def lines(name: str, title: str, caption: str, table: Table, x: Axis, y: Axis, s
     names = {"field": "series", "type": "nominal"}
     tooltip = [names, x.tooltip(), y.tooltip(), y.tooltip("least"), y.tooltip("most")]
     layers = [
-        layer({"type": "area"}, 0.16, band),
+        layer({"type": "area" if spread == "band" else "rule"}, 0.16 if spread == "band" else 0.7, least_to_most),
         layer(
             {"type": "line", "strokeWidth": 1.8, "strokeJoin": "round"}, 1, {"strokeDash": dash}, params=[_SHOWN, _ZOOM]
         ),

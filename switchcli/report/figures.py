@@ -10,9 +10,9 @@ from switchcli.metric_names import DROPPED_FRACTION, LOSS, MAX_LOAD, SAME_EXPERT
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure
 from switchcli.report.comparison import Comparison
-from switchcli.report.runs import Curve, Floats, Loads, Run
+from switchcli.report.runs import Curve, Floats, Loads, Run, as_mapping
 from switchcli.report.safe_text import capitalize
-from switchcli.report.series import band, downsample
+from switchcli.report.series import SeedSpread, band, downsample
 from switchcli.report.table import Table
 from switchcli.report.units import si
 
@@ -36,6 +36,42 @@ def quality(comparison: Comparison) -> list[Figure]:
     metric = comparison.metric
     caption = f"Each point is the mean of {metric.evaluations} evaluations." if metric.evaluations > 1 else ""
     return _against(comparison, "held_out", metric.title, caption, metric.curve)
+
+
+def experts(comparison: Comparison) -> list[Figure]:
+    """Return a chart of the last quality against the number of experts (Figures 1 and 4 of the paper).
+
+    A line has the series of equal FLOPs, steps and routers, the best one of each number of experts. There is no chart
+    unless two of them differ in that number.
+    """
+    lines: dict[str, dict[int, SeedSpread]] = {}
+    for series, row in zip(comparison.series, comparison.rows, strict=True):
+        model, flops = as_mapping(series.runs[0].recipe.get("model")), row.sizes["flops_per_sequence"]
+        number, router = model.get("num_experts"), as_mapping(model.get("router"))
+        if not isinstance(number, int) or flops is None or row.steps is None or row.final is None:
+            continue
+        k = f" with k {router['k']}" if "k" in router else ""
+        line = lines.setdefault(f"{si(flops)} FLOPs, {row.steps.mean:,.0f} steps, {router.get('kind')}{k}", {})
+        line[number] = min(row.final, line.get(number, row.final))  # by the mean, which is first
+    if all(len(line) == 1 for line in lines.values()):
+        return []
+    rows = [
+        (label, number, final.mean, final.least, final.most)
+        for label, line in lines.items()
+        for number, final in sorted(line.items())
+    ]
+    title = comparison.metric.title
+    table = Table(("series", "experts", "value", "least", "most"), rows, name="experts")
+    caption = (
+        "The last value of each run, the mean over seeds between the least and the most. A line has equal FLOPs for "
+        "each sequence; of several series at one number of experts the best is shown. 1 is the dense model."
+    )
+    numbers = [number for line in lines.values() for number in line]
+    domain = (min(numbers) / 1.2, max(numbers) * 1.2)  # room for the markers of the outermost points
+    x = Axis("experts", "experts", "d", precise="d", domain=domain, doubles=True)
+    y = Axis("value", title, ".3~f", precise=".4f")
+    heading = f"{capitalize(title)} against the number of experts"
+    return [charts.lines("experts", heading, caption, table, x, y, [*lines], spread="bars")]
 
 
 def training(comparison: Comparison) -> list[Figure]:

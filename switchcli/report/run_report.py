@@ -256,7 +256,7 @@ def parts(report: Report) -> Iterator[Part]:
     if comparison is not None:
         yield html_page.section("Overview", *overview(comparison))
         yield html_page.paragraphs(_USAGE, kind="caption")
-        if curves := figures.quality(comparison):
+        if curves := figures.quality(comparison) + figures.experts(comparison):
             yield html_page.section("Quality", html_page.charts(curves))
         if curves := figures.training(comparison):
             first = html_page.charts(curves[:1] + figures.rates(comparison))

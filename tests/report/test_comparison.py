@@ -1,12 +1,14 @@
 """Where runs of different lengths are compared, and the verdicts on their quality and speed."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from messages import lacking
 from report_folders import TOKENS
 
 from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_LOSS
-from switchcli.report import figures
+from switchcli.report import charts, figures
 from switchcli.report.comparison import compare
 from switchcli.report.run_report import quality_table
 from switchcli.report.runs import Curve, Run
@@ -40,9 +42,9 @@ def test_a_branch_with_another_batch_has_the_tokens_of_the_run_before_it(is_comp
     else:
         branch = branch._replace(recipe=recipe, curves={**branch.curves, "input_tokens": tokens})
     found = compare(group_by_recipe([whole, branch]), None, None, 1)
-    charts = {figure.name: figure for figure in figures.quality(found)}
-    assert {"held_out_tokens", "held_out_flops"} <= charts.keys(), "steps do not have the same tokens"
-    columns = map(charts["held_out_tokens"].table.column, ("series", "step", "tokens", "flops"))
+    drawn = {figure.name: figure for figure in figures.quality(found)}
+    assert {"held_out_tokens", "held_out_flops"} <= drawn.keys(), "steps do not have the same tokens"
+    columns = map(drawn["held_out_tokens"].table.column, ("series", "step", "tokens", "flops"))
     assert [*zip(*columns, strict=True)] == [
         *(("a-0", step, step * TOKENS, step * TOKENS) for step in (0, 100, 200)),
         *(("b-0", step, batches * TOKENS, batches * TOKENS) for step, batches in ((100, 100), (200, 150))),
@@ -51,6 +53,28 @@ def test_a_branch_with_another_batch_has_the_tokens_of_the_run_before_it(is_comp
     assert steps is not None
     assert flops is not None
     assert (steps.spread.mean, flops.spread.mean) == (1.0, 200 / 150)
+
+
+def a_finished_run(name: str, seed: int, loss: float, flops: int, num_experts: int, **router: Any) -> Run:
+    run = a_made_run(name, seed, {100: -loss})
+    model = {"num_experts": num_experts, "router": {"kind": "switch", **router}}
+    return run._replace(recipe={**run.recipe, "model": model}, result={"flops_per_sequence": flops, "step": 100})
+
+
+def test_runs_of_equal_flops_and_routers_make_a_line_over_the_number_of_experts() -> None:
+    dense = [a_finished_run("dense", seed, 3.0 + seed, 100, 1) for seed in (0, 1)]
+    switch = [a_finished_run(f"rate{rate}", 0, loss, 100, 8) for rate, loss in ((1, 2.75), (2, 2.5), (3, 2.625))]
+    others = [a_finished_run("wide", 0, 2.0, 200, 8), a_finished_run("topk", 0, 2.25, 100, 8, kind="top_k", k=4)]
+    (chart,) = figures.experts(compare(group_by_recipe([*dense, *switch, *others]), None, None, 1))
+    assert chart.table.rows == [
+        ("100 FLOPs, 100 steps, switch", 1, 3.5, 3.0, 4.0),
+        ("100 FLOPs, 100 steps, switch", 8, 2.5, 2.5, 2.5),
+        ("200 FLOPs, 100 steps, switch", 8, 2.0, 2.0, 2.0),
+        ("100 FLOPs, 100 steps, top_k with k 4", 8, 2.25, 2.25, 2.25),
+    ]
+    assert charts.svg(chart).startswith("<svg")
+    assert figures.experts(compare(group_by_recipe([*dense, *others]), None, None, 1)) == []
+    assert figures.experts(compare(group_by_recipe([a_made_run("a-0", 0, {100: -1})]), None, None, 1)) == []
 
 
 def test_the_wall_time_of_a_step_is_of_the_seeds_that_have_come_to_it() -> None:
