@@ -140,7 +140,7 @@ class SchemaNode(NamedTuple):
         below, path = (node.item, f"{key}[]") if node.item else (node, key)
         members = [(mapping, "") for mapping in below.mappings]
         if len(members) > 1:
-            meanings = [mapping["properties"]["kind"].get("description", "") for mapping, _ in members]
+            meanings = [_description(mapping["properties"]["kind"]) for mapping, _ in members]
             default = (schema.get("default") or {}).get("kind") if below is node else None
             yield KeyInfo(f"{path}.kind", (), "choice", tuple(below.kinds), default, " ".join(meanings), when)
             members = [(mapping, f"{path}.kind={_kinds(mapping)[0]}") for mapping in below.mappings]
@@ -151,7 +151,12 @@ class SchemaNode(NamedTuple):
         choices = tuple(dict.fromkeys([*node.choices, *(node.item.choices if node.item else ())]))
         # The kind of an item of a list selects its schema: there is no default to take.
         default = None if is_required or "[].kind" in key else _yaml(schema["default"], node)
-        return KeyInfo(key, (), _type(node), choices, default, " ".join(schema.get("description", "").split()))
+        return KeyInfo(key, (), _type(node), choices, default, _description(schema))
+
+
+def _description(schema: Schema) -> str:
+    """Return what a schema says of itself, in one line."""
+    return " ".join(schema.get("description", "").split())
 
 
 @cache
