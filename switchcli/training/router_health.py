@@ -157,7 +157,9 @@ class RoutingAlarms:
             idle_E = self._idle_steps[layer] = (self._idle_steps.get(layer, 0) + steps) * (load_E == 0)
             dead = (idle_E >= DEAD_STEPS).nonzero().flatten().tolist()
             if dead:
-                warnings[layer, "dead"] = f"{layer}: no token in {int(idle_E[dead].min())} steps for experts {dead}"
+                warnings[layer, "dead"] = (
+                    f"{layer}: no token in {int(idle_E[dead].min())} steps for experts {dead}; {MORE_BALANCE}"
+                )
         for problem in sorted(warnings.keys() - self._active):
             self._console.warning(warnings[problem])
         self._active = set(warnings)
