@@ -32,7 +32,7 @@ class ParallelSpec(Spec):
     shard: Shard = "none"
     """What ranks that hold the same weights divide among them. `zero2`: the optimizer state, and the gradients after
     the last microbatch. `zero3`: also the weights, which are gathered for one block at a time, and those outside the
-    blocks for a whole microbatch. Experts are divided among their replicas, all other weights over the data axis. Experts
+    blocks for a microbatch. Experts are divided among their replicas, all other weights over the data axis. Experts
     stay undivided if the number of replicas divides neither their number nor the widths of their weights."""
     comm_dtype: CommDtype = "compute"
     """Precision in which dispatched tokens and sums over the model axis are sent. `compute`: that of the matrix
