@@ -202,8 +202,8 @@ def train(
         out: the folder of the run. It is locked while the run lasts.
         model: the checkpoint to start from, for pretrain and finetune. Default: `start.checkpoint` of the recipe.
         teacher: the checkpoint to learn from, for distill. Default: `distill.teacher` of the recipe.
-        student: the size, such as `t5-base`, or the checkpoint of the student, for distill. Default: a dense model with
-            the teacher's FLOPs per token.
+        student: the size, such as `t5-base`, or the checkpoint of the student, for distill. Default: the dense model
+            of the teacher's shape.
         baseline: a dense checkpoint, or its metric, to compare the student with, for distill.
         branch_from: the run to continue as a new run with other settings, or a checkpoint of it. `RUN@STEP` is the
             checkpoint of a step. See the how-to page about resuming for what carries over.
@@ -336,7 +336,8 @@ class Model:
             top_p: sample from the most probable tokens whose probabilities sum to this.
             seed: seed of random sampling. An answer depends on the seed and on its position among the
                 texts.
-            batch_size: texts that are answered together. With `dropless` it does not change an answer's routing.
+            batch_size: texts that are answered together. With `dropless` it does not change an answer's routing,
+                except by experts that choose their tokens (`expert_choice`).
             capacity: slots per expert: `dropless`, enough for every token; `paper`, by the recipe's
                 `eval_capacity_factor`; or a factor.
 

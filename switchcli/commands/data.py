@@ -46,7 +46,11 @@ def prepare(
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Number of processes on this machine. Default: one per processor."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of processes on this machine. Default: one per processor; for less than 8 MiB, one.",
+        ),
     ] = None,
     share: Annotated[
         str | None,

@@ -48,7 +48,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="SIZE|CHECKPOINT",
-            help="The model that learns. Default: the dense model with the teacher's FLOPs per token.",
+            help="The model that learns. Default: the dense model of the teacher's shape.",
             autocompletion=_completion.model_sizes,
         ),
     ] = None,

@@ -124,6 +124,16 @@ class DataSpec(TextsSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_alpha(self) -> Self:
+        alpha = self.tokenizer.alpha if isinstance(self.tokenizer, TrainedTokenizer) else None
+        if alpha is not None and self.mixture.kind == "joined":
+            raise ValueError(
+                f"tokenizer.alpha ({alpha:g}): has no effect on corpora that are joined into one text: "
+                "leave it out, or take mixture.kind=temperature or another mixture"
+            )
+        return self
+
 
 class TextSpec(TextsSpec):
     """Text to evaluate a model on: its held-out documents, encoded by the model's own tokenizer."""

@@ -136,7 +136,7 @@ class DistillRecipe(TrainingRecipe, ABC):
     """A run of `switchcli distill`.
 
     Keys that are left out come from the teacher's run: the text or the tasks, the number of steps, batch, optimizer and
-    schedule. The default `model` is the dense model with the teacher's FLOPs per token.
+    schedule. The default `model` is the dense model of the teacher's shape.
     """
 
     starts_from_weights: ClassVar[bool] = False

@@ -72,7 +72,8 @@ class DistillSpec(Spec):
     cache: TeacherCacheSpec | None = None
     """Where the teacher's probabilities are stored before training; by default the teacher runs in every step."""
     baseline: float | PathOrUrl | None = None
-    """The dense model that student and teacher are compared with: its checkpoint or its metric; `--baseline`."""
+    """The dense model that student and teacher are compared with: its checkpoint, or its neg. log perplexity, on tasks
+    its score; `--baseline`."""
 
     @property
     def answer_decoding(self) -> Decoding:

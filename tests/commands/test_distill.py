@@ -477,6 +477,7 @@ BAD = {
     ),
     "T distill.loss=jsd distill.cache.folder=a": (2, "distill loss jsd cache reverse_kl"),
     "T distill.cache.folder=new --out new": (4, "new in use distill.cache.folder"),
+    "T --baseline 3.25": (2, "--baseline 3.25 loss -3.25"),
     "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction distill.answers"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),

@@ -124,6 +124,7 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
     assert (found.inputs_length, found.targets_length) == (64, 32)
     assert recipe("data.objective.kind=denoisers").data.objective == Denoisers()
     assert recipe("data.packing=documents").data.rows == WholeDocumentObjective(SpanCorruption())
+    assert recipe("data={tokenizer: {alpha: 0.3}, mixture: {kind: temperature}}").data.tokenizer.alpha == 0.3
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,7 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
             "data.objective.mean_span_length span_corruption",
         ),
         ("data.objective.kind=ul2", "data.objective.kind span_corruption prefix_lm denoisers ul2"),
+        ("data={tokenizer: {alpha: 0.3}}", "data.tokenizer.alpha 0.3 mixture.kind=temperature"),
     ],
 )
 def test_objectives_that_cannot_be(recipe, override, words):

@@ -1,6 +1,6 @@
 """The sample of text that a vocabulary is trained on: documents chosen by a hash of each.
 
-A component is a corpus or a language. However much text there is, little more than the sample is in memory.
+A component is a text of a mixture. However much text there is, little more than the sample is in memory.
 """
 
 import heapq

@@ -196,9 +196,9 @@ class TrainedTokenizer(Spec):
     num_sentinels: Size = NUM_SENTINELS
     """Number of sentinels. T5 has 100."""
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
-    """Exponent for the fraction of the sample that each component (a corpus or a language) makes up: it is in
-    proportion to (its characters) ** alpha. mT5 uses 0.3; 1 keeps the proportions, 0 makes all equal. Default:
-    documents of all components are sampled alike."""
+    """Exponent for the fraction of the sample that each text of a mixture (a language, or a corpus without one) makes
+    up: it is in proportion to (its characters) ** alpha. mT5 uses 0.3; 1 keeps the proportions, 0 makes all equal.
+    Default: documents of all texts are sampled alike."""
 
     @model_validator(mode="after")
     def _check_vocab_size(self) -> Self:

@@ -32,7 +32,8 @@ def generate(
 ) -> Iterator[Answer]:
     """Yield the answers in the order of the texts, batch by batch. The answer to a blank text is empty.
 
-    The routers count capacity by `policy`. `dropless` makes an answer independent of the other texts in the batch.
+    The routers count capacity by `policy`. `dropless` makes an answer independent of the other texts in the batch,
+    except with the router `expert_choice`.
     Random sampling depends on the seed and on the number of a text, not on its batch.
 
     Raises:

@@ -195,6 +195,12 @@ def _check_models(job: Job[Recipe]) -> None:
             f"{teacher_parameters:,}: take a smaller --student, or a smaller model.num_experts"
         )
     _check_student_init(recipe, teacher)
+    baseline = recipe.distill.baseline
+    if isinstance(recipe, DistillTextRecipe) and isinstance(baseline, float) and baseline > 0:
+        raise RecipeError(
+            f"{OPTIONS[BASELINE]} {baseline:g}: on text it is the neg. log perplexity, which is minus the loss: take "
+            f"{-baseline:g}"
+        )
 
 
 def _check_concat(student: ModelSpec, teacher: ModelSpec, path: Path) -> None:
