@@ -25,7 +25,6 @@ def finish(
     as_json: bool,
     shown: Iterable[Table | Line] = (),
     *,
-    quiet: bool = False,
     exit_code: int = 0,
 ) -> None:
     """Print the result of a verb on stdout, once for all ranks, and end the verb with an exit code that is not 0.
@@ -34,7 +33,6 @@ def finish(
         result: The JSON object for scripts.
         as_json: Whether to print the object, and not what people read.
         shown: Tables and lines for people. They are not made if nobody reads them.
-        quiet: Whether to print nothing for people.
         exit_code: The exit code of the command.
 
     Raises:
@@ -43,7 +41,7 @@ def finish(
     if is_main_rank(os.environ):
         if as_json:
             print_json(result)
-        elif not quiet:
+        else:
             console = Console(stream=sys.stdout)
             for element in shown:
                 if isinstance(element, Table):

@@ -75,7 +75,7 @@ def prepare(
         share=share,
         check=check,
     )
-    finish(result, as_json, _shown(result), quiet=quiet)
+    finish(result, as_json, _shown(result))
 
 
 def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:

@@ -110,8 +110,8 @@ def validate(
     errors = {file: _errors_in(file, overrides) for file in names}
     results = [{"file": file, "ok": not file_errors, "errors": file_errors} for file, file_errors in errors.items()]
     valid = [Line(f"{yaml_nodes.display_key(file)}: ok", wrap=False) for file, lines in errors.items() if not lines]
-    finish({"files": results}, as_json, valid)
     lines = [line for file_errors in errors.values() for line in file_errors]
+    finish({"files": results}, as_json, valid, exit_code=RecipeError.exit_code if lines and as_json else 0)
     if lines:
         raise RecipeError(*lines)
 

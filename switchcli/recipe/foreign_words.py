@@ -49,6 +49,8 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
         "lr": [_key("schedule.learning_rate")],
         "lr_scheduler_type": [_key("schedule.kind", "KIND, such as cosine, linear, or wsd (warmup_stable_decay)")],
         "optim": [_key("optimizer.kind", "KIND: adafactor, adamw or muon")],
+        "max_grad_norm": [_key("train.clip_norm")],
+        "warmup_ratio": [_key("schedule.warmup_steps", "N, where N is {value} times train.steps")],
         "bf16": [_key("train.precision", _HALF), _key("precision", _HALF)],
         "fp16": [_key("train.precision", _HALF), _key("precision", _HALF)],
         "output_dir": [
@@ -56,8 +58,11 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
             Suggestion("DESTINATION", "{verb} SOURCE {value}, as the new folder is the second argument"),
         ],
         "save_steps": [_key("checkpoint.save_every_steps")],
+        "save_total_limit": [_key("checkpoint.keep_last")],
         "eval_steps": [_key("eval.every_steps")],
         "logging_steps": [_key("log.every_steps")],
+        "report_to": [_key("log.trackers", "[{value}]")],
+        "dataloader_num_workers": [_key("train.workers")],
         "model": _MODEL,
         "model_name_or_path": _MODEL,
         "resume_from_checkpoint": [
@@ -78,6 +83,8 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
         "branch": [_option("--branch-from"), _key("start.checkpoint", "RUN start.keep=run")],
         "start.optimizer": [_key("start.keep", "optimizer, or weights for a new optimizer")],
         "max_length": [_option("--max-tokens"), _key("scoring.decoding.max_tokens")],
+        "generation_max_length": [_key("scoring.decoding.max_tokens")],
+        "generation_num_beams": [_key("scoring.decoding.beams")],
     }
 )
 """The suggestions for the words of other tools that users type most, with `_` for `-`."""

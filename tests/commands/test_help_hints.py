@@ -81,6 +81,11 @@ KEYS = {
     "fsdp=true": "parallel.shard=zero3",
     "lr_scheduler_type=cosine": "schedule.kind=KIND",
     "optim=adamw_torch": "optimizer.kind=KIND",
+    "max_grad_norm=1.0": "train.clip_norm=1.0",
+    "warmup_ratio=0.1": "schedule.warmup_steps=N",
+    "save_total_limit=2": "checkpoint.keep_last=2",
+    "report_to=wandb": "log.trackers=[wandb",
+    "dataloader_num_workers=4": "train.workers=4",
 }
 """Keys and values of other tools, as an override."""
 

@@ -27,12 +27,14 @@ NOT_MADE = {
         "metrics.jsonl mixture",
         "metrics.jsonl suites/NAME",
         "metrics.jsonl skipped_steps",
+        "metrics.jsonl texts",
         "result.json texts",
         "result.json skipped_steps",
     ),
     *("Start step", "Start input_tokens", "Start data"),
+    "convert quantization",
 }
-"""Keys that the runs of this test have no cause to write: several texts, suites, skipped steps, a branch."""
+"""Keys that the runs here have no cause to write: several texts, suites, skipped steps, a branch, CTranslate2."""
 
 
 def forms() -> dict[str, dict[str, str]]:
@@ -116,6 +118,10 @@ def test_the_page_lists_the_keys_that_the_verbs_write(
         (("eval", trained, "--out", "of_text"), "result.json of eval"),
         (("pretrain", trained.parent / "tiny.yaml", "--dry-run"), "dry run"),
         (("distill", "--teacher", trained, "--cache-only", "distill.cache.folder=probs"), "distill --cache-only"),
+        (
+            ("distill", "--teacher", tuned, "--cache-only", "distill.targets=teacher", "distill.answers=kept"),
+            "distill --cache-only",
+        ),
     ):
         checker.check_form(json.loads(switchcli(*words, "--json").out), form)
     for run in (trained, tuned, distilled):
