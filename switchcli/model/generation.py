@@ -43,6 +43,7 @@ def generate(
     *,
     first: int = 0,
     all_done: AllDone = all_done_locally,
+    may_pad: bool = True,
 ) -> torch.Tensor:
     """Return the answer to each input: int64 [B, T], T <= max_tokens. An answer ends with EOS, unless it is cut off.
 
@@ -56,10 +57,12 @@ def generate(
         decoding: the settings.
         first: the number of the first input, for sampling: inputs 8 to 15 have the same answers alone as after 0 to 7.
         all_done: decides whether to stop before `max_tokens`.
+        may_pad: whether padding can be chosen like any token. Of an answer to learn from it would be no part.
     """
     if decoding.beams > 1:
-        return _beam_search(model, inputs_BS, decoding, all_done)
-    return torch.stack(list(generate_columns(model, inputs_BS, decoding, first=first, all_done=all_done)), dim=1)
+        return _beam_search(model, inputs_BS, decoding, all_done, may_pad)
+    columns = generate_columns(model, inputs_BS, decoding, first=first, all_done=all_done, may_pad=may_pad)
+    return torch.stack(list(columns), dim=1)
 
 
 @torch.no_grad()
@@ -70,6 +73,7 @@ def generate_columns(
     *,
     first: int = 0,
     all_done: AllDone = all_done_locally,
+    may_pad: bool = True,
 ) -> Iterator[torch.Tensor]:
     """Yield the columns of the answer of `generate` as they are decoded, int64 [B], for streaming output.
 
@@ -81,7 +85,7 @@ def generate_columns(
     if decoding.beams > 1:
         raise ValueError(f"beams ({decoding.beams}) have no answer before the last step: set beams to 1 to read along")
     num_inputs = len(inputs_BS)
-    source = _encode(model, inputs_BS, decoding)
+    source = _encode(model, inputs_BS, decoding, may_pad)
     draws = UniformDraws(decoding.seed, first, len(source.real_B)) if decoding.temperature > 0.0 else None
     active_B = source.real_B  # rows whose answer has not ended
     last_B = torch.full_like(active_B, PAD, dtype=torch.int64)  # PAD starts the decoder
@@ -103,16 +107,17 @@ class _Source(NamedTuple):
     """bool: inputs that are not padding only."""
     packed: cpu_products.PackedWeights
     """The weights of a step that are packed for its rows."""
+    may_pad: bool
 
 
-def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding) -> _Source:
+def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding, may_pad: bool) -> _Source:
     encoded, real_B = encode_groups(model, inputs_BS)
     packed: cpu_products.PackedWeights = {}
     if decoding.max_tokens >= MIN_TOKENS_TO_PACK:
         _, vocabulary = model.vocabulary(encoded.hidden_BSD[:, :1])
         weights = [vocabulary.weight_VD, *model.decoder.decoding_weights()]
         packed = cpu_products.pack(weights, compute_dtype(encoded.hidden_BSD), decoding.beams * len(real_B))
-    return _Source(encoded, model.decoder.cache(encoded), real_B, packed)
+    return _Source(encoded, model.decoder.cache(encoded), real_B, packed, may_pad)
 
 
 def encode_groups(model: SwitchTransformer, inputs_BS: torch.Tensor) -> tuple[EncoderOutput, torch.Tensor]:
@@ -161,12 +166,15 @@ def _step(model: SwitchTransformer, source: _Source, last_R: torch.Tensor, activ
         hidden_R1D, _ = model.decoder(x_R1D, active_R.unsqueeze(1), source.encoded, source.cache)
         hidden_R1D, vocabulary = model.vocabulary(hidden_R1D)
         logits_RV = cpu_products.linear(hidden_R1D.squeeze(1), vocabulary.weight_VD)
-    return vocabulary.axis.all_gather(logits_RV)
+    logits_RV = vocabulary.axis.all_gather(logits_RV)
+    if not source.may_pad:
+        logits_RV[:, PAD] = -math.inf
+    return logits_RV
 
 
 @torch.no_grad()
 def _beam_search(
-    model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding, all_done: AllDone
+    model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decoding, all_done: AllDone, may_pad: bool
 ) -> torch.Tensor:
     """Return the best answer that beam search finds for each input: T5X's search (t5x/decoding.py, `beam_search`).
 
@@ -179,7 +187,7 @@ def _beam_search(
     is at most that of `max_tokens`. T5X keeps the K best finished answers, and waits until the worst of them passes
     this test with `max_tokens` + 1. The best one, which is all that is returned here, cannot change in between.
     """
-    source = _encode(model, inputs_BS, decoding)
+    source = _encode(model, inputs_BS, decoding, may_pad)
     real_B = source.real_B
     B, K = len(real_B), decoding.beams
     # The sum of log probabilities of each live beam, the best beam first; -inf: no beam. All beams would begin equal,
@@ -210,19 +218,17 @@ def _beam_search(
         # Unfinished candidates: the K best are the live beams. The best of them bounds any later score of the input.
         live_BK, index_BK = candidates.log_p_BC.masked_fill(ended_BC, -math.inf).topk(K)
         done_B = done_B | (best_B >= live_BK[:, 0] / decoding.penalty(decoding.max_tokens))
+        tokens_BKT = candidates.tokens_BCT.gather(1, index_BK.unsqueeze(2).expand(-1, -1, length))
         if all_done(done_B):
             break
-        tokens_BKT = candidates.tokens_BCT.gather(1, index_BK.unsqueeze(2).expand(-1, -1, length))
         last_BK = tokens_BKT[..., -1]
         # A new beam continues the cache of its parent beam: that is row b * K + parent of the last step.
         parent_BK = candidates.beam_BC.gather(1, index_BK)
         first_row_B1 = K * torch.arange(B, device=parent_BK.device).unsqueeze(1)
         source.cache.reorder((first_row_B1 + parent_BK).flatten())
-    else:
-        # Stopped by max_tokens: an input without a finished answer gets its best live beam, which is the first.
-        unfinished_B = real_B & (best_B == -math.inf)
-        answer_BT = tokens_BKT[:, 0].where(unfinished_B.unsqueeze(1), answer_BT)
-    return answer_BT[: len(inputs_BS)]
+    # Stopped by max_tokens or by `all_done`: an input without a finished answer gets its best live beam, the first.
+    unfinished_B = real_B & (best_B == -math.inf)
+    return tokens_BKT[:, 0].where(unfinished_B.unsqueeze(1), answer_BT)[: len(inputs_BS)]
 
 
 class _Candidates(NamedTuple):

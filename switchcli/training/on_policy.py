@@ -90,7 +90,10 @@ def _generate(
     decoding: Decoding,
     context: DistributedContext,
 ) -> torch.Tensor:
-    """Return the answers [X, A]; decoding ends when each on every rank has ended or reached its limit."""
+    """Return the answers [X, A]; decoding ends when each on every rank has ended or reached its limit.
+
+    Padding is never chosen: as a target it would teach nothing, so that a student which prefers it would go on to.
+    """
     lengths = count(1)
 
     def all_done(done_X: torch.Tensor) -> bool:
@@ -100,7 +103,7 @@ def _generate(
 
     decoding = decoding.model_copy(update={"seed": torch.initial_seed()})
     with evaluating(student, "dropless"), context.eager():
-        return generate(student, inputs_XL, decoding, all_done=all_done)
+        return generate(student, inputs_XL, decoding, all_done=all_done, may_pad=False)
 
 
 def _unpacked(ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -122,15 +122,15 @@ def test_beams_have_no_steps_to_read_along() -> None:
         next(generate_columns(a_model(), some_inputs(1, 1), Decoding(beams=2)))
 
 
-def test_a_search_that_is_stopped_has_no_answer_yet() -> None:
-    """Live beams are answers only after the last step."""
+def test_a_search_that_is_stopped_answers_as_if_it_had_so_many_tokens() -> None:
     steps = []
 
     def stop_after_two(done_B: torch.Tensor) -> bool:
         steps.append(bool(done_B.any()))
         return len(steps) == 2
 
-    decoding = Decoding(max_tokens=12, beams=3)
+    decoding = Decoding(max_tokens=12, beams=3, length_penalty=0.0)
     answers_BT = generate(a_model(SPEC, 3), some_inputs(8, 3), decoding, all_done=stop_after_two)
-    assert answers_BT.shape[1] == 2
-    assert not any(any(row) and EOS not in row for row in answers_BT.tolist())
+    short = decoding.model_copy(update={"max_tokens": 2})
+    assert torch.equal(answers_BT, generate(a_model(SPEC, 3), some_inputs(8, 3), short))
+    assert any(any(row) and EOS not in row for row in answers_BT.tolist())

@@ -47,7 +47,13 @@ def student() -> SwitchTransformer:
     return model
 
 
-@pytest.mark.parametrize("decoding", [Decoding(temperature=1.0), Decoding(temperature=1.0, max_tokens=2), Decoding()])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        *(Decoding(temperature=1.0), Decoding(temperature=1.0, max_tokens=2), Decoding()),
+        Decoding(beams=3, max_tokens=TARGET),
+    ],
+)
 def test_each_answer_is_the_one_it_has_alone_cut_off_where_its_share_of_the_row_ends(
     decoding: Decoding, student: SwitchTransformer
 ) -> None:
@@ -63,7 +69,8 @@ def test_each_answer_is_the_one_it_has_alone_cut_off_where_its_share_of_the_row_
         for example, (_, target) in zip(examples, lengths, strict=True):
             with evaluating(student, "dropless"):
                 seeded = decoding.model_copy(update={"seed": 7, "max_tokens": TARGET})
-                answer = generate(student, torch.tensor([example]), seeded, first=number)[0].tolist()
+                example_1S = torch.tensor([example])
+                answer = generate(student, example_1S, seeded, first=number, may_pad=False)[0].tolist()
             number += 1
             limit = min(target + share, decoding.max_tokens)
             if EOS not in answer[:limit]:
@@ -72,6 +79,18 @@ def test_each_answer_is_the_one_it_has_alone_cut_off_where_its_share_of_the_row_
         assert answered.targets_BT[row].tolist() == expected + [PAD] * (TARGET - len(expected))
     if decoding.max_tokens > 2:
         assert 0 < cut < number, "answers of both kinds"
+
+
+@pytest.mark.parametrize("decoding", [Decoding(temperature=1.0), Decoding(), Decoding(beams=2)])
+def test_a_student_that_prefers_padding_answers_with_tokens(decoding: Decoding, student: SwitchTransformer) -> None:
+    """The decoder starts with padding: with tied embeddings a fresh student repeats it."""
+    with torch.no_grad():
+        student.embedding[PAD] *= 30
+    batch, _ = packed()
+    answered = answered_by(student, batch, decoding, DistributedContext("cpu", "float32"))
+    for row in answered.targets_BT.tolist():
+        end = len(row) - row[::-1].index(EOS)
+        assert PAD not in row[:end]
 
 
 def test_answers_follow_from_the_seed_of_the_step(student: SwitchTransformer) -> None:
