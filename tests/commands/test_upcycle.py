@@ -11,7 +11,11 @@ import yaml
 from messages import lacking
 from tiny_run import SwitchCLI
 
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.surgery.upcycle import UpcycledWeights
+from switchcli.report.console import silent
+from switchcli.runs.inputs.loading import open_model
+from switchcli.runs.models.upcycling import with_experts
 
 
 @pytest.fixture
@@ -167,6 +171,11 @@ REFUSED = {
     ),
     "one part": (["dense", "--experts", "8", "model.expert_d_ff=32"], 2, "model.router 1 2 top_k model.router.k=2"),
     "sparse parts": (["runs", "--experts", "8", "model.expert_d_ff=32"], 2, "model.expert_d_ff leave"),
+    "biases": (
+        ["dense", "--experts", "8", "model.router.balance=bias"],
+        2,
+        "model.router.balance bias scaled model.router.balance=loss --gate raw",
+    ),
     "shared": (["dense", "--experts", "8", "model.shared_d_ff=32"], 2, "model.shared_d_ff 32 0"),
     "capacity": (["dense", "--experts", "50"], 2, "group_sequences=2"),
     "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction 0.1 dense"),
@@ -181,6 +190,13 @@ def test_refused(case: str, here: Path, trained: Path, switchcli: SwitchCLI, tmp
     done = switchcli("upcycle", trained if source == "runs" else source, tmp_path / "new", *rest)
     assert (done.code, lacking(done.err, words)) == (code, []), done.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("experts", "expert_axis"), [(3, 1), (6, 2), (8, 4)])
+def test_ranks_that_divided_the_experts_divide_the_new_ones_too(trained: Path, experts: int, expert_axis: int) -> None:
+    handle = open_model(trained, silent())
+    divided = handle.recipe.model_copy(update={"parallel": ParallelSpec(expert=4)})
+    assert with_experts(handle._replace(recipe=divided), experts).parallel.expert == expert_axis
 
 
 def test_a_destination_that_is_not_free(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_the_most_used_experts_come_with_their_biases_and_the_shared_path_is_cop
     for name, layer in sparse_layers(student).items():
         assert layer.router.bias.tolist() == [2.0, 3.0]
         assert torch.equal(layer.shared.wi.weight, weights[f"{name}.layer.shared.wi.weight"])
+    narrow = a_model(teacher.model_copy(update={"d_model": 2 * teacher.d_model}), seed=2)
+    fitting = settings.model_copy(update={"on_shape_mismatch": "random_init"})
+    assert not plan_init(narrow, model, fitting).from_experts, "routers that start at random have no biases of others"
 
 
 def test_a_process_gets_the_experts_that_it_stores_and_all_rows_of_the_router() -> None:

@@ -127,8 +127,8 @@ def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: 
         stacks = [name for name in from_experts if ".experts." in name]
         routers = {f"{name.rpartition('.experts.')[0]}.router.weight" for name in stacks}
         random_init = [name for name in random_init if name not in routers]
-        in_both = named_weights(student).keys() & named_weights(teacher).keys()
-        biases = {name for name in in_both if name.endswith(".router.bias")}
+        biases = {f"{router.removesuffix('.weight')}.bias" for router in routers}
+        biases &= named_weights(student).keys() & named_weights(teacher).keys()
         from_experts |= {name: name for name in sorted(routers | biases)}
     return StudentInit(tuple(copied), from_experts, tuple(random_init), tuple(widened), shared)
 

@@ -1,5 +1,6 @@
 """Make a sparse model from copies of a dense model's feed-forwards, or their parts, or of a smaller model's experts."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from switchcli.runs.inputs.transformers_checkpoint import meta_model
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS, check_shape
 from switchcli.training.checkpointer import logical_tensors
 
-_CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.")
+_CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.", "parallel.")
 """Prefixes of the keys that no weight's shape or meaning depends on."""
 _KEYS_OF_EXPERTS = ("model.expert_d_ff", "model.shared_d_ff")
 """Keys that no weight of a dense model depends on. Those of a sparse model do."""
@@ -59,6 +60,7 @@ def upcycle(
         noise = noise._replace(router=ROUTER_NOISE if noise.router is None else noise.router)
     else:
         _check_copies_of_feed_forwards(spec, experts)
+        _check_choices(spec, gate)
     stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     # Stacks that share a router have one warning.
     warnings = [_drops_warning(spec, stacks, gate, checkpoint.path)]
@@ -149,13 +151,26 @@ def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
             )
 
 
+def _check_choices(spec: ModelSpec, gate: Gate) -> None:
+    """Raise RecipeError if new routers would begin with equal gates, and biases choose by these."""
+    for stack in STACKS:
+        router, key = spec.router_of(stack), spec.router_key(stack)
+        has_equal_gates = gate == "scaled" and not router.gates_sum_to_one
+        if spec.sparse_layers(stack) and has_equal_gates and router.choice_bias_rate is not None:
+            raise RecipeError(
+                f"{key}.balance (bias): with --gate scaled all gates begin equal, so that biases would send all tokens "
+                f"to one expert after another: take {key}.balance=loss or --gate raw"
+            )
+
+
 def _drops_warning(spec: ModelSpec, stacks: Sequence[Stack], gate: Gate, path: Path) -> str | None:
     """Return a warning if the start could be exact, and tokens that are dropped make it differ."""
-    factors = [spec.router_of(stack).eval_capacity_factor for stack in stacks]
-    if gate == "raw" or all(factor == "dropless" for factor in factors):
+    dropping = [stack for stack in stacks if spec.router_of(stack).eval_capacity_factor != "dropless"]
+    if gate == "raw" or not dropping:
         return None
+    key, factor = spec.router_key(dropping[0]), spec.router_of(dropping[0]).eval_capacity_factor
     return (
-        f"model.router.eval_capacity_factor ({factors[0]}): the copies share tokens unevenly, and the output of a "
+        f"{key}.eval_capacity_factor ({factor}): the copies share tokens unevenly, and the output of a "
         f"dropped token differs from that of {path}: dropless keeps all tokens"
     )
 
@@ -185,9 +200,13 @@ def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str
         RecipeError: the recipe breaks a rule, or an override would change the shape of weights.
     """
     where = f"{handle.path} with {experts} experts"
-    model = handle.recipe.model.model_copy(update={"num_experts": experts, "size": CUSTOM})
+    model, parallel = handle.recipe.model, handle.recipe.parallel
+    model = model.model_copy(update={"num_experts": experts, "size": CUSTOM})
+    parallel = parallel.model_copy(update={"expert": math.gcd(parallel.expert, experts)})  # which must divide both
     description = f"{experts} experts in each sparse layer, of a model that had {handle.recipe.model.num_experts}"
-    without_overrides = handle.recipe.model_copy(update={"model": model, "description": description})
+    without_overrides = handle.recipe.model_copy(
+        update={"model": model, "parallel": parallel, "description": description}
+    )
     tree = resolve.load(None, overrides, resolve.layer(without_overrides.model_dump(mode="json"), where))
     recipe = resolve.validate(tree, type(handle.recipe))
     is_dense = handle.recipe.model.num_experts == 1
