@@ -130,7 +130,7 @@ class Evaluator(NamedTuple):
     capacity: Mapping[str, Policy]
     """How routers count capacity, for `text` and for `tasks`."""
     rows_each: int
-    """Rows of a batch of text on each rank. They are rounded up to whole routing groups of the model."""
+    """Rows of a batch of text on each rank, at most. They are rounded up to whole routing groups of the model."""
     context: DistributedContext
     console: Console
     """Shows the progress of answering."""
@@ -174,9 +174,9 @@ class Evaluator(NamedTuple):
 
     def batches(self, model: SwitchTransformer, text: HeldOutText) -> list[Batch]:
         """Return this rank's batches of a text, of whole routing groups of the model: equally many on each rank."""
-        group = model.spec.group_sequences
-        batch_rows = -(-self.rows_each // group) * group
-        return rank_batches(text, batch_rows, self.context.dp_rank, self.context.dp_size)
+        group, ranks = model.spec.group_sequences, self.context.dp_size
+        rows = min(self.rows_each, -(-text.num_rows // ranks))  # of a small text no batch is mostly padding
+        return rank_batches(text, -(-rows // group) * group, self.context.dp_rank, ranks)
 
     def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest) -> TextMetrics:
         batches = _until_stopped(self.batches(model, text), stop, self.context)

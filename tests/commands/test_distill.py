@@ -107,7 +107,10 @@ def test_without_the_teachers_share_it_is_pretraining_bit_for_bit(
     )
     assert switchcli(*command, "distill.soft_fraction=0", "--out", "none").code == 0
     assert equal(weights("none", 2), weights(dense, 2))
-    assert switchcli(*command, "distill.start_step=1", "--out", "late").code == 0
+    assert switchcli(*command, "distill.start_step=1", "log.every_steps=1", "--out", "late").code == 0
+    logged = [record for record in records(Path("late")) if "flops_per_second" in record]
+    without, with_teacher = (record["flops_per_second"] / record["tokens_per_second"] for record in logged)
+    assert without < 0.9 * with_teacher
     assert equal(weights("late", 1), weights("none", 1))
     assert not equal(weights("late", 2), weights("none", 2))
 

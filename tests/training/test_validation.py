@@ -82,6 +82,15 @@ def test_rows_of_padding_change_no_reported_figure(context: DistributedContext) 
         assert padded[name].value().item() == pytest.approx(exactly[name].value().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(("num_rows", "sizes"), [(1, [2]), (3, [4]), (4, [4]), (5, [4, 4])])
+def test_a_small_text_makes_a_small_batch_of_whole_groups(
+    context: DistributedContext, num_rows: int, sizes: list[int]
+) -> None:
+    text = HeldOutText(lambda first, count: rows(0, first, count), num_rows)
+    batches = text_evaluator(context, {}, rows_each=4).batches(a_model(GROUPED), text)
+    assert [len(batch.inputs_BS) for batch in batches] == sizes
+
+
 def test_rows_of_a_text_are_evaluated_in_whole_groups(context: DistributedContext) -> None:
     model = a_model(GROUPED)
     counts: list[int] = []

@@ -91,7 +91,7 @@ class Distillation(DistillRules):
         self._teacher = RunTeacher(self._handle, self._recipe, context, console)
         self.identity = {"teacher_sha256": self._teacher.sha256}
         if self._settings.soft_fraction and self._settings.cache is None:
-            self.teacher = self._handle.recipe.model
+            self.teacher, self.teacher_from = self._handle.recipe.model, self._settings.start_step
         self._losses: tuple[DistillationLoss, OnPolicyLoss | None] | None = None
         """The loss on the data's targets, and that on the student's with `distill.targets: student`."""
 

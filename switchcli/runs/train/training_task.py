@@ -52,7 +52,8 @@ class TrainingTask:
     update: TrainableSet = "all"
     """The weights that are trained."""
     teacher: ModelSpec | None = None
-    """The model whose forward pass is part of every step, if there is one."""
+    """The model whose forward pass is part of every step from `teacher_from` on, if there is one."""
+    teacher_from: int = 0
     identity: Mapping[str, str] = MappingProxyType({})
     """Digests of everything besides the text that must not change when the run is resumed, by name."""
 
@@ -118,15 +119,14 @@ class TrainingTask:
         """The loss on held-out text. It is also the training loss, unless `loss_at` is overridden."""
         return self.run_data.objective
 
-    @property
-    def flops_per_step(self) -> int:
-        """FLOPs of the model, forward and backward, and of a teacher, forward, of a step over all ranks.
+    def flops_at(self, step: int) -> int:
+        """Return the FLOPs of `step`, counted from 0, over all ranks: of the model, and of a teacher's forward pass.
 
         What activation checkpointing computes again does not count.
         """
         recipe: TrainingRecipe = self.job.recipe
         flops = planner_of(recipe).flops_per_step
-        if self.teacher is not None:
+        if self.teacher is not None and step >= self.teacher_from:
             flops += recipe.rows_per_step * count(self.teacher, recipe.inputs_length, recipe.targets_length).flops
         return flops
 
