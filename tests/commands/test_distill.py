@@ -218,8 +218,9 @@ def test_a_student_learns_its_teachers_answers_which_are_generated_once(
     more = switchcli(*command, "train.steps=3", "--out", "a")
     assert more.code == 0, more.err
     assert written == {path: path.stat().st_mtime_ns for path in files}, "nothing is generated again"
-    other = switchcli(*command, "distill.decoding.beams=3", "--out", "b")
-    assert (other.code, lacking(other.err, "answers decoding distill.answers")) == (4, []), other.err
+    for key, word in (("distill.decoding.beams=3", "decoding"), ("train.precision=bfloat16", "precision")):
+        other = switchcli(*command, key, "--out", "b")
+        assert (other.code, lacking(other.err, f"answers {word} distill.answers")) == (4, []), other.err
 
 
 @pytest.mark.integration

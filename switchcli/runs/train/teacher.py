@@ -27,7 +27,7 @@ from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.train_data import TrainData, microbatch_rows
 from switchcli.runs.train import run_messages
-from switchcli.runs.train.distill_rules import Recipe
+from switchcli.runs.train.distill_rules import CACHE_OF_A_BRANCH, Recipe
 from switchcli.system import publish
 from switchcli.system.lock import patient_lock
 from switchcli.system.signals import StopRequest, StopTraining
@@ -153,7 +153,8 @@ class RunTeacher:
         """Return the teacher's own metrics, from the cache if it holds them. Collective."""
         if self._settings.soft_fraction and self._settings.cache is not None:
             saved = self._saved_metrics(self._settings.cache, evaluator)
-            if saved is not None:
+            # Another run may replace the file between the reads of two ranks.
+            if not self._context.any_rank(saved is None) and saved is not None:
                 return saved
         measured = evaluator if with_tasks else evaluator._replace(tasks=())
         return ModelMetrics.measure(self.load(), measured, self._recipe.inputs_length)
@@ -166,7 +167,7 @@ class RunTeacher:
         try:
             saved = json.loads(read_regular(Path(cache_spec.folder) / TEACHER_METRICS, MAX_FACTS_BYTES))
             measured = ModelMetrics.from_json(saved["measured"])
-            if saved["on"] != _evaluation_identity(evaluator):
+            if saved["on"] != self._evaluation_identity(evaluator):
                 return None
             is_same_machine = saved["hardware"] == machine_info(self._context)["hardware"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -174,6 +175,23 @@ class RunTeacher:
         if evaluator.metric not in measured.metrics:
             return None
         return measured if is_same_machine else measured._replace(tokens_per_second=None)
+
+    def _evaluation_identity(self, evaluator: Evaluator) -> dict[str, Any]:
+        """Return everything that the teacher's metrics depend on, besides the teacher."""
+        digest = hashlib.sha256()
+        for text in evaluator.texts.values():
+            for ids in text.rows(0, text.num_rows):  # inputs and targets
+                digest.update(ids.numpy().data)
+        for examples in evaluator.tasks:
+            digest.update(repr([(example.input, example.targets) for example in examples.examples]).encode())
+        keys = {"split", "examples", "decoding", "capacity", "by"}
+        scoring = evaluator.scoring.model_dump(mode="json", include=keys)
+        return {
+            "held_out": digest.hexdigest(),
+            "capacity": evaluator.capacity["text"],
+            "scoring": scoring,
+            "precision": self._recipe.train.precision,
+        }
 
     def fill_cache(self, cache_spec: TeacherCacheSpec, data: TrainData) -> TeacherCache:
         """Return the cache of the teacher's probabilities, with missing parts and metrics filled in. Collective.
@@ -197,7 +215,7 @@ class RunTeacher:
                 self._fill(cache, missing, data, cache_spec)
             measured = ModelMetrics.measure(self.load(), data.evaluator, recipe.inputs_length)
             saved = {
-                "on": _evaluation_identity(data.evaluator),
+                "on": self._evaluation_identity(data.evaluator),
                 "hardware": machine_info(context)["hardware"],
                 "measured": measured.to_json(),
             }
@@ -272,6 +290,7 @@ class RunTeacher:
                 "inputs_length": recipe.inputs_length,
                 "decoding": decoding.model_dump_json(),
                 "capacity": self._settings.capacity,
+                "precision": recipe.train.precision,
             }
             with self._filling(answers, folder, facts, range(examples)) as missing, self._stoppable(place) as stop:
                 if missing:
@@ -337,10 +356,7 @@ class DistillSource(BatchSource):
 
     def restore_state(self, step: int, state: Sequence[int], row_offset: int = 0) -> None:
         if row_offset:
-            raise RecipeError(
-                "distill.cache: holds the teacher's probabilities by step, and a branch with another batch size or "
-                "other data has other rows in its steps: leave distill.cache out, so that the teacher runs in each step"
-            )
+            raise RecipeError(CACHE_OF_A_BRANCH)
         super().restore_state(step, state)
 
     def record(self, step: int) -> Mapping[str, Any]:
@@ -366,19 +382,6 @@ def cache_facts(recipe: Recipe, teacher: str, text: str, batches: str) -> Mappin
         "temperature": settings.temperature,
         "capacity": settings.capacity,
     }
-
-
-def _evaluation_identity(evaluator: Evaluator) -> dict[str, Any]:
-    """Return everything that the teacher's metrics depend on, besides the teacher."""
-    digest = hashlib.sha256()
-    for text in evaluator.texts.values():
-        for ids in text.rows(0, text.num_rows):  # inputs and targets
-            digest.update(ids.numpy().data)
-    for examples in evaluator.tasks:
-        digest.update(repr([(example.input, example.targets) for example in examples.examples]).encode())
-    keys = {"split", "examples", "decoding", "capacity", "by"}
-    scoring = evaluator.scoring.model_dump(mode="json", include=keys)
-    return {"held_out": digest.hexdigest(), "capacity": evaluator.capacity["text"], "scoring": scoring}
 
 
 def _digest(batch: AnyBatch) -> "hashlib._Hash":
