@@ -10,6 +10,7 @@ from torch import Tensor
 from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.model.flops import count
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.safe_text import shell_words
@@ -89,7 +90,7 @@ def publish_checkpoint(
         tensor_file.num_bytes(tensors),
         lambda temporary: checkpoint.save(temporary, 0, model=weights, optimizer={}, documents=documents),
     )
-    return sum(tensor.numel() for tensor in tensors)
+    return count(recipe.model).parameters
 
 
 def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:

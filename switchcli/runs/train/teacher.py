@@ -117,14 +117,18 @@ class RunTeacher:
         mode = "training" if is_training else settings.capacity
         stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
         # Encoder and decoder may have groups of different sizes. The rows must be a multiple of both.
-        group = math.lcm(*(spec.router_of(stack).group_size(mode) for stack in stacks))
+        group, free = (
+            math.lcm(*(spec.router_of(stack).group_size(by) for stack in stacks)) for by in (mode, "dropless")
+        )
         if settings.soft_fraction and rows % group:
             key = "mode (training)" if is_training else f"capacity ({settings.capacity})"
+            # Experts that choose their tokens count in groups in any mode.
             fix = "mode=evaluation" if is_training else "capacity=dropless"
+            fix = f"take distill.{fix}, or" if rows % free == 0 else "take"
             raise RecipeError(
                 f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch "
-                f"on {self._context.dp_size} ranks has {rows}: take distill.{fix}, or microbatches of a multiple"
-                f" of {group * self._recipe.inputs_length} tokens"
+                f"on {self._context.dp_size} ranks has {rows}: {fix} microbatches of a multiple of "
+                f"{group * self._recipe.inputs_length} tokens"
             )
         return rows
 
