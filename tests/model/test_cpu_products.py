@@ -237,7 +237,7 @@ def test_the_weights_of_decoding_are_those_that_a_token_needs(
     monkeypatch.setattr(cpu_products, "linear", lambda x, weight: used.append(weight) or linear(x, weight))
     inputs_BS = torch.randint(2, SPARSE.vocab_size, (4, 12))
     with evaluating(model, "dropless"), torch.no_grad():
-        source = generation._encode(model, inputs_BS, Decoding(max_tokens=2))
+        source = generation._encode(model, inputs_BS, Decoding(max_tokens=2), may_pad=True)
         used.clear()
         generation._step(model, source, torch.zeros(4, dtype=torch.int64), source.real_B)
     *of_blocks, vocabulary = used

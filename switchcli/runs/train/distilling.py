@@ -189,21 +189,18 @@ class Distillation(DistillRules):
         teacher_measured = self._teacher.measure(trainer.evaluator)
         self._losses = None
         self._teacher.unload()  # frees the memory of the teacher for the baseline
-        student_size, teacher_size = (_size(spec, recipe) for spec in (recipe.model, teacher.recipe.model))
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
         text_only = trainer.evaluator._replace(tasks=())
         measured = ModelMetrics.measure(trainer.model, text_only, recipe.inputs_length)._replace(
             metrics=trainer.state.eval_metrics
         )
+        teacher_row = {"checkpoint": str(teacher.path), **_row(teacher.recipe.model, recipe, teacher_measured)}
+        student_row = _row(recipe.model, recipe, measured)
         result: dict[str, Any] = {
             "metric": metric,
-            "teacher": {
-                "checkpoint": str(teacher.path),
-                **teacher_size,
-                **_metrics_and_speed(teacher_measured),
-            },
-            "student": {**student_size, **_metrics_and_speed(measured)},
-            "compression": compression(student_size["parameters"], teacher_size["parameters"]),
+            "teacher": teacher_row,
+            "student": student_row,
+            "compression": compression(student_row["parameters"], teacher_row["parameters"]),
         }
         plan = student_init(recipe, teacher.recipe.model)
         if plan is not None:
@@ -218,11 +215,8 @@ class Distillation(DistillRules):
             baseline_model = load_model(baseline, self.context.device).model
             baseline_measured = ModelMetrics.measure(baseline_model, trainer.evaluator, recipe.inputs_length)
             baseline_value = baseline_measured.metrics[metric]
-            result["baseline"] = {
-                "checkpoint": str(baseline.path),
-                **_size(baseline.recipe.model, recipe),
-                **_metrics_and_speed(baseline_measured),
-            }
+            baseline_row = _row(baseline.recipe.model, recipe, baseline_measured)
+            result["baseline"] = {"checkpoint": str(baseline.path), **baseline_row}
         elif isinstance(baseline_value, float):
             result["baseline"] = {"metrics": {metric: baseline_value}}
         if isinstance(baseline_value, float):
@@ -275,11 +269,12 @@ def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
     )
 
 
-def _size(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
-    """Return the parameters, and the FLOPs of the forward pass for each input token of the run's sequences."""
+def _row(spec: ModelSpec, recipe: Recipe, measured: ModelMetrics) -> dict[str, Any]:
+    """Return the columns of a model. Its FLOPs are of the forward pass, for an input token of the run's sequences."""
     counts = count(spec, recipe.inputs_length, recipe.targets_length)
-    return {"parameters": counts.parameters, "flops_per_token": round(counts.flops / recipe.inputs_length)}
-
-
-def _metrics_and_speed(measured: ModelMetrics) -> dict[str, Any]:
-    return {"metrics": measured.metrics, TOKENS_PER_SECOND: measured.tokens_per_second}
+    return {
+        "parameters": counts.parameters,
+        "flops_per_token": round(counts.flops / recipe.inputs_length),
+        "metrics": measured.metrics,
+        TOKENS_PER_SECOND: measured.tokens_per_second,
+    }
