@@ -251,10 +251,16 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         DISK.sync(folder)
         warn(f"{damage} It is now {renamed.name}; the one before it is tried.")
 
+    recover(folder)
+    with disk_errors(folder, _ALTERNATIVE):
+        return _newest(folder, rename_damaged)
+
+
+def recover(folder: Path) -> None:
+    """Finish what a killed save began: restore a checkpoint that was not replaced, and remove leftovers."""
     with disk_errors(folder, _ALTERNATIVE):
         publish.check_folder(folder)
         _clean_up(folder, DISK)
-        return _newest(folder, rename_damaged)
 
 
 def latest_read_only(folder: Path, warn: Callable[[str], None], alternative: str = _START_AGAIN) -> Checkpoint | None:
@@ -332,6 +338,11 @@ def saved_checkpoints(folder: Path) -> list[Path]:
         return []
     paths = (path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.exists())
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of `saved_checkpoints`, newest first."""
+    return [int(path.name.removeprefix("step-")) for path in saved_checkpoints(folder)]
 
 
 def leftovers(folder: Path) -> list[Path]:

@@ -28,6 +28,11 @@ class RunFolder:
         self._files = (self.recipe, self.tokenizer, self.metrics, self.result)
         self._folders = (self.checkpoints, path / "tensorboard", path / "wandb")
 
+    @property
+    def same_command(self) -> str:
+        """The command that resumes the run, for a message. `--no-resume` again would archive the run."""
+        return "the same command" if self.resume else "the same command without --no-resume"
+
     def check_free(self) -> None:
         """Check that a run may be here.
 

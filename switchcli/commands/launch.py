@@ -94,6 +94,10 @@ def launch(
         raise RecipeError(f"{arguments[0]}: no such option of launch{hint}; the command begins after --")
     if arguments[0] not in (*VERBS, "data"):
         raise RecipeError(f"{arguments[0]}: must be one of {', '.join(VERBS)}, data prepare")
+    if "--no-resume" in arguments:
+        raise RecipeError(
+            "--no-resume: would archive the run at each restart of the job: start over in another folder by --out"
+        )
     for name in ("head", "port", "restarts") if slurm else ("time", "cpus", "gpus", "sbatch"):
         refuse_option(context, name, f"cannot be used with {'--slurm' if slurm else '--torchrun'}")
     if slurm:

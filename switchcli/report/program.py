@@ -26,5 +26,6 @@ def command_words() -> list[str] | None:
 
 
 def command_line() -> str:
-    """Return the command that repeats this one, to paste into a shell."""
-    return f"{program_name()} {shell_words(*sys.argv[1:])}"
+    """Return the command that goes on where this one was stopped, to paste into a shell."""
+    words = (word for word in sys.argv[1:] if word != "--no-resume")  # which would archive what there is
+    return f"{program_name()} {shell_words(*words)}"

@@ -106,7 +106,7 @@ def fit(
         else:
             optimizer.step(learning_rate)
             balance.end_step(state)
-            _record_step(state, result, real.targets)
+            _record_step(state, result, real.targets, context)
             unchecked.append(result)
         optimizer.zero_grad()
 
@@ -124,12 +124,13 @@ def fit(
     _check_finite(unchecked, model, context)
 
 
-def _record_step(state: TrainState, result: StepResult, num_targets: int) -> None:
+def _record_step(state: TrainState, result: StepResult, num_targets: int, context: DistributedContext) -> None:
     """Add one step, on `num_targets` real targets, to the state."""
     state.step += 1
     state.targets_seen += num_targets
-    norm = result.norm.total
-    metrics = {**result.metrics, GRADIENT_NORM: Mean(norm, torch.ones_like(norm))}
+    # All ranks have the same norm. One of them counts it, so that the weight of the sum is the number of steps.
+    weight = torch.full_like(result.norm.total, float(context.dp_rank == 0))
+    metrics = {**result.metrics, GRADIENT_NORM: Mean(result.norm.total * weight, weight)}
     state.metrics_since_log = merge(state.metrics_since_log, exact(metrics))
 
 

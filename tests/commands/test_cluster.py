@@ -190,6 +190,7 @@ def test_no_word_adds_a_line_to_a_job_script(verb: tuple[str, ...], job_script: 
         ),
         (("--slurm", "--partition=a", "--print"), "--partition=a --sbatch"),
         (("--torchrun", "--", "prune"), "prune pretrain"),
+        (("--slurm", "--print", "--", "pretrain", "x", "--no-resume"), "--no-resume --out"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
-from switchcli.report.program import program_name
+from switchcli.report.program import command_line, program_name
 from switchcli.runs.inputs import text_sets as verb
 from switchcli.runs.train import ending
 from switchcli.system.lock import lock
@@ -134,6 +135,29 @@ def test_a_run_whose_tokenizer_or_text_has_changed_says_which(recipe: str, text:
     assert (done.code, "other text" in done.err, "another tokenizer" in done.err) == (CHECKPOINT, False, True), done.err
     shutil.copy("run/checkpoints/step-00000002/tokenizer.json", tokenizer)  # the fix that the message names
     assert switchcli("pretrain", recipe, *keys, "train.steps=3").code == 0
+
+
+def test_the_only_checkpoint_that_a_kill_left_under_another_name_is_resumed(recipe: str, switchcli: SwitchCLI) -> None:
+    """The second save of a step moves the first one aside before it takes its name."""
+    assert switchcli("pretrain", recipe, "--out", "run").code == 0
+    (only,) = Path("run/checkpoints").iterdir()
+    only.rename(only.with_name(".old-00000002-0123abcd"))
+    refused = switchcli("pretrain", recipe, "--out", "run", "schedule.learning_rate=0.02")
+    assert (refused.code, lacking(refused.err, "run schedule.learning_rate 0.02")) == (2, []), refused.err
+    assert only.exists()
+    done = switchcli("pretrain", recipe, "--out", "run", "train.steps=3")
+    assert (done.code, lacking(done.err, "step 2 3")) == (0, []), done.err
+
+
+def test_a_run_that_began_with_no_resume_goes_on_without_it(
+    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        signals_at(patch, {MICROBATCHES: [signal.SIGTERM]})
+        patch.setattr(sys, "argv", ["switchcli", "pretrain", recipe, "--out", "run", "--no-resume"])
+        stopped = switchcli("pretrain", recipe, "--out", "run", "--no-resume")
+        assert command_line().endswith(f"switchcli pretrain {recipe} --out run")
+    assert (stopped.code, lacking(stopped.err, "same command without --no-resume")) == (INTERRUPTED, []), stopped.err
 
 
 def test_a_folder_in_use_is_refused_by_name(recipe: str, switchcli: SwitchCLI) -> None:

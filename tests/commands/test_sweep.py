@@ -148,6 +148,7 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretrain quickstart/dense train.sed=0\n", "a: train.sed seed"),
         ("a pretrain quickstart/dense train.seed=[2,4]\n", "a: train.seed=2,4"),
         ("a pretrain quickstart/dense --modle x\n", "a: --modle --model"),
+        ("a pretrain quickstart/dense --no-resume\n", "--no-resume archive --out"),
         ("b pretrain quickstart/dense\n---\na finetune quickstart/dense --model {out}/b\n", "a: pretrain finetune"),
         ("a finetune quickstart/finetune --model nowhere\n", "a: nowhere"),
         ("a finetune quickstart/finetune --model . --branch-from nowhere@3\n", "a: branch-from nowhere@3"),
@@ -189,6 +190,16 @@ def test_a_run_may_name_one_of_an_earlier_stage_a_size_or_a_metric(
     )
     done = switchcli("sweep", "runs", "--out", "out", "--slurm")
     assert done.code == 0, done.err
+
+
+def test_a_sweep_in_the_current_folder_knows_its_runs_by_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argument, name in (("./one", "one"), (f"{tmp_path}/one@3", "one"), ("quickstart/dense", None), ("one", None)):
+        assert sweep_list.named_run(argument, Path()) == name
+    needy = sweep_list.SweepRun("two", ("finetune", "x", "--model", f"{tmp_path}/one"))
+    assert sweep_runner.Sweep([needy], Path(), [{}], Console(quiet=True))._needs(needy, "one")
 
 
 def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):
@@ -349,16 +360,15 @@ def test_a_log_that_is_no_file_fails_its_run(make, tmp_path):
     [
         (f'{{"command": {json.dumps(f"switchcli pretrain x {FAILS} --out out/a --quiet".split())}}}', "skipped"),
         (f'{{"command": {json.dumps(f"switchcli pretrain y {FAILS} --out out/a --quiet".split())}}}', "failed"),
-        # of a rank of --processes, with the checkpoint of a branch
         (
-            f'{{"command": {json.dumps(f"switchcli pretrain x {FAILS} --out out/a --quiet --branch-from b".split())}}}',
-            "skipped",
+            f'{{"command": {json.dumps(f"switchcli pretrain x {FAILS} --out out/a --quiet train.steps=9".split())}}}',
+            "failed",
         ),
         ('{"command": null}', "failed"),
         ("{}", "failed"),
         ("[", "failed"),
     ],
-    ids=["the same command", "another command", "ranks of a branch", "the Python API", "no command", "damaged"],
+    ids=["the same command", "another command", "a longer command", "the Python API", "no command", "damaged"],
 )
 def test_a_run_is_skipped_only_if_its_result_is_that_of_the_same_command(result: str, status: str) -> None:
     """The verb decides about the others: here it refuses."""
@@ -380,6 +390,7 @@ def test_slots_are_gpus_else_processors(monkeypatch):
     for none in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
         assert sweep_runner.available_slots(None, 9) == [{"OMP_NUM_THREADS": "1"}] * 3
+        assert sweep_runner.available_slots(None, 1) == [{"OMP_NUM_THREADS": "3"}]
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sweep_runner.available_slots(2, 9) == [{}, {}]
 

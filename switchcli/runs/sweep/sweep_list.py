@@ -59,6 +59,11 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
     for run in runs:
+        if "--no-resume" in run.arguments:
+            raise RecipeError(
+                "--no-resume: would archive an interrupted run when the sweep goes on: start over in another folder "
+                "by --out"
+            )
         if empty := [argument for argument in run.arguments if is_key(argument) and argument.endswith("=")]:
             raise RecipeError(f"{empty[0]}: has no value: remove the last comma, or write {empty[0]}null")
         if len(run.arguments) < 2 or run.arguments[0] not in VERBS:
@@ -238,8 +243,10 @@ def missing_runs(runs: Sequence[SweepRun], out: Path) -> Iterator[str]:
 
 def named_run(argument: str, out: Path) -> str | None:
     """Return the name of the run in `out` that PATH, PATH@STEP or OPTION=PATH lies in, or None for another argument."""
-    path = Path(re.sub("^-?-?[a-z_.-]+=|@[0-9]+$", "", argument)).absolute()
-    folder = out.absolute()
+    text = re.sub("^-?-?[a-z_.-]+=|@[0-9]+$", "", argument)
+    path, folder = Path(text).absolute(), out.absolute()
+    if Path.cwd().is_relative_to(folder) and not text.startswith((f"{out}/", f"{folder}/")):
+        return None  # every relative path lies in the folder: a run of it is one that is named with the folder
     return path.relative_to(folder).parts[0] if folder in path.parents else None
 
 

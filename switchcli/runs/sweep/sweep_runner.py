@@ -159,14 +159,12 @@ class Sweep:
     def _is_complete(self, run: SweepRun) -> bool:
         """Return whether the run has a result, and this command made it."""
         result = read_object(self._out / run.name / "result.json") or {}
-        words, found = command(run, self._out), result.get("command")
-        # `--processes` adds the checkpoint of a branch to the arguments of its ranks.
-        return isinstance(found, list) and found[: len(words)] == words
+        return bool(result.get("command") == command(run, self._out))
 
     def _needs(self, run: SweepRun, other: str) -> bool:
         """Return whether an argument of the run is the other run's folder, or lies in it."""
-        path = self._out / other
-        paths = "|".join(re.escape(str(form)) for form in (path, path.absolute()))
+        forms = (f"{self._out}/{other}", f"{self._out.absolute()}/{other}")
+        paths = "|".join(map(re.escape, forms))
         folder = re.compile(rf"(?<![\w./-])({paths})(?![\w.-])")
         return any(folder.search(argument) for argument in run.arguments)
 
@@ -217,11 +215,11 @@ def available_slots(jobs: int | None, num_runs: int) -> list[dict[str, str]]:
     """
     gpus = _visible_gpus()
     cores = available_processors()
-    count = jobs or len(gpus) or cores
+    count = min(jobs or len(gpus) or cores, num_runs)
     threads = {} if is_thread_count_set() else {"OMP_NUM_THREADS": str(max(1, cores // count))}
     if not gpus:
-        return [dict(threads) for _ in range(min(count, num_runs))]
-    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(min(count, num_runs))]
+        return [dict(threads) for _ in range(count)]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]
 
 
 def _visible_gpus() -> list[str]:

@@ -67,9 +67,7 @@ class LogCallback(Callback):
         state.metrics_since_log = {}
         if not run.context.is_main:
             return
-        # Each data-parallel rank adds 1 for each step that was not skipped.
-        counted_steps = int(metrics[GRADIENT_NORM].weight) // run.context.dp_size
-        self._alarms(metrics, counted_steps, state.step)
+        self._alarms(metrics, int(metrics[GRADIENT_NORM].weight), state.step)  # steps that were not skipped
         steps = state.step - self._last_step
         seconds_per_step = (state.seconds - self._last_seconds) / steps
         self._last_step, self._last_seconds = state.step, state.seconds
@@ -107,8 +105,6 @@ class LogCallback(Callback):
 
 class StopAfter(Callback):
     """Requests a stop after a step."""
-
-    depends_on_weights = False
 
     def __init__(self, step: int, stop: StopRequest) -> None:
         super().__init__(step, at_end=False)

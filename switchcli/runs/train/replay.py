@@ -205,7 +205,9 @@ def _repeat(
     first_record = first if start is None else first + 1
     expected = [record for record in records if first_record <= record["step"] <= last]
     saved = _recipe_at(folder, kept, last)
-    ranks = (read_object(folder.result) or {}).get("mesh", {}).get("data", 1)
+    machines = _machines(folder, segment, kept)
+    most_ranks = max((machine["hardware"]["ranks"] for machine in machines), default=1)
+    ranks = most_ranks // saved.parallel.model
     if ranks > 1 and saved.train.microbatch_tokens is None:
         raise RecipeError(
             f"{folder.path}: trained on {ranks} ranks, whose microbatches seed dropout and jitter, and its recipe does "
@@ -225,7 +227,6 @@ def _repeat(
             with open_run(recipe, overrides, out) as trainer, trainer.begun():
                 trainer.train(until=last)
                 now = machine_info(trainer.context)
-                machines = _machines(folder, segment, kept, now)
                 is_cpu = trainer.context.device.type == "cpu"
         except OtherDataError as error:
             return Finding(segment, "differs", 0, 0, str(error).replace(str(out), str(folder.path)))
@@ -298,16 +299,14 @@ def _compare_files(end: Checkpoint, replayed: Checkpoint) -> tuple[int, str | No
     return len(tensors), None
 
 
-def _machines(
-    folder: RunFolder, segment: Segment, kept: Sequence[int], now: Mapping[str, Any]
-) -> Sequence[Mapping[str, Any]]:
-    """Return the hardware and versions, with the keys of `now`, that took the steps of a segment; [] if unknown."""
+def _machines(folder: RunFolder, segment: Segment, kept: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    """Return the `hardware` and `versions` that took the steps of a segment, as of `machine_info`; [] if unknown."""
     later = next((step for step in kept if step >= segment.last), None)
     machines = []
     if later is not None:
         machines = SavedState.read(_open(folder, later, verified=False).document("state.json")).machines_of(*segment)
     if not machines and "hardware" in (result := read_object(folder.result) or {}):
-        machines = [{name: result.get(name) for name in now}]
+        machines = [{name: result.get(name) for name in ("hardware", "versions")}]
     return machines
 
 

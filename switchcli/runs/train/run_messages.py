@@ -1,8 +1,8 @@
 """What a training run prints at its start: what it will do, where, and how to stop it."""
 
-from pathlib import Path
 from typing import Final
 
+from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
@@ -19,7 +19,7 @@ def announce(
     recipe: TrainingRecipe,
     state: TrainState,
     data: TrainData,
-    folder: Path,
+    folder: RunFolder,
     context: DistributedContext,
     console: Console,
 ) -> None:
@@ -43,7 +43,7 @@ def announce(
     console.message(
         f"evaluating on {held_out:,} held-out sequences{answers} {evaluating}, saving a checkpoint {saving}"
     )
-    console.message(f"writing to {folder}/; Ctrl-C saves and stops, and the same command goes on from there")
+    console.message(f"writing to {folder.path}/; Ctrl-C saves and stops, and {folder.same_command} goes on from there")
 
 
 def _times(every: int, steps: int) -> str:

@@ -103,9 +103,10 @@ class Trainer:
         weights = context.parallelize(self.model)
         freeze(self.model, task.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
-        first_step = 0 if branch is None else branch.step
-        named = {step for step in recipe.checkpoint.keep_steps if first_step < step <= recipe.train.steps}
-        num_present = len(checkpoint.saved_checkpoints(folder.checkpoints)) if folder.is_resumed else 0
+        saved = checkpoint.saved_steps(folder.checkpoints) if folder.is_resumed else []
+        first_step = max(saved, default=0 if branch is None else branch.step)
+        keep_steps = recipe.checkpoint.keep_steps
+        named = {step for step in keep_steps if first_step < step <= recipe.train.steps}
         preflight(
             folder.checkpoints,
             weights,
@@ -113,7 +114,7 @@ class Trainer:
             context,
             recipe.checkpoint,
             task.run_data.num_metrics,
-            num_present,
+            len({*saved}.difference(keep_steps)),
             len(named),
         )
         if branch is not None:  # before the data, because that run may remove the checkpoint meanwhile
@@ -210,7 +211,7 @@ class Trainer:
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
         self._rewind(state.step - state.is_at_start)
-        run_messages.announce(recipe, state, self.data, self.folder.path, self.context, self.console)
+        run_messages.announce(recipe, state, self.data, self.folder, self.context, self.console)
         nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
         with (
             StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
@@ -252,8 +253,8 @@ class Trainer:
         self._trackers.close()
         if is_stopped and state.step != until:
             raise Interrupted(
-                f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: the same command goes on "
-                "from there"
+                f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: "
+                f"{self.folder.same_command} goes on from there"
             )
         return task_eval.measured if task_eval else None
 
@@ -305,7 +306,8 @@ class Trainer:
         """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""
         self.checkpointer.wait()
         self.context.reshard(self.model)
-        is_restored = self.checkpointer.restore(state, self.console)
+        if is_restored := self.checkpointer.restore(state, self.console):
+            state.record_machine(machine_info(self.context))
         self._rewind(state.step)
         return is_restored
 
