@@ -98,24 +98,25 @@ def batch_problem(rows: int, ranks: int, microbatch: int | None, group: int, len
     A sequence has `length` tokens. A rank takes equal microbatches of `microbatch` sequences, or all its sequences at
     once (None). A microbatch consists of whole routing groups of `group` sequences.
     """
+    whole_batch = _round_up(rows, ranks * group) * length
     if rows % ranks:
         return (
             f"train.batch_tokens ({rows * length}) holds {rows} sequences, which {ranks} ranks cannot share evenly: "
-            f"try {_round_up(rows, ranks) * length}, or fewer ranks"
+            f"try {whole_batch}, or fewer ranks"
         )
     rank_rows = rows // ranks
+    groups = f"must consist of whole groups of {group * length} tokens (model.router.group_sequences: {group})"
+    if rank_rows % group:
+        of_rank = f", {rank_rows} sequences on each of {ranks} ranks," if ranks > 1 else ""
+        return f"train.batch_tokens ({rows * length}){of_rank} {groups}: try {whole_batch}"
     each = microbatch or rank_rows
-    if rank_rows % each:
+    if rank_rows % each or each % group:
         share = f"train.batch_tokens ({rows * length})" + (f" / {ranks} ranks" if ranks > 1 else "")
-        largest = next(number for number in range(min(each, rank_rows), 0, -1) if rank_rows % number == 0)
-        return f"train.microbatch_tokens ({each * length}) must divide {share}: try {largest * length}"
-    if each % group:
-        key, parts = ("train.microbatch_tokens", 1) if microbatch else ("train.batch_tokens", ranks)
-        of_rank = f", {each} sequences on each of {ranks} ranks," if ranks > 1 else ""
-        return (
-            f"{key} ({each * parts * length}){of_rank} must consist of whole groups of {group * length} tokens "
-            f"(model.router.group_sequences: {group}): try {_round_up(each, group) * parts * length}"
-        )
+        rule = f"must divide {share}" if rank_rows % each else groups
+        # The largest number of whole groups, up to the given one, that divides the rows of a rank; one group does.
+        largest = max(group, min(each, rank_rows) // group * group)
+        fitting = next(number for number in range(largest, 0, -group) if rank_rows % number == 0)
+        return f"train.microbatch_tokens ({each * length}) {rule}: try {fitting * length}"
     return None
 
 

@@ -31,7 +31,8 @@ def pick(decoding: Decoding, logits_BV: torch.Tensor, draw_B: torch.Tensor | Non
     """
     if draw_B is None:
         return logits_BV.argmax(-1)
-    probability_BV = (logits_BV.double() / decoding.temperature).softmax(-1)
+    logits_BV = logits_BV.double()  # less the largest, so that no quotient by a tiny temperature overflows upwards
+    probability_BV = ((logits_BV - logits_BV.amax(-1, keepdim=True)) / decoding.temperature).softmax(-1)
     if decoding.top_p == 1.0:
         return _sample(probability_BV, draw_B)
     # The nucleus: a token belongs to it if the more probable ones sum to less than top_p.

@@ -318,12 +318,18 @@ def _merge(below: Node, above: Node) -> Node:
     """Return `below` with the values of `above` over it."""
     if not isinstance(above.value, dict):
         return above
+    below = _expand_auto(below)
     merged = dict(below.value) if isinstance(below.value, dict) else {}
     if "kind" in merged and "kind" in above.value and merged["kind"].value != above.value["kind"].value:
         merged = {}
     for key, node in above.value.items():
         merged[key] = _merge(merged[key], node) if key in merged else node
     return Node(merged, above.where)
+
+
+def _expand_auto(node: Node) -> Node:
+    """Return the mapping that the word `auto` stands for, over which further keys can be set; else the node."""
+    return Node({AUTO: Node(True, node.where)}, node.where) if node.value == AUTO else node
 
 
 def _stated_size(tree: Node) -> Node | None:
@@ -386,6 +392,7 @@ def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] 
         items = list(below.value)
         items[int(key)] = _set(items[int(key)], rest, value, (*parent, key))
         return below._replace(value=items)
+    below = _expand_auto(below)
     if not isinstance(below.value, dict):
         below = Node({}, value.where)
     assert isinstance(below.value, dict)

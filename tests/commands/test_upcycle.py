@@ -142,7 +142,11 @@ REFUSED = {
     "fewer": (["runs", "--experts", "2"], 2, "--experts 2 multiple 4 try 8 prune"),
     "no multiple": (["runs", "--experts", "11"], 2, "--experts 11 multiple 4 try 12"),
     "other layers": (["runs", "--experts", "8", "model.sparse_every=1"], 2, "model.sparse_every 2 leave"),
-    "other gates": (["runs", "--experts", "8", "model.router.gate=sigmoid"], 2, "model.router.gate leave"),
+    "other gates": (
+        ["runs", "--experts", "8", "model.router.gate=sigmoid"],
+        2,
+        "model.router.gate model.router.gate=softmax",
+    ),
     "router noise": (["dense", "--experts", "4", "--router-noise", "0.01"], 2, "--router-noise dense leave"),
     "much router noise": (["runs", "--experts", "8", "--router-noise", "1.1"], 2, "--router-noise 1.1 0 1"),
     "redraw": (["dense", "--experts", "4", "--redraw", "-0.1"], 2, "--redraw -0.1 0 1"),

@@ -74,6 +74,13 @@ def test_a_draw_on_the_border_of_two_tokens_is_the_next_ones() -> None:
     assert pick(one, torch.tensor([[-torch.inf, 0.0]]), torch.tensor([0.0], dtype=torch.float64)).tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-308, 5e-324])
+def test_a_tiny_temperature_takes_the_most_probable_token(temperature: float) -> None:
+    logits_BV = torch.tensor([[1.0, 3.0, -2.0], [-1e4, -math.inf, -1e5]])
+    draws = torch.tensor([0.5, 0.999], dtype=torch.float64)
+    assert pick(Decoding(temperature=temperature), logits_BV, draws).tolist() == [1, 0]
+
+
 def test_temperature_sharpens_and_flattens() -> None:
     draws = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     for temperature in (0.25, 0.5, 1.0, 2.0):

@@ -110,6 +110,17 @@ def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypat
     assert_line(str(raised.value), "mine.yaml:2", "data.tokenizer.vocab_size 8192 200 model.vocab_size")
 
 
+def test_auto_is_a_mapping_to_which_keys_are_added(recipe):
+    for keys in (
+        ("parallel=auto", "parallel.comm_dtype=float32"),
+        ("parallel.comm_dtype=float32", "parallel.auto=true"),
+    ):
+        found = recipe(*keys).parallel
+        assert (found.auto, found.comm_dtype) == (True, "float32")
+    with pytest.raises(RecipeError, match="auto"):
+        recipe("parallel=auto", "parallel.data=2")
+
+
 def test_a_dense_model_has_no_groups(recipe):
     assert recipe("model.num_experts=1", "model.router.group_sequences=3").model.group_sequences == 1
 

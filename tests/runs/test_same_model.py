@@ -29,5 +29,14 @@ def test_another_balance_keeps_the_meaning_of_the_weights(after: ModelSpec) -> N
     ],
 )
 def test_another_gate_and_the_loss_of_biases_are_refused(before: ModelSpec, after: ModelSpec, key: str) -> None:
-    with pytest.raises(RecipeError, match=rf"router\.{key}.*runs/a.*leave it out"):
+    with pytest.raises(RecipeError, match=rf"router\.{key}.*runs/a.*set model\.(decoder_)?router\.{key}="):
         check_shape(before, after, "runs/a")
+
+
+def test_gates_that_would_multiply_the_outputs_of_fine_grained_experts_otherwise_are_refused() -> None:
+    fine = {"expert_d_ff": SPARSE.d_ff // 4}
+    before = spec(gate="sigmoid").model_copy(update=fine)
+    after = SPARSE.model_copy(update={"router": TopKRouter(gate="sigmoid"), **fine})
+    with pytest.raises(RecipeError, match=r"model\.router: .* 2 .*runs/a.* 0\.5: keep"):
+        check_shape(before, after, "runs/a")
+    check_shape(spec(gate="sigmoid"), SPARSE.model_copy(update={"router": TopKRouter(gate="sigmoid")}), "runs/a")

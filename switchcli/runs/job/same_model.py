@@ -33,10 +33,17 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
         old_router, new_router = before.router_of(stack), after.router_of(stack)
         key = after.router_key(stack)
         if old_router.has_sigmoid_gates != new_router.has_sigmoid_gates:
-            raise RecipeError(f"{key}.gate: another one than that of the weights of {path}: leave it out")
+            gate = "sigmoid" if old_router.has_sigmoid_gates else "softmax"
+            raise RecipeError(f"{key}.gate: another one than that of the weights of {path}: set {key}.gate={gate}")
+        if (old_scale := before.scale_of_experts(stack)) != (scale := after.scale_of_experts(stack)):
+            raise RecipeError(
+                f"{key}: with its gates the outputs of experts are multiplied by {scale:g} (model.expert_scale), and "
+                f"with those of the weights of {path} by {old_scale:g}: keep their kind and renormalize"
+            )
         if old_router.choice_bias_rate and not new_router.choice_bias_rate:
             raise RecipeError(
-                f"{key}.balance: the routers of {path} choose by biases, which balance: loss would drop: leave it out"
+                f"{key}.balance: the routers of {path} choose by biases, which balance: loss would drop: "
+                f"set {key}.balance=bias"
             )
 
 
