@@ -168,13 +168,13 @@ def _examples_of(
     sentinels: set[int],
 ) -> Iterator[GuessedToken]:
     start = 0  # of the gap's tokens among the targets
-    before, after = source, list[int]()  # without gaps the targets continue the source
+    before, after, has_gaps = source, list[int](), False  # without gaps the targets continue the source
     last: GuessedToken | None = None
     for position, target in enumerate(targets):
         if target in sentinels and target in source:
             if last is not None:
                 yield last
-            start, last = position + 1, None
+            start, last, has_gaps = position + 1, None, True
             before, after = source[: source.index(target)], source[source.index(target) + 1 :]
         elif is_visible_V[target]:
             pieces = tokenizer.pieces([target, *guesses[position]])
@@ -184,7 +184,7 @@ def _examples_of(
                 _decode(after, tokenizer, sentinels),
                 tuple(map(text_of, pieces[1:])),
             )
-            if not after:
+            if not has_gaps:
                 yield last
                 last = None
     if last is not None:

@@ -30,7 +30,10 @@ def flag_hint(context: typer.Context, flag: str, arguments: Sequence[str]) -> st
 
 def verb_of(context: typer.Context) -> str:
     """Return the command without its arguments: `switchcli data prepare`."""
-    return f"switchcli{context.command_path.removeprefix(context.find_root().command_path)}"
+    root = context.find_root()
+    if context is root:  # a command that was parsed by itself
+        return context.command_path
+    return f"switchcli{context.command_path.removeprefix(root.command_path)}"
 
 
 def accepted_names(context: typer.Context) -> set[str]:

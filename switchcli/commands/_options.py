@@ -1,5 +1,6 @@
 """Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -203,6 +204,6 @@ def default_out(recipe: str) -> Path:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Split `[RECIPE] [KEY=VALUE ...]` into the recipe, None if there is none, and the overrides."""
-    if arguments and "=" not in arguments[0]:
+    if arguments and ("=" not in arguments[0] or os.path.lexists(arguments[0])):
         return arguments[0], list(arguments[1:])
     return None, list(arguments)

@@ -89,7 +89,8 @@ def distill(
     if out is None and source is not None:
         out = default_out(source)
     elif out is None:
-        out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or "."))
+        named = (text.removeprefix("distill.teacher=") for text in overrides if text.startswith("distill.teacher="))
+        out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or next(named, ".")))
     recipe = api.read_recipe(source, overrides, "distill")
     models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
     if dry_run or cache_only or _training.starts_ranks(processes):

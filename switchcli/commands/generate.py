@@ -119,7 +119,8 @@ def _without_line_breaks(text: str) -> str:
 def _stdin_lines() -> Iterator[str]:
     """Yield each line of stdin as soon as it arrives. Raises DataError if stdin is not text."""
     try:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
+        for number, line in enumerate(sys.stdin):
+            text = line.rstrip("\r\n")
+            yield text.removeprefix("\ufeff") if number == 0 else text  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise DataError(f"stdin is not {error.encoding} ({error.reason}): convert it first") from error

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -92,12 +93,7 @@ def launch(
         hint = f": use {known}" if known else ""
         hint += "; give options of sbatch as --sbatch=OPTION" if slurm and not known else ""
         raise RecipeError(f"{arguments[0]}: no such option of launch{hint}; the command begins after --")
-    if arguments[0] not in (*VERBS, "data"):
-        raise RecipeError(f"{arguments[0]}: must be one of {', '.join(VERBS)}, data prepare")
-    if "--no-resume" in arguments:
-        raise RecipeError(
-            "--no-resume: would archive the run at each restart of the job: start over in another folder by --out"
-        )
+    _check_launched(arguments, torchrun)
     for name in ("head", "port", "restarts") if slurm else ("time", "cpus", "gpus", "sbatch"):
         refuse_option(context, name, f"cannot be used with {'--slurm' if slurm else '--torchrun'}")
     if slurm:
@@ -123,3 +119,17 @@ def launch(
         typer.echo(shell_words(*command))
         return
     os.execvp(command[0], command)
+
+
+def _check_launched(arguments: Sequence[str], torchrun: bool) -> None:
+    """Raise RecipeError unless the command can run on several machines, and again after a restart."""
+    if arguments[0] not in (*VERBS, "data"):
+        raise RecipeError(f"{arguments[0]}: must be one of {', '.join(VERBS)}, data prepare")
+    if arguments[0] == "data" and (arguments[1:2] != ["prepare"] or torchrun):
+        raise RecipeError(
+            "data: of its commands `data prepare` can be launched, by --slurm, whose tasks share the work"
+        )
+    if "--no-resume" in arguments:
+        raise RecipeError(
+            "--no-resume: would archive the run at each restart of the job: start over in another folder by --out"
+        )

@@ -11,7 +11,7 @@ from switchcli.report.html_page import Part
 from switchcli.report.routing_section import Survey
 from switchcli.report.runs import Run, as_mapping
 from switchcli.report.safe_text import capitalize
-from switchcli.report.series import SeedSpread, Series, differences
+from switchcli.report.series import SeedSpread, Series, by_seed, differences
 from switchcli.report.significance import Effect, Verdict
 from switchcli.report.table import Table, Value
 from switchcli.report.task_results import Scores
@@ -53,7 +53,9 @@ class Report(NamedTuple):
 
     @property
     def runs_by_label(self) -> dict[str, Sequence[Run]]:
-        return {series.label: series.runs for series in (*self.trained, *self.evaluations)}
+        """The runs of each series, one of each seed."""
+        trained = {series.label: [*by_seed(series).values()] for series in self.trained}
+        return {**trained, **{series.label: series.runs for series in self.evaluations}}
 
 
 # Tables
@@ -104,14 +106,15 @@ def _quality_note(comparison: Comparison) -> Iterator[str]:
     """Yield what the numbers of the table are, only as far as it has them."""
     rows, metric, baseline = comparison.rows, comparison.metric, comparison.baseline.label
     if metric.evaluations > 1:
-        yield f"Each value is the mean of the last {metric.evaluations} evaluations of a run."
+        evaluations = len(comparison.window) if comparison.window else metric.evaluations
+        yield f"Each value is the mean of the last {evaluations} evaluations of a run."
     if any(row.seeds > 1 for row in rows):
         yield "Values are means over seeds (least to most)."
     others = [row for row in rows if row.verdict != Verdict.BASELINE]
     if any(row.over is not None and row.over.interval is not None for row in others):
         yield (
             f"Gain over {baseline}: how much lower the {metric.title} is, with its 95 % interval, run by run of the "
-            "same seed (Student) or, where no seeds match, of the means (Welch)."
+            "same seed (Student) or, where fewer than two seeds match, of the means (Welch)."
         )
     for verdict in dict.fromkeys(row.verdict for row in rows):
         yield _VERDICT_CAPTIONS.get(verdict, "")

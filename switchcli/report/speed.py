@@ -121,17 +121,16 @@ def speed(series: Series, baseline: Series, metric: QualityMetric, quality: floa
     """
     costs, factors = list[Cost](), list[Cost]()
     ours, theirs = by_seed(series), by_seed(baseline)
-    pairs = {run.name for seed, run in ours.items() if seed in theirs}
-    for run in series.runs:
-        # The baseline's run of the same seed, or its first run where there is none.
-        reference = next((one for one in baseline.runs if one.seed == run.seed), baseline.runs[0])
+    pairs = ours.keys() & theirs.keys()
+    for seed, run in ours.items():
+        reference = theirs.get(seed, baseline.runs[0])
         goal = metric.at_end(reference) if quality is None else quality
         run_cost = None if goal is None else cost(run, metric, goal)
         if goal is None or run_cost is None:
             continue
         costs.append(run_cost)
         reference_cost = cost(reference, metric, goal)
-        if reference_cost is not None and (run.name in pairs or not pairs):
+        if reference_cost is not None and (seed in pairs or not pairs):
             factors.append(_divide(reference_cost, run_cost))
     doubt = None
     if series is baseline:

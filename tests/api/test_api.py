@@ -358,6 +358,8 @@ def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert choose_device("cuda") == torch.device("cuda", number)
     assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(RecipeError, match=r"device \(cuda:1\)"):
+        choose_device("cuda:1")
 
 
 def test_routing_is_the_argmax_of_the_routers(model: switchcli.Model) -> None:

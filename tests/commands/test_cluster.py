@@ -191,6 +191,8 @@ def test_no_word_adds_a_line_to_a_job_script(verb: tuple[str, ...], job_script: 
         (("--slurm", "--partition=a", "--print"), "--partition=a --sbatch"),
         (("--torchrun", "--", "prune"), "prune pretrain"),
         (("--slurm", "--print", "--", "pretrain", "x", "--no-resume"), "--no-resume --out"),
+        (("--slurm", "--print", "--", "data", "tokenizer"), "data prepare --slurm"),
+        (("--torchrun", "--print", "--", "data", "prepare"), "data prepare --slurm"),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused(

@@ -27,6 +27,8 @@ def test_texts_given_and_texts_read_have_the_same_answers(trained: Path, switchc
     assert (given.code, given.err) == (0, "")
     assert len(given.out.splitlines()) == 2
     assert switchcli("generate", trained, "--max-tokens", 5, stdin=f"{GAP}\na green <extra_id_0>\n") == given
+    windows = f"\ufeff{GAP}\r\na green <extra_id_0>\r\n"
+    assert switchcli("generate", trained, "--max-tokens", 5, stdin=windows) == given
     assert switchcli("generate", trained / "checkpoints/step-00000002", GAP, "--max-tokens", 5).out in given.out
 
 

@@ -103,6 +103,17 @@ def test_an_example_of_each_gap_shows_what_the_model_sees(
         assert [first.guesses, second.guesses] == [best[last_of_first], best[-1]]
 
 
+def test_a_gap_at_the_end_of_a_text_is_one_example(tokenizer: Tokenizer, model: SwitchTransformer) -> None:
+    sentinel = int(tokenizer.sentinels[0])
+    inputs = [*tokenizer.encode("two"), sentinel, EOS]
+    targets = [sentinel, *tokenizer.encode("three four"), EOS]
+    batch = Batch(torch.tensor([inputs]), torch.tensor([targets]))
+    for tail in (batch, Batch(torch.tensor([inputs[:-1]]), batch.targets_BT)):
+        measured = measure_guesses(model, [tail], False, "dropless", tokenizer, CONTEXT)
+        assert measured is not None
+        assert len(measured.examples) == 1
+
+
 def test_without_a_hidden_token_nothing_is_measured(tokenizer: Tokenizer, model: SwitchTransformer) -> None:
     padding = torch.zeros(2, 8, dtype=torch.int64)
     assert measure_guesses(model, [Batch(padding, padding)], False, "dropless", tokenizer, CONTEXT) is None

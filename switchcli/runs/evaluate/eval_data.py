@@ -47,7 +47,8 @@ def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: Distributed
         DataError: the text or the tasks cannot be used, or the ranks read different ones.
     """
     tasks = tasks_of(recipe.tasks)
-    if new_tasks := [name for name in tasks if name not in model.recipe.named_tasks]:
+    new_tasks = [name for name in tasks if name not in model.recipe.named_tasks]
+    if new_tasks and model.has_training_recipe:
         context.main_only(lambda: _warn_about_new_tasks(model, new_tasks, console))
     scored = context.main_first(
         lambda: scored_examples_of(tasks.values(), recipe.data, recipe.scoring, model.tokenizer)

@@ -72,6 +72,8 @@ class LoadedModel(NamedTuple):
     recipe: TrainingRecipe
     tokenizer: Tokenizer
     model: SwitchTransformer
+    has_training_recipe: bool = True
+    """Whether the recipe describes the training. That of a converted checkpoint does not."""
 
 
 def open_model(path: Path, console: Console) -> CheckpointHandle:
@@ -112,8 +114,10 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     Each rank of a machine takes a CUDA device of its own, the one on which it would train.
 
     Raises:
-        RecipeError: `name` is cuda and there is no CUDA device.
+        RecipeError: `name` is another one, or it is cuda and there is no CUDA device.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"device ({name}) must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device (--device) is cuda and this machine shows no CUDA device: leave it out, or say cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -131,7 +135,7 @@ def load_model(handle: CheckpointHandle, device: torch.device, precision: LoadPr
             if not isinstance(module, RouterWeights):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.bfloat16()
-    return LoadedModel(handle.path, handle.step, handle.recipe, handle.tokenizer, model)
+    return LoadedModel(handle.path, handle.step, handle.recipe, handle.tokenizer, model, handle.has_training_recipe)
 
 
 def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:

@@ -45,7 +45,7 @@ from tokenizers import Tokenizer
 folder = "FOLDER"  # this folder
 tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
 translator = ctranslate2.Translator(folder)
-tokens = tokenizer.encode({prompt}).tokens
+tokens = [tokenizer.id_to_token(number) for number in tokenizer.encode({prompt}).ids]
 greedy = {{"beam_size": 1, "min_decoding_length": 0, "max_decoding_length": 32}}
 answer = translator.translate_batch([tokens], **greedy)[0].hypotheses[0]
 print(tokenizer.decode([tokenizer.token_to_id(token) for token in answer], skip_special_tokens=False))
@@ -147,7 +147,7 @@ def _training(handle: CheckpointHandle) -> str:
         return "The model was converted from another checkpoint. How it was trained is not known here.\n"
     recipe = handle.recipe
     rows: dict[str, Value] = {
-        "steps": handle.step,
+        **({"steps": handle.step} if handle.step else {}),  # of a model that was changed since, they are not known
         "input tokens of a step": recipe.train.batch_tokens,
         "seed": str(recipe.train.seed),
         "precision": recipe.train.precision,
@@ -251,20 +251,28 @@ def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     recipe = handle.recipe
     if export.license is None:
         yield "No license was given when the model was converted. Set the field license above before you publish it."
-    yield "The figures are those of one run with one seed. Neither bias nor factual accuracy was measured."
+    yield "Neither bias nor factual accuracy was measured."
     if handle.has_training_recipe:
+        yield "The figures are those of one run with one seed."
         yield f"In training, inputs had up to {recipe.inputs_length:,} tokens and targets {recipe.targets_length:,}."
-    if recipe.text is not None:
-        yield "The model fills gaps in text. It was not trained to follow instructions."
-    else:
-        yield "The model was trained on the inputs of its tasks, in the form that they have there, and on no others."
+        if recipe.text is None:
+            yield "The model was trained on the inputs of its tasks, in the form that they have there, and no others."
+        else:
+            does = "continues text" if _continues(recipe) else "fills gaps in text"
+            yield f"The model {does}. It was not trained to follow instructions."
     if export.quantization != "float32":
         yield f"The weights are rounded to {export.quantization}: answers may differ from those of the float32 model."
     yield from map(markdown_text, export.warnings)
 
 
+def _continues(recipe: TrainingRecipe) -> bool:
+    """Return whether the model was trained to continue text and not to fill gaps."""
+    return recipe.text is not None and recipe.text.objective.kind == "prefix_lm"
+
+
 def _use(recipe: TrainingRecipe, export: Export) -> str:
-    prompt = json.dumps("The <extra_id_0> of a list is its <extra_id_1>." if recipe.text else "TEXT")
+    fills_gaps = recipe.text is not None and not _continues(recipe)
+    prompt = json.dumps("The <extra_id_0> of a list is its <extra_id_1>." if fills_gaps else "TEXT")
     template = _TRANSFORMERS if export.layout == "huggingface" else _CTRANSLATE2
     prefix = "T5" if recipe.model.num_experts == 1 else "SwitchTransformers"
     return template.format(prompt=prompt, model_class=f"{prefix}ForConditionalGeneration")
