@@ -13,6 +13,7 @@ Legend  R rows  L raw tokens per row
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class StreamedTextSource(BatchSource):
         if spec.stream_shards % ranks:
             raise RecipeError(
                 f"data.stream_shards ({spec.stream_shards}) must be a multiple of the {ranks} ranks of a batch: "
-                f"try {-(-spec.stream_shards // ranks) * ranks}, from the run's beginning"
+                f"try {math.lcm(spec.stream_shards, ranks)}, from the run's beginning"
             )
         self._corruption = BatchCorruption(spec.rows, tokenizer, seed)
         self._rows_per_shard, self._kept_steps = batch_rows // spec.stream_shards, kept_steps
@@ -312,13 +313,18 @@ class StreamReader:
 
     def _is_selected(self, document: Document) -> bool:
         """Whether a document of a source shard that is read is for training, and of this stream shard."""
-        is_own = self._divides_source_shards or document.row % self._spec.stream_shards == self._stream_shard
+        is_own = self._divides_source_shards or _mixed(document.row) % self._spec.stream_shards == self._stream_shard
         return is_own and not is_held_out(document.identity, self._spec.held_out_fraction)
 
 
 def source_shards_of(corpora: Sequence[Corpus]) -> CorpusShards:
     """Return the source shards of all `corpora`, in order. Raises DataError if a corpus has none."""
     return [(corpus, source_shard) for corpus in corpora for source_shard in corpus.source_shards()]
+
+
+def _mixed(row: int) -> int:
+    """Return 32 bits that look random, so that rows which lie at regular distances are in all stream shards."""
+    return ((row + 1) * 0x9E3779B97F4A7C15 % 2**64) >> 32  # multiplicative hashing by the golden ratio (Knuth, 6.4)
 
 
 def _seed(name: str) -> int:

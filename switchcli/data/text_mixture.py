@@ -59,7 +59,7 @@ class TextMixing(Spec, ABC):
         if self.max_epochs is None:
             return fraction_K
         max_fraction_K = self.max_epochs * np.asarray(rows_per_epoch) / num_rows
-        if max_fraction_K.sum() < 1:
+        if max_fraction_K.sum() < 1 - 1e-9:  # rounded, as an advised value may be
             least_epochs = math.ceil(100 * self.max_epochs / max_fraction_K.sum()) / 100
             raise RecipeError(
                 f"data.mixture.max_epochs ({self.max_epochs:g}): all texts together are {sum(rows_per_epoch):,} rows, "

@@ -70,8 +70,11 @@ def check_tasks(tasks: Iterable[Task], splits: Sequence[Split], folder: str | No
             missing[task.name] = absent[0]
     if missing:
         name, path = next(iter(missing.items()))
-        readable = [task.name for task in tasks if task.name not in missing]
-        leave_out = f"leave them out, tasks=[{','.join(readable)}], or" if readable else "or"
+        readable = [task for task in tasks if task.name not in missing]
+        # A task of the user's own has no name that a recipe could give.
+        listed = ",".join(task.name for task in readable)
+        given = "" if any(isinstance(task.source, FilesSource) for task in readable) else f", tasks=[{listed}],"
+        leave_out = f"leave them out{given} or" if readable else "or"
         raise DataError(
             f"data.folder ({folder}): no files of {', '.join(missing)}: {name} is looked for at {path}; {leave_out} "
             "take another folder, or null for the hub"

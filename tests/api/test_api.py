@@ -358,7 +358,7 @@ def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert choose_device("cuda") == torch.device("cuda", number)
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(RecipeError, match=r"device \(cuda:1\)"):
+    with pytest.raises(errors.RecipeError, match=r"device \(cuda:1\)"):
         choose_device("cuda:1")
 
 

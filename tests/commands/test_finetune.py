@@ -172,6 +172,9 @@ def test_what_of_the_tasks_is_cut_unknown_or_not_there_is_told(
     assert re.search(r"^warning: colour: 5 .*\b5 rows.*\b50\.0%.*\b5 .*cut.*data\.inputs_length", done.err, re.M)
     assert re.search(r"^warning: colour: \d+\.\d% .*\bcharacters\b.*\bbyte_fallback\b", done.err, re.M)
     assert not lacking(done.err, "warning: last validation split")
+    odd = ("tasks.0.labels=[\N{SNOWMAN}, red]", "train.steps=2", "eval.every_steps=2", "tasks.1.validation=[]")
+    done = switchcli("finetune", tuning, "--model", trained, *odd, "--out", "c")
+    assert not lacking(done.err, "warning: colour labels \N{SNOWMAN} byte_fallback"), done.err
 
 
 def test_a_task_that_is_only_scored_is_told(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:

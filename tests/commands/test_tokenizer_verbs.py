@@ -90,7 +90,7 @@ def test_a_file_that_is_there_stays_unless_forced(recipe: str, switchcli: Switch
     [
         ("data.tokenizer={kind: file, path: a.json}", 2, "tiny.yaml data.tokenizer.kind file train"),
         ("data.tokenizer.vocab_size=103", 2, "data.tokenizer.vocab_size 103 special sentinels bytes"),
-        ("data.tokenizer.vocab_size=105", 3, "data.tokenizer.vocab_size 105 3 special 100 sentinels 123"),
+        ("data.tokenizer.vocab_size=105", 3, "data.tokenizer.vocab_size 105 3 special 100 sentinels 124"),
     ],
 )
 def test_what_training_refuses(recipe: str, switchcli: SwitchCLI, key: str, code: int, words: str) -> None:

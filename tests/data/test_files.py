@@ -452,3 +452,17 @@ def test_languages_and_weights_are_checked(options: dict[str, Any], words: str) 
 def test_values_keep_their_types_from_a_recipe() -> None:
     corpus = FilesCorpus.model_validate_json('{"paths": ["a"], "where": {"n": [1, true, "1"]}}')
     assert [(type(one), one) for one in corpus.where["n"]] == [(int, 1), (bool, True), (str, "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_compressed"),
+    [
+        ("https://host/a.jsonl?download=true", ".jsonl", False),
+        ("https://host/a.jsonl.gz?download=true#top", ".jsonl", True),
+        ("a.JSONL.GZ", ".jsonl", True),
+        ("a?b.txt", ".txt", False),
+    ],
+)
+def test_the_kind_of_a_file_is_that_of_its_path_in_any_case(name: str, kind: str, is_compressed: bool) -> None:
+    file = SourceFile(name, 1, "")
+    assert (file.kind, file.is_compressed) == (kind, is_compressed)

@@ -362,7 +362,7 @@ def test_seeds_differ(folder: Path, straight: Straight) -> None:
 
 
 def test_ranks_that_cannot_share_the_lanes_are_refused_with_a_number(folder: Path) -> None:
-    with pytest.raises(RecipeError, match=naming_words("data.stream_shards 4 3 6")):
+    with pytest.raises(RecipeError, match=naming_words("data.stream_shards 4 3 12")):
         Run(a_spec(folder), world=3)
 
 
@@ -391,6 +391,17 @@ def test_a_lane_without_a_row_in_any_epoch_is_told_of(files: list[int], lane: in
     stream = StreamedTextSource(spec, {"": pieces}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
     with pytest.raises(DataError, match=naming_words(f"data.corpora {lane} 4 data.stream_shards")):
         stream.batch(0, 0, BATCH)
+
+
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_documents_at_regular_distances_are_in_all_lanes(lanes: int, tmp_path: Path) -> None:
+    """Every second line is blank: parallel text, of which a filter leaves one language, is as regular."""
+    (tmp_path / "a.txt").write_text("\n\n".join(" ".join(map(str, range(5 * n, 5 * n + 5))) for n in range(60)) + "\n")
+    corpora = (FilesCorpus(paths=(str(tmp_path / "a.txt"),), sample_by="line"),)
+    spec = DataSpec(corpora=corpora, objective=ROWS, access="stream", stream_shards=lanes, held_out_fraction=1e-9)
+    stream = StreamedTextSource(spec, {"": source_shards_of(corpora)}, TOKENIZER, None, 0, BATCH, (0, 1), 2)
+    shown = Counter(word for step in range(80) for row in texts(stream.batch(step, 0, BATCH)) for word in row)
+    assert set(shown) == set(range(300))
 
 
 def test_no_lane_shows_its_documents_twice_as_often_as_another_where_one_piece_is_very_small(tmp_path: Path) -> None:

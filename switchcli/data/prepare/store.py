@@ -42,7 +42,7 @@ class TokenStore(NamedTuple):
             )
         except (OSError, EOFError, ValueError) as error:  # EOFError: of an empty file
             raise DataError(
-                f"{folder / name}: cannot be read ({error}): run `switchcli data prepare RECIPE`"
+                f"{folder / name}: cannot be read ({error}): run `switchcli data prepare RECIPE --check`"
             ) from error
 
     @property

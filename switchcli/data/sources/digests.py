@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, Self, TypeVar
 
@@ -83,8 +83,8 @@ class Digests:
 
         Also raises DataError if a file changes while it is read.
         """
+        stats = {path: _stat(path) for path in paths}
         with data_errors("data: a file cannot be read", "check that it is there and may be read"):
-            stats = {path: _Stat.of(path.stat()) for path in paths}
             is_large = sum(stat.size for stat in stats.values()) > WHOLE_BYTES
             kind = "samples" if self._sampled and is_large else "sha256"
             names = {path: f"{kind}:{path.absolute()}" for path in paths}
@@ -125,9 +125,18 @@ def _is_of(entry: tuple[list[int], str] | None, stat: _Stat) -> bool:
     return entry is not None and entry[0] == [*stat]
 
 
+def _read_errors(path: Path) -> AbstractContextManager[None]:
+    return data_errors(f"data: {path}: cannot be read", "check that it is there and may be read")
+
+
+def _stat(path: Path) -> _Stat:
+    with _read_errors(path):
+        return _Stat.of(path.stat())
+
+
 def _digest(path: Path, kind: str) -> tuple[tuple[list[int], str], bool]:
     """Return the entry of a file, and whether any later change must show in its attributes; see FRESH_NS."""
-    with open_regular(path) as file:
+    with _read_errors(path), open_regular(path) as file:
         now, stat = time.time_ns(), _Stat.of(os.fstat(file.fileno()))
         if kind == "samples":
             digest = hashlib.sha256(str(stat.size).encode())

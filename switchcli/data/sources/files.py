@@ -28,7 +28,7 @@ from switchcli.spec import PathOrUrl
 
 SHARD_BYTES: Final = 2**26
 """Bytes of files as stored, compressed or not, above which they are divided among source shards."""
-_JSON = (".json", ".jsonl")
+_JSON = (".json", ".jsonl", ".ndjson")
 _PARQUET = ".parquet"
 
 

@@ -47,13 +47,18 @@ class SourceFile(NamedTuple):
         return cls(path.as_posix(), stat.st_size, str(stat.st_mtime_ns))
 
     @property
+    def _path(self) -> Path:
+        """The name in lower case; of a URL without its query, such as `?download=true`."""
+        return Path((re.split("[?#]", self.name)[0] if _URL.match(self.name) else self.name).lower())
+
+    @property
     def is_compressed(self) -> bool:
-        return self.name.endswith(COMPRESSED)
+        return self._path.name.endswith(COMPRESSED)
 
     @property
     def kind(self) -> str:
         """The suffix of the name without that of the compression, such as `.jsonl`."""
-        return Path(Path(self.name).stem if self.is_compressed else self.name).suffix
+        return Path(self._path.stem if self.is_compressed else self._path).suffix
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -65,7 +70,7 @@ class SourceFile(NamedTuple):
                 raw = cast("BinaryIO", io.BufferedReader(remote, _BUFFER_BYTES))
             else:
                 raw = stack.enter_context(open_regular(Path(self.name), _BUFFER_BYTES))
-            yield cast("BinaryIO", stack.enter_context(_decompressed(raw, Path(self.name).suffix)))
+            yield cast("BinaryIO", stack.enter_context(_decompressed(raw, self._path.suffix)))
 
 
 def fingerprint(files: Iterable[SourceFile], digests: Digests) -> str:

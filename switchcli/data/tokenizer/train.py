@@ -65,7 +65,8 @@ def train_unigram(texts: list[str], size: VocabSize, character_coverage: float =
     if not texts:
         raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
     blank_rare, alphabet = _alphabet(texts, character_coverage)
-    if (min_size := len(alphabet) + size.num_reserved) > size.vocab_size:
+    # The trainer stops before it has so many pieces, or not at all: one more than the characters is the least.
+    if (min_size := len(alphabet) + size.num_reserved + 1) > size.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size ({size.vocab_size}) must hold {len(SPECIAL)} special ids, {size.num_sentinels} "
             f"sentinels{f', {len(BYTES)} bytes' * size.byte_fallback} and the text's {len(alphabet)} characters: take "
@@ -120,7 +121,7 @@ def _complete(tokenizer: Tokenizer, num_pieces: int, size: VocabSize) -> None:
 
 
 def _alphabet(texts: list[str], coverage: float) -> tuple[dict[int, str], set[str]]:
-    """Return a table for `str.translate` that blanks rare characters, and the other characters, NFKC-normalized."""
+    """Return a table for `str.translate` that blanks rare characters, and the characters that NFKC then makes."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -131,4 +132,5 @@ def _alphabet(texts: list[str], coverage: float) -> tuple[dict[int, str], set[st
     wanted = sum(counts.values()) * coverage
     num_common = sum(number < wanted for number in preceding)
     blank_rare = {ord(character): " " for character in by_count[num_common:]}
-    return blank_rare, {" ", *unicodedata.normalize("NFKC", "".join(by_count[:num_common]))}
+    # Of the whole texts, as letters and accents that stand side by side become one character.
+    return blank_rare, {" "}.union(*(unicodedata.normalize("NFKC", text.translate(blank_rare)) for text in texts))

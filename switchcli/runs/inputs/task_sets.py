@@ -71,6 +71,12 @@ def report_task_sets(
         length = examples.packed.lengths.inputs
         truncated = f", {num_truncated:,} inputs longer than {length} tokens and cut" if num_truncated else ""
         report_truncation(f"{task.name}: {count:,} examples to score{truncated}", num_truncated / count, console)
+        if lacking := [label for label in task.labels if tokenizer.unknown in tokenizer.encode(label)]:
+            console.warning(
+                f"{task.name}: the model's vocabulary lacks characters of its labels ({', '.join(lacking[:4])}"
+                f"{', ...' if len(lacking) > 4 else ''}), so that it cannot answer with them: take other labels, or a "
+                "vocabulary with byte_fallback"
+            )
         unknown = examples.fraction_of(tokenizer.unknown)
         if unknown > UNKNOWN_LIMIT:
             console.warning(

@@ -203,7 +203,7 @@ def _stream_identity(
         for corpus in data.corpora
     )
     text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer, prepare_with)
-    identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text}
+    identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text, "format": 2}
     return digest_of(identity)
 
 
