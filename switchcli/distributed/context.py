@@ -85,6 +85,12 @@ class HostCopy:
         return float(self._copy)
 
 
+def uses_cuda(device: str) -> bool:
+    """Return whether ranks with this `train.device` run on CUDA devices."""
+    is_left_to_accelerate = device == "auto" and is_set(os.environ, "ACCELERATE_USE_CPU")
+    return device != "cpu" and torch.cuda.is_available() and not is_left_to_accelerate
+
+
 class DistributedContext:
     """This process as rank `rank` of `world`, with its device, its precision and its process groups.
 
@@ -113,11 +119,7 @@ class DistributedContext:
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise RecipeError("train.device is cuda and this machine shows no CUDA device: set it to auto or cpu")
-        on_cpu = (
-            device == "cpu"
-            or not torch.cuda.is_available()
-            or (device == "auto" and is_set(os.environ, "ACCELERATE_USE_CPU"))
-        )
+        on_cpu = not uses_cuda(device)
         if on_cpu:
             keep_freed_memory()
         with explain_lost_ranks(), warn_of_waiting():

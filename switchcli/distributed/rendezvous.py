@@ -64,9 +64,12 @@ def join_srun(environment: MutableMapping[str, str]) -> None:
         raise DistributedError(f"SLURM_JOB_ID ({job!r}) must be a number: set MASTER_PORT for the tasks to meet at")
     environment.setdefault("MASTER_PORT", str(20000 + int(job[-4:])))
     environment.update(RANK=rank, WORLD_SIZE=tasks, LOCAL_RANK=environment.get("SLURM_LOCALID", "0"))
-    local_tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))  # of `2(x3)` or `4,2`
-    if local_tasks is not None:
-        environment.setdefault("LOCAL_WORLD_SIZE", local_tasks[0])
+    # The tasks of each machine: `2(x3),1` is 2, 2, 2 and 1.
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks_of = [number for number, times in runs for _ in range(int(times or 1))]
+    machine = environment.get("SLURM_NODEID", "0")
+    if _is_number(machine) and int(machine) < len(tasks_of):
+        environment.setdefault("LOCAL_WORLD_SIZE", tasks_of[int(machine)])
 
 
 def check_environment(environment: Mapping[str, str]) -> None:

@@ -252,7 +252,7 @@ class Checkpointer:
                     f"{newest.path} was trained with another tokenizer than {self._folder.parent / TOKENIZER} is now: "
                     f"copy {newest.path / TOKENIZER} over it, or --no-resume to archive this run and start anew"
                 )
-            difference = "on other text"
+            difference = "on other text (or, with data.mixture.max_epochs, for another train.steps)"
         elif before.get(EVALUATION) != now.get(EVALUATION):
             difference = "and scored on other examples of its tasks"
         raise OtherDataError(

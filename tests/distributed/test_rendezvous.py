@@ -33,6 +33,13 @@ def test_a_task_of_srun_is_a_rank(nodes: str, first: str) -> None:
     }.items()  # fmt: skip
 
 
+@pytest.mark.parametrize(("tasks", "machine", "here"), [("2(x2)", "1", "2"), ("3,1", "1", "1"), ("3,1", "0", "3")])
+def test_the_tasks_of_this_machine_share_its_processors(tasks: str, machine: str, here: str) -> None:
+    environment = {**SRUN, "SLURM_STEP_NODELIST": "a", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": machine}
+    join_srun(environment)
+    assert environment["LOCAL_WORLD_SIZE"] == here
+
+
 def test_where_the_tasks_meet_may_be_given_and_must_be_known() -> None:
     environment = {**SRUN, "MASTER_ADDR": "a", "MASTER_PORT": "1", "SLURM_STEP_NODELIST": "b"}
     join_srun(environment)

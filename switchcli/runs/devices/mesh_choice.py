@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.context import DistributedContext, uses_cuda
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
 from switchcli.planner.plan import Machine
@@ -48,7 +48,7 @@ def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
         RecipeError: no mesh with this number of ranks fits.
     """
     ranks, local_ranks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    cuda = recipe.train.device != "cpu" and torch.cuda.is_available()
+    cuda = uses_cuda(recipe.train.device)
     # On a CPU, the ranks of a machine share its memory.
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // local_ranks
     candidates = planner_of(recipe, fused=cuda).plan(Machine(ranks, memory, node_devices=local_ranks))

@@ -5,7 +5,7 @@ import sys
 import torch
 
 from switchcli import __version__
-from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.context import DistributedContext, uses_cuda
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
 from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
@@ -26,7 +26,7 @@ def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console:
     """
     recipe = job.recipe
     check_world(recipe.parallel, processes)
-    if recipe.device != "cpu" and torch.cuda.is_available() and processes > torch.cuda.device_count():
+    if uses_cuda(recipe.device) and processes > torch.cuda.device_count():
         devices = torch.cuda.device_count()
         raise RecipeError(
             f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
