@@ -356,7 +356,7 @@ class Halving(Schedule):
 
 
 '''
-    tree.insert("switchcli/training/schedules.py", schedule, before="^def _progress")
+    tree.insert("switchcli/training/schedules.py", schedule, before="^ScheduleSpec = ")
     tree.insert("switchcli/training/schedules.py", "Halving | ", after=r"^ScheduleSpec = Annotated\[\s*")
 
 
