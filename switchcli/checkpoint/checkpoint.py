@@ -337,12 +337,16 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     if not folder.exists():
         return []
     paths = (path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.exists())
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(paths, key=_step_of, reverse=True)
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Return the steps of `saved_checkpoints`, newest first."""
-    return [int(path.name.removeprefix("step-")) for path in saved_checkpoints(folder)]
+    return [*map(_step_of, saved_checkpoints(folder))]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def leftovers(folder: Path) -> list[Path]:

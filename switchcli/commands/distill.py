@@ -61,9 +61,7 @@ def distill(
     ] = None,
     cache_only: Annotated[
         bool,
-        typer.Option(
-            "--cache-only", help="Save what the teacher is asked to distill.cache and distill.answers, and stop."
-        ),
+        typer.Option("--cache-only", help="Save the teacher's probabilities (distill.cache) and answers, and stop."),
     ] = False,
     out: Annotated[
         Path | None,

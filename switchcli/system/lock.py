@@ -69,9 +69,8 @@ def patient_lock(folder: Path, alternative: str, on_wait: Callable[[str], None])
         if first is not None:
             on_wait(first)
         while holder is not None:
-            time.sleep(
-                _WAIT
-            )  # outside of `except`, where a signal would be taken for one to a command that ends already
+            # Not within `except`, where a signal would be taken for one to a command that ends already.
+            time.sleep(_WAIT)
             holder = attempt()
         yield first is not None
 

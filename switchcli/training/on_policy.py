@@ -92,7 +92,7 @@ def _generate(
 ) -> torch.Tensor:
     """Return the answers [X, A]; decoding ends when each on every rank has ended or reached its limit.
 
-    Padding is never chosen: as a target it would teach nothing, so that a student which prefers it would go on to.
+    Padding is never chosen. As a target it teaches nothing, so a student that prefers it would not unlearn that.
     """
     lengths = count(1)
 

@@ -65,7 +65,7 @@ def train_unigram(texts: list[str], size: VocabSize, character_coverage: float =
     if not texts:
         raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
     blank_rare, alphabet = _alphabet(texts, character_coverage)
-    # The trainer stops before it has so many pieces, or not at all: one more than the characters is the least.
+    # With as many pieces as characters the trainer does not stop there: one more is the least that works.
     if (min_size := len(alphabet) + size.num_reserved + 1) > size.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size ({size.vocab_size}) must hold {len(SPECIAL)} special ids, {size.num_sentinels} "

@@ -203,6 +203,7 @@ def _stream_identity(
         for corpus in data.corpora
     )
     text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer, prepare_with)
+    # The format says how rows are divided among the stream shards: by a hash.
     identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text, "format": 2}
     return digest_of(identity)
 

@@ -183,7 +183,8 @@ def _next_commands(run: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[
         yield "let it fill in a text", shell_words("generate", out, _PROMPT)
     yield from run.task.next_commands(run, result)
     yield "see its charts", shell_words("report", out, "--html", f"{out}.html")
-    if recipe.text is not None and getattr(recipe.text.mixture, "max_epochs", None) is not None:
+    mixture = None if recipe.text is None else recipe.text.mixture
+    if mixture is not None and mixture.kind != "joined" and mixture.max_epochs is not None:
         return  # the shares of the texts may depend on train.steps
     last, steps = recipe.train.steps - 1, recipe.train.steps
     longer = "train it longer"

@@ -120,7 +120,7 @@ def audit(
     if not records:
         raise CheckpointError(f"{run}: holds no log of a training: name the folder of a run")
     done = max(record["step"] for record in records)
-    kept = sorted(int(path.name.removeprefix("step-")) for path in checkpoint.saved_checkpoints(folder.checkpoints))
+    kept = sorted(checkpoint.saved_steps(folder.checkpoints))
     began = SavedState.read(_open(folder, kept[-1]).document("state.json")).branch.step if kept else 0
     if steps:
         seed, chosen = None, [_checked(steps, (began, *kept), done, run)]
@@ -206,8 +206,7 @@ def _repeat(
     expected = [record for record in records if first_record <= record["step"] <= last]
     saved = _recipe_at(folder, kept, last)
     machines = _machines(folder, segment, kept)
-    most_ranks = max((machine["hardware"]["ranks"] for machine in machines), default=1)
-    ranks = most_ranks // saved.parallel.model
+    ranks = max(map(_ranks_of, machines), default=1) // saved.parallel.model
     if ranks > 1 and saved.train.microbatch_tokens is None:
         raise RecipeError(
             f"{folder.path}: trained on {ranks} ranks, whose microbatches seed dropout and jitter, and its recipe does "
@@ -308,6 +307,13 @@ def _machines(folder: RunFolder, segment: Segment, kept: Sequence[int]) -> Seque
     if not machines and "hardware" in (result := read_object(folder.result) or {}):
         machines = [{name: result.get(name) for name in ("hardware", "versions")}]
     return machines
+
+
+def _ranks_of(machine: Mapping[str, Any]) -> int:
+    """Return the ranks of a machine; 1 if a file that was changed does not say."""
+    hardware = machine.get("hardware")
+    ranks = hardware.get("ranks") if isinstance(hardware, Mapping) else None
+    return ranks if isinstance(ranks, int) else 1
 
 
 def _machine_difference(machine: Mapping[str, Any], now: Mapping[str, Any]) -> str:
