@@ -1,5 +1,6 @@
 """Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -161,14 +162,20 @@ def _with_verb_hints(resolve_command: Any) -> Any:
 
 
 def _with_check(parameter: Any, process_value: Any) -> Any:
-    """Return a `process_value` that checks the typed value first. An empty path would become `.`, the current one."""
+    """Return a `process_value` that checks the value as it was typed: an empty path would become `.`, the current one.
+
+    A number must be finite: no option has a meaning for another one.
+    """
     name = next((option for option in parameter.opts if option.startswith("--")), parameter.name.upper())
 
     def check(context: Any, value: Any) -> Any:
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, str):
                 _check_value(name, item)
-        return process_value(context, value)
+        processed = process_value(context, value)
+        if isinstance(processed, float) and not math.isfinite(processed):
+            raise RecipeError(f"{name}: must be a finite number")
+        return processed
 
     return check
 
@@ -189,7 +196,8 @@ def refuse_option(context: typer.Context, name: str, reason: str) -> None:
     """Raise RecipeError if the command line gives the option of the parameter `name`, which means nothing here."""
     source = context.get_parameter_source(name)
     if source is not None and source.name == "COMMANDLINE":
-        raise RecipeError(f"--{name.rstrip('_')}: {reason}")
+        option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+        raise RecipeError(f"{option}: {reason}")
 
 
 def default_out(recipe: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from switchcli.commands._help import epilog
-from switchcli.commands._options import Json
+from switchcli.commands._options import Json, refuse_option
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 
@@ -30,6 +30,7 @@ _STYLES = {"equal": "green", "close": "yellow", "differs": "bold red"}
     )
 )
 def audit(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
     segments: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of segments between kept checkpoints, chosen at random.")
@@ -58,6 +59,8 @@ def audit(
         match = re.fullmatch(r"(\d{1,15}):(\d{1,15})", steps)
         if match is None:
             raise RecipeError(f"--steps ({steps}): write two steps as A:B, such as 600:800")
+        for name in ("segments", "seed"):
+            refuse_option(context, name, "cannot be used with --steps, which names the segment: leave one out")
         named = (int(match[1]), int(match[2]))
     result = api.audit(run, segments=segments, steps=named, seed=seed)
     finish(result, as_json, _shown(result), exit_code=0 if result["sound"] else 1)

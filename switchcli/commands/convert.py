@@ -91,6 +91,8 @@ def convert(
             refuse_option(
                 context, name, f"only for --to {' or '.join(layouts)}, and this is --to {layout}: leave it out"
             )
+    if Path(source).exists():
+        refuse_option(context, "revision", f"only for a name on the hub, and {source} is a folder: leave it out")
     if license_ is not None and not _LICENSE.fullmatch(license_):
         raise RecipeError(f"--license ({license_}): give an identifier of the hub, such as apache-2.0 or cc-by-4.0")
     console = Console(quiet=quiet)

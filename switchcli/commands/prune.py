@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 import typer
 
 from switchcli.commands._help import epilog
-from switchcli.commands._options import Checkpoint, Destination, EvalArguments, Json, Quiet, split_arguments
+from switchcli.commands._options import (
+    Checkpoint,
+    Destination,
+    EvalArguments,
+    Json,
+    Quiet,
+    refuse_option,
+    split_arguments,
+)
 from switchcli.commands._result import Line, finish
 from switchcli.report.console import Console
 from switchcli.report.table import Table, Value
@@ -24,6 +32,7 @@ app = typer.Typer()
     )
 )
 def prune(
+    context: typer.Context,
     checkpoint: Checkpoint,
     destination: Destination,
     arguments: EvalArguments = None,
@@ -60,6 +69,9 @@ def prune(
     """
     from switchcli.runs.models import pruning
 
+    if experts is None:
+        for name in ("by", "gate"):
+            refuse_option(context, name, "says how experts are removed: give --experts too")
     recipe, overrides = split_arguments(arguments or [])
     result = pruning.prune(
         checkpoint,

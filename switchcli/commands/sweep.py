@@ -17,6 +17,7 @@ from switchcli.commands._options import (
     Quiet,
     check_folder,
     extend_command,
+    refuse_option,
     split_arguments,
 )
 from switchcli.commands._result import Line, finish
@@ -39,6 +40,7 @@ _APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.
     ),
 )
 def sweep(
+    context: typer.Context,
     arguments: Annotated[
         list[str],
         typer.Argument(
@@ -69,8 +71,9 @@ def sweep(
     """
     from switchcli.runs.sweep.sweep_runner import STOPPED, Sweep, available_slots, command
 
-    if slurm and as_json:
-        raise RecipeError("--json: cannot be used with --slurm, which prints a shell script")
+    if slurm:
+        for name in ("as_json", "print_only", "jobs"):
+            refuse_option(context, name, "cannot be used with --slurm, which prints a shell script")
     runs = sweep_list.parse_sweep(arguments, out)
     if errors := [*_errors(runs, out), *([] if print_only else sweep_list.missing_runs(runs, out))]:
         raise RecipeError(*errors)

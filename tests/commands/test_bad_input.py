@@ -60,6 +60,19 @@ def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: 
         (["pretrian", "tiny.yaml"], "'pretrian' 'pretrain'"),
         (["pretrain"], "Missing 'RECIPE'"),
         (["pretrain", "tiny.yaml", "--processes", "0"], "'--processes' 1"),
+        *(
+            (words.split(), f"{words.split()[-2]} {other}")
+            for words, other in {
+                "audit run --steps 1:2 --segments 3": "--steps",
+                "audit run --steps 1:2 --seed 3": "--steps",
+                "prune run small --vocabulary a.txt --by merge": "--experts",
+                "prune run small --vocabulary a.txt --gate raw": "--experts",
+                "sweep pretrain tiny.yaml --slurm --jobs 2": "--slurm",
+                "convert . there --to switchcli --revision v1": "hub",
+                "report run --quality nan": "finite",
+            }.items()
+        ),
+        (["sweep", "pretrain", "tiny.yaml", "--slurm", "--print"], "--print --slurm"),
     ],
 )
 @pytest.mark.usefixtures("texts")

@@ -72,6 +72,14 @@ def test_globs_go_down_in_order_and_give_each_file_once(tmp_path: Path) -> None:
         assert [document.text for document in corpus.documents()] == ["b.txt", "a.txt", "deep/deeper/c.txt"]
 
 
+def test_globs_leave_out_hidden_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.txt", "._a.txt", ".cache/b.txt"):
+        (tmp_path / name).write_text(name)
+    assert [texts(tmp_path / everything) for everything in ("*.txt", "**/*.txt", "**")] == [["a.txt"]] * 3
+    assert texts(tmp_path / ".*.txt") == ["._a.txt"]
+
+
 def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("bracketed")
     assert texts(tmp_path / "a[1].txt") == ["bracketed"]

@@ -12,6 +12,7 @@ import lzma
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from glob import glob
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, cast
 
@@ -120,20 +121,15 @@ def _expand_path(pattern: str, key: str) -> list[SourceFile]:
     if not set(pattern) & set("*?["):
         raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): fix the path")
     _check_stars(pattern, key)
-    if path.name == "**":  # all files below, which Python before 3.13 takes for all folders
-        path = path / "*"
-    anchor = Path(path.anchor)
-    try:
-        files = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
-    except OSError as error:
-        raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the pattern") from error
+    # The names that a shell finds: `Path.glob` finds hidden ones too, such as the ._text.jsonl of macOS.
+    files = sorted(file for name in glob(str(path), recursive=True) if (file := Path(name)).is_file())  # noqa: PTH207
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): fix the pattern")
     return [SourceFile.local(file) for file in files]
 
 
 def _check_stars(pattern: str, key: str) -> None:
-    """Raise DataError where `**` is only a part of a name: Python 3.13 would take it for `*`."""
+    """Raise DataError where `**` is only a part of a name: it would be taken for `*`."""
     if any("**" in part and part != "**" for part in pattern.split("/")):
         raise DataError(f"{key}: {pattern}: ** is only a part of a name: write ** between slashes, as in a*/**/*.txt")
 
