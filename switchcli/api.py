@@ -45,17 +45,9 @@ from switchcli.runs.inputs.loading import (
     open_model,
 )
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.job import resolve as resolve_recipe
 from switchcli.runs.job.options import Options
-from switchcli.runs.job.pins import PinFinder
-from switchcli.runs.train import replay
-from switchcli.runs.train.distilling import Distillation
+from switchcli.runs.train import start
 from switchcli.runs.train.ending import conclude
-from switchcli.runs.train.finetuning import Finetuning
-from switchcli.runs.train.pretraining import Pretraining
-from switchcli.runs.train.replay import Segment
-from switchcli.runs.train.trainer import Trainer, open_trainer
-from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
 from switchcli.tasks.scores import Score, Scores
 
@@ -77,9 +69,6 @@ Device = Literal["auto", "cpu", "cuda"]
 PathLike = str | os.PathLike[str]
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values by dotted key, or KEY=VALUE texts as on the command line."""
-
-TASKS: Mapping[str, type[TrainingTask]] = {task.verb: task for task in (Pretraining, Finetuning, Distillation)}
-"""The training task of each verb that trains."""
 
 _CAPACITY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
@@ -121,7 +110,7 @@ class Recipe:
         Raises:
             RecipeError: a file is missing or not YAML, a key or value breaks a rule, or the recipe does not train.
         """
-        if verb not in (None, *TASKS):
+        if verb not in (None, *start.TASKS):
             raise RecipeError(f"verb ({verb!r}): must be pretrain, finetune or distill")
         name, texts = _as_text(source), _override_texts(overrides)
         read = resolve.read(name, texts)
@@ -230,7 +219,7 @@ def train(
             "baseline": baseline,
         }
         job = resolve_job(recipe, folder, options, resume)
-        with open_trainer(job, TASKS[recipe.verb], folder, resume, quiet) as run, run.begun():
+        with start.open_trainer(job, folder, resume, quiet) as run, run.begun():
             scored = run.train()
             record = conclude(run, scored)
             # The other ranks have no record. The state of the main rank has the scores of tasks too.
@@ -248,19 +237,14 @@ def train(
     )
 
 
-def resolve_job(recipe: Recipe, out: Path, options: Mapping[str, PathLike | float | None], resume: bool) -> Job[Any]:
+def resolve_job(recipe: Recipe, out: Path, options: Mapping[str, PathLike | float | None], resume: bool) -> Job:
     """Return the resolved settings of a run, with its open checkpoints. `options` are names of models, as for `train`.
 
     Raises:
         RecipeError, CheckpointError, DataError: as `train` says.
     """
-    prepare_rank(os.environ)
     named = Options(**{name: _as_text(value) for name, value in options.items()})
-    if recipe.verb == "distill" and named.model is not None:
-        raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
-    if recipe.verb != "distill" and (named.teacher, named.student, named.baseline) != (None, None, None):
-        raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {recipe.verb}")
-    return resolve_recipe(TASKS[recipe.verb], named.write(recipe._read), PinFinder(out, resume, main_console()))
+    return start.resolve_job(recipe.verb, recipe._read, named, out, resume)
 
 
 class Model:
@@ -390,9 +374,9 @@ class Model:
         texts = _override_texts(overrides)
         if tasks is not None:
             texts.append(_override("tasks", _as_list(tasks)))
-        job = resolve_evaluation(self, recipe, texts)
+        resolved = resolve_evaluation(self, recipe, texts)
         exact = self._loaded if self._precision == "float32" else None  # else the weights are read again
-        return eval_job.measure(job, None if out is None else Path(out), quiet, exact)
+        return eval_job.measure(self._handle, resolved, None if out is None else Path(out), quiet, exact)
 
     def routing(self, texts: Sequence[str], *, capacity: Policy = "dropless") -> list[TextRouting]:
         """Return which experts each token of each text goes to, in each sparse layer of the encoder.
@@ -440,25 +424,6 @@ def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "fl
 # What only the commands use
 
 
-def audit(
-    run: PathLike, *, segments: int = 3, steps: tuple[int, int] | None = None, seed: int | None = None
-) -> dict[str, Any]:
-    """Repeat segments of a run, and compare them with what it recorded.
-
-    Arguments and errors are those of `switchcli.runs.train.replay.audit`.
-    """
-
-    @contextmanager
-    def open_run(source: Path, overrides: Sequence[str], out: Path) -> Iterator[Trainer]:
-        recipe = Recipe.load(source, overrides)
-        job = resolve_job(recipe, out, {}, resume=True)
-        with open_trainer(job, TASKS[recipe.verb], out, resume=True, quiet=True) as trainer:
-            yield trainer
-
-    named = None if steps is None else Segment(*steps)
-    return replay.audit(Path(run), open_run, main_console(), segments=segments, steps=named, seed=seed)
-
-
 def open_checkpoint(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:
     """Return the model of a checkpoint whose weights are loaded when they are first needed. Raises like `load`."""
     join_srun(os.environ)  # each rank takes a device of its own
@@ -495,10 +460,10 @@ def read_recipe(source: str | None, overrides: Sequence[str], verb: str) -> Reci
     return Recipe(source, tuple(overrides), verb, resolve.read(source, overrides))
 
 
-def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> Job[EvalRecipe]:
+def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> EvalRecipe:
     """Return the resolved settings of an evaluation. Raises like `Model.evaluate`."""
     prepare_rank(os.environ)
-    return eval_job.resolve_job(model._handle, _as_text(recipe), overrides)
+    return eval_job.resolve_recipe(model._handle, _as_text(recipe), overrides)
 
 
 def make_decoding(settings: Mapping[str, Any]) -> Decoding:

@@ -1,13 +1,10 @@
 """The layout of a run's folder, and the writing of its small files."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from switchcli.checkpoint import checkpoint
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.report.sinks import publish_file, to_json
 from switchcli.system import publish
 
 
@@ -61,15 +58,6 @@ class RunFolder:
                 publish.check_file(file)
             for folder in self._folders:
                 publish.check_folder(folder)
-
-    def write_recipe(self, text: str) -> None:
-        publish_file(self.recipe, text)
-
-    def write_tokenizer(self, text: str) -> None:
-        publish_file(self.tokenizer, text)
-
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        publish_file(self.result, to_json(result, indent=1) + "\n")
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that a killed process left. Only the holder of the folder's lock may."""

@@ -36,39 +36,46 @@ FROM_BEGINNING = BranchPoint()
 _Sums = float | list[float] | list[list[float]]
 
 
-class SavedState(Spec):
-    """The content of a state.json. Unknown keys are keys of a later version, and are ignored.
+class RunState(Spec):
+    """The progress of a run: what a checkpoint stores of it as plain values, and a training changes."""
 
-    Every version wrote the keys that have no default.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-    step: Count
-    """Optimizer steps taken."""
-    targets_seen: Count
-    """Target tokens without padding that the run learned from."""
-    seconds: Annotated[float, Field(ge=0.0, lt=1e10)]
-    """Seconds spent in training steps."""
+    model_config = ConfigDict(frozen=False)
+    step: Count = 0
+    """Optimizer steps taken. The data position and the learning rate follow from it."""
+    targets_seen: Count = 0
+    """Target tokens without padding that the run learned from, over all ranks."""
+    seconds: Annotated[float, Field(ge=0.0, lt=1e10)] = 0.0
+    """Seconds spent in training steps, over all starts of the run."""
     eval_metrics: dict[str, float] = Field(default_factory=dict)
-    """Metrics of the last evaluation, by name; higher is better."""
+    """Metrics of the last evaluation, by name. Higher is better for each."""
     evaluated_step: Count | None = None
-    """The step of the last evaluation."""
+    """The step of the last evaluation. A checkpoint of another step was not evaluated."""
     first_eval_metrics: dict[str, float] = Field(default_factory=dict)
-    """The first value of each metric."""
+    """The first value of each metric: before the first step for held-out text, later for tasks."""
     best: dict[str, Best] = Field(default_factory=dict)
-    """The best value of each metric over all evaluations."""
+    """The best value of each metric over all evaluations, and its step."""
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Metrics by text: for the label of each held-out text, its metrics at the last evaluation."""
+    """Metrics of each held-out text at the last evaluation, by label."""
     bits_per_byte: float | None = None
-    """Bits per byte of all held-out text at the last evaluation; None if unknown."""
+    """Bits per byte over all held-out texts at the last evaluation. Lower is better. None if unknown."""
     position: list[Count] = Field(default_factory=list)
     """The position in a stream of text; empty if the step alone determines the batch."""
     skipped_steps: list[tuple[Count, Count]] = Field(default_factory=list)
-    """First and last step of each range whose batches were skipped because of values that are not finite."""
+    """First and last step of each range whose batches were skipped because a number was not finite."""
     branch: BranchPoint = FROM_BEGINNING
     """Where the run began, if it was branched from another."""
     machines: list[tuple[Count, dict[str, Any]]] = Field(default_factory=list)
     """Hardware and versions of the run, each with the number of steps that were taken before it."""
+
+
+class SavedState(RunState):
+    """The content of a state.json. Unknown keys are keys of a later version, and are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    # Every version wrote these keys.
+    step: Count
+    targets_seen: Count
+    seconds: Annotated[float, Field(ge=0.0, lt=1e10)]
     last_choices: list[list[Count]] = Field(default_factory=list)
     """Choices of each expert in the last step, for each sparse layer; empty if no router needs them."""
     metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)

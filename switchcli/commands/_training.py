@@ -1,6 +1,7 @@
 """Functions that the verbs share which train or evaluate: a common command, the dry run, the ranks, the result."""
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -59,19 +60,19 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
             if dry_run:
                 print_dry_run(job, as_json)
                 return
-            start_ranks(processes, job)
+            start_ranks(processes, job.recipe, job.checkpoints())
         result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
         finish(result.record, as_json)
 
     return app
 
 
-def print_dry_run(job: "Job[TrainingRecipe]", as_json: bool) -> None:
+def print_dry_run(job: "Job", as_json: bool) -> None:
     """Open what the recipe names, and print the recipe with its model size, FLOPs and tokens, as YAML or as JSON."""
-    from switchcli import api
     from switchcli.runs.devices import planning
+    from switchcli.runs.train.start import TASKS
 
-    api.TASKS[job.recipe.verb].open_inputs(job)
+    TASKS[job.recipe.verb].open_inputs(job)
     lines = planning.describe_as_yaml(job.recipe).splitlines()
     result = {**planning.describe(job.recipe), "recipe": job.recipe.model_dump(mode="json")}
     finish(result, as_json, [Line(line, wrap=False) for line in lines])
@@ -84,11 +85,11 @@ def starts_ranks(processes: int) -> bool:
     return processes > 1 and not is_rank()
 
 
-def start_ranks(processes: int, job: "Job[TrainingRecipe | EvalRecipe]") -> NoReturn:
-    """Run this command as several ranks and exit with their exit code."""
+def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", checkpoints: Mapping[str, str]) -> NoReturn:
+    """Run this command as several ranks, which take these checkpoints, and exit with their exit code."""
     from switchcli.runs.job import ranks
 
-    ended = ranks.launch_ranks(processes, job, main_console())
+    ended = ranks.launch_ranks(processes, recipe, checkpoints, main_console())
     if ended.error is not None:
         _exit.print_json_error(ended.error, ended.exit_code)
     _exit.exit_with(ended.exit_code)

@@ -11,6 +11,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, refuse_option
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
+from switchcli.report.console import main_console
 
 app = typer.Typer()
 
@@ -52,7 +53,7 @@ def audit(
     A run that kept fewer than two checkpoints is repeated from the start for a twentieth of its steps, and its log is
     compared. The exit code is 1 if something differs.
     """
-    from switchcli import api
+    from switchcli.runs.train import replay
 
     named = None
     if steps is not None:
@@ -61,8 +62,8 @@ def audit(
             raise RecipeError(f"--steps ({steps}): write two steps as A:B, such as 600:800")
         for name in ("segments", "seed"):
             refuse_option(context, name, "cannot be used with --steps, which names the segment: leave one out")
-        named = (int(match[1]), int(match[2]))
-    result = api.audit(run, segments=segments, steps=named, seed=seed)
+        named = replay.Segment(int(match[1]), int(match[2]))
+    result = replay.audit(run, main_console(), segments=segments, steps=named, seed=seed)
     finish(result, as_json, _shown(result), exit_code=0 if result["sound"] else 1)
 
 

@@ -97,7 +97,7 @@ def distill(
             _training.print_dry_run(job, as_json)
             return
         if _training.starts_ranks(processes):
-            _training.start_ranks(processes, job)
+            _training.start_ranks(processes, job.recipe, job.checkpoints())
         finish(distilling.ask_teacher_only(job, quiet), as_json)
         return
     result = api.train(recipe, out, **models, resume=resume, quiet=quiet)

@@ -61,7 +61,8 @@ def evaluate(
     recipe, overrides = split_arguments(arguments or [])
     model = api.open_checkpoint(handed_over().get(eval_job.CHECKPOINT, checkpoint))
     if _training.starts_ranks(processes):
-        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides))
+        resolved = api.resolve_evaluation(model, recipe, overrides)
+        _training.start_ranks(processes, resolved, {eval_job.CHECKPOINT: str(model.path)})
     out = out or eval_job.default_out(checkpoint)
     evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))

@@ -2,52 +2,25 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
 
-from switchcli.checkpoint.saved_state import FROM_BEGINNING, Best, BranchPoint, SavedState
+from switchcli.checkpoint.saved_state import Best, RunState, SavedState
 from switchcli.metric_names import HELD_OUT_BITS
 from switchcli.training.metrics import Mean, Metrics
 
 
-@dataclass
-class TrainState:
+class TrainState(RunState):
     """The progress of a run. Besides weights and optimizer state, it is all that changes in training."""
 
-    step: int = 0
-    """Optimizer steps taken. The data position and the learning rate follow from it."""
-    targets_seen: int = 0
-    """Real target tokens learned from, over all ranks."""
-    seconds: float = 0.0
-    """Seconds spent in training steps, over all starts of the run."""
-    metrics_since_log: Metrics = field(default_factory=dict)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    metrics_since_log: Metrics = Field(default_factory=dict)
     """This rank's metrics since the last logged step, in float64, which JSON stores exactly."""
-    eval_metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics of the last evaluation by name. Higher is better for each."""
-    evaluated_step: int | None = None
-    """The step of the last evaluation. A checkpoint of another step was not evaluated."""
-    first_eval_metrics: dict[str, float] = field(default_factory=dict)
-    """The first value of each metric: before the first step for held-out text, later for tasks."""
-    best: dict[str, Best] = field(default_factory=dict)
-    """The best value of each metric over all evaluations, and its step."""
-    texts: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Metrics of each held-out text in the last evaluation, by label."""
-    bits_per_byte: float | None = None
-    """Bits per byte over all held-out texts in the last evaluation. Lower is better. None if unknown."""
-    position: list[int] = field(default_factory=list)
-    """Position in a stream of text. Empty where the data position follows from the step."""
-    skipped_steps: list[tuple[int, int]] = field(default_factory=list)
-    """The first and the last of the steps skipped each time a number was not finite (train.nonfinite)."""
-
-    machines: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    """Hardware and versions of the run, each with the number of steps that were taken before it."""
     last_choices: torch.Tensor | None = None
     """int64 [L, E]: choices of each expert in the last step over all ranks, for each sparse layer. None before the
     first step, and if no router needs them."""
-    branch: BranchPoint = FROM_BEGINNING
-    """Where the run began, if it was branched from another."""
 
     @property
     def is_at_start(self) -> bool:
@@ -88,7 +61,7 @@ class TrainState:
         Raises:
             ValueError: a number is not finite, which JSON cannot store.
         """
-        state = {name: getattr(self, name) for name in SavedState.model_fields}
+        state = {name: getattr(self, name) for name in RunState.model_fields}
         state["last_choices"] = [] if self.last_choices is None else self.last_choices.tolist()
         state["metrics_since_log"] = {
             name: [tensor.tolist() for tensor in mean] for name, mean in metrics_since_log.items()
@@ -102,7 +75,7 @@ class TrainState:
         must take the saved ones (`with_metrics`). The others start from zero.
         """
         saved = SavedState.read(text)
-        for name in SavedState.model_fields.keys() - {"metrics_since_log", "last_choices"}:
+        for name in RunState.model_fields:
             setattr(self, name, getattr(saved, name))
         self.last_choices = torch.tensor(saved.last_choices, device=device) if saved.last_choices else None
         self.metrics_since_log = {}

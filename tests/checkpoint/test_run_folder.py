@@ -1,7 +1,6 @@
 """RunFolder: its files are written whole or not at all, and an earlier run is set aside, never mixed with."""
 
 import errno
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.errors import CheckpointError
+from switchcli.report.sinks import publish_file
 from switchcli.system import publish
 
 
@@ -19,12 +19,11 @@ def a_folder(path: Path) -> RunFolder:
 
 def test_files_are_written_whole(tmp_path: Path) -> None:
     folder = a_folder(tmp_path / "run")
-    folder.write_recipe("verb: pretrain\n")
-    folder.write_tokenizer("{}")
-    folder.write_result({"step": 3})
+    publish_file(folder.recipe, "verb: pretrain\n")
+    publish_file(folder.tokenizer, "{}")
+    publish_file(folder.result, "{}")
     assert sorted(path.name for path in folder.path.iterdir()) == ["recipe.yaml", "result.json", "tokenizer.json"]
     assert folder.recipe.read_text() == "verb: pretrain\n"
-    assert json.loads(folder.result.read_text()) == {"step": 3}
 
 
 def test_what_a_killed_process_left_of_the_runs_own_files_goes(tmp_path: Path) -> None:
@@ -41,7 +40,7 @@ def test_what_a_killed_process_left_of_the_runs_own_files_goes(tmp_path: Path) -
 def test_runs_are_set_aside_one_after_another(tmp_path: Path) -> None:
     for number in (1, 2):
         folder = a_folder(tmp_path / "run")
-        folder.write_recipe("")
+        publish_file(folder.recipe, "")
         assert folder.archive() == tmp_path / f"run.before-{number}"
     assert not folder.path.exists()
     assert (tmp_path / "run.before-2" / "recipe.yaml").exists()
@@ -62,13 +61,13 @@ def test_a_folder_without_a_run_stays(tmp_path: Path) -> None:
 
 def test_what_the_disk_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent/recipe\.yaml: .*No such file.*--out") as caught:
-        RunFolder(tmp_path / "absent").write_recipe("")
+        publish_file(RunFolder(tmp_path / "absent").recipe, "")
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_folder(tmp_path / "run")
-    folder.write_tokenizer("old")
+    publish_file(folder.tokenizer, "old")
 
     def refuse(descriptor: int) -> None:
         (temporary,) = set(folder.path.iterdir()) - {folder.tokenizer}
@@ -77,6 +76,6 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monkey
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json.*No space left .*\d bytes.*--out"):
-        folder.write_tokenizer("new")
+        publish_file(folder.tokenizer, "new")
     assert [path.name for path in folder.path.iterdir()] == ["tokenizer.json"]
     assert folder.tokenizer.read_text() == "old"

@@ -46,7 +46,7 @@ def out_of_memory(*arguments: Any) -> None:
     raise torch.OutOfMemoryError("out of memory")
 
 
-@pytest.mark.parametrize("name", ["preflight", "microbatch_rows", "begin_run"])
+@pytest.mark.parametrize("name", ["preflight", "microbatch_rows", "publish_file"])
 def test_no_folder_is_left_when_memory_runs_out_before_training(
     name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -249,11 +248,11 @@ def test_a_stop_ends_an_evaluation_between_two_batches_and_notes_nothing(seen: i
     """The stop comes within the first text or the second."""
     stop, log = StopAfter(seen), Records()
     before = TrainState(step=4, eval_metrics={HELD_OUT: -2.0}, evaluated_step=4, texts={"de": {}}, bits_per_byte=1.0)
-    state, texts = replace(before, step=5), {"de": DE, "fr": FR}
+    state, texts = before.model_copy(update={"step": 5}), {"de": DE, "fr": FR}
     validation = a_validation(a_model(), log, texts, stop)
     with pytest.raises(StopTraining):
         validation(state)
-    assert (stop.looked, log.written, state) == (seen + 1, [], replace(before, step=5))
+    assert (stop.looked, log.written, state) == (seen + 1, [], before.model_copy(update={"step": 5}))
     assert validation.is_pending(state, 20)
     assert not validation.is_pending(before, 20)  # not due
     again = a_validation(a_model(), log, texts)

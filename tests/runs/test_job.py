@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from messages import lacking, naming_words
@@ -59,15 +58,15 @@ def goes_on(run: str) -> None:
 
 def resolve(
     verb: str, out: str, overrides: Sequence[str] = (), recipe: str | None = None, resume: bool = True, **options: str
-) -> Job[Any]:
+) -> Job:
     return api.resolve_job(api.read_recipe(recipe, overrides, verb), Path(out), options, resume)
 
 
-def paths(job: Job[Any]) -> dict[str, str]:
+def paths(job: Job) -> dict[str, str]:
     return {key: pin.path for key, pin in job.pins.items()}
 
 
-def opened(job: Job[Any]) -> set[str]:
+def opened(job: Job) -> set[str]:
     return {key for key, pin in job.pins.items() if pin.handle is not None}
 
 
@@ -207,7 +206,7 @@ def test_names_that_contradict_one_another_are_refused(
 def test_ranks_take_the_checkpoints_of_their_launcher(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = resolve("distill", "new", teacher="a", student="d")
     goes_on("a")
-    with hand_over(launched.pins):
+    with hand_over(launched.checkpoints()):
         monkeypatch.setenv(LAUNCHER, "1")
         rank = resolve("distill", "new", teacher="a", student="d")
         assert paths(rank) == paths(launched)

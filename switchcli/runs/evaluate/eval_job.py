@@ -10,8 +10,7 @@ from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe
-from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.console import Console, silent
+from switchcli.report.console import Console
 from switchcli.report.program import command_words
 from switchcli.report.sinks import read_object, to_json
 from switchcli.runs.devices.machine_info import machine_info
@@ -19,12 +18,8 @@ from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_malformed
 from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, load_model
-from switchcli.runs.job.job import Job, JobRules
-from switchcli.runs.job.job import resolve as resolve_recipe
-from switchcli.runs.job.pins import Pin, PinFinder
 from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.job.run_dir import run_name
-from switchcli.spec import Spec
 from switchcli.system import publish
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import tasks_of
@@ -36,61 +31,44 @@ from switchcli.training.checkpointer import DATA, TEXT
 from switchcli.training.measure import Measurement
 
 CHECKPOINT = "checkpoint"
-"""The name in `Job.pins` of the checkpoint to evaluate. It is no key of the recipe."""
+"""The name under which ranks of `--processes` find the checkpoint to evaluate. It is no key of the recipe."""
 
 
-def resolve_job(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> Job[EvalRecipe]:
-    """Resolve the recipe `name` with `overrides` for an open checkpoint, whose run provides defaults.
+def resolve_recipe(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> EvalRecipe:
+    """Resolve the recipe `name` with `overrides` for an open checkpoint, whose run provides what is left out.
 
     Raises:
         RecipeError: the recipe breaks a rule, there is nothing to measure on, or a package of a metric is missing.
         DataError: `data.folder` lacks files of tasks.
     """
-    finder = PinFinder(handle.path, resume=False, console=silent())  # the recipe names no checkpoint
-    job = resolve_recipe(EvalRules(handle), resolve.read(name, overrides), finder)
-    return job._replace(pins={CHECKPOINT: Pin(str(handle.path), handle.recipe.model, handle)})
-
-
-class EvalRules(JobRules):
-    """How a recipe of `eval` is resolved: the run that trained the checkpoint provides what it leaves out."""
-
-    def __init__(self, handle: CheckpointHandle) -> None:
-        self._handle = handle
-        self._defaults = _defaults(handle)
-
-    def check_verb(self, tree: Node) -> None:
-        resolve.check_verb(tree, EvalRecipe)
-
-    def fixed(self, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
-        """Return the tasks with the definitions of those that the recipe names and the checkpoint's run defines."""
-        named = resolve.stated(tree, "tasks")
-        if not isinstance(named, list):
-            return {}
-        definitions = {task["name"]: task for task in self._defaults.get("tasks", ()) if isinstance(task, dict)}
+    source, defaults = resolve.read(name, overrides), _defaults(handle)
+    tree = source.merge()
+    resolve.check_verb(tree, EvalRecipe)
+    if isinstance(named := resolve.stated(tree, "tasks"), list):
         assert isinstance(tree.value, dict), "it states tasks"
-        _check_names(named, [*definitions], tree.value["tasks"].where)
-        return {"tasks": [definitions.get(task, task) if isinstance(task, str) else task for task in named]}
+        # The recipe may name tasks that the checkpoint's run defines.
+        own = {task["name"]: task for task in defaults.get("tasks", ()) if isinstance(task, dict)}
+        _check_names(named, [*own], tree.value["tasks"].where)
+        tasks = [own.get(task, task) if isinstance(task, str) else task for task in named]
+        source = source.overridden(resolve.override("tasks", tasks))
+    if named is not None:
+        defaults.pop("text", None)
+    recipe = resolve.validate(source.merge(resolve.layer(defaults, str(handle.path))), EvalRecipe)
+    _check(recipe, handle.path)
+    return recipe
 
-    def defaults(self, tree: Node, pins: Mapping[str, Pin]) -> Node:
-        defaults = dict(self._defaults)
-        if resolve.stated(tree, "tasks") is not None:
-            defaults.pop("text", None)
-        return resolve.layer(defaults, str(self._handle.path))
 
-    def schema(self, tree: Node) -> type[Spec]:
-        return EvalRecipe
-
-    def check(self, job: Job[EvalRecipe]) -> None:
-        recipe, path = job.recipe, self._handle.path
-        if not recipe.tasks and recipe.text is None:
-            raise RecipeError(
-                f"{path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
-                "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
-            )
-        requested, split = tasks_of(recipe.tasks), recipe.scoring.split
-        reading.check_tasks(requested.values(), (split,), recipe.data.folder)
-        if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
-            raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
+def _check(recipe: EvalRecipe, path: Path) -> None:
+    """Raise an error unless there is something to measure the checkpoint at `path` on."""
+    if not recipe.tasks and recipe.text is None:
+        raise RecipeError(
+            f"{path}: nothing to measure it on: name tasks (tasks=[rte]) or text (text.corpora=[...]); a "
+            "checkpoint of `switchcli pretrain` has its own text, one of `switchcli finetune` its own tasks"
+        )
+    requested, split = tasks_of(recipe.tasks), recipe.scoring.split
+    reading.check_tasks(requested.values(), (split,), recipe.data.folder)
+    if recipe.text is None and not any(reading.has_split(task, split) for task in requested.values()):
+        raise RecipeError(f"scoring.split ({split}): none of {', '.join(requested)} has such a split")
 
 
 def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
@@ -151,7 +129,9 @@ class Evaluation(NamedTuple):
         return self.passes[0].target_records()
 
 
-def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedModel | None = None) -> Evaluation:
+def measure(
+    handle: CheckpointHandle, recipe: EvalRecipe, out: Path | None, quiet: bool, model: LoadedModel | None = None
+) -> Evaluation:
     """Measure the checkpoint on the data of the recipe, and write the result folder `out` unless it is None.
 
     `model` is the checkpoint's model where it is loaded already. It stays on its device, whose type `device: auto` then
@@ -163,8 +143,6 @@ def measure(job: Job[EvalRecipe], out: Path | None, quiet: bool, model: LoadedMo
         DataError: the tasks or the text cannot be used.
         OutOfMemory: the device has not enough memory.
     """
-    recipe, handle = job.recipe, job.handle(CHECKPOINT)
-    assert handle is not None
     context = build_eval_context(recipe if model is None else _on_device_of(recipe, model))
     check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)

@@ -10,7 +10,7 @@ from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import BATCH_ROWS, build_eval_data
-from switchcli.runs.evaluate.eval_job import resolve_job
+from switchcli.runs.evaluate.eval_job import resolve_recipe
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model, open_model
 from switchcli.training import memory
 from switchcli.training.measure import named_texts
@@ -37,7 +37,7 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
         raise RecipeError(f"--routing takes a checkpoint with experts, or two to compare, and {len(handles)} are named")
     if len(handles) > 1:
         _check_comparable(*handles)
-    recipe = resolve_job(handles[0], None, overrides).recipe
+    recipe = resolve_recipe(handles[0], None, overrides)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
     context = build_eval_context(recipe)

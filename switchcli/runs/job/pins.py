@@ -204,10 +204,9 @@ class PinFinder:
 
 
 @contextmanager
-def hand_over(pins: Mapping[str, Pin]) -> Iterator[None]:
+def hand_over(checkpoints: Mapping[str, str]) -> Iterator[None]:
     """Let the ranks that this process starts in this context take these checkpoints, and look for no newer ones."""
-    paths = {key: str(pin.handle.path) if pin.handle else pin.path for key, pin in pins.items()}
-    os.environ[_HANDED_OVER] = json.dumps(paths)
+    os.environ[_HANDED_OVER] = json.dumps(dict(checkpoints))
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The ranks of a job: start those of `--processes`, and check that all do the same."""
 
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -12,19 +13,19 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import hand_over
 from switchcli.spec import Spec
 
 
-def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console: Console) -> Exit:
-    """Run this command again as `processes` ranks and return how they ended.
+def launch_ranks(
+    processes: int, recipe: TrainingRecipe | EvalRecipe, checkpoints: Mapping[str, str], console: Console
+) -> Exit:
+    """Run this command again as `processes` ranks, which take these checkpoints, and return how they ended.
 
     Raises:
         RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
         DistributedError: as `launch` says.
     """
-    recipe = job.recipe
     check_world(recipe.parallel, processes)
     if uses_cuda(recipe.device) and processes > torch.cuda.device_count():
         devices = torch.cuda.device_count()
@@ -38,7 +39,7 @@ def launch_ranks(processes: int, job: Job[TrainingRecipe | EvalRecipe], console:
             f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
         )
     # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
-    with hand_over(job.pins):
+    with hand_over(checkpoints):
         return launch(processes, sys.argv[1:])
 
 

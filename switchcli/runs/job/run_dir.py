@@ -6,12 +6,10 @@ from pathlib import Path
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe.resolve import Difference, differences, dump
+from switchcli.recipe.resolve import Difference, differences
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
@@ -86,28 +84,6 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
         folder.is_resumed = context.main_decides(lock_and_check)
         context.on_all_ranks(lambda: _check_shared(out))
         yield folder
-
-
-@contextmanager
-def begin_run(
-    folder: RunFolder, recipe: TrainingRecipe, tokenizer: Tokenizer, context: DistributedContext, console: Console
-) -> Iterator[None]:
-    """Write the first files of the run: a start that fails before leaves the folder as it was. Collective.
-
-    An earlier run that is not resumed is archived, and the new folder locked.
-    """
-
-    def begin() -> None:
-        if archived := folder.archive():
-            console.message(f"the run that was in {folder.path} is now in {archived}")
-            locks.enter_context(lock(folder.path))
-        folder.remove_leftovers()
-        folder.write_recipe(dump(recipe))
-        folder.write_tokenizer(tokenizer.to_json())
-
-    with ExitStack() as locks:
-        context.main_only(begin)
-        yield
 
 
 def _check_shared(out: Path) -> None:

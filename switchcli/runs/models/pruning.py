@@ -28,7 +28,7 @@ from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
-from switchcli.runs.evaluate.eval_job import resolve_job
+from switchcli.runs.evaluate.eval_job import resolve_recipe
 from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, empty_model, load_model, open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
@@ -65,14 +65,14 @@ def prune(
 
     Raises:
         CheckpointError: there is no such model at `checkpoint`, or the disk cannot be written.
-        RecipeError: as `resolve_job` says, or the number of experts is not possible.
+        RecipeError: as `resolve_recipe` says, or the number of experts is not possible.
         DataError: the files need all tokens; or they, or the data to measure on, cannot be used.
         OutOfMemory: the device has not enough memory.
     """
     if experts is None and not vocabulary:
         raise RecipeError("prune: nothing to remove: give --experts N, --vocabulary FILE, or both")
     handle = open_model(checkpoint, console)
-    recipe = resolve_job(handle, name, overrides).recipe
+    recipe = resolve_recipe(handle, name, overrides)
     spec = handle.recipe.model
     if experts is not None:
         _check_experts(spec, handle.path, experts, console)

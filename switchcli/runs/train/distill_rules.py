@@ -96,7 +96,7 @@ class DistillRules(TrainingTask):
         return pins[TEACHER].model.vocab_size
 
     @classmethod
-    def check(cls, job: Job[Any]) -> None:
+    def check(cls, job: Job) -> None:
         super().check(job)
         _check_models(job)
         recipe, start = job.recipe, job.handle(START)
@@ -164,7 +164,7 @@ def _tokenizer_path(teacher: CheckpointHandle) -> str:
     return str((find_tokenizer(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
-def _check_models(job: Job[Recipe]) -> None:
+def _check_models(job: Job) -> None:
     """Check that the student can learn from the teacher, and be compared with the baseline.
 
     Raises:

@@ -43,7 +43,7 @@ from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizers import Optimizer
 
 
-def ask_teacher_only(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
+def ask_teacher_only(job: Job, quiet: bool) -> dict[str, Any]:
     """Save what the run asks its teacher: answers, probabilities for all steps, or both. No student is trained.
 
     No run folder is made. Return a JSON result on the main rank, and an empty one on the others.
@@ -80,9 +80,7 @@ def ask_teacher_only(job: Job[Recipe], quiet: bool) -> dict[str, Any]:
 class Distillation(DistillRules):
     """Train a student on the probabilities of a teacher, on text or on tasks (section 4.2)."""
 
-    def __init__(
-        self, job: Job[Recipe], folder: RunFolder | None, context: DistributedContext, console: Console
-    ) -> None:
+    def __init__(self, job: Job, folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
         """`folder` is the run's, or None if only the teacher cache is filled. Every `TrainingTask` takes one."""
         super().__init__(job, folder, context, console)
         self._recipe: Recipe = job.recipe

@@ -18,6 +18,7 @@ from switchcli.model.generation import all_done_locally
 from switchcli.report.console import Console
 from switchcli.report.program import command_words, program_name
 from switchcli.report.safe_text import shell_words, shorten
+from switchcli.report.sinks import publish_file, to_json
 from switchcli.report.table import Table
 from switchcli.report.units import si
 from switchcli.runs.devices.machine_info import machine_info
@@ -61,7 +62,7 @@ def conclude(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
         if what_is_learned:
             result["learned"] = what_is_learned.to_json()
         result |= machine_info(run.context)
-        run.folder.write_result(result)
+        publish_file(run.folder.result, to_json(result, indent=1) + "\n")
         _show(run, result, final, what_is_learned)
         return result
 

@@ -10,8 +10,7 @@ import random
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -43,8 +42,9 @@ from switchcli.report.console import Console
 from switchcli.report.sinks import parse, read_lines, read_object
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import read_recipe, saved_recipe
+from switchcli.runs.job.options import Options
 from switchcli.runs.job.run_dir import unsafe_changes
-from switchcli.runs.train.trainer import Trainer
+from switchcli.runs.train.start import open_trainer, resolve_job
 from switchcli.system.user_files import read_regular
 from switchcli.training.checkpointer import DATA
 
@@ -64,9 +64,6 @@ UNCOMPARED: Final = {
     SAME_EXPERT,
 }
 """Times, and what a resumed run does not know at its first evaluation."""
-
-OpenRun = Callable[[Path, Sequence[str], Path], AbstractContextManager[Trainer]]
-"""Opens the trainer of a recipe file with overrides, to train in a folder."""
 
 
 class Segment(NamedTuple):
@@ -98,14 +95,11 @@ class Finding(NamedTuple):
         return {**self._asdict(), "segment": [*self.segment]}
 
 
-def audit(
-    run: Path, open_run: OpenRun, console: Console, *, segments: int, steps: Segment | None, seed: int | None
-) -> dict[str, Any]:
+def audit(run: Path, console: Console, *, segments: int, steps: Segment | None, seed: int | None) -> dict[str, Any]:
     """Repeat segments of the run in the folder `run`, and return the JSON result.
 
     Args:
         run: the folder of a run.
-        open_run: opens a trainer.
         console: shows the progress.
         segments: number of segments between kept checkpoints, chosen at random.
         steps: the segment to repeat instead.
@@ -134,7 +128,7 @@ def audit(
     findings: list[Finding] = []
     for segment in chosen:
         console.message(f"repeating steps {segment.first + 1:,} to {segment.last:,}")
-        findings.append(_repeat(folder, segment, kept, records, open_run))
+        findings.append(_repeat(folder, segment, kept, records))
     return {
         "run": str(run),
         "seed": seed,
@@ -189,9 +183,7 @@ def _gaps(segments: Sequence[Segment], began: int, done: int) -> Iterator[Segmen
         yield Segment(position, done)
 
 
-def _repeat(
-    folder: RunFolder, segment: Segment, kept: Sequence[int], records: Sequence[Mapping[str, Any]], open_run: OpenRun
-) -> Finding:
+def _repeat(folder: RunFolder, segment: Segment, kept: Sequence[int], records: Sequence[Mapping[str, Any]]) -> Finding:
     """Train the steps of a segment again, and compare.
 
     Raises:
@@ -217,13 +209,14 @@ def _repeat(
         change = f"{key}: {old} in the recipe of the first checkpoint, {new} in that of the last"
         return Finding(segment, "differs", 0, 0, change)
     with tempfile.TemporaryDirectory() as scratch:
-        out, recipe = Path(scratch, "run"), Path(scratch, "recipe.yaml")
-        recipe.write_text(resolve.dump(saved), encoding="utf-8")
+        out = Path(scratch, "run")
         if start:
             shutil.copytree(start.path, out / "checkpoints" / start.path.name)
-        overrides = [*IN_ONE_PROCESS, f"checkpoint.save_every_steps={last}"]
+        recipe = resolve.layer(saved.model_dump(mode="json"), str(folder.recipe))
+        source = resolve.Source((recipe,), (*IN_ONE_PROCESS, f"checkpoint.save_every_steps={last}"))
         try:
-            with open_run(recipe, overrides, out) as trainer, trainer.begun():
+            job = resolve_job(saved.verb, source, Options(), out, resume=True)
+            with open_trainer(job, out, resume=True, quiet=True) as trainer, trainer.begun():
                 trainer.train(until=last)
                 now = machine_info(trainer.context)
                 is_cpu = trainer.context.device.type == "cpu"

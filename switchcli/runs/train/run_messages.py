@@ -1,29 +1,21 @@
 """What a training run prints at its start: what it will do, where, and how to stop it."""
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.distributed.context import DistributedContext
-from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import Console
 from switchcli.report.units import si
 from switchcli.runs.devices.planning import describe, muon_warning
 from switchcli.runs.inputs.train_data import TrainData
-from switchcli.training.state import TrainState
+
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
 
 STOPPING: Final = "stopping: this step is finished and saved first; Ctrl-C again ends at once without saving"
 """The answer to the first Ctrl-C in a terminal."""
 
 
-def announce(
-    recipe: TrainingRecipe,
-    state: TrainState,
-    data: TrainData,
-    folder: RunFolder,
-    context: DistributedContext,
-    console: Console,
-) -> None:
+def announce(run: "Trainer") -> None:
     """Print what the run will do, where, and how to stop it. A run that is complete does nothing more."""
+    recipe, state, context, console = run.recipe, run.state, run.context, run.console
     steps, done, batch_tokens = recipe.train.steps, state.step, recipe.train.batch_tokens
     if done == steps:
         return
@@ -37,13 +29,15 @@ def announce(
     )
     if context.is_main and (warning := muon_warning(recipe)):
         console.warning(warning)
-    held_out, examples = sum(text.num_rows for text in data.evaluator.texts.values()), _num_examples(data)
+    held_out, examples = sum(text.num_rows for text in run.evaluator.texts.values()), _num_examples(run.data)
     answers = f" and answering {examples:,} examples" if examples else ""
     evaluating, saving = _times(recipe.eval.every_steps, steps), _times(recipe.checkpoint.save_every_steps, steps)
     console.message(
         f"evaluating on {held_out:,} held-out sequences{answers} {evaluating}, saving a checkpoint {saving}"
     )
-    console.message(f"writing to {folder.path}/; Ctrl-C saves and stops, and {folder.same_command} goes on from there")
+    console.message(
+        f"writing to {run.folder.path}/; Ctrl-C saves and stops, and {run.folder.same_command} goes on from there"
+    )
 
 
 def _times(every: int, steps: int) -> str:

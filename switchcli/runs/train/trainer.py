@@ -3,15 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.run_folder import RunFolder
-from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.block_execution import recompute_blocks
@@ -19,15 +16,12 @@ from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import Console, TrainingDisplay
-from switchcli.report.sinks import JsonLines
+from switchcli.report.console import TrainingDisplay
+from switchcli.report.sinks import JsonLines, publish_file
 from switchcli.runs.devices.machine_info import machine_info
-from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.train_data import microbatch_rows
-from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import START
-from switchcli.runs.job.run_dir import begin_run, lock_run_dir
 from switchcli.runs.train import branching, run_messages
 from switchcli.runs.train.callbacks import (
     EvaluationCallback,
@@ -39,8 +33,8 @@ from switchcli.runs.train.callbacks import (
     ValidationCallback,
 )
 from switchcli.runs.train.training_task import TrainingTask
+from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
-from switchcli.training import memory
 from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
 from switchcli.training.loop import call, fit
 from switchcli.training.measure import Measurement
@@ -52,49 +46,17 @@ from switchcli.training.state import TrainState
 from switchcli.training.trackers import Trackers, check_usable
 
 
-@contextmanager
-def open_trainer(
-    job: Job[TrainingRecipe], task_type: type[TrainingTask], out: Path, resume: bool, quiet: bool
-) -> Iterator["Trainer"]:
-    """Yield the trainer of the run in `out`, and hold the lock of that folder.
-
-    Lack of memory in this block raises an error that explains it.
-
-    Raises:
-        SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.
-    """
-    recipe = job.recipe
-    context = build_context(recipe)
-    console = Console(quiet=quiet or not context.is_main)
-    with lock_run_dir(out, resume, recipe, context) as folder:
-        task = task_type(job, folder, context, console)
-        with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
-            parent = job.handle(START) if recipe.parent is not None else None
-            yield Trainer(recipe, task, folder, context, console, parent)
-        context.close()
-
-
 class Trainer:
     """One run on this rank: its model, optimizer, data and checkpointer, and the training from start to result."""
 
-    def __init__(
-        self,
-        recipe: TrainingRecipe,
-        task: TrainingTask,
-        folder: RunFolder,
-        context: DistributedContext,
-        console: Console,
-        branch: CheckpointHandle | None = None,
-    ) -> None:
-        """Build the model, the optimizer and the data, and initialize them or restore the newest checkpoint.
-
-        `branch` is the checkpoint of another run that a new run begins from.
-        """
-        self.recipe, self.task = recipe, task
-        self.folder = folder
+    def __init__(self, task: TrainingTask) -> None:
+        """Build the model, the optimizer and the data, and initialize them or restore the newest checkpoint."""
+        assert task.folder is not None, "the task is to train"
+        recipe: TrainingRecipe = task.job.recipe
+        folder, context, console = task.folder, task.context, task.console
+        self.recipe, self.task, self.folder, self.context, self.console = recipe, task, folder, context, console
         self.metrics = JsonLines(folder.metrics)
-        self.context = context
-        self.console = console
+        branch = task.job.handle(START) if recipe.parent is not None else None
         # Cheap checks come first. The data comes last, because preparing it may take hours.
         rows = context.main_first(lambda: microbatch_rows(recipe, context))
         context.main_only(lambda: check_usable(recipe.log.trackers))
@@ -192,13 +154,28 @@ class Trainer:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Write the first files of the run. An error in this block gets a note with the number of the step."""
-        try:
-            with begin_run(self.folder, self.recipe, self.data.tokenizer, self.context, self.console):
+        """Write the first files of the run: a start that fails before leaves the folder as it was. Collective.
+
+        An earlier run that is not resumed is archived, and the new folder locked. An error in this block gets a note
+        with the number of the step.
+        """
+        folder = self.folder
+
+        def begin() -> None:
+            if archived := folder.archive():
+                self.console.message(f"the run that was in {folder.path} is now in {archived}")
+                locks.enter_context(lock(folder.path))
+            folder.remove_leftovers()
+            publish_file(folder.recipe, dump(self.recipe))
+            publish_file(folder.tokenizer, self.data.tokenizer.to_json())
+
+        with ExitStack() as locks:
+            try:
+                self.context.main_only(begin)
                 yield
-        except Exception as error:
-            error.add_note(f"after step {self.state.step}")  # read by `training_location`
-            raise
+            except Exception as error:
+                error.add_note(f"after step {self.state.step}")  # read by `training_location`
+                raise
 
     def train(self, until: int | None = None) -> Measurement | None:
         """Train for the remaining steps, or save and return after the step `until`.
@@ -211,7 +188,7 @@ class Trainer:
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
         self._rewind(state.step - state.is_at_start)
-        run_messages.announce(recipe, state, self.data, self.folder, self.context, self.console)
+        run_messages.announce(self)
         nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
         with (
             StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,

@@ -1,6 +1,6 @@
 """TrainingTask: the part of a run that differs between training verbs. The common part is in trainer.py.
 
-Its class methods resolve the recipe (`JobRules`), before there is a run.
+Its class methods resolve the recipe, before there is a run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -60,11 +60,37 @@ class TrainingTask:
     # The recipe
 
     @classmethod
+    def resolve_job(cls, source: resolve.Source, finder: PinFinder) -> Job:
+        """Resolve a recipe that was read.
+
+        1. Merge it.
+        2. Pin each key that names a checkpoint to one step (`pins`).
+        3. Add what these checkpoints define for keys that the recipe leaves out (`defaults`).
+        4. Validate it, and refuse what cannot run (`check`).
+
+        Raises:
+            RecipeError: the recipe breaks a rule, or does not name a checkpoint that the verb needs.
+            CheckpointError: a checkpoint does not exist or cannot be used.
+            DataError: files that the recipe names are missing or cannot be read.
+        """
+        tree = source.merge()
+        cls.check_verb(tree)
+        pins = cls.pins(tree, finder)
+        fixed = {**{key: pin.path for key, pin in pins.items()}, **cls.fixed(tree, pins)}
+        source = source.overridden(*(resolve.override(key, value) for key, value in fixed.items()))
+        tree = source.merge(cls.defaults(tree, pins))
+        job = Job(resolve.validate(tree, cls.schema(tree), cls.vocab_size(tree, pins, finder)), pins)
+        cls.check(job)
+        return job
+
+    @classmethod
     def check_verb(cls, tree: Node) -> None:
+        """Raise RecipeError if the recipe is of another verb."""
         resolve.check_verb(tree, RECIPES[cls.verb])
 
     @classmethod
     def pins(cls, tree: Node, finder: PinFinder) -> dict[str, Pin]:
+        """Return the checkpoints that the recipe names, by key."""
         start = finder.start(tree, cls.verb)
         if start is None:
             if RECIPES[cls.verb].model_fields["start"].is_required():
@@ -74,13 +100,14 @@ class TrainingTask:
 
     @classmethod
     def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
+        """Return values that replace those of the recipe, by dotted key."""
         if START not in pins or resolve.stated(tree, "start.sha256") is not None:
             return {}
         return {"start.sha256": pins[START].sha256}
 
     @classmethod
     def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node | None:
-        """Return the shape of the model that the run starts from."""
+        """Return a layer of values for keys that the recipe may leave out: the model that the run starts from."""
         if START not in pins:
             return None
         start = pins[START]
@@ -88,28 +115,31 @@ class TrainingTask:
 
     @classmethod
     def schema(cls, tree: Node) -> type[Spec]:
+        """Return the class of the recipe, which by now has all its layers."""
         return RECIPES[cls.verb]
 
     @classmethod
     def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int | None:
+        """Return the number for `model.vocab_size: auto`; None where the recipe itself says it."""
         return pins[START].model.vocab_size if START in pins else None
 
     @classmethod
-    def check(cls, job: Job[Any]) -> None:
+    def check(cls, job: Job) -> None:
+        """Raise an error if the job cannot run."""
         recipe: TrainingRecipe = job.recipe
         if START in job.pins:
             _check_start(recipe, job.pins[START])
         data_type(recipe).check(recipe)
 
     @classmethod
-    def open_inputs(cls, job: Job[Any]) -> None:
+    def open_inputs(cls, job: Job) -> None:
         """Open what the recipe names besides checkpoints, for a dry run. Raises like `RunData.open_inputs`."""
         handle = next((pin.handle for pin in job.pins.values() if pin.handle is not None), None)
         data_type(job.recipe).open_inputs(job.recipe, handle and handle.tokenizer)
 
     # The run
 
-    def __init__(self, job: Job[Any], folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
+    def __init__(self, job: Job, folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
         """`folder` is the folder of the run; None if a teacher cache is filled and nothing is trained."""
         self.job, self.folder, self.context, self.console = job, folder, context, console
         self.run_data = data_type(job.recipe)(job.recipe, context, console)

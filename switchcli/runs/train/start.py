@@ -1,0 +1,58 @@
+"""Start a run of any verb that trains: resolve its recipe, and open its trainer."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from switchcli.distributed.rendezvous import prepare_rank
+from switchcli.errors import RecipeError
+from switchcli.recipe.resolve import Source
+from switchcli.report.console import Console, main_console
+from switchcli.runs.devices.mesh_choice import build_context
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.options import Options
+from switchcli.runs.job.pins import PinFinder
+from switchcli.runs.job.run_dir import lock_run_dir
+from switchcli.runs.train.distilling import Distillation
+from switchcli.runs.train.finetuning import Finetuning
+from switchcli.runs.train.pretraining import Pretraining
+from switchcli.runs.train.trainer import Trainer
+from switchcli.runs.train.training_task import TrainingTask
+from switchcli.training import memory
+
+TASKS: Mapping[str, type[TrainingTask]] = {task.verb: task for task in (Pretraining, Finetuning, Distillation)}
+"""The training task of each verb that trains."""
+
+
+def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: bool) -> Job:
+    """Return the resolved settings of a run in the folder `out`, with its open checkpoints.
+
+    Raises:
+        RecipeError, CheckpointError, DataError: as `TrainingTask.resolve_job` says.
+    """
+    prepare_rank(os.environ)
+    if verb == "distill" and options.model is not None:
+        raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
+    if verb != "distill" and (options.teacher, options.student, options.baseline) != (None, None, None):
+        raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {verb}")
+    return TASKS[verb].resolve_job(options.write(source), PinFinder(out, resume, main_console()))
+
+
+@contextmanager
+def open_trainer(job: Job, out: Path, resume: bool, quiet: bool) -> Iterator[Trainer]:
+    """Yield the trainer of the run in `out`, and hold the lock of that folder.
+
+    Lack of memory in this block raises an error that explains it.
+
+    Raises:
+        SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.
+    """
+    recipe = job.recipe
+    context = build_context(recipe)
+    console = Console(quiet=quiet or not context.is_main)
+    with lock_run_dir(out, resume, recipe, context) as folder:
+        task = TASKS[recipe.verb](job, folder, context, console)
+        with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
+            yield Trainer(task)
+        context.close()
