@@ -12,7 +12,7 @@ Errors that a user can fix are those of `switchcli.errors`. Progress goes to std
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,6 @@ from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import main_console
 from switchcli.runs.evaluate import eval_job, text_generation, text_routing
 from switchcli.runs.evaluate.eval_job import Evaluation
-from switchcli.runs.evaluate.text_generation import Answer
 from switchcli.runs.evaluate.text_routing import LayerRouting, TextRouting
 from switchcli.runs.inputs.loading import (
     CheckpointHandle,
@@ -114,7 +113,7 @@ class Recipe:
             raise RecipeError(f"verb ({verb!r}): must be pretrain, finetune or distill")
         name, texts = _as_text(source), _override_texts(overrides)
         read = resolve.read(name, texts)
-        stated = resolve.stated(read.merge(), "verb")
+        stated = read.merge().stated("verb")
         if verb is not None and stated not in (None, verb):
             raise RecipeError(f"verb: the recipe says {stated}, not {verb}: leave out verb=")
         spec = _validate(read, verb, name)
@@ -337,9 +336,10 @@ class Model:
             "top_p": top_p,
             "seed": seed,
         }
-        found = answers(
-            self, _as_list(texts), make_decoding(settings), batch_size=batch_size, capacity=_check_capacity(capacity)
-        )
+        decoding, policy = make_decoding(settings), _check_capacity(capacity)
+        if batch_size < 1:
+            raise RecipeError(f"batch_size ({batch_size}) must be at least 1")
+        found = text_generation.generate(self._load(), _as_list(texts), decoding, policy, batch_size, main_console())
         return [answer.output for answer in found]
 
     def evaluate(
@@ -433,26 +433,6 @@ def open_checkpoint(path: PathLike, device: Device = "auto", precision: LoadPrec
 def loaded(model: Model) -> LoadedModel:
     """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
     return model._load()
-
-
-def answers(
-    model: Model, texts: Iterable[str], decoding: Decoding, *, batch_size: int = 1, capacity: Policy = "dropless"
-) -> Iterator[Answer]:
-    """Yield each text with its answer as soon as its batch is done. No text is read ahead of its batch.
-
-    Args:
-        model: the model that answers.
-        texts: inputs as of `Model.generate`, possibly without end.
-        decoding: how tokens are chosen.
-        batch_size, capacity: as of `Model.generate`.
-
-    Raises:
-        RecipeError: `batch_size` is below 1.
-        DataError: a text is not UTF-8.
-    """
-    if batch_size < 1:
-        raise RecipeError(f"batch_size ({batch_size}) must be at least 1")
-    return text_generation.generate(model._load(), texts, decoding, capacity, batch_size, main_console())
 
 
 def read_recipe(source: str | None, overrides: Sequence[str], verb: str) -> Recipe:

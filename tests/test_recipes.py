@@ -20,7 +20,7 @@ LISTS = sorted((ROOT / "recipes").rglob("*.runs"))
 def test_a_shipped_recipe_resolves_and_builds(name, tmp_path):
     recipe = resolve_standalone(name)
     assert library.description(name)
-    assert recipe.verb == (resolve.stated(resolve.load(name), "verb") or "pretrain")
+    assert recipe.verb == (resolve.load(name).stated("verb") or "pretrain")
     (tmp_path / "recipe.yaml").write_text(resolve.dump(recipe), encoding="utf-8")
     assert resolve.resolve(str(tmp_path / "recipe.yaml"), [], type(recipe)) == recipe
     if not isinstance(recipe, TrainingRecipe):
@@ -51,7 +51,7 @@ def test_every_run_of_a_list_resolves_and_finds_what_it_starts_from(path):
     made = {run.name: -1 for run in before} | {run.name: run.stage for run in runs}
     for run in runs:
         verb, name, *rest = run.arguments
-        keys = [argument for argument in rest if sweep_list.is_key(argument)]
+        keys = [argument for argument in rest if library.is_override(argument)]
         assert resolve_standalone(name, keys).verb == verb
         folders = (argument.partition("@")[0] for argument in rest if argument.startswith("out/"))  # RUN@STEP: a branch
         for needed in (folder.removeprefix("out/") for folder in folders):

@@ -1,8 +1,6 @@
 """Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
 import math
-import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +75,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
-OVERRIDE: Final = re.compile(r"[A-Za-z_][\w.]*=", re.ASCII)
 USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 """click's UsageError, the base class of errors in the syntax of a command line, which typer does not export."""
 
@@ -174,7 +171,7 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
                 _check_value(name, item)
         processed = process_value(context, value)
         if isinstance(processed, float) and not math.isfinite(processed):
-            raise RecipeError(f"{name}: must be a finite number")
+            raise RecipeError(f"{name} ({processed}): must be a finite number")
         return processed
 
     return check
@@ -182,7 +179,7 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
 
 def _check_value(name: str, value: str) -> None:
     """Raise RecipeError if the value is empty or holds credentials."""
-    if override := OVERRIDE.match(value):
+    if override := library.KEY_VALUE.match(value):
         name, value = override[0].removesuffix("="), value.removeprefix(override[0])
         if value[:1] in ("", "[", "{"):  # the schema of the recipe checks these
             return
@@ -212,6 +209,6 @@ def default_out(recipe: str) -> Path:
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """Split `[RECIPE] [KEY=VALUE ...]` into the recipe, None if there is none, and the overrides."""
-    if arguments and ("=" not in arguments[0] or os.path.lexists(arguments[0])):
+    if arguments and not library.is_override(arguments[0]):
         return arguments[0], list(arguments[1:])
     return None, list(arguments)

@@ -10,7 +10,7 @@ import typer
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, Json
 from switchcli.errors import DataError, RecipeError
-from switchcli.report.console import Console, print_json
+from switchcli.report.console import main_console, print_json
 from switchcli.report.safe_text import safe_text
 
 app = typer.Typer()
@@ -93,13 +93,13 @@ def generate(
         decoding = api.make_decoding(settings)
     except RecipeError as error:
         raise RecipeError(*map(_as_option, error.lines)) from None
-    model = api.load(checkpoint, device, precision)
+    model, console = api.loaded(api.load(checkpoint, device, precision)), main_console()
     if texts and len(texts) == 1 and beams == 1 and not as_json and sys.stdout.isatty():
-        for piece in text_generation.stream(api.loaded(model), texts[0], decoding, capacity, Console()):
+        for piece in text_generation.stream(model, texts[0], decoding, capacity, console):
             typer.echo(_without_line_breaks(piece), nl=False)
         typer.echo()
         return
-    answers = api.answers(model, texts or _stdin_lines(), decoding, batch_size=batch, capacity=capacity)
+    answers = text_generation.generate(model, texts or _stdin_lines(), decoding, capacity, batch, console)
     if as_json:
         print_json({"checkpoint": str(checkpoint), "answers": [answer._asdict() for answer in answers]})
         return

@@ -1,6 +1,5 @@
 """`switchcli recipes`: list, print, copy, check and explain recipes. Results go to stdout; errors are raised."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,7 @@ import typer
 
 from switchcli.commands import _completion
 from switchcli.commands._help import epilog
-from switchcli.commands._options import OVERRIDE, Json
+from switchcli.commands._options import Json
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 from switchcli.recipe import key_index, library, yaml_nodes
@@ -103,7 +102,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check recipes, with KEY=VALUE set in each, and report every error, without opening what they name."""
-    overrides = [argument for argument in files if OVERRIDE.match(argument) and not os.path.lexists(argument)]
+    overrides = [argument for argument in files if library.is_override(argument)]
     names = [argument for argument in files if argument not in overrides]
     if not names:
         raise RecipeError("FILE: missing: name the recipe that the keys are to be set in")

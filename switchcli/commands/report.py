@@ -1,6 +1,5 @@
 """`switchcli report`: compare runs, and the routing of checkpoints. Imports torch only for the routing."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from switchcli.commands import _completion
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Quiet
 from switchcli.commands._result import finish
+from switchcli.recipe import library
 from switchcli.report.console import Console
 
 app = typer.Typer()
@@ -72,7 +72,7 @@ def report(
         require_renderer()
     folders = [*map(Path, runs)]
     if routing:
-        overrides = [argument for argument in runs if "=" in argument and not os.path.lexists(argument)]
+        overrides = [argument for argument in runs if library.is_override(argument)]
         checkpoints = [Path(argument) for argument in runs if argument not in overrides]
         # A checkpoint that is no run, such as a converted one, has no metrics to compare.
         folders = [path for path in checkpoints if (path / "metrics.jsonl").is_file()]

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Literal, SupportsFloat, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, Literal, SupportsFloat, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,17 +52,19 @@ MAIN_TIMEOUT = timedelta(days=7)
 WRITE_TIMEOUT = timedelta(hours=1)
 """How long a rank waits while the others write their part of a checkpoint."""
 
-IGNORED_VARIABLES = (
-    "ACCELERATE_DYNAMO_BACKEND",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_USE_CPU",
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
+RECIPE_DECIDES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "ACCELERATE_MIXED_PRECISION": "train.precision",
+        "ACCELERATE_USE_FSDP": "parallel.shard",
+        "ACCELERATE_USE_DEEPSPEED": "parallel.shard",
+        "ACCELERATE_USE_MEGATRON_LM": "parallel.model",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallel",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.microbatch_tokens",
+        "ACCELERATE_GRADIENT_CLIPPING": "train.clip_norm",
+        "ACCELERATE_DYNAMO_BACKEND": "train.compile",
+    }
 )
-"""Variables of `accelerate launch` that are hidden from accelerate, because the recipe decides what they ask for."""
+"""Variables of `accelerate launch` that are not taken over, and the keys of the recipe that decide instead."""
 
 T = TypeVar("T")
 
@@ -422,7 +425,7 @@ def _create_accelerator(on_cpu: bool) -> "Accelerator":
     state = PartialState._shared_state
     if state and not dist.is_initialized() and (state["device"].type == "cpu") != on_cpu:
         AcceleratorState._reset_state(reset_partial_state=True)
-    hidden = {name: os.environ.pop(name) for name in IGNORED_VARIABLES if name in os.environ}
+    hidden = {name: os.environ.pop(name) for name in (*RECIPE_DECIDES, "ACCELERATE_USE_CPU") if name in os.environ}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")  # `limit_threads` decides on the number of threads

@@ -8,13 +8,15 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import Final
 
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.recipe.yaml_nodes import Node, display_key, read_file
+from switchcli.recipe.yaml_nodes import Node, display_key, display_path, read_file
 from switchcli.system import publish
 
 SUFFIXES = (".yaml", ".yml")
-_OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)*=")
+KEY_VALUE: Final = re.compile(r"[A-Za-z_][\w.-]*=", re.ASCII)
+"""The beginning of an argument that sets a key of a recipe. A - is no part of a key, but of what users type for it."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Error numbers that concern the whole disk: another name on it does not help."""
 
@@ -45,16 +47,47 @@ def recipe_file(name: str) -> Path:
 
 def verb(name: str) -> str:
     """Return the verb of the shipped recipe `name`, which it or a recipe that it extends states."""
-    path, keys = recipe_file(name), dict[str, Node]()
+    keys: dict[str, Node] = {}
+    for layer in read_layers(recipe_file(name)):
+        assert isinstance(layer.value, dict)
+        keys |= layer.value
+    return verb_of(Node(keys, name)) or "pretrain"
+
+
+def verb_of(tree: Node) -> str | None:
+    """Return the verb of a recipe: the one that it states, else the one whose keys it has; None if it may be any."""
+    if (verb := tree.stated("verb")) is not None:
+        return str(verb)
+    if tree.stated("distill") is not None or tree.stated("student") is not None:
+        return "distill"
+    if tree.stated("train") is None:
+        return None
+    return "pretrain" if tree.stated("tasks") is None else "finetune"
+
+
+def read_layers(path: Path) -> list[Node]:
+    """Return the file at `path` and all that it extends, without their `extends`, the lowest first."""
+    layers: list[Node] = []
+    seen = {path.resolve()}
     while True:
-        root = read_file(path).value
-        assert isinstance(root, dict)
-        keys = {**root, **keys}
-        if "verb" in keys:
-            return str(keys["verb"].value)
-        if "extends" not in root:
-            return "distill" if "distill" in keys else "finetune" if "tasks" in keys else "pretrain"
-        path = locate(str(root["extends"].value), beside=path.parent)
+        root = read_file(path)
+        if not isinstance(root.value, dict):
+            raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
+        layers.insert(0, root)
+        if len(layers) > 1:
+            root.value.pop("description", None)  # it describes the recipe that is extended
+        extends = root.value.pop("extends", None)
+        if extends is None:
+            return layers
+        if not isinstance(extends.value, str):
+            raise RecipeError(f"{extends.where}: extends: must be the path of one recipe; there can be only one")
+        try:
+            path = locate(extends.value, beside=path.parent)
+        except RecipeError as error:
+            raise RecipeError(f"{extends.where}: extends: {error}") from error
+        if path.resolve() in seen:
+            raise RecipeError(f"{extends.where}: extends: a circle: {display_path(path)} extends this file")
+        seen.add(path.resolve())
 
 
 def list_file(name_or_path: str) -> Path:
@@ -78,6 +111,11 @@ def description(name: str) -> str:
     return str(root["description"].value) if "description" in root else ""
 
 
+def is_override(argument: str) -> bool:
+    """Return whether an argument of the command line sets a key, as KEY=VALUE, and is not the name of a file."""
+    return KEY_VALUE.match(argument) is not None and not os.path.lexists(argument)
+
+
 def locate(name_or_path: str, beside: Path | None = None) -> Path:
     """Return the file of a recipe, given as a path relative to `beside` or as the name of a recipe that ships.
 
@@ -88,8 +126,8 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
         RecipeError: no such file, or no such shipped recipe; the message has the nearest name.
     """
     path = (beside or Path()) / name_or_path
-    if beside is None and (override := _OVERRIDE.match(name_or_path)) and not os.path.lexists(path):
-        raise RecipeError(f"{override[0]}...: is no recipe: the recipe comes first, then KEY=VALUE")
+    if beside is None and is_override(name_or_path):
+        raise RecipeError(f"{name_or_path.partition('=')[0]}=...: is no recipe: the recipe comes first, then KEY=VALUE")
     try:
         exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered

@@ -19,7 +19,6 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -78,7 +77,9 @@ def read(name_or_path: str | None, overrides: Sequence[str] = ()) -> Source:
     Raises:
         RecipeError: a file is missing or is not YAML, or its `extends` cannot be followed.
     """
-    layers = [layer({}, "the command line")] if name_or_path is None else _read_layers(library.locate(name_or_path))
+    layers = (
+        [layer({}, "the command line")] if name_or_path is None else library.read_layers(library.locate(name_or_path))
+    )
     return Source(tuple(layers), tuple(overrides))
 
 
@@ -129,20 +130,9 @@ def dump(spec: Spec) -> str:
     return text
 
 
-def verb_of(tree: Node) -> str | None:
-    """Return the verb of a recipe: the one that it states, else the one whose keys it has; None if it may be any."""
-    if (verb := stated(tree, "verb")) is not None:
-        return str(verb)
-    if stated(tree, "distill") is not None or stated(tree, "student") is not None:
-        return "distill"
-    if stated(tree, "train") is None:
-        return None
-    return "pretrain" if stated(tree, "tasks") is None else "finetune"
-
-
 def check_verb(tree: Node, schema: type[Spec]) -> None:
     """Raise RecipeError if a recipe is of another verb than `schema`: one message instead of one per unknown key."""
-    verb = verb_of(tree)
+    verb = library.verb_of(tree)
     expected = schema.model_fields["verb"].default if "verb" in schema.model_fields else None
     if expected and verb and verb != expected and verb in VERBS:
         file, _, line = tree.where.rpartition(":")
@@ -160,23 +150,13 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
         )
 
 
-def stated(tree: Node, dotted: str) -> Any:
-    """Return the value that `tree` states for a dotted key, or None if it states none."""
-    for key in dotted.split("."):
-        value = tree.value.get(key) if isinstance(tree.value, dict) else None
-        if value is None:
-            return None
-        tree = value
-    return yaml_nodes.plain(tree)
-
-
 def stated_path(tree: Node, dotted: str) -> Any:
     """Return the path that `tree` states for a key, or None. For keys that are read before `validate`.
 
     Raises:
         RecipeError: the path breaks a rule of `switchcli.spec.PathOrUrl`.
     """
-    path = stated(tree, dotted)
+    path = tree.stated(dotted)
     if isinstance(path, str):
         try:
             check_path_or_url(path)
@@ -228,8 +208,8 @@ def _fill_vocab_size(tree: Node, schema: type[Spec], vocab_size: int | None) -> 
     if vocab_size is None:
         tokenizer = getattr(defaults.get("data"), "tokenizer", None)
         num_pieces = None
-        if tokenizer is not None and stated(tree, "data.tokenizer.kind") in (None, tokenizer.kind):
-            num_pieces = stated(tree, "data.tokenizer.vocab_size") or tokenizer.vocab_size
+        if tokenizer is not None and tree.stated("data.tokenizer.kind") in (None, tokenizer.kind):
+            num_pieces = tree.stated("data.tokenizer.vocab_size") or tokenizer.vocab_size
         vocab_size = VOCAB_SIZE
         if isinstance(num_pieces, int) and 1 <= num_pieces <= MAX_SIZE:
             vocab_size = padded_vocab_size(num_pieces)
@@ -279,31 +259,6 @@ def _add_default_kinds(tree: Node, schema: type[Spec]) -> Node:
 
 
 # Layers
-
-
-def _read_layers(path: Path) -> list[Node]:
-    """Return the file at `path` and all that it extends, without their `extends`, in the order of `_merge_layers`."""
-    layers: list[Node] = []
-    seen = {path.resolve()}
-    while True:
-        root = yaml_nodes.read_file(path)
-        if not isinstance(root.value, dict):
-            raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
-        layers.insert(0, root)
-        if len(layers) > 1:
-            root.value.pop("description", None)  # it describes the recipe that is extended
-        extends = root.value.pop("extends", None)
-        if extends is None:
-            return layers
-        if not isinstance(extends.value, str):
-            raise RecipeError(f"{extends.where}: extends: must be the path of one recipe; there can be only one")
-        try:
-            path = library.locate(extends.value, beside=path.parent)
-        except RecipeError as error:
-            raise RecipeError(f"{extends.where}: extends: {error}") from error
-        if path.resolve() in seen:
-            raise RecipeError(f"{extends.where}: extends: a circle: {yaml_nodes.display_path(path)} extends this file")
-        seen.add(path.resolve())
 
 
 def _merge_layers(layers: Sequence[Node], below: Node) -> Node:

@@ -15,7 +15,7 @@ from switchcli.errors import RecipeError
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.trainable_sets import TrainableSet, check
-from switchcli.recipe import resolve
+from switchcli.recipe import library, resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
@@ -247,8 +247,8 @@ RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
 
 def schema_of(tree: Node) -> type[Spec] | None:
     """Return the recipe class for the verb of `tree`, or None if the verb is not clear or takes no recipe."""
-    verb = resolve.verb_of(tree)
-    if verb == "distill" and resolve.stated(tree, "tasks") is not None:
+    verb = library.verb_of(tree)
+    if verb == "distill" and tree.stated("tasks") is not None:
         return DistillTasksRecipe
     return RECIPES.get(verb or "")
 
@@ -267,7 +267,7 @@ def resolve_standalone(name: str | None, overrides: Sequence[str] = ()) -> Spec:
 def validate_standalone(source: resolve.Source, where: str) -> Spec:
     """Validate a recipe that was read, like `resolve_standalone`. `where` is the source of the stand-ins in errors."""
     tree = source.merge()
-    schema = schema_of(tree) or (EvalRecipe if resolve.stated(tree, "tasks") is not None else PretrainRecipe)
+    schema = schema_of(tree) or (EvalRecipe if tree.stated("tasks") is not None else PretrainRecipe)
     checkpoint_keys: Mapping[str, Any] = {}
     if schema is FinetuneRecipe:
         checkpoint_keys = {"start": {"checkpoint": "CHECKPOINT"}, "model": {"num_experts": 8}}

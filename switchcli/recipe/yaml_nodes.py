@@ -32,6 +32,16 @@ class Node(NamedTuple):
     value: "Scalar | list[Node] | dict[str, Node]"
     where: str
 
+    def stated(self, dotted: str) -> Any:
+        """Return the plain value at a dotted key, or None if there is none."""
+        node = self
+        for key in dotted.split("."):
+            value = node.value.get(key) if isinstance(node.value, dict) else None
+            if value is None:
+                return None
+            node = value
+        return plain(node)
+
 
 def _integer(text: str) -> int:
     bases = {"0x": 16, "0o": 8}

@@ -159,9 +159,9 @@ def _lcs_f1(target: Sequence[Sequence[str]], prediction: Sequence[Sequence[str]]
 
 
 rouge1, rouge2 = rouge_n(1), rouge_n(2)
-rouge_l = mean_of("rougeL", lambda target, prediction: _lcs_f1([_words(target)], [_words(prediction)]))
+rouge_l = mean_of("rouge_l", lambda target, prediction: _lcs_f1([_words(target)], [_words(prediction)]))
 """ROUGE-L of the whole text as one sentence (Lin 2004, section 3.1)."""
-rouge_lsum = mean_of("rougeLsum", lambda target, prediction: _lcs_f1(_sentences(target), _sentences(prediction)))
+rouge_lsum = mean_of("rouge_lsum", lambda target, prediction: _lcs_f1(_sentences(target), _sentences(prediction)))
 
 
 # BLEU
@@ -202,11 +202,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "squad_em": squad_em,
         "squad_f1": squad_f1,
         "trivia_em": trivia_em,
-        "rouge1": rouge1,
-        "rouge2": rouge2,
-        "rouge_l": rouge_l,
-        "rouge_lsum": rouge_lsum,
-        "bleu": bleu,
+        **{metric.name: metric for metric in (rouge1, rouge2, rouge_l, rouge_lsum, bleu)},
     }
 )
 """Metrics that a user's own task may name."""

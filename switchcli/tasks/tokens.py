@@ -22,7 +22,14 @@ from switchcli.data.objectives.example_packing import (
 )
 from switchcli.data.prepare.cache import get_or_build
 from switchcli.data.prepare.prepared_text import FORMAT as STORE_FORMAT
-from switchcli.data.prepare.store import StoreWriter, TokenStore, identity_of_files, read_manifest, write_manifest
+from switchcli.data.prepare.store import (
+    StoreWriter,
+    TokenStore,
+    digest_of_lines,
+    identity_of_files,
+    read_manifest,
+    write_manifest,
+)
 from switchcli.data.rng import EXAMPLES, permutation
 from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -74,7 +81,7 @@ def packed_task(
         tokenizer.sha256,
         str(STORE_FORMAT),
     ]
-    entry = cache / "tasks" / hashlib.sha256("\n".join(key_parts).encode()).hexdigest()[:32]
+    entry = cache / "tasks" / digest_of_lines(key_parts)
 
     def build(temporary: Path) -> None:
         temporary.mkdir()

@@ -87,7 +87,8 @@ class TeacherFolder(ABC):
     def __init__(self, folder: Path, rows: int, specs: Mapping[str, TensorSpec], per_file: int | None = None) -> None:
         """`specs` gives dtype and shape of a row of each tensor. A file has `per_file` items, or `MAX_FILE_BYTES`."""
         self._folder, self._rows, self._specs = folder, rows, specs
-        self._item_bytes = rows * sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        self.item_bytes = rows * sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
+        """Bytes of an item on disk."""
         self._per_file = per_file
         self._lock = Lock()
         self._loaded: tuple[_CacheFile, Mapping[str, torch.Tensor]] | None = None
@@ -142,7 +143,7 @@ class TeacherFolder(ABC):
             files = self._files()
         # Within the bounds, as the name of a file may claim any number of steps.
         cached = {item for file in files for item in range(max(first, file.first), min(stop, file.stop))}
-        per_file = self._per_file or max(1, MAX_FILE_BYTES // self._item_bytes)
+        per_file = self._per_file or max(1, MAX_FILE_BYTES // self.item_bytes)
         ranges: list[range] = []
         for item in range(first, stop):
             if item in cached:
@@ -196,7 +197,7 @@ class TeacherFolder(ABC):
         """
         num_items = file.stop - file.first
         with open_regular(file.path) as opened:
-            if os.fstat(opened.fileno()).st_size > num_items * self._item_bytes + MAX_HEADER_BYTES:
+            if os.fstat(opened.fileno()).st_size > num_items * self.item_bytes + MAX_HEADER_BYTES:
                 raise ValueError(f"it is larger than {num_items} {self.unit}s are")
             content = opened.read()
         if not hashlib.sha256(content).hexdigest().startswith(file.digest):
@@ -323,14 +324,6 @@ def _unknown_token(ids: torch.Tensor, vocabulary: int) -> str | None:
 def _is_leftover(path: Path) -> bool:
     """Return whether the name is that of a temporary file, or of a probe of the disk."""
     return bool(publish.TEMPORARY.fullmatch(path.name) or LEFTOVER.fullmatch(path.name))
-
-
-def bytes_per_step(settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> int:
-    """Return the bytes on disk of a step of R rows with T targets each."""
-    probability_bytes = settings.dtype.itemsize
-    # Each target has K ids, K probabilities, and the sum of the others.
-    pair_bytes = id_dtype(vocabulary).itemsize + probability_bytes
-    return rows * targets * (min(settings.top_k, vocabulary) * pair_bytes + probability_bytes)
 
 
 def id_dtype(vocabulary: int) -> torch.dtype:

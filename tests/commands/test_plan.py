@@ -108,7 +108,7 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
         (("train.step=3",), "train.step steps"),
         (("parallel.data=3",), "parallel.data 3 ranks 8"),
         (("tiny", "--devices", 2, "--flops", 0), "--flops 0 3e11"),
-        (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth inf 0"),
+        (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth inf finite"),
         (("tiny", "train.batch_tokens=100", "--devices", 2), "train.batch_tokens 100 512"),
     ],
 )

@@ -199,7 +199,7 @@ def test_a_sweep_in_the_current_folder_knows_its_runs_by_their_folder(
     for argument, name in (("./one", "one"), (f"{tmp_path}/one@3", "one"), ("quickstart/dense", None), ("one", None)):
         assert sweep_list.named_run(argument, Path()) == name
     needy = sweep_list.SweepRun("two", ("finetune", "x", "--model", f"{tmp_path}/one"))
-    assert sweep_runner.Sweep([needy], Path(), [{}], Console(quiet=True))._needs(needy, "one")
+    assert sweep_list.needed_runs(needy, Path()) == ["one"]
 
 
 def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):

@@ -12,7 +12,8 @@ from messages import assert_line
 from pydantic import Field, model_validator
 
 from switchcli.errors import RecipeError
-from switchcli.recipe.resolve import dump, load, padded_vocab_size, resolve, verb_of
+from switchcli.recipe import library
+from switchcli.recipe.resolve import dump, load, padded_vocab_size, resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.spec import Spec
@@ -461,7 +462,7 @@ def test_a_description_is_that_of_its_own_file(write):
 )
 def test_the_keys_of_a_recipe_tell_its_verb(write, text, verb):
     write("mine.yaml", text)
-    assert verb_of(load("mine.yaml")) == verb
+    assert library.verb_of(load("mine.yaml")) == verb
 
 
 def test_a_vocabulary_is_padded_to_64_rows():

@@ -127,7 +127,7 @@ def test_a_branch_of_a_distillation_takes_the_shape_of_its_student(here: Path) -
     tree = recipes.load(None)
     for pins, d_ff in (({}, teacher.model.d_ff), ({START: teacher._replace(model=smaller, handle=None)}, 16)):
         defaults = DistillRules.defaults(tree, {TEACHER: teacher, **pins})
-        assert recipes.stated(defaults, "model.d_ff") == d_ff
+        assert defaults.stated("model.d_ff") == d_ff
 
 
 def test_a_branch_of_a_tuned_run_takes_its_model_and_its_recipe_names_the_step(here: Path) -> None:

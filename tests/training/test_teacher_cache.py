@@ -22,7 +22,7 @@ from switchcli.report.console import silent
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.distillation import Teacher
 from switchcli.training.distillation_specs import TeacherCacheSpec
-from switchcli.training.teacher_cache import TeacherCache, bytes_per_step, id_dtype
+from switchcli.training.teacher_cache import TeacherCache, id_dtype
 from switchcli.training.teacher_cache_writer import TeacherCacheWriter, top_k_probs
 
 ROWS, STEPS = 4, 6
@@ -117,8 +117,7 @@ def test_what_is_kept_is_what_the_teacher_says(answers: Path) -> None:
 
 def test_threads_that_read_different_parts_get_their_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The threads of `train.workers` do so where one part ends and the next one begins."""
-    step_bytes = bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size)
-    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", step_bytes)
+    monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", opened(tmp_path / "a").item_bytes)
     store = filled(tmp_path / "a", steps=2)
     right = [store.read(step, 0, ROWS).probability for step in (0, 1)]
     interval = sys.getswitchinterval()
@@ -134,7 +133,7 @@ def test_threads_that_read_different_parts_get_their_own_steps(tmp_path: Path, m
 def test_the_size_that_is_foretold_is_that_of_the_files(answers: Path) -> None:
     (part,) = answers.glob("steps-*")
     header = 1024
-    assert 0 <= part.stat().st_size - STEPS * bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size) <= header
+    assert 0 <= part.stat().st_size - STEPS * opened(answers).item_bytes <= header
 
 
 def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None:
@@ -147,8 +146,8 @@ def test_more_steps_ask_for_those_alone_that_are_missing(tmp_path: Path) -> None
 
 
 def test_parts_are_cut_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step_bytes = bytes_per_step(SPEC, ROWS, TARGET, SPARSE.vocab_size)
     store = opened(tmp_path / "a")
+    step_bytes = store.item_bytes
     monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", 3 * step_bytes - 1)
     assert store.missing(0, 5) == [range(2), range(2, 4), range(4, 5)]
     monkeypatch.setattr("switchcli.training.teacher_cache.MAX_FILE_BYTES", step_bytes - 1)

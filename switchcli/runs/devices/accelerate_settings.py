@@ -10,23 +10,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.context import RECIPE_DECIDES, DistributedContext
 from switchcli.report.console import Console
 from switchcli.training.config import Precision
 
-KEYS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "ACCELERATE_MIXED_PRECISION": "train.precision",
-        "ACCELERATE_USE_FSDP": "parallel.shard",
-        "ACCELERATE_USE_DEEPSPEED": "parallel.shard",
-        "ACCELERATE_USE_MEGATRON_LM": "parallel.model",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallel",
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.microbatch_tokens",
-        "ACCELERATE_GRADIENT_CLIPPING": "train.clip_norm",
-        "ACCELERATE_DYNAMO_BACKEND": "train.compile",
-    }
-)
-"""The variables that are not taken over, and the keys that decide instead."""
 EVAL_KEYS: Final[Mapping[str, str]] = MappingProxyType({"ACCELERATE_MIXED_PRECISION": "precision"})
 """The variables that an evaluation does not take over, and its keys that decide instead."""
 OFF: Final = ("", "no", "false", "0")
@@ -35,7 +22,9 @@ PRECISIONS: Final = {"bf16": ("bfloat16", "selective")}
 """The recipe's precisions that agree with one of accelerate's."""
 
 
-def warn_about_settings(precision: Precision, context: DistributedContext, keys: Mapping[str, str] = KEYS) -> None:
+def warn_about_settings(
+    precision: Precision, context: DistributedContext, keys: Mapping[str, str] = RECIPE_DECIDES
+) -> None:
     """Print one line on the main rank that names the settings of accelerate that the recipe's `keys` override.
 
     Another line says that accelerate was asked for several processes and started only this one: for several it sets

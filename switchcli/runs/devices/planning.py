@@ -298,7 +298,7 @@ def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
         raise RecipeError(
             f"{yaml_nodes.display_key(name)}: a recipe of `switchcli eval` trains nothing: name one that trains"
         )
-    if recipe.verb != "pretrain" and resolve.stated(source.merge(), "model.d_model") is None:
+    if recipe.verb != "pretrain" and source.merge().stated("model.d_model") is None:
         raise RecipeError(f"{yaml_nodes.display_key(name)}: its model is a checkpoint's: say which, by model.size=NAME")
     return recipe
 
@@ -316,7 +316,7 @@ def recipe_of_size(name: str, overrides: Sequence[str]) -> PretrainRecipe:
 
 def _group_sequences(source: resolve.Source) -> int:
     """Return the smallest power of two of rows whose targets have a token for each expert."""
-    experts = resolve.stated(source.merge(), "model.num_experts")
+    experts = source.merge().stated("model.num_experts")
     # A dense model, because with experts the recipe may break the rule that is solved here.
     data_keys = tuple(key for key in source.overrides if key.startswith(("data.", "train.")))
     dense = source._replace(overrides=data_keys).merge()

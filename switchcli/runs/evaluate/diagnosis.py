@@ -19,7 +19,7 @@ from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
 from switchcli.doctor.subject import ProbeText, Subject
 from switchcli.errors import DataError, RecipeError, disk_errors
 from switchcli.recipe import library
-from switchcli.recipe.resolve import load, resolve, stated
+from switchcli.recipe.resolve import load, resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console, silent
 from switchcli.runs.inputs.loading import load_checkpoint, locate, on_the_hub, open_checkpoint
@@ -96,7 +96,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
     """Return the model of a recipe, a Hugging Face folder or a checkpoint, as the probes need it."""
     path = Path(name)
     if not path.is_dir() or name in library.recipe_names():
-        verb = stated(load(str(_recipe(name)), overrides), "verb")
+        verb = load(str(_recipe(name)), overrides).stated("verb")
         if verb not in (None, PretrainRecipe.model_fields["verb"].default):
             raise RecipeError(f"{name}: a recipe of {verb}: doctor probes checkpoints, and recipes of pretrain")
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)

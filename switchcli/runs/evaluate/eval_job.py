@@ -44,7 +44,7 @@ def resolve_recipe(handle: CheckpointHandle, name: str | None, overrides: Sequen
     source, defaults = resolve.read(name, overrides), _defaults(handle)
     tree = source.merge()
     resolve.check_verb(tree, EvalRecipe)
-    if isinstance(named := resolve.stated(tree, "tasks"), list):
+    if isinstance(named := tree.stated("tasks"), list):
         assert isinstance(tree.value, dict), "it states tasks"
         # The recipe may name tasks that the checkpoint's run defines.
         own = {task["name"]: task for task in defaults.get("tasks", ()) if isinstance(task, dict)}

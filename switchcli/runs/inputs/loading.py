@@ -214,6 +214,6 @@ def read_recipe(document: bytes, path: Path) -> TrainingRecipe:
     schema = schema_of(tree)
     if schema is None or not issubclass(schema, TrainingRecipe):
         raise CheckpointError(
-            f"{path.parent}: written by the verb {resolve.stated(tree, 'verb')}, which this switchcli does not have"
+            f"{path.parent}: written by the verb {tree.stated('verb')}, which this switchcli does not have"
         )
     return resolve.validate(tree, schema)

@@ -33,9 +33,9 @@ class Options(NamedTuple):
         keys = dict(self._keys(source.merge()))
         commands = Source((resolve.layer({}, "the command line"),), source.overrides).merge()
         for key, option in ((START, "--model" if self.model else BRANCH_FROM), (TEACHER, "--teacher")):
-            if key in keys and resolve.stated(commands, key) is not None:
+            if key in keys and commands.stated(key) is not None:
                 raise RecipeError(f"{key}: there is {option} too: leave one out")
-        if STUDENT in keys and (kind := resolve.stated(commands, "student.kind")) not in (None, "checkpoint"):
+        if STUDENT in keys and (kind := commands.stated("student.kind")) not in (None, "checkpoint"):
             raise RecipeError(
                 f"student.kind ({kind}): --student {self.student} is a checkpoint to start from: leave one out"
             )
@@ -45,7 +45,7 @@ class Options(NamedTuple):
         """Yield the dotted keys that the options set, with their values."""
         if self.model is not None and self.branch_from is not None:
             raise RecipeError(f"--model and {BRANCH_FROM}: both name the checkpoint to start from: leave one out")
-        if self.model is not None and resolve.stated(tree, "start.keep") == "run":
+        if self.model is not None and tree.stated("start.keep") == "run":
             raise RecipeError(
                 f"--model ({self.model}): start.keep is run: name the run by {BRANCH_FROM}, or take start.keep=weights"
             )
@@ -57,7 +57,7 @@ class Options(NamedTuple):
         if self.teacher is not None:
             yield TEACHER, self.teacher
         if self.student in SIZES:
-            if resolve.stated(tree, STUDENT) is not None:
+            if tree.stated(STUDENT) is not None:
                 raise RecipeError(
                     f"--student {self.student}: a size, and the recipe's {STUDENT} is a checkpoint: leave one out"
                 )

@@ -86,11 +86,11 @@ class PinFinder:
         if not isinstance(named, str):
             return None
         named = self.given(START, named)
-        is_branch = resolve.stated(tree, "start.keep") == "run"
+        is_branch = tree.stated("start.keep") == "run"
         pin = self._parent(named, verb) if is_branch else self.find(START, named)
         if pin.handle is None:  # a changed digest is refused as any changed key of a run that has begun
             return pin
-        sha256, stated = _digest(pin.handle), resolve.stated(tree, "start.sha256")
+        sha256, stated = _digest(pin.handle), tree.stated("start.sha256")
         if stated not in (None, sha256):
             raise CheckpointError(
                 f"{pin.path}: not the checkpoint that start.sha256 of the recipe names: it was saved again since, or "
@@ -138,13 +138,13 @@ class PinFinder:
         With `keep`, only runs count whose `start.keep` is that.
         """
         for record in self._records:
-            if keep is not None and resolve.stated(record.tree, "start.keep") != keep:
+            if keep is not None and record.tree.stated("start.keep") != keep:
                 continue
-            path = resolve.stated(record.tree, key)
+            path = record.tree.stated(key)
             if not isinstance(path, str) or not _is_within(path, named, step):
                 continue
             if record.recipe is not None and not is_needed:
-                sha256 = resolve.stated(record.tree, "start.sha256") if key == START else None
+                sha256 = record.tree.stated("start.sha256") if key == START else None
                 return Pin(path, record.recipe.model, None, sha256)
             if Path(path).exists():
                 return _pin(self.open(key, path))
@@ -186,7 +186,7 @@ class PinFinder:
         if step is not None and not is_checkpoint and folder.is_dir():
             path = checkpoint.checkpoint_path(folder, step)
             if not path.is_dir():
-                steps = ", ".join(str(int(saved.name[5:])) for saved in reversed(checkpoint.saved_checkpoints(folder)))
+                steps = ", ".join(map(str, reversed(checkpoint.saved_steps(folder))))
                 raise CheckpointError(
                     f"{name}: {run}: no checkpoint of step {step}, it has {steps or 'none'}: name one of them as "
                     "RUN@STEP, and keep others by checkpoint.keep_steps"

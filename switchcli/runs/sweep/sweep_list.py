@@ -64,7 +64,8 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
                 "--no-resume: would archive an interrupted run when the sweep goes on: start over in another folder "
                 "by --out"
             )
-        if empty := [argument for argument in run.arguments if is_key(argument) and argument.endswith("=")]:
+        keys = filter(library.is_override, run.arguments)
+        if empty := [key for key in keys if key.endswith("=")]:
             raise RecipeError(f"{empty[0]}: has no value: remove the last comma, or write {empty[0]}null")
         if len(run.arguments) < 2 or run.arguments[0] not in VERBS:
             raise RecipeError(
@@ -170,7 +171,7 @@ def expand_grid(
 
 
 def _parse_word(argument: str) -> _Word:
-    if not is_key(argument):
+    if not library.is_override(argument):
         return _Word(None, [argument], is_in_name=False)
     key, _, text = argument.partition("=")
     values = split_values(text)
@@ -189,7 +190,7 @@ def _override(words: Sequence[_Word], overrides: Sequence[_Word]) -> list[_Word]
 
 def _check_given_once(arguments: Sequence[str]) -> None:
     given: dict[str, list[str]] = {}
-    for argument in filter(is_key, arguments):
+    for argument in filter(library.is_override, arguments):
         key, _, value = argument.partition("=")
         given.setdefault(key, []).append(value)
     for key, values in given.items():
@@ -223,22 +224,19 @@ def split_values(text: str) -> list[str]:
     return values
 
 
-def is_key(argument: str) -> bool:
-    """Return whether an argument sets a key: `train.seed=0`."""
-    return re.match(r"[A-Za-z_][\w.]*=", argument) is not None
-
-
 def missing_runs(runs: Sequence[SweepRun], out: Path) -> Iterator[str]:
     """Yield an error for each run that needs a folder in `out` which is not there, and which no earlier stage makes."""
     stages = {run.name: run.stage for run in runs}
     for run in runs:
-        for argument in run.arguments:
-            needed = named_run(argument, out)
-            if needed is None:
-                continue
+        for needed in needed_runs(run, out):
             if stages.get(needed, run.stage) >= run.stage and not (out / needed).exists():
                 folder = out / needed
                 yield f"{run.name}: needs {folder}, which does not exist: run it first, or list it above a line of ---"
+
+
+def needed_runs(run: SweepRun, out: Path) -> list[str]:
+    """Return the names of the runs in `out` that the arguments of a run name."""
+    return [name for argument in run.arguments if (name := named_run(argument, out)) is not None]
 
 
 def named_run(argument: str, out: Path) -> str | None:

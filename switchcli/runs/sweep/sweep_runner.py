@@ -7,7 +7,6 @@ refuses a run of other settings. A failed run stops no other run, except those t
 
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_err
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.sinks import parse, read_object, step_of
-from switchcli.runs.sweep.sweep_list import SweepRun
+from switchcli.runs.sweep.sweep_list import SweepRun, needed_runs
 from switchcli.system import publish
 from switchcli.system.processor import available_processors, is_thread_count_set
 from switchcli.system.signals import handling
@@ -110,7 +109,7 @@ class Sweep:
         if self._is_complete(run):
             self._console.message(f"{label}: complete already")
             return Outcome("skipped")
-        if needed := next((name for name in failed if self._needs(run, name)), None):
+        if needed := next((name for name in failed if name in needed_runs(run, self._out)), None):
             self._console.message(f"{label}: not started: {needed} failed")
             return Outcome("not started", f"needs {needed}")
         with self._lock:
@@ -160,13 +159,6 @@ class Sweep:
         """Return whether the run has a result, and this command made it."""
         result = read_object(self._out / run.name / "result.json") or {}
         return bool(result.get("command") == command(run, self._out))
-
-    def _needs(self, run: SweepRun, other: str) -> bool:
-        """Return whether an argument of the run is the other run's folder, or lies in it."""
-        forms = (f"{self._out}/{other}", f"{self._out.absolute()}/{other}")
-        paths = "|".join(map(re.escape, forms))
-        folder = re.compile(rf"(?<![\w./-])({paths})(?![\w.-])")
-        return any(folder.search(argument) for argument in run.arguments)
 
     def _start(self, run: SweepRun, log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C then reaches the sweep alone, which forwards it. If the sweep is killed, its run
@@ -256,6 +248,6 @@ def _steps(recipe: Path) -> int:
     from switchcli.recipe import resolve
 
     with suppress(RecipeError):
-        steps = resolve.stated(resolve.load(str(recipe)), "train.steps")
+        steps = resolve.load(str(recipe)).stated("train.steps")
         return steps if isinstance(steps, int) else 0
     return 0

@@ -41,7 +41,7 @@ class DistillRules(TrainingTask):
 
     @classmethod
     def check_verb(cls, tree: Node) -> None:
-        if resolve.stated(tree, "verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
+        if tree.stated("verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
             super().check_verb(tree)
 
     @classmethod
@@ -72,7 +72,7 @@ class DistillRules(TrainingTask):
         fixed = dict(super().fixed(tree, pins))
         if STUDENT in pins:
             fixed["student.kind"] = "checkpoint"
-        if resolve.stated(tree, "data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
+        if tree.stated("data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
             teacher = teacher_of(pins)
             _check_trained_tokenizer(tree, teacher)
             fixed["data.tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
@@ -123,8 +123,8 @@ def dense_spec(teacher: ModelSpec) -> ModelSpec:
 def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
     """Return the values for keys that the recipe `tree` leaves out: the student's shape, and the teacher's training."""
     trained = teacher.recipe
-    is_tasks_named = resolve.stated(tree, "tasks") is not None
-    is_text_named = resolve.stated(tree, "data.corpora") is not None
+    is_tasks_named = tree.stated("tasks") is not None
+    is_text_named = tree.stated("data.corpora") is not None
     if not (teacher.has_training_recipe or is_tasks_named or is_text_named):
         raise RecipeError(
             f"{TEACHER} ({teacher.path}): has no record of its training: name a RECIPE, or what to train on "
@@ -153,7 +153,7 @@ def _check_trained_tokenizer(tree: Node, teacher: CheckpointHandle) -> None:
     }
     for name, value in properties.items():
         key = f"data.tokenizer.{name}"
-        if (named := resolve.stated(tree, key)) not in (None, value):
+        if (named := tree.stated(key)) not in (None, value):
             raise RecipeError(
                 f"{key} ({json.dumps(named)}): a student shares the tokenizer of its teacher {teacher.path}: "
                 f"leave {key} out, or take {key}={json.dumps(value)}"

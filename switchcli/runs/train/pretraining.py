@@ -28,7 +28,7 @@ class Pretraining(TrainingTask):
         """Return the number of the checkpoint, of the run that goes on, or of a tokenizer that is not to be trained."""
         if START in pins or not resolve.has_auto_vocab_size(tree):
             return super().vocab_size(tree, pins, finder)
-        begun, is_trained = finder.begun, resolve.stated(tree, "data.tokenizer.kind") in (None, "train")
+        begun, is_trained = finder.begun, tree.stated("data.tokenizer.kind") in (None, "train")
         if begun is None and is_trained:
             return None
         tokenizer = resolve.validate(tree, PretrainRecipe).data.tokenizer

@@ -44,7 +44,6 @@ from switchcli.training.teacher_cache import (
     TeacherAnswers,
     TeacherCache,
     TeacherFolder,
-    bytes_per_step,
 )
 from switchcli.training.teacher_cache_writer import TeacherCacheWriter
 
@@ -311,10 +310,8 @@ class RunTeacher:
     def _fill(self, cache: TeacherCache, missing: list[range], data: TrainData, cache_spec: TeacherCacheSpec) -> None:
         """Run the teacher on the missing ranges of steps, and save its probabilities."""
         context, console, rows = self._context, self._console, self._recipe.rows_per_step
-        num_bytes = sum(map(len, missing)) * bytes_per_step(
-            cache_spec, rows, self._recipe.targets_length, self._recipe.model.vocab_size
-        )
         steps = sum(map(len, missing))
+        num_bytes = steps * cache.item_bytes
         top_k = min(cache_spec.top_k, self._recipe.model.vocab_size)
         console.message(
             f"running the teacher once: {steps:,} steps of {rows} rows, {top_k} probabilities of each target: "

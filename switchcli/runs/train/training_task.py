@@ -101,7 +101,7 @@ class TrainingTask:
     @classmethod
     def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
         """Return values that replace those of the recipe, by dotted key."""
-        if START not in pins or resolve.stated(tree, "start.sha256") is not None:
+        if START not in pins or tree.stated("start.sha256") is not None:
             return {}
         return {"start.sha256": pins[START].sha256}
 
