@@ -23,7 +23,7 @@ from switchcli import api, errors
 from switchcli.cli import app
 from switchcli.distributed import cpu_settings
 from switchcli.model.moe.layer import sparse_layers
-from switchcli.recipe import resolve, yaml_nodes
+from switchcli.recipe import library, resolve
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import choose_device, load_checkpoint
 from switchcli.training.loss import cross_entropy
@@ -145,7 +145,7 @@ def test_the_recipe_of_a_run_is_read_once_and_validated_when_it_is_loaded_and_wh
 
         monkeypatch.setattr(owner, name, count)
 
-    counted(yaml_nodes, "read_file")
+    counted(library, "read_file")
     counted(resolve, "validate")
     loaded = switchcli.Recipe.load(recipe)
     assert calls == {"read_file": 1, "validate": 1}

@@ -655,8 +655,8 @@ class RehearseRecipe(TextRecipe):
     tree.insert("switchcli/recipe/schema.py", recipe, before="^RECIPES: ")
     tree.insert("switchcli/recipe/schema.py", '"rehearse": RehearseRecipe, ', before='"pretrain": PretrainRecipe')
     line = "from switchcli.runs.train.rehearsing import Rehearsing\n"
-    tree.insert("switchcli/api.py", line, before="^from switchcli.runs.train.trainer import")
-    tree.insert("switchcli/api.py", "Rehearsing, ", after=r"^TASKS.* in \(")
+    tree.insert("switchcli/runs/train/start.py", line, before="^from switchcli.runs.train.trainer import")
+    tree.insert("switchcli/runs/train/start.py", "Rehearsing, ", after=r"^TASKS.* in \(")
 
 
 def use_training_verb(run: Fork) -> None:
