@@ -4,7 +4,7 @@ The layers of a recipe are the file that extends nothing, each file that extends
 layer takes precedence:
 
 - mappings merge key by key; lists and scalars replace;
-- a mapping with another `kind` than the one below replaces it, as the keys of one kind mean nothing to another;
+- a mapping that states another `kind` keeps the keys below that its kind has too, and drops those of other kinds;
 - `model.size` fills the keys of that size in the layer that states it: above earlier layers, below the other keys of
   its own layer and later ones. A child with another size therefore gets that size, whatever keys its parent states.
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import library, messages, sizes, yaml_nodes
+from switchcli.recipe import key_index, library, messages, sizes, yaml_nodes
 from switchcli.recipe.key_index import VERBS
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import AUTO, MAX_SIZE, VOCAB_SIZE, Spec, check_path_or_url
@@ -269,17 +269,23 @@ def _merge_layers(layers: Sequence[Node], below: Node) -> Node:
     return tree
 
 
-def _merge(below: Node, above: Node) -> Node:
-    """Return `below` with the values of `above` over it."""
+def _merge(below: Node, above: Node, path: tuple[str, ...] = ()) -> Node:
+    """Return `below` with the values of `above` over it; both are at `path`."""
     if not isinstance(above.value, dict):
         return above
     below = _expand_auto(below)
     merged = dict(below.value) if isinstance(below.value, dict) else {}
-    if "kind" in merged and "kind" in above.value and merged["kind"].value != above.value["kind"].value:
-        merged = {}
+    if (kind := above.stated("kind")) is not None and kind != below.stated("kind"):
+        merged = {key: node for key, node in merged.items() if _may_have(kind, (*path, key))}
     for key, node in above.value.items():
-        merged[key] = _merge(merged[key], node) if key in merged else node
+        merged[key] = _merge(merged[key], node, (*path, key)) if key in merged else node
     return Node(merged, above.where)
+
+
+def _may_have(kind: Any, path: tuple[str, ...]) -> bool:
+    """Return whether the mapping of a kind has the key at `path`, or no kind has it: then `validate` names it."""
+    kinds = [key_index.kinds(info) for info in key_index.meanings(key_index.normalize(".".join(path)))]
+    return not kinds or any(not found or kind in found for found in kinds)
 
 
 def _expand_auto(node: Node) -> Node:
@@ -338,7 +344,7 @@ def _parse_override(override: str) -> tuple[tuple[str, ...], Node]:
 def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] = ()) -> Node:
     """Return `below`, which is at the path `parent`, with `value` merged at `path` in it."""
     if not path:
-        return _merge(below, value)
+        return _merge(below, value, parent)
     key, rest = path[0], path[1:]
     if isinstance(below.value, list):
         if not (key.isascii() and key.isdecimal()) or int(key) >= len(below.value):
@@ -352,4 +358,4 @@ def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] 
         below = Node({}, value.where)
     assert isinstance(below.value, dict)
     child = below.value.get(key, Node(None, value.where))
-    return _merge(below, Node({key: _set(child, rest, value, (*parent, key))}, below.where))
+    return _merge(below, Node({key: _set(child, rest, value, (*parent, key))}, below.where), parent)

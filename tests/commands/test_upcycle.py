@@ -183,7 +183,7 @@ REFUSED = {
     "shared": (["dense", "--experts", "8", "model.shared_d_ff=32"], 2, "model.shared_d_ff 32 0"),
     "capacity": (["dense", "--experts", "50"], 2, "group_sequences=2"),
     "data": (["dense", "--experts", "4", "data.held_out_fraction=0.5"], 2, "data.held_out_fraction 0.1 dense"),
-    "noise": (["dense", "--experts", "4", "--noise", "nan"], 2, "--noise nan 0 1"),
+    "noise": (["dense", "--experts", "4", "--noise", "nan"], 2, "--noise nan finite"),
     "nothing": (["none", "--experts", "4"], 4, "none checkpoint checkpoints/step-*"),
 }
 

@@ -65,13 +65,15 @@ class Train(Spec):
 
 class Adafactor(Spec):
     kind: Literal["adafactor"] = "adafactor"
-    decay: float = 0.8
+    decay_exponent: float = 0.8
+    epsilon: float = 1e-30
 
 
 class AdamW(Spec):
     kind: Literal["adamw"] = "adamw"
     weight_decay: float = 0.0
-    beta: float = 0.9
+    beta1: float = 0.9
+    epsilon: float = 1e-8
 
 
 class Toy(Spec):
@@ -172,12 +174,24 @@ def test_a_recipe_is_a_mapping(errors, text):
     assert_line(errors(text)[0], "mine.yaml:1", "mapping")
 
 
-def test_another_kind_replaces_and_the_same_kind_merges(write, toy):
-    write("base.yaml", "optimizer: {kind: adamw, weight_decay: 0.5, beta: 0.5}")
-    assert toy("extends: base.yaml\noptimizer: {beta: 0.1}").optimizer == AdamW(weight_decay=0.5, beta=0.1)
-    assert toy("extends: base.yaml\noptimizer: {kind: adamw}").optimizer == AdamW(weight_decay=0.5, beta=0.5)
-    assert toy("extends: base.yaml\noptimizer: {kind: adafactor}").optimizer == Adafactor()
-    assert toy("extends: base.yaml", "optimizer.kind=adafactor").optimizer == Adafactor()
+def test_another_kind_keeps_the_keys_that_it_has_too(write, toy):
+    write("base.yaml", "optimizer: {kind: adamw, weight_decay: 0.5, beta1: 0.5, epsilon: 0.1}")
+    base = AdamW(weight_decay=0.5, beta1=0.5, epsilon=0.1)
+    assert toy("extends: base.yaml\noptimizer: {beta1: 0.1}").optimizer == base.model_copy(update={"beta1": 0.1})
+    assert toy("extends: base.yaml\noptimizer: {kind: adamw}").optimizer == base
+    assert toy("extends: base.yaml\noptimizer: {kind: adafactor}").optimizer == Adafactor(epsilon=0.1)
+    assert toy("extends: base.yaml", "optimizer.kind=adafactor").optimizer == Adafactor(epsilon=0.1)
+
+
+def test_a_kind_over_a_mapping_that_leaves_its_kind_to_the_default_does_the_same(toy):
+    text = "optimizer: {decay_exponent: 0.5, epsilon: 0.1}"
+    assert toy(text, "optimizer.kind=adamw").optimizer == AdamW(epsilon=0.1)
+    assert toy(text, "optimizer.kind=adafactor").optimizer == Adafactor(decay_exponent=0.5, epsilon=0.1)
+
+
+def test_a_key_that_no_kind_has_is_an_error_below_another_kind_too(errors):
+    (line,) = errors("optimizer: {kind: adafactor, epsilonn: 0.1}", "optimizer.kind=adamw")
+    assert_line(line, "mine.yaml:1", "optimizer.epsilonn epsilon")
 
 
 # --- sizes
@@ -261,10 +275,10 @@ def test_overrides_are_read_as_yaml_and_the_last_wins(toy):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
     overrides = ["optimizer.weight_decay=0.5", "optimizer.kind=adamw"][::order]
-    assert toy("optimizer: {kind: adafactor, decay: 0.1}", *overrides).optimizer == AdamW(weight_decay=0.5)
-    overrides = ["optimizer.beta=0.5", "optimizer={kind: adamw, weight_decay: 1}"][::order]
-    for text in ("{}", "optimizer: {kind: adafactor, decay: 0.1}"):
-        assert toy(text, *overrides).optimizer == AdamW(weight_decay=1.0, beta=0.5)
+    assert toy("optimizer: {kind: adafactor, decay_exponent: 0.1}", *overrides).optimizer == AdamW(weight_decay=0.5)
+    overrides = ["optimizer.beta1=0.5", "optimizer={kind: adamw, weight_decay: 1}"][::order]
+    for text in ("{}", "optimizer: {kind: adafactor, decay_exponent: 0.1}"):
+        assert toy(text, *overrides).optimizer == AdamW(weight_decay=1.0, beta1=0.5)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +294,7 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
         ("corpora.2.path=x", "corpora 2 1 0"),
         ("corpora.x=1", "corpora x 1 0"),
         ("model.d_model=-3", "model.d_model 1 -3 512"),
-        ("optimizer.nam=x", "optimizer.nam kind decay"),
+        ("optimizer.nam=x", "optimizer.nam kind decay_exponent"),
         ("steps=3", "steps train.steps"),
         ("train.note='\x1b[2J'", r"'\x1b'"),
     ],
@@ -317,7 +331,7 @@ def test_an_override_may_be_32_keys_deep(errors):
             "model.d_model": st.integers(1),
             "model.num_decoder_layers": st.none() | st.integers(-3, 3),
             "model.router.capacity_factor": st.floats(allow_infinity=False, allow_nan=False) | st.integers(-9, 9),
-            "optimizer": st.sampled_from(["{kind: adamw}", "{kind: adafactor, decay: 1e-7}"]),
+            "optimizer": st.sampled_from(["{kind: adamw}", "{kind: adafactor, decay_exponent: 1e-7}"]),
         },
     ),
     st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),
