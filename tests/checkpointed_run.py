@@ -7,7 +7,6 @@ import torch
 from doubles import trained
 from tiny_model import a_model, rows
 
-from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec
@@ -37,7 +36,6 @@ class Parts:
         data: bytes = b'{"tokens_sha256": "one"}',
         group: TrainableSet = "all",
         background: bool = False,
-        files: FileOperations = DISK,
     ) -> None:
         self.model = a_model(spec, seed)
         freeze(self.model, group)
@@ -48,13 +46,7 @@ class Parts:
         settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False, background=background)
         documents = DOCUMENTS | {DATA: data}
         self.saver = Checkpointer(
-            folder,
-            unsharded_weights(self.model),
-            self.optimizer,
-            self.context,
-            documents,
-            settings,
-            files,
+            folder, unsharded_weights(self.model), self.optimizer, self.context, documents, settings
         )
 
     def train(self, steps: int, callbacks: Sequence[Callback] = ()) -> bool:

@@ -207,6 +207,28 @@ def test_a_file_is_replaced_on_a_file_system_without_permissions(
     assert (tmp_path / "page").read_text() == "new"
 
 
+def test_a_new_file_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    publish.make_folder(path.parent)
+    publish.make_folder(path.parent)
+    publish.write_new(path, b"one")
+    publish.sync(path)
+    publish.sync(path.parent)
+    with pytest.raises(FileExistsError):
+        publish.write_new(path, b"two")
+    assert path.read_bytes() == b"one"
+
+
+def test_a_tree_is_removed_and_a_link_is_not_followed(tmp_path: Path) -> None:
+    publish.make_folder(tmp_path / "tree" / "branch")
+    publish.write_new(tmp_path / "tree" / "branch" / "leaf", b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "tree")
+    publish.remove_tree(tmp_path / "link")
+    assert (tmp_path / "tree" / "branch" / "leaf").exists()
+    publish.remove_tree(tmp_path / "tree")
+    assert names(tmp_path) == []
+
+
 def write_a_file(target: Path) -> None:
     publish.write_file(target / "file", "new")
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint.checkpoint import save
-from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.checkpoint.manifest import Entry, Manifest
 
 MODEL = {
@@ -39,15 +38,10 @@ def wanted(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_step(
-    folder: Path,
-    step: int,
-    metrics: Mapping[str, float] | None = None,
-    *,
-    evaluated_step: int | None = None,
-    files: FileOperations = DISK,
+    folder: Path, step: int, metrics: Mapping[str, float] | None = None, *, evaluated_step: int | None = None
 ) -> Path:
     evaluated = step if evaluated_step is None else evaluated_step
-    return save_with(folder, {"step": step, "eval_metrics": metrics or {}, "evaluated_step": evaluated}, files)
+    return save_with(folder, {"step": step, "eval_metrics": metrics or {}, "evaluated_step": evaluated})
 
 
 def state_json(**state: Any) -> bytes:
@@ -55,17 +49,10 @@ def state_json(**state: Any) -> bytes:
     return json.dumps({"targets_seen": 0, "seconds": 0.0, **state}).encode()
 
 
-def save_with(folder: Path, state: Mapping[str, Any], files: FileOperations = DISK) -> Path:
+def save_with(folder: Path, state: Mapping[str, Any]) -> Path:
     step = state["step"]
     documents = {"state.json": state_json(**state), "recipe.yaml": f"step: {step}\n".encode()}
-    return save(
-        folder,
-        step,
-        model=numbered(MODEL, step),
-        optimizer=numbered(OPTIMIZER, step),
-        documents=documents,
-        files=files,
-    )
+    return save(folder, step, model=numbered(MODEL, step), optimizer=numbered(OPTIMIZER, step), documents=documents)
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: format, verification, file operations. This package knows nothing about recipes."""
+"""Checkpoints on disk: format, verification, the folder of a run. This package knows nothing about recipes."""

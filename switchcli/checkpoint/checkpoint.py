@@ -34,7 +34,6 @@ from torch import Tensor
 
 from switchcli.checkpoint import manifest as manifests
 from switchcli.checkpoint import tensor_file
-from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
 from switchcli.checkpoint.saved_state import SavedState
 from switchcli.checkpoint.tensor_names import expert_numbers
@@ -141,7 +140,6 @@ def save(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     documents: Mapping[str, bytes],
-    files: FileOperations = DISK,
 ) -> Path:
     """Save a step under `folder`, replacing an earlier save of it, and return the new checkpoint's folder.
 
@@ -150,7 +148,7 @@ def save(
     state.json. Raises CheckpointError when the disk refuses; all earlier checkpoints then still exist.
     """
     num_bytes = tensor_file.num_bytes(chain(model.values(), optimizer.values())) + sum(map(len, documents.values()))
-    writer = CheckpointWriter(folder, step, secrets.randbits(UNIQUE_BITS), num_bytes, files)
+    writer = CheckpointWriter(folder, step, secrets.randbits(UNIQUE_BITS), num_bytes)
     try:
         writer.begin()
         return writer.finish(writer.write(encode_files(model, optimizer)), documents)
@@ -179,12 +177,12 @@ class CheckpointWriter:
     Every method raises CheckpointError when the disk refuses.
     """
 
-    def __init__(self, folder: Path, step: int, unique: int, num_bytes: int, files: FileOperations = DISK) -> None:
+    def __init__(self, folder: Path, step: int, unique: int, num_bytes: int) -> None:
         """`unique` is a random number of `UNIQUE_BITS` bits, the same in all processes, that no other save has.
 
         `num_bytes` is the size of the complete checkpoint.
         """
-        self._folder, self._step, self._num_bytes, self._files = folder, step, num_bytes, files
+        self._folder, self._step, self._num_bytes = folder, step, num_bytes
         self._unique = f"{unique:08x}"
         self._temporary = folder / f".tmp-{step:08d}-{self._unique}"
 
@@ -193,14 +191,14 @@ class CheckpointWriter:
         with self._disk_errors():
             publish.check_folder(self._folder)
             publish.check_folder(checkpoint_path(self._folder, self._step))
-            self._files.make_dir(self._folder)
-            self._files.sync(self._folder.parent)
-            self._files.make_dir(self._temporary)
+            publish.make_folder(self._folder)
+            publish.sync(self._folder.parent)
+            publish.make_folder(self._temporary)
 
     def write(self, contents: Iterable[tuple[str, memoryview]]) -> list[Entry]:
         """Write and verify the files of this process, as `encode_files` yields them, and return their entries."""
         with self._disk_errors():
-            entries = [_write(self._temporary / name, content, self._files) for name, content in contents]
+            entries = [_write(self._temporary / name, content) for name, content in contents]
             Manifest(self._step, tuple(entries)).verify(self._temporary)
         return entries
 
@@ -210,19 +208,19 @@ class CheckpointWriter:
         `entries` are those of all processes.
         """
         assert "state.json" in documents
-        files, final_path = self._files, checkpoint_path(self._folder, self._step)
+        final_path = checkpoint_path(self._folder, self._step)
         with self._disk_errors():
-            written = [_write(self._temporary / name, content, files) for name, content in documents.items()]
+            written = [_write(self._temporary / name, content) for name, content in documents.items()]
             Manifest(self._step, tuple(written)).verify(self._temporary)
             manifest = Manifest(self._step, tuple(sorted([*entries, *written], key=lambda entry: entry.name)))
-            _write(self._temporary / manifests.NAME, manifest.encode(), files)
-            files.sync(self._temporary)
+            _write(self._temporary / manifests.NAME, manifest.encode())
+            publish.sync(self._temporary)
             manifest.check_sizes(self._temporary)
             Checkpoint.open(self._temporary, verified=True)
             if final_path.exists():
-                files.rename(final_path, self._folder / f".old-{self._step:08d}-{self._unique}")
-            files.rename(self._temporary, final_path)
-            files.sync(self._folder)
+                final_path.rename(self._folder / f".old-{self._step:08d}-{self._unique}")
+            self._temporary.rename(final_path)
+            publish.sync(self._folder)
         return final_path
 
     def _disk_errors(self) -> AbstractContextManager[None]:
@@ -234,7 +232,7 @@ class CheckpointWriter:
         Call it when no process writes any more. If the disk refuses, `latest` does it later.
         """
         with suppress(OSError):
-            _clean_up(self._folder, self._files)
+            _clean_up(self._folder)
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -247,8 +245,8 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     def rename_damaged(path: Path, damage: DamagedError) -> None:
         renamed = path.with_name(f"{path.name}.bad-{damage.why}")
         renamed = publish.free_name(renamed) if os.path.lexists(renamed) else renamed
-        DISK.rename(path, renamed)
-        DISK.sync(folder)
+        path.rename(renamed)
+        publish.sync(folder)
         warn(f"{damage} It is now {renamed.name}; the one before it is tried.")
 
     recover(folder)
@@ -260,7 +258,7 @@ def recover(folder: Path) -> None:
     """Finish what a killed save began: restore a checkpoint that was not replaced, and remove leftovers."""
     with disk_errors(folder, _ALTERNATIVE):
         publish.check_folder(folder)
-        _clean_up(folder, DISK)
+        _clean_up(folder)
 
 
 def latest_read_only(folder: Path, warn: Callable[[str], None], alternative: str = _START_AGAIN) -> Checkpoint | None:
@@ -281,14 +279,7 @@ def verify_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | Damag
             yield path, damage
 
 
-def prune(
-    folder: Path,
-    keep_last: int,
-    keep_steps: Collection[int] = (),
-    *,
-    keep_best: bool,
-    files: FileOperations = DISK,
-) -> None:
+def prune(folder: Path, keep_last: int, keep_steps: Collection[int] = (), *, keep_best: bool) -> None:
     """Remove all checkpoints but the last `keep_last` (>= 1), those of `keep_steps` and, with `keep_best`, the best by
     each metric.
 
@@ -313,8 +304,8 @@ def prune(
         keep |= {checkpoint_path(folder, step) for step in keep_steps}
         for path in metrics_of:
             if path not in keep and publish.is_folder(path):
-                files.rename(path, path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
-        _clean_up(folder, files)
+                path.rename(path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
+        _clean_up(folder)
 
 
 def preflight(folder: Path, bytes_needed: int, alternative: str = _ALTERNATIVE) -> None:
@@ -322,12 +313,12 @@ def preflight(folder: Path, bytes_needed: int, alternative: str = _ALTERNATIVE) 
     probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
     with disk_errors(folder, alternative, bytes_needed):
         publish.check_folder(folder)
-        DISK.make_dir(probe)
+        publish.make_folder(probe)
         try:
             if shutil.disk_usage(folder).free < bytes_needed:
                 raise OSError(errno.ENOSPC, "not enough space")
         finally:
-            DISK.remove_tree(probe)
+            publish.remove_tree(probe)
             with suppress(OSError):
                 folder.rmdir()  # unless it holds something
 
@@ -389,14 +380,14 @@ def _read_state(path: Path, manifest: Manifest) -> SavedState:
     return state
 
 
-def _write(path: Path, content: bytes | memoryview, files: FileOperations) -> Entry:
+def _write(path: Path, content: bytes | memoryview) -> Entry:
     """Write and sync a file. The digest is of the bytes in memory, so that verification covers the write itself."""
-    files.write(path, content)
-    files.sync(path)
+    publish.write_new(path, content)
+    publish.sync(path)
     return Entry(path.name, len(content), sha256(content).hexdigest())
 
 
-def _clean_up(folder: Path, files: FileOperations) -> None:
+def _clean_up(folder: Path) -> None:
     """Restore a checkpoint that was moved aside but not replaced, and remove all other leftovers.
 
     Only folders whose names match exactly are touched: no links, and nothing in a folder that is a link itself.
@@ -406,17 +397,17 @@ def _clean_up(folder: Path, files: FileOperations) -> None:
     for path in leftovers(folder):
         replaced = _REPLACED.fullmatch(path.name)
         if replaced and not os.path.lexists(successor := folder / f"step-{replaced[1]}"):
-            files.rename(path, successor)
+            path.rename(successor)
     remaining = leftovers(folder)
     replaced_checkpoints = [path for path in remaining if _REPLACED.fullmatch(path.name)]
     for path in remaining:
         if path not in replaced_checkpoints:
-            files.remove_tree(path)  # before the sync, which a full disk may refuse
+            publish.remove_tree(path)  # before the sync, which a full disk may refuse
     if replaced_checkpoints:
         # A successor may have just been renamed. Its name must be on disk before the checkpoint that it replaced goes.
-        files.sync(folder)
+        publish.sync(folder)
     for path in replaced_checkpoints:
-        files.remove_tree(path)
+        publish.remove_tree(path)
 
 
 def _first_mismatch(

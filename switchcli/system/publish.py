@@ -224,7 +224,13 @@ def open_without_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
-# Syncing
+# Single operations
+
+
+def write_new(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that must not exist yet, into a folder that is to be published. It is not synced."""
+    with path.open("xb") as stream:
+        stream.write(content)
 
 
 def sync(path: Path) -> None:
@@ -242,6 +248,14 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         _sync_folder(folder.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with its content, or a file; a link is removed, not followed."""
+    if is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_folder(path: Path) -> None:

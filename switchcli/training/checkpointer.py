@@ -16,7 +16,6 @@ from typing import Final
 import torch
 
 from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
-from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
 from switchcli.errors import (
@@ -61,7 +60,6 @@ class Checkpointer:
         context: DistributedContext,
         documents: Mapping[str, bytes],
         settings: CheckpointSpec,
-        files: FileOperations = DISK,
     ) -> None:
         """Save and restore a run.
 
@@ -72,7 +70,6 @@ class Checkpointer:
             context: the other ranks.
             documents: files of every checkpoint by name: recipe, tokenizer and `DATA`. They make it self-contained.
             settings: which checkpoints to keep, and whether to write in the background.
-            files: file operations of the disk.
         """
         self._folder = folder
         self._weights = weights
@@ -80,7 +77,6 @@ class Checkpointer:
         self._context = context
         self._documents = documents
         self._settings = settings
-        self._files = files
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[None] | None = None
         self._stop = StopRequest()
@@ -113,7 +109,7 @@ class Checkpointer:
         num_bytes = tensor_file.num_bytes([*model.values(), *optimizer.values()])
         unique, total_bytes = context.sum_over_ranks([random_number, num_bytes])
         total_bytes += sum(map(len, documents.values()))
-        writer = checkpoint.CheckpointWriter(self._folder, state.step, unique, total_bytes, self._files)
+        writer = checkpoint.CheckpointWriter(self._folder, state.step, unique, total_bytes)
         contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
         if self._settings.background:
             # list() makes the copies now, before the next step changes the tensors.
@@ -177,9 +173,7 @@ class Checkpointer:
             writer.clean_up()
             raise
         keep_last, keep_best, keep_steps = settings.keep_last, settings.keep_best, settings.keep_steps
-        ranks.main_only(
-            lambda: checkpoint.prune(self._folder, keep_last, keep_steps, keep_best=keep_best, files=self._files)
-        )
+        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_steps, keep_best=keep_best))
 
     def _optimizer_parts(self) -> dict[str, LocalPart]:
         return optimizer_parts(self._optimizer, self._weights.experts)

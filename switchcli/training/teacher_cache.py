@@ -32,7 +32,6 @@ import torch
 from safetensors import SafetensorError
 
 from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
-from switchcli.checkpoint.fsops import DISK
 from switchcli.checkpoint.tensor_file import TensorSpec, tensor_spec
 from switchcli.data.batch import TeacherTopK
 from switchcli.errors import CheckpointError, disk_errors
@@ -119,10 +118,10 @@ class TeacherFolder(ABC):
             CheckpointError: see `is_begun`, or the disk refuses.
         """
         with disk_errors(self._folder, self.elsewhere):
-            DISK.make_dir(self._folder)
+            publish.make_folder(self._folder)
             publish.remove_stale_in(self._folder, age=0)
             for path in [*leftovers(self._folder), *self.damaged()]:
-                DISK.remove_tree(path)
+                publish.remove_tree(path)
             if not self.is_begun(facts):
                 publish.write_file(self._folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 

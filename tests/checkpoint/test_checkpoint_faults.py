@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults.disk import Crash, Disk, crash, refuse, strike_at
+from faults.disk import Crash, Disk, Operation, crash, refuse, strike_at
 from messages import naming
 from tiny_checkpoint import MODEL, OPTIMIZER, equal, numbered, save_step, state_json, wanted
 
 from switchcli.checkpoint.checkpoint import Checkpoint, latest, latest_read_only, preflight, prune, save
-from switchcli.checkpoint.fsops import DISK
 from switchcli.errors import CheckpointError
+from switchcli.system import publish
 
 PLAIN = re.compile(r"step-\d{8}")
 
@@ -241,9 +241,9 @@ def test_swapped_files_and_steps_are_detected(tmp_path: Path) -> None:
 
 def swap(one: Path, two: Path) -> None:
     aside = one.with_name("aside")
-    DISK.rename(one, aside)
-    DISK.rename(two, one)
-    DISK.rename(aside, two)
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_its_step_is_saved_anew(tmp_path: Path) -> None:
@@ -270,20 +270,25 @@ def test_no_run_starts_from_scratch_over_what_was_saved(tmp_path: Path) -> None:
         assert caught.value.exit_code == 4
 
 
-def test_a_save_that_reads_back_wrong_is_no_checkpoint(tmp_path: Path) -> None:
-    class Forgetful:
-        """A disk that loses the last byte of what it was given."""
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(DISK, name)
-
-        def write(self, path: Path, content: bytes) -> None:
-            DISK.write(path, content[:-1])
-
+def test_a_save_that_reads_back_wrong_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk loses the last byte of what it was given."""
     save_step(tmp_path, 4)
+    write_new = publish.write_new
+    monkeypatch.setattr(publish, "write_new", lambda path, content: write_new(path, content[:-1]))
     with pytest.raises(CheckpointError, match=r"\.tmp-00000008"):
-        save_step(tmp_path, 8, files=Forgetful())  # type: ignore[arg-type]
+        save_step(tmp_path, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_save_takes_no_place_that_is_filled_meanwhile(tmp_path: Path) -> None:
+    def fill(disk: Disk, operation: Operation) -> None:
+        if operation.kind == "rename":
+            (tmp_path / "step-00000008").mkdir()
+            (tmp_path / "step-00000008" / "file").touch()
+
+    with Disk(tmp_path, fill), pytest.raises(CheckpointError, match="not empty"):
+        save_step(tmp_path, 8)
+    assert [path.name for path in tmp_path.rglob("*")] == ["step-00000008", "file"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")

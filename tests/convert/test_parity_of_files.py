@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint, tensor_file
 from switchcli.checkpoint.checkpoint import Checkpoint
-from switchcli.checkpoint.fsops import FileOperations
 from switchcli.cli import app
 from switchcli.data.config import DataSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerFile
@@ -27,6 +26,7 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
 from switchcli.runs.models import conversion
+from switchcli.system import publish
 from switchcli.training.checkpointer import logical_tensors
 from switchcli.training.config import TrainSpec
 from switchcli.training.state import TrainState
@@ -189,14 +189,14 @@ def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: 
         done.append("encode")
         return tensor_file.encode(named, metadata)
 
-    def write(self: FileOperations, path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes) -> None:
         done.append("write")
         path.write_bytes(content)
 
     source = ours(tmp_path, SPECS["sparse"])
     monkeypatch.setattr(conversion, "_MAX_FILE_BYTES", 20_000)
     monkeypatch.setattr(conversion, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
-    monkeypatch.setattr(FileOperations, "write", write)
+    monkeypatch.setattr(publish, "write_new", write)
     run(source, tmp_path / "theirs", "--to", "huggingface")
     assert done.count("encode") > 3
     assert done[done.index("encode") :] == ["encode", "write"] * done.count("encode")

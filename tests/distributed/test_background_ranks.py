@@ -4,7 +4,6 @@ import errno
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from ranks import on_ranks
 from tiny_model import NOISY, rows
 
 from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.fsops import DISK
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.errors import SwitchError
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.system import publish
 from switchcli.system.signals import StopRequest
 from switchcli.training import loop
 from switchcli.training.checkpointer import DATA, Checkpointer
@@ -35,20 +34,17 @@ FULL = (".tmp-00000016", "model")
 """The save that does not fit, on one rank, and its files."""
 
 
-class SlowDisk:
-    """Takes many steps for a save. If it is `full`, it takes no file of one step's weights."""
+def slow_down_the_disk(seconds: float, full: bool) -> None:
+    """Have a save take many steps. If the disk is `full`, it takes no file of one step's weights."""
+    write_new = publish.write_new
 
-    def __init__(self, seconds: float, full: bool) -> None:
-        self._seconds, self._full = seconds, full
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(DISK, name)
-
-    def write(self, path: Path, content: bytes | memoryview) -> None:
-        time.sleep(self._seconds)
-        if self._full and path.parent.name.startswith(FULL[0]) and path.name.startswith(FULL[1]):
+    def write_slowly(path: Path, content: bytes | memoryview) -> None:
+        time.sleep(seconds)
+        if full and path.parent.name.startswith(FULL[0]) and path.name.startswith(FULL[1]):
             raise OSError(errno.ENOSPC, "No space left on device")
-        DISK.write(path, content)
+        write_new(path, content)
+
+    publish.write_new = write_slowly
 
 
 def warn(message: str) -> None:
@@ -66,8 +62,8 @@ def trained(folder: Path, background: bool, full_on: int | None, parallel: Paral
     weights.load_full(initial_weights(NOISY, 0, weights.experts))
     state, optimizer = TrainState(), Adafactor(min_dim_to_factor=8).build(weights.parameters, weights.layouts)
     settings = CheckpointSpec(keep_last=9, background=background)
-    disk = SlowDisk(0.02 * (1 + context.rank), context.rank == full_on)
-    saver = Checkpointer(folder, weights, optimizer, context, {DATA: b"{}"}, settings, disk)
+    slow_down_the_disk(0.02 * (1 + context.rank), context.rank == full_on)
+    saver = Checkpointer(folder, weights, optimizer, context, {DATA: b"{}"}, settings)
     batches, stop = Microbatches(rows, 8, 2, context.dp_rank, context.dp_size), StopRequest()
     callbacks = [SaveEvery(EVERY, saver)]
     spec = TrainSpec(steps=STEPS, batch_tokens=1)

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 from checkpointed_run import Parts, assert_equal
 from doubles import Do, KeepingConsole, NoWarnings, SaveEvery
-from faulty_files import FaultyFiles
+from faults.disk import Disk, refuse, strike_at
 from tiny_model import NOISY
 
 from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.fsops import DISK, FileOperations
 from switchcli.errors import CheckpointError, DistributedError, NumericsError
 from switchcli.report.console import Console
+from switchcli.system import publish
 from switchcli.training import checkpointer
 from switchcli.training.callback import Callback
 from switchcli.training.optimizer_specs import AdamW
@@ -25,42 +25,22 @@ from switchcli.training.state import TrainState
 STEPS = 4
 
 
-class Watched(FileOperations):
-    """A disk that writes down what it is told, and before each operation waits until it is `open`."""
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Return an event for which the first operation of each save waits. It is set."""
+    opened, make_folder = Event(), publish.make_folder
+    opened.set()
 
-    def __init__(self, disk: FileOperations = DISK) -> None:
-        self.open = Event()
-        self.open.set()
-        self.log: list[str] = []
-        self._disk = disk
+    def make_folder_when_opened(path: Path) -> None:
+        assert opened.wait(60)
+        make_folder(path)
 
-    def _next(self, what: str, path: Path) -> None:
-        assert self.open.wait(60)
-        self.log.append(f"{what} {path.name.rpartition('-')[0] if path.name[0] == '.' else path.name}")
-
-    def make_dir(self, path: Path) -> None:
-        self._next("make", path)
-        self._disk.make_dir(path)
-
-    def write(self, path: Path, content: bytes | memoryview) -> None:
-        self._next("write", path)
-        self._disk.write(path, content)
-
-    def sync(self, path: Path) -> None:
-        self._next("sync", path)
-        self._disk.sync(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._next("rename", source)
-        self._disk.rename(source, target)
-
-    def remove_tree(self, path: Path) -> None:
-        self._next("remove", path)
-        self._disk.remove_tree(path)
+    monkeypatch.setattr(publish, "make_folder", make_folder_when_opened)
+    return opened
 
 
-def parts_of(folder: Path, files: FileOperations, background: bool = True) -> Parts:
-    return Parts(folder, NOISY, AdamW(), seed=0, background=background, files=files)
+def parts_of(folder: Path, background: bool = True) -> Parts:
+    return Parts(folder, NOISY, AdamW(), seed=0, background=background)
 
 
 def run(parts: Parts, *others: Callback, steps: int = STEPS) -> None:
@@ -74,8 +54,16 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def full() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def operations(disk: Disk, run_folder: Path) -> list[str]:
+    """Return what was done in the folder of a run, without the random ends of hidden names.
+
+    Files in a checkpoint that is removed are left out: the file system decides on their order.
+    """
+    return [
+        re.sub(r"(/\..*)-[0-9a-f]{8}", r"\1", f"{kind} {path.relative_to(run_folder)}")
+        for kind, path, _ in disk.operations
+        if kind != "remove" or path.parent.name == "checkpoints"
+    ]
 
 
 @pytest.fixture
@@ -85,26 +73,29 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_clock")
 def test_the_same_operations_leave_the_same_bytes(tmp_path: Path) -> None:
-    disks = [Watched(), Watched()]
-    for disk, background in zip(disks, (False, True), strict=True):
-        run(parts_of(tmp_path / str(background), disk, background))
-    assert disks[0].log == [line.replace("True", "False") for line in disks[1].log]
+    done = []
+    for background in (False, True):
+        run_folder = tmp_path / str(background)
+        run_folder.mkdir()
+        with Disk(run_folder) as disk:
+            run(parts_of(run_folder / "checkpoints", background))
+        done.append(operations(disk, run_folder))
+    assert done[0] == done[1]
+    assert {line.split()[0] for line in done[0]} == {"make", "write", "sync", "rename", "remove"}
     assert content(tmp_path / "False") == content(tmp_path / "True") != {}
 
 
 @pytest.mark.usefixtures("no_clock")
-def test_what_is_written_is_of_its_step_however_far_training_has_gone_on(tmp_path: Path) -> None:
-    disk = Watched()
-    late = parts_of(tmp_path / "late", disk)
+def test_what_is_written_is_of_its_step_however_far_training_has_gone_on(tmp_path: Path, door: Event) -> None:
+    late = parts_of(tmp_path / "late")
     late.train(2)
-    disk.open.clear()
+    door.clear()
     late.saver.save(late.state)
     late.train(STEPS)
-    assert disk.log == []
     assert not (tmp_path / "late").exists()
-    disk.open.set()
+    door.set()
     late.saver.wait()
-    soon = parts_of(tmp_path / "soon", DISK, background=False)
+    soon = parts_of(tmp_path / "soon", background=False)
     soon.train(2)
     soon.saver.save(soon.state)
     assert content(tmp_path / "late") == content(tmp_path / "soon")
@@ -115,15 +106,14 @@ def test_what_is_written_is_of_its_step_however_far_training_has_gone_on(tmp_pat
     assert_equal(again, late)
 
 
-def test_the_next_save_waits_for_the_last(tmp_path: Path) -> None:
-    disk = Watched()
-    disk.open.clear()
-    parts = parts_of(tmp_path, disk)
+def test_the_next_save_waits_for_the_last(tmp_path: Path, door: Event) -> None:
+    door.clear()
+    parts = parts_of(tmp_path)
     parts.train(1)
     parts.saver.save(parts.state)
     parts.train(2)
     assert not list(tmp_path.iterdir())
-    timer = Timer(0.2, disk.open.set)
+    timer = Timer(0.2, door.set)
     timer.start()
     parts.saver.save(parts.state)
     assert (tmp_path / "step-00000001").is_dir()
@@ -134,7 +124,7 @@ def test_the_next_save_waits_for_the_last(tmp_path: Path) -> None:
 
 def test_training_that_is_stopped_or_done_has_saved(tmp_path: Path) -> None:
     for name, at in (("stopped", 3), ("done", STEPS)):
-        parts = parts_of(tmp_path / name, DISK)
+        parts = parts_of(tmp_path / name)
         run(parts, Do(1, lambda state, at=at, parts=parts: parts.stop.request() if state.step == at else None))
         found = checkpoint.latest(tmp_path / name, pytest.fail)
         assert found is not None
@@ -142,14 +132,15 @@ def test_training_that_is_stopped_or_done_has_saved(tmp_path: Path) -> None:
 
 
 def test_a_failure_stops_training_at_the_step(tmp_path: Path) -> None:
-    parts = parts_of(tmp_path, FaultyFiles(0, full))
+    parts = parts_of(tmp_path)
 
     def until_it_failed(state: TrainState) -> None:
         deadline = time.monotonic() + 60
         while state.step == 2 and not parts.stop.requested and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    with parts.saver.background_saves(parts.stop, NoWarnings()):
+    disk = Disk(tmp_path, strike_at(0, refuse(errno.ENOSPC)))
+    with disk, parts.saver.background_saves(parts.stop, NoWarnings()):
         assert parts.train(STEPS, [SaveEvery(2, parts.saver), Do(1, until_it_failed)]) is False
         assert parts.state.step == 2
         with pytest.raises(CheckpointError, match="No space left on device"):
@@ -164,19 +155,20 @@ def failing(parts: Parts, error: BaseException, console: Console) -> None:
         raise error
 
 
-def test_a_save_under_way_is_done_when_training_fails(tmp_path: Path) -> None:
-    disk = Watched()
-    disk.open.clear()
-    Timer(0.2, disk.open.set).start()
+def test_a_save_under_way_is_done_when_training_fails(tmp_path: Path, door: Event) -> None:
+    door.clear()
+    Timer(0.2, door.set).start()
     with pytest.raises(NumericsError, match="NaN"):
-        failing(parts_of(tmp_path, disk), NumericsError("step 2: NaN", "mend it"), NoWarnings())
+        failing(parts_of(tmp_path), NumericsError("step 2: NaN", "mend it"), NoWarnings())
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_save_that_fails_as_training_does_is_told_of(tmp_path: Path) -> None:
     console = KeepingConsole()
-    with pytest.raises(NumericsError, match="NaN"):
-        failing(parts_of(tmp_path, FaultyFiles(4, full)), NumericsError("step 2: NaN", "mend it"), console)
+    disk = Disk(tmp_path, strike_at(4, refuse(errno.ENOSPC)))
+    with disk, pytest.raises(NumericsError, match="NaN"):
+        failing(parts_of(tmp_path), NumericsError("step 2: NaN", "mend it"), console)
+    assert disk.operations[4].kind == "sync"  # of the first file
     (warning,) = console.warnings
     assert re.search(r"\bsave\b", warning)
     assert "No space left on device" in warning
@@ -184,15 +176,14 @@ def test_a_save_that_fails_as_training_does_is_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [DistributedError("a rank is gone"), KeyboardInterrupt()], ids=["lost", "forced"])
 def test_nobody_waits_long_for_a_save_that_cannot_be_done(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, tmp_path: Path, door: Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpointer, "_LOST_RANK_SECONDS", 0.1)
-    disk = Watched()
-    disk.open.clear()
+    door.clear()
     began = time.monotonic()
-    parts = parts_of(tmp_path, disk)
+    parts = parts_of(tmp_path)
     with pytest.raises(type(error)):
         failing(parts, error, NoWarnings())
     assert time.monotonic() - began < 30
     assert not list(tmp_path.iterdir())
-    disk.open.set()
+    door.set()

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from switchcli.checkpoint import tensor_file
-from switchcli.checkpoint.fsops import DISK
 from switchcli.convert import config as configs
 from switchcli.convert import ctranslate2_spec, hub, tokenizer_files
 from switchcli.convert.config import StackLengths
@@ -29,6 +28,7 @@ from switchcli.runs.inputs.new_folder import (
 )
 from switchcli.runs.models import model_card
 from switchcli.runs.models.model_card import Export
+from switchcli.system import publish
 from switchcli.training.checkpointer import logical_tensors
 
 _MAX_FILE_BYTES = 1 << 31
@@ -87,10 +87,10 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
 
     def write(temporary: Path) -> Path:
         new = temporary / "new"
-        DISK.make_dir(new)
+        publish.make_folder(new)
         weight_files = _weight_files(rename_tensors(config, checkpoint.weights()))
         for name, content in chain(documents.items(), weight_files):
-            DISK.write(new / name, content)
+            publish.write_new(new / name, content)
             del content  # frees its memory before the next file is encoded
         return new
 
@@ -128,9 +128,9 @@ def to_ctranslate2(
 
     def write(temporary: Path) -> Path:
         new = temporary / "new"
-        DISK.make_dir(new)
+        publish.make_folder(new)
         for name, content in documents.items():
-            DISK.write(new / name, content)
+            publish.write_new(new / name, content)
         converted.save(str(new))
         return new
 
