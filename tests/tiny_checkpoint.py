@@ -41,18 +41,14 @@ def save_step(
     folder: Path, step: int, metrics: Mapping[str, float] | None = None, *, evaluated_step: int | None = None
 ) -> Path:
     evaluated = step if evaluated_step is None else evaluated_step
-    return save_with(folder, {"step": step, "eval_metrics": metrics or {}, "evaluated_step": evaluated})
+    state = state_json(step=step, eval_metrics=metrics or {}, evaluated_step=evaluated)
+    documents = {"state.json": state, "recipe.yaml": f"step: {step}\n".encode()}
+    return save(folder, step, model=numbered(MODEL, step), optimizer=numbered(OPTIMIZER, step), documents=documents)
 
 
 def state_json(**state: Any) -> bytes:
     """A state.json with the keys that every version wrote, and `state`."""
     return json.dumps({"targets_seen": 0, "seconds": 0.0, **state}).encode()
-
-
-def save_with(folder: Path, state: Mapping[str, Any]) -> Path:
-    step = state["step"]
-    documents = {"state.json": state_json(**state), "recipe.yaml": f"step: {step}\n".encode()}
-    return save(folder, step, model=numbered(MODEL, step), optimizer=numbered(OPTIMIZER, step), documents=documents)
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
