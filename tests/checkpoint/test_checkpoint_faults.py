@@ -270,11 +270,19 @@ def test_no_run_starts_from_scratch_over_what_was_saved(tmp_path: Path) -> None:
         assert caught.value.exit_code == 4
 
 
-def test_a_save_that_reads_back_wrong_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk loses the last byte of what it was given."""
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+def test_a_save_that_reads_back_wrong_is_no_checkpoint(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk changes the last byte of what it was given: of every file, or of the tensors alone."""
     save_step(tmp_path, 4)
     write_new = publish.write_new
-    monkeypatch.setattr(publish, "write_new", lambda path, content: write_new(path, content[:-1]))
+
+    def change(path: Path, content: bytes) -> None:
+        last = content[-1] ^ path.name.endswith(suffix)
+        write_new(path, content[:-1] + bytes([last]))
+
+    monkeypatch.setattr(publish, "write_new", change)
     with pytest.raises(CheckpointError, match=r"\.tmp-00000008"):
         save_step(tmp_path, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

@@ -103,7 +103,7 @@ def test_a_full_disk_of_one_rank_ends_both(full_on: int, tmp_path: Path) -> None
     assert ("rank 1" in words) == (full_on == 1)
     assert (other[0], *other[2:]) == ("OtherRankError", 4, step)
     assert 16 <= step <= STEPS
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
     found = checkpoint.latest(tmp_path, warn)
     assert found is not None
     assert found.step == EVERY
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
