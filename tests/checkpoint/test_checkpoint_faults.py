@@ -280,7 +280,7 @@ def test_a_save_that_reads_back_wrong_is_no_checkpoint(
 
     def change(path: Path, content: bytes) -> None:
         last = content[-1] ^ path.name.endswith(suffix)
-        write_new(path, content[:-1] + bytes([last]))
+        write_new(path, bytes(content[:-1]) + bytes([last]))
 
     monkeypatch.setattr(publish, "write_new", change)
     with pytest.raises(CheckpointError, match=r"\.tmp-00000008"):
