@@ -208,6 +208,8 @@ def train(
         Interrupted: a signal stopped the run after it was saved.
         KeyboardInterrupt: the run was stopped while nothing had to be saved, or a second time.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe ({recipe!r}): load it first: switchcli.Recipe.load({recipe!r})")
     folder = Path(out)
     with _explain_resume(folder):
         options = {
@@ -281,7 +283,8 @@ class Model:
         """The torch module, in evaluation mode.
 
         `model(inputs_BS, targets_BT).logits_BTV` are the logits of the targets, [B, T, vocabulary]. Both arguments are
-        int64 token ids, padded with 0 at the end. B must be a multiple of `recipe.model.group_sequences`.
+        int64 token ids, padded with 0 at the end. B must be a multiple of `recipe.model.group_sequences`. Experts have
+        the slots of the router's `eval_capacity_factor`, and tokens beyond them are dropped (the policy `paper`).
         """
         return self._load().model
 

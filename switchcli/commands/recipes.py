@@ -11,7 +11,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Json
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
-from switchcli.recipe import key_index, library, yaml_nodes
+from switchcli.recipe import foreign_words, key_index, library, yaml_nodes
 from switchcli.recipe.key_index import KeyInfo
 from switchcli.report.console import print_json
 from switchcli.report.safe_text import one_line
@@ -172,6 +172,9 @@ def explain(
 
 def _unknown_key(key: str) -> str:
     nearest = key_index.nearest(key)
+    if key.rpartition(".")[2] in foreign_words.WORDS:
+        hint = foreign_words.hint(key, None, {info.key for info in key_index.all_keys()})
+        nearest = (hint.partition("=")[0],) if hint else nearest
     hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`switchcli recipes explain` lists top-level keys."
     return f"{yaml_nodes.display_key(key)}: no such recipe key. {hint}"
 

@@ -53,6 +53,7 @@ def report(
         float | None,
         typer.Option(
             metavar="NUMBER",
+            min=0.0,
             help="Value of the held-out metric that each run is timed to reach. Default: the baseline's last.",
         ),
     ] = None,

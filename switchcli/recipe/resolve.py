@@ -137,9 +137,12 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
     if expected and verb and verb != expected and verb in VERBS:
         file, _, line = tree.where.rpartition(":")
         name = library.shipped_name(file) or file
-        node = tree.value["verb"] if isinstance(tree.value, dict) and "verb" in tree.value else tree
-        if not line.isdecimal() or node.where.startswith("override "):
-            raise RecipeError(f"{node.where}: verb: a recipe of `switchcli {verb}`, where one of {expected} is needed")
+        assert isinstance(tree.value, dict), "it tells its verb"
+        foreign = (key for key in tree.value if key not in schema.model_fields)
+        key = "verb" if "verb" in tree.value else next(foreign, "verb")
+        where = tree.value.get(key, tree).where
+        if not line.isdecimal() or where.startswith("override "):
+            raise RecipeError(f"{where}: {key}: of a recipe of `switchcli {verb}`, where one of {expected} is needed")
         if expected == "eval":  # the command of that recipe would start training
             raise RecipeError(
                 f"{name} is a recipe of {verb}, and one of eval has `verb: eval`: leave it out for what the checkpoint "

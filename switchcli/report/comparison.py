@@ -218,10 +218,12 @@ def _notes(series: Sequence[Series], metric: QualityMetric, window: Window | Non
         if all(steps[-1][-1] == 0 for steps in windows):
             yield "No run was evaluated after step 0 yet: nothing is compared."
         else:
-            smoothed = "" if metric.evaluations == 1 else f", {metric.evaluations} times in a row"
+            smoothed, fix = "", ""
+            if metric.evaluations > 1:
+                smoothed, fix = f", {metric.evaluations} times in a row", "take a smaller --smooth, or "
             yield (
                 f"There is no step after 0 at which all runs were evaluated{smoothed}, so that nothing is compared: "
-                "give them equal eval.every_steps."
+                f"{fix}give them equal eval.every_steps."
             )
 
 

@@ -95,7 +95,7 @@ def quality_table(comparison: Comparison) -> Table:
     if step is not None:
         columns[f"at step {step:,}"] = [_spread(row.at_common, ".4f") for row in series_rows]
     columns["seeds"] = [
-        f"{row.seeds}, {row.num_unfinished} going on" if row.num_unfinished else row.seeds for row in series_rows
+        f"{row.seeds}, {row.num_unfinished} unfinished" if row.num_unfinished else row.seeds for row in series_rows
     ]
     columns["steps"] = [_spread(row.steps, ",.0f") for row in series_rows]
     rows = [*zip(*columns.values(), strict=True)]

@@ -186,7 +186,9 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
     if tokenizer is None and isinstance(result.get("tokenizer"), str):
         tokenizer = result["tokenizer"]
     run = Run(str(folder), recipe, result, points.curves(), points.loads(), points.texts, tokenizer, ())
-    at = f"still going on, or stopped, at step {run.step:,}" + ("" if run.steps is None else f" of {run.steps:,}")
+    at = f"it goes on, or was stopped or failed, at step {run.step:,}" + (
+        "" if run.steps is None else f" of {run.steps:,}"
+    )
     ended = result.get("step")
     if not result:
         notes.append(f"{folder}: has no result.json: {at}")

@@ -399,6 +399,23 @@ def test_routing_shows_what_a_capacity_drops(model: switchcli.Model) -> None:
     assert str(found).count(" x") == sum(layer.dropped)
 
 
+def test_a_group_of_several_sequences_gives_a_text_the_slots_of_its_own_tokens(
+    model: switchcli.Model, recipe: Path, tmp_path: Path
+) -> None:
+    wide = switchcli.Recipe.load(recipe, {"model.router.group_sequences": 2, "train.steps": 1})
+    switchcli.train(wide, tmp_path / "wide", quiet=True)
+    twice = switchcli.load(tmp_path / "wide")
+    twice.model.load_state_dict(model.model.state_dict())
+    for capacity in (0.25, "paper", "dropless"):
+        alone, grouped = (one.routing(["red " * 12], capacity=capacity)[0] for one in (model, twice))
+        assert alone.layers == grouped.layers
+
+
+def test_a_table_of_routing_has_a_line_for_each_token(model: switchcli.Model) -> None:
+    (found,) = model.routing(["a\nb\x1b"])
+    assert len(str(found).splitlines()) == 1 + len(found.tokens)
+
+
 def test_wrong_use_of_a_model_is_explained(model: switchcli.Model, trained: Path, tmp_path: Path) -> None:
     misspelled: Any = "papr"
     cases: list[tuple[Any, type[errors.SwitchError], str]] = [
@@ -412,6 +429,7 @@ def test_wrong_use_of_a_model_is_explained(model: switchcli.Model, trained: Path
         (lambda: model.evaluate(["no_such_task"]), errors.RecipeError, "no_such_task"),
         (lambda: model.evaluate("rte"), errors.RecipeError, "list"),
         (lambda: model.routing([" "]), errors.DataError, "blank"),
+        (lambda: switchcli.train("tiny.yaml", tmp_path / "run"), errors.RecipeError, "Recipe.load('tiny.yaml')"),  # type: ignore[arg-type]
     ]
     for call, kind, words in cases:
         with pytest.raises(kind) as raised:

@@ -301,7 +301,7 @@ def test_a_signal_ends_an_audit_that_has_no_part_to_keep(
     ("words", "code", "told"),
     [
         ("nowhere", 4, "nowhere run"),
-        ("run --steps 1:4", 2, "--steps 1 0 2 4 6"),
+        ("run --steps 1:4", 2, "--steps 1 0 2 4"),
         ("run --steps 2:7", 2, "--steps 2 6"),
         ("run --steps 4:4", 2, "--steps 4 6"),
         ("run --steps 2-4", 2, "--steps A:B"),

@@ -52,6 +52,8 @@ def test_a_run_that_was_killed_before_its_first_save_keeps_its_start(switchcli, 
         ("model.d_model=64", "model.d_model 64 32"),
         ("model.num_experts=8", "model.num_experts 8 4"),
         ("data.tokenizer={kind: file, path: other.json}", "data.tokenizer other.json tokenizer"),
+        ("data.tokenizer.byte_fallback=true", "data.tokenizer.byte_fallback true false"),
+        ("data.tokenizer.num_sentinels=50", "data.tokenizer.num_sentinels 50 100"),
     ],
 )
 def test_what_is_not_the_checkpoints_is_refused(switchcli, recipe, trained, change, words):

@@ -144,7 +144,7 @@ def test_what_is_no_run_is_told_and_the_rest_is_shown(runs: list[str], switchcli
     ):
         assert not lacking(done.err, f"warning: {words}")
         assert not lacking(notes, words)
-    assert "1, 1 going on" in done.out
+    assert "1, 1 unfinished" in done.out
     assert "step 40" in done.out
     page = Path("page.html").read_text(encoding="utf-8")
     assert not lacking(page, "dense-1/metrics.jsonl line 21")

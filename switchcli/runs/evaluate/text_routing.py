@@ -8,8 +8,9 @@ import torch
 from switchcli.analysis.routing_counts import ExpertChoices, StackTokens, observe
 from switchcli.data.batch import Batch
 from switchcli.errors import CheckpointError, DataError
-from switchcli.model.moe.router import Policy
+from switchcli.model.moe.router import Policy, RouterSpec
 from switchcli.report.console import Console
+from switchcli.report.safe_text import one_line
 from switchcli.runs.evaluate.text_generation import InputEncoder
 from switchcli.runs.inputs.loading import LoadedModel
 from switchcli.spec import EOS, PAD
@@ -40,7 +41,7 @@ class TextRouting:
 
     def __str__(self) -> str:
         """Return a table of the experts that each token is sent to; `x` marks a dropped token."""
-        columns = [["token", *self.tokens]]
+        columns = [["token", *map(one_line, self.tokens)]]
         for name, layer in self.layers.items():
             experts = [",".join(map(str, numbers)) or "-" for numbers in layer.experts]
             cells = [cell + " x" * dropped for cell, dropped in zip(experts, layer.dropped, strict=True)]
@@ -81,8 +82,18 @@ def _route(model: LoadedModel, text: str, policy: Policy, encode: InputEncoder) 
         if name.startswith("encoder"):
             layers[name] = _layer_routing(choices)
 
+    policy = _of_one_row(policy, model.recipe.model.router_of("encoder"))
     observe(model.model, Batch(inputs_BS, targets_B1), None, policy, on_layer)
     return TextRouting(text, tuple(model.tokenizer.pieces(inputs_1S[0].tolist())), layers)
+
+
+def _of_one_row(policy: Policy, router: RouterSpec) -> Policy:
+    """Return the policy by which one row of a group has the slots that it would have as a group by itself.
+
+    Eq. 3 counts the rows of padding too. Experts that choose their tokens count the real ones.
+    """
+    factor = router.eval_capacity_factor if policy == "paper" else policy
+    return policy if factor == "dropless" or router.experts_choose else factor / router.group_sequences
 
 
 def _layer_routing(choices: ExpertChoices) -> LayerRouting:

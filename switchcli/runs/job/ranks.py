@@ -13,6 +13,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
+from switchcli.runs.devices.machine_info import source_digest
 from switchcli.runs.job.pins import hand_over
 from switchcli.spec import Spec
 
@@ -45,12 +46,13 @@ def launch_ranks(
 
 def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
     """Raise RecipeError if the ranks have different recipes or versions. They would wait for each other forever."""
-    if not context.all_equal(f"switchcli {__version__}, torch {torch.__version__}\n{recipe.model_dump_json()}"):
+    versions = f"switchcli {__version__} ({source_digest()}), torch {torch.__version__}"
+    if not context.all_equal(f"{versions}\n{recipe.model_dump_json()}"):
         context.main_only(_raise_ranks_differ)
 
 
 def _raise_ranks_differ() -> None:
     raise RecipeError(
-        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with one version of "
-        f"switchcli ({__version__} here) and of torch ({torch.__version__})"
+        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with the same code "
+        f"of switchcli ({__version__} here) and one version of torch ({torch.__version__})"
     )

@@ -1,10 +1,14 @@
 """What a run that starts from a checkpoint must not change: the shape of its model, and its tokenizer."""
 
+import json
+
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.training_recipe import TrainingRecipe
+from switchcli.recipe.yaml_nodes import Node
+from switchcli.runs.inputs.loading import CheckpointHandle
 
 CHANGEABLE_MODEL_KEYS = (
     "size",
@@ -61,3 +65,21 @@ def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
         raise RecipeError(
             f"data.tokenizer: {named.path} is not the tokenizer that the weights were trained with: leave it out"
         )
+
+
+def check_trained_tokenizer(tree: Node, handle: CheckpointHandle) -> None:
+    """Raise RecipeError if the recipe `tree` would train another tokenizer than the checkpoint's, which it takes."""
+    tokenizer, trained = handle.tokenizer, handle.recipe.tokenizer
+    properties = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_sentinels": len(tokenizer.sentinels),
+        "byte_fallback": bool(tokenizer.is_byte_V.any()),
+    }
+    for name, value in properties.items():
+        key = f"data.tokenizer.{name}"
+        # The text of a small corpus may give fewer pieces than its recipe asked for.
+        if (named := tree.stated(key)) not in (None, value, getattr(trained, name, value)):
+            raise RecipeError(
+                f"{key} ({json.dumps(named)}): the tokenizer is that of {handle.path}: leave {key} out, or take "
+                f"{key}={json.dumps(value)}"
+            )

@@ -73,7 +73,9 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
             )
     runs = [run._replace(name=run.name or Path(run.arguments[1]).stem) for run in runs]
     if repeated := sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1):
-        raise RecipeError(f"two runs have the same name: {', '.join(repeated)}: give their lines different names")
+        raise RecipeError(
+            f"two runs have the same name: {', '.join(repeated)}: name each run differently, each value once"
+        )
     return runs
 
 

@@ -1,7 +1,6 @@
 """The recipe of `switchcli distill`: the teacher provides what it leaves out, and the student must fit the teacher."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, OPTIONS, START, STUDENT, TEACHER, Pin, PinFinder
-from switchcli.runs.job.same_model import check_shape, check_tokenizer
+from switchcli.runs.job.same_model import check_shape, check_tokenizer, check_trained_tokenizer
 from switchcli.runs.train import branching
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
@@ -74,7 +73,7 @@ class DistillRules(TrainingTask):
             fixed["student.kind"] = "checkpoint"
         if tree.stated("data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
             teacher = teacher_of(pins)
-            _check_trained_tokenizer(tree, teacher)
+            check_trained_tokenizer(tree, teacher)
             fixed["data.tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
         return fixed
 
@@ -141,23 +140,6 @@ def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict
     if "tasks" not in defaults and not is_tasks_named:
         defaults.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
     return defaults
-
-
-def _check_trained_tokenizer(tree: Node, teacher: CheckpointHandle) -> None:
-    """Raise RecipeError if the vocabulary that the recipe `tree` would train certainly differs from the teacher's."""
-    tokenizer = teacher.tokenizer
-    properties = {
-        "vocab_size": tokenizer.vocab_size,
-        "num_sentinels": len(tokenizer.sentinels),
-        "byte_fallback": bool(tokenizer.is_byte_V.any()),
-    }
-    for name, value in properties.items():
-        key = f"data.tokenizer.{name}"
-        if (named := tree.stated(key)) not in (None, value):
-            raise RecipeError(
-                f"{key} ({json.dumps(named)}): a student shares the tokenizer of its teacher {teacher.path}: "
-                f"leave {key} out, or take {key}={json.dumps(value)}"
-            )
 
 
 def _tokenizer_path(teacher: CheckpointHandle) -> str:

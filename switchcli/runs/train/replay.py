@@ -141,7 +141,7 @@ def audit(run: Path, console: Console, *, segments: int, steps: Segment | None, 
 def _checked(steps: Segment, starts: Sequence[int], done: int, run: Path) -> Segment:
     """Return the steps. Raises RecipeError if they cannot be repeated from one of `starts`."""
     if steps.first not in starts:
-        known = ", ".join(map(str, starts))
+        known = ", ".join(str(step) for step in starts if step < done)
         raise RecipeError(f"--steps: {run} kept no checkpoint of step {steps.first}: begin at one of {known}")
     if not steps.first < steps.last <= done:
         raise RecipeError(f"--steps: must end after step {steps.first}, and at step {done} of {run} at the latest")
