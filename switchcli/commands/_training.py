@@ -22,6 +22,7 @@ from switchcli.commands._options import (
 )
 from switchcli.commands._result import Line, finish
 from switchcli.distributed.rendezvous import is_rank, join_srun
+from switchcli.errors import RecipeError
 from switchcli.report.console import main_console
 
 if TYPE_CHECKING:
@@ -80,9 +81,15 @@ def print_dry_run(job: "Job", as_json: bool) -> None:
 
 def starts_ranks(processes: int) -> bool:
     """Return whether this process starts ranks that do the work."""
-    if processes > 1:
-        join_srun(os.environ)  # a task of srun is a rank
-    return processes > 1 and not is_rank()
+    if processes == 1:
+        return False
+    join_srun(os.environ)  # a task of srun is a rank
+    if is_rank() and os.environ["WORLD_SIZE"] != str(processes):
+        raise RecipeError(
+            f"--processes ({processes}): a launcher has started this command on {os.environ['WORLD_SIZE']} ranks: "
+            "leave it out"
+        )
+    return not is_rank()
 
 
 def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", checkpoints: Mapping[str, str]) -> NoReturn:

@@ -13,6 +13,7 @@ from switchcli.commands import _completion
 from switchcli.commands._flag_hints import flag_hint
 from switchcli.commands._help import epilog
 from switchcli.commands._options import refuse_option
+from switchcli.commands.sweep import check_command
 from switchcli.errors import DistributedError, RecipeError
 from switchcli.recipe.key_index import VERBS
 from switchcli.report.safe_text import shell_words
@@ -109,6 +110,7 @@ def launch(
             raise DistributedError(
                 "sbatch: not found: run this on a machine of the cluster, or save the script by --print"
             )
+        _check_now(arguments)
         raise typer.Exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)
     if head is None:
         if nodes > 1:
@@ -118,7 +120,14 @@ def launch(
     if print_only:
         typer.echo(shell_words(*command))
         return
+    _check_now(arguments)
     os.execvp(command[0], command)
+
+
+def _check_now(arguments: Sequence[str]) -> None:
+    """Raise RecipeError for what the command would refuse on every rank. A printed script may be for another place."""
+    if arguments[0] in VERBS and check_command(arguments).get("dry_run"):
+        raise RecipeError("--dry-run: needs no other machine: run the command without launch")
 
 
 def _check_launched(arguments: Sequence[str], torchrun: bool) -> None:

@@ -1,7 +1,7 @@
 """`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +83,11 @@ def sweep(
         finish(result, as_json, [Line(shell_words(*words), wrap=False) for words in commands.values()])
         return
     if slurm:
+        if several := [run.name for run in runs if _parse(run.arguments[0], run.arguments[1:]).get("processes", 1) > 1]:
+            raise RecipeError(
+                f"--processes: {several[0]}: a task of the job array is one rank: leave it out, or submit the run by "
+                "`switchcli launch --slurm --ranks N`"
+            )
         typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
         return
     console = Console(quiet=quiet)
@@ -106,7 +111,7 @@ def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for run in runs:
         try:
-            _check(run, out)
+            check_command(run.arguments, out)
         except RecipeError as error:
             for line in error.lines:
                 names.setdefault(line, []).append(run.name)
@@ -114,8 +119,10 @@ def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:
         yield f"{first}: {line}" + (f" (and {len(others)} more)" if others else "")
 
 
-def _check(run: sweep_list.SweepRun, out: Path) -> None:
-    """Check the options and the recipe of a run. A checkpoint that it starts from is not opened: it may not exist yet.
+def check_command(command: Sequence[str], out: Path | None = None) -> Mapping[str, Any]:
+    """Check the options and the recipe of a command. Return its options and arguments by name.
+
+    A checkpoint that it starts from is not opened: it may not exist yet.
 
     Raises:
         RecipeError: the command line or the recipe is wrong, or an option names a checkpoint that does not exist, and
@@ -125,7 +132,7 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
     from switchcli.recipe.messages import UnknownKey
     from switchcli.recipe.schema import RECIPES, resolve_standalone
 
-    verb, *arguments = run.arguments
+    verb, *arguments = command
     given = _parse(verb, arguments)
     recipe, overrides = given.get("recipe"), given.get("overrides") or []
     if "arguments" in given:  # [RECIPE] [KEY=VALUE ...]
@@ -146,11 +153,12 @@ def _check(run: sweep_list.SweepRun, out: Path) -> None:
             lines = tuple(line for line in lines if isinstance(line, UnknownKey))
         if lines:
             raise RecipeError(*(_with_fix(line, overrides) for line in lines)) from error
+    return given
 
 
-def _is_found(option: str, value: str, out: Path) -> bool:
+def _is_found(option: str, value: str, out: Path | None) -> bool:
     """Return whether an option names a folder that exists or will be in `out`, or is a size or a metric instead."""
-    if sweep_list.named_run(value, out) is not None or Path(value).exists():
+    if Path(value).exists() or (out is not None and sweep_list.named_run(value, out) is not None):
         return True
     if option == "student":
         from switchcli.recipe.sizes import SIZES

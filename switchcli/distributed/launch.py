@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +41,8 @@ SAVING_SECONDS = 300
 TORCHRUN_SAVING_SECONDS = 30
 """The saving time with the torchrun of torch 2.12 and older, which has no option for it. torchrun of every version also
 gives the other ranks this time to end after one has failed."""
+_FORCED_SECONDS = 5
+"""How long ranks may take to end at a second Ctrl-C before they are killed."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The environment variable that gives a rank of torchrun the path of its error file."""
 
@@ -77,7 +80,7 @@ def launch(processes: int, arguments: Sequence[str]) -> Exit:
         options = [
             "--standalone",
             f"--nproc-per-node={processes}",
-            *([f"--shutdown-timeout={SAVING_SECONDS}"] if _has_shutdown_timeout() else []),
+            *([f"--shutdown-timeout={SAVING_SECONDS}"] if has_shutdown_timeout() else []),
             "--signals-to-handle=SIGQUIT",  # _forward_signals handles the others
             f"--log-dir={logs}",  # for the error files; torchrun would not remove a folder of its own
             "-m",
@@ -119,10 +122,10 @@ def kill_with_children(pid: int) -> None:
 
 def saving_seconds() -> int:
     """Return how many seconds the ranks have to save after a signal; it depends on the version of torch."""
-    return SAVING_SECONDS if _has_shutdown_timeout() else TORCHRUN_SAVING_SECONDS
+    return SAVING_SECONDS if has_shutdown_timeout() else TORCHRUN_SAVING_SECONDS
 
 
-def _has_shutdown_timeout() -> bool:
+def has_shutdown_timeout() -> bool:
     """Return whether torchrun has the option `--shutdown-timeout`: torch 2.13 has it, 2.11 does not."""
     from torch.distributed.run import get_args_parser
 
@@ -133,13 +136,18 @@ def _has_shutdown_timeout() -> bool:
 def _forward_signals() -> Iterator[None]:
     """Have torchrun forward the first stopping signal to the ranks, and wait until they end.
 
-    This process sends later signals to the ranks itself; at a second Ctrl-C they exit at once. torchrun's own handlers,
-    such as that of SIGQUIT, would cut its wait short.
+    This process sends later signals to the ranks itself; at a second Ctrl-C they exit at once, or are killed if they
+    cannot: one that waits for a rank which hangs runs no handler. torchrun's own handlers, such as that of SIGQUIT,
+    would cut its wait short.
     """
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     is_stopping = False
+
+    def kill_ranks() -> None:
+        for rank in psutil.Process().children():
+            kill_with_children(rank.pid)
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal is_stopping
@@ -149,9 +157,15 @@ def _forward_signals() -> Iterator[None]:
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
+        if number == signal.SIGINT and killer.ident is None:
+            killer.start()
 
-    with handling(forward, (*stop_signals(), signal.SIGQUIT)):
-        yield
+    killer = Timer(_FORCED_SECONDS, kill_ranks)
+    try:
+        with handling(forward, (*stop_signals(), signal.SIGQUIT)):
+            yield
+    finally:
+        killer.cancel()
 
 
 def _first_failure(failures: Mapping[int, "ProcessFailure"], reports: Mapping[int, Exit]) -> Exit:

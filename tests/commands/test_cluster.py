@@ -129,6 +129,28 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(
 
 
 @pytest.mark.integration
+def test_a_job_that_cannot_be_requeued_does_not_end_well(
+    job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path
+) -> None:
+    for tool, code in (("srun", 75), ("scontrol", 1)):
+        (tmp_path / "tools" / tool).write_text(f"#!/bin/sh\nexit {code}\n")
+    script = job_script("--", "pretrain", "x")
+    done = subprocess.run([script], env=job, capture_output=True, text=True, check=False)
+    assert (done.returncode, lacking(done.stderr, "not requeued submit")) == (75, [])
+
+
+@pytest.mark.integration
+def test_a_task_has_the_processors_that_the_job_asked_for(
+    job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path
+) -> None:
+    """srun takes them from this variable."""
+    (tmp_path / "tools" / "srun").write_text("#!/bin/sh\necho cpus $SRUN_CPUS_PER_TASK\n")
+    script = job_script("--", "pretrain", "x")
+    done = subprocess.run([script], env={**job, "SLURM_CPUS_PER_TASK": "6"}, capture_output=True, text=True, check=True)
+    assert done.stdout == "cpus 6\n"
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(("restarts", "code"), [("2", 0), ("3", 75)])
 def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
     job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path, restarts: str, code: int
@@ -205,6 +227,26 @@ def test_a_launch_that_cannot_be_is_refused(
     assert refused.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("pretrain x", "x recipes list"),
+        ("pretrain quickstart/dense train.stepz=4", "train.stepz steps"),
+        ("pretrain quickstart/dense --model none", "model none"),
+        ("pretrain quickstart/dense --dry-run", "--dry-run launch"),
+    ],
+)
+@pytest.mark.parametrize("launcher", ["--slurm", "--torchrun"])
+def test_a_command_that_no_rank_could_run_is_not_launched(
+    launcher: str, command: str, words: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused = switchcli("launch", launcher, "--ranks", "1", "--", *command.split())
+    assert (refused.code, lacking(refused.err, words)) == (2, [])
+
+
 def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
     task = yaml.safe_load(SKYPILOT.read_text())
     assert "switchcli launch --torchrun" in task["run"]
@@ -226,5 +268,6 @@ def test_the_tasks_of_a_slurm_array_prepare_a_share_each(
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         whole.append(json.loads(done.stdout)["complete"])
     assert whole == [False, True]
+    assert "--requeue" not in command[0].read_text()
     environment = {**job, "SLURM_ARRAY_TASK_ID": "1", "SWITCHCLI_CACHE": ""}
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0

@@ -436,6 +436,18 @@ def test_a_sweep_for_slurm_is_a_script_with_an_array_for_each_stage(tmp_path, sw
         ["train.seed=0", "--out", "o/a-0", "--quiet"],
     ]
     assert (tmp_path / "requeued").read_text() == "requeue 40_0\n"
+    needy = {**environment, "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "41", "CODE": "0"}
+    (tmp_path / "o" / "a-0" / "checkpoints").mkdir(parents=True)  # as of a run that failed after its first save
+    refused = subprocess.run(["bash", "job-1"], check=False, capture_output=True, text=True, cwd=tmp_path, env=needy)
+    assert (refused.returncode, lacking(refused.stderr, "o/a-0 complete")) == (1, [])
+    (tmp_path / "o" / "a-0" / "result.json").touch()
+    subprocess.run(["bash", "job-1"], check=True, cwd=tmp_path, env=needy)
+    assert "--teacher o/a-0" in (tmp_path / "ran").read_text()
+
+
+def test_a_task_of_a_job_array_is_one_rank(switchcli: SwitchCLI) -> None:
+    done = switchcli("sweep", "--slurm", "pretrain", "quickstart/dense", "train.seed=0,1", "--processes", "4")
+    assert (done.code, lacking(done.err, "--processes launch --ranks")) == (2, [])
 
 
 @pytest.mark.parametrize("name", ["paper/table1/small.runs", "recipes/paper/table1/small.runs"])

@@ -70,6 +70,17 @@ if what in ("SIGTERM", "SIGINT", "SIGUSR1", "twice"):  # saves, which takes long
         time.sleep(0.01)
     if rank == "0":
         os.kill(os.getppid(), signal.SIGINT if what == "twice" else signal.Signals[what])
+if what == "stuck":  # waits for another rank, and runs no handler
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    open("ready" + rank, "w").close()
+    while not os.path.exists("ready1"):
+        time.sleep(0.01)
+    if rank == "0":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1000)
 if what == "fail":  # ended by the launcher, it says so, and is not the one to blame
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     report(75, "stopped", "after step 1")
@@ -144,6 +155,13 @@ def test_a_second_ctrl_c_reaches_ranks_that_are_saving(tmp_path: Path) -> None:
     """It ends them at once, also after another signal. torchrun alone would wait for them, for minutes."""
     done = launched("twice", tmp_path)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (130, "told: at once"), done.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(100)
+def test_a_second_ctrl_c_kills_ranks_that_cannot_end(tmp_path: Path) -> None:
+    done = launched("stuck", tmp_path)
+    assert done.returncode in (130, -2), done.stderr
 
 
 @pytest.mark.integration

@@ -3,14 +3,17 @@
 A job script runs the command with srun. It saves and goes back into the queue before its time is over.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from switchcli.distributed.launch import SAVING_SECONDS, has_shutdown_timeout
 from switchcli.report.safe_text import shell_word, shell_words
-from switchcli.runs.sweep.sweep_list import SweepRun
+from switchcli.runs.sweep.sweep_list import SweepRun, needed_runs
 from switchcli.runs.sweep.sweep_runner import command
+from switchcli.system.signals import stop_signals
 from switchcli.system.startup import keep_modules_of_current_folder_out
 
 
@@ -28,8 +31,8 @@ class Nodes(NamedTuple):
     options: tuple[str, ...] = ()
     """Further options of sbatch, such as `--partition=a100`."""
 
-    def lines(self, name: str) -> list[str]:
-        """Return the `#SBATCH` lines. A job is signaled 300 seconds before its time is over, so that it can save."""
+    def lines(self, name: str, saves: bool = True) -> list[str]:
+        """Return the `#SBATCH` lines. A job that saves is signaled 300 seconds before its time is over."""
         gpus = [f"--gpus-per-node={self.ranks}"] if self.has_gpus else []
         options = [
             f"--job-name={name}",
@@ -38,8 +41,7 @@ class Nodes(NamedTuple):
             *gpus,
             f"--cpus-per-task={self.cpus}",
             f"--time={self.time}",
-            "--signal=USR1@300",
-            "--requeue",
+            *(("--signal=USR1@300", "--requeue") if saves else ()),
             "--open-mode=append",
             *map(shell_word, self.options),
         ]
@@ -49,14 +51,26 @@ class Nodes(NamedTuple):
 # Exit code 75: the command has saved after a signal. A rank that fails at the start also stops the others with 75, so a
 # job that ends within ten minutes after its third restart does not go back into the queue.
 _RUN_AND_REQUEUE = """\
+export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-1}}"  # srun does not inherit --cpus-per-task since SLURM 22.05
 code=0
 srun --kill-on-bad-exit=1 {command} || code=$?
 if [ "$code" -eq 75 ] && {{ [ "$SECONDS" -gt 600 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt 3 ]; }}; then
-    scontrol requeue "{job}"
-    code=0
+    if scontrol requeue "{job}"; then
+        code=0
+    else
+        echo "saved, and not requeued: submit the job again to go on" >&2
+    fi
 fi
 exit "$code"
 """
+_NEEDS = """\
+needs() {
+    for run; do
+        [ -e "$run/result.json" ] || { echo "not started: $run is not complete" >&2; exit 1; }
+    done
+}
+"""
+"""A function of the shell that ends the task unless other runs are complete."""
 
 
 def slurm_job(arguments: Sequence[str], nodes: Nodes) -> str:
@@ -77,7 +91,7 @@ def slurm_preparation(arguments: Sequence[str], nodes: Nodes) -> str:
     task = nodes._replace(nodes=1, ranks=1, has_gpus=False, options=(f"--array=1-{nodes.nodes}", *nodes.options))
     lines = [
         "#!/usr/bin/env bash",
-        *task.lines("switchcli-prepare"),
+        *task.lines("switchcli-prepare", saves=False),
         "set -euo pipefail",
         "",
         ': "${SWITCHCLI_CACHE:?set it to a folder that all machines see}"',
@@ -98,17 +112,23 @@ def slurm_sweep(runs: Sequence[SweepRun], out: Path, nodes: Nodes) -> str:
         f"mkdir -p {shell_word(str(out))}",
         "after=()",
     ]
-    for stage in sorted({run.stage for run in runs}):
+    stages = {run.name: run.stage for run in runs}
+    for stage in sorted({*stages.values()}):
         members = [run for run in runs if run.stage == stage]
         log = out / "slurm-%A-%a.log"
         array = nodes._replace(options=(f"--array=0-{len(members) - 1}", f"--output={log}", *nodes.options))
-        cases = [f"    {number}) set -- {shell_words(*command(run, out))} ;;" for number, run in enumerate(members)]
+        cases = []
+        for number, run in enumerate(members):
+            earlier = [out / name for name in needed_runs(run, out) if stages.get(name, stage) < stage]
+            needs = f"needs {shell_words(*earlier)}; " if earlier else ""
+            cases.append(f"    {number}) {needs}set -- {shell_words(*command(run, out))} ;;")
         # `afterany`, not `afterok`: a run that needs no failed run still starts; one that does ends with an error.
         script += [
             'job=$(sbatch --parsable ${after[@]+"${after[@]}"} "$@" <<\'JOB\'',
             "#!/usr/bin/env bash",
             *array.lines("switchcli-sweep"),
             "set -uo pipefail",
+            _NEEDS.rstrip(),
             'case "$SLURM_ARRAY_TASK_ID" in',
             *cases,
             "esac",
@@ -146,6 +166,9 @@ def torchrun_command(
         f"--rdzv-endpoint={head}:{port}",
         "--rdzv-id=switchcli",
         f"--max-restarts={restarts}",
+        # torchrun ends at other signals, and leaves its ranks behind; by default it waits 30 s for their saves.
+        f"--signals-to-handle={','.join(signal.Signals(number).name for number in (*stop_signals(), signal.SIGQUIT))}",
+        *([f"--shutdown-timeout={SAVING_SECONDS}"] if has_shutdown_timeout() else []),
         *("-m", "switchcli"),
         *arguments,
     ]
