@@ -82,6 +82,18 @@ def test_a_new_run_starts_from_the_newest_checkpoint_and_one_that_has_begun_from
     assert paths(over) == {START: f"a/{LAST}"}
 
 
+def test_a_run_that_has_not_ended_is_told_of_unless_its_checkpoint_is_named(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resolve("finetune", "new", recipe="tune.yaml", model=f"a/{FIRST}")
+    assert capsys.readouterr().err == ""
+    resolve("finetune", "new", recipe="tune.yaml", model="a")
+    assert not lacking(capsys.readouterr().err, "warning: --model a ended 1 2")
+    goes_on("a")
+    resolve("finetune", "new", recipe="tune.yaml", model="a")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_run_that_has_begun_needs_neither_its_start_nor_the_start_of_its_student(here: Path) -> None:
     shutil.move(f"a/{FIRST}", "gone")
     shutil.rmtree("d")

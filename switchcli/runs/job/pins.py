@@ -163,6 +163,11 @@ class PinFinder:
         name = f"{key} ({OPTIONS[key]})"
         handle = self._open(name, Path(path))
         self._check_outside(name, handle)
+        is_run, steps = handle.path != Path(path), handle.recipe.train.steps
+        if is_run and handle.has_training_recipe and handle.step < steps:
+            self._console.warning(
+                f"{name} {path}: this run has not ended: its step {handle.step:,} of {steps:,} is taken"
+            )
         return handle
 
     def _open(self, name: str, path: Path) -> CheckpointHandle:
