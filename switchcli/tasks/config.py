@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from switchcli.data.task_mixture import MixtureSpec, Proportional
 from switchcli.spec import MAX_SIZE, PathOrUrl, Spec
+from switchcli.tasks.label_metrics import number_in
 from switchcli.tasks.registry import METRICS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
 from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row, Task
@@ -120,6 +121,11 @@ class CustomTask(Spec):
     def _examples(self, row: Row, purpose: Purpose) -> Iterator[Example]:
         text = _FIELD.sub(lambda match: _text(row[match[1]], match[1]), self.input)
         targets = tuple(_answers(row[self.target], self.target, self.labels))
+        for metric in self.metrics:
+            if METRICS[metric].of_labels(self.labels).needs_numbers and (
+                others := [target for target in targets if number_in(target) is None]
+            ):
+                raise ValueError(f"{self.target}: {others[0]!r} is not a number, and {metric} compares numbers")
         if purpose == "training" and not targets:
             raise ValueError(f"{self.target}: holds no answer, and a row to train on needs one")
         yield Example(text, targets)

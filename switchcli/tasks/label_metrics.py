@@ -127,12 +127,18 @@ def matthews(labels: tuple[str, ...]) -> Metric:
 # Correlations of numbers
 
 
-def _number(text: str) -> float:
+def number_in(text: str) -> float | None:
+    """Return the finite number that a text is, or None."""
     try:
         value = float(text)
     except ValueError:
-        return NO_NUMBER
-    return value if math.isfinite(value) else NO_NUMBER
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _number(text: str) -> float:
+    value = number_in(text)
+    return NO_NUMBER if value is None else value
 
 
 def _pairs(answered: Sequence[AnsweredExample]) -> Numbers:
@@ -156,9 +162,11 @@ def _ranks(values: Numbers) -> Numbers:
     return (np.cumsum(counts) - (counts - 1) / 2)[index]
 
 
-PEARSON = Metric("pearson", _pairs, lambda units: _correlation(units[:, 0], units[:, 1]))
+PEARSON = Metric("pearson", _pairs, lambda units: _correlation(units[:, 0], units[:, 1]), needs_numbers=True)
 """Pearson's correlation of targets and answers, read as numbers; NO_NUMBER replaces what is not a finite number."""
-SPEARMAN = Metric("spearman", _pairs, lambda units: _correlation(_ranks(units[:, 0]), _ranks(units[:, 1])))
+SPEARMAN = Metric(
+    "spearman", _pairs, lambda units: _correlation(_ranks(units[:, 0]), _ranks(units[:, 1])), needs_numbers=True
+)
 """Pearson's correlation of the ranks."""
 
 

@@ -57,8 +57,7 @@ def label_task(
     Args:
         prefix: the input's first word; the task's name by default.
         keys: the names of the columns in the input; the columns' own names by default.
-        chance: 100 / k by default. This is the accuracy of random answers. It is also their F1, binary or macro, if the
-            labels are equally frequent, so it serves for F1 in general.
+        chance: 100 / k by default: the accuracy of random answers, and their F1 if the labels are equally frequent.
     """
 
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:

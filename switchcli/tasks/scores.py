@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from switchcli.tasks.label_metrics import number_in
 from switchcli.tasks.task import AnsweredExample, Metric, Task
 
 PERCENTILES: Final = (2.5, 97.5)
@@ -44,11 +45,13 @@ class Scores(NamedTuple):
     num_units: int
     """Number of units that the intervals resample: examples, or groups of them where a metric counts groups."""
     num_unlabeled: int
-    """Number of examples whose answer the benchmark keeps secret. Only `malformed` includes them."""
+    """Number of examples without a right answer, such as those that a benchmark keeps secret. Only `malformed` includes
+    them."""
     malformed: float | None
-    """Percentage of answers that are not one of the labels; None for free text and if there are no answers."""
+    """Percentage of answers that are not one of the labels, or no number where numbers are compared; None for free text
+    and if there are no answers."""
     chance: float
-    """The score of random answers."""
+    """The score of random answers to these examples."""
     majority: float | None
     """The score of always answering the most frequent first target of these examples."""
 
@@ -69,9 +72,8 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
     """
     labeled = [answer for answer in answered if answer.example.targets]
     malformed = None
-    if answered and task.labels:
-        num_malformed = sum(answer.prediction.strip() not in task.labels for answer in answered)
-        malformed = 100 * num_malformed / len(answered)
+    if answered and (task.labels or compares_numbers(task)):
+        malformed = 100 * sum(is_malformed(task, answer.prediction) for answer in answered) / len(answered)
     num_unlabeled = len(answered) - len(labeled)
     if not labeled:
         return Scores(task.name, None, {}, {}, 0, 0, num_unlabeled, malformed, task.chance, None)
@@ -96,9 +98,19 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
         num_units=num_units,
         num_unlabeled=num_unlabeled,
         malformed=malformed,
-        chance=task.chance,
+        chance=_chance(task, labeled),
         majority=_majority_score(task, labeled),
     )
+
+
+def compares_numbers(task: Task) -> bool:
+    """Return whether the task's answers are read as numbers."""
+    return any(metric.needs_numbers for metric in task.all_metrics)
+
+
+def is_malformed(task: Task, prediction: str) -> bool:
+    """Return whether an answer is none of the task's labels; without labels, whether it is no number."""
+    return prediction.strip() not in task.labels if task.labels else number_in(prediction) is None
 
 
 def is_right(task: Task, answer: AnsweredExample) -> bool | None:
@@ -121,6 +133,16 @@ def _with_interval(column: NDArray[np.float64]) -> Score:
     low, high = np.percentile(column[1:], PERCENTILES)
     # With few units, all resamples may lie on one side of the score. The interval includes the score even then.
     return Score(value, min(value, float(low)), max(value, float(high)))
+
+
+def _chance(task: Task, labeled: Sequence[AnsweredExample]) -> float:
+    """Return the score of answers that are drawn uniformly from the labels: that of the mean numbers of each label."""
+    if not task.labels or not all(metric.has_even_chance for metric in task.metrics):
+        return task.chance
+    labeled = labeled[: max(1, 1_000_000 // len(task.labels))]  # so that many labels take no minutes
+    constants = [[AnsweredExample(answer.example, label) for answer in labeled] for label in task.labels]
+    means = [np.mean([metric.measure(constant) for constant in constants], axis=0) for metric in task.metrics]
+    return float(np.mean(_combine(task.metrics, means)))
 
 
 def _majority_score(task: Task, labeled: Sequence[AnsweredExample]) -> float:

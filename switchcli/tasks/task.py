@@ -50,7 +50,10 @@ class Metric(NamedTuple):
     is_exact: bool = False
     """Whether each answer alone is either right (100) or wrong (0)."""
     has_even_chance: bool = False
-    """Whether answers drawn uniformly from k labels score 100 / k if the labels are equally frequent."""
+    """Whether answers drawn uniformly from k labels score 100 / k if the labels are equally frequent, and otherwise
+    what the mean of their numbers gives."""
+    needs_numbers: bool = False
+    """Whether it reads targets and answers as numbers."""
     import_packages: Callable[[], object] = lambda: None
     """Raise ImportError if the metric needs the extra `tasks` and it is not installed."""
 
@@ -127,7 +130,7 @@ class Task(NamedTuple):
     metrics: tuple[Metric, ...]
     """The metrics whose mean is the task's score, as the benchmark defines it."""
     chance: float
-    """The score of random answers: uniform over the labels, or 0 for free text."""
+    """The score of random answers, uniform over equally frequent labels; 0 for free text."""
     labels: tuple[str, ...] = ()
     """All possible right answers; empty for free text."""
     secondary_metrics: tuple[Metric, ...] = ()

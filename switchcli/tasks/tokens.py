@@ -158,11 +158,6 @@ class ScoredExamples(NamedTuple):
         """Number of inputs that are longer than the model's and get truncated."""
         return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
 
-    def fraction_of(self, token: int) -> float:
-        """Return the fraction of the inputs' tokens that are `token`."""
-        ids = self.inputs.tokens
-        return float((ids == token).mean()) if len(ids) else 0.0
-
     @property
     def questions(self) -> "Questions":
         """The inputs of all examples, in batches of similar length."""

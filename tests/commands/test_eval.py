@@ -127,6 +127,40 @@ def test_a_hugging_face_folder(here: Path, text: Path, switchcli: SwitchCLI, tmp
 
 
 @pytest.mark.integration
+def test_a_small_text_may_be_held_out_as_a_whole(
+    trained: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small.txt").write_text(text.read_text()[:20_000])
+    corpora = ("text.corpora=[{kind: files, paths: [small.txt]}]", "text.sequences=4")
+    done = switchcli("eval", trained, *corpora, "text.held_out_fraction=0.9999", "--out", "a")
+    assert done.code == 0, done.err
+    refused = switchcli("eval", trained, *corpora, "text.held_out_fraction=0.0001", "--out", "b")
+    assert (refused.code, lacking(refused.err, "text.held_out_fraction 0.0001 held out")) == (3, [])
+
+
+@pytest.mark.integration
+def test_text_that_the_vocabulary_lacks_has_a_warning_and_no_bits_per_byte(
+    trained: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = text.read_text().split()[:4000]
+    for share, is_told in ((2, True), (40, False)):
+        strange = ["\N{SNOWMAN}" if number % share == 0 else word for number, word in enumerate(words)]
+        Path(f"{share}.txt").write_text("\n\n".join(" ".join(strange[at : at + 40]) for at in range(0, 4000, 40)))
+        keys = (
+            f"text.corpora=[{{kind: files, paths: [{share}.txt]}}]",
+            "text.held_out_fraction=0.5",
+            "text.sequences=4",
+        )
+        done = switchcli("eval", trained, *keys, "--json", "--out", f"e{share}")
+        assert done.code == 0, done.err
+        assert (not lacking(done.err, "warning: text characters byte_fallback")) == is_told
+        (one,) = json.loads(done.out)["passes"]
+        assert ("bits_per_byte" in one["held_out"]["text"]) != is_told
+
+
+@pytest.mark.integration
 def test_rows_of_text_have_the_length_that_is_asked_for(
     trained: Path, text: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switchcli.tasks.label_metrics import ACCURACY, PEARSON, f1, macro_f1
 from switchcli.tasks.scores import Score, score
 from switchcli.tasks.suites import CLOSED_BOOK_QA, GLUE, MNLI, PAPER, SUITES, SUPER_GLUE
-from switchcli.tasks.task import AnsweredExample, Example, HubSource, Task
+from switchcli.tasks.task import AnsweredExample, Example, HubSource, Metric, Task
 from switchcli.tasks.text_metrics import bleu, exact_match, rouge2, squad_em, squad_f1
 
 TASK = Task(
@@ -24,6 +25,28 @@ def answered(targets: str, predictions: str) -> list[AnsweredExample]:
     words = {"y": ("yes",), "n": ("no",), "-": ()}
     said = {"y": "yes", "n": " no\n", "?": "perhaps"}
     return [AnsweredExample(Example("", words[of]), said[by]) for of, by in zip(targets, predictions, strict=True)]
+
+
+@pytest.mark.parametrize("metric", [f1("no", "yes"), macro_f1(("yes", "no")), ACCURACY], ids=lambda metric: metric.name)
+def test_the_chance_of_unequal_labels_is_that_of_random_answers(metric: Metric) -> None:
+    examples = answered("y" * 8 + "n" * 92, "y" * 100)
+    rng = np.random.default_rng(0)
+    drawn = [
+        metric.combine(
+            metric.measure([answer._replace(prediction=str(rng.choice(["yes", "no"]))) for answer in examples])
+        )
+        for _ in range(300)
+    ]
+    chance = score(TASK._replace(metrics=(metric,)), examples, draws=1).chance
+    assert chance == pytest.approx(np.mean(drawn), abs=1.0)
+
+
+def test_answers_that_are_no_numbers_are_malformed_where_numbers_are_compared() -> None:
+    said = [
+        AnsweredExample(Example("", (target,)), answer) for target, answer in (("1", "2"), ("3", "nan"), ("4", "x"))
+    ]
+    found = score(TASK._replace(metrics=(PEARSON,), secondary_metrics=(), labels=()), said, draws=1)
+    assert found.malformed == pytest.approx(100 * 2 / 3)
 
 
 def test_a_task_by_hand() -> None:

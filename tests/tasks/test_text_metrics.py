@@ -120,8 +120,9 @@ def rouge_score_of(metric: Metric, answer: AnsweredExample) -> float:
     from rouge_score import rouge_scorer
 
     targets = [target.replace(" . ", " .\n") for target in answer.example.targets]
-    scorer = rouge_scorer.RougeScorer([metric.name])
-    return scorer.score_multi(targets, answer.prediction.replace(" . ", " .\n"))[metric.name].fmeasure
+    name = metric.name.replace("_l", "L")
+    scorer = rouge_scorer.RougeScorer([name])
+    return scorer.score_multi(targets, answer.prediction.replace(" . ", " .\n"))[name].fmeasure
 
 
 @pytest.mark.parametrize("metric", ROUGE, ids=lambda metric: metric.name)

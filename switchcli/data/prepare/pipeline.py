@@ -7,7 +7,7 @@ Preparation can therefore go on after a stop, and machines that see the same cac
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -119,7 +119,7 @@ def prepare_share(
         complete[label] = text
     distinct = distinct_texts(complete, spec.duplicates, used, context)
     for label, text in distinct.items():
-        _check_text(label, text, spec)
+        _check_text(label, text, spec, context.needed)
     return used, {label: distinct.get(label) for label in texts}
 
 
@@ -228,7 +228,7 @@ def _prepare_text(
                 return None
             _write_merged_manifest(folder, jobs, tokenizer)
         text = open_prepared_text(folder)
-    _check_text(label, text, spec)
+    _check_text(label, text, spec, context.needed)
     return text
 
 
@@ -317,19 +317,21 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_manifest(folder, {})
 
 
-def _check_text(label: str, text: PreparedText, spec: DataSpec) -> None:
-    """Raise DataError for a text without documents, or with none to train on, or none held out."""
+def _check_text(label: str, text: PreparedText, spec: DataSpec, needed: Collection[str]) -> None:
+    """Raise DataError for a text without documents, or with none in a split that is needed."""
     num_train, num_held_out = (text.counts[split].documents for split in SPLITS)
     if not num_train and not num_held_out:
         if not text.dropped:
             raise spec.texts()[label][0].empty_error()
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
         raise DataError(f"data{_suffix(label)}: no document is left; left out were {reasons}")
-    if not num_train or not num_held_out:
+    if not all(text.counts[split].documents for split in needed):
+        key = "data" if TRAIN in needed else "text"  # of a recipe that trains, or of an evaluation
         raise DataError(
-            f"data.held_out_fraction ({spec.held_out_fraction}) of {num_train + num_held_out} documents"
-            f"{_suffix(label)} leaves {num_train} to train on and {num_held_out} held out, and each needs at least 1: "
-            "change it, add text, or make the documents smaller (sample_by: line)"
+            f"{key}.held_out_fraction ({spec.held_out_fraction}) of {num_train + num_held_out} documents"
+            f"{_suffix(label)} leaves {num_train} to train on and {num_held_out} held out, and "
+            f"{'each needs' if TRAIN in needed else 'these need'} at least 1: change it, add text, or make the "
+            "documents smaller (sample_by: line)"
         )
 
 

@@ -1,10 +1,11 @@
 """PrepareContext: the machine that prepares data: its cache, its processes, and what shows progress and warnings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+from switchcli.data.prepare.prepared_text import SPLITS
 from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
 
@@ -32,5 +33,7 @@ class PrepareContext(NamedTuple):
     """Shows that a vocabulary is being trained, which takes minutes and tells no progress."""
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None
     """Raises an error if the run cannot use a tokenizer. It is called before any text is tokenized."""
+    needed: Collection[str] = SPLITS
+    """The splits that may not be empty. An evaluation needs no text to train on."""
     digests: Digests | None = None
     """Digests of the sources, shared by all that a command prepares; see `with_digests`."""

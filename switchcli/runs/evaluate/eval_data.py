@@ -9,6 +9,7 @@ from switchcli.data.config import DataSpec, TextSpec, TextsSpec
 from switchcli.data.objectives.denoisers import TextObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts
+from switchcli.data.prepare.prepared_text import HELD_OUT
 from switchcli.data.task_batches import InterleavedRows
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError, RecipeError
@@ -58,9 +59,11 @@ def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: Distributed
     if recipe.text is not None:
         data = _data_spec(model, recipe.text, recipe.data.inputs_length)
         sequences = recipe.text.sequences
-        prepared = context.main_first(lambda: text_sets.prepare_texts(data, sequences, console, model.tokenizer))
+        prepared = context.main_first(
+            lambda: text_sets.prepare_texts(data, sequences, console, model.tokenizer, needed=(HELD_OUT,))
+        )
         check_same_data(prepared.digests(), context)
-        texts = text_sets.held_out_rows(prepared, data, sequences)
+        texts = text_sets.held_out_rows(prepared, data, sequences, console)
     context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, model.tokenizer, console))
     labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
     evaluators = tuple(

@@ -15,7 +15,7 @@ from switchcli.metric_names import (
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shorten
 from switchcli.report.table import Table, Value
-from switchcli.tasks.scores import Score, Scores
+from switchcli.tasks.scores import Score, Scores, is_malformed
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.scoring import score_metrics, suite_scores
@@ -48,18 +48,19 @@ def explain_malformed(
     scores: Mapping[str, Scores],
     answers: Mapping[str, Sequence[AnsweredExample]],
 ) -> None:
-    """Say why and what to do where more than half of a task's answers are not one of its labels."""
+    """Say why and what to do where more than half of a task's answers are not one of its labels, or no number."""
     found = False
-    for name, labels in ((one.task.name, one.task.labels) for one in scored):
-        malformed = scores[name].malformed
+    for task in (one.task for one in scored):
+        malformed, labels = scores[task.name].malformed, task.labels
         if malformed is None or malformed <= MALFORMED_LIMIT:
             continue
         found = True
-        predictions = [answer.prediction.strip() for answer in answers[name]]
-        (example, _), *_ = Counter(text for text in predictions if text not in labels).most_common(1)
+        predictions = [answer.prediction.strip() for answer in answers[task.name]]
+        (example, _), *_ = Counter(text for text in predictions if is_malformed(task, text)).most_common(1)
+        kind = f"none of its labels ({', '.join(labels[:4])}{', ...' if len(labels) > 4 else ''})"
         console.warning(
-            f"{name}: {malformed:.0f}% of the answers are none of its labels ({', '.join(labels[:4])}"
-            f"{', ...' if len(labels) > 4 else ''}), such as {shorten(example, 40)!r}"
+            f"{task.name}: {malformed:.0f}% of the answers are {kind if labels else 'no numbers'}, such as "
+            f"{shorten(example, 40)!r}"
         )
     if found:
         console.message(
@@ -82,8 +83,8 @@ def text_table(texts: Mapping[str, Mapping[str, float]]) -> Table:
 def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[Value]]:
     for name, one in scores.items():
         best_cells = _best_cells(best, task_score(name)) if best else []
-        if one.score is None:  # the test split of a benchmark, whose labels are not published
-            yield [name, "secret", "", "", "", one.num_unlabeled, "", *best_cells]
+        if one.score is None:  # such as the test split of a benchmark, whose labels are not published
+            yield [name, "no answers", "", "", "", one.num_unlabeled, "", *best_cells]
             continue
         majority = None if one.majority is None else f"{one.majority:.2f}"
         malformed = "" if one.malformed is None else f"{one.malformed:.1f}%"

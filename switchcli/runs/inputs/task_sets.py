@@ -7,6 +7,7 @@ from switchcli.data.prepare.store import digest_of_lines
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.report.console import Console
+from switchcli.runs.inputs.unknown_tokens import unknown_fraction, warn_of_unknown
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import TaskDataSpec
 from switchcli.tasks.task import Task
@@ -14,8 +15,6 @@ from switchcli.training.scoring_spec import ScoringSpec
 
 TRUNCATION_LIMIT = 0.5
 """The fraction of truncated examples above which the rows are too short for the task."""
-UNKNOWN_LIMIT = 0.03
-"""The fraction of unknown tokens above which a vocabulary does not suit the task."""
 
 
 def scored_examples_of(
@@ -70,19 +69,19 @@ def report_task_sets(
         count, num_truncated = len(examples.examples), examples.num_truncated
         length = examples.packed.lengths.inputs
         truncated = f", {num_truncated:,} inputs longer than {length} tokens and cut" if num_truncated else ""
-        report_truncation(f"{task.name}: {count:,} examples to score{truncated}", num_truncated / count, console)
+        unlabeled = sum(not example.targets for example in examples.examples)
+        without = f", {unlabeled:,} more without a right answer" if unlabeled else ""
+        message = f"{task.name}: {count - unlabeled:,} examples to score{without}{truncated}"
+        report_truncation(message, num_truncated / count, console)
         if lacking := [label for label in task.labels if tokenizer.unknown in tokenizer.encode(label)]:
             console.warning(
                 f"{task.name}: the model's vocabulary lacks characters of its labels ({', '.join(lacking[:4])}"
                 f"{', ...' if len(lacking) > 4 else ''}), so that it cannot answer with them: take other labels, or a "
                 "vocabulary with byte_fallback"
             )
-        unknown = examples.fraction_of(tokenizer.unknown)
-        if unknown > UNKNOWN_LIMIT:
-            console.warning(
-                f"{task.name}: {unknown:.1%} of the input tokens are characters that the model's vocabulary lacks, and "
-                "look alike to the model: train a vocabulary on text of this kind, or one with byte_fallback"
-            )
+        warn_of_unknown(f"inputs of {task.name}", unknown_fraction(examples.inputs.tokens, tokenizer), console)
+        if not task.labels:
+            warn_of_unknown(f"answers of {task.name}", unknown_fraction(examples.answers.tokens, tokenizer), console)
 
 
 def report_truncation(text: str, fraction: float, console: Console) -> None:

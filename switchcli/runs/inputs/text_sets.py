@@ -1,7 +1,7 @@
 """Build the training and held-out rows of a run on text, from prepared text or from a stream."""
 
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from switchcli.data.prepare.pipeline import (
     with_digests,
 )
 from switchcli.data.prepare.prepare_context import PrepareContext
-from switchcli.data.prepare.prepared_text import HELD_OUT, TRAIN, PreparedText
+from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
 from switchcli.data.prepare.store import digest_of
 from switchcli.data.python_kinds import kinds_shard
 from switchcli.data.sources.records import RowCorpus
@@ -33,6 +33,7 @@ from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.table import Table
 from switchcli.runs.inputs.train_data import check_same_data
+from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction_of_text, warn_of_unknown
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.validation import HeldOutText, Rows
 
@@ -59,16 +60,18 @@ def prepare_texts(
     console: Console,
     tokenizer: Tokenizer | None = None,
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None,
+    needed: Collection[str] = SPLITS,
 ) -> PreparedTexts:
     """Tokenize the text. For a stream, only as much held-out text as `sequences` rows of evaluation need.
 
     `tokenizer` replaces that of `data`. `accept` raises an error for an unfit tokenizer before any text is tokenized.
+    Splits that are `needed` may not be empty.
 
     Raises:
         DataError: the text or the tokenizer cannot be used.
     """
     console.message(f"reading {_described(data, tokenizer is None)}")
-    context = with_digests(data, prepare_context(console)._replace(accept=accept))
+    context = with_digests(data, prepare_context(console)._replace(accept=accept, needed=needed))
     if data.access == "prepared":
         return prepare(data, context, tokenizer)
     tokenizer = tokenizer or load_tokenizer(data, context)
@@ -228,15 +231,23 @@ def text_loss(data: DataSpec) -> Objective:
     return packed_cross_entropy if data.packing == "documents" else cross_entropy
 
 
-def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int) -> dict[str, HeldOutText]:
-    """Return at most `sequences` held-out rows of each text, and how many bytes of text a target stands for."""
+def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int, console: Console) -> dict[str, HeldOutText]:
+    """Return at most `sequences` held-out rows of each text, and how many bytes of text a target stands for.
+
+    Warn of a text with many characters that the vocabulary lacks. Its bytes are left unknown: bits per byte would be
+    low, because those characters look alike.
+    """
     texts = {}
     for label, dataset in _datasets(text, HELD_OUT, data.rows, HELD_OUT_SEED).items():
         source = PreparedTextSource([dataset], text.tokenizer, data.rows, HELD_OUT_SEED, sequences)
         num_rows = min(sequences, dataset.rows_per_epoch)
         # Sentinels and EOS are targets too, but stand for no text.
         fraction = text_fraction(source.batch(0, 0, num_rows), text.tokenizer)
-        bytes_per_target = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
+        bytes_per_target: float | None = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
+        unknown = unknown_fraction_of_text(text.texts[label], text.tokenizer)
+        warn_of_unknown(label or "text", unknown, console)
+        if unknown > UNKNOWN_LIMIT:
+            bytes_per_target = None
         kinds = partial(_kind_rows, text.texts[label], text.tokenizer, data, sequences)
         texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target, text_loss(data), kinds)
     return texts
