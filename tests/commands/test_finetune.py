@@ -121,6 +121,8 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
         (["tasks.0.labels=[red, green]"], 3, "tasks colour label 2 red green"),
         (["tasks=[rte, sst2, squad]", "data.folder=sets"], 3, "data.folder rte sst2 squad sets/glue/rte/train.jsonl"),
         (["tasks.0.train=[nothing.jsonl]"], 3, "tasks colour nothing.jsonl file"),
+        (["tasks.0.train=[table.csv]"], 3, "table.csv JSON Lines"),
+        (["tasks.0.train=[table.parquet]"], 3, "table.parquet JSON Lines"),
         (["tasks.0.metrics=[accuracies]"], 2, "tasks.0.metrics accuracies accuracy"),
         (["tasks.0.metrics=[exact_match]", "tasks.1.name=colour"], 2, "tune.yaml:2 tasks colour two name"),
         (["tasks.0.labels=[red, green, red]"], 2, "tasks.0.labels 'red' 'green' differ"),
@@ -132,6 +134,8 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
 def test_bad_input_is_told_with_its_place_and_way_out(
     overrides: list[str], code: int, words: str, trained: Path, tuning: str, switchcli: SwitchCLI
 ) -> None:
+    for table in ("table.csv", "table.parquet"):
+        Path(table).write_text("text,label,word\nred,0,red\n")
     done = switchcli("finetune", tuning, "--model", trained, *overrides, "--out", "a")
     assert done.code == code, done.err
     assert not lacking(done.err, words)

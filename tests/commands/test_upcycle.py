@@ -70,6 +70,7 @@ def test_a_t5_in_the_hugging_face_layout(here: Path, switchcli: SwitchCLI, tmp_p
     done = switchcli("upcycle", tmp_path / "t5", tmp_path / "sparse", "--experts", 2, "--noise", "0.01", "--json")
     assert done.code == 0, done.err
     assert not any(one["exact"] for one in json.loads(done.out)["corrections"].values())
+    assert json.loads(done.out)["next"].split()[1] == "RECIPE", "its own says nothing of its training"
     assert switchcli("generate", tmp_path / "sparse", "a <extra_id_0>", "--max-tokens", 2).code == 0
 
 

@@ -18,7 +18,7 @@ import pytest
 from cpu_ratio import cpu_ratio
 from hypothesis import example, given
 from hypothesis import strategies as st
-from messages import naming_words
+from messages import lacking, naming_words
 from pyarrow import parquet
 
 from switchcli.data.sources import files
@@ -78,6 +78,14 @@ def test_globs_leave_out_hidden_files_and_folders(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     assert [texts(tmp_path / everything) for everything in ("*.txt", "**/*.txt", "**")] == [["a.txt"]] * 3
     assert texts(tmp_path / ".*.txt") == ["._a.txt"]
+
+
+@pytest.mark.parametrize(("name", "words"), [("a.csv", "JSON Lines"), ("a.tsv.gz", "JSON Lines"), ("a.PDF", "text")])
+def test_what_is_no_text_is_refused_by_its_name(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"a,b\n") if name.endswith(".gz") else b"a,b\n")
+    with pytest.raises(DataError) as raised:
+        texts(tmp_path / name)
+    assert not lacking(str(raised.value), f"data.corpora {name} {words}")
 
 
 def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path) -> None:

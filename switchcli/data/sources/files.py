@@ -30,6 +30,13 @@ SHARD_BYTES: Final = 2**26
 """Bytes of files as stored, compressed or not, above which they are divided among source shards."""
 _JSON = (".json", ".jsonl", ".ndjson")
 _PARQUET = ".parquet"
+_TO_JSON_LINES = "convert it to JSON Lines, as by `DataFrame.to_json(FILE, orient='records', lines=True)` of pandas"
+_NO_TEXT: Final = {
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), f"a table: {_TO_JSON_LINES}"),
+    **dict.fromkeys((".pdf", ".docx", ".doc", ".epub"), "a document: save its text"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "an archive: name the files in it after extracting them"),
+}
+"""What files are, by suffix, that nobody means to be read line by line, and what to do."""
 
 
 class FilesCorpus(RowCorpus):
@@ -73,6 +80,8 @@ class FilesCorpus(RowCorpus):
         return f"{options} {fingerprint(expand_paths(self.paths, 'data.corpora'), digests)}"
 
     def empty_error(self) -> DataError:
+        if self.where:
+            return DataError(f"data.corpora: {', '.join(self.paths)}: no text in rows that have {dict(self.where)}")
         return DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")
 
     def _layout(self) -> dict[SourceShard, tuple[ByteRange, ...]]:
@@ -103,8 +112,10 @@ class FilesCorpus(RowCorpus):
 def json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name `path:line` and the object of each line of a JSON Lines file that is not blank.
 
-    Raises DataError for a line that is not a JSON object.
+    Raises DataError for a line that is not a JSON object, and for a table of another format.
     """
+    if file.kind in (*_NO_TEXT, _PARQUET):
+        raise DataError(f"{file.name}: {_NO_TEXT.get(file.kind, f'a table: {_TO_JSON_LINES}')}")
     for line in lines(ByteRange(file)):
         if not line.is_blank:
             try:
@@ -133,6 +144,8 @@ def _layout(paths: tuple[str, ...], keep_text_whole: bool) -> dict[SourceShard, 
             group.clear()
 
     for file in expand_paths(paths, "data.corpora"):
+        if file.kind in _NO_TEXT:
+            raise DataError(f"data.corpora: {file.name}: {_NO_TEXT[file.kind]}")
         is_text = file.kind not in (*_JSON, _PARQUET)
         size = SHARD_BYTES if file.size is None else file.size  # a file of unknown size may be large: a shard by itself
         if group_bytes + size > SHARD_BYTES:

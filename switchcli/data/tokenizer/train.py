@@ -63,7 +63,10 @@ def train_unigram(texts: list[str], size: VocabSize, character_coverage: float =
     Raises DataError if there is no text, or if its distinct characters alone outnumber the pieces.
     """
     if not texts:
-        raise DataError("data.corpora: no text to train a vocabulary on: add text, or take a smaller held_out_fraction")
+        raise DataError(
+            "data.corpora: no document to train a vocabulary on: add text, loosen data.filters, or take a smaller "
+            "held_out_fraction or smaller documents (sample_by: line)"
+        )
     blank_rare, alphabet = _alphabet(texts, character_coverage)
     # With as many pieces as characters the trainer does not stop there: one more is the least that works.
     if (min_size := len(alphabet) + size.num_reserved + 1) > size.vocab_size:

@@ -100,8 +100,14 @@ def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRec
     return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), keep="weights")})
 
 
-def next_command(recipe: TrainingRecipe, checkpoint: Path) -> str:
-    """Return the next command for a new checkpoint: train it further, or evaluate it if its verb has no start."""
+def next_command(source: CheckpointHandle, recipe: TrainingRecipe, checkpoint: Path) -> str:
+    """Return the next command for a checkpoint that is made of `source`.
+
+    Train it further, by a recipe of the user's if there is none of its training, or evaluate it if its verb has no
+    start.
+    """
+    if not source.has_training_recipe:
+        return f"pretrain RECIPE --model {shell_words(checkpoint)} start.keep=weights --out FOLDER"
     file = shell_words(checkpoint / "recipe.yaml")
     if recipe.starts_from_weights:
         return f"{recipe.verb} {file} --out FOLDER"
@@ -113,5 +119,4 @@ def data_document(handle: CheckpointHandle) -> dict[str, bytes]:
 
     A checkpoint that is made from this one gets it too, so that `switchcli eval` measures it on the same text.
     """
-    native = handle.native
-    return {} if native is None or DATA not in native.manifest.names() else {DATA: native.document(DATA)}
+    return {DATA: handle.native.document(DATA)} if handle.native is not None and handle.has_training_recipe else {}

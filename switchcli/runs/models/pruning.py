@@ -135,7 +135,7 @@ def prune(
             | ({} if trimmed is None else _token_shares(name, evaluator, pruned_evaluator, trimmed))
             for name, metrics in before.items()
         },
-        "next": next_command(pruned_recipe, destination),
+        "next": next_command(handle, pruned_recipe, destination),
         "layers": {name: plan._asdict() for name, plan in layer_plans.items()},
     }
 

@@ -88,7 +88,7 @@ def upcycle(
         "router_noise": noise.router,
         "seed": noise.seed,
         "layers": spec.sparse_layer_names(),
-        "next": next_command(recipe, destination),
+        "next": next_command(checkpoint, recipe, destination),
         "corrections": {
             stack: {
                 **correction._asdict(),
