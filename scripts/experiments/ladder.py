@@ -1,13 +1,15 @@
 """The rows of the ladder's models, and what smaller sizes predict of a larger one.
 
     python scripts/experiments/ladder.py rows COMMIT PROCESSOR SIZE=FOLDER ... > ladder.csv
+    python scripts/experiments/ladder.py gains ladder.csv > gains.csv
     python scripts/experiments/ladder.py predict ladder.csv ACTIVE TOKENS [TOKENS ...] > predictions.csv
     python scripts/experiments/ladder.py speed ladder.csv > speed.csv
 
-`rows` reads the runs ARM-SEED, ARM-half-SEED and ARM-quarter-SEED of each folder. `predict` fits, for each arm,
-log(loss) = a - b log(active) - c log(tokens) to the means over seeds at all sizes below ACTIVE parameters, which are
-those of the dense model, and states the 95 % interval of another mean. The gain over the dense model has its own fit,
-a + b log(active) + c log(tokens). The intervals hold if the law does: a bend beyond the fitted sizes is not in them.
+`rows` reads the runs ARM-SEED, ARM-half-SEED and ARM-quarter-SEED of each folder. `gains` compares each arm with the
+dense model of its size and steps: differences within a seed, with their 95 % interval (Student's). `predict` fits, for
+each arm, log(loss) = a - b log(active) - c log(tokens) to the means over seeds at all sizes below ACTIVE parameters,
+which are those of the dense model, and states the 95 % interval of another mean. The gain over the dense model has its
+own fit, a + b log(active) + c log(tokens). The intervals hold if the law does: a bend beyond the fitted sizes is not in them.
 `speed` says how many times fewer steps, FLOPs and seconds an arm needs for the last loss of the dense model.
 """
 
@@ -19,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -72,6 +74,20 @@ class Fit:
         x = np.array(self._row(active, tokens))
         leverage = float(x @ np.linalg.inv(self._inputs.T @ self._inputs) @ x)
         return float(x @ self.coefficients), t_95(self.degrees) * math.sqrt(self.variance * (1 + leverage))
+
+
+def gains(table: Sequence[Row]) -> Iterable[Sequence[object]]:
+    """Yield size, arm, steps, tokens, mean loss, and the gain over the dense model with its interval."""
+    losses: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
+    for row in table:
+        losses[row["size"], row["arm"], row["steps"], row["tokens"]][row["seed"]] = float(row["held_out_loss"])
+    for (size, arm, steps, tokens), by_seed in losses.items():
+        dense = losses[size, DENSE, steps, tokens]
+        differences = [dense[seed] - loss for seed, loss in by_seed.items()]
+        gain, count = fmean(differences), len(differences)
+        half = t_95(count - 1) * stdev(differences) / math.sqrt(count)
+        figures = [] if arm == DENSE else [f"{value:+.4f}" for value in (gain, gain - half, gain + half)]
+        yield size, arm, steps, tokens, f"{fmean(by_seed.values()):.4f}", *figures
 
 
 def predict(table: Sequence[Row], active: float, horizons: Sequence[float]) -> Iterable[Sequence[object]]:
@@ -141,7 +157,10 @@ def main() -> None:
         return
     with Path(rest[0]).open(encoding="utf-8", newline="") as file:
         data = [*csv.DictReader(file)]
-    if command == "predict":
+    if command == "gains":
+        table.writerow(["size", "arm", "steps", "tokens", "loss", "gain", "gain_low", "gain_high"])
+        table.writerows(gains(data))
+    elif command == "predict":
         table.writerow(["arm", "tokens", "loss", "loss_low", "loss_high", "gain", "gain_low", "gain_high"])
         table.writerows(predict(data, float(rest[1]), [*map(float, rest[2:])]))
     else:
