@@ -9,8 +9,8 @@
 dense model of its size and steps: differences within a seed, with their 95 % interval (Student's). `predict` fits, for
 each arm, log(loss) = a - b log(active) - c log(tokens) to the means over seeds at all sizes below ACTIVE parameters,
 which are those of the dense model, and states the 95 % interval of another mean. The gain over the dense model has its
-own fit, a + b log(active) + c log(tokens). The intervals hold if the law does: a bend beyond the fitted sizes is not in them.
-`speed` says how many times fewer steps, FLOPs and seconds an arm needs for the last loss of the dense model.
+own fit, a + b log(active) + c log(tokens). The intervals hold if the law does: a bend beyond the fitted sizes is not in
+them. `speed` says how many times fewer steps, FLOPs and seconds an arm needs for the last loss of the dense model.
 """
 
 import csv

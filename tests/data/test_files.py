@@ -100,6 +100,8 @@ def test_a_name_with_brackets_is_a_file_if_there_is_one(tmp_path: Path) -> None:
         ("blank.txt", b"\n \n\t\n", "data.corpora blank.txt text"),
         ("latin.txt", b"fine\ncaf\xe9\n", "latin.txt:2 0xe9 8 UTF-8 iconv"),
         ("nul.txt", b"fine\nx\0y\n", "nul.txt:2 NUL 6"),
+        ("zipped.txt", gzip.compress(b"text", mtime=0), "zipped.txt:1 .gz"),
+        ("table.txt", b"PAR1\0\0", "table.txt:1 .parquet"),
         ("broken.txt.gz", b"not gzip", "broken.txt.gz gzipped"),
         ("cut.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "cut.txt.gz end-of-stream"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl:2 JSON object"),

@@ -5,7 +5,7 @@ file without overlap therefore yield each of them exactly once, wherever the bou
 """
 
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from switchcli.data.sources.paths import SourceFile
 from switchcli.data.sources.records import UnreadableRow
@@ -24,6 +24,16 @@ class ByteRange(NamedTuple):
 
     def contains(self, offset: int) -> bool:
         return self.begin <= offset and (self.end is None or offset < self.end)
+
+
+_FORMATS: Final = {
+    b"PAR1": ".parquet",
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ": ".xz",
+}
+"""How files of some formats begin, and the names by which they are known."""
 
 
 class FileLine(NamedTuple):
@@ -69,16 +79,21 @@ def decode(raw: bytes, offset: int = 0) -> str:
     """Decode UTF-8 bytes that begin at `offset`. Raises UnreadableRow, with the position of a NUL or invalid byte."""
     if b"\0" in raw:
         position = offset + raw.index(b"\0")
-        message = f"a NUL byte at offset {position}: convert a file in UTF-16 by {to_utf8(raw)}, and leave out another"
-        raise UnreadableRow("a NUL byte", message)
+        fix = _name_fix(raw, offset) or f"convert a file in UTF-16 by {to_utf8(raw)}, and leave out another"
+        raise UnreadableRow("a NUL byte", f"a NUL byte at offset {position}: {fix}")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte, position = raw[error.start], offset + error.start
-        raise UnreadableRow(
-            "not UTF-8",
-            f"byte 0x{byte:02x} at offset {position} is not UTF-8: convert the file, for example with {to_utf8(raw)}",
-        ) from error
+        fix = _name_fix(raw, offset) or f"convert the file, for example with {to_utf8(raw)}"
+        message = f"byte 0x{byte:02x} at offset {position} is not UTF-8: {fix}"
+        raise UnreadableRow("not UTF-8", message) from error
+
+
+def _name_fix(raw: bytes, offset: int) -> str | None:
+    """Return what to do about a file that begins as one of another format, None for other bytes."""
+    suffix = next((suffix for start, suffix in _FORMATS.items() if offset == 0 and raw.startswith(start)), None)
+    return suffix and f"it is a {suffix} file: give it a name that ends so"
 
 
 def lines(byte_range: ByteRange) -> Iterator[FileLine]:
