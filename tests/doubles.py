@@ -10,7 +10,6 @@ from torch import Tensor
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
-from switchcli.model.moe.router import Policy
 from switchcli.report.console import Console, silent
 from switchcli.system.signals import StopTraining
 from switchcli.training.callback import Callback
@@ -81,9 +80,8 @@ class SaveEvery(Callback):
 
 def text_evaluator(context: DistributedContext, texts: Mapping[str, HeldOutText], rows_each: int = 2) -> Evaluator:
     """What measures models on texts alone."""
-    capacity: Mapping[str, Policy] = {"text": "paper", "tasks": "paper"}
     tokenizer: Any = None
-    return Evaluator(tokenizer, texts, (), ScoringSpec(), capacity, rows_each, context, silent())
+    return Evaluator(tokenizer, texts, (), ScoringSpec(), "paper", rows_each, context, silent())
 
 
 def a_run(

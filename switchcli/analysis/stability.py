@@ -36,7 +36,7 @@ class ChoiceMemory:
                 on_device = Batch(*context.to_device(batch))
                 segments = batch_segment_ids(on_device, text.is_packed)
                 with context.eager(), context.autocast():
-                    observe(model, on_device, segments, evaluator.capacity["text"], self._remember)
+                    observe(model, on_device, segments, evaluator.capacity, self._remember)
         if not before:
             return {}
         same = sum(int((one == other).sum()) for one, other in zip(before, self._choices, strict=True))

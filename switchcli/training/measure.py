@@ -126,9 +126,9 @@ class Evaluator(NamedTuple):
     tasks: tuple[ScoredExamples, ...]
     """The examples to answer, one item for each task."""
     scoring: ScoringSpec
-    """How answers are decoded. `capacity` applies in place of its own."""
-    capacity: Mapping[str, Policy]
-    """How routers count capacity, for `text` and for `tasks`."""
+    """How examples are answered and answers scored."""
+    capacity: Policy
+    """How routers count capacity on texts and targets. `scoring` says it for answers."""
     rows_each: int
     """Rows of a batch of text on each rank, at most. They are rounded up to whole routing groups of the model."""
     context: DistributedContext
@@ -156,21 +156,15 @@ class Evaluator(NamedTuple):
         texts = {label: self._measure_text(model, text, stop) for label, text in self.texts.items()}
         text_seconds = time.perf_counter() - started
         targets = {name: self._measure_text(model, text, stop) for name, text in self.targets.items()}
-        predictor = TaskPredictor(model, self.tokenizer, self.context, self.scoring, self.capacity["tasks"])
+        predictor = TaskPredictor(model, self.tokenizer, self.context, self.scoring)
         answers = predictor.answer_all(self.tasks, self.console, stop) if self.tasks else {}
-        scores = {
-            examples.task.name: score(examples.task, answers[examples.task.name], draws=0) for examples in self.tasks
-        }
+        capacity = {"text": self.capacity, "tasks": self.scoring.capacity}
         layers = tuple(model.spec.sparse_layer_names())
-        return Measurement(self.capacity, texts, targets, scores, answers, layers, text_seconds)
+        return Measurement(capacity, texts, targets, self._scores(answers, 0), answers, layers, text_seconds)
 
     def with_intervals(self, measured: Measurement) -> Measurement:
         """Return the measurement with the intervals of scores, from the draws of `scoring`."""
-        scores = {
-            examples.task.name: score(examples.task, measured.answers[examples.task.name], self.scoring.draws)
-            for examples in self.tasks
-        }
-        return measured._replace(scores=scores)
+        return measured._replace(scores=self._scores(measured.answers, self.scoring.draws))
 
     def batches(self, model: SwitchTransformer, text: HeldOutText) -> list[Batch]:
         """Return this rank's batches of a text, of whole routing groups of the model: equally many on each rank."""
@@ -178,9 +172,13 @@ class Evaluator(NamedTuple):
         rows = min(self.rows_each, -(-text.num_rows // ranks))  # of a small text no batch is mostly padding
         return rank_batches(text, -(-rows // group) * group, self.context.dp_rank, ranks)
 
+    def _scores(self, answers: Mapping[str, tuple[AnsweredExample, ...]], draws: int) -> dict[str, Scores]:
+        tasks = (examples.task for examples in self.tasks)
+        return {task.name: score(task, answers[task.name], draws) for task in tasks}
+
     def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest) -> TextMetrics:
         batches = _until_stopped(self.batches(model, text), stop, self.context)
-        metrics = evaluate(model, text.objective, batches, self.context, self.capacity["text"])
+        metrics = evaluate(model, text.objective, batches, self.context, self.capacity)
         loss = -float(metrics[NEG_LOG_PERPLEXITY].value())
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss is {loss}", "take an older checkpoint")

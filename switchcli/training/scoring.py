@@ -19,7 +19,6 @@ from switchcli.metric_names import TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import AllDone, all_done_locally, generate, label_log_likelihoods
 from switchcli.model.moe.layer import evaluating
-from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.spec import EOS
@@ -36,19 +35,12 @@ class TaskPredictor:
     """A model that answers the examples of tasks, on all ranks together."""
 
     def __init__(
-        self,
-        model: SwitchTransformer,
-        tokenizer: Tokenizer,
-        context: DistributedContext,
-        settings: ScoringSpec,
-        capacity: Policy,
+        self, model: SwitchTransformer, tokenizer: Tokenizer, context: DistributedContext, settings: ScoringSpec
     ) -> None:
-        """`capacity` is how routers count capacity; that of the settings does not apply."""
         self._model = model
         self._tokenizer = tokenizer
         self._context = context
         self._settings = settings
-        self._capacity = capacity
 
     def answer_all(
         self, task_sets: Sequence[ScoredExamples], console: Console, stop: StopRequest = NEVER
@@ -141,7 +133,7 @@ class TaskPredictor:
         batches = list(questions.batches(self._settings.batch_examples))
         if context.any_rank(stop.requested):
             raise StopTraining
-        with evaluating(self._model, self._capacity), context.eager(), context.autocast():
+        with evaluating(self._model, self._settings.capacity), context.eager(), context.autocast():
             # The number of rounds is rounded up.
             for round_index in range(-(-len(batches) // context.dp_size)):
                 index = round_index * context.dp_size + context.dp_rank

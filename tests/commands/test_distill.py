@@ -185,7 +185,8 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
 def test_a_student_learns_its_teachers_answers_which_are_generated_once(
     tuned: Path, dense: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
-    kept = ("distill.targets=teacher", "distill.answers=kept", "distill.decoding.beams=2")
+    """The teacher answers with the capacity of `distill`, not with that of scores."""
+    kept = ("distill.targets=teacher", "distill.answers=kept", "distill.decoding.beams=2", "scoring.capacity=0.1")
     command = ("distill", "--teacher", tuned, "--student", dense, *kept, "-q")
     asked = switchcli(*command, "distill.loss=jsd", "--cache-only", "--json", "--out", "by-jsd")
     assert asked.code == 0, asked.err

@@ -57,7 +57,7 @@ def test_a_sweep_over_capacities(here: Path, switchcli: SwitchCLI, tmp_path: Pat
     done = switchcli("eval", "tuned", "capacities=[0.5, paper, dropless]", "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
     passes = json.loads(done.out)["passes"]
-    assert [one["capacity"]["tasks"] for one in passes] == [0.5, "paper", "dropless"]
+    assert [one["capacity"] for one in passes] == [{"text": c, "tasks": c} for c in (0.5, "paper", "dropless")]
     dropped = [one["targets"]["last"]["dropped_fraction"] for one in passes]
     assert dropped[0] > dropped[1] >= dropped[2] == 0
     assert (tmp_path / "a/capacity-0.5/predictions/last.jsonl").exists()

@@ -17,8 +17,11 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate, label_log_likelihoods
-from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.layer import SwitchLayer, evaluating
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.console import silent
+from switchcli.runs.evaluate.eval_data import labeled_rows
 from switchcli.spec import EOS
 from switchcli.system.signals import StopTraining
 from switchcli.tasks.config import CustomTask
@@ -26,6 +29,7 @@ from switchcli.tasks.scores import Score, Scores
 from switchcli.tasks.suites import MNLI, PAPER
 from switchcli.tasks.tokens import ScoredExamples, scored_examples
 from switchcli.training import scoring
+from switchcli.training.measure import Evaluator
 from switchcli.training.scoring import TaskPredictor, score_metrics, suite_scores
 from switchcli.training.scoring_spec import ScoringSpec
 
@@ -72,7 +76,7 @@ def test_each_answer_is_the_one_it_has_alone(
     size: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: ScoredExamples
 ) -> None:
     settings = ScoringSpec(batch_examples=size, decoding=Decoding(max_tokens=5, beams=beams))
-    answered = TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(exam)
+    answered = TaskPredictor(model, tokenizer, on_cpu(), settings)(exam)
     assert [one.example for one in answered] == list(exam.examples)
     for number, one in list(enumerate(answered))[::3]:
         ids = torch.from_numpy(exam.questions.padded(torch.tensor([number]).numpy()))
@@ -82,6 +86,29 @@ def test_each_answer_is_the_one_it_has_alone(
         assert one.prediction == tokenizer.decode(alone.tolist())
 
 
+@pytest.mark.parametrize(("text", "tasks"), [("dropless", 0.01), (0.01, "dropless")])
+def test_texts_and_answers_have_each_their_own_capacity(
+    text: Policy,
+    tasks: Policy,
+    model: SwitchTransformer,
+    tokenizer: Tokenizer,
+    exam: ScoredExamples,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answered_by = set()
+
+    def answered(model: SwitchTransformer, inputs_BS: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        answered_by.update(layer.policy for layer in model.modules() if isinstance(layer, SwitchLayer))
+        return torch.full((len(inputs_BS), 1), EOS)
+
+    monkeypatch.setattr(scoring, "generate", answered)
+    settings, targets = ScoringSpec(capacity=tasks), {"mine": labeled_rows(exam)}
+    found = Evaluator(tokenizer, {}, (exam,), settings, text, 2, on_cpu(), silent(), targets)(model)
+    assert answered_by == {tasks}
+    assert (found.target_records()["mine"]["dropped_fraction"] > 0) == (text != "dropless")
+    assert found.capacity == {"text": text, "tasks": tasks}
+
+
 @pytest.mark.parametrize(("beams", "tokens"), [(1, 0), (1, 4), (3, 4)])
 def test_a_stop_ends_an_exam_between_two_tokens(
     tokens: int, beams: int, model: SwitchTransformer, tokenizer: Tokenizer, exam: ScoredExamples
@@ -89,7 +116,7 @@ def test_a_stop_ends_an_exam_between_two_tokens(
     stop = StopAfter(tokens)
     settings = ScoringSpec(batch_examples=11, decoding=Decoding(max_tokens=20, beams=beams))
     with pytest.raises(StopTraining):
-        TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(exam, stop)
+        TaskPredictor(model, tokenizer, on_cpu(), settings)(exam, stop)
     assert stop.looked == tokens + 1 + (tokens > 0)  # it looks again at the end of a batch
 
 
@@ -112,7 +139,7 @@ def test_by_likelihood_an_answer_is_the_most_probable_label(
 ) -> None:
     settings = ScoringSpec(batch_examples=size, by="likelihood")
     shown: list[int] = []
-    answered = TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(choice, show=shown.append)
+    answered = TaskPredictor(model, tokenizer, on_cpu(), settings)(choice, show=shown.append)
     assert shown[-1] == len(choice.examples)
     assert shown == sorted(shown)
     texts = {one.input for one in choice.examples}
@@ -136,7 +163,7 @@ def test_of_equal_labels_the_first_one_is_the_answer(
 
     monkeypatch.setattr(scoring, "label_log_likelihoods", equal)
     settings = ScoringSpec(by="likelihood")
-    answered = TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(choice)
+    answered = TaskPredictor(model, tokenizer, on_cpu(), settings)(choice)
     assert {one.prediction for one in answered} == {"five"}
 
 
@@ -146,7 +173,7 @@ def test_a_stop_ends_a_choice_between_two_batches(
     settings = ScoringSpec(batch_examples=4, by="likelihood")
     was_training = model.training
     with pytest.raises(StopTraining):
-        TaskPredictor(model, tokenizer, on_cpu(), settings, "dropless")(choice, StopAfter(1))
+        TaskPredictor(model, tokenizer, on_cpu(), settings)(choice, StopAfter(1))
     assert model.training is was_training
 
 
@@ -173,7 +200,7 @@ def test_two_ranks_share_the_batches_and_each_has_all_answers(
     settings = ScoringSpec(batch_examples=4, by=by, decoding=Decoding(max_tokens=5))
     tables: list[torch.Tensor] = []
     alone, _, both = (
-        TaskPredictor(model, tokenizer, context, settings, "dropless")(choice)
+        TaskPredictor(model, tokenizer, context, settings)(choice)
         for context in (on_cpu(), OneOfTwo(0, tables), OneOfTwo(1, tables))
     )
     assert both == alone
@@ -186,7 +213,7 @@ def _chosen(folder: Path, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
     context = DistributedContext("cpu", "float32", mesh)
     model, _ = model_of(SPARSE.model_copy(update={"vocab_size": 128}), context)
     tokenizer = Tokenizer.from_json(tokenizer_json)
-    predictor = TaskPredictor(model, tokenizer, context, BY_LIKELIHOOD, "dropless")
+    predictor = TaskPredictor(model, tokenizer, context, BY_LIKELIHOOD)
     return [one.prediction for one in predictor(the_examples(folder / str(context.rank), tokenizer, LABELS))]
 
 
@@ -197,7 +224,7 @@ def _chosen(folder: Path, mesh: ParallelSpec, tokenizer_json: str) -> list[str]:
 def test_ranks_choose_the_same_labels(mesh: str, choice: ScoredExamples, tokenizer: Tokenizer, tmp_path: Path) -> None:
     world, parallel = MESHES[mesh]
     model = a_model(SPARSE.model_copy(update={"vocab_size": 128}))
-    alone = TaskPredictor(model, tokenizer, on_cpu(), BY_LIKELIHOOD, "dropless")(choice)
+    alone = TaskPredictor(model, tokenizer, on_cpu(), BY_LIKELIHOOD)(choice)
     for chosen in on_ranks(world, _chosen, tmp_path, parallel, tokenizer.to_json()):
         assert chosen == [one.prediction for one in alone]
 

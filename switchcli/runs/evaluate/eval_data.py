@@ -24,6 +24,7 @@ from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.training.loss import packed_cross_entropy
 from switchcli.training.measure import Evaluator
+from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.validation import HeldOutText
 
 BATCH_ROWS = 16
@@ -67,8 +68,8 @@ def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: Distributed
     context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, model.tokenizer, console))
     labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
     evaluators = tuple(
-        Evaluator(model.tokenizer, texts, scored, recipe.scoring, capacity, BATCH_ROWS, context, console, labeled)
-        for capacity in _capacities(model, recipe)
+        Evaluator(model.tokenizer, texts, scored, scoring, capacity, BATCH_ROWS, context, console, labeled)
+        for capacity, scoring in _capacities(model, recipe)
     )
     return EvalData(evaluators, prepared)
 
@@ -79,11 +80,11 @@ def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
     return HeldOutText(rows, examples.packed.num_rows, objective=packed_cross_entropy)
 
 
-def _capacities(model: LoadedModel, recipe: EvalRecipe) -> list[dict[str, Policy]]:
-    """Return the capacities to measure with, for text and for tasks."""
-    if recipe.capacities is not None:
-        return [{"text": capacity, "tasks": capacity} for capacity in recipe.capacities]
-    return [{"text": model.recipe.eval.capacity, "tasks": recipe.scoring.capacity}]
+def _capacities(model: LoadedModel, recipe: EvalRecipe) -> list[tuple[Policy, ScoringSpec]]:
+    """Return the capacities to measure text with, each with the settings that score tasks."""
+    if recipe.capacities is None:
+        return [(model.recipe.eval.capacity, recipe.scoring)]
+    return [(capacity, recipe.scoring.model_copy(update={"capacity": capacity})) for capacity in recipe.capacities]
 
 
 def training_identity(model: LoadedModel, recipe: EvalRecipe, prepared: PreparedTexts | None) -> str | None:

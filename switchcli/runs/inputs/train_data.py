@@ -9,7 +9,6 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import batch_problem
 from switchcli.errors import DataError, RecipeError
-from switchcli.model.moe.router import Policy
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.tasks.tokens import ScoredExamples
@@ -58,7 +57,7 @@ class RunData(ABC):
     def _evaluator(
         self, tokenizer: Tokenizer, texts: Mapping[str, HeldOutText], tasks: tuple[ScoredExamples, ...] = ()
     ) -> Evaluator:
-        capacity: dict[str, Policy] = {"text": self._recipe.eval.capacity, "tasks": self.scoring.capacity}
+        capacity = self._recipe.eval.capacity
         rows = microbatch_rows(self._recipe, self._context)
         return Evaluator(tokenizer, texts, tasks, self.scoring, capacity, rows, self._context, self._console)
 

@@ -250,5 +250,4 @@ def _evaluator(
 ) -> tuple[Evaluator, PreparedTexts | None]:
     """Return what measures a model, without answers to tasks, and the text, tokenized."""
     data = build_eval_data(model, recipe, context, console)
-    policy = _capacity(recipe)
-    return data.evaluators[0]._replace(tasks=(), capacity={"text": policy, "tasks": policy}), data.prepared
+    return data.evaluators[0]._replace(tasks=(), capacity=_capacity(recipe)), data.prepared

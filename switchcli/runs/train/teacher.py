@@ -191,7 +191,7 @@ class RunTeacher:
         scoring = evaluator.scoring.model_dump(mode="json", include=keys)
         return {
             "held_out": digest.hexdigest(),
-            "capacity": evaluator.capacity["text"],
+            "capacity": evaluator.capacity,
             "scoring": scoring,
             "precision": self._recipe.train.precision,
         }
@@ -297,9 +297,9 @@ class RunTeacher:
             }
             with self._filling(answers, folder, facts, range(examples)) as missing, self._stoppable(place) as stop:
                 if missing:
-                    scoring = recipe.scoring.model_copy(update={"decoding": decoding, "by": "generation"})
-                    capacity = self._settings.capacity
-                    predictor = TaskPredictor(self.load(), self._handle.tokenizer, context, scoring, capacity)
+                    changes = {"decoding": decoding, "by": "generation", "capacity": self._settings.capacity}
+                    scoring = recipe.scoring.model_copy(update=changes)
+                    predictor = TaskPredictor(self.load(), self._handle.tokenizer, context, scoring)
                     message = f"generating the teacher's answers to {name}"
                     for part in self._console.track(missing, message, len(missing)):
                         ids_XT = predictor.answer_ids(Questions(packed.inputs, packed.lengths.inputs, part), stop)
