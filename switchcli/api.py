@@ -256,7 +256,7 @@ class Model:
         self._handle = handle
         self._device = device
         self._precision: LoadPrecision = precision
-        self._loaded: LoadedModel | None = None
+        self._model: SwitchTransformer | None = None
 
     @property
     def path(self) -> Path:
@@ -286,13 +286,13 @@ class Model:
         int64 token ids, padded with 0 at the end. B must be a multiple of `recipe.model.group_sequences`. Experts have
         the slots of the router's `eval_capacity_factor`, and tokens beyond them are dropped (the policy `paper`).
         """
-        return self._load().model
+        if self._model is None:
+            self._model = load_model(self._handle, self._device, self._precision)
+        return self._model
 
     def _load(self) -> LoadedModel:
         """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
-        if self._loaded is None:
-            self._loaded = load_model(self._handle, self._device, self._precision)
-        return self._loaded
+        return LoadedModel(self._handle, self.model)
 
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}, step {self.step})"
@@ -378,7 +378,7 @@ class Model:
         if tasks is not None:
             texts.append(_override("tasks", _as_list(tasks)))
         resolved = resolve_evaluation(self, recipe, texts)
-        exact = self._loaded if self._precision == "float32" else None  # else the weights are read again
+        exact = self._model if self._precision == "float32" else None  # else the weights are read again
         return eval_job.measure(self._handle, resolved, None if out is None else Path(out), quiet, exact)
 
     def routing(self, texts: Sequence[str], *, capacity: Policy = "dropless") -> list[TextRouting]:

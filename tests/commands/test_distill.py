@@ -204,7 +204,7 @@ def test_a_student_learns_its_teachers_answers_which_are_generated_once(
     for prompt in ("which colour", "last word"):
         expected.append([])
         for row in rows[:4]:
-            ids = torch.tensor([[*teacher.tokenizer.encode(f"{prompt}: {row['text']}"), EOS]])
+            ids = torch.tensor([[*teacher.handle.tokenizer.encode(f"{prompt}: {row['text']}"), EOS]])
             with evaluating(teacher.model, "dropless"):
                 answer = generate(teacher.model, ids, decoding)[0].tolist()
             expected[-1].append(answer + [PAD] * (32 - len(answer)))
@@ -279,7 +279,7 @@ def test_experts_side_by_side_from_the_teacher_itself_and_with_kept_answers(
     assert set(said["student_init"]["widened"]) == {name.format(0) for name in matrices}
     assert not said["student_init"]["random_init"]
     # Two matrices of 64 more hidden units, in two blocks of each stack, for each token of inputs and of targets.
-    recipe = load_checkpoint(Path("a"), torch.device("cpu"), NoWarnings()).recipe
+    recipe = load_checkpoint(Path("a"), torch.device("cpu"), NoWarnings()).handle.recipe
     tokens = 2 * (recipe.inputs_length + recipe.targets_length)
     more = 2 * 2 * 64 * 32 * tokens / recipe.inputs_length
     flops = {role: said[role]["flops_per_token"] for role in ("teacher", "student", "baseline")}

@@ -75,7 +75,7 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
     )
     assert (
         result["experts"]["after"]
-        == load_checkpoint(Path("small"), torch.device("cpu"), NoWarnings()).recipe.model.num_experts
+        == load_checkpoint(Path("small"), torch.device("cpu"), NoWarnings()).handle.recipe.model.num_experts
     )
     assert result["next"].split()[:3] == ["pretrain", "RECIPE", "--model"]
 
@@ -143,7 +143,7 @@ def loaded(path: Path | str) -> LoadedModel:
 
 @torch.no_grad()
 def outputs(model: LoadedModel, source: str, target: str) -> ModelOutput:
-    ids = (torch.tensor([[*model.tokenizer.encode(text), 1]]) for text in (source, target))
+    ids = (torch.tensor([[*model.handle.tokenizer.encode(text), 1]]) for text in (source, target))
     with evaluating(model.model, "dropless"):
         return model.model(*ids)
 
@@ -166,14 +166,15 @@ def test_the_tokens_of_a_text(case: str, trained: Path, dense: Path, recipe: str
 
     whole, small = loaded("fewer" if case == "with experts" else source), loaded("small")
     size = result["vocabulary"]
-    assert size["before"] == 512 > size["after"] == small.recipe.model.vocab_size == small.tokenizer.vocab_size
+    tokenizer = small.handle.tokenizer
+    assert size["before"] == 512 > size["after"] == small.handle.recipe.model.vocab_size == tokenizer.vocab_size
     assert size["after"] % 64 == 0 < size["after"] - size["needed"] < 64
     for when, one in (("before", loaded(source)), ("after", small)):
         assert result["parameters"][when] == sum(weight.numel() for weight in one.model.parameters())
         assert result["bytes"][when] == 4 * result["parameters"][when]
-    ids = {piece: index for index, piece in enumerate(whole.tokenizer.pieces(range(512)))}
-    kept = [ids[piece] for piece in small.tokenizer.pieces(range(size["after"]))]
-    assert small.tokenizer.sentinels.tolist() == list(range(size["after"] - 1, size["after"] - 101, -1))
+    ids = {piece: index for index, piece in enumerate(whole.handle.tokenizer.pieces(range(512)))}
+    kept = [ids[piece] for piece in tokenizer.pieces(range(size["after"]))]
+    assert tokenizer.sentinels.tolist() == list(range(size["after"] - 1, size["after"] - 101, -1))
     for text in ("the red <extra_id_0> is not blue", "walk the delta"):
         before, after = (outputs(model, text, "<extra_id_0> red walk") for model in (whole, small))
         assert torch.equal(after.hidden_BTD, before.hidden_BTD)
@@ -240,19 +241,19 @@ def test_a_trimmed_model_trains_on_and_goes_to_transformers(bilingual: Path, swi
     assert (done.code, done.err.count("warning"), lacking(done.err, "warning: han byte_fallback")) == (0, 1, []), (
         done.err
     )
-    assert loaded("on").tokenizer.sha256 == loaded("small").tokenizer.sha256
+    assert loaded("on").handle.tokenizer.sha256 == loaded("small").handle.tokenizer.sha256
     assert switchcli("convert", "small", "theirs", "--to", "huggingface").code == 0
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained("theirs").eval()
     tokenizer, text = transformers.AutoTokenizer.from_pretrained("theirs"), "abc def <extra_id_0> hij"
     batch = tokenizer([text], return_tensors="pt")
-    assert batch.input_ids.tolist() == [[*loaded("small").tokenizer.encode(text), 1]]
+    assert batch.input_ids.tolist() == [[*loaded("small").handle.tokenizer.encode(text), 1]]
     with torch.no_grad():
         expected = theirs(**batch, labels=batch.input_ids).logits
     torch.testing.assert_close(outputs(loaded("small"), text, text).logits_BTV, expected, rtol=1e-5, atol=1e-5)
     Path("few.txt").write_text("abc def")
     corpus = f"text.corpora=[{{kind: files, paths: [{bilingual}/latin.txt], sample_by: line}}]"
     result = result_of(switchcli, "theirs", "smaller", "--vocabulary", "few.txt", corpus, "text.sequences=4")
-    assert result["vocabulary"]["after"] == loaded("smaller").tokenizer.vocab_size == 128
+    assert result["vocabulary"]["after"] == loaded("smaller").handle.tokenizer.vocab_size == 128
 
 
 @pytest.mark.integration
@@ -264,11 +265,21 @@ def test_a_tokenizer_of_tasks(tuned: Path, switchcli: SwitchCLI) -> None:
     assert switchcli("generate", "small", "which colour: red").code == 0
 
 
+@pytest.mark.integration
+def test_a_converted_model_is_not_told_what_it_was_not_trained_on(tuned: Path, switchcli: SwitchCLI) -> None:
+    """Neither the whole one nor the smaller one: how they were trained is not known."""
+    assert switchcli("convert", tuned, "theirs", "--to", "huggingface", "--quiet").code == 0
+    Path("few.txt").write_text(FEW)
+    Path("mine.jsonl").write_text('{"text": "the red walk", "word": "walk"}\n' * 3)
+    task = "tasks=[{kind: files, name: mine, input: '{text}', target: word, validation: [mine.jsonl]}]"
+    done = switchcli("prune", "theirs", "small", "--vocabulary", "few.txt", task)
+    assert (done.code, "warning" in done.err) == (0, False), done.err
+
+
 def test_a_text_that_needs_all_tokens(bilingual: Path, switchcli: SwitchCLI) -> None:
     file = ("--vocabulary", bilingual / "latin.txt")
     assert switchcli("prune", bilingual / "run", "small", *file, "--quiet").code == 0
     done = switchcli("prune", "small", "smaller", *file)
-    assert (done.code, lacking(done.err, f"--vocabulary {loaded('small').tokenizer.vocab_size} 64")) == (3, []), (
-        done.err
-    )
+    words = f"--vocabulary {loaded('small').handle.tokenizer.vocab_size} 64"
+    assert (done.code, lacking(done.err, words)) == (3, []), done.err
     assert not Path("smaller").exists()

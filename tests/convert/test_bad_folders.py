@@ -324,7 +324,7 @@ def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
     for source, name, to in [(folder, "step-7", "switchcli"), (tmp_path / "step-7", "step-00000007", "huggingface")]:
         done = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / name), "--to", to])
         assert done.exit_code == 0
-        assert load_checkpoint(tmp_path / name, torch.device("cpu"), NoWarnings()).step == 0
+        assert load_checkpoint(tmp_path / name, torch.device("cpu"), NoWarnings()).handle.step == 0
 
 
 def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_name_on_the_hub(made: Path, tmp_path: Path, monkeypatch: pytest.Monke
     files += ["model.safetensors.index.json", "model.fp16.safetensors", "model_2.safetensors", "spiece.model"]
     wanted = [*files[:5], "spiece.model"]
     assert [file for file in files if any(fnmatch(file, pattern) for pattern in asked[0][2])] == wanted
-    assert load_checkpoint(Path("ours"), torch.device("cpu"), NoWarnings()).step == 0
+    assert load_checkpoint(Path("ours"), torch.device("cpu"), NoWarnings()).handle.step == 0
 
 
 def test_pickles_of_the_hub_are_downloaded_only_when_asked_for(

@@ -43,7 +43,7 @@ def opened(folder: Path) -> LoadedModel:
 
 
 def rows(model: LoadedModel, texts: list[str]) -> torch.Tensor:
-    ids = [torch.tensor([*model.tokenizer.encode(text), EOS]) for text in texts]
+    ids = [torch.tensor([*model.handle.tokenizer.encode(text), EOS]) for text in texts]
     return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
 
 
@@ -109,7 +109,7 @@ def test_its_tokenizer_gives_the_tokens_of_an_input_and_the_text_of_an_answer(tm
     source = ours(tmp_path, SPECS["T5 1.0"])
     assert convert(source, tmp_path / "there", "--to", "ctranslate2").exit_code == 0
     inner = tokenizers.Tokenizer.from_file(str(tmp_path / "there/tokenizer.json"))
-    ids = [*opened(source).tokenizer.encode(TEXTS[0]), EOS]
+    ids = [*opened(source).handle.tokenizer.encode(TEXTS[0]), EOS]
     tokens = json.loads((tmp_path / "there/shared_vocabulary.json").read_text())
     assert inner.encode(TEXTS[0]).tokens == [tokens[index] for index in ids]
 

@@ -111,7 +111,7 @@ def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, versi
     run(source, tmp_path / "ours", "--to", "switchcli")
     converted = opened(tmp_path / "ours")
     theirs.assert_same_logits(converted.model, model)
-    assert converted.recipe.model == opened(source).recipe.model
+    assert converted.handle.recipe.model == opened(source).handle.recipe.model
 
     run(tmp_path / "ours", tmp_path / "back", "--to", "hf")
     after = load_file(tmp_path / "back/model.safetensors")
@@ -148,7 +148,7 @@ def test_ours_computes_the_same_there_and_comes_back_as_it_was(case: str, tmp_pa
 
     run(tmp_path / "theirs", tmp_path / "back", "--to", "switchcli")
     assert_equal(weights(tmp_path / "back"), weights(source))
-    after = opened(tmp_path / "back").recipe.model
+    after = opened(tmp_path / "back").handle.recipe.model
     same = ("size", "router", "decoder_router", "sparse_encoder_layers", "sparse_decoder_layers", "sparse_every")
     same += ("num_decoder_layers", "init_scale")
     assert after.model_copy(update={name: getattr(SPECS[case], name) for name in same}) == SPECS[case]
@@ -237,7 +237,7 @@ def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(kind: str, tmp_pa
         path.write_text(path.read_text().replace('"feed_forward_proj"', '"other"'))
     loaded = opened(source)
     theirs.assert_same_logits(loaded.model, model)
-    assert not loaded.recipe.model.tie_embeddings
+    assert not loaded.handle.recipe.model.tie_embeddings
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
@@ -247,10 +247,10 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     run(source, tmp_path / "theirs", "--to", "huggingface")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     text = "ab <extra_id_0> cd"
-    assert tokenizer(text).input_ids == [*opened(source).tokenizer.encode(text), 1]
+    assert tokenizer(text).input_ids == [*opened(source).handle.tokenizer.encode(text), 1]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     run(tmp_path / "theirs", tmp_path / "back", "--to", "switchcli")
-    assert opened(tmp_path / "back").tokenizer.encode(text) == opened(source).tokenizer.encode(text)
+    assert opened(tmp_path / "back").handle.tokenizer.encode(text) == opened(source).handle.tokenizer.encode(text)
 
 
 def test_generate_answers_from_either_layout_as_transformers_does(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_generate_answers_from_either_layout_as_transformers_does(tmp_path: Path
         )
         for path in (source, tmp_path / "ours")
     ]
-    tokenizer = opened(source).tokenizer
+    tokenizer = opened(source).handle.tokenizer
     ids = torch.tensor([[*tokenizer.encode("ab <extra_id_0> c"), 1]])
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert [answer.stdout for answer in answers] == [tokenizer.decode(expected[0].tolist()) + "\n"] * 2

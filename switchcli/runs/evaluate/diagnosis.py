@@ -113,7 +113,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
         return subject
     loaded = load_checkpoint(path, torch.device("cpu"), console)
     subject = switchcli_subject.SwitchcliSubject(loaded.model, initialized=False)
-    subject.real_text = _real_text(subject, loaded.tokenizer)
+    subject.real_text = _real_text(subject, loaded.handle.tokenizer)
     return subject
 
 

@@ -17,7 +17,7 @@ from switchcli.model.moe.router import Policy
 from switchcli.recipe.schema import EvalRecipe, TextRecipe
 from switchcli.report.console import Console, silent
 from switchcli.runs.inputs import text_sets
-from switchcli.runs.inputs.loading import LoadedModel
+from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, scored_examples_of
 from switchcli.runs.inputs.train_data import check_same_data
 from switchcli.tasks import tokens
@@ -41,7 +41,9 @@ class EvalData(NamedTuple):
     """The text, tokenized; None without one."""
 
 
-def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: DistributedContext, console: Console) -> EvalData:
+def build_eval_data(
+    handle: CheckpointHandle, recipe: EvalRecipe, context: DistributedContext, console: Console
+) -> EvalData:
     """Read the texts and the tasks. Warn on the main rank about what the model does not know. Collective.
 
     Raises:
@@ -49,27 +51,27 @@ def build_eval_data(model: LoadedModel, recipe: EvalRecipe, context: Distributed
         DataError: the text or the tasks cannot be used, or the ranks read different ones.
     """
     tasks = tasks_of(recipe.tasks)
-    new_tasks = [name for name in tasks if name not in model.recipe.named_tasks]
-    if new_tasks and model.has_training_recipe:
-        context.main_only(lambda: _warn_about_new_tasks(model, new_tasks, console))
+    new_tasks = [name for name in tasks if name not in handle.recipe.named_tasks]
+    if new_tasks and handle.has_training_recipe:
+        context.main_only(lambda: _warn_about_new_tasks(handle, new_tasks, console))
     scored = context.main_first(
-        lambda: scored_examples_of(tasks.values(), recipe.data, recipe.scoring, model.tokenizer)
+        lambda: scored_examples_of(tasks.values(), recipe.data, recipe.scoring, handle.tokenizer)
     )
-    check_same_data(digests_of(scored, model.tokenizer), context)
+    check_same_data(digests_of(scored, handle.tokenizer), context)
     prepared, texts = None, dict[str, HeldOutText]()
     if recipe.text is not None:
-        data = _data_spec(model, recipe.text, recipe.data.inputs_length)
+        data = _data_spec(handle, recipe.text, recipe.data.inputs_length)
         sequences = recipe.text.sequences
         prepared = context.main_first(
-            lambda: text_sets.prepare_texts(data, sequences, console, model.tokenizer, needed=(HELD_OUT,))
+            lambda: text_sets.prepare_texts(data, sequences, console, handle.tokenizer, needed=(HELD_OUT,))
         )
         check_same_data(prepared.digests(), context)
         texts = text_sets.held_out_rows(prepared, data, sequences, console)
-    context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, model.tokenizer, console))
+    context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, handle.tokenizer, console))
     labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
     evaluators = tuple(
-        Evaluator(model.tokenizer, texts, scored, scoring, capacity, BATCH_ROWS, context, console, labeled)
-        for capacity, scoring in _capacities(model, recipe)
+        Evaluator(handle.tokenizer, texts, scored, scoring, capacity, BATCH_ROWS, context, console, labeled)
+        for capacity, scoring in _capacities(handle, recipe)
     )
     return EvalData(evaluators, prepared)
 
@@ -80,19 +82,19 @@ def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
     return HeldOutText(rows, examples.packed.num_rows, objective=packed_cross_entropy)
 
 
-def _capacities(model: LoadedModel, recipe: EvalRecipe) -> list[tuple[Policy, ScoringSpec]]:
+def _capacities(handle: CheckpointHandle, recipe: EvalRecipe) -> list[tuple[Policy, ScoringSpec]]:
     """Return the capacities to measure text with, each with the settings that score tasks."""
     if recipe.capacities is None:
-        return [(model.recipe.eval.capacity, recipe.scoring)]
+        return [(handle.recipe.eval.capacity, recipe.scoring)]
     return [(capacity, recipe.scoring.model_copy(update={"capacity": capacity})) for capacity in recipe.capacities]
 
 
-def training_identity(model: LoadedModel, recipe: EvalRecipe, prepared: PreparedTexts | None) -> str | None:
+def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: PreparedTexts | None) -> str | None:
     """Return the digest of training rows made of this text as the model's were, "" if none can be made.
 
     None if the recipe names other text than that of the model's own recipe.
     """
-    trained, text = model.recipe, recipe.text
+    trained, text = handle.recipe, recipe.text
     if prepared is None or not isinstance(trained, TextRecipe):
         return None
     if any(getattr(trained.text, key) != getattr(text, key) for key in TEXT_KEYS):
@@ -103,9 +105,9 @@ def training_identity(model: LoadedModel, recipe: EvalRecipe, prepared: Prepared
         return ""
 
 
-def _data_spec(model: LoadedModel, text: TextSpec, inputs_length: int) -> DataSpec:
+def _data_spec(handle: CheckpointHandle, text: TextSpec, inputs_length: int) -> DataSpec:
     """Return the text with the objective and the packing of the model's training, in rows of `inputs_length`."""
-    trained = model.recipe.text
+    trained = handle.recipe.text
     objective: TextObjective = SpanCorruption(inputs_length=inputs_length)
     packing: dict[str, Any] = {}
     # A converted checkpoint has a recipe too, with the default objective.
@@ -116,12 +118,12 @@ def _data_spec(model: LoadedModel, text: TextSpec, inputs_length: int) -> DataSp
     return DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective, **packing)
 
 
-def _warn_about_new_tasks(model: LoadedModel, names: Sequence[str], console: Console) -> None:
+def _warn_about_new_tasks(handle: CheckpointHandle, names: Sequence[str], console: Console) -> None:
     """Print a warning that the model was not trained on the tasks of these names."""
-    verb = model.recipe.verb
+    verb = handle.recipe.verb
     training = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
     console.warning(
-        f"{model.path} {training}: it does not know the form of the answers, and its scores will be near 0; "
+        f"{handle.path} {training}: it does not know the form of the answers, and its scores will be near 0; "
         "`switchcli finetune` teaches it"
     )
 

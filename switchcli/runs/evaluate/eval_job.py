@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
@@ -17,7 +18,8 @@ from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_malformed
-from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, load_model
+from switchcli.runs.inputs.loading import CheckpointHandle, load_model
+from switchcli.runs.inputs.new_folder import data_document
 from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.job.run_dir import run_name
 from switchcli.system import publish
@@ -130,7 +132,7 @@ class Evaluation(NamedTuple):
 
 
 def measure(
-    handle: CheckpointHandle, recipe: EvalRecipe, out: Path | None, quiet: bool, model: LoadedModel | None = None
+    handle: CheckpointHandle, recipe: EvalRecipe, out: Path | None, quiet: bool, model: SwitchTransformer | None = None
 ) -> Evaluation:
     """Measure the checkpoint on the data of the recipe, and write the result folder `out` unless it is None.
 
@@ -152,13 +154,13 @@ def measure(
     with memory.explain_out_of_memory_in_evaluation(context.device):
         if model is None:
             model = load_model(handle, context.device)
-        found, device = model.model.embedding.device, context.device
+        found, device = model.embedding.device, context.device
         if (found.type, found.index or 0) != (device.type, device.index or 0):  # without a number: the first one
             raise RecipeError(f"the model is on {found}, and this process computes on {device}: move it there")
-        data = build_eval_data(model, recipe, context, console)
-        trained_text = training_identity(model, recipe, data.prepared)
+        data = build_eval_data(handle, recipe, context, console)
+        trained_text = training_identity(handle, recipe, data.prepared)
         context.main_only(lambda: _warn_about_other_text(handle, trained_text, console))
-        passes = tuple(evaluator.with_intervals(evaluator(model.model)) for evaluator in data.evaluators)
+        passes = tuple(evaluator.with_intervals(evaluator(model)) for evaluator in data.evaluators)
         scored = data.evaluators[0].tasks
         for measured in passes:
             explain_malformed(console, scored, measured.scores, measured.answers)
@@ -181,22 +183,20 @@ def measure(
 
 def _warn_about_other_text(handle: CheckpointHandle, identity: str | None, console: Console) -> None:
     """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
-    if handle.native is None or not handle.has_training_recipe:
-        return
     try:
-        trained_text = json.loads(handle.native.document(DATA)).get(TEXT)
+        document = data_document(handle).get(DATA)
     except CheckpointError:  # its run has removed the checkpoint since the weights were read
         return
-    if identity is not None and trained_text != identity:
+    if identity is not None and document is not None and json.loads(document).get(TEXT) != identity:
         console.warning(
             f"the text is not the one that {handle.path} was trained on: it has changed, and rows that are held out "
             "now may have been trained on"
         )
 
 
-def _on_device_of(recipe: EvalRecipe, model: LoadedModel) -> EvalRecipe:
+def _on_device_of(recipe: EvalRecipe, model: SwitchTransformer) -> EvalRecipe:
     """Return the recipe with the type of the model's device. Raises RecipeError if it names another one."""
-    device = model.model.embedding.device.type
+    device = model.embedding.device.type
     if recipe.device not in ("auto", device):
         raise RecipeError(f"device ({recipe.device}): the model is on {device}: leave it out, or load the model there")
     return recipe.model_copy(update={"device": device})

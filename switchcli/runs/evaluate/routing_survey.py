@@ -44,18 +44,11 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
     console.message(f"measuring {' and '.join(str(handle.path) for handle in handles)}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
         models = [load_model(handle, context.device) for handle in handles]
-        evaluator = build_eval_data(models[0], recipe, context, console).evaluators[0]
+        evaluator = build_eval_data(handles[0], recipe, context, console).evaluators[0]
         texts = {**named_texts(evaluator.texts), **evaluator.targets}
-        policies = [recipe.capacities[0] if recipe.capacities else model.recipe.eval.capacity for model in models]
-        report = routing_report(
-            [model.model for model in models],
-            texts,
-            BATCH_ROWS,
-            policies,
-            context,
-            models[0].tokenizer,
-            console,
-        )
+        policies = [recipe.capacities[0] if recipe.capacities else handle.recipe.eval.capacity for handle in handles]
+        tokenizer = handles[0].tokenizer
+        report = routing_report(models, texts, BATCH_ROWS, policies, context, tokenizer, console)
         context.close()
         return {
             "recipe": recipe.model_dump(mode="json"),
@@ -63,13 +56,13 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
             "rare": report["rare"],
             "models": [
                 {
-                    "checkpoint": str(model.path),
-                    "step": model.step,
+                    "checkpoint": str(handle.path),
+                    "step": handle.step,
                     "capacity": policy,
-                    "num_experts": model.recipe.model.num_experts,
+                    "num_experts": handle.recipe.model.num_experts,
                     "layers": layers,
                 }
-                for model, policy, layers in zip(models, policies, report["layers"], strict=True)
+                for handle, policy, layers in zip(handles, policies, report["layers"], strict=True)
             ],
             "drift": report["drift"],
             **machine_info(context),

@@ -48,7 +48,7 @@ def generate(
             with evaluating(model.model, policy):
                 rows_BT = decode(model.model, inputs_BS, decoding, first=first)
             outputs = [
-                model.tokenizer.decode(row) if text.strip() else ""
+                model.handle.tokenizer.decode(row) if text.strip() else ""
                 for text, row in zip(batch, rows_BT.tolist(), strict=True)
             ]
         yield from map(Answer, batch, outputs)
@@ -68,7 +68,7 @@ def stream(model: LoadedModel, text: str, decoding: Decoding, policy: Policy, co
         for token_B in generate_columns(model.model, inputs_BS, decoding):
             ids += token_B.tolist()
             # Decoding all IDs again is needed because a character or a space may depend on several tokens.
-            answer = model.tokenizer.decode(ids)
+            answer = model.handle.tokenizer.decode(ids)
             complete = answer.rstrip(_REPLACEMENT_CHARACTER)
             if complete.startswith(printed) and complete != printed:
                 yield complete.removeprefix(printed)
@@ -95,7 +95,7 @@ class InputEncoder:
         Raises:
             DataError: a text is not UTF-8.
         """
-        max_length = self._model.recipe.inputs_length
+        max_length = self._model.handle.recipe.inputs_length
         rows = []
         for text in texts:
             self.num_texts += 1
@@ -105,7 +105,7 @@ class InputEncoder:
                 raise DataError(
                     f"text {self.num_texts} is not UTF-8 (at its character {error.start}): convert it first"
                 ) from error
-            ids = [*self._model.tokenizer.encode(text), EOS] if text.strip() else []
+            ids = [*self._model.handle.tokenizer.encode(text), EOS] if text.strip() else []
             if len(ids) > max_length:
                 self._num_cut_off += 1
                 if self._num_cut_off == 1:

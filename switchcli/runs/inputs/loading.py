@@ -65,15 +65,10 @@ LoadPrecision = Literal["float32", "selective"]
 
 
 class LoadedModel(NamedTuple):
-    """A model in evaluation mode, with its recipe and tokenizer."""
+    """A model in evaluation mode, with its checkpoint."""
 
-    path: Path
-    step: int
-    recipe: TrainingRecipe
-    tokenizer: Tokenizer
+    handle: CheckpointHandle
     model: SwitchTransformer
-    has_training_recipe: bool = True
-    """Whether the recipe describes the training. That of a converted checkpoint does not."""
 
 
 def open_model(path: Path, console: Console) -> CheckpointHandle:
@@ -105,7 +100,8 @@ def load_checkpoint(path: Path, device: torch.device, console: Console) -> Loade
         CheckpointError: there is no checkpoint, or no complete one.
         DataError: there is no tokenizer.
     """
-    return load_model(open_model(path, console), device)
+    handle = open_model(path, console)
+    return LoadedModel(handle, load_model(handle, device))
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -125,7 +121,9 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def load_model(handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32") -> LoadedModel:
+def load_model(
+    handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32"
+) -> SwitchTransformer:
     """Load the model of an open checkpoint. `selective` casts all weights to bfloat16 but those of routers."""
     limit_threads()
     model = empty_model(handle.recipe, device)
@@ -135,7 +133,7 @@ def load_model(handle: CheckpointHandle, device: torch.device, precision: LoadPr
             if not isinstance(module, RouterWeights):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.bfloat16()
-    return LoadedModel(handle.path, handle.step, handle.recipe, handle.tokenizer, model, handle.has_training_recipe)
+    return model
 
 
 def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:

@@ -119,4 +119,4 @@ def data_document(handle: CheckpointHandle) -> dict[str, bytes]:
 
     A checkpoint that is made from this one gets it too, so that `switchcli eval` measures it on the same text.
     """
-    return {DATA: handle.native.document(DATA)} if handle.native is not None and handle.has_training_recipe else {}
+    return {DATA: handle.native.document(DATA)} if handle.native and handle.has_training_recipe else {}

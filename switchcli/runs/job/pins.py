@@ -197,7 +197,7 @@ class PinFinder:
                     "RUN@STEP, and keep others by checkpoint.keep_steps"
                 )
         handle = self._open(name, path)
-        if handle.native is None or not handle.has_training_recipe:
+        if not handle.has_training_recipe:
             raise CheckpointError(
                 f"{name}: {path}: not a checkpoint of a training run, so there is no run to branch from: start from "
                 "its weights by --model"

@@ -69,12 +69,10 @@ class Export(NamedTuple):
 def model_card(handle: CheckpointHandle, parameters: int, export: Export) -> bytes:
     """Return the content of README.md for the checkpoint `handle`, converted as `export` says."""
     recipe = handle.recipe
-    result = _result(handle) if handle.has_training_recipe else {}
+    unknown = "The model was converted from another checkpoint. How it was trained is not known here.\n"
     sections = {
         "Model": _table(_model_rows(recipe, parameters, export)),
-        "Training": _training(handle),
-        "Data": _data(handle),
-        "Results": _results(result, handle),
+        **(_training_record(handle) if handle.has_training_recipe else {"Training": unknown}),
         "Limitations": _bullets(_limitations(handle, export)),
         "Use": _use(recipe, export),
     }
@@ -120,11 +118,13 @@ def _introduction(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     recipe = handle.recipe
     model = "Switch Transformer" if recipe.model.num_experts > 1 else "dense T5"
     verb = {"pretrain": "pre-trained", "finetune": "fine-tuned", "distill": "distilled from a teacher"}
-    how = verb.get(str(getattr(recipe, "verb", "")), "trained") if handle.has_training_recipe else "converted"
+    how, description = "converted", ""
+    if handle.has_training_recipe:
+        how, description = verb.get(str(getattr(recipe, "verb", "")), "trained"), recipe.description
     layout = "transformers" if export.layout == "huggingface" else "CTranslate2"
     yield f"A {model}, {how} with switchcli and saved for {layout}.\n"
-    if handle.has_training_recipe and recipe.description:
-        yield f"{markdown_text(recipe.description)}\n"
+    if description:
+        yield f"{markdown_text(description)}\n"
 
 
 def _model_rows(recipe: TrainingRecipe, parameters: int, export: Export) -> Iterator[tuple[str, Value]]:
@@ -142,9 +142,8 @@ def _model_rows(recipe: TrainingRecipe, parameters: int, export: Export) -> Iter
         yield "experts", f"{spec.num_experts} in each sparse layer, router {spec.router.kind}"
 
 
-def _training(handle: CheckpointHandle) -> str:
-    if not handle.has_training_recipe:
-        return "The model was converted from another checkpoint. How it was trained is not known here.\n"
+def _training_record(handle: CheckpointHandle) -> dict[str, str]:
+    """Return the sections on the training, its data and its results, by title."""
     recipe = handle.recipe
     rows: dict[str, Value] = {
         **({"steps": handle.step} if handle.step else {}),  # of a model that was changed since, they are not known
@@ -154,13 +153,10 @@ def _training(handle: CheckpointHandle) -> str:
         "lengths in tokens": f"inputs {recipe.inputs_length:,}, targets {recipe.targets_length:,}",
         **{name: _settings(values) for name, values in recipe.summary.items()},
     }
-    return _table(rows.items())
+    return {"Training": _table(rows.items()), "Data": _data(recipe), "Results": _results(handle)}
 
 
-def _data(handle: CheckpointHandle) -> str:
-    recipe = handle.recipe
-    if not handle.has_training_recipe:
-        return ""
+def _data(recipe: TrainingRecipe) -> str:
     if recipe.named_tasks:
         names = ", ".join(map(markdown_text, recipe.named_tasks))
         return f"Tasks: {names}.\n"
@@ -199,7 +195,8 @@ def _languages(corpora: Iterable[CorpusSpec]) -> list[str]:
     return sorted({language for language in named if language})
 
 
-def _results(result: Mapping[str, Any], handle: CheckpointHandle) -> str:
+def _results(handle: CheckpointHandle) -> str:
+    result = _result(handle)
     if not result:
         return f"No result of step {handle.step:,} was found next to the checkpoint.\n" if handle.step else ""
     branched_at = number(as_mapping(result.get("start")).get("step"))

@@ -29,7 +29,7 @@ from switchcli.report.console import Console
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
 from switchcli.runs.evaluate.eval_job import resolve_recipe
-from switchcli.runs.inputs.loading import CheckpointHandle, LoadedModel, empty_model, load_model, open_model
+from switchcli.runs.inputs.loading import CheckpointHandle, empty_model, load_model, open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
     continuation_recipe,
@@ -86,31 +86,33 @@ def prune(
     console.message(f"measuring {handle.path}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
         original = load_model(handle, context.device)
-        evaluator, _ = _evaluator(original, recipe, context, console)
-        with pruning.probability_mass(original.model) as mass:
-            measured = evaluator(original.model)
+        evaluator, _ = _evaluator(handle, recipe, context, console)
+        with pruning.probability_mass(original) as mass:
+            measured = evaluator(original)
         before = measured.parts()
         if not before:
             raise DataError(f"{handle.path}: no labeled example in what it is measured on: name text or other tasks")
         layer_plans = {}
         if experts is not None:
-            layer_plans = pruning.plan_pruning(original.model, measured.load(), mass, experts, gate)
+            layer_plans = pruning.plan_pruning(original, measured.load(), mass, experts, gate)
         tokens_K = None if trimmed is None else torch.from_numpy(trimmed.kept).to(context.device)
         tokenizer = handle.tokenizer if trimmed is None else trimmed.tokenizer
-        pruned = LoadedModel(destination, 0, pruned_recipe, tokenizer, empty_model(pruned_recipe, context.device))
-        pruning.prune(original.model, layer_plans, pruned.model, by, tokens_K)
+        pruned = empty_model(pruned_recipe, context.device)
+        pruning.prune(original, layer_plans, pruned, by, tokens_K)
         documents, pruned_evaluator = data_document(handle), evaluator
         if trimmed is not None:
-            pruned_evaluator, prepared = _evaluator(pruned, recipe, context, console)
+            # What is measured: the weights of the original, which it still has, are not read.
+            pruned_handle = handle._replace(path=destination, recipe=pruned_recipe, tokenizer=tokenizer)
+            pruned_evaluator, prepared = _evaluator(pruned_handle, recipe, context, console)
             # The text is that of the training, in other tokens.
-            if documents and (identity := training_identity(pruned, recipe, prepared)):
+            if documents and (identity := training_identity(pruned_handle, recipe, prepared)):
                 documents[DATA] = json.dumps({**json.loads(documents[DATA]), TEXT: identity}).encode()
-        after = pruned_evaluator(pruned.model).parts()
+        after = pruned_evaluator(pruned).parts()
     publish_checkpoint(
         destination,
         continuation_recipe(pruned_recipe, destination),
         tokenizer,
-        logical_tensors(pruned.model),
+        logical_tensors(pruned),
         documents,
     )
     context.close()
@@ -246,8 +248,8 @@ def _tokens(text: HeldOutText) -> torch.Tensor:
 
 
 def _evaluator(
-    model: LoadedModel, recipe: EvalRecipe, context: DistributedContext, console: Console
+    handle: CheckpointHandle, recipe: EvalRecipe, context: DistributedContext, console: Console
 ) -> tuple[Evaluator, PreparedTexts | None]:
     """Return what measures a model, without answers to tasks, and the text, tokenized."""
-    data = build_eval_data(model, recipe, context, console)
+    data = build_eval_data(handle, recipe, context, console)
     return data.evaluators[0]._replace(tasks=(), capacity=_capacity(recipe)), data.prepared

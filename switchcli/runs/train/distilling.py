@@ -210,7 +210,7 @@ class Distillation(DistillRules):
             }
         baseline_value = self._settings.baseline
         if baseline is not None:
-            baseline_model = load_model(baseline, self.context.device).model
+            baseline_model = load_model(baseline, self.context.device)
             baseline_measured = ModelMetrics.measure(baseline_model, trainer.evaluator, recipe.inputs_length)
             baseline_value = baseline_measured.metrics[metric]
             baseline_row = _row(baseline.recipe.model, recipe, baseline_measured)

@@ -134,7 +134,7 @@ class RunTeacher:
     def load(self) -> SwitchTransformer:
         """Return the model, which is loaded on the first call."""
         if self._model is None:
-            self._model = load_model(self._handle, self._context.device).model
+            self._model = load_model(self._handle, self._context.device)
             if self._recipe.train.compile:
                 self._context.compile(self._model)
         return self._model
