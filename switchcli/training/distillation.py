@@ -15,7 +15,7 @@ Padding counts in neither sum. The load-balancing and z-losses of a sparse stude
 # Deviates: Mesh-TensorFlow (StudentTeacher) adds an output z-loss to both parts, which is in no loss here.
 
 Legend: B batch, T target, V vocabulary (for the student this rank's rows of it), D model, N targets of all sequences,
-C targets of a chunk, K cached probabilities of a target, M sums.
+C targets of a chunk, K cached probabilities of a target, O outcomes: K tokens and, if K < V, any other one; M sums.
 """
 
 from abc import ABC, abstractmethod
@@ -136,56 +136,50 @@ class CachedTeacherProbs(TeacherProbs):
         """
         assert beta in (0.0, 1.0), "jsd needs the teacher's whole vocabulary: refused with the recipe"
         teacher = TeacherTopK(*(tensor[chunk] for tensor in self._kept))
-        # [C, K]: the row of each token among this rank's rows, or any row, with q 0, for a token on another rank.
+        # [C, K]: the row of each token among this rank's rows, or any row for a token on another rank.
         token = vocabulary.locate(teacher.ids.long())
-        q_CK, rest_C = teacher.probability.to(log_p_CV.dtype), teacher.rest.to(log_p_CV.dtype)
-        total_C1 = (q_CK.sum(1) + rest_C).unsqueeze(1)  # not exactly 1, because cached probabilities are rounded
-        q_CK = token.zero_others(q_CK)
-        counts_rest = float(vocabulary.axis.rank == 0)  # the sum over ranks must contain the rest once
-        log_p_CK = log_p_CV.gather(1, token.row)
-        cross_entropy_C = -(q_CK * log_p_CK).sum(1)
-        entropy_C = -(torch.xlogy(q_CK, q_CK).sum(1) + counts_rest * torch.xlogy(rest_C, rest_C))
-        others_CV = log_rest_C = None
-        num_tokens = log_p_CV.shape[1] * vocabulary.axis.size
-        if token.row.shape[1] < num_tokens:  # K < V: there are other tokens
-            others_CV, log_rest_C = _others(log_p_CV, token, vocabulary)
-            cross_entropy_C = cross_entropy_C - counts_rest * rest_C * log_rest_C
-        gradient_CV = None
+        q_CO, log_p_CO, others_CV = teacher.probability, log_p_CV.gather(1, token.row), None
+        kept = token.row.shape[1]
+        if kept < log_p_CV.shape[1] * vocabulary.axis.size:  # K < V: there are other tokens
+            others_CV = _others(log_p_CV, token)
+            q_CO = torch.cat([q_CO, teacher.rest.unsqueeze(1)], 1)
+            log_p_CO = torch.cat([log_p_CO, vocabulary.logsumexp(others_CV).unsqueeze(1)], 1)
+        q_CO = q_CO.to(log_p_CV.dtype)
+
+        def terms(x_CO: torch.Tensor) -> torch.Tensor:
+            """Return this rank's terms of the sum over outcomes, [C]: those of its tokens; on rank 0 also the rest."""
+            return token.zero_others(x_CO[:, :kept]).sum(1) + (vocabulary.axis.rank == 0) * x_CO[:, kept:].sum(1)
+
+        loss_C = cross_entropy_C = -terms(q_CO * log_p_CO)
+        entropy_C = -terms(torch.xlogy(q_CO, q_CO))
+        if beta == 1.0:
+            p_CO, log_ratio_CO = log_p_CO.exp(), log_p_CO - q_CO.clamp(min=SMALLEST[teacher.probability.dtype]).log()
+            loss_C = terms(p_CO * log_ratio_CO)
+        if not needs_gradient:
+            return SoftLoss(loss_C, cross_entropy_C, entropy_C, None)
         if beta == 0.0:
-            if needs_gradient:
-                # The sum of all q times p, minus q at the K tokens, minus the gradient of the rest: that of log_rest_C
-                # is the softmax over the other tokens, minus p. The term with p is in the first one.
-                gradient_CV = log_p_CV.exp().mul_(total_C1).scatter_add_(1, token.row, -q_CK)
-                if others_CV is not None and log_rest_C is not None:
-                    gradient_CV -= others_CV.sub_(log_rest_C.unsqueeze(1)).exp_().mul_(rest_C.unsqueeze(1))
-            return SoftLoss(cross_entropy_C, cross_entropy_C, entropy_C, gradient_CV)
-        smallest = SMALLEST[teacher.probability.dtype]
-        p_CK = token.zero_others(log_p_CK.exp())
-        log_ratio_CK = log_p_CK - q_CK.clamp(min=smallest).log()  # any value for a token on another rank: p is 0
-        loss_C = (p_CK * log_ratio_CK).sum(1)
-        rest_ratio_C = torch.zeros_like(loss_C)
-        if log_rest_C is not None:
-            rest_ratio_C = log_rest_C - rest_C.clamp(min=smallest).log()
-            loss_C = loss_C + counts_rest * log_rest_C.exp() * rest_ratio_C
-        if needs_gradient:
+            # The sum of all q (not exactly 1: cached probabilities are rounded) times p, minus q at the K tokens, minus
+            # the gradient of the rest: that of its log p is the softmax over the other tokens, minus p. The term with p
+            # is in the first one.
+            factor_C1, at_kept_CK = q_CO.sum(1, keepdim=True), -q_CO[:, :kept]
+        else:
             # p (log-ratio of its outcome - mean log-ratio): first as if all tokens were others, then the K tokens.
-            mean_C = vocabulary.axis.all_reduce(loss_C)
-            gradient_CV = log_p_CV.exp().mul_((rest_ratio_C - mean_C).unsqueeze(1))
-            gradient_CV.scatter_add_(1, token.row, p_CK * (log_ratio_CK - rest_ratio_C.unsqueeze(1)))
+            rest_ratio_C1 = log_ratio_CO[:, kept:].sum(1, keepdim=True)  # 0 without other tokens
+            factor_C1 = rest_ratio_C1 - vocabulary.axis.all_reduce(loss_C).unsqueeze(1)
+            at_kept_CK = p_CO[:, :kept] * (log_ratio_CO[:, :kept] - rest_ratio_C1)
+        gradient_CV = log_p_CV.exp().mul_(factor_C1).scatter_add_(1, token.row, token.zero_others(at_kept_CK))
+        if beta == 0.0 and others_CV is not None:
+            gradient_CV -= others_CV.sub_(log_p_CO[:, kept:]).exp_().mul_(q_CO[:, kept:])
         return SoftLoss(loss_C, cross_entropy_C, entropy_C, gradient_CV)
 
 
-def _others(
-    log_p_CV: torch.Tensor, token: LocalTokens, vocabulary: VocabularyShard
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log p with -inf at K tokens, [C, V], and the log of the probability of all others over all ranks, [C]."""
-    # -inf is added at the K tokens, so that they drop out of the logsumexp; 0 where a row only stands in for that of
-    # another rank.
+def _others(log_p_CV: torch.Tensor, token: LocalTokens) -> torch.Tensor:
+    """Return log p with -inf at K tokens: [C, V]."""
+    # -inf is added, and 0 where a row only stands in for that of another rank.
     removed_CK = log_p_CV.new_full(token.row.shape, -torch.inf)
     if token.is_local is not None:
         removed_CK = removed_CK.where(token.is_local, 0.0)
-    others_CV = log_p_CV.scatter_add(1, token.row, removed_CK)
-    return others_CV, vocabulary.logsumexp(others_CV)
+    return log_p_CV.scatter_add(1, token.row, removed_CK)
 
 
 class Teacher:
