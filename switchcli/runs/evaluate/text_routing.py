@@ -84,7 +84,7 @@ def _route(model: LoadedModel, text: str, policy: Policy, encode: InputEncoder) 
         if name.startswith("encoder"):
             layers[name] = _layer_routing(choices)
 
-    policy = _of_one_row(policy, model.recipe.model.router_of("encoder"))
+    policy = _of_one_row(policy, model.handle.recipe.model.router_of("encoder"))
     observe(model.model, Batch(inputs_BS, targets_B1), None, policy, on_layer)
     return TextRouting(text, tuple(model.handle.tokenizer.pieces(inputs_1S[0].tolist())), layers)
 
