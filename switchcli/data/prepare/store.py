@@ -53,6 +53,11 @@ class TokenStore(NamedTuple):
     def num_documents(self) -> int:
         return len(self.offsets) - 1
 
+    def fraction_of(self, token: int) -> float:
+        """Return the fraction of the first million tokens that are `token`."""
+        sample = self.tokens[: 2**20]
+        return float((sample == token).mean()) if len(sample) else 0.0
+
 
 class TokenShard(NamedTuple):
     """Size of a shard of a text, and a function that opens the shard when it is first read."""

@@ -7,7 +7,7 @@ from switchcli.data.prepare.store import digest_of_lines
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.report.console import Console
-from switchcli.runs.inputs.unknown_tokens import unknown_fraction, warn_of_unknown
+from switchcli.runs.inputs.unknown_tokens import warn_of_unknown
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import TaskDataSpec
 from switchcli.tasks.task import Task
@@ -79,9 +79,9 @@ def report_task_sets(
                 f"{', ...' if len(lacking) > 4 else ''}), so that it cannot answer with them: take other labels, or a "
                 "vocabulary with byte_fallback"
             )
-        warn_of_unknown(f"inputs of {task.name}", unknown_fraction(examples.inputs.tokens, tokenizer), console)
+        warn_of_unknown(f"inputs of {task.name}", examples.inputs.fraction_of(tokenizer.unknown), console)
         if not task.labels:
-            warn_of_unknown(f"answers of {task.name}", unknown_fraction(examples.answers.tokens, tokenizer), console)
+            warn_of_unknown(f"answers of {task.name}", examples.answers.fraction_of(tokenizer.unknown), console)
 
 
 def report_truncation(text: str, fraction: float, console: Console) -> None:

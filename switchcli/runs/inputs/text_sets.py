@@ -33,7 +33,7 @@ from switchcli.recipe.schema import TextRecipe
 from switchcli.report.console import Console
 from switchcli.report.table import Table
 from switchcli.runs.inputs.train_data import check_same_data
-from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction_of_text, warn_of_unknown
+from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction, warn_of_unknown
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.validation import HeldOutText, Rows
 
@@ -244,7 +244,7 @@ def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int, console: 
         # Sentinels and EOS are targets too, but stand for no text.
         fraction = text_fraction(source.batch(0, 0, num_rows), text.tokenizer)
         bytes_per_target: float | None = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
-        unknown = unknown_fraction_of_text(text.texts[label], text.tokenizer)
+        unknown = unknown_fraction(text.texts[label], text.tokenizer)
         warn_of_unknown(label or "text", unknown, console)
         if unknown > UNKNOWN_LIMIT:
             bytes_per_target = None

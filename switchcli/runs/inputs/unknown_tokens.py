@@ -1,26 +1,17 @@
 """Text that a vocabulary cannot express: how much of it there is, and the warning."""
 
-import numpy as np
-from numpy.typing import NDArray
-
 from switchcli.data.prepare.prepared_text import HELD_OUT, PreparedText
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.report.console import Console
 
 UNKNOWN_LIMIT = 0.03
 """The fraction of unknown tokens above which a vocabulary does not suit a text."""
-_SAMPLE_TOKENS = 2**20
 
 
-def unknown_fraction(ids: NDArray[np.generic], tokenizer: Tokenizer) -> float:
-    """Return the fraction of ids that stand for characters without a piece in the vocabulary."""
-    return float((ids == tokenizer.unknown).mean()) if len(ids) else 0.0
-
-
-def unknown_fraction_of_text(text: PreparedText, tokenizer: Tokenizer) -> float:
-    """Return the fraction of unknown tokens in the first million of a shard of the held-out part."""
+def unknown_fraction(text: PreparedText, tokenizer: Tokenizer) -> float:
+    """Return the fraction of unknown tokens in a shard of the held-out part."""
     shard = next(shard for shard in text.shards[HELD_OUT] if shard.num_tokens)
-    return unknown_fraction(shard.open().tokens[:_SAMPLE_TOKENS], tokenizer)
+    return shard.open().fraction_of(tokenizer.unknown)
 
 
 def warn_of_unknown(what: str, fraction: float, console: Console) -> None:

@@ -16,7 +16,7 @@ from switchcli.report.console import Console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import open_model
 from switchcli.runs.inputs.text_data import check_tokenizer_fits
-from switchcli.runs.inputs.unknown_tokens import unknown_fraction_of_text, warn_of_unknown
+from switchcli.runs.inputs.unknown_tokens import unknown_fraction, warn_of_unknown
 
 
 def prepare(
@@ -56,7 +56,7 @@ def prepare(
     tokenizer, texts = prepare_share(recipe.data, context, model_tokenizer)
     for label, text in texts.items():
         if text is not None:
-            warn_of_unknown(label or "text", unknown_fraction_of_text(text, tokenizer), console)
+            warn_of_unknown(label or "text", unknown_fraction(text, tokenizer), console)
     is_complete = all(text is not None for text in texts.values())
     if not is_complete:
         console.message(
