@@ -20,6 +20,8 @@ from switchcli.report.safe_text import shell_words
 from switchcli.runs.sweep import cluster
 
 app = typer.Typer()
+_FROM_CHECKPOINT = ("--model", "--branch-from", "start")
+"""How arguments begin that name a checkpoint to start from."""
 
 
 def _check_time(time: str) -> str:
@@ -126,7 +128,8 @@ def launch(
 
 def _check_now(arguments: Sequence[str]) -> None:
     """Raise RecipeError for what the command would refuse on every rank. A printed script may be for another place."""
-    if arguments[0] in VERBS and check_command(arguments).get("dry_run"):
+    is_from_scratch = arguments[0] == "pretrain" and not any(word.startswith(_FROM_CHECKPOINT) for word in arguments)
+    if arguments[0] in VERBS and check_command(arguments, rules=is_from_scratch).get("dry_run"):
         raise RecipeError("--dry-run: needs no other machine: run the command without launch")
 
 

@@ -119,9 +119,10 @@ def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:
         yield f"{first}: {line}" + (f" (and {len(others)} more)" if others else "")
 
 
-def check_command(command: Sequence[str], out: Path | None = None) -> Mapping[str, Any]:
+def check_command(command: Sequence[str], out: Path | None = None, rules: bool = True) -> Mapping[str, Any]:
     """Check the options and the recipe of a command. Return its options and arguments by name.
 
+    Without `rules`, of the recipe only its keys are checked: their values may be right for the model of a checkpoint.
     A checkpoint that it starts from is not opened: it may not exist yet.
 
     Raises:
@@ -149,7 +150,9 @@ def check_command(command: Sequence[str], out: Path | None = None) -> Mapping[st
         if recipe is not None:
             resolve.check_verb(resolve.load(recipe, overrides), RECIPES[verb])  # the reason of most other errors
         lines = error.args
-        if recipe is None or verb == "eval":  # the checkpoint has the other keys, and perhaps tasks of its own
+        if (
+            recipe is None or verb == "eval" or not rules
+        ):  # the checkpoint has the other keys, and perhaps tasks of its own
             lines = tuple(line for line in lines if isinstance(line, UnknownKey))
         if lines:
             raise RecipeError(*(_with_fix(line, overrides) for line in lines)) from error

@@ -42,7 +42,7 @@ TORCHRUN_SAVING_SECONDS = 30
 """The saving time with the torchrun of torch 2.12 and older, which has no option for it. torchrun of every version also
 gives the other ranks this time to end after one has failed."""
 _FORCED_SECONDS = 5
-"""How long ranks may take to end at a second Ctrl-C before they are killed."""
+"""How long ranks may take to end at a Ctrl-C that follows another signal before they are killed."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """The environment variable that gives a rank of torchrun the path of its error file."""
 
@@ -143,21 +143,22 @@ def _forward_signals() -> Iterator[None]:
     import psutil
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    is_stopping = False
+    is_stopping = is_forced = False
 
     def kill_ranks() -> None:
         for rank in psutil.Process().children():
             kill_with_children(rank.pid)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal is_stopping
+        nonlocal is_stopping, is_forced
         if not is_stopping:
             is_stopping = True
             raise SignalException("stopped", signal.Signals(number))  # torchrun catches it and stops the ranks
         for rank in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
-        if number == signal.SIGINT and killer.ident is None:
+        if number == signal.SIGINT and not is_forced:
+            is_forced = True
             killer.start()
 
     killer = Timer(_FORCED_SECONDS, kill_ranks)

@@ -15,8 +15,8 @@ from switchcli.recipe.yaml_nodes import Node, display_key, display_path, read_fi
 from switchcli.system import publish
 
 SUFFIXES = (".yaml", ".yml")
-KEY_VALUE: Final = re.compile(r"[A-Za-z_][\w.-]*=", re.ASCII)
-"""The beginning of an argument that sets a key of a recipe. A - is no part of a key, but of what users type for it."""
+KEY_VALUE: Final = re.compile(r"[A-Za-z_][\w.\[\]-]*=", re.ASCII)
+"""The beginning of an argument that sets a key of a recipe. A - and brackets are in what users type, not in a key."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Error numbers that concern the whole disk: another name on it does not help."""
 

@@ -4,7 +4,8 @@ The layers of a recipe are the file that extends nothing, each file that extends
 layer takes precedence:
 
 - mappings merge key by key; lists and scalars replace;
-- a mapping that states another `kind` keeps the keys below that its kind has too, and drops those of other kinds;
+- a mapping that states another `kind` keeps what the layers below set of the keys that its kind has too. It drops keys
+  of other kinds, and defaults that mean something else to its own, which a run's recipe.yaml has;
 - `model.size` fills the keys of that size in the layer that states it: above earlier layers, below the other keys of
   its own layer and later ones. A child with another size therefore gets that size, whatever keys its parent states.
 
@@ -278,17 +279,31 @@ def _merge(below: Node, above: Node, path: tuple[str, ...] = ()) -> Node:
         return above
     below = _expand_auto(below)
     merged = dict(below.value) if isinstance(below.value, dict) else {}
-    if (kind := above.stated("kind")) is not None and kind != below.stated("kind"):
-        merged = {key: node for key, node in merged.items() if _may_have(kind, (*path, key))}
+    if (kind := above.stated("kind")) is not None and kind != (old := below.stated("kind")):
+        merged = {key: node for key, node in merged.items() if _carries_over(node, (*path, key), old, kind)}
     for key, node in above.value.items():
         merged[key] = _merge(merged[key], node, (*path, key)) if key in merged else node
     return Node(merged, above.where)
 
 
-def _may_have(kind: Any, path: tuple[str, ...]) -> bool:
-    """Return whether the mapping of a kind has the key at `path`, or no kind has it: then `validate` names it."""
-    kinds = [key_index.kinds(info) for info in key_index.meanings(key_index.normalize(".".join(path)))]
-    return not kinds or any(not found or kind in found for found in kinds)
+def _carries_over(node: Node, path: tuple[str, ...], old: Any, kind: Any) -> bool:
+    """Return whether a key at `path` of a mapping of the kind `old`, None for the default one, stays in one of `kind`.
+
+    A key that no kind has stays too: `validate` names it.
+    """
+    if path[-1] == "kind":
+        return False
+    meanings = key_index.meanings(key_index.normalize(".".join(path)))
+    new = [info for info in meanings if not info.when or kind in key_index.kinds(info)]
+    if not new:
+        return not meanings
+    olds = {info.default for info in key_index.meanings(key_index.normalize(".".join((*path[:-1], "kind"))))}
+    before = {old} if old is not None else olds
+    if any(not info.when or before & {*key_index.kinds(info)} for info in new):
+        return True  # it means the same to both
+    defaults = [info.default for info in meanings if before & {*key_index.kinds(info)}]
+    value = yaml_nodes.plain(node)
+    return all(text is not None and value != yaml_nodes.plain(yaml_nodes.read(text, str)) for text in defaults)
 
 
 def _expand_auto(node: Node) -> Node:

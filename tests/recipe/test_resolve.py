@@ -189,6 +189,29 @@ def test_a_kind_over_a_mapping_that_leaves_its_kind_to_the_default_does_the_same
     assert toy(text, "optimizer.kind=adafactor").optimizer == Adafactor(decay_exponent=0.5, epsilon=0.1)
 
 
+def test_a_default_of_another_meaning_does_not_carry_over(toy):
+    """The recipe.yaml of a run states every default."""
+    assert toy("optimizer: {kind: adafactor, epsilon: 1e-30}", "optimizer.kind=adamw").optimizer == AdamW()
+    assert toy("optimizer: {epsilon: 1e-30}", "optimizer.kind=adamw").optimizer == AdamW()
+    assert toy("optimizer: {kind: adamw, epsilon: 1e-8}", "optimizer.kind=adafactor").optimizer == Adafactor()
+
+
+def test_a_saved_recipe_takes_another_kind(tmp_path):
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(dump(resolve("quickstart/switch", [], PretrainRecipe)))
+    keys = [
+        "optimizer.kind=adamw",
+        "schedule.kind=wsd",
+        "model.router.kind=expert_choice",
+        "model.decoder_router={kind: switch}",
+    ]
+    found = resolve(str(saved), keys, PretrainRecipe)
+    assert (found.optimizer.epsilon, found.schedule.learning_rate) == (1e-8, 0.03)
+    assert found.model.router.eval_capacity_factor == 1.25
+    with pytest.raises(RecipeError, match=r"data\.tokenizer\.path"):
+        resolve("quickstart/switch", ["data.tokenizer.kind=hub"], PretrainRecipe)
+
+
 def test_a_key_that_no_kind_has_is_an_error_below_another_kind_too(errors):
     (line,) = errors("optimizer: {kind: adafactor, epsilonn: 0.1}", "optimizer.kind=adamw")
     assert_line(line, "mine.yaml:1", "optimizer.epsilonn epsilon")

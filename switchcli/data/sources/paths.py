@@ -122,7 +122,10 @@ def _expand_path(pattern: str, key: str) -> list[SourceFile]:
         raise DataError(f"{key}: {pattern}: no such file (from {Path.cwd()}): fix the path")
     _check_stars(pattern, key)
     # The names that a shell finds: `Path.glob` finds hidden ones too, such as the ._text.jsonl of macOS.
-    files = sorted(file for name in glob(str(path), recursive=True) if (file := Path(name)).is_file())  # noqa: PTH207
+    try:
+        files = sorted(file for name in glob(str(path), recursive=True) if (file := Path(name)).is_file())  # noqa: PTH207
+    except OSError as error:
+        raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the pattern") from error
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches (from {Path.cwd()}): fix the pattern")
     return [SourceFile.local(file) for file in files]

@@ -9,7 +9,7 @@ UNKNOWN_LIMIT = 0.03
 
 
 def unknown_fraction(text: PreparedText, tokenizer: Tokenizer) -> float:
-    """Return the fraction of unknown tokens in a shard of the held-out part."""
+    """Return the fraction of unknown tokens at the beginning of the first shard of the held-out part."""
     shard = next(shard for shard in text.shards[HELD_OUT] if shard.num_tokens)
     return shard.open().fraction_of(tokenizer.unknown)
 

@@ -2,7 +2,7 @@
 
 import json
 
-from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.data.tokenizer.tokenizer import Tokenizer, TrainedTokenizer
 from switchcli.errors import RecipeError
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.recipe import resolve
@@ -77,8 +77,9 @@ def check_trained_tokenizer(tree: Node, handle: CheckpointHandle) -> None:
     }
     for name, value in properties.items():
         key = f"data.tokenizer.{name}"
-        # The text of a small corpus may give fewer pieces than its recipe asked for.
-        if (named := tree.stated(key)) not in (None, value, getattr(trained, name, value)):
+        # The text of a small corpus may give fewer pieces than its recipe asked for. A run's recipe.yaml has defaults.
+        accepted = (None, value, getattr(trained, name, value), TrainedTokenizer.model_fields[name].default)
+        if (named := tree.stated(key)) not in accepted:
             raise RecipeError(
                 f"{key} ({json.dumps(named)}): the tokenizer is that of {handle.path}: leave {key} out, or take "
                 f"{key}={json.dumps(value)}"

@@ -230,15 +230,18 @@ def missing_runs(runs: Sequence[SweepRun], out: Path) -> Iterator[str]:
     """Yield an error for each run that needs a folder in `out` which is not there, and which no earlier stage makes."""
     stages = {run.name: run.stage for run in runs}
     for run in runs:
-        for needed in needed_runs(run, out):
+        for needed in filter(None, (named_run(argument, out) for argument in run.arguments)):
             if stages.get(needed, run.stage) >= run.stage and not (out / needed).exists():
                 folder = out / needed
                 yield f"{run.name}: needs {folder}, which does not exist: run it first, or list it above a line of ---"
 
 
 def needed_runs(run: SweepRun, out: Path) -> list[str]:
-    """Return the names of the runs in `out` that the arguments of a run name."""
-    return [name for argument in run.arguments if (name := named_run(argument, out)) is not None]
+    """Return the names of the runs in `out` that the arguments of a run name, also within values of keys."""
+    folders = "|".join(re.escape(f"{folder}/") for folder in (out, out.absolute()))
+    within = re.compile(rf"(?<![\w./-])(?:{folders})([\w.-]+)")
+    names = {name for argument in run.arguments for name in (named_run(argument, out), *within.findall(argument))}
+    return sorted(name for name in names if name is not None)
 
 
 def named_run(argument: str, out: Path) -> str | None:
