@@ -310,6 +310,7 @@ def test_a_sparse_model_of_large_products_compiles_to_whole_graphs(monkeypatch: 
     shape = {"vocab_size": 64, "d_model": 64, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_experts": 4}
     model = a_model(ModelSpec(**shape, sparse_every=1)).train()
     inputs_BS, targets_BT = torch.randint(2, 64, (32, 32)), torch.randint(2, 64, (32, 8))
+    torch.compiler.reset()  # what other tests of this process have compiled changes how it traces
     compile_blocks(model, "eager", fullgraph=True)
     hidden_BTD = model(inputs_BS, targets_BT).hidden_BTD
     hidden_BTD.sum().backward()
