@@ -150,9 +150,8 @@ def check_command(command: Sequence[str], out: Path | None = None, rules: bool =
         if recipe is not None:
             resolve.check_verb(resolve.load(recipe, overrides), RECIPES[verb])  # the reason of most other errors
         lines = error.args
-        if (
-            recipe is None or verb == "eval" or not rules
-        ):  # the checkpoint has the other keys, and perhaps tasks of its own
+        # The checkpoint may have the other keys, and tasks of its own.
+        if recipe is None or verb == "eval" or not rules:
             lines = tuple(line for line in lines if isinstance(line, UnknownKey))
         if lines:
             raise RecipeError(*(_with_fix(line, overrides) for line in lines)) from error

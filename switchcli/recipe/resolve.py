@@ -293,17 +293,22 @@ def _carries_over(node: Node, path: tuple[str, ...], old: Any, kind: Any) -> boo
     """
     if path[-1] == "kind":
         return False
-    meanings = key_index.meanings(key_index.normalize(".".join(path)))
-    new = [info for info in meanings if not info.when or kind in key_index.kinds(info)]
-    if not new:
+    meanings = _meanings(path)
+    old_kinds = {info.default for info in _meanings((*path[:-1], "kind"))} if old is None else {old}
+    before, after = (
+        [info for info in meanings if not info.when or kinds & {*key_index.kinds(info)}]
+        for kinds in (old_kinds, {kind})
+    )
+    if not after:
         return not meanings
-    olds = {info.default for info in key_index.meanings(key_index.normalize(".".join((*path[:-1], "kind"))))}
-    before = {old} if old is not None else olds
-    if any(not info.when or before & {*key_index.kinds(info)} for info in new):
+    if any(info in before for info in after):
         return True  # it means the same to both
-    defaults = [info.default for info in meanings if before & {*key_index.kinds(info)}]
-    value = yaml_nodes.plain(node)
+    value, defaults = yaml_nodes.plain(node), [info.default for info in before]
     return all(text is not None and value != yaml_nodes.plain(yaml_nodes.read(text, str)) for text in defaults)
+
+
+def _meanings(path: tuple[str, ...]) -> tuple[key_index.KeyInfo, ...]:
+    return key_index.meanings(key_index.normalize(".".join(path)))
 
 
 def _expand_auto(node: Node) -> Node:

@@ -121,11 +121,10 @@ class CustomTask(Spec):
     def _examples(self, row: Row, purpose: Purpose) -> Iterator[Example]:
         text = _FIELD.sub(lambda match: _text(row[match[1]], match[1]), self.input)
         targets = tuple(_answers(row[self.target], self.target, self.labels))
-        for metric in self.metrics:
-            if METRICS[metric].of_labels(self.labels).needs_numbers and (
-                others := [target for target in targets if number_in(target) is None]
-            ):
-                raise ValueError(f"{self.target}: {others[0]!r} is not a number, and {metric} compares numbers")
+        numeric = [name for name in self.metrics if METRICS[name].of_labels(self.labels).needs_numbers]
+        for target in targets if numeric else ():
+            if number_in(target) is None:
+                raise ValueError(f"{self.target}: {target!r} is not a number, and {numeric[0]} compares numbers")
         if purpose == "training" and not targets:
             raise ValueError(f"{self.target}: holds no answer, and a row to train on needs one")
         yield Example(text, targets)

@@ -72,7 +72,7 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
     """
     labeled = [answer for answer in answered if answer.example.targets]
     malformed = None
-    if answered and (task.labels or compares_numbers(task)):
+    if answered and (task.labels or any(metric.needs_numbers for metric in task.all_metrics)):
         malformed = 100 * sum(is_malformed(task, answer.prediction) for answer in answered) / len(answered)
     num_unlabeled = len(answered) - len(labeled)
     if not labeled:
@@ -101,11 +101,6 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
         chance=_chance(task, labeled),
         majority=_majority_score(task, labeled),
     )
-
-
-def compares_numbers(task: Task) -> bool:
-    """Return whether the task's answers are read as numbers."""
-    return any(metric.needs_numbers for metric in task.all_metrics)
 
 
 def is_malformed(task: Task, prediction: str) -> bool:

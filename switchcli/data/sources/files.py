@@ -30,9 +30,9 @@ SHARD_BYTES: Final = 2**26
 """Bytes of files as stored, compressed or not, above which they are divided among source shards."""
 _JSON = (".json", ".jsonl", ".ndjson")
 _PARQUET = ".parquet"
-_TO_JSON_LINES = "convert it to JSON Lines, as by `DataFrame.to_json(FILE, orient='records', lines=True)` of pandas"
+_TABLE = "a table: convert it to JSON Lines, as by `DataFrame.to_json(FILE, orient='records', lines=True)` of pandas"
 _NO_TEXT: Final = {
-    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), f"a table: {_TO_JSON_LINES}"),
+    **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), _TABLE),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".epub"), "a document: save its text"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "an archive: name the files in it after extracting them"),
 }
@@ -80,9 +80,8 @@ class FilesCorpus(RowCorpus):
         return f"{options} {fingerprint(expand_paths(self.paths, 'data.corpora'), digests)}"
 
     def empty_error(self) -> DataError:
-        if self.where:
-            return DataError(f"data.corpora: {', '.join(self.paths)}: no text in rows that have {dict(self.where)}")
-        return DataError(f"data.corpora: {', '.join(self.paths)}: no text in these files: name files that hold some")
+        rows = f"the rows that where ({self.where}) selects" if self.where else "these files"
+        return DataError(f"data.corpora: {', '.join(self.paths)}: no text in {rows}: name files that hold some")
 
     def _layout(self) -> dict[SourceShard, tuple[ByteRange, ...]]:
         return _layout(self.paths, self.sample_by == "document")
@@ -114,8 +113,8 @@ def json_rows(file: SourceFile) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises DataError for a line that is not a JSON object, and for a table of another format.
     """
-    if file.kind in (*_NO_TEXT, _PARQUET):
-        raise DataError(f"{file.name}: {_NO_TEXT.get(file.kind, f'a table: {_TO_JSON_LINES}')}")
+    if problem := _TABLE if file.kind == _PARQUET else _NO_TEXT.get(file.kind):
+        raise DataError(f"{file.name}: {problem}")
     for line in lines(ByteRange(file)):
         if not line.is_blank:
             try:
