@@ -197,6 +197,23 @@ def test_rows_without_an_answer_and_answers_that_the_vocabulary_lacks_are_told(
     assert re.search(r"^warning: answers of last: \d+\.\d% .*\bbyte_fallback\b", done.err, re.M)
 
 
+@pytest.mark.parametrize(("shared", "warned"), [(2, False), (3, True)])
+def test_inputs_that_are_trained_on_and_scored_are_told(
+    shared: int, warned: bool, trained: Path, tuning: str, switchcli: SwitchCLI
+) -> None:
+    """Two of a hundred may be: benchmarks have some."""
+    train, scored = (
+        [{"text": f"{name} {number}", "label": 0, "word": "red"} for number in range(100)] for name in ("red", "blue")
+    )
+    Path("colour.train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    rows = [*train[:shared], *scored[shared:]]
+    Path("colour.validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = ("train.steps=2", "eval.every_steps=2", "scoring.examples=100", "tasks.1.validation=[]")
+    done = switchcli("finetune", tuning, "--model", trained, *keys, "--out", "a")
+    assert done.code == 0, done.err
+    assert bool(re.search(r"^warning: colour: 3 of its 100 inputs", done.err, re.M)) == warned, done.err
+
+
 def test_a_task_that_is_only_scored_is_told(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     keys = ("tasks.0.train=[]", "train.steps=2", "eval.every_steps=2")
     done = switchcli("finetune", tuning, "--model", trained, *keys, "--out", "a")

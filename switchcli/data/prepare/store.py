@@ -7,7 +7,8 @@ renamed to its final name (cache.py).
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -52,6 +53,11 @@ class TokenStore(NamedTuple):
     @property
     def num_documents(self) -> int:
         return len(self.offsets) - 1
+
+    def documents(self) -> Iterator[bytes]:
+        """Yield the ids of each document as bytes of uint32, which are equal for equal ids of any store."""
+        for start, end in pairwise(self.offsets.tolist()):
+            yield self.tokens[start:end].astype(np.uint32).tobytes()
 
     def fraction_of(self, token: int) -> float:
         """Return the fraction of the first million tokens that are `token`."""

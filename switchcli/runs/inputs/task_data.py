@@ -23,6 +23,9 @@ from switchcli.tasks.task import Task
 from switchcli.training.loss import Objective, packed_cross_entropy
 from switchcli.training.validation import HeldOutText
 
+OVERLAP_LIMIT = 0.02
+"""The fraction of inputs to score that are trained on as well above which there is a warning. CoLA has 0.015."""
+
 
 class TaskRunData(RunData):
     """Rows of the examples of tasks, and examples to score."""
@@ -86,6 +89,7 @@ class TaskRunData(RunData):
         if context.is_main:
             _report_training_tasks(source.rates, train_tasks, tasks, console)
             report_task_sets(tasks, scored, recipe.scoring.split, tokenizer, console)
+            _warn_of_trained_inputs(train_tasks, scored, console)
         rows = InterleavedRows([examples.packed for examples in scored if examples.packed.num_rows])
         num_rows = min(recipe.eval.sequences, rows.num_rows)
         held_out = {"": HeldOutText(rows.rows, num_rows, objective=packed_cross_entropy)}
@@ -111,6 +115,20 @@ def _report_training_tasks(
         report_truncation(
             f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_truncated / count, console
         )
+
+
+def _warn_of_trained_inputs(
+    train_tasks: Mapping[str, tokens.PackedTask], scored: Collection[tokens.ScoredExamples], console: Console
+) -> None:
+    """Print a warning for each task with more than `OVERLAP_LIMIT` of its inputs to score among the training inputs."""
+    trained = {hash(ids) for task in train_tasks.values() for ids in task.packed.inputs.documents()}
+    for examples in scored:
+        count = sum(hash(ids) in trained for ids in examples.inputs.documents())
+        if count > OVERLAP_LIMIT * len(examples.examples):
+            console.warning(
+                f"{examples.task.name}: {count:,} of its {len(examples.examples):,} inputs to score are trained on as "
+                "well, so that its score says little of new inputs: take them out of one of the splits"
+            )
 
 
 def _samples(scored: tokens.ScoredExamples) -> Batch:
