@@ -12,7 +12,7 @@ Errors that a user can fix are those of `switchcli.errors`. Progress goes to std
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +178,7 @@ def train(
     branch_from: PathLike | None = None,
     resume: bool = True,
     quiet: bool = False,
+    on_record: Callable[[Mapping[str, Any]], bool | None] | None = None,
 ) -> TrainResult:
     """Train a model by a recipe, and return the result. The same call resumes a run that was stopped.
 
@@ -197,6 +198,9 @@ def train(
             checkpoint of a step. See the how-to page about resuming for what carries over.
         resume: whether to resume the run that is in `out`. False archives it and starts over.
         quiet: whether to print only warnings.
+        on_record: called on the main rank with each record of metrics.jsonl, as soon as it is written. If it returns
+            True, the run saves and raises Interrupted, as at a signal. An error that it raises ends the run, of which
+            the newest checkpoint remains.
 
     Raises:
         RecipeError: the recipe breaks a rule, or `out` holds a run of other settings.
@@ -205,7 +209,7 @@ def train(
         NumericsError: a value is not finite.
         DistributedError: another rank is lost.
         OutOfMemory: the device has not enough memory.
-        Interrupted: a signal stopped the run after it was saved.
+        Interrupted: a signal or `on_record` stopped the run after it was saved.
         KeyboardInterrupt: the run was stopped while nothing had to be saved, or a second time.
     """
     if not isinstance(recipe, Recipe):
@@ -221,7 +225,7 @@ def train(
         }
         job = resolve_job(recipe, folder, options, resume)
         with start.open_trainer(job, folder, resume, quiet) as run, run.begun():
-            scored = run.train()
+            scored = run.train(on_record=on_record)
             record = conclude(run, scored)
             # The other ranks have no record. The state of the main rank has the scores of tasks too.
             summary = json.dumps([record, run.state.eval_metrics, run.state.best])

@@ -1,7 +1,7 @@
 """`switchcli distill`: train a student on a teacher's probabilities (section 4.2). Imports torch only when it runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,7 +90,7 @@ def distill(
         named = (text.removeprefix("distill.teacher=") for text in overrides if text.startswith("distill.teacher="))
         out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or next(named, ".")))
     recipe = api.read_recipe(source, overrides, "distill")
-    models = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
+    models: dict[str, Any] = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
     if dry_run or cache_only or _training.starts_ranks(processes):
         job = api.resolve_job(recipe, out, models, resume)
         if dry_run:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,26 @@ def test_a_stopped_run_is_resumed_by_the_same_call(
     assert not lacking("\n".join(stopped.value.__notes__), f"switchcli.train {tmp_path / 'run'}")
     assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2
     ours, theirs = weights(tmp_path / "run"), weights(trained)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_each_record_is_handed_over_and_may_stop_the_run(recipe: Path, trained: Path, tmp_path: Path) -> None:
+    """The last record stops nothing: the run is complete."""
+    seen: list[Any] = []
+
+    def stop_at(step: int) -> Callable[[Any], bool]:
+        return lambda record: seen.append(record) or record["step"] == step
+
+    loaded = switchcli.Recipe.load(recipe, {"log.every_steps": 1})
+    run = tmp_path / "run"
+    with pytest.raises(errors.Interrupted):
+        switchcli.train(loaded, run, quiet=True, on_record=stop_at(1))
+    assert switchcli.load(run).step == 1
+    with pytest.raises(ZeroDivisionError):
+        switchcli.train(loaded, run, quiet=True, on_record=lambda record: 1 // 0)
+    assert switchcli.train(loaded, run, quiet=True, on_record=stop_at(2)).step == 2
+    assert seen == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    ours, theirs = weights(run), weights(trained)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

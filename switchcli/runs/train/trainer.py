@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -177,10 +177,14 @@ class Trainer:
                 error.add_note(f"after step {self.state.step}")  # read by `training_location`
                 raise
 
-    def train(self, until: int | None = None) -> Measurement | None:
-        """Train for the remaining steps, or save and return after the step `until`.
+    def train(
+        self, until: int | None = None, on_record: Callable[[Mapping[str, Any]], bool | None] | None = None
+    ) -> Measurement | None:
+        """Train for the remaining steps. Return the answers to the examples of tasks, if there are some.
 
-        Return the answers to the examples of tasks, if there are some.
+        Args:
+            until: the step after which to save and return; None: the last one.
+            on_record: called on the main rank with each record that is logged. True stops the run as a signal does.
 
         Raises:
             Interrupted: stopped by a signal, after a checkpoint was saved.
@@ -196,6 +200,7 @@ class Trainer:
             self._loader() as loader,
             self._open_log() as progress,
         ):
+            self._on_record, self._stop = on_record, stop
             validation = ValidationCallback(self, stop)
             task_eval = TaskEvalCallback(self, stop) if self.evaluator.tasks else None
             evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
@@ -268,6 +273,9 @@ class Trainer:
         self.metrics.write(record)
         self._trackers.log(record)
         self._progress.log(record)
+        # After the last step there is nothing to stop.
+        if self._on_record is not None and self._on_record(record) and record["step"] < self.recipe.train.steps:
+            self._stop.request()
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, with the position in the data."""
