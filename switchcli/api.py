@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from threading import Lock
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -43,12 +44,19 @@ from switchcli.runs.inputs.loading import (
     load_model,
     open_model,
 )
+from switchcli.runs.inputs.new_folder import (
+    check_checkpoint_destination,
+    continuation_recipe,
+    data_document,
+    publish_checkpoint,
+)
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.options import Options
 from switchcli.runs.train import start
 from switchcli.runs.train.ending import conclude
 from switchcli.spec import Spec
 from switchcli.tasks.scores import Score, Scores
+from switchcli.training.checkpointer import logical_tensors
 
 __all__ = [
     "Best",
@@ -69,6 +77,7 @@ PathLike = str | os.PathLike[str]
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values by dotted key, or KEY=VALUE texts as on the command line."""
 
+_TRAINING: Final = Lock()
 _CAPACITY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
 
@@ -184,7 +193,8 @@ def train(
 
     It does what `switchcli pretrain`, `finetune` or `distill` does: it writes the run folder `out` and prints progress
     to stderr. At a first stop signal (Ctrl-C, or the stop button of a notebook) it saves and raises Interrupted. A
-    process can train any number of runs, one after another. Under torchrun, call it on every rank.
+    process can train any number of runs, one after another; no other thread may draw torch's random numbers meanwhile.
+    Under torchrun, call it on every rank.
 
     Args:
         recipe: what to train.
@@ -203,7 +213,7 @@ def train(
             the newest checkpoint remains.
 
     Raises:
-        RecipeError: the recipe breaks a rule, or `out` holds a run of other settings.
+        RecipeError: the recipe breaks a rule, `out` holds a run of other settings, or another thread trains.
         DataError: the text or the tasks cannot be used.
         CheckpointError: a checkpoint or the disk cannot be used, or another run has locked `out`.
         NumericsError: a value is not finite.
@@ -213,9 +223,11 @@ def train(
         KeyboardInterrupt: the run was stopped while nothing had to be saved, or a second time.
     """
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe ({recipe!r}): load it first: switchcli.Recipe.load({recipe!r})")
+        raise RecipeError(f"recipe: must be what switchcli.Recipe.load returns, not {type(recipe).__name__}")
+    if not os.fspath(out):
+        raise RecipeError("out: empty: name the folder of the run")
     folder = Path(out)
-    with _explain_resume(folder):
+    with _only_training(), _explain_resume(folder):
         options = {
             "model": model,
             "branch_from": branch_from,
@@ -253,7 +265,7 @@ def resolve_job(recipe: Recipe, out: Path, options: Mapping[str, PathLike | floa
 
 
 class Model:
-    """A model with its tokenizer, ready to use. Create it with `switchcli.load`."""
+    """A model with its tokenizer, ready to use by one thread at a time. Create it with `switchcli.load`."""
 
     def __init__(self, handle: CheckpointHandle, device: torch.device, precision: LoadPrecision = "float32") -> None:
         """Wrap an open checkpoint. The weights are loaded when they are first needed."""
@@ -344,9 +356,9 @@ class Model:
             "seed": seed,
         }
         decoding, policy = make_decoding(settings), _check_capacity(capacity)
-        if batch_size < 1:
-            raise RecipeError(f"batch_size ({batch_size}) must be at least 1")
-        found = text_generation.generate(self._load(), _as_list(texts), decoding, policy, batch_size, main_console())
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise RecipeError(f"batch_size ({batch_size!r}): must be a whole number of at least 1")
+        found = text_generation.generate(self._load(), _as_texts(texts), decoding, policy, batch_size, main_console())
         return [answer.output for answer in found]
 
     def evaluate(
@@ -360,8 +372,9 @@ class Model:
     ) -> Evaluation:
         """Measure task scores with intervals, held-out loss and routing health, as `switchcli eval`.
 
-        The model is measured as it is in memory, on its own device. Under torchrun, call it on every rank; each returns
-        the same.
+        A model in float32 is measured as it is in memory, on its own device. The result names the checkpoint that it
+        was loaded from: `save` it first if you have changed its weights. Under torchrun, call it on every rank; each
+        returns the same.
 
         Args:
             tasks: names of tasks or suites, or definitions of your own tasks (`{"kind": "files", ...}`). Default: what
@@ -399,7 +412,26 @@ class Model:
             CheckpointError: the encoder has no sparse layer.
             DataError: a text is blank or not UTF-8.
         """
-        return text_routing.route_texts(self._load(), _as_list(texts), _check_capacity(capacity), main_console())
+        return text_routing.route_texts(self._load(), _as_texts(texts), _check_capacity(capacity), main_console())
+
+    def save(self, destination: PathLike) -> None:
+        """Write the model as it is in memory as a checkpoint of step 0, without optimizer state.
+
+        After you have changed its weights, this makes a model that can be evaluated, converted, distilled and trained.
+
+        Args:
+            destination: the new folder, which must not exist or be empty.
+
+        Raises:
+            RecipeError: the model was loaded with the precision `selective`, which has rounded its weights.
+            CheckpointError: `destination` exists or cannot be written, or the checkpoint of the model is gone.
+        """
+        if self._precision != "float32":
+            raise RecipeError(f"precision is {self._precision}, which rounds weights: load the model in float32")
+        handle, path = self._handle, Path(destination)
+        new = check_checkpoint_destination(handle.path, path)
+        recipe = continuation_recipe(handle.recipe, new)
+        publish_checkpoint(new, recipe, handle.tokenizer, logical_tensors(self.model), data_document(handle))
 
 
 def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:
@@ -472,6 +504,20 @@ def _validate(source: resolve.Source, verb: str | None, name: str | None) -> Spe
 
 
 @contextmanager
+def _only_training() -> Iterator[None]:
+    """Raise RecipeError if another thread is in such a block: two trainings would share torch's random numbers."""
+    if not _TRAINING.acquire(blocking=False):
+        raise RecipeError(
+            "another thread of this process trains: a run repeats only if nothing else draws torch's random numbers: "
+            "train one after another, or in processes of their own"
+        )
+    try:
+        yield
+    finally:
+        _TRAINING.release()
+
+
+@contextmanager
 def _explain_resume(folder: Path) -> Iterator[None]:
     """Add a note to an interruption in this block that says how to resume the run from Python."""
     try:
@@ -510,6 +556,15 @@ def _as_list(items: Sequence[Any]) -> list[Any]:
     if isinstance(items, str):
         raise RecipeError(f"{items[:40]!r}: one text where a list is needed: put it in brackets")
     return list(items)
+
+
+def _as_texts(items: Sequence[str]) -> list[str]:
+    """Return the texts as a list. Raises RecipeError for a single text, and for an item that is none."""
+    texts = _as_list(items)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise RecipeError(f"text {number} (counted from 0): must be a str, not {type(text).__name__}")
+    return texts
 
 
 def _as_text(value: PathLike | float | None) -> str | None:

@@ -33,6 +33,7 @@ _CHECKPOINT: Final = Suggestion("CHECKPOINT", "{verb} {value}, as the checkpoint
 _HALF: Final = "selective, which computes matrix products in bfloat16 and routers in float32"
 _ROW: Final = "N, where N is {value} times the tokens of an input sequence"
 _EPOCHS: Final = _key("train.steps", "N, as runs have no epochs: N is {value} times the tokens of the data / a batch's")
+_EARLY: Final = Suggestion("eval.every_steps", "switchcli.train(..., on_record=...) in Python, which may stop a run")
 _PROCESSES: Final = (*map(_option, ("--processes", "--ranks", "--devices")),)
 _MODEL: Final = (_option("--model"), _option("--teacher"), _CHECKPOINT)
 
@@ -59,6 +60,11 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
         ],
         "save_steps": [_key("checkpoint.save_every_steps")],
         "save_total_limit": [_key("checkpoint.keep_last")],
+        "load_best_model_at_end": [_key("checkpoint.keep_best")],
+        "early_stopping_patience": [_EARLY],
+        "early_stopping": [_EARLY],
+        "callbacks": [_EARLY],
+        "compute_metrics": [_key("tasks", "[{{kind: files, metrics: [...], ...}}]")],
         "eval_steps": [_key("eval.every_steps")],
         "logging_steps": [_key("log.every_steps")],
         "report_to": [_key("log.trackers", "[{value}]")],

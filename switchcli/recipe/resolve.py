@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -177,7 +178,14 @@ def override(key: str, value: Any) -> str:
         ValueError: the value holds a number that is not finite.
     """
     # JSON is YAML. Non-ASCII characters stay: YAML refuses the surrogate pairs of JSON's escapes.
-    return f"{key}={json.dumps(value, ensure_ascii=False, allow_nan=False, default=os.fspath)}"
+    return f"{key}={json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)}"
+
+
+def _plain(value: Any) -> int | float | str:
+    """Return a scalar of NumPy, or a path, as a value of JSON. Raises TypeError for anything else."""
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else os.fspath(value)
 
 
 def layer(values: Mapping[str, Any], where: str) -> Node:

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from doubles import NoWarnings
 from messages import lacking
 from tiny_run import records
@@ -109,6 +111,11 @@ def test_a_wrong_recipe_is_a_recipe_error(source: str | None, overrides: Any, wo
     with pytest.raises(errors.RecipeError) as raised:
         switchcli.Recipe.load(source, overrides)
     assert not lacking(str(raised.value), words)
+
+
+def test_scalars_of_numpy_are_values_of_keys(recipe: Path) -> None:
+    spec = switchcli.Recipe.load(recipe, {"train.steps": np.int64(3), "train.clip_norm": np.float32(0.5)}).spec
+    assert (spec.train.steps, spec.train.clip_norm) == (3, 0.5)
 
 
 @pytest.mark.parametrize(("verb", "words"), [("nope", "verb nope finetune"), ("finetune", "verb pretrain leave")])
@@ -371,6 +378,80 @@ def test_an_evaluation_measures_the_weights_in_memory(trained: Path) -> None:
     assert changed.evaluate(overrides=settings, quiet=True).held_out["text"] != before
 
 
+def test_a_loop_of_the_users_own_trains(trained: Path) -> None:
+    """The loop of docs/reference/python-api.md."""
+    model = switchcli.load(trained)
+    module = model.model.train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    rows = model.recipe.model.group_sequences
+    inputs, targets = torch.full((rows, 8), 5), torch.tensor([[6, 7, 1, 0]]).repeat(rows, 1)
+    losses = []
+    for _ in range(5):
+        output = module(inputs, targets)
+        loss = F.cross_entropy(output.logits_BTV.flatten(0, 1), targets.flatten(), ignore_index=0)
+        (loss + output.auxiliary.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_changed_weights_can_be_saved_and_used_as_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+    changed = switchcli.load(trained)
+    with torch.no_grad():
+        changed.model.embedding.mul_(0.5)
+    changed.save(tmp_path / "new")
+    again = switchcli.load(tmp_path / "new")
+    assert again.step == 0
+    ours, theirs = changed.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    metrics = [model.evaluate(quiet=True).held_out for model in (changed, again)]
+    assert metrics[0] == metrics[1] != switchcli.load(trained).evaluate(quiet=True).held_out
+    recipe = switchcli.Recipe.load(tmp_path / "new/recipe.yaml", {"train.steps": 1})
+    assert switchcli.train(recipe, tmp_path / "more", quiet=True).step == 1
+    with pytest.raises(errors.CheckpointError, match="is there already"):
+        changed.save(tmp_path / "new")
+    with pytest.raises(errors.RecipeError, match="float32"):
+        switchcli.load(trained, precision="selective").save(tmp_path / "rounded")
+
+
+def test_files_of_others_in_the_folder_of_an_evaluation_are_kept(trained: Path, tmp_path: Path) -> None:
+    model = switchcli.load(trained)
+    for _ in range(2):  # the same evaluation replaces itself
+        model.evaluate(out=tmp_path / "ev", quiet=True)
+    (tmp_path / "ev/notes.txt").write_text("mine")
+    model.evaluate(out=tmp_path / "ev", quiet=True)
+    assert [path.name for path in tmp_path.glob("ev*/notes.txt")] == ["notes.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"ev", "ev.before-1"}
+
+
+def test_training_leaves_the_random_numbers_of_the_caller(recipe: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    switchcli.train(switchcli.Recipe.load(recipe, {"train.steps": 1}), tmp_path / "run", quiet=True)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_second_training_in_a_process_waits_for_none(recipe: Path, tmp_path: Path) -> None:
+    loaded, seen = switchcli.Recipe.load(recipe), list[BaseException]()
+
+    def second() -> None:
+        try:
+            switchcli.train(loaded, tmp_path / "second", quiet=True)
+        except errors.RecipeError as error:
+            seen.append(error)
+
+    def start_second(record: Any) -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    switchcli.train(loaded, tmp_path / "run", quiet=True, on_record=start_second)
+    assert "another thread" in str(seen[0])
+    assert switchcli.train(loaded, tmp_path / "second", quiet=True).step == 2
+
+
 def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -444,13 +525,17 @@ def test_wrong_use_of_a_model_is_explained(model: switchcli.Model, trained: Path
         (lambda: model.generate("one text"), errors.RecipeError, "list"),
         (lambda: model.generate(["a"], beams=2, temperature=1.0), errors.RecipeError, "beams temperature"),
         (lambda: model.generate(["a"], batch_size=0), errors.RecipeError, "batch_size 1"),
+        (lambda: model.generate(["a"], batch_size="2"), errors.RecipeError, "batch_size 1"),  # type: ignore[arg-type]
+        (lambda: model.generate(["a", 3]), errors.RecipeError, "text 1 int"),  # type: ignore[list-item]
+        (lambda: switchcli.train(model.recipe, tmp_path / "run"), errors.RecipeError, "Recipe.load"),  # type: ignore[arg-type]
+        (lambda: switchcli.train(switchcli.Recipe.load("quickstart/switch"), ""), errors.RecipeError, "out folder"),
         (lambda: model.generate(["a"], capacity=misspelled), errors.RecipeError, "capacity paper dropless papr"),
         (lambda: model.routing(["a"], capacity=0), errors.RecipeError, "capacity paper dropless 0"),
         (lambda: model.generate(["a\ud800"]), errors.DataError, "UTF-8"),
         (lambda: model.evaluate(["no_such_task"]), errors.RecipeError, "no_such_task"),
         (lambda: model.evaluate("rte"), errors.RecipeError, "list"),
         (lambda: model.routing([" "]), errors.DataError, "blank"),
-        (lambda: switchcli.train("tiny.yaml", tmp_path / "run"), errors.RecipeError, "Recipe.load('tiny.yaml')"),  # type: ignore[arg-type]
+        (lambda: switchcli.train("tiny.yaml", tmp_path / "run"), errors.RecipeError, "Recipe.load str"),  # type: ignore[arg-type]
     ]
     for call, kind, words in cases:
         with pytest.raises(kind) as raised:

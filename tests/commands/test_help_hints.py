@@ -57,7 +57,7 @@ def test_the_answer_to_a_flag_of_another_tool(line: str, switchcli: SwitchCLI) -
     "flag",
     [
         *("eval-accumulation-steps", "eval-iters", "data-seed", "hub-model-id", "model-revision", "generation-config"),
-        *("bf16-full-eval", "load-best-model-at-end", "auto-find-batch-size", "min-lr", "sp-size"),
+        *("bf16-full-eval", "auto-find-batch-size", "min-lr", "sp-size"),
     ],
 )
 def test_a_flag_that_only_contains_a_known_word_has_no_answer(flag: str, switchcli: SwitchCLI) -> None:
@@ -84,6 +84,8 @@ KEYS = {
     "max_grad_norm=1.0": "train.clip_norm=1.0",
     "warmup_ratio=0.1": "schedule.warmup_steps=N",
     "save_total_limit=2": "checkpoint.keep_last=2",
+    "train.load_best_model_at_end=true": "checkpoint.keep_best=true",
+    "early_stopping_patience=3": "switchcli.train(..., on_record=...) in Python",
     "report_to=wandb": "log.trackers=[wandb",
     "dataloader_num_workers=4": "train.workers=4",
 }

@@ -254,7 +254,7 @@ def _check_writable(out: Path) -> None:
 def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> Path | None:
     """Publish the files as the folder `out`, which replaces a folder of the same evaluation.
 
-    The folder of another evaluation is renamed, and its new path returned.
+    The folder of another evaluation, or with files that no evaluation wrote, is renamed, and its new path returned.
     """
     archived = None
     with disk_errors(out), publish.temporary_folder(out) as temporary:
@@ -262,7 +262,8 @@ def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> 
             path = temporary / "new" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-        if out.exists() and not _is_same_evaluation(out / "result.json", result):
+        existing = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
+        if existing and (existing - files.keys() or not _is_same_evaluation(out / "result.json", result)):
             archived = publish.free_name(out.with_name(f"{out.name}.before"))
             out.rename(archived)
         publish.publish_folder(temporary / "new", out, replace=True)
@@ -270,8 +271,6 @@ def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> 
 
 
 def _is_same_evaluation(path: Path, result: Mapping[str, Any]) -> bool:
-    """Return whether the result at `path` is of the same checkpoint and recipe. No result counts as the same one."""
-    if not path.exists():
-        return True  # an empty folder
+    """Return whether the result at `path` is of the same checkpoint and recipe."""
     existing = read_object(path) or {}
     return all(existing.get(key) == result[key] for key in ("checkpoint", "step", "recipe"))

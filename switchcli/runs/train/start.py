@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from switchcli.distributed.rendezvous import prepare_rank
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Source
@@ -43,7 +45,8 @@ def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: 
 def open_trainer(job: Job, out: Path, resume: bool, quiet: bool) -> Iterator[Trainer]:
     """Yield the trainer of the run in `out`, and hold the lock of that folder.
 
-    Lack of memory in this block raises an error that explains it.
+    Lack of memory in this block raises an error that explains it. torch's random numbers go on after it as if nothing
+    had been trained.
 
     Raises:
         SwitchError: as `build_context`, `lock_run_dir` and `Trainer` say.
@@ -51,7 +54,8 @@ def open_trainer(job: Job, out: Path, resume: bool, quiet: bool) -> Iterator[Tra
     recipe = job.recipe
     context = build_context(recipe)
     console = Console(quiet=quiet or not context.is_main)
-    with lock_run_dir(out, resume, recipe, context) as folder:
+    devices = [context.device] if context.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), lock_run_dir(out, resume, recipe, context) as folder:
         task = TASKS[recipe.verb](job, folder, context, console)
         with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
             yield Trainer(task)
