@@ -47,7 +47,11 @@ EvalArguments = Annotated[
 
 
 def check_folder(path: Path | None) -> Path | None:
-    """Return the value of an option that takes a folder. Raises RecipeError if it is a file."""
+    """Return the value of an option that takes a folder. Raises RecipeError if it is a file.
+
+    A shell leaves the `~` of `--out=~/runs` to the program.
+    """
+    path = None if path is None else path.expanduser()
     if path is not None and path.exists() and not path.is_dir():
         raise RecipeError(f"--out {path}: takes a folder, and this is a file: give another path")
     return path

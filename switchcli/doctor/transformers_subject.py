@@ -155,7 +155,10 @@ def load(folder: Path) -> TransformersSubject:
     path = folder / configs.NAME
     settings = configs.read_json(path)
     if (kind := settings.get("model_type")) != "switch_transformers":
-        raise CheckpointError(f"{path}: model_type must be switch_transformers, and is {kind!r}: name another folder")
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}, and must be switch_transformers: probe what `switchcli convert` makes of "
+            "the folder"
+        )
     if settings.get("quantization_config") is not None:
         raise CheckpointError(f"{path}: quantization_config: weights are probed in float32: save the model without it")
     has_weights = any(folder.glob("*.safetensors"))

@@ -21,6 +21,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -150,8 +151,9 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
                 f"{name} is a recipe of {verb}, and one of eval has `verb: eval`: leave it out for what the checkpoint "
                 "was trained on, or name other text (text.corpora=[...]) or tasks (tasks=[...])"
             )
+        out = " --out FOLDER" if Path(name).name == SAVED else ""  # its folder is that of another run
         raise RecipeError(
-            f"{name} is a recipe of {verb}, not of {expected}: run `switchcli {verb} {shlex.quote(name)}`"
+            f"{name} is a recipe of {verb}, not of {expected}: run `switchcli {verb} {shlex.quote(name)}{out}`"
         )
 
 

@@ -214,6 +214,24 @@ def test_inputs_that_are_trained_on_and_scored_are_told(
     assert bool(re.search(r"^warning: colour: 3 of its 100 inputs", done.err, re.M)) == warned, done.err
 
 
+def test_a_run_goes_on_with_files_that_were_renamed_and_not_with_others(
+    trained: Path, tuning: str, switchcli: SwitchCLI
+) -> None:
+    keys = ("train.steps=1", "eval.every_steps=2")
+    assert switchcli("finetune", tuning, "--model", trained, *keys, "--out", "a").code == 0
+    Path("colour.train.jsonl").rename("renamed.jsonl")
+    moved = ("--model", trained, "tasks.0.train=[renamed.jsonl]", "eval.every_steps=2", "train.steps=2")
+    done = switchcli("finetune", tuning, *moved, "--out", "a")
+    assert done.code == 0, done.err
+    assert not lacking(done.err, "going on from step 1 of 2")
+    done = switchcli("finetune", tuning, "--branch-from", "a", *moved[2:4], "train.steps=3", "--out", "b")
+    assert not lacking(done.err, "data goes on where"), done.err
+    with Path("renamed.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "red", "label": 0, "word": "red"}) + "\n")
+    done = switchcli("finetune", tuning, *moved[:-1], "train.steps=3", "--out", "a")
+    assert (done.code, lacking(done.err, "other text")) == (4, []), done.err
+
+
 def test_a_task_that_is_only_scored_is_told(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     keys = ("tasks.0.train=[]", "train.steps=2", "eval.every_steps=2")
     done = switchcli("finetune", tuning, "--model", trained, *keys, "--out", "a")

@@ -49,12 +49,12 @@ def explain_malformed(
     answers: Mapping[str, Sequence[AnsweredExample]],
 ) -> None:
     """Say why and what to do where more than half of a task's answers are not one of its labels, or no number."""
-    found = False
+    have_labels: list[bool] = []
     for task in (one.task for one in scored):
         malformed, labels = scores[task.name].malformed, task.labels
         if malformed is None or malformed <= MALFORMED_LIMIT:
             continue
-        found = True
+        have_labels.append(bool(labels))
         predictions = [answer.prediction.strip() for answer in answers[task.name]]
         (example, _), *_ = Counter(text for text in predictions if is_malformed(task, text)).most_common(1)
         kind = f"none of its labels ({', '.join(labels[:4])}{', ...' if len(labels) > 4 else ''})"
@@ -62,11 +62,12 @@ def explain_malformed(
             f"{task.name}: {malformed:.0f}% of the answers are {kind if labels else 'no numbers'}, such as "
             f"{shorten(example, 40)!r}"
         )
-    if found:
+    if have_labels:
         console.message(
             "The model has not learned the form of the answers, so these scores say little about what it knows. Train "
-            "for more steps or with a higher learning rate, check that data.targets_length and "
-            "scoring.decoding.max_tokens hold a label, or take scoring.by=likelihood, which only compares the labels"
+            "for more steps or with a higher learning rate, or check that data.targets_length and "
+            "scoring.decoding.max_tokens hold an answer"
+            + ("; scoring.by=likelihood only compares the labels" if all(have_labels) else "")
         )
 
 

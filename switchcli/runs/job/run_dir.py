@@ -1,8 +1,10 @@
 """The folder of a run: its default name, its lock, its recipe, and whether a run in it can be resumed."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Final
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
@@ -39,7 +41,10 @@ _SAFE_KEYS = (
 
 They affect neither the training so far nor the data of a metric. The best checkpoint compares metrics of all starts.
 """
-
+PLACE_OF_DATA: Final = re.compile(
+    r"data\.folder|data\.corpora\.\d+\.paths(\.|$)|tasks\.\d+\.(train|validation|test)(\.|$)"
+)
+"""Keys that say where data is. They may change too: the checkpoint's digests tell whether it is the same."""
 
 _FIXED_IN_BRANCHES = ("verb", "start", "student", "data.tokenizer", "optimizer.kind", "update")
 """Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
@@ -101,7 +106,9 @@ def unsafe_changes(before: Spec, after: Spec) -> list[Difference]:
         difference
         for difference in differences(before, after)
         # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
-        if not difference.key.startswith(_SAFE_KEYS) and not difference.key.endswith(".unreadable")
+        if not difference.key.startswith(_SAFE_KEYS)
+        and not difference.key.endswith(".unreadable")
+        and not PLACE_OF_DATA.match(difference.key)
     ]
 
 
@@ -131,7 +138,7 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
         )
         hint = ""
         if not is_fixed:
-            take = "in place of --model take" if recipe.start is not None else "add"
+            take = "in place of --model or start.checkpoint take" if recipe.start is not None else "add"
             # A branch must have steps left.
             steps = f" train.steps={2 * latest.step}" if latest.step >= recipe.train.steps else ""
             hint = f"; to continue it as a new run, {take} {BRANCH_FROM} {shell_words(out)} --out NEW{steps}"

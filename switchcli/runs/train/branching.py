@@ -15,12 +15,13 @@ from switchcli.recipe.resolve import Difference, differences
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.pins import BRANCH_FROM, WEIGHTS_ONLY
+from switchcli.runs.job.run_dir import PLACE_OF_DATA
 from switchcli.training.checkpointer import load_optimizer_state, load_weights
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.state import TrainState
 
-_NAMES_OF_TEXT = ("data.tokenizer", "data.corpora", "data.folder")
-"""Keys that say where the data is. A digest tells whether it is the same."""
+_NAMES_OF_TEXT = ("data.tokenizer", "data.corpora")
+"""Keys that say what the text is. A digest tells whether it is the same."""
 
 
 def check(handle: CheckpointHandle, recipe: TrainingRecipe) -> None:
@@ -88,6 +89,7 @@ def _first_data_change(changes: Iterable[Difference]) -> str | None:
     """Return the first key that changes which rows a step reads besides the text itself, or None."""
     for key, _, _ in changes:
         is_data = key.startswith(("data.", "tasks")) or key == "train.seed"
-        if is_data and not key.startswith(_NAMES_OF_TEXT) and not key.endswith(".unreadable"):
+        is_place = PLACE_OF_DATA.match(key) or key.startswith(_NAMES_OF_TEXT)
+        if is_data and not is_place and not key.endswith(".unreadable"):
             return key
     return None
