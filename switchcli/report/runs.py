@@ -88,8 +88,9 @@ class Run(NamedTuple):
         return as_mapping(self.recipe.get("train"))
 
     @property
-    def seed(self) -> Any:
-        return self.train.get("seed")
+    def seed(self) -> int | None:
+        seed = self.train.get("seed")
+        return seed if isinstance(seed, int) else None
 
     def number(self, name: str) -> float | None:
         """Return a number of the result, or None where it has none."""

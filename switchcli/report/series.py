@@ -51,9 +51,9 @@ class Series(NamedTuple):
     runs: tuple[Run, ...]
 
 
-def by_seed(series: Series) -> dict[Any, Run]:
+def by_seed(series: Series) -> dict[int | None, Run]:
     """Return the runs of a series by seed; of several runs with one seed, which are one measurement, the first."""
-    runs: dict[Any, Run] = {}
+    runs: dict[int | None, Run] = {}
     for run in series.runs:
         runs.setdefault(run.seed, run)
     return runs

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from report_folders import a_run
 
 from switchcli.report.runs import Curve, Loads, Run, read
-from switchcli.report.series import band, differences, downsample, flatten, group_by_recipe, seed_spread, smooth
+from switchcli.report.series import (
+    band,
+    by_seed,
+    differences,
+    downsample,
+    flatten,
+    group_by_recipe,
+    seed_spread,
+    smooth,
+)
 
 doubles = st.floats(-1e6, 1e6)
 
@@ -108,6 +117,12 @@ def test_only_the_runs_own_seed_in_a_path_counts() -> None:
     one_teacher = [of_teacher("a", seed, "runs/teacher-8") for seed in (0, 1, 8)]
     baseless = [run._replace(recipe={**run.recipe, "distill": {"teacher": "runs/teacher-8"}}) for run in one_teacher]
     assert len(group_by_recipe(baseless)) == 1
+
+
+@pytest.mark.parametrize("seed", [[1], {"a": 1}, "1", None])
+def test_a_seed_that_is_no_integer_is_none(tmp_path: Path, seed: object) -> None:
+    (series,) = group_by_recipe([read(a_run(tmp_path / "a"), {"train": {"seed": seed}})])
+    assert [*by_seed(series)] == [None]
 
 
 def test_differences_are_the_keys_that_differ() -> None:
