@@ -1,14 +1,15 @@
 """Routing counts: how often the routers of each sparse layer sent a token id, or a position, to each expert.
 
 Legend: B batch, S positions, G groups, N tokens a group, E experts, C slots, A real tokens (all positions of a batch
-that are not padding), X distinct (value, expert) pairs.
+that are not padding), X distinct (value, expert) pairs, R distinct values.
 
 Counting uses a temporary forward hook on each router, so a model that is not counted pays nothing. Routing in
 evaluation mode is deterministic: calling the router's `assign` again on the same logits gives the same assignment.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,8 +26,25 @@ from switchcli.spec import PAD
 from switchcli.training.loss import batch_segment_ids
 
 
+class ValueCounts(NamedTuple):
+    """The R distinct values of X entries, each of which has a value and a count."""
+
+    value_R: torch.Tensor
+    """int64, ascending."""
+    row_X: torch.Tensor
+    """int64: where the value of each entry is in `value_R`."""
+    count_R: torch.Tensor
+    """int64: the total count of each value."""
+
+
+def count_values(value_X: torch.Tensor, count_X: torch.Tensor) -> ValueCounts:
+    """Return the distinct values of entries with their total counts."""
+    value_R, row_X = torch.unique(value_X, return_inverse=True)
+    return ValueCounts(value_R, row_X, count_X.new_zeros(len(value_R)).scatter_add_(0, row_X, count_X))
+
+
 class ExpertCounts(NamedTuple):
-    """A sparse table of counts: how often each value (a token id, a position, ...) went to each expert.
+    """A sparse table of counts: how often each value (a token id, a position, ...) went to each of E experts.
 
     Only pairs that occurred are stored, 16 bytes each. The dense table would have vocabulary * E entries.
     """
@@ -35,20 +53,38 @@ class ExpertCounts(NamedTuple):
     """int64, ascending and distinct: value * E + expert."""
     count_X: torch.Tensor
     """int64."""
+    num_experts: int
+
+    @property
+    def value_X(self) -> torch.Tensor:
+        return self.key_X // self.num_experts
+
+    @property
+    def expert_X(self) -> torch.Tensor:
+        return self.key_X % self.num_experts
+
+    def by_value(self) -> ValueCounts:
+        """Return the total count of each value."""
+        return count_values(self.value_X, self.count_X)
+
+    def by_expert(self) -> torch.Tensor:
+        """Return the total count of each expert: int64 [E]."""
+        return self.count_X.new_zeros(self.num_experts).scatter_add_(0, self.expert_X, self.count_X)
 
     def __add__(self, other: object) -> "ExpertCounts":
         assert isinstance(other, ExpertCounts)
-        return sum_counts(torch.cat([self.key_X, other.key_X]), torch.cat([self.count_X, other.count_X]))
+        key_X, count_X = (torch.cat(pair) for pair in ((self.key_X, other.key_X), (self.count_X, other.count_X)))
+        key_R, _, count_R = count_values(key_X, count_X)
+        return ExpertCounts(key_R, count_R, self.num_experts)
 
-    def to_cpu(self) -> "ExpertCounts":
-        return ExpertCounts(self.key_X.cpu(), self.count_X.cpu())
+    def cpu(self) -> "ExpertCounts":
+        return self._replace(key_X=self.key_X.cpu(), count_X=self.count_X.cpu())
 
 
-def sum_counts(key_X: torch.Tensor, count_X: torch.Tensor) -> ExpertCounts:
-    """Return a table with one entry for each distinct key: the sum of its counts."""
-    # index[i] is the row of key_X[i] in the sorted distinct keys.
-    key, index = torch.unique(key_X, return_inverse=True)
-    return ExpertCounts(key, count_X.new_zeros(len(key)).scatter_add_(0, index, count_X))
+def sum_counts(value_X: torch.Tensor, expert_X: torch.Tensor, count_X: torch.Tensor, num_experts: int) -> ExpertCounts:
+    """Return a table with one entry for each distinct pair of value and expert: the sum of its counts."""
+    key_R, _, count_R = count_values(value_X * num_experts + expert_X, count_X)
+    return ExpertCounts(key_R, count_R, num_experts)
 
 
 class StackTokens(NamedTuple):
@@ -105,14 +141,21 @@ class LayerCounts(NamedTuple):
     """float64 scalar: the sum over tokens of n ln n, where n is the number of experts that the token chose. This is the
     entropy of a choice that comes from which of the token's n experts it is; no property of the token explains it."""
 
+    @property
+    def num_experts(self) -> int:
+        return self.tokens.num_experts
+
+    @property
+    def within(self) -> float:
+        """The mean of `within_token` over choices: `Information.within`."""
+        return float(self.within_token) / max(1, int(self.chosen_E.sum()))
+
     def __add__(self, other: object) -> "LayerCounts":
         assert isinstance(other, LayerCounts)
-        tables = (self.tokens + other.tokens, self.positions + other.positions, self.kinds + other.kinds)
-        return LayerCounts(*tables, *map(torch.add, self[3:], other[3:]))
+        return LayerCounts(*map(operator.add, self, other))
 
-    def to_cpu(self) -> "LayerCounts":
-        tables = (self.tokens.to_cpu(), self.positions.to_cpu(), self.kinds.to_cpu())
-        return LayerCounts(*tables, *(tensor.cpu() for tensor in self[3:]))
+    def cpu(self) -> "LayerCounts":
+        return LayerCounts(*map(operator.methodcaller("cpu"), self))
 
 
 OnLayer = Callable[[str, StackTokens, ExpertChoices], None]
@@ -210,11 +253,15 @@ def observe(
     """Run the model on a batch in evaluation mode, and call `on_layer` for each sparse layer in forward order."""
     tokens_by_stack = stack_tokens(batch, segments, kinds)
 
-    def on_logits(name: str, layer: SwitchLayer, logits_GNE: torch.Tensor) -> None:
-        tokens = tokens_by_stack[_stack_of(name)]
-        on_layer(name, tokens, expert_choices(layer, logits_GNE, tokens.real_BS))
+    def hook(name: str, layer: SwitchLayer) -> Callable[[Any, Any, torch.Tensor], None]:
+        tokens = tokens_by_stack[next(stack for stack in STACKS if name.startswith(stack))]
+        return lambda router, inputs, logits_GNE: on_layer(
+            name, tokens, expert_choices(layer, logits_GNE, tokens.real_BS)
+        )
 
-    with evaluating(model, policy), _router_hooks(model, on_logits):
+    with evaluating(model, policy), ExitStack() as hooks:
+        for name, layer in sparse_layers(model).items():
+            hooks.enter_context(layer.router.register_forward_hook(hook(name, layer)))
         model(*batch, segments)
 
 
@@ -270,11 +317,12 @@ def count_choices(tokens: StackTokens, choices: ExpertChoices) -> LayerCounts:
     turned_away_X = ~in_slot_AE[token_X, expert_X]
     zeros_E = probability_AE.new_zeros(E, dtype=torch.float64)
     kind_A = torch.zeros_like(tokens.id_A) if tokens.kind_A is None else tokens.kind_A
-    has_kind_X = kind_A[token_X] > 0
+    kind_X = kind_A[token_X]
+    has_kind_X = kind_X > 0
     return LayerCounts(
-        tokens=sum_counts(tokens.id_A[token_X] * E + expert_X, one_X),
-        positions=sum_counts(tokens.position_A[token_X] * E + expert_X, one_X),
-        kinds=sum_counts((kind_A[token_X] * E + expert_X)[has_kind_X], one_X[has_kind_X]),
+        tokens=sum_counts(tokens.id_A[token_X], expert_X, one_X, E),
+        positions=sum_counts(tokens.position_A[token_X], expert_X, one_X, E),
+        kinds=sum_counts(kind_X[has_kind_X], expert_X[has_kind_X], one_X[has_kind_X], E),
         chosen_E=expert_X.bincount(minlength=E),
         turned_away_E=expert_X[turned_away_X].bincount(minlength=E),
         probability_E=zeros_E.index_add(0, expert_X, probability_AE[token_X, expert_X].double()),
@@ -286,24 +334,3 @@ def count_choices(tokens: StackTokens, choices: ExpertChoices) -> LayerCounts:
         entropy=torch.special.entr(probability_AE).sum(1).sum(dtype=torch.float64),
         within_token=-torch.special.entr(chosen_AE.sum(1).double()).sum(),
     )
-
-
-def _stack_of(layer: str) -> Stack:
-    return next(stack for stack in STACKS if layer.startswith(stack))
-
-
-@contextmanager
-def _router_hooks(
-    model: SwitchTransformer, on_logits: Callable[[str, SwitchLayer, torch.Tensor], None]
-) -> Iterator[None]:
-    """Call `on_logits` with the name, the layer and the logits of each router that runs while the context is open."""
-
-    def hook(name: str, layer: SwitchLayer) -> Callable[[Any, Any, torch.Tensor], None]:
-        return lambda router, inputs, logits_GNE: on_logits(name, layer, logits_GNE)
-
-    handles = [layer.router.register_forward_hook(hook(name, layer)) for name, layer in sparse_layers(model).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

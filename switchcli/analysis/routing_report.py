@@ -1,13 +1,15 @@
 """The routing report: how one model routes held-out texts, or how two differ in it, as a JSON object."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 
 from switchcli.analysis.routing_counts import ExpertCounts, LayerCounts, RoutingCounts, count_routing
-from switchcli.analysis.specialization import MIN_COUNT, information, specialization_metrics, within
+from switchcli.analysis.specialization import MIN_COUNT, information, specialization_metrics
 from switchcli.data.python_kinds import kinds_of
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -59,14 +61,13 @@ def _layers(model_index: int, counts_by_text: Mapping[str, RoutingCounts], token
     """Return the specialization of each sparse layer of one model by name, with the pieces of its tokens."""
     layers = {}
     sentinel_ids = tokenizer.sentinels.tolist()
+    sentinel_pieces = tokenizer.pieces(sentinel_ids)
     for name in next(iter(counts_by_text.values())).layers[model_index]:
         layer_counts = {text: counts.layers[model_index][name] for text, counts in counts_by_text.items()}
         layer = specialization_metrics(layer_counts, sentinel_ids)
-        used_sentinels = [index for index in sentinel_ids if index in layer["sentinels"]]
-        pieces = tokenizer.pieces(used_sentinels)
-        layer["sentinels"] = {
-            piece: layer["sentinels"][index] for piece, index in zip(pieces, used_sentinels, strict=True)
-        }
+        loads = layer["sentinels"]
+        named_ids = zip(sentinel_pieces, sentinel_ids, strict=True)
+        layer["sentinels"] = {piece: loads[index] for piece, index in named_ids if index in loads}
         for expert in layer["experts"]:
             for key in ("by_lift", "by_count"):
                 tokens = expert[key]
@@ -79,10 +80,10 @@ def _layers(model_index: int, counts_by_text: Mapping[str, RoutingCounts], token
 def _drift(counts_by_text: Mapping[str, RoutingCounts]) -> dict[str, Any]:
     """Return how far the choices of two models differ in each sparse layer by name, over all texts."""
     layers = {}
-    all_counts = list(counts_by_text.values())
+    all_counts = [*counts_by_text.values()]
     for name in all_counts[0].joint_EE:
-        joint_EE = sum((counts.joint_EE[name] for counts in all_counts[1:]), start=all_counts[0].joint_EE[name])
-        one, other = (_total([counts.layers[index][name] for counts in all_counts]) for index in (0, 1))
+        joint_EE = reduce(operator.add, (counts.joint_EE[name] for counts in all_counts))
+        one, other = (reduce(operator.add, (counts.layers[index][name] for counts in all_counts)) for index in (0, 1))
         layers[name] = _layer_drift(joint_EE.cpu(), one, other)
     return layers
 
@@ -99,13 +100,9 @@ def _layer_drift(joint_EE: torch.Tensor, one: LayerCounts, other: LayerCounts) -
     """
     choices = int(one.chosen_E.sum())
     key_X = joint_EE.flatten().nonzero().flatten()  # i * E + j of each pair that occurs
-    pairs = ExpertCounts(key_X, joint_EE.flatten()[key_X].long())
+    pairs = ExpertCounts(key_X, joint_EE.flatten()[key_X].long(), len(joint_EE))
     return {
         "tokens": int(one.num_tokens),
         "changed": 1 - 2 * float(joint_EE.trace()) / (choices + int(other.chosen_E.sum())),
-        "shared_information": information(pairs, len(joint_EE), choices, within(other)).to_json(),
+        "shared_information": information(pairs, choices, other.within).to_json(),
     }
-
-
-def _total(counts: Sequence[LayerCounts]) -> LayerCounts:
-    return sum(counts[1:], start=counts[0])

@@ -4,7 +4,9 @@ Computed from the counts of routing_counts.py. Legend: E experts, X distinct (va
 (token ids, position bins or texts) in ascending order, N choices.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -56,22 +58,16 @@ class Information(NamedTuple):
         return {**self._asdict(), "share": self.share, "share_of_values": self.share_of_values}
 
 
-def information(pairs: ExpertCounts, num_experts: int, num_tokens: int, within: float) -> Information:
+def information(pairs: ExpertCounts, num_tokens: int, within: float) -> Information:
     """Return the information of `pairs`, which count the choices of `num_tokens` tokens and are on the CPU."""
-    experts = _entropy(_counts_by_expert(pairs.key_X % num_experts, pairs.count_X, num_experts))
-    values = _entropy(_counts_by_value(pairs.key_X // num_experts, pairs.count_X)[1])
+    experts, values = _entropy(pairs.by_expert()), _entropy(pairs.by_value().count_R)
     # I(value; expert) = H(value) + H(expert) - H(value, expert). At random each value and each expert is as frequent.
-    at_random = information_by_chance(pairs, num_experts, num_tokens)
+    at_random = information_by_chance(pairs, num_tokens)
     nats, by_chance = (values + experts - _entropy(joint.count_X) for joint in (pairs, at_random))
     return Information(nats, by_chance, experts, values, within)
 
 
-def within(counts: LayerCounts) -> float:
-    """Return `Information.within` of a layer: the mean over its choices."""
-    return float(counts.within_token) / max(1, int(counts.chosen_E.sum()))
-
-
-def information_by_chance(pairs: ExpertCounts, num_experts: int, num_tokens: int) -> ExpertCounts:
+def information_by_chance(pairs: ExpertCounts, num_tokens: int) -> ExpertCounts:
     """Return `pairs` with the choices assigned to the values at random, from a fixed seed.
 
     Each value and each expert keep their counts. Where every token chose k experts, a token again gets k different
@@ -81,37 +77,36 @@ def information_by_chance(pairs: ExpertCounts, num_experts: int, num_tokens: int
     experts is 0 0 0 1, 1 1 2 2: its halves are the columns of four rows, 0 1, 0 1, 0 2 and 1 2. The shuffled rows are
     dealt out to the tokens in the order of their values.
     """
-    value_X, expert_X = pairs.key_X // num_experts, pairs.key_X % num_experts
     # The N choices, one entry each: their values in ascending order, and their experts in ascending order.
-    value_N = torch.unique(value_X).repeat_interleave(_counts_by_value(value_X, pairs.count_X)[1])
-    expert_N = torch.arange(num_experts).repeat_interleave(_counts_by_expert(expert_X, pairs.count_X, num_experts))
+    value_R, _, count_R = pairs.by_value()
+    value_N = value_R.repeat_interleave(count_R)
+    expert_N = torch.arange(pairs.num_experts).repeat_interleave(pairs.by_expert())
     k, remainder = divmod(len(expert_N), max(1, num_tokens))
     # [N / k, k], a row for each token: its k experts are N / k = num_tokens apart in the sorted list. No expert has
     # more than num_tokens choices, so the experts of a row differ. Rows are shuffled as a unit.
     expert_rows = expert_N.reshape(1 if remainder else max(1, k), -1).T
     order = torch.randperm(len(expert_rows), generator=torch.Generator().manual_seed(0))
-    random_expert_N = expert_rows[order].flatten()
-    return sum_counts(value_N * num_experts + random_expert_N, torch.ones_like(random_expert_N))
+    return sum_counts(value_N, expert_rows[order].flatten(), torch.ones_like(value_N), pairs.num_experts)
 
 
 def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence[int]) -> dict[str, Any]:
     """Return the JSON object of one layer, over its counts by text. Tokens, sentinels too, are named by their ids."""
-    counts_by_text = {name: counts.to_cpu() for name, counts in texts.items()}
-    first, *others = counts_by_text.values()
-    counts = sum(others, start=first)
-    num_experts, num_tokens = len(counts.chosen_E), int(counts.num_tokens)
-    bins = _bin_positions(counts.positions, num_experts)
-    load_by_bin = _load_by_value(bins.pairs, num_experts)
+    counts_by_text = {name: counts.cpu() for name, counts in texts.items()}
+    counts = reduce(operator.add, counts_by_text.values())
+    num_experts, num_tokens = counts.num_experts, int(counts.num_tokens)
+    bins = _bin_positions(counts.positions)
+    load_by_bin = _load_by_value(bins.pairs)
     sources = {"token": counts.tokens, "position": bins.pairs}
-    if others:
+    if len(texts) > 1:
         # The value of a choice is the number of its text: keys run over all (text, expert) pairs in order.
-        key_X = torch.arange(len(counts_by_text) * num_experts)
-        sources["text"] = ExpertCounts(key_X, torch.cat([text.chosen_E for text in counts_by_text.values()]))
-    told = {name: information(pairs, num_experts, num_tokens, within(counts)) for name, pairs in sources.items()}
+        count_X = torch.cat([text.chosen_E for text in counts_by_text.values()])
+        sources["text"] = ExpertCounts(torch.arange(len(count_X)), count_X, num_experts)
+    told = {name: information(pairs, num_tokens, counts.within) for name, pairs in sources.items()}
     if tokens_of_kinds := int(counts.tokens_of_kinds):
-        told["kind"] = information(counts.kinds, num_experts, tokens_of_kinds, within(counts))
-    is_sentinel_X = torch.isin(counts.tokens.key_X // num_experts, torch.tensor(sentinels))
-    sentinel_pairs = ExpertCounts(counts.tokens.key_X[is_sentinel_X], counts.tokens.count_X[is_sentinel_X])
+        told["kind"] = information(counts.kinds, tokens_of_kinds, counts.within)
+    tokens = counts.tokens
+    is_sentinel_X = torch.isin(tokens.value_X, torch.tensor(sentinels))
+    sentinel_pairs = tokens._replace(key_X=tokens.key_X[is_sentinel_X], count_X=tokens.count_X[is_sentinel_X])
     return {
         "tokens": num_tokens,
         DROPPED_FRACTION: int(counts.dropped) / max(1, num_tokens),
@@ -126,8 +121,8 @@ def specialization_metrics(texts: Mapping[str, LayerCounts], sentinels: Sequence
             "last": bins.last,
             "load": [load_by_bin.get(number, [0] * num_experts) for number in range(len(bins.firsts))],
         },
-        "sentinels": _load_by_value(sentinel_pairs, num_experts),
-        "kinds": {KINDS[kind]: load for kind, load in _load_by_value(counts.kinds, num_experts).items()},
+        "sentinels": _load_by_value(sentinel_pairs),
+        "kinds": {KINDS[kind]: load for kind, load in _load_by_value(counts.kinds).items()},
         "texts": {name: text.chosen_E.tolist() for name, text in counts_by_text.items()},
     }
 
@@ -139,7 +134,7 @@ def _expert_metrics(counts: LayerCounts) -> list[dict[str, Any]]:
         counts.chosen_E.tolist(),
         counts.turned_away_E.tolist(),
         counts.probability_E.tolist(),
-        top_tokens(counts.tokens, len(counts.chosen_E)),
+        top_tokens(counts.tokens),
         strict=True,
     )
     return [
@@ -165,13 +160,12 @@ class TopTokens(NamedTuple):
     """Tokens with the most choices of the expert."""
 
 
-def top_tokens(tokens: ExpertCounts, num_experts: int) -> list[TopTokens]:
+def top_tokens(tokens: ExpertCounts) -> list[TopTokens]:
     """Return at most `TOP_TOKENS` tokens for each expert, by lift and by count."""
-    value_X, expert_X = tokens.key_X // num_experts, tokens.key_X % num_experts
-    row_X, count_R = _counts_by_value(value_X, tokens.count_X)
-    count_E = _counts_by_expert(expert_X, tokens.count_X, num_experts)
+    value_X, expert_X = tokens.value_X, tokens.expert_X
+    _, row_X, count_R = tokens.by_value()
     # For each pair: all choices of its token, and all choices of its expert.
-    token_total_X, expert_total_X = count_R[row_X], count_E[expert_X]
+    token_total_X, expert_total_X = count_R[row_X], tokens.by_expert()[expert_X]
     lift_X = tokens.count_X.double() * count_R.sum() / (expert_total_X.double() * token_total_X)
 
     def describe(pair_numbers: torch.Tensor) -> list[dict[str, float]]:
@@ -183,7 +177,7 @@ def top_tokens(tokens: ExpertCounts, num_experts: int) -> list[TopTokens]:
         """Return the first `TOP_TOKENS` pairs of each expert, in the order of the pair numbers `order_X`."""
         # A stable sort by expert makes the pairs of each expert contiguous and keeps their order.
         order_X = order_X[expert_X[order_X].sort(stable=True).indices]
-        num_E = torch.bincount(expert_X[order_X], minlength=num_experts)
+        num_E = torch.bincount(expert_X[order_X], minlength=tokens.num_experts)
         return [describe(pair_numbers[:TOP_TOKENS]) for pair_numbers in torch.split(order_X, num_E.tolist())]
 
     # Pair numbers, highest count first; then, keeping that order among ties, highest lift first.
@@ -205,32 +199,20 @@ class _PositionBins(NamedTuple):
     """The last position of the last bin."""
 
 
-def _bin_positions(positions: ExpertCounts, num_experts: int) -> _PositionBins:
-    position_X, expert_X = positions.key_X // num_experts, positions.key_X % num_experts
+def _bin_positions(positions: ExpertCounts) -> _PositionBins:
+    position_X = positions.value_X
     last = int(position_X.max()) if len(position_X) else 0
     width = -(-(last + 1) // NUM_BINS)  # rounded up, so that NUM_BINS bins hold positions 0 to last
-    pairs = sum_counts(position_X // width * num_experts + expert_X, positions.count_X)
+    pairs = sum_counts(position_X // width, positions.expert_X, positions.count_X, positions.num_experts)
     return _PositionBins(pairs, [*range(0, last + 1, width)], last)
 
 
-def _load_by_value(pairs: ExpertCounts, num_experts: int) -> dict[int, list[int]]:
+def _load_by_value(pairs: ExpertCounts) -> dict[int, list[int]]:
     """Return the counts of all experts for each value that occurs."""
-    value_X = pairs.key_X // num_experts
-    row_X, count_R = _counts_by_value(value_X, pairs.count_X)
-    load_RE = count_R.new_zeros(len(count_R), num_experts)
-    load_RE[row_X, pairs.key_X % num_experts] = pairs.count_X
-    return dict(zip(torch.unique(value_X).tolist(), load_RE.tolist(), strict=True))
-
-
-def _counts_by_value(value_X: torch.Tensor, count_X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return row_X, the rank of each value among the R distinct ones, and count_R, the total count of each."""
-    values, row_X = torch.unique(value_X, return_inverse=True)
-    return row_X, count_X.new_zeros(len(values)).scatter_add_(0, row_X, count_X)
-
-
-def _counts_by_expert(expert_X: torch.Tensor, count_X: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Return count_E, the total count of each expert."""
-    return count_X.new_zeros(num_experts).scatter_add_(0, expert_X, count_X)
+    value_R, row_X, count_R = pairs.by_value()
+    load_RE = count_R.new_zeros(len(count_R), pairs.num_experts)
+    load_RE[row_X, pairs.expert_X] = pairs.count_X
+    return dict(zip(value_R.tolist(), load_RE.tolist(), strict=True))
 
 
 def _entropy(count: torch.Tensor) -> float:

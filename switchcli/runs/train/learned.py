@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from switchcli.analysis.guesses import GuessedToken, Guesses, measure_guesses, text_of, visible_tokens
 from switchcli.analysis.routing_counts import LayerCounts, count_routing
-from switchcli.analysis.specialization import information, top_tokens, within
+from switchcli.analysis.specialization import information, top_tokens
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import layer_title
@@ -83,17 +83,17 @@ def measure(
 
 def _most_specialized(layers: Mapping[str, LayerCounts], tokenizer: Tokenizer, vocab_size: int) -> LayerExperts:
     """Return the tokens of each expert of the layer whose choice depends most on the token."""
-    counts_of = {name: counts.to_cpu() for name, counts in layers.items()}
-    shares = {}
-    for name, counts in counts_of.items():
-        num_experts, num_tokens = len(counts.chosen_E), int(counts.num_tokens)
-        shares[name] = information(counts.tokens, num_experts, num_tokens, within(counts)).share
+    counts_of = {name: counts.cpu() for name, counts in layers.items()}
+    shares = {
+        name: information(counts.tokens, int(counts.num_tokens), counts.within).share
+        for name, counts in counts_of.items()
+    }
     name = max(shares, key=lambda layer: shares[layer] or 0.0)
     counts = counts_of[name]
     is_visible_V = visible_tokens(tokenizer, vocab_size)
     num_choices = max(1, int(counts.chosen_E.sum()))
     experts = []
-    for chosen, top in zip(counts.chosen_E.tolist(), top_tokens(counts.tokens, len(counts.chosen_E)), strict=True):
+    for chosen, top in zip(counts.chosen_E.tolist(), top_tokens(counts.tokens), strict=True):
         ids = [int(token["id"]) for token in top.by_lift if is_visible_V[int(token["id"])]]
         pieces = [text_of(piece) for piece in tokenizer.pieces(ids)]
         experts.append(ExpertTokens(chosen / num_choices, [*dict.fromkeys(pieces)]))
