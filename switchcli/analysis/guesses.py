@@ -7,7 +7,7 @@ So the accuracy says how well the model predicts what a gap holds, apart from wh
 Legend: B batch, S source, T target, V vocabulary, N hidden tokens of a batch, K guesses per token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
+from switchcli.model.packing import SegmentIds
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.training.loss import CHUNK, batch_segment_ids
@@ -140,22 +141,16 @@ def _examples(
     batch: Batch, packed: bool, guess_BTK: torch.Tensor, is_visible_V: torch.Tensor, tokenizer: Tokenizer
 ) -> Iterator[GuessedToken]:
     """Yield the last visible token of each gap, with its guesses, row by row; without gaps, each visible token."""
-    sentinels = set(tokenizer.sentinels.tolist())
-    for inputs_S, targets_T, guess_TK in zip(*batch[:2], guess_BTK, strict=True):
-        segments = batch_segment_ids(Batch(inputs_S.unsqueeze(0), targets_T.unsqueeze(0)), packed)
-        num_examples = 1 if segments is None else int((inputs_S == EOS).sum())
-        for number in range(num_examples):
-            source = inputs_S if segments is None else inputs_S[segments.source_BS[0] == number]
-            is_own_T = torch.ones_like(targets_T, dtype=torch.bool)
-            if segments is not None:
-                is_own_T = segments.target_BT[0] == number
+    segments = batch_segment_ids(batch, packed) or SegmentIds(*map(torch.zeros_like, batch))
+    for inputs_S, targets_T, source_S, target_T, guess_TK in zip(*batch, *segments, guess_BTK, strict=True):
+        for number in range(int((inputs_S == EOS).sum()) if packed else 1):
+            is_own_T = target_T == number
             yield from _examples_of(
-                [index for index in source.tolist() if index not in (PAD, EOS)],
+                [index for index in inputs_S[source_S == number].tolist() if index not in (PAD, EOS)],
                 targets_T[is_own_T].tolist(),
                 guess_TK[is_own_T].tolist(),
                 is_visible_V,
                 tokenizer,
-                sentinels,
             )
 
 
@@ -165,8 +160,19 @@ def _examples_of(
     guesses: list[list[int]],
     is_visible_V: torch.Tensor,
     tokenizer: Tokenizer,
-    sentinels: set[int],
 ) -> Iterator[GuessedToken]:
+    sentinels = set(tokenizer.sentinels.tolist())
+
+    def decode(ids: Iterable[int]) -> str:
+        """Return the text of ids, with `_` for each gap."""
+        parts: list[list[int]] = [[]]
+        for index in ids:
+            if index in sentinels:
+                parts.append([])
+            else:
+                parts[-1].append(index)
+        return "_".join(map(tokenizer.decode, parts))
+
     start = 0  # of the gap's tokens among the targets
     before, after, has_gaps = source, list[int](), False  # without gaps the targets continue the source
     last: GuessedToken | None = None
@@ -177,26 +183,10 @@ def _examples_of(
             start, last, has_gaps = position + 1, None, True
             before, after = source[: source.index(target)], source[source.index(target) + 1 :]
         elif is_visible_V[target]:
-            pieces = tokenizer.pieces([target, *guesses[position]])
-            last = GuessedToken(
-                _decode([*before, *targets[start:position]], tokenizer, sentinels),
-                text_of(pieces[0]),
-                _decode(after, tokenizer, sentinels),
-                tuple(map(text_of, pieces[1:])),
-            )
+            hidden, *guessed = map(text_of, tokenizer.pieces([target, *guesses[position]]))
+            last = GuessedToken(decode([*before, *targets[start:position]]), hidden, decode(after), tuple(guessed))
             if not has_gaps:
                 yield last
                 last = None
     if last is not None:
         yield last
-
-
-def _decode(ids: Sequence[int], tokenizer: Tokenizer, sentinels: set[int]) -> str:
-    """Return the text of ids, with `_` for each gap."""
-    parts: list[list[int]] = [[]]
-    for index in ids:
-        if index in sentinels:
-            parts.append([])
-        else:
-            parts[-1].append(index)
-    return "_".join(tokenizer.decode(part) for part in parts)
