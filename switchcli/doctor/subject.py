@@ -8,7 +8,7 @@ does not judge.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -132,13 +132,11 @@ def record_router_calls(subject: Subject, logits_index: int | None) -> Iterator[
         logits_GNE = output if logits_index is None else output[logits_index]
         calls.append(RouterCall(inputs.pop(), arguments[0].detach(), logits_GNE.detach(), output))
 
-    hooks = [router.register_forward_pre_hook(before) for router in subject.routers]
-    hooks += [router.register_forward_hook(after) for router in subject.routers]
-    try:
+    with ExitStack() as hooks:
+        for router in subject.routers:
+            hooks.enter_context(router.register_forward_pre_hook(before))
+            hooks.enter_context(router.register_forward_hook(after))
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
