@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import DROPPED_FRACTION, TOKENS_PER_SECOND
+from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
 from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
 from switchcli.report.significance import Effect, Interval, Verdict, gain
-from switchcli.report.speed import Cost, QualityMetric, Speed, Window, quality_metric, speed
+from switchcli.report.speed import Cost, QualityMetric, Speed, Window, speed
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 MAX_KEYS = 3
@@ -68,20 +70,16 @@ class SeriesRow(NamedTuple):
         return flatten(self.to_json())
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True)
+class Comparison:
     """All runs that trained, compared with the series of the baseline."""
 
     series: tuple[Series, ...]
     baseline: Series
-    metric: QualityMetric
     quality: float | None
     """The quality whose cost is compared; None for what each run's baseline run ends with."""
-    window: Window | None
-    """The last evaluations that all runs have: series are compared by these alone. None where there are none."""
-    common_step: float | None
-    """The step of the window; None where there is none, or where all evaluated runs end there."""
-    rows: tuple[SeriesRow, ...]
-    notes: tuple[str, ...]
+    evaluations: int
+    """The number of evaluations that the quality metric is a mean over."""
 
     @property
     def labels(self) -> list[str]:
@@ -89,95 +87,117 @@ class Comparison(NamedTuple):
 
     @property
     def num_tokenizers(self) -> int:
-        return _num_tokenizers(self.series)
+        return len({run.tokenizer for one in self.series for run in one.runs if run.tokenizer is not None})
+
+    @cached_property
+    def metric(self) -> QualityMetric:
+        """The held-out metric by which the runs are compared: bits per byte where they have several tokenizers."""
+        if self.num_tokenizers > 1:
+            return QualityMetric(HELD_OUT_BITS, "held-out bits per byte", self.evaluations)
+        return QualityMetric(HELD_OUT_LOSS, "held-out loss", self.evaluations)
+
+    @cached_property
+    def _windows(self) -> list[list[Window]]:
+        """The windows of each run that was evaluated, in order."""
+        return [[*values] for one in self.series for run in one.runs if (values := self.metric.measured(run))]
+
+    @cached_property
+    def window(self) -> Window | None:
+        """The last evaluations after step 0 that all runs have: series are compared by these alone.
+
+        None where there are none. A run that was evaluated only at step 0 takes no part.
+        """
+        in_training = [{window for window in windows if window[-1] > 0} for windows in self._windows]
+        in_training = [windows for windows in in_training if windows]
+        return max(set.intersection(*in_training), default=None) if in_training else None
+
+    @property
+    def common_step(self) -> float | None:
+        """The step of the window; None where there is none, or where all evaluated runs end there."""
+        if self.window is None or all(windows[-1] == self.window for windows in self._windows):
+            return None
+        step = float(np.mean(self.window))
+        return int(step) if step.is_integer() else step
+
+    @cached_property
+    def rows(self) -> tuple[SeriesRow, ...]:
+        """The results of each series."""
+        return tuple(map(self._row, self.series))
+
+    def _row(self, series: Series) -> SeriesRow:
+        runs = [*by_seed(series).values()]
+        final = seed_spread(map(self.metric.at_end, runs))
+        ours, theirs = self._at_window(series), self._at_window(self.baseline)
+        over = gain(*({seed: -loss for seed, loss in losses.items()} for losses in (ours, theirs)))  # higher is better
+        verdict = None if over is None else over.verdict
+        if self.window is None and final is not None:
+            verdict = Verdict.NO_COMMON_STEP
+        sizes = {
+            name: next((int(size) for run in runs if (size := run.number(name)) is not None), None) for name in SIZES
+        }
+        return SeriesRow(
+            label=series.label,
+            seeds=len(runs),
+            num_unfinished=sum(not run.result for run in runs),
+            sizes=sizes,
+            steps=seed_spread(run.step for run in runs),
+            final=final,
+            over=over,
+            verdict=Verdict.BASELINE if series is self.baseline else verdict,
+            at_common=None if self.common_step is None else seed_spread(ours.values()),
+            speed=speed(series, self.baseline, self.metric, self.quality),
+            tokens_per_second=seed_spread(map(_tokens_per_second, runs)),
+            dropped=seed_spread(map(_dropped_fraction, runs)),
+        )
+
+    def _at_window(self, series: Series) -> dict[int | None, float]:
+        """Return the quality metric over the window by seed, of the runs that have it."""
+        window = self.window
+        if window is None:
+            return {}
+        values = {seed: self.metric.measured(run) for seed, run in by_seed(series).items()}
+        return {seed: of_run[window] for seed, of_run in values.items() if window in of_run}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes())
+
+    def _notes(self) -> Iterator[str]:
+        """Yield what the reader has to know before the results are compared."""
+        if self.num_tokenizers > 1:
+            yield (
+                f"The runs use {self.num_tokenizers} tokenizers: losses over different tokens cannot be compared, so "
+                "the runs are compared by bits per byte alone, of which fewer are better."
+            )
+        text_key = re.compile(r"(data(?!\.(tokenizer|stream_shards))|tasks)\b")
+        keys = [key for key in differences(self.series) if text_key.match(key)]
+        # The keys that say where a text comes from are first, because other differences follow from them.
+        keys.sort(key=lambda key: key.rpartition(".")[2] not in ("kind", "path", "paths", "name", "tasks"))
+        if keys:
+            yield (
+                f"The held-out text is not the same in all series, by {', '.join(keys[:MAX_KEYS])}"
+                f"{', ...' if len(keys) > MAX_KEYS else ''}: metrics of different texts can hardly be compared."
+            )
+        unevaluated = [run.name for one in self.series for run in one.runs if self.metric.name not in run.curves]
+        if unevaluated:
+            yield f"No {self.metric.title} was logged by {', '.join(unevaluated)}: left out of the comparison."
+        if self.window is None and len(self._windows) > 1:
+            if all(windows[-1][-1] == 0 for windows in self._windows):
+                yield "No run was evaluated after step 0 yet: nothing is compared."
+            else:
+                smoothed, fix = "", ""
+                if self.evaluations > 1:
+                    smoothed, fix = f", {self.evaluations} times in a row", "take a smaller --smooth, or "
+                yield (
+                    f"There is no step after 0 at which all runs were evaluated{smoothed}, so that nothing is "
+                    f"compared: {fix}give them equal eval.every_steps."
+                )
 
 
 def compare(series: Sequence[Series], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
-    """Compare series of runs that trained, at least one.
-
-    Args:
-        series: The series in their order.
-        baseline: The name of a run of the series to compare with; None for the first series.
-        quality: The quality whose cost is compared; None for what each run's baseline run ends with.
-        evaluations: The number of evaluations that the metric is a mean over.
-    """
+    """Compare series of runs that trained, at least one, with the series of the run `baseline`; None: the first."""
     reference = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
-    metric = quality_metric(_num_tokenizers(series), evaluations)
-    window = _common_window(series, metric)
-    step = _common_step(series, metric, window)
-    rows = tuple(_row(one, reference, metric, quality, window, step) for one in series)
-    notes = tuple(_notes(series, metric, window))
-    return Comparison(tuple(series), reference, metric, quality, window, step, rows, notes)
-
-
-def _num_tokenizers(series: Sequence[Series]) -> int:
-    return len({run.tokenizer for one in series for run in one.runs if run.tokenizer is not None})
-
-
-def _windows(series: Sequence[Series], metric: QualityMetric) -> list[list[Window]]:
-    """Return the windows of each run that was evaluated, in order."""
-    return [[*values] for one in series for run in one.runs if (values := metric.measured(run))]
-
-
-def _common_window(series: Sequence[Series], metric: QualityMetric) -> Window | None:
-    """Return the last window after step 0 that all runs have. One that was evaluated only at step 0 takes no part."""
-    in_training = [{window for window in windows if window[-1] > 0} for windows in _windows(series, metric)]
-    in_training = [windows for windows in in_training if windows]
-    return max(set.intersection(*in_training), default=None) if in_training else None
-
-
-def _common_step(series: Sequence[Series], metric: QualityMetric, window: Window | None) -> float | None:
-    if window is None or all(windows[-1] == window for windows in _windows(series, metric)):
-        return None
-    step = float(np.mean(window))
-    return int(step) if step.is_integer() else step
-
-
-def _gain(series: Series, reference: Series, metric: QualityMetric, window: Window | None) -> Effect | None:
-    if window is None:
-        return None
-    ours, theirs = (
-        {
-            seed: -values[window]  # higher is better
-            for seed, run in by_seed(one).items()
-            if window in (values := metric.measured(run))
-        }
-        for one in (series, reference)
-    )
-    return gain(ours, theirs)
-
-
-def _row(
-    series: Series,
-    baseline: Series,
-    metric: QualityMetric,
-    quality: float | None,
-    window: Window | None,
-    common_step: float | None,
-) -> SeriesRow:
-    runs = [*by_seed(series).values()]
-    final = seed_spread(metric.at_end(run) for run in runs)
-    over = _gain(series, baseline, metric, window)
-    verdict = None if over is None else over.verdict
-    if window is None and final is not None:
-        verdict = Verdict.NO_COMMON_STEP
-    sizes = {name: [int(size) for run in runs if (size := run.number(name)) is not None] for name in SIZES}
-    return SeriesRow(
-        label=series.label,
-        seeds=len(runs),
-        num_unfinished=sum(not run.result for run in runs),
-        sizes={name: values[0] if values else None for name, values in sizes.items()},
-        steps=seed_spread(run.step for run in runs),
-        final=final,
-        over=over,
-        verdict=Verdict.BASELINE if series is baseline else verdict,
-        at_common=None
-        if window is None or common_step is None
-        else seed_spread(metric.measured(run).get(window) for run in runs),
-        speed=speed(series, baseline, metric, quality),
-        tokens_per_second=seed_spread(map(_tokens_per_second, runs)),
-        dropped=seed_spread(map(_dropped_fraction, runs)),
-    )
+    return Comparison(tuple(series), reference, quality, evaluations)
 
 
 def _tokens_per_second(run: Run) -> float | None:
@@ -191,40 +211,6 @@ def _tokens_per_second(run: Run) -> float | None:
 def _dropped_fraction(run: Run) -> float | None:
     curve = run.curves.get(DROPPED_FRACTION)
     return None if curve is None else float(curve.values[-max(1, len(curve.values) // 10) :].mean())
-
-
-def _notes(series: Sequence[Series], metric: QualityMetric, window: Window | None) -> Iterator[str]:
-    """Yield what the reader has to know before the results are compared."""
-    tokenizers = _num_tokenizers(series)
-    if tokenizers > 1:
-        yield (
-            f"The runs use {tokenizers} tokenizers: losses over different tokens cannot be compared, so "
-            "the runs are compared by bits per byte alone, of which fewer are better."
-        )
-    text_key = re.compile(r"(data(?!\.(tokenizer|stream_shards))|tasks)\b")
-    keys = [key for key in differences(series) if text_key.match(key)]
-    # The keys that say where a text comes from are first, because other differences follow from them.
-    keys.sort(key=lambda key: key.rpartition(".")[2] not in ("kind", "path", "paths", "name", "tasks"))
-    if keys:
-        yield (
-            f"The held-out text is not the same in all series, by {', '.join(keys[:MAX_KEYS])}"
-            f"{', ...' if len(keys) > MAX_KEYS else ''}: metrics of different texts can hardly be compared."
-        )
-    unevaluated = [run.name for one in series for run in one.runs if metric.name not in run.curves]
-    if unevaluated:
-        yield f"No {metric.title} was logged by {', '.join(unevaluated)}: left out of the comparison."
-    windows = _windows(series, metric)
-    if window is None and len(windows) > 1:
-        if all(steps[-1][-1] == 0 for steps in windows):
-            yield "No run was evaluated after step 0 yet: nothing is compared."
-        else:
-            smoothed, fix = "", ""
-            if metric.evaluations > 1:
-                smoothed, fix = f", {metric.evaluations} times in a row", "take a smaller --smooth, or "
-            yield (
-                f"There is no step after 0 at which all runs were evaluated{smoothed}, so that nothing is compared: "
-                f"{fix}give them equal eval.every_steps."
-            )
 
 
 def _json(value: SeedSpread | None) -> dict[str, float | None]:

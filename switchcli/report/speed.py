@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchcli.metric_names import HELD_OUT_BITS, HELD_OUT_LOSS
 from switchcli.report.runs import Curve, Run
 from switchcli.report.series import SeedSpread, Series, by_seed, seed_spread, smooth
 from switchcli.report.significance import Effect, Interval, Verdict, mean_interval
@@ -35,11 +34,12 @@ class QualityMetric(NamedTuple):
 
     def measured(self, run: Run) -> dict[Window, float]:
         """Return the values of the curve by the evaluations that they are means of, in order. None is interpolated."""
-        evaluated, curve = self._evaluated(run), self.curve(run)
-        if evaluated is None or curve is None:
+        curve = self._evaluated(run)
+        if curve is None:
             return {}
-        windows = np.lib.stride_tricks.sliding_window_view(evaluated.steps, min(self.evaluations, len(evaluated.steps)))
-        return dict(zip(map(tuple, windows.tolist()), curve.values.tolist(), strict=True))
+        windows = np.lib.stride_tricks.sliding_window_view(curve.steps, min(self.evaluations, len(curve.steps)))
+        values = smooth(curve, self.evaluations).values
+        return dict(zip(map(tuple, windows.tolist()), values.tolist(), strict=True))
 
     def at_end(self, run: Run) -> float | None:
         """Return the last value, or None where the run was not evaluated yet."""
@@ -52,13 +52,6 @@ class QualityMetric(NamedTuple):
         if curve is None or self.evaluations == 1 or len(curve.steps) == 1 or curve.steps[0] > 0:
             return curve
         return Curve(curve.steps[1:], curve.values[1:])
-
-
-def quality_metric(num_tokenizers: int, evaluations: int) -> QualityMetric:
-    """Return the metric that compares runs of so many tokenizers: bits per byte where there are several."""
-    if num_tokenizers > 1:
-        return QualityMetric(HELD_OUT_BITS, "held-out bits per byte", evaluations)
-    return QualityMetric(HELD_OUT_LOSS, "held-out loss", evaluations)
 
 
 class Cost(NamedTuple):
@@ -125,13 +118,14 @@ def speed(series: Series, baseline: Series, metric: QualityMetric, quality: floa
     for seed, run in ours.items():
         reference = theirs.get(seed, baseline.runs[0])
         goal = metric.at_end(reference) if quality is None else quality
-        run_cost = None if goal is None else cost(run, metric, goal)
-        if goal is None or run_cost is None:
+        if goal is None or (run_cost := cost(run, metric, goal)) is None:
             continue
         costs.append(run_cost)
         reference_cost = cost(reference, metric, goal)
         if reference_cost is not None and (seed in pairs or not pairs):
-            factors.append(_divide(reference_cost, run_cost))
+            both = zip(reference_cost, run_cost, strict=True)
+            # NaN, which `seed_spread` leaves out, where the run costs 0.
+            factors.append(Cost(*(base / own if own else math.nan for base, own in both)))
     doubt = None
     if series is baseline:
         doubt = Verdict.BASELINE
@@ -158,8 +152,3 @@ def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -
         return Effect(spread, None, Verdict.SOME_SEEDS)
     interval = Interval(*map(math.exp, logarithms))
     return Effect(spread, interval, interval.verdict(1.0, Verdict.FASTER, Verdict.SLOWER))
-
-
-def _divide(reference: Cost, run: Cost) -> Cost:
-    """Return how many times the reference costs more; NaN, which `seed_spread` leaves out, where the run costs 0."""
-    return Cost(*(theirs / ours if ours else np.nan for theirs, ours in zip(reference, run, strict=True)))
