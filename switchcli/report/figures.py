@@ -12,7 +12,7 @@ from switchcli.report.charts import Axis, Figure
 from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run, as_mapping
 from switchcli.report.safe_text import capitalize
-from switchcli.report.series import SeedSpread, band, downsample
+from switchcli.report.series import SeedSpread, band, by_seed, downsample
 from switchcli.report.table import Table
 from switchcli.report.units import si
 
@@ -132,7 +132,7 @@ def _lines(comparison: Comparison, curve_of: CurveOf) -> Mapping[str, Line]:
     unit, unit_seconds = _time_unit(comparison)
     lines = {}
     for series in comparison.series:
-        curves = [(run, curve) for run in series.runs if (curve := curve_of(run)) is not None]
+        curves = [(run, curve) for run in by_seed(series).values() if (curve := curve_of(run)) is not None]
         values = band([curve for _, curve in curves])
         # Both bands are over the same curves' steps, so the points of one index the other.
         seconds = band([Curve(curve.steps, run.seconds_at(curve.steps)) for run, curve in curves])

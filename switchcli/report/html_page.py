@@ -149,8 +149,8 @@ def _data(figures: Sequence[Figure]) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    if isinstance(value, float):
-        rounded = float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, float):  # an integer, such as a step, keeps all its digits
+        rounded = value if value.is_integer() else float(f"{value:.{_DIGITS}g}")
         return int(rounded) if rounded.is_integer() else rounded
     return safe_text(value) if isinstance(value, str) else value
 

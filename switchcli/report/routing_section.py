@@ -109,10 +109,12 @@ def _summary(model: Mapping[str, Any], sequences: Mapping[str, int]) -> Table:
 
 def _balance_table(layers: Mapping[str, Any]) -> Table:
     """Return how even the loads of each layer are, and what an expert tells about the domain of a token."""
-    domains = [name for name in next(iter(layers.values()))["explained_by"] if name in ("text", "kind")]
+    # The tokens that one stack reads may all be without a kind.
+    explained = dict.fromkeys(name for layer in layers.values() for name in layer["explained_by"])
+    domains = [name for name in explained if name in ("text", "kind")]
     rows = []
     for name, layer in layers.items():
-        told = [_told(layer["explained_by"][domain]) for domain in domains]
+        told = [_told(layer["explained_by"].get(domain)) for domain in domains]
         rows.append((shown_layer(name), f"{layer[MAX_LOAD]:.2f}", f"{layer[LOAD_ENTROPY]:.2f}", *told))
     note = (
         "Max load: the largest over the mean. Load entropy: in nats, at most the logarithm of the number of experts. "
@@ -123,8 +125,10 @@ def _balance_table(layers: Mapping[str, Any]) -> Table:
     return Table(headings, rows, "Balance, and what an expert tells", note)
 
 
-def _told(info: Mapping[str, Any]) -> str:
+def _told(info: Mapping[str, Any] | None) -> str | None:
     """Return what an expert tells about a domain, in nats above chance, and its share of the domain's entropy."""
+    if info is None:
+        return None
     share = info["share_of_values"]
     return f"{info['nats'] - info['by_chance']:.3f} ({'-' if share is None else percent(share)})"
 

@@ -193,6 +193,14 @@ def test_a_run_that_was_repeated_with_its_seed_is_one_seed() -> None:
     assert found.rows[1].speed.factors[0].verdict == Verdict.ONE_SEED
 
 
+def test_a_chart_counts_a_repeated_seed_once_as_tables_do() -> None:
+    ends = {"a-0": (0, -4), "a-0-again": (0, -5), "a-1": (1, -3)}
+    runs = [a_made_run(name, seed, {0: -9, 20: -6, 100: end}) for name, (seed, end) in ends.items()]
+    found = compare(group_by_recipe(runs), None, None, 1)
+    table = figures.quality(found)[0].table
+    assert [table.column(column)[-1] for column in ("value", "least", "most")] == [*found.rows[0].final] == [3.5, 3, 4]
+
+
 def test_a_gain_at_the_common_step_is_doubted_there_and_not_at_the_end() -> None:
     base = [a_made_run(f"a-{seed}", seed, {0: -5, 100: -4}) for seed in (0, 1)]
     crossing = [a_made_run(f"b-{seed}", seed, {0: -5, 100: at, 200: -2}) for seed, at in ((0, -3.0), (1, -4.5))]

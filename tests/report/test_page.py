@@ -126,6 +126,12 @@ def test_one_library_and_one_table_serve_several_charts() -> None:
     assert len(text) < 1_100_000
 
 
+def test_a_page_keeps_all_digits_of_a_step() -> None:
+    table = Table(("series", "step", "value", "least", "most"), [("a", 1234567.0, 1.0, 1.0, 1.0)], name="t")
+    text = page("p", [charts([lines("one", "one", "", table, Axis("step", "s"), Axis("value", "v"), ["a"])])])
+    assert '"step":[1234567]' in text
+
+
 def test_the_library_ships_with_its_versions_and_licenses() -> None:
     folder = Path(html_page.__file__).parent / "vega"
     licenses = (folder / "LICENSES.txt").read_text(encoding="utf-8").splitlines()

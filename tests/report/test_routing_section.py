@@ -47,6 +47,19 @@ def test_an_expert_without_a_token_is_shown_as_such() -> None:
     assert line.split() == ["0", "no", "token", "0.0%", "-", "-", "-", "-"]
 
 
+def test_a_layer_whose_tokens_have_no_kind_is_shown_beside_another() -> None:
+    for lacking_one in range(2):
+        survey = a_survey()
+        for model in survey["models"]:
+            name = LAYERS[lacking_one]
+            layer = model["layers"][name]
+            explained = {key: value for key, value in layer["explained_by"].items() if key != "kind"}
+            model["layers"] = {**model["layers"], name: {**layer, "explained_by": explained}}
+        rows = [line.split() for line in printed(survey).splitlines()]
+        balances = [row for row in rows if "1.75" in row]
+        assert [row[-1] for row in balances] == ["-" if number == lacking_one else "(-)" for number in (0, 1)] * 2
+
+
 def test_pieces_are_harmless_and_on_one_line() -> None:
     hostile = ["\x1b[2Jgo", "\n\n", "\t", "[bold]", "\u202eright", "<pad>"]
     said = printed(a_survey(pieces=hostile))
