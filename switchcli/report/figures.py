@@ -123,7 +123,14 @@ def loads(comparison: Comparison) -> Iterator[tuple[str, list[Figure]]]:
     for index, (label, layers) in enumerate(maps.items()):
         figures = []
         for layer, (steps, load) in layers.items():
-            figures.append(_load_map(file_name(f"load_{index}_{layer}"), label, layer, steps, load, scale))
+            # [C, E] transposed: all steps of expert 0 come first, and experts keep their order on the y axis.
+            rows = [
+                (expert, int(step), value)
+                for expert, values in enumerate(load.T.tolist())
+                for step, value in zip(steps, values, strict=True)
+            ]
+            table = Table(("expert", "step", "share"), rows, name=file_name(f"load_{index}_{layer}"))
+            figures.append(charts.load_map(shown_layer(layer), table, scale, label))
         yield label, figures
 
 
@@ -256,16 +263,6 @@ def _relative_load(load: Loads, columns: int) -> tuple[Floats, Floats]:
     tokens = np.stack([load.tokens[stretch].sum(axis=0) for stretch in stretches])
     total = np.maximum(tokens.sum(axis=1, keepdims=True), 1)
     return load.steps[[stretch[-1] for stretch in stretches]], tokens / total * tokens.shape[1]
-
-
-def _load_map(name: str, label: str, layer: str, steps: Floats, load: Floats, scale: tuple[float, float]) -> Figure:
-    # [C, E] transposed: all steps of expert 0 come first, and experts keep their order on the y axis.
-    rows = [
-        (expert, int(step), value)
-        for expert, values in enumerate(load.T.tolist())
-        for step, value in zip(steps, values, strict=True)
-    ]
-    return charts.load_map(shown_layer(layer), Table(("expert", "step", "share"), rows, name=name), scale, label)
 
 
 def even_scale(relative_loads: Floats | Sequence[float]) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def tables(report: Report) -> Iterator[Table]:
     """Yield the tables for a terminal: quality and speed-up, sizes and rates, then scores, then the routing."""
     if report.comparison is not None:
         yield from overview(report.comparison)
-    yield from (scores.table for scores in score_tables(report))
+    yield from (scores.table() for scores in score_tables(report))
     if report.routing is not None:
         yield from routing_section.tables(report.routing)
 
@@ -86,10 +86,9 @@ def quality_table(comparison: Comparison) -> Table:
     columns: dict[str, Sequence[Value]] = {"series": [row.label for row in series_rows]}
     if len(series_rows) > 1:
         over = f"gain over {baseline}" if step is None else f"gain over {baseline} at step {step:,}"
-        gains = [row.over and row.over.text("+z.4f") for row in series_rows]
         columns["verdict"] = [row.verdict for row in series_rows]
         columns[over] = [
-            "" if row.verdict == Verdict.BASELINE else gain for row, gain in zip(series_rows, gains, strict=True)
+            "" if row.verdict == Verdict.BASELINE else row.over and row.over.text("+z.4f") for row in series_rows
         ]
     columns["at the end"] = [_spread(row.final, ".4f") for row in series_rows]
     if step is not None:
@@ -167,10 +166,24 @@ def _size_table(comparison: Comparison) -> Table:
 
 
 class ScoreTable(NamedTuple):
-    """Scores of tasks, or metrics of held-out texts, by series, and their table for people."""
+    """Scores of tasks, or metrics of held-out texts, by series."""
 
+    name: str
+    title: str
+    row_kind: str
+    """What a row is of: a task or a text."""
+    number_format: str
     scores: Scores
-    table: Table
+    note: str
+
+    def table(self) -> Table:
+        """Return the table for people, with a row per task or text and a column per series."""
+        names = dict.fromkeys(name for by_name in self.scores.values() for name in by_name)
+        rows = [
+            [name, *(_spread(by_name.get(name), self.number_format) for by_name in self.scores.values())]
+            for name in names
+        ]
+        return Table((self.row_kind, *self.scores), rows, self.title, self.note)
 
     def to_json(self) -> dict[str, Any]:
         """Return the mean, least and most by series and by task or text."""
@@ -182,7 +195,7 @@ class ScoreTable(NamedTuple):
     def by_row(self) -> Table:
         """Return the table for a file, with a row per series and task or text."""
         rows = [(label, name, *spread) for label, by_name in self.scores.items() for name, spread in by_name.items()]
-        return Table(("series", self.table.columns[0], "value", "least", "most"), rows, name=self.table.name)
+        return Table(("series", self.row_kind, "value", "least", "most"), rows, name=self.name)
 
 
 def score_tables(report: Report) -> Iterator[ScoreTable]:
@@ -190,25 +203,12 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
     runs = report.runs_by_label
     if scores := task_results.tasks(runs):
         note = "Scores from 0 to 100, means over seeds (least to most)."
-        yield ScoreTable(scores, _score_table("tasks", "Tasks", "task", ".2f", scores, note))
+        yield ScoreTable("tasks", "Tasks", "task", ".2f", scores, note)
     titles = {LOSS: "Loss by text"} if task_results.by_tokens(runs) else {}
     for metric, title in {**titles, BITS_PER_BYTE: "Bits per byte by text"}.items():
         if scores := task_results.texts(runs, metric):
             note = "Held-out text of each language or corpus, means over seeds (least to most)."
-            yield ScoreTable(scores, _score_table(f"texts_{metric}", title, "text", ".4f", scores, note))
-
-
-def _score_table(name: str, title: str, row_kind: str, number_format: str, scores: Scores, note: str) -> Table:
-    """Return a table with a row per task or text and a column per series."""
-    names = dict.fromkeys(name for by_name in scores.values() for name in by_name)
-    rows = [[name, *(_spread(by_name.get(name), number_format) for by_name in scores.values())] for name in names]
-    return Table((row_kind, *scores), rows, title, note, name)
-
-
-def _recipe_value(value: Any) -> str | None:
-    if value is None:
-        return None
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, note)
 
 
 def _run_table(report: Report) -> Table:
@@ -273,7 +273,7 @@ def parts(report: Report) -> Iterator[Part]:
         ]
         if loads:
             yield html_page.section("Expert load", html_page.paragraphs(_LOAD_CAPTION), *loads)
-    if scores := [scores.table for scores in score_tables(report)]:
+    if scores := [scores.table() for scores in score_tables(report)]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
         if rows := [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]:
@@ -286,6 +286,10 @@ def parts(report: Report) -> Iterator[Part]:
         yield routing_section.section(report.routing)
     if report.runs_by_label:
         yield html_page.section("Runs", _run_table(report))
+
+
+def _recipe_value(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _samples(comparison: Comparison) -> Iterator[Part]:
@@ -321,19 +325,15 @@ def to_json(report: Report) -> Mapping[str, Any]:
             "measure": comparison.metric.name,
             "common_step": comparison.common_step,
             "differences": {
-                key: dict(zip(comparison.labels, _finite(values), strict=True))
+                # JSON holds no NaN and infinity: they become text.
+                key: dict(zip(comparison.labels, json.loads(json.dumps(values), parse_constant=str), strict=True))
                 for key, values in differences(comparison.series).items()
             },
         }
     return {
         **compared,
         "series": [row.to_json() for row in comparison.rows] if comparison is not None else [],
-        "tables": {scores.table.name: scores.to_json() for scores in score_tables(report)},
+        "tables": {scores.name: scores.to_json() for scores in score_tables(report)},
         "notes": [*report.notes],
         "routing": report.routing,
     }
-
-
-def _finite(values: Sequence[Any]) -> Any:
-    """Return the values as JSON can hold them: a number that is not finite becomes text."""
-    return json.loads(json.dumps(values), parse_constant=str)

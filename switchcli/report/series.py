@@ -90,12 +90,13 @@ def _named_by_settings(series: list[Series]) -> list[Series]:
     """
     if len(series) < 2 or any(re.search(r"[^\W\d]", one.label) for one in series):
         return series
-    keys = differences(series)
+    values_of = differences(series)
+    names = [key.rpartition(".")[2] for key in values_of]
     labels = [
-        ", ".join(f"{key.rpartition('.')[2]}={each[index]}" for key, each in keys.items())
-        for index in range(len(series))
+        ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        for values in zip(*values_of.values(), strict=True)
     ]
-    if not 0 < len(keys) <= MAX_LABEL_KEYS or len(set(labels)) < len(labels):
+    if not 0 < len(names) <= MAX_LABEL_KEYS or len(set(labels)) < len(series):
         return series
     return [one._replace(label=one_line(label)) for one, label in zip(series, labels, strict=True)]
 

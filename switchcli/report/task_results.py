@@ -32,11 +32,10 @@ def by_tokens(runs: RunsByLabel) -> bool:
 def _over_runs(runs_by_label: RunsByLabel, metrics_of: Callable[[Run], Mapping[str, object]]) -> Scores:
     scores: Scores = {}
     for label, runs in runs_by_label.items():
-        values: dict[str, list[float]] = {}
+        values: dict[str, list[float | None]] = {}
         for run in runs:
             for name, value in metrics_of(run).items():
-                if isinstance(value, float):
-                    values.setdefault(name, []).append(value)
+                values.setdefault(name, []).append(number(value))
         spreads = {name: seed_spread(numbers) for name, numbers in values.items()}
         if known := {name: spread for name, spread in spreads.items() if spread is not None}:
             scores[label] = known
@@ -66,10 +65,9 @@ def _text_metrics(run: Run, metric: str) -> dict[str, object]:
             texts = {name: metrics for name, metrics in texts.items() if name != "text"}
     else:
         texts = as_mapping(run.result.get("texts")) or run.texts
-    found = {name: as_mapping(metrics) for name, metrics in texts.items()}
     if metric != LOSS:
-        return {name: metrics.get(metric) for name, metrics in found.items()}
-    known = {name: number(metrics.get(NEG_LOG_PERPLEXITY)) for name, metrics in found.items()}
+        return {name: as_mapping(metrics).get(metric) for name, metrics in texts.items()}
+    known = {name: number(as_mapping(metrics).get(NEG_LOG_PERPLEXITY)) for name, metrics in texts.items()}
     return {name: -value for name, value in known.items() if value is not None}
 
 
