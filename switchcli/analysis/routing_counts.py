@@ -10,6 +10,7 @@ evaluation mode is deterministic: calling the router's `assign` again on the sam
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple, TypeVar
 
@@ -196,16 +197,16 @@ def count_routing(
     """
     layers: tuple[dict[str, LayerCounts], ...] = tuple({} for _ in models)
     joint_EE: dict[str, torch.Tensor] = {}
-    compares = len(models) > 1
     for batch, kinds_of_batch in zip(batches, kinds or repeat(None), strict=False):
         on_device = Batch(*context.to_device(batch))
         on_device_kinds = kinds_of_batch and Batch(*context.to_device(kinds_of_batch))
         segments = batch_segment_ids(on_device, packed)
-        chosen: list[dict[str, torch.Tensor]] = []
-        for model, policy, counts in zip(models, policies, layers, strict=True):
+        chosen: list[dict[str, torch.Tensor]] = [{} for _ in models]
+        for model, policy, counts, chosen_AE in zip(models, policies, layers, chosen, strict=True):
+            on_layer = partial(_count_layer, counts, chosen_AE if len(models) > 1 else None)
             with context.autocast():
-                chosen.append(_count_batch(model, on_device, segments, policy, counts, on_device_kinds, compares))
-        if compares:
+                observe(model, on_device, segments, policy, on_layer, on_device_kinds)
+        if len(models) > 1:
             one_AE, other_AE = chosen
             for name in one_AE:
                 # [E, A] @ [A, E]: entry (i, j) counts the tokens that chose expert i of one and j of the other.
@@ -213,25 +214,17 @@ def count_routing(
     return RoutingCounts(layers, joint_EE)
 
 
-def _count_batch(
-    model: SwitchTransformer,
-    batch: Batch,
-    segments: SegmentIds | None,
-    policy: Policy,
+def _count_layer(
     counts: dict[str, LayerCounts],
-    kinds: Batch | None,
-    keep_choices: bool,
-) -> dict[str, torch.Tensor]:
-    """Add the counts of one batch to `counts`. Return chosen_AE of each layer by name, or {} without `keep_choices`."""
-    chosen_AE: dict[str, torch.Tensor] = {}
-
-    def on_layer(name: str, tokens: StackTokens, choices: ExpertChoices) -> None:
-        _add(counts, name, count_choices(tokens, choices))
-        if keep_choices:
-            chosen_AE[name] = choices.chosen_AE
-
-    observe(model, batch, segments, policy, on_layer, kinds)
-    return chosen_AE
+    chosen_AE: dict[str, torch.Tensor] | None,
+    name: str,
+    tokens: StackTokens,
+    choices: ExpertChoices,
+) -> None:
+    """Add the counts of a layer on a batch to `counts`, and keep its choices in `chosen_AE` unless it is None."""
+    _add(counts, name, count_choices(tokens, choices))
+    if chosen_AE is not None:
+        chosen_AE[name] = choices.chosen_AE
 
 
 Sum = TypeVar("Sum", LayerCounts, torch.Tensor)
