@@ -253,17 +253,12 @@ class Console:
         rows = [(name, shorten(text, _SAMPLE_CHARACTERS)) for name, text in texts.items()]
         self.show(Table(("", ""), rows, align="left"))
 
-    @property
-    def _terminal_width(self) -> int | None:
-        """The width of the terminal, or None where there is none and lines may have any length."""
-        return self._rich.width if self._rich.is_terminal else None
-
     def columns_that_fit(self, columns: Sequence[Column], used: int) -> tuple[Column, ...]:
         """Return the most important columns that fit beside `used` characters, in their order; at least one."""
-        if self._terminal_width is None:
+        if not self._rich.is_terminal:  # lines may have any length
             return tuple(columns)
         fitting: list[Column] = []
-        left = self._terminal_width - used
+        left = self._rich.width - used
         for column in sorted(columns, key=lambda column: column.rank):
             left -= _COLUMN_GAP + column.width
             if left < 0 and fitting:

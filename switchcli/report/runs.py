@@ -182,10 +182,8 @@ def read(folder: Path, recipe: Mapping[str, Any]) -> Run:
         with disk_errors(metrics, _ELSEWHERE):
             for number, record in _records(metrics):
                 points.add(number, record)
-        notes += [*points.unreadable_lines_note(metrics), *points.skipped_steps_note(folder)]
-    tokenizer = _digest(folder / "tokenizer.json")
-    if tokenizer is None and isinstance(result.get("tokenizer"), str):
-        tokenizer = result["tokenizer"]
+        notes += points.notes(folder)
+    tokenizer = _tokenizer_digest(folder, result)
     run = Run(str(folder), recipe, result, points.curves(), points.loads(), points.texts, tokenizer, ())
     at = f"it goes on, or was stopped or failed, at step {run.step:,}" + (
         "" if run.steps is None else f" of {run.steps:,}"
@@ -242,23 +240,21 @@ class _Points:
         if "texts" in record:
             self.texts = as_mapping(record["texts"])
 
-    def unreadable_lines_note(self, path: Path) -> list[str]:
-        """Return a note on the lines and values that were left out, if there are any."""
+    def notes(self, folder: Path) -> Iterator[str]:
+        """Yield what was left out of the file, and the steps that the training skipped (`train.nonfinite`)."""
         reasons = []
         for reason, (first, *others) in self._left_out.items():
             more = f" (and {len(others):,} more)" if others else ""
             reasons.append(f"line {first:,}: {reason}{more}")
-        return [f"{path}: left out: {'; '.join(reasons)}"] if reasons else []
-
-    def skipped_steps_note(self, folder: Path) -> list[str]:
-        """Return a note on the steps that the training left out (`train.nonfinite`), if there are any."""
+        if reasons:
+            yield f"{folder / 'metrics.jsonl'}: left out: {'; '.join(reasons)}"
         spans = []
         for span in self._skipped if isinstance(self._skipped, list) else ():
             if isinstance(span, list) and len(span) == 2 and all(map(is_count, span)):
                 first, last = span
                 spans.append(f"step {first:,}" if first == last else f"steps {first:,} to {last:,}")
-        note = f"{folder}: skipped the batches of {', '.join(spans)}: not finite (train.nonfinite)"
-        return [note] if spans else []
+        if spans:
+            yield f"{folder}: skipped the batches of {', '.join(spans)}: not finite (train.nonfinite)"
 
     def curves(self) -> dict[str, Curve]:
         """Return the curve of every metric. Curves of losses are made here, since older runs logged no losses."""
@@ -332,8 +328,10 @@ def number(value: Any) -> float | None:
     return float(value) if known else None
 
 
-def _digest(path: Path) -> str | None:
-    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-        return None
-    with disk_errors(path, _ELSEWHERE):
-        return hashlib.sha256(read_regular(path, MAX_JSON_BYTES)).hexdigest()
+def _tokenizer_digest(folder: Path, result: Mapping[str, Any]) -> str | None:
+    """Return the digest of the folder's tokenizer.json; without a readable one, what the result names."""
+    path, named = folder / "tokenizer.json", result.get("tokenizer")
+    if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES:
+        with disk_errors(path, _ELSEWHERE):
+            return hashlib.sha256(read_regular(path, MAX_JSON_BYTES)).hexdigest()
+    return named if isinstance(named, str) else None
