@@ -222,12 +222,11 @@ def batch_neighbors(subject: Subject) -> Finding:
         for mode in ("dropless", "paper")
     )
     measured = f"logits change by {dropless:.1e}" + _with_paper_capacity(subject, paper)
-    is_equal = dropless <= EQUAL_LOGITS
-    if subject.balance_coef is None:
-        advice = "experts choose within a group: evaluate with group_sequences: 1"
-        return judged("pass" if is_equal else "warn", measured, dropless, advice)
+    verdict: Verdict = "fail"
     advice = "a sequence's output depends on the others in its batch: route without capacity"
-    return judged("pass" if is_equal else "fail", measured, dropless, advice)
+    if subject.experts_choose:
+        verdict, advice = "warn", "experts choose within a group: evaluate with group_sequences: 1"
+    return judged("pass" if dropless <= EQUAL_LOGITS else verdict, measured, dropless, advice)
 
 
 def cached_decoding(subject: Subject) -> Finding:

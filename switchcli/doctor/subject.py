@@ -73,8 +73,10 @@ class Subject(ABC):
     """The number of sequences of a batch must be a multiple of this."""
     capacity: int | None
     """The capacity of an expert per sequence, if it is a constant; None if it depends on the length."""
+    experts_choose: bool
+    """Whether the experts of a layer choose their tokens, so that the sequences of a group depend on each other."""
     balance_coef: float | None
-    """alpha of eq. 4; None for routing that is balanced by construction."""
+    """alpha of eq. 4; None for routing that is balanced by construction or by biases, and for a dense model."""
     real_text: ProbeText | None = None
     """Rows of text in the model's vocabulary; None where there is no vocabulary or no text."""
 

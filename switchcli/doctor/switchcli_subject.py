@@ -46,6 +46,7 @@ class SwitchcliSubject(Subject):
         self.batch_multiple = spec.group_sequences
         self.capacity = None
         routers = [spec.router_of(stack) for stack in STACKS if spec.sparse_layers(stack)]
+        self.experts_choose = any(router.experts_choose for router in routers)
         coefs = [router.balance_coef for router in routers if router.needs_balance_loss or router.balance_coef]
         self.balance_coef = min(coefs, default=None)
 

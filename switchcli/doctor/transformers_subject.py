@@ -55,6 +55,7 @@ class TransformersSubject(Subject):
         self.vocab_size = config.vocab_size
         self.batch_multiple = 1
         self.capacity = config.expert_capacity
+        self.experts_choose = False
         self.balance_coef = config.router_aux_loss_coef
 
     def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:

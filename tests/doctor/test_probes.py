@@ -148,10 +148,10 @@ def padding_takes_slots(patch: Patch) -> Subject:
     return ours()
 
 
-def rows_are_mixed(patch: Patch) -> Subject:
+def rows_are_mixed(patch: Patch, **settings: object) -> Subject:
     forward = transformer.Encoder.forward
     patch.setattr(transformer.Encoder, "forward", lambda self, x, *rest: forward(self, x + x.mean(0), *rest))
-    return ours()
+    return ours(**settings)
 
 
 def a_capacity_whatever_the_policy(patch: Patch) -> Subject:
@@ -222,6 +222,21 @@ def test_a_broken_model_is_found_by_its_probe(case: str, monkeypatch: pytest.Mon
         found = result(subject, name)
         assert found.verdict == broken.verdict
         assert found.advice
+
+
+@pytest.mark.parametrize(
+    ("settings", "verdict"),
+    [
+        ({"num_experts": 1}, "fail"),
+        ({"router": {"gate": "sigmoid", "balance": "bias"}}, "fail"),
+        ({"router": {"kind": "expert_choice"}, "decoder_router": SWITCH}, "warn"),
+    ],
+)
+def test_rows_may_depend_on_each_other_only_where_experts_choose(
+    settings: dict[str, Any], verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = result(rows_are_mixed(monkeypatch, **settings), "batch independence")
+    assert (found.verdict, "experts choose" in found.advice) == (verdict, verdict == "warn")
 
 
 @pytest.mark.nightly
