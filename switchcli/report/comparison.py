@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
-from switchcli.report.runs import Run
+from switchcli.report.runs import Run, as_mapping
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
 from switchcli.report.significance import Effect, Interval, Verdict, gain
-from switchcli.report.speed import Cost, QualityMetric, Speed, Window, speed
+from switchcli.report.speed import NO_SPEED, Cost, QualityMetric, Speed, Window, speed
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 MAX_KEYS = 3
@@ -130,8 +130,11 @@ class Comparison:
         ours, theirs = self._at_window(series), self._at_window(self.baseline)
         over = gain(*({seed: -loss for seed, loss in losses.items()} for losses in (ours, theirs)))  # higher is better
         verdict = None if over is None else over.verdict
+        cost = speed(series, self.baseline, self.metric, self.quality)
         if self.window is None and final is not None:
             verdict = Verdict.NO_COMMON_STEP
+        if _tasks(series) != _tasks(self.baseline):
+            over, verdict, cost = None, Verdict.OTHER_TASKS, NO_SPEED
         sizes = {
             name: next((int(size) for run in runs if (size := run.number(name)) is not None), None) for name in SIZES
         }
@@ -145,7 +148,7 @@ class Comparison:
             over=over,
             verdict=Verdict.BASELINE if series is self.baseline else verdict,
             at_common=None if self.common_step is None else seed_spread(ours.values()),
-            speed=speed(series, self.baseline, self.metric, self.quality),
+            speed=cost,
             tokens_per_second=seed_spread(map(_tokens_per_second, runs)),
             dropped=seed_spread(map(_dropped_fraction, runs)),
         )
@@ -198,6 +201,12 @@ def compare(series: Sequence[Series], baseline: str | None, quality: float | Non
     """Compare series of runs that trained, at least one, with the series of the run `baseline`; None: the first."""
     reference = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
     return Comparison(tuple(series), reference, quality, evaluations)
+
+
+def _tasks(series: Series) -> list[Any]:
+    """Return the names of the tasks that a series trained on; none for text."""
+    tasks = series.runs[0].recipe.get("tasks")
+    return [as_mapping(task).get("name", task) for task in tasks] if isinstance(tasks, list) else []
 
 
 def _tokens_per_second(run: Run) -> float | None:

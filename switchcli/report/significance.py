@@ -26,6 +26,7 @@ class Verdict(StrEnum):
     ONE_SEED = "one seed: cannot tell"
     NO_PAIRS = "fewer than two seeds in common: cannot tell"
     NO_COMMON_STEP = "no step in common: cannot tell"
+    OTHER_TASKS = "other tasks: not compared"
     SOME_SEEDS = "not with every seed: cannot tell"
 
     @property

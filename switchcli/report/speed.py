@@ -8,7 +8,7 @@ The baseline's own cost is counted in the same way, so that a run is exactly as 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -70,7 +70,11 @@ class Speed(NamedTuple):
     costs: tuple[SeedSpread | None, ...]
     factors: tuple[Effect | None, ...]
     """How many times fewer steps, seconds and FLOPs it takes than the baseline, over the pairs of a seed that both
-    reach the quality. The interval is that of the geometric mean, from Student's interval of the logarithms."""
+    reach the quality: the geometric mean, with its interval from Student's of the logarithms."""
+
+
+NO_SPEED: Final = Speed(0, (None,) * len(Cost._fields), (None,) * len(Cost._fields))
+"""Of a series that is not compared."""
 
 
 def first_step_reaching(curve: Curve, quality: float) -> float | None:
@@ -143,11 +147,13 @@ def _speed_up(factors: Sequence[float], num_pairs: int, doubt: Verdict | None) -
     spread = seed_spread(factors)
     if spread is None:
         return None
+    known = np.log([factor for factor in factors if 0 < factor < math.inf])
+    if len(known):
+        spread = spread._replace(mean=math.exp(known.mean()))
     if doubt is not None:
         return Effect(spread, None, doubt)
-    known = [factor for factor in factors if 0 < factor < math.inf]
     # The seeds that do not reach the quality are the slow ones: the others alone would look faster.
-    logarithms = mean_interval(np.log(known).tolist()) if len(known) == num_pairs else None
+    logarithms = mean_interval(known.tolist()) if len(known) == num_pairs else None
     if logarithms is None:
         return Effect(spread, None, Verdict.SOME_SEEDS)
     interval = Interval(*map(math.exp, logarithms))

@@ -219,7 +219,7 @@ def test_a_speed_up_of_lucky_seeds_is_none() -> None:
 def test_a_speed_up_within_the_spread_of_seeds_is_none() -> None:
     found = compare(group_by_recipe([*seeds("a", -4, -4, -4), *seeds("b", -3, -3.99, -4)]), None, None, 1)
     speed_up = found.rows[1].speed.factors[0]
-    assert speed_up.spread.mean == pytest.approx((100 / 60 + 100 / (20 + 80 / 1.01) + 1) / 3)
+    assert speed_up.spread.mean == pytest.approx((100 / 60 * 100 / (20 + 80 / 1.01)) ** (1 / 3))
     assert speed_up.interval.low < 1 < speed_up.interval.high
     assert speed_up.verdict == Verdict.NO_DIFFERENCE
 
@@ -257,6 +257,24 @@ def test_runs_are_compared_at_the_last_step_at_which_all_were_evaluated() -> Non
     assert found.common_step == 50, "not 70, where only one was evaluated"
     assert [row.at_common for row in found.rows] == [(4.5, 4, 5), (3.5, 3, 4)]
     assert (found.rows[1].over.spread, found.rows[1].verdict) == ((1, 1, 1), Verdict.BETTER)
+
+
+def test_runs_on_other_tasks_are_not_compared() -> None:
+    def tuned(name: str, seed: int, tasks: list[Any]) -> Run:
+        run = a_made_run(f"{name}-{seed}", seed, {0: -10, 50: -4, 100: -3 - seed})
+        return run._replace(recipe={**run.recipe, "tasks": tasks})
+
+    text = [a_made_run(f"a-{seed}", seed, {0: -10, 50: -5, 100: -4 - seed}) for seed in (0, 1)]
+    own = {"kind": "files", "name": "own", "train": ["a.jsonl"]}
+    moved = {**own, "train": ["b.jsonl"]}
+    runs = [
+        tuned(name, seed, tasks) for name, tasks in (("b", [own]), ("c", [moved]), ("d", ["rte"])) for seed in (0, 1)
+    ]
+    rows = compare(group_by_recipe([*text, *runs]), None, None, 1).rows
+    assert [row.verdict for row in rows] == [Verdict.BASELINE, *[Verdict.OTHER_TASKS] * 3]
+    assert rows[1].over is rows[1].speed.factors[0] is None
+    rows = compare(group_by_recipe(runs), None, None, 1).rows
+    assert [row.verdict for row in rows] == [Verdict.BASELINE, Verdict.NO_DIFFERENCE, Verdict.OTHER_TASKS]
 
 
 def test_runs_without_an_evaluation_in_common_are_not_compared() -> None:

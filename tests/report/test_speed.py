@@ -35,8 +35,8 @@ def test_by_hand(tmp_path: Path) -> None:
     assert [factor.spread for factor in base.speed.factors] == [(1, 1, 1)] * 3
     assert base.speed.costs == ((100, 100, 100), (50, 50, 50), (100 * FLOPS,) * 3)
     steps, time, flops = (factor.spread for factor in quick.speed.factors)
-    assert steps == flops == pytest.approx((3, 2, 4))  # the quality of 100 steps after 50 and after 25
-    assert time == pytest.approx((1.5, 1, 2))  # at half the speed
+    assert steps == flops == pytest.approx((8**0.5, 2, 4))  # the quality of 100 steps after 50 and after 25
+    assert time == pytest.approx((2**0.5, 1, 2))  # at half the speed
     assert quick.over.spread == pytest.approx((2, 1, 3))
     assert quick.final == SeedSpread(2, 1, 3)
     assert never.speed.reached == 0
@@ -52,7 +52,7 @@ def test_a_run_that_was_repeated_with_its_seed_counts_once(tmp_path: Path) -> No
     ]
     quick = compare(group_by_recipe([*dense, *fast]), None, None, 1).rows[1]
     assert (quick.seeds, quick.speed.reached) == (2, 2)
-    assert quick.speed.factors[0].spread == pytest.approx((3, 2, 4))
+    assert quick.speed.factors[0].spread == pytest.approx((8**0.5, 2, 4))  # the geometric mean
 
 
 def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
