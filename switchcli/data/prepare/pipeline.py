@@ -67,15 +67,6 @@ class PreparedTexts(NamedTuple):
         return {"the tokenizer": self.tokenizer.sha256, **texts}
 
 
-def with_digests(spec: DataSpec, context: PrepareContext) -> PrepareContext:
-    """Return `context` with digests of the sources of `spec`, to be shared by all further calls."""
-    if context.digests is not None:
-        return context
-    is_sampled = spec.access == "stream"
-    digests = Digests(context.cache, sampled=is_sampled, check=context.check, warn=context.warn, track=context.track)
-    return context._replace(digests=digests)
-
-
 def prepare(spec: DataSpec, context: PrepareContext, tokenizer: Tokenizer | None = None) -> PreparedTexts:
     """Return the prepared texts of `spec`; those that the cache does not hold are prepared now.
 
@@ -99,24 +90,20 @@ def prepare_share(
     A text is None while source shards of other machines are missing. With `data.duplicates` a text depends on those
     before it, and is None while one of them is.
     """
-    context = with_digests(spec, context)
     used = tokenizer or load_tokenizer(spec, context)
     context.accept(used)
-    folder = context.cache / "tokenizers" / used.sha256[:32]
-    with get_or_build(folder, lambda built: _write_tokenizer(built, used)):
-        tokenizer_file = folder / "tokenizer.json"
-    texts: dict[str, PreparedText | None] = {}
-    _prepare_missing(texts, spec, used, tokenizer_file, context)
+    with get_or_build(_tokenizer_folder(used, context), lambda built: _write_tokenizer(built, used)):
+        texts = {label: _prepare_text(label, spec, used, context) for label in spec.texts()}
     if spec.duplicates is None:
         return used, texts
 
-    # Another machine may have completed a text meanwhile. If it was the last one, nobody else would do what follows.
-    _prepare_missing(texts, spec, used, tokenizer_file, context)
     complete: dict[str, PreparedText] = {}
     for label, text in texts.items():
-        if text is None:
+        # Another machine may have completed the text meanwhile. If it was the last one, nobody else would go on.
+        found = text or _prepare_text(label, spec, used, context)
+        if found is None:
             break
-        complete[label] = text
+        complete[label] = found
     distinct = distinct_texts(complete, spec.duplicates, used, context)
     for label, text in distinct.items():
         _check_text(label, text, spec, context.needed)
@@ -161,13 +148,10 @@ def source_digest(spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext)
 
 def _text_fingerprints(spec: DataSpec, corpora: Iterable[Corpus], context: PrepareContext) -> list[str]:
     """Return strings that change if the documents of a text, or their ids, may change."""
-    digests = with_digests(spec, context).digests
-    assert digests is not None
-    return [str(FORMAT), *(corpus.fingerprint(digests) for corpus in corpora), *_document_rules(spec)]
-
-
-def _document_rules(spec: DataSpec) -> list[str]:
-    return [spec.filters.model_dump_json(), repr(spec.held_out_fraction)]
+    is_sampled = spec.access == "stream"
+    digests = Digests(context.cache, sampled=is_sampled, check=context.check, warn=context.warn, track=context.track)
+    fingerprints = [corpus.fingerprint(digests) for corpus in corpora]
+    return [str(FORMAT), *fingerprints, spec.filters.model_dump_json(), repr(spec.held_out_fraction)]
 
 
 def _all_corpora(spec: DataSpec) -> Iterator[Corpus]:
@@ -177,28 +161,9 @@ def _all_corpora(spec: DataSpec) -> Iterator[Corpus]:
 # One text
 
 
-def _prepare_missing(
-    texts: dict[str, PreparedText | None],
-    spec: DataSpec,
-    tokenizer: Tokenizer,
-    tokenizer_file: Path,
-    context: PrepareContext,
-) -> None:
-    """Add to `texts`, by label, those that it does not have yet; None if other machines have to complete one."""
-    for label, corpora in spec.texts().items():
-        if texts.get(label) is None:
-            texts[label] = _prepare_text(label, corpora, spec, tokenizer, tokenizer_file, context)
-
-
-def _prepare_text(
-    label: str,
-    corpora: Sequence[Corpus],
-    spec: DataSpec,
-    tokenizer: Tokenizer,
-    tokenizer_file: Path,
-    context: PrepareContext,
-) -> PreparedText | None:
+def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> PreparedText | None:
     """Return one text, built if it is missing or damaged; None if source shards of other machines are missing."""
+    corpora = spec.texts()[label]
 
     def cache_key() -> str:
         return digest_of_lines([*_text_fingerprints(spec, corpora, context), tokenizer.sha256])
@@ -216,7 +181,7 @@ def _prepare_text(
             ]
             number, count = context.share
             missing = [job for job in jobs[number::count] if not _is_built(job, context)]
-            _tokenize(missing, label, tokenizer_file, context)
+            _tokenize(missing, label, tokenizer, context)
             if missing and cache_key() != key:
                 for job in missing:  # each may hold the old content or the new
                     shutil.rmtree(job.folder, ignore_errors=True)
@@ -243,7 +208,7 @@ def _is_built(job: TokenizeJob, context: PrepareContext) -> bool:
     return False
 
 
-def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer_file: Path, context: PrepareContext) -> None:
+def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer: Tokenizer, context: PrepareContext) -> None:
     """Build the folders of these jobs, with a progress display."""
     if not jobs:
         return
@@ -253,6 +218,7 @@ def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer_file: Path, con
     default_processes = num_processors if size is None or size >= PROCESSES_FROM else 1
     processes = min(context.processes or default_processes, len(jobs))
     threads = max(1, num_processors // processes)
+    tokenizer_file = _tokenizer_folder(tokenizer, context) / "tokenizer.json"
     with context.show("tokenizing shards" + (f" of {label}" if label else ""), len(jobs)) as show:
         tokenize_shards(jobs, tokenizer_file, processes, threads, show)
 
@@ -282,7 +248,6 @@ def held_out_sample(spec: DataSpec, context: PrepareContext, tokenizer: Tokenize
 
     A run that streams its text is evaluated on them. A sample ends with the document that reaches `num_tokens`.
     """
-    context = with_digests(spec, context)
     texts = {}
     documents = iter_documents(spec, context.track, held_out=True)
     for label, corpora in spec.texts().items():
@@ -309,6 +274,10 @@ def _write_sample(documents: Iterable[Document], tokenizer: Tokenizer, num_token
 
 
 # Helpers
+
+
+def _tokenizer_folder(tokenizer: Tokenizer, context: PrepareContext) -> Path:
+    return context.cache / "tokenizers" / tokenizer.sha256[:32]
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.data.prepare.prepared_text import SPLITS
-from switchcli.data.sources.digests import Digests, Track
+from switchcli.data.sources.digests import Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
 
 ShowTokens = Callable[[int, int], None]
@@ -35,5 +35,3 @@ class PrepareContext(NamedTuple):
     """Raises an error if the run cannot use a tokenizer. It is called before any text is tokenized."""
     needed: Collection[str] = SPLITS
     """The splits that may not be empty. An evaluation needs no text to train on."""
-    digests: Digests | None = None
-    """Digests of the sources, shared by all that a command prepares; see `with_digests`."""

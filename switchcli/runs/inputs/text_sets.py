@@ -16,7 +16,6 @@ from switchcli.data.prepare.pipeline import (
     load_tokenizer,
     prepare,
     source_digest,
-    with_digests,
 )
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
@@ -71,7 +70,7 @@ def prepare_texts(
         DataError: the text or the tokenizer cannot be used.
     """
     console.message(f"reading {_described(data, tokenizer is None)}")
-    context = with_digests(data, prepare_context(console)._replace(accept=accept, needed=needed))
+    context = prepare_context(console)._replace(accept=accept, needed=needed)
     if data.access == "prepared":
         return prepare(data, context, tokenizer)
     tokenizer = tokenizer or load_tokenizer(data, context)
@@ -111,8 +110,7 @@ def training_identity(recipe: TextRecipe, text: PreparedTexts, console: Console)
         return _prepared_identity(text, _prepared_mixture(recipe, text, datasets))
     # The shards of a hub's dataset are asked of the hub, which may be out of reach.
     mixture = None if data.mixture.kind == "joined" else _stream_mixture(recipe, _stream_source_shards(data))
-    prepare_with = with_digests(data, prepare_context(console))
-    return _stream_identity(data, text.tokenizer, mixture, prepare_with)
+    return _stream_identity(data, text.tokenizer, mixture, console)
 
 
 def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
@@ -156,7 +154,7 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
     data = recipe.data
     shards = _stream_source_shards(data)
     mixture = _stream_mixture(recipe, shards)
-    identity = _stream_identity(data, text.tokenizer, mixture, with_digests(data, prepare_context(console)))
+    identity = _stream_identity(data, text.tokenizer, mixture, console)
     check_same_data({"the streamed text": identity}, context)  # so far only its held-out part was compared
     _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
     source = StreamedTextSource(
@@ -196,16 +194,14 @@ def _stream_mixture(recipe: TextRecipe, shards: Mapping[str, CorpusShards]) -> T
     return data.build_mixture(text_sizes, text_sizes, recipe.train.steps * recipe.rows_per_step, recipe.train.seed)
 
 
-def _stream_identity(
-    data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None, prepare_with: PrepareContext
-) -> str:
+def _stream_identity(data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None, console: Console) -> str:
     """Return the identity of a stream's rows."""
     # Without the rules for unreadable rows, so that a run stopped by one can be resumed with rules that skip it.
     corpora = tuple(
         corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, RowCorpus) else corpus
         for corpus in data.corpora
     )
-    text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer, prepare_with)
+    text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer, prepare_context(console))
     # The format says how rows are divided among the stream shards: by a hash.
     identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text, "format": 2}
     return digest_of(identity)
