@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, question_example, text, value
-from switchcli.tasks.label_tasks import label_task, prefixed
+from switchcli.tasks.label_tasks import NLI, THREE_WAY, label_task, prefixed
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match
 
-ANLI_LABELS = ("entailment", "neutral", "contradiction")
 WINOGRANDE_COLUMNS = ("sentence", "option1", "option2")
 WINOGRANDE_OPTIONS = {"1": "option1", "2": "option2"}
 
@@ -26,8 +25,8 @@ def _anli(round_number: int) -> Task:
     return label_task(
         f"anli_{suffix}",
         HubSource("facebook/anli", None, "anli", f"train_{suffix}", f"dev_{suffix}", f"test_{suffix}"),
-        ("hypothesis", "premise"),
-        ANLI_LABELS,
+        NLI,
+        THREE_WAY,
         prefix="anli",
     )
 

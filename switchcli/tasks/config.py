@@ -7,6 +7,7 @@ without code.
 import difflib
 import functools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -158,9 +159,9 @@ TaskSpec = Annotated[
 
 def duplicate_names(specs: Sequence[ShippedTask | CustomTask]) -> Iterator[str]:
     """Yield an error message for each name that two custom tasks have, since a run has one task per name."""
-    custom = [spec.name for spec in specs if isinstance(spec, CustomTask)]
-    for name in {name for name in custom if custom.count(name) > 1}:
-        yield f"tasks ({name}): two tasks of your own have this name: rename one of them"
+    for name, count in Counter(spec.name for spec in specs if isinstance(spec, CustomTask)).items():
+        if count > 1:
+            yield f"tasks ({name}): two tasks of your own have this name: rename one of them"
 
 
 def suites_of(specs: Sequence[ShippedTask | CustomTask]) -> tuple[Suite, ...]:

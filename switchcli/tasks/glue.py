@@ -10,16 +10,21 @@ import numpy as np
 
 from switchcli.tasks.columns import question_example, text, value
 from switchcli.tasks.label_metrics import ACCURACY, PEARSON, REFERENT_ACCURACY, SPEARMAN, f1, matthews
-from switchcli.tasks.label_tasks import SECRET, label_task, label_word, prefixed, referent_example
+from switchcli.tasks.label_tasks import (
+    ENTAILMENT,
+    NLI,
+    SECRET,
+    THREE_WAY,
+    label_task,
+    label_word,
+    prefixed,
+    referent_example,
+)
 from switchcli.tasks.pronouns import resolve
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 
 HUB = "nyu-mll/glue"
-ENTAILMENT = ("entailment", "not_entailment")
-THREE_WAY = ("entailment", "neutral", "contradiction")
 SENTENCES = ("sentence1", "sentence2")
-NLI = ("hypothesis", "premise")
-
 COLA = ("unacceptable", "acceptable")
 MRPC = ("not_equivalent", "equivalent")
 QQP = ("not_duplicate", "duplicate")
@@ -45,8 +50,7 @@ def _rounded_score(label: object) -> tuple[str, ...]:
 
 def _wnli(row: Row, purpose: Purpose) -> Iterable[Example]:
     """Ask for the referent of the premise's pronoun; the target is the phrase in the hypothesis, right or wrong."""
-    not_entailment, entailment = "False", "True"
-    judgment = label_word(row, (not_entailment, entailment))
+    judgment = label_word(row, ("False", "True"))  # not entailed, entailed
     return referent_example(*resolve(text(row, "sentence1"), text(row, "sentence2")), judgment, purpose)
 
 

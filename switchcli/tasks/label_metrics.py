@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric
-from switchcli.tasks.text_metrics import by_unit
+from switchcli.tasks.text_metrics import by_unit, sums_by_unit
 
 Numbers = NDArray[np.float64]
 NO_NUMBER: Final = -1.0
@@ -76,7 +76,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
 
     def measure(answered: Sequence[AnsweredExample]) -> Numbers:
         """Return [units, 3]: true positives, false positives, false negatives."""
-        return np.array([np.sum([counts(answer) for answer in unit], axis=0) for unit in by_unit(answered)], np.float64)
+        return sums_by_unit(answered, counts)
 
     def combine(units: Numbers) -> float:
         true_positives, false_positives, false_negatives = units.sum(axis=0)

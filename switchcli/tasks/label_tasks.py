@@ -10,6 +10,10 @@ from switchcli.tasks.columns import question_example, text, value
 from switchcli.tasks.label_metrics import ACCURACY
 from switchcli.tasks.task import Example, HubSource, Metric, Purpose, Row, Task
 
+NLI = ("hypothesis", "premise")
+"""The columns of most data sets of natural language inference."""
+ENTAILMENT = ("entailment", "not_entailment")
+THREE_WAY = ("entailment", "neutral", "contradiction")
 SECRET = -1
 """The label of a row whose answer the benchmark keeps secret."""
 

@@ -28,6 +28,14 @@ class Example(NamedTuple):
     """What the metric compares with, if that is not a target (WSC, WNLI)."""
 
 
+def indices_by_unit(examples: Iterable[Example]) -> list[list[int]]:
+    """Return the indices of the examples of each unit, with units in order of their first example."""
+    units: dict[str | int, list[int]] = {}
+    for index, example in enumerate(examples):
+        units.setdefault(example.unit or index, []).append(index)
+    return list(units.values())
+
+
 class AnsweredExample(NamedTuple):
     """An example and the text that the model generated for it."""
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import AnsweredExample, Metric
+from switchcli.tasks.task import AnsweredExample, Metric, indices_by_unit
 
 Numbers = NDArray[np.float64]
 TRIVIA_PUNCTUATION: Final = string.punctuation + "‘’´`"  # noqa: RUF001 - the characters of TriviaQA's script
@@ -49,10 +49,14 @@ def _remove_articles(text: str) -> str:
 
 def by_unit(answered: Sequence[AnsweredExample]) -> list[list[AnsweredExample]]:
     """Return the answers of each unit, with units in order of their first answer."""
-    units: dict[str | int, list[AnsweredExample]] = {}
-    for index, answer in enumerate(answered):
-        units.setdefault(answer.example.unit or index, []).append(answer)
-    return list(units.values())
+    units = indices_by_unit(answer.example for answer in answered)
+    return [[answered[index] for index in unit] for unit in units]
+
+
+def sums_by_unit(answered: Sequence[AnsweredExample], numbers: Callable[[AnsweredExample], Sequence[float]]) -> Numbers:
+    """Return [units, numbers]: the sum of the `numbers` of each answer over the answers of a unit."""
+    rows = [[sum(column) for column in zip(*map(numbers, unit), strict=True)] for unit in by_unit(answered)]
+    return np.array(rows, np.float64)
 
 
 def mean_of(name: str, score: Callable[[str, str], float]) -> Metric:
@@ -64,14 +68,11 @@ def mean_of(name: str, score: Callable[[str, str], float]) -> Metric:
     def best(answer: AnsweredExample) -> float:
         return max(score(target, answer.prediction) for target in answer.example.targets)
 
-    def measure(answered: Sequence[AnsweredExample]) -> Numbers:
-        return np.array([[sum(map(best, unit)), len(unit)] for unit in by_unit(answered)], np.float64)
-
     def combine(units: Numbers) -> float:
         total, count = units.sum(axis=0)
         return 100 * float(total / count)
 
-    return Metric(name, measure, combine)
+    return Metric(name, lambda answered: sums_by_unit(answered, lambda answer: (best(answer), 1)), combine)
 
 
 def exact_match_of(normal: Callable[[str], str]) -> Metric:
@@ -183,7 +184,7 @@ def _bleu_measure(answered: Sequence[AnsweredExample]) -> Numbers:
         score = scorer.sentence_score(answer.prediction, list(answer.example.targets))
         return [score.sys_len, score.ref_len, *score.counts, *score.totals]
 
-    return np.array([np.sum([counts(answer) for answer in unit], axis=0) for unit in by_unit(answered)], np.float64)
+    return sums_by_unit(answered, counts)
 
 
 def _bleu_combine(units: Numbers) -> float:

@@ -35,7 +35,7 @@ from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, fingerprint, read_examples
-from switchcli.tasks.task import Example, Task
+from switchcli.tasks.task import Example, Task, indices_by_unit
 
 FORMAT: Final = 3
 """Version of the cached files. It must increase whenever the same cache key would give different ids."""
@@ -198,10 +198,7 @@ def scored_examples(
 
 def _sample_units(examples: list[Example], limit: int) -> list[int]:
     """Return the sorted indices of at most `limit` examples, in whole units; the first unit may exceed the limit."""
-    indices_of: dict[str | int, list[int]] = {}
-    for index, example in enumerate(examples):
-        indices_of.setdefault(example.unit or index, []).append(index)
-    units = list(indices_of.values())
+    units = indices_by_unit(examples)
     sample: list[int] = []
     for unit in permutation(len(units), 0, 0, EXAMPLES):
         # A unit that does not fit is skipped, and a smaller one that comes later may still fit.
