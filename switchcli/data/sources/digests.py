@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol, Self, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError
@@ -21,7 +21,6 @@ WHOLE_BYTES: Final = 2**34
 SAMPLES: Final = 64
 """Samples of a file, at equal distances from its beginning to its end."""
 SAMPLE_BYTES: Final = 2**16
-_BLOCK_BYTES: Final = 2**20
 FRESH_NS: Final = 2 * 10**9
 """Nanoseconds after a change during which another change may not show in the file's times: file systems keep times to
 2 s or better. The digest of such a file is not recorded."""
@@ -35,21 +34,8 @@ class Track(Protocol):
     def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
 
 
-class _Stat(NamedTuple):
-    """Attributes of a file as the file system reports them. Any change of the content changes one of them."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, stat: os.stat_result) -> Self:
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-
-
-Record = dict[str, tuple[list[int], str]]
-"""The attributes and the digest of a file, by the kind of the digest and the path."""
+Entry = tuple[list[int], str]
+"""The attributes and the digest of a file. The record has one for each kind of digest and path."""
 
 
 class Digests:
@@ -83,71 +69,68 @@ class Digests:
 
         Also raises DataError if a file changes while it is read.
         """
-        stats = {path: _stat(path) for path in paths}
-        with data_errors("data: a file cannot be read", "check that it is there and may be read"):
-            is_large = sum(stat.size for stat in stats.values()) > WHOLE_BYTES
-            kind = "samples" if self._sampled and is_large else "sha256"
-            names = {path: f"{kind}:{path.absolute()}" for path in paths}
-            record = self._read()
-            known = {} if self._check else record
-            found = {path: known[name][1] for path, name in names.items() if _is_of(known.get(name), stats[path])}
-            missing = [path for path in stats if path not in found]
-            if missing:
-                with ThreadPoolExecutor(min(len(missing), available_processors())) as pool:  # hashing needs no lock
-                    digests = pool.map(lambda path: _digest(path, kind), missing)
-                    for path, (entry, is_settled) in zip(
-                        missing, self._track(digests, "reading sources", len(missing)), strict=True
-                    ):
-                        found[path] = entry[1]
-                        before = record.pop(names[path], None)
-                        if before is not None and before[1] != entry[1]:
-                            self._warn(f"{path}: its content changed since it was last prepared: it is prepared again")
-                        if is_settled:
-                            record[names[path]] = entry
-                self._write(record)
+        stats: dict[Path, os.stat_result] = {}
+        for path in paths:
+            with _read_errors(path):
+                stats[path] = path.stat()
+        is_large = sum(stat.st_size for stat in stats.values()) > WHOLE_BYTES
+        kind = "samples" if self._sampled and is_large else "sha256"
+        names = {path: f"{kind}:{path.absolute()}" for path in stats}
+        record = self._read()
+        found: dict[Path, str] = {}
+        if not self._check:
+            for path, name in names.items():
+                if name in record and record[name][0] == _attributes(stats[path]):
+                    found[path] = record[name][1]
+        if missing := [path for path in stats if path not in found]:
+            with ThreadPoolExecutor(min(len(missing), available_processors())) as pool:  # hashing needs no lock
+                entries = pool.map(lambda path: _digest(path, kind), missing)
+                tracked = self._track(entries, "reading sources", len(missing))
+                for path, (entry, is_settled) in zip(missing, tracked, strict=True):
+                    _, found[path] = entry
+                    before = record.pop(names[path], None)
+                    if before is not None and before[1] != found[path]:
+                        self._warn(f"{path}: its content changed since it was last prepared: it is prepared again")
+                    if is_settled:
+                        record[names[path]] = entry
+            self._write(record)
         return [f"{kind}:{found[path]}" for path in paths]
 
-    def _read(self) -> Record:
+    def _read(self) -> dict[str, Entry]:
         with suppress(OSError, ValueError, TypeError, AttributeError):  # a damaged record is made anew
             if self._file is not None:
                 record = json.loads(self._file.read_bytes())
                 return {name: ([*map(int, stat)], str(digest)) for name, (stat, digest) in record.items()}
         return {}
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: dict[str, Entry]) -> None:
         with suppress(OSError):  # without a record the files are read again
             if self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 publish.write_file(self._file, json.dumps(record))
 
 
-def _is_of(entry: tuple[list[int], str] | None, stat: _Stat) -> bool:
-    return entry is not None and entry[0] == [*stat]
+def _attributes(stat: os.stat_result) -> list[int]:
+    """Return what the file system reports about a file. Any change of the content changes one of these numbers."""
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _read_errors(path: Path) -> AbstractContextManager[None]:
     return data_errors(f"data: {path}: cannot be read", "check that it is there and may be read")
 
 
-def _stat(path: Path) -> _Stat:
-    with _read_errors(path):
-        return _Stat.of(path.stat())
-
-
-def _digest(path: Path, kind: str) -> tuple[tuple[list[int], str], bool]:
+def _digest(path: Path, kind: str) -> tuple[Entry, bool]:
     """Return the entry of a file, and whether any later change must show in its attributes; see FRESH_NS."""
     with _read_errors(path), open_regular(path) as file:
-        now, stat = time.time_ns(), _Stat.of(os.fstat(file.fileno()))
+        now, stat = time.time_ns(), os.fstat(file.fileno())
         if kind == "samples":
-            digest = hashlib.sha256(str(stat.size).encode())
+            digest = hashlib.sha256(str(stat.st_size).encode())
             for number in range(SAMPLES):
                 # From 0 for the first sample to size - SAMPLE_BYTES for the last, which ends with the file.
-                file.seek(number * max(0, stat.size - SAMPLE_BYTES) // (SAMPLES - 1))
+                file.seek(number * max(0, stat.st_size - SAMPLE_BYTES) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
         else:
-            digest = hashlib.sha256()
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-        if _Stat.of(os.fstat(file.fileno())) != stat:
+            digest = hashlib.file_digest(file, "sha256")
+        if _attributes(os.fstat(file.fileno())) != _attributes(stat):
             raise DataError(f"{path}: changes while it is read: begin again when no other program writes to it")
-    return ([*stat], digest.hexdigest()), now - stat.ctime_ns >= FRESH_NS
+    return (_attributes(stat), digest.hexdigest()), now - stat.st_ctime_ns >= FRESH_NS
