@@ -25,7 +25,7 @@ from tokenizers import models
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import shards, store
-from switchcli.data.prepare.cache import build_atomically, default_cache, remove_stale
+from switchcli.data.prepare.cache import build_atomically, default_cache
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import PreparedTexts
@@ -45,6 +45,7 @@ from switchcli.data.sources.document import is_held_out
 from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer, Wait
 from switchcli.errors import CheckpointError, DataError, OutOfMemory
+from switchcli.system import publish
 
 NUM_FILES = 6
 FRACTION = 0.1
@@ -429,7 +430,7 @@ def test_two_at_once_agree(corpus: Corpus) -> None:
 @pytest.mark.integration
 def test_what_another_process_builds_is_left_alone(tmp_path: Path) -> None:
     with making(tmp_path / "text") as child:
-        remove_stale(tmp_path)
+        publish.remove_stale_in(tmp_path)
         build_atomically(tmp_path / "other", lambda folder: (folder.mkdir(), store.write_manifest(folder, {})))
         child.communicate("go on\n")
     assert child.returncode == 0

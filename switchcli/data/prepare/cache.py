@@ -39,7 +39,7 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
     """
     # A folder of the cache is CACHE/KIND/DIGEST, so parents[1] is the cache itself.
     with disk_errors(folder.parents[1], ELSEWHERE):
-        remove_stale(folder.parent)
+        publish.remove_stale_in(folder.parent)
         if not is_complete(folder, check=True):
             build_atomically(folder, build)
         yield
@@ -48,8 +48,8 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> Iterator[None]:
 def build_atomically(folder: Path, build: Callable[[Path], None], parent: Path | None = None) -> None:
     """Let `build` create a folder under a temporary name in `parent`, or beside `folder`; then rename it to `folder`.
 
-    If a complete folder with the same contents exists by then, it stays. Callers run `remove_stale` on the parent
-    beforehand: once, and not for each folder in it.
+    If a complete folder with the same contents exists by then, it stays. Callers run `publish.remove_stale_in` on the
+    parent beforehand: once, and not for each folder in it.
     """
     with scratch_folder(parent or folder.parent) as scratch:
         build(scratch / "built")
@@ -58,15 +58,10 @@ def build_atomically(folder: Path, build: Callable[[Path], None], parent: Path |
 
 @contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Create a new folder in `parent` and remove it at the end. `remove_stale` removes those of killed processes."""
+    """Create a new folder in `parent` and remove it at the end."""
     parent.mkdir(parents=True, exist_ok=True)
     with publish.temporary_folder(parent / "built") as scratch:
         yield scratch
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove the unfinished folders that killed processes left in `folder` a day ago or more."""
-    publish.remove_stale_in(folder)
 
 
 def damage_warning(folder: Path) -> str:

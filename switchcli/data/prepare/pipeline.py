@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.data.config import DataSpec
-from switchcli.data.prepare.cache import ELSEWHERE, damage_warning, get_or_build, remove_stale
+from switchcli.data.prepare.cache import ELSEWHERE, damage_warning, get_or_build
 from switchcli.data.prepare.dedup import distinct_texts
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
@@ -41,6 +41,7 @@ from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
+from switchcli.system import publish
 from switchcli.system.processor import available_processors
 
 PROCESSES_FROM = 2**23
@@ -112,10 +113,7 @@ def prepare_share(
 
 def load_tokenizer(spec: DataSpec, context: PrepareContext) -> Tokenizer:
     """Return the tokenizer of `spec`. A trained one is in the cache if it was trained on the same text before."""
-
-    def documents() -> dict[str, Iterator[Document]]:
-        return iter_documents(spec, context.track, held_out=False)
-
+    documents = partial(iter_documents, spec, context.track, held_out=False)
     trained = spec.tokenizer
     if trained.kind != "train":
         return trained.load(documents)
@@ -171,9 +169,9 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
     key = cache_key()
     folder = context.cache / "tokens" / key
     with disk_errors(context.cache, ELSEWHERE):
-        remove_stale(folder.parent)
+        publish.remove_stale_in(folder.parent)
         if not is_complete(folder, check=context.check):
-            remove_stale(folder)
+            publish.remove_stale_in(folder)
             source_shards = [(corpus, source_shard) for corpus in corpora for source_shard in corpus.source_shards()]
             jobs = [
                 TokenizeJob(corpus, source_shard, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
@@ -213,14 +211,11 @@ def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer: Tokenizer, con
     if not jobs:
         return
     sizes = [job.source_shard.size for job in jobs]
-    size = None if None in sizes else sum(size or 0 for size in sizes)
-    num_processors = available_processors()
-    default_processes = num_processors if size is None or size >= PROCESSES_FROM else 1
-    processes = min(context.processes or default_processes, len(jobs))
-    threads = max(1, num_processors // processes)
+    is_small = None not in sizes and sum(size or 0 for size in sizes) < PROCESSES_FROM
+    processes = min(context.processes or (1 if is_small else available_processors()), len(jobs))
     tokenizer_file = _tokenizer_folder(tokenizer, context) / "tokenizer.json"
     with context.show("tokenizing shards" + (f" of {label}" if label else ""), len(jobs)) as show:
-        tokenize_shards(jobs, tokenizer_file, processes, threads, show)
+        tokenize_shards(jobs, tokenizer_file, processes, show)
 
 
 def _write_merged_manifest(folder: Path, jobs: Sequence[TokenizeJob], tokenizer: Tokenizer) -> None:

@@ -25,6 +25,7 @@ from switchcli.data.sources.corpus import Corpus, SourceShard
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import OutOfMemory, disk_errors
+from switchcli.system.processor import available_processors
 from switchcli.system.signals import STOPPING
 
 PART_CHARACTERS = 2**16
@@ -45,14 +46,14 @@ class TokenizeJob(NamedTuple):
 
 
 def tokenize_shards(
-    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, threads: int, show: Callable[[int, int], None]
+    jobs: Sequence[TokenizeJob], tokenizer: Path, processes: int, show: Callable[[int, int], None]
 ) -> None:
     """Build the folder of every job. Folders that are complete when an error is raised stay.
 
     Args:
         tokenizer: the tokenizer.json to encode with.
         processes: how many processes work at the same time; 1: this one does all the work.
-        threads: tokenizer threads of each process, if there are several.
+
         show: called with the numbers of complete source shards and of tokens written, as they change.
 
     Raises:
@@ -65,7 +66,7 @@ def tokenize_shards(
         if processes == 1:
             _build_here(jobs, scratch, loaded, show)
         else:
-            _build_in_processes(jobs, scratch, tokenizer, processes, threads, show)
+            _build_in_processes(jobs, scratch, tokenizer, processes, show)
 
 
 def _build_here(
@@ -85,14 +86,10 @@ def _build_here(
 
 
 def _build_in_processes(
-    jobs: Sequence[TokenizeJob],
-    scratch: Path,
-    tokenizer: Path,
-    processes: int,
-    threads: int,
-    show: Callable[[int, int], None],
+    jobs: Sequence[TokenizeJob], scratch: Path, tokenizer: Path, processes: int, show: Callable[[int, int], None]
 ) -> None:
     """Build the folders in a pool of processes. The first error ends all of them."""
+    threads = max(1, available_processors() // processes)
     context = multiprocessing.get_context("spawn")  # the threads of this process would not survive a fork
     others = {*multiprocessing.active_children()}
     # The pool starts its processes here, and they block these signals for good: a terminal sends a signal to all

@@ -79,10 +79,11 @@ class TokenShard(NamedTuple):
 
 
 class StoreWriter:
-    """Writer of a TokenStore. It holds the tokens in memory until `close`, or the end of a `with` statement."""
+    """Writer of a TokenStore. It holds the tokens in memory until `close`."""
 
     def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
-        self._path, self._dtype = folder / name, token_type(vocab_size)
+        self._path = folder / name
+        self._dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         self._lengths, self._tokens = array("q"), bytearray()
 
     def add(self, ids: NDArray[np.int64], *, starts_document: bool) -> None:
@@ -136,11 +137,6 @@ class ShardWriter:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def token_type(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest type that ids of the vocabulary are stored as."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, object], files: Mapping[str, object] | None = None) -> None:
