@@ -204,11 +204,11 @@ class Denoisers(Spec):
         prompt_position = concatenated_ranges(prompt_start_D[denoiser_R], prompt_length_R)
         first_input_R = np.cumsum(corrupted.num_inputs_X) - corrupted.num_inputs_X
         insert_position = np.repeat(first_input_R, prompt_length_R)
-        inputs = np.insert(corrupted.inputs, insert_position, np.concatenate(prompts)[prompt_position])
-        return (
-            pad_rows(inputs, prompt_length_R + corrupted.num_inputs_X, row_R, (num_rows, self.inputs_length)),
-            pad_rows(corrupted.targets, corrupted.num_targets_X, row_R, (num_rows, self.targets_length)),
+        prompted = corrupted._replace(
+            inputs=np.insert(corrupted.inputs, insert_position, np.concatenate(prompts)[prompt_position]),
+            num_inputs_X=prompt_length_R + corrupted.num_inputs_X,
         )
+        return prompted.in_rows(row_R, (num_rows, self.inputs_length), (num_rows, self.targets_length))
 
     def choose(self, draw_R: Draws) -> NDArray[np.int64]:
         """Return the denoiser of each row [R], chosen by a uniform random number."""

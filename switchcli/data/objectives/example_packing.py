@@ -50,10 +50,8 @@ class PackedExamples(NamedTuple):
 
     def rows(self, row_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return inputs [R, S] and targets [R, T] of these rows, int64, padded at the end."""
-        start_R = np.concatenate([[0], self.end_R[:-1]])[row_R]
-        count_R = self.end_R[row_R] - start_R
-        example_X = self.example_X[concatenated_ranges(start_R, count_R)]
-        row_X = np.repeat(np.arange(len(row_R)), count_R)  # the row of the result that each example is in
+        position_X, row_X = items_of_rows(self.end_R, row_R)
+        example_X = self.example_X[position_X]
         inputs = _examples_in_rows(self.inputs, example_X, row_X, (len(row_R), self.lengths.inputs))
         targets = _examples_in_rows(self.targets, example_X, row_X, (len(row_R), self.lengths.targets))
         return inputs, targets
@@ -125,6 +123,16 @@ def _examples_in_rows(
     num_tokens_X = np.minimum(store.offsets[example_X + 1] - start_X, shape[1])  # truncated to a row
     length_X = num_tokens_X - 1  # without EOS, which `pad_rows` appends, also to a truncated example
     return pad_rows(store.tokens[concatenated_ranges(start_X, length_X)], length_X, row_X, shape)
+
+
+def items_of_rows(end_R: NDArray[np.int64], row_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the numbers of the items in these rows, and for each item the index of its row in `row_R`, both [X].
+
+    Row r of a packing has the items end_R[r - 1]..end_R[r].
+    """
+    start_R = np.append(0, end_R)[row_R]
+    count_R = end_R[row_R] - start_R
+    return concatenated_ranges(start_R, count_R), np.repeat(np.arange(len(row_R)), count_R)
 
 
 def pad_rows(

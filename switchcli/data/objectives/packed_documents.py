@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchcli.data.objectives.example_packing import concatenated_ranges, pad_rows
+from switchcli.data.objectives.example_packing import concatenated_ranges, items_of_rows, pad_rows
 from switchcli.data.objectives.span_corruption import Corrupt, Draws, Ids, SpanCorruption, corrupt_spans, get_sentinels
 from switchcli.data.prepare.store import TokenStore
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -36,13 +36,10 @@ class PackedPieces(NamedTuple):
 
         `order_D` are the numbers in the store of the documents that were packed, in the order of their lengths.
         """
-        first_piece_R = np.append(0, self.end_R)[row_R]
-        num_pieces_R = self.end_R[row_R] - first_piece_R
-        piece_X = concatenated_ranges(first_piece_R, num_pieces_R)
+        piece_X, row_X = items_of_rows(self.end_R, row_R)
         length_X = self.length_X[piece_X]
         position_X = store.offsets[order_D[self.document_X[piece_X]]] + self.start_X[piece_X]  # in the store
         ids = store.tokens[concatenated_ranges(position_X, length_X)]
-        row_X = np.repeat(np.arange(len(row_R)), num_pieces_R)
         return pad_rows(ids, length_X, row_X, (len(row_R), raw_length))
 
 
@@ -119,10 +116,8 @@ class WholeDocumentObjective(NamedTuple):
         raw = raw_RL[(raw_RL != EOS) & (raw_RL != PAD)]  # all pieces, end to end
         first_draw_X = row_X * self.num_draws + start_X  # in the flattened draws
         corrupted = corrupt_spans(raw, counts_X3, draws.ravel(), first_draw_X, sentinels)
-        return (
-            pad_rows(corrupted.inputs, corrupted.num_inputs_X, row_X, (len(raw_RL), self.inputs_length)),
-            pad_rows(corrupted.targets, corrupted.num_targets_X, row_X, (len(raw_RL), self.targets_length)),
-        )
+        num_rows = len(raw_RL)
+        return corrupted.in_rows(row_X, (num_rows, self.inputs_length), (num_rows, self.targets_length))
 
 
 def _row_end(num_tokens_X: Ids, room: int) -> Ids:

@@ -194,10 +194,7 @@ class SpanCorruption(Spec):
         counts_R3 = np.tile(self._row_counts, (num_rows, 1))
         first_draw_R = row_R * self.num_draws  # in the flattened draws
         corrupted = corrupt_spans(raw_RL.ravel(), counts_R3, draws.ravel(), first_draw_R, sentinels)
-        return (
-            pad_rows(corrupted.inputs, corrupted.num_inputs_X, row_R, (num_rows, self.inputs_length)),
-            pad_rows(corrupted.targets, corrupted.num_targets_X, row_R, (num_rows, self.targets_length)),
-        )
+        return corrupted.in_rows(row_R, (num_rows, self.inputs_length), (num_rows, self.targets_length))
 
 
 class CorruptedTexts(NamedTuple):
@@ -209,6 +206,13 @@ class CorruptedTexts(NamedTuple):
     targets: Ids
     num_targets_X: Ids
     """The number of target tokens of each text."""
+
+    def in_rows(self, row_X: Ids, inputs_shape: tuple[int, int], targets_shape: tuple[int, int]) -> tuple[Ids, Ids]:
+        """Return inputs and targets of these shapes, each text followed by EOS, padded; see `pad_rows`."""
+        return (
+            pad_rows(self.inputs, self.num_inputs_X, row_X, inputs_shape),
+            pad_rows(self.targets, self.num_targets_X, row_X, targets_shape),
+        )
 
 
 def corrupt_spans(raw: Ids, counts_X3: Ids, draws: Draws, first_draw_X: Ids, sentinels: Ids) -> CorruptedTexts:
