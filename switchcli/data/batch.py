@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -43,6 +43,11 @@ AnyBatch = Batch | DistillBatch
 class BatchSource(ABC):
     """The batches of a run: a pure function of the step, or of the step and a state that is saved with the run."""
 
+    is_sequential: ClassVar[bool] = False
+    """Whether one thread must ask for the batches in the order of their steps."""
+    row_offset: int = 0
+    """Added to the number of every row in the order of the data. Only a run that was branched has another than 0."""
+
     @abstractmethod
     def batch(self, step: int, first: int, count: int) -> AnyBatch:
         """Return rows first..first+count of the batch of `step`."""
@@ -50,9 +55,6 @@ class BatchSource(ABC):
     def state(self, step: int) -> list[int]:
         """Return this rank's contribution to the state after `step` steps. The state is the sum over all ranks."""
         return []
-
-    row_offset: int = 0
-    """Added to the number of every row in the order of the data. Only a run that was branched has another than 0."""
 
     def restore_state(self, step: int, state: Sequence[int], row_offset: int = 0) -> None:
         """Go on after `step` steps from `state`, the sum over ranks of the values that `state(step)` returned.
@@ -65,8 +67,3 @@ class BatchSource(ABC):
     def record(self, step: int) -> Mapping[str, Any]:
         """Return facts about the rows up to `step`, to be added to the record of that step."""
         return {}
-
-    @property
-    def is_sequential(self) -> bool:
-        """Whether one thread must ask for the batches in the order of their steps."""
-        return False

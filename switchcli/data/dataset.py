@@ -9,8 +9,7 @@ document.
 Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X pieces of documents
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Lock
@@ -39,7 +38,7 @@ class EpochOrder(NamedTuple):
     """The order of the shards in an epoch, and its division into windows."""
 
     shard_S: NDArray[np.int64]
-    """The shards that have rows, as indices of `TokenDataset._number_S`, in the order of the epoch."""
+    """Indices of `TokenDataset._shards`, in the order of the epoch."""
     end_W: NDArray[np.int64]
     """The number of rows of the epoch up to the end of each window."""
 
@@ -47,6 +46,8 @@ class EpochOrder(NamedTuple):
 class CountedShard(NamedTuple):
     """A shard and its number of rows."""
 
+    number: int
+    """Number of the shard in its text, which seeds the order of its documents."""
     shard: TokenShard
     num_rows: int
 
@@ -59,10 +60,9 @@ class TokenDataset:
 
         Raises DataError, which names the text's `label`, if there is less than one row.
         """
-        self._shards = [count_rows(shard, rows, seed, number) for number, shard in enumerate(shards)]
-        # Only shards with rows take part in epochs: their numbers [S], and their numbers of rows [S].
-        self._number_S = np.array([number for number, shard in enumerate(self._shards) if shard.num_rows], np.int64)
-        self._rows_S = np.array([shard.num_rows for shard in self._shards if shard.num_rows], np.int64)
+        counted = [count_rows(shard, rows, seed, number) for number, shard in enumerate(shards)]
+        self._shards = [shard for shard in counted if shard.num_rows]  # the others take no part in epochs
+        self._rows_S = np.array([shard.num_rows for shard in self._shards], np.int64)
         self._rows, self._seed = rows, seed
         self.rows_per_epoch = int(self._rows_S.sum())
         """The number of rows of an epoch. They show each token at most once."""
@@ -104,20 +104,14 @@ class TokenDataset:
 
     def _make_window(self, epoch: int, window: int) -> "ShuffleWindow":
         window_shards = self._order(epoch).shard_S[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
-        numbers = self._number_S[window_shards].tolist()
-        shards = {number: self._shards[number] for number in numbers}
+        shards = [self._shards[index] for index in window_shards.tolist()]
         return ShuffleWindow(shards, self._rows, self._seed, epoch, window)
 
 
-class RowLayout(ABC):
-    """The rows of one shard, before they are shuffled."""
-
-    @abstractmethod
-    def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return raw ids [R, L] of these rows."""
+# The rows of one shard, before they are shuffled
 
 
-class _ContiguousRows(RowLayout):
+class _ContiguousRows:
     """Rows cut from the sequence of all documents of a shard, which are in another random order in each epoch."""
 
     def __init__(self, store: TokenStore, raw_length: int, seed: int, epoch: int, number: int) -> None:
@@ -130,6 +124,7 @@ class _ContiguousRows(RowLayout):
         self._shift_D = store.offsets[1:][order_D] - self._end_D
 
     def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return raw ids [R, L] of these rows."""
         # Each row is a range of the sequence, which is divided at the ends of documents into pieces.
         start_R = row_R * self._raw_length
         first_document_R = np.searchsorted(self._end_D, start_R, side="right")  # the document of the first token
@@ -145,7 +140,7 @@ class _ContiguousRows(RowLayout):
         return self._store.tokens[position].reshape(len(row_R), self._raw_length).astype(np.int64)
 
 
-class _WholeDocumentRows(RowLayout):
+class _WholeDocumentRows:
     """Rows of whole documents, packed in one random order for all epochs."""
 
     def __init__(self, store: TokenStore, rows: WholeDocumentObjective, seed: int, number: int) -> None:
@@ -155,23 +150,21 @@ class _WholeDocumentRows(RowLayout):
         self.num_rows = len(self._pieces.end_R)
 
     def raw_rows(self, row_R: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return raw ids [R, L] of these rows."""
         return self._pieces.raw_rows(self._store, self._order_D, row_R, self._raw_length)
 
 
 class ShuffleWindow:
     """Some shards of an epoch, with all their rows in one random order."""
 
-    def __init__(
-        self, shards: Mapping[int, CountedShard], rows: RowObjective, seed: int, epoch: int, number: int
-    ) -> None:
-        """`shards` are given by their numbers in the text; `number` is that of the window in the epoch."""
+    def __init__(self, shards: Sequence[CountedShard], rows: RowObjective, seed: int, epoch: int, number: int) -> None:
+        """`number` is that of the window in the epoch."""
         self._shards, self._rows, self._seed, self._epoch = shards, rows, seed, epoch
-        self._shard_numbers = list(shards)
         # The number of rows up to the end of each shard, before shuffling.
-        self._end_S = np.cumsum([shard.num_rows for shard in shards.values()])
+        self._end_S = np.cumsum([shard.num_rows for shard in shards])
         self.num_rows = int(self._end_S[-1])
         self._order = permutation(self.num_rows, seed, epoch, CHUNKS, number)
-        self._layouts: dict[int, RowLayout] = {}
+        self._layouts: dict[int, _ContiguousRows | _WholeDocumentRows] = {}
 
     def raw_rows(self, position_R: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return raw ids [R, L] of the rows at these positions of the window."""
@@ -179,7 +172,7 @@ class ShuffleWindow:
         row_R = self._order[position_R]
         shard_R = np.searchsorted(self._end_S, row_R, side="right")
         shards = np.unique(shard_R)
-        unopened = [shard for shard in shards if self._shard_numbers[shard] not in self._layouts]
+        unopened = [shard for shard in shards if shard not in self._layouts]
         if len(unopened) > 1:
             # The first batch of a run waits for them. Threads help, as reading and hashing need no interpreter lock.
             with ThreadPoolExecutor(len(unopened)) as pool:
@@ -190,23 +183,23 @@ class ShuffleWindow:
             raw_RL[in_shard_R] = self._layout(shard).raw_rows(row_R[in_shard_R] - first_row)
         return raw_RL
 
-    def _layout(self, shard: int) -> RowLayout:
+    def _layout(self, index: int) -> _ContiguousRows | _WholeDocumentRows:
         """Return the rows of a shard, given by its index in this window. The shard is opened at the first call."""
-        number = self._shard_numbers[shard]
-        if number not in self._layouts:
-            store, rows = self._shards[number].shard.open(), self._rows
+        if index not in self._layouts:
+            number, shard, _ = self._shards[index]
+            store, rows = shard.open(), self._rows
             if isinstance(rows, WholeDocumentObjective):
-                self._layouts[number] = _WholeDocumentRows(store, rows, self._seed, number)
+                self._layouts[index] = _WholeDocumentRows(store, rows, self._seed, number)
             else:
-                self._layouts[number] = _ContiguousRows(store, rows.raw_tokens_per_row, self._seed, self._epoch, number)
-        return self._layouts[number]
+                self._layouts[index] = _ContiguousRows(store, rows.raw_tokens_per_row, self._seed, self._epoch, number)
+        return self._layouts[index]
 
 
 def count_rows(shard: TokenShard, rows: RowObjective, seed: int, number: int) -> CountedShard:
     """Return the shard with its number of rows. `number` is the shard's number in the text."""
     if isinstance(rows, WholeDocumentObjective):
-        return CountedShard(shard, _WholeDocumentRows(shard.open(), rows, seed, number).num_rows)
-    return CountedShard(shard, shard.num_tokens // rows.raw_tokens_per_row)
+        return CountedShard(number, shard, _WholeDocumentRows(shard.open(), rows, seed, number).num_rows)
+    return CountedShard(number, shard, shard.num_tokens // rows.raw_tokens_per_row)
 
 
 def group_small_shards(shards: Sequence[TokenShard]) -> list[TokenShard]:
@@ -224,15 +217,11 @@ def group_small_shards(shards: Sequence[TokenShard]) -> list[TokenShard]:
 def _merge_shards(shards: Sequence[TokenShard]) -> TokenShard:
     """Return a shard of the documents of several shards. They are read when it is opened."""
 
-    def merge(opened: Iterable[TokenStore]) -> TokenStore:
-        stores = [*opened]
+    def open_merged() -> TokenStore:
+        stores = [shard.open() for shard in shards]
         lengths = np.concatenate([np.diff(store.offsets) for store in stores])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.concatenate([store.tokens for store in stores])
-        return TokenStore(tokens, offsets)
+        return TokenStore(np.concatenate([store.tokens for store in stores]), np.append(0, np.cumsum(lengths)))
 
     return TokenShard(
-        sum(shard.num_documents for shard in shards),
-        sum(shard.num_tokens for shard in shards),
-        lambda: merge(shard.open() for shard in shards),
+        sum(shard.num_documents for shard in shards), sum(shard.num_tokens for shard in shards), open_merged
     )

@@ -72,6 +72,17 @@ class MixtureSchedule:
         index_in_source_R = index_R - (self._end_K[source_R] - source_rows_R)
         return source_R, cycle_R * source_rows_R + index_in_source_R
 
+    def gather(
+        self, row_R: NDArray[np.int64], length: int, rows_of: Callable[[int, NDArray[np.int64]], NDArray[np.int64]]
+    ) -> NDArray[np.int64]:
+        """Return these rows [R, length]. `rows_of` returns rows of a source, given by their numbers in that source."""
+        source_R, number_R = self(row_R)
+        gathered = np.empty((len(row_R), length), dtype=np.int64)
+        for source in np.unique(source_R):
+            is_source_R = source_R == source
+            gathered[is_source_R] = rows_of(int(source), number_R[is_source_R])
+        return gathered
+
     def rows_per_source(self, num_rows: int) -> NDArray[np.int64]:
         """Return the number of rows of each source [K] among the first `num_rows` rows of a run."""
         num_cycles, rest = divmod(num_rows, self._rows_per_cycle)

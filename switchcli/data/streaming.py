@@ -63,6 +63,8 @@ class StreamPosition(NamedTuple):
 class StreamedTextSource(BatchSource):
     """Batches of rows that are read while training runs. One thread must ask for them, in the order of the steps."""
 
+    is_sequential = True
+
     def __init__(
         self,
         spec: DataSpec,
@@ -136,11 +138,8 @@ class StreamedTextSource(BatchSource):
         self._states = {step: self._positions()}
 
     def record(self, step: int) -> Mapping[str, Any]:
-        return (
-            {"mixture": self._mixture.compare_with_intended(step * self._batch_rows + self.row_offset)}
-            if self._mixture
-            else {}
-        )
+        num_rows = step * self._batch_rows + self.row_offset
+        return {"mixture": self._mixture.compare_with_intended(num_rows)} if self._mixture else {}
 
     def _next_row(self, step: int) -> int:
         """Return the number of rows that each stream shard has made after `step` steps, in the order of the data.
@@ -148,10 +147,6 @@ class StreamedTextSource(BatchSource):
         Rows of a step are a multiple of the number of stream shards, and so is the offset.
         """
         return step * self._rows_per_shard + self.row_offset // self._state_shape[0]
-
-    @property
-    def is_sequential(self) -> bool:
-        return True
 
     def _positions(self) -> NDArray[np.int64]:
         """Return the positions of this rank's stream shards [stream shards, texts, fields], zeros for all others."""
@@ -188,13 +183,10 @@ class _StreamShard:
         self.next_row += count
         if self._schedule is None:
             return self.readers[0].raw_rows(count)
-        raw_RL = np.empty((count, self._raw_length), dtype=np.int64)
-        # The schedule's second result, the row's number within its text, is not needed: readers count by themselves.
-        text_R, _ = self._schedule(row_R)
-        for text in np.unique(text_R):
-            is_text_R = text_R == text
-            raw_RL[is_text_R] = self.readers[text].raw_rows(int(is_text_R.sum()))
-        return raw_RL
+        # The numbers of a text's rows are not needed: its reader counts by itself.
+        return self._schedule.gather(
+            row_R, self._raw_length, lambda text, number_R: self.readers[text].raw_rows(len(number_R))
+        )
 
     def seek(self, next_row: int, positions: NDArray[np.int64]) -> None:
         """Continue at row `next_row` from `positions` [texts, fields of a StreamPosition]."""
@@ -277,7 +269,7 @@ class StreamReader:
             if shard.num_rows:
                 # The window's number takes the place of the epoch, so that every window has a random order of its own.
                 number = self.position.window
-                window = ShuffleWindow({0: shard}, self._rows, self._row_seed, number, 0)
+                window = ShuffleWindow([shard], self._rows, self._row_seed, number, 0)
                 return window, end._replace(window=number + 1)
         raise DataError(
             f"data.corpora{f' ({self._label})' if self._label else ''}: stream shard {self._stream_shard + 1} of "

@@ -77,13 +77,8 @@ class PreparedTextSource(BatchSource):
         """Return the raw ids [R, L] of rows, given by their numbers in the run."""
         if self._mixture is None:
             return self._texts[0].raw_rows(row_R)
-        # The text of each row, and the row's number among the rows of that text.
-        text_R, number_R = self._mixture.schedules[0](row_R)
-        raw_RL = np.empty((len(row_R), self._raw_length), dtype=np.int64)
-        for text in np.unique(text_R):
-            is_text_R = text_R == text
-            raw_RL[is_text_R] = self._texts[text].raw_rows(number_R[is_text_R])
-        return raw_RL
+        schedule = self._mixture.schedules[0]
+        return schedule.gather(row_R, self._raw_length, lambda text, number_R: self._texts[text].raw_rows(number_R))
 
 
 def text_fraction(batch: Batch, tokenizer: Tokenizer) -> float:
