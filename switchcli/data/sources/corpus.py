@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -224,12 +224,8 @@ def _group_names(num_shards: int) -> list[str]:
     num_groups = min(num_shards, MAX_SHARDS)
     # The first `remainder` groups have one shard more than the others.
     size, remainder = divmod(num_shards, max(1, num_groups))
-    names = []
-    end = 0
-    for index in range(num_groups):
-        begin, end = end, end + size + (index < remainder)
-        names.append(f"shard {begin}" if end - begin == 1 else f"shards {begin}-{end - 1}")
-    return names
+    bounds = [index * size + min(index, remainder) for index in range(num_groups + 1)]
+    return [f"shard {begin}" if end - begin == 1 else f"shards {begin}-{end - 1}" for begin, end in pairwise(bounds)]
 
 
 Corpus = Annotated[PythonStdlib | FilesCorpus | HubCorpus, Field(discriminator="kind")]

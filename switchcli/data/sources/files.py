@@ -130,38 +130,33 @@ def _layout(paths: tuple[str, ...], keep_text_whole: bool) -> dict[SourceShard, 
     A file of more than SHARD_BYTES is divided into ranges of that size, one per shard, unless it is compressed, or a
     text file and `keep_text_whole`. Other files are grouped into shards of up to SHARD_BYTES.
     """
-    layout: dict[SourceShard, tuple[ByteRange, ...]] = {}
-    group: list[SourceFile] = []
+    groups: list[list[SourceFile]] = []
     group_bytes = 0
-
-    def close_group() -> None:
-        if group:
-            others = f" and {len(group) - 1} more" if len(group) > 1 else ""
-            sizes = [file.size for file in group]
-            total = None if None in sizes else sum(filter(None, sizes))
-            layout[SourceShard(f"{group[0].name}{others}", total)] = tuple(ByteRange(file) for file in group)
-            group.clear()
-
     for file in expand_paths(paths, "data.corpora"):
         if file.kind in _NO_TEXT:
             raise DataError(f"data.corpora: {file.name}: {_NO_TEXT[file.kind]}")
-        is_text = file.kind not in (*_JSON, _PARQUET)
         size = SHARD_BYTES if file.size is None else file.size  # a file of unknown size may be large: a shard by itself
-        if group_bytes + size > SHARD_BYTES:
-            close_group()
+        if not groups or group_bytes + size > SHARD_BYTES:
+            groups.append([])
             group_bytes = 0
-        if file.size and file.size > SHARD_BYTES and not file.is_compressed and not (keep_text_whole and is_text):
-            # The group was closed above, so the shards stay in the order of the files.
-            starts = range(0, file.size, SHARD_BYTES)
+        groups[-1].append(file)
+        group_bytes += size
+    layout: dict[SourceShard, tuple[ByteRange, ...]] = {}
+    for first, *others in groups:
+        is_text = first.kind not in (*_JSON, _PARQUET)
+        # A file of more than SHARD_BYTES is the only one of its group.
+        if first.size and first.size > SHARD_BYTES and not first.is_compressed and not (keep_text_whole and is_text):
+            starts = range(0, first.size, SHARD_BYTES)
             for number, begin in enumerate(starts):
                 # The last range has no end: it includes what was appended since.
                 end = begin + SHARD_BYTES if number + 1 < len(starts) else None
-                source_shard = SourceShard(f"{file.name}#{number}", min(SHARD_BYTES, file.size - begin))
-                layout[source_shard] = (ByteRange(file, begin, end),)
+                source_shard = SourceShard(f"{first.name}#{number}", min(SHARD_BYTES, first.size - begin))
+                layout[source_shard] = (ByteRange(first, begin, end),)
         else:
-            group.append(file)
-            group_bytes += size
-    close_group()
+            name = f"{first.name} and {len(others)} more" if others else first.name
+            sizes = [file.size for file in (first, *others)]
+            total = None if None in sizes else sum(filter(None, sizes))
+            layout[SourceShard(name, total)] = tuple(map(ByteRange, (first, *others)))
     return layout
 
 

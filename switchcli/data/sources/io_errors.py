@@ -9,21 +9,10 @@ from contextlib import contextmanager
 from switchcli.errors import DataError
 
 _ERRORS = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError)
-_PACKAGES = frozenset(
-    {
-        "adlfs",
-        "aiohttp",
-        "azure",
-        "botocore",
-        "datasets",
-        "gcsfs",
-        "google",
-        "httpx",
-        "httpx2",
-        "huggingface_hub",
-        "yaml",
-    }
-)
+_PACKAGES = {
+    *("adlfs", "aiohttp", "azure", "botocore", "gcsfs", "google"),
+    *("datasets", "httpx", "httpx2", "huggingface_hub", "yaml"),
+}
 """Packages whose errors have no base class among `_ERRORS`."""
 
 

@@ -10,11 +10,11 @@ import hashlib
 import io
 import lzma
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from glob import glob
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, Self, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, Self, cast
 
 from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.io_errors import data_errors, reason
@@ -100,8 +100,9 @@ def expand_paths(patterns: Iterable[str], key: str) -> list[SourceFile]:
     """
     files: dict[str, SourceFile] = {}
     for pattern in patterns:
-        for file in _expand_url(pattern, key) if _URL.match(pattern) else _expand_path(pattern, key):
-            files.setdefault(_absolute(file.name), file)
+        is_url = _URL.match(pattern)
+        for file in _expand_url(pattern, key) if is_url else _expand_path(pattern, key):
+            files.setdefault(file.name if is_url else str(Path(file.name).resolve()), file)
     return list(files.values())
 
 
@@ -145,18 +146,14 @@ def _expand_url(pattern: str, key: str) -> list[SourceFile]:
         listing = filesystem.glob(path, detail=True) if set(path) & set("*?[") else {path: filesystem.info(path)}
     if len(listing) == 1 and next(iter(listing.values()))["type"] == "directory":
         raise _folder_error(pattern, f"{pattern.rstrip('/')}/*.txt", key)
-    files = [
-        SourceFile(filesystem.unstrip_protocol(name), info.get("size"), _version(info))
-        for name, info in sorted(listing.items())
-        if info["type"] == "file"
-    ]
+    files = []
+    for name, info in sorted(listing.items()):
+        if info["type"] == "file":
+            version = next((str(info[key]) for key in _VERSIONS if key in info), "")
+            files.append(SourceFile(filesystem.unstrip_protocol(name), info.get("size"), version))
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches: fix the pattern")
     return files
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    return next((str(info[key]) for key in _VERSIONS if key in info), "")
 
 
 def _folder_error(pattern: str, example: str, key: str) -> DataError:
@@ -169,11 +166,6 @@ def _local_path(name: str) -> Path | None:
         return Path(name)
     protocol, _, path = name.partition("://")
     return Path(path) if protocol.lower() in ("file", "local") else None
-
-
-def _absolute(name: str) -> str:
-    """Return a URL as it is, and a path with symbolic links and `..` resolved."""
-    return name if _URL.match(name) else str(Path(name).resolve())
 
 
 def _filesystem(url: str) -> "tuple[AbstractFileSystem, str]":

@@ -36,7 +36,6 @@ _MAX_IDS: Final = 2**24
 
 _FIX: Final = "use one written by `tokenizers`"
 _ENCODING_FAILED: Final = "fails on this text"
-_PATH_KEY: Final = "data.tokenizer.path"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]
 """Function that returns the training documents of each component, a corpus or a language. It is called only if a
@@ -234,7 +233,7 @@ class TokenizerFile(Spec):
 
     def load(self, documents: Documents) -> Tokenizer:
         """Read the file. Raises DataError if it is missing or not such a tokenizer. `documents` is not called."""
-        return Tokenizer.read(Path(self.path), _PATH_KEY)
+        return Tokenizer.read(Path(self.path), "data.tokenizer.path")
 
 
 class HubTokenizer(Spec):
