@@ -32,20 +32,17 @@ SCORES = tuple(f"{fifths / 5:.1f}" for fifths in range(26))
 
 
 def _stsb(row: Row, purpose: Purpose) -> Iterable[Example]:
-    """Ask for the similarity of two sentences, from 0.0 to 5.0 in steps of 0.2."""
-    return question_example(prefixed("stsb", row, SENTENCES, SENTENCES), _rounded_score(value(row, "label")), purpose)
-
-
-def _rounded_score(label: object) -> tuple[str, ...]:
-    """Return the similarity as text, or () if it is secret.
+    """Ask for the similarity of two sentences, from 0.0 to 5.0 in steps of 0.2.
 
     It is rounded to the nearest fifth in float32, and halves are rounded to the even fifth, as in T5.
     """
-    if label == SECRET:
-        return ()
-    if not isinstance(label, int | float) or not 0 <= label <= 5:
-        raise ValueError(f"label: is {short(label)}, and should be a number from 0 to 5, or -1 if it is secret")
-    return (SCORES[round(float(np.float32(label) * np.float32(5)))],)
+    question, label = prefixed("stsb", row, SENTENCES, SENTENCES), value(row, "label")
+    targets: tuple[str, ...] = ()
+    if label != SECRET:
+        if not isinstance(label, int | float) or not 0 <= label <= 5:
+            raise ValueError(f"label: is {short(label)}, and should be a number from 0 to 5, or -1 if it is secret")
+        targets = (SCORES[round(float(np.float32(label) * np.float32(5)))],)
+    return question_example(question, targets, purpose)
 
 
 def _wnli(row: Row, purpose: Purpose) -> Iterable[Example]:

@@ -62,14 +62,11 @@ def check_tasks(tasks: Iterable[Task], splits: Sequence[Split], folder: str | No
         return
     missing: dict[str, Path] = {}
     for task in tasks:
-        source = task.source
-        if not isinstance(source, HubSource):
-            continue
-        names = [_source_split(source, split) for split in splits]
-        paths = [_local_path(source, name, folder) for name in names if name]
-        absent = [path for path in paths if not path.is_file()]
-        if absent:
-            missing[task.name] = absent[0]
+        if isinstance(source := task.source, HubSource):
+            names = [_source_split(source, split) for split in splits]
+            paths = [_local_path(source, name, folder) for name in names if name]
+            if absent := [path for path in paths if not path.is_file()]:
+                missing[task.name] = absent[0]
     if missing:
         name, path = next(iter(missing.items()))
         readable = [task for task in tasks if task.name not in missing]
