@@ -107,7 +107,8 @@ class CustomTask(Spec):
         """Return the one task that this defines."""
         fields = dict.fromkeys([*_FIELD.findall(self.input), self.target])
         metrics = tuple(METRICS[name].of_labels(self.labels)._replace(name=name) for name in self.metrics)
-        chances = [100 / len(self.labels) if self.labels and metric.has_even_chance else 0.0 for metric in metrics]
+        num_labels = len(self.labels)
+        chances = [metric.even_chance(num_labels) if num_labels and metric.even_chance else 0.0 for metric in metrics]
         task = Task(
             name=self.name,
             source=FilesSource(self.train, self.validation, self.test, rules=self.model_dump_json()),

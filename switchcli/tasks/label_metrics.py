@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric
+from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric, one_of
 from switchcli.tasks.text_metrics import by_unit, sums_by_unit
 
 Numbers = NDArray[np.float64]
@@ -41,8 +41,14 @@ def _column(values: Sequence[bool]) -> Numbers:
 # Accuracy
 
 
+def _target(answer: AnsweredExample) -> str:
+    """Return the target that the answer is, or the first one."""
+    targets = [target.strip() for target in answer.example.targets]
+    return answer.prediction.strip() if answer.prediction.strip() in targets else targets[0]
+
+
 def _is_right(answer: AnsweredExample) -> bool:
-    return answer.prediction.strip() in [target.strip() for target in answer.example.targets]
+    return answer.prediction.strip() == _target(answer)
 
 
 ACCURACY = Metric(
@@ -50,7 +56,7 @@ ACCURACY = Metric(
     lambda answered: _column([_is_right(answer) for answer in answered]),
     _mean,
     is_exact=True,
-    has_even_chance=True,
+    even_chance=one_of,
 )
 """The percentage of answers that are a target."""
 EXACT_MATCH_BY_UNIT = Metric(
@@ -70,7 +76,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
     """
 
     def counts(answer: AnsweredExample) -> tuple[bool, bool, bool]:
-        target = answer.example.targets[0].strip()
+        target = _target(answer)
         is_hit = answer.prediction.strip() == target
         return is_hit and target == positive, not is_hit and target == negative, not is_hit and target == positive
 
@@ -82,7 +88,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
         true_positives, false_positives, false_negatives = units.sum(axis=0)
         return _percentage(2 * true_positives, 2 * true_positives + false_positives + false_negatives)
 
-    return Metric(name, measure, combine, has_even_chance=True)
+    return Metric(name, measure, combine, even_chance=one_of)
 
 
 def _class_counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) -> Numbers:
@@ -93,20 +99,24 @@ def _class_counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) 
     """
     class_of = {label: index for index, label in enumerate(labels)}
     one_hot = np.eye(len(labels) + 1)
-    target = one_hot[[class_of[answer.example.targets[0].strip()] for answer in answered]]
+    target = one_hot[[class_of[_target(answer)] for answer in answered]]
     predicted = one_hot[[class_of.get(answer.prediction.strip(), len(labels)) for answer in answered]]
     return np.concatenate([target * predicted, target, predicted], axis=1)
 
 
 def macro_f1(labels: tuple[str, ...]) -> Metric:
-    """Return the mean of the labels' F1; a label that occurs neither as target nor as answer has 0."""
+    """Return the mean F1 of the labels that occur as target or as answer.
+
+    T5 counts a label that does not occur as 0, which no answers can mend.
+    """
 
     def combine(units: Numbers) -> float:
         # [3, k]: the counts of each label, without the class of answers that are not a label.
         hits, target, predicted = units.sum(axis=0).reshape(3, -1)[:, : len(labels)]
-        return float(np.mean([_percentage(2 * hit, both) for hit, both in zip(hits, target + predicted, strict=True)]))
+        counts = zip(hits, target + predicted, strict=True)
+        return float(np.mean([_percentage(2 * hit, both) for hit, both in counts if both]))
 
-    return Metric("macro_f1", lambda answered: _class_counts(labels, answered), combine, has_even_chance=True)
+    return Metric("macro_f1", lambda answered: _class_counts(labels, answered), combine, even_chance=one_of)
 
 
 def matthews(labels: tuple[str, ...]) -> Metric:
@@ -121,7 +131,7 @@ def matthews(labels: tuple[str, ...]) -> Metric:
         variances = (total**2 - target @ target) * (total**2 - predicted @ predicted)
         return _percentage(float(hits.sum() * total - target @ predicted), math.sqrt(variances))
 
-    return Metric("matthews", lambda answered: _class_counts(labels, answered), combine)
+    return Metric("matthews", lambda answered: _class_counts(labels, answered), combine, even_chance=lambda k: 0.0)
 
 
 # Correlations of numbers

@@ -132,12 +132,12 @@ def _with_interval(column: NDArray[np.float64]) -> Score:
 
 def _chance(task: Task, labeled: Sequence[AnsweredExample]) -> float:
     """Return the score of answers that are drawn uniformly from the labels: that of the mean numbers of each label."""
-    if not task.labels or not all(metric.has_even_chance for metric in task.metrics):
+    if not task.labels or not all(metric.even_chance for metric in task.metrics):
         return task.chance
     labeled = labeled[: max(1, 1_000_000 // len(task.labels))]  # so that many labels take no minutes
     constants = [[AnsweredExample(answer.example, label) for answer in labeled] for label in task.labels]
     means = [np.mean([metric.measure(constant) for constant in constants], axis=0) for metric in task.metrics]
-    return float(np.mean(_combine(task.metrics, means)))
+    return round(float(np.mean(_combine(task.metrics, means))), 9)  # a correlation of 1e-16 is 0
 
 
 def _majority_score(task: Task, labeled: Sequence[AnsweredExample]) -> float:

@@ -43,6 +43,11 @@ class AnsweredExample(NamedTuple):
     prediction: str
 
 
+def one_of(num_labels: int) -> float:
+    """Return the percentage of answers drawn uniformly from the labels that are right."""
+    return 100 / num_labels
+
+
 class Metric(NamedTuple):
     """A score of answers, as T5 reports it: an array of numbers per unit, and a function from the array to the score.
 
@@ -57,9 +62,9 @@ class Metric(NamedTuple):
     """Return the score of [units, numbers], in which a unit may occur several times."""
     is_exact: bool = False
     """Whether each answer alone is either right (100) or wrong (0)."""
-    has_even_chance: bool = False
-    """Whether answers drawn uniformly from k labels score 100 / k if the labels are equally frequent, and otherwise
-    what the mean of their numbers gives."""
+    even_chance: Callable[[int], float] | None = None
+    """Return the score of answers drawn uniformly from k labels that are equally frequent. For other frequencies it is
+    what the mean of the numbers of such answers gives. None: that is not so."""
     needs_numbers: bool = False
     """Whether it reads targets and answers as numbers."""
     import_packages: Callable[[], object] = lambda: None

@@ -133,10 +133,12 @@ def test_a_small_text_may_be_held_out_as_a_whole(
     monkeypatch.chdir(tmp_path)
     Path("small.txt").write_text(text.read_text()[:20_000])
     corpora = ("text.corpora=[{kind: files, paths: [small.txt]}]", "text.sequences=4")
-    done = switchcli("eval", trained, *corpora, "text.held_out_fraction=0.9999", "--out", "a")
+    done = switchcli("eval", trained, *corpora, "text.held_out_fraction=1", "--out", "a")
     assert done.code == 0, done.err
     refused = switchcli("eval", trained, *corpora, "text.held_out_fraction=0.0001", "--out", "b")
-    assert (refused.code, lacking(refused.err, "text.held_out_fraction 0.0001 held out")) == (3, [])
+    assert (refused.code, lacking(refused.err, "text.held_out_fraction 0.0001 all")) == (3, [])
+    trains = switchcli("pretrain", "tiny.yaml", "data.held_out_fraction=1", "--out", "c")
+    assert (trains.code, lacking(trains.err, "data.held_out_fraction 0 train")) == (3, [])
 
 
 @pytest.mark.integration

@@ -272,7 +272,7 @@ def _longest(labels: tuple[str, ...]) -> Metric:
 
 METRICS = {
     "same_length": mean_of("same_length", lambda target, prediction: len(prediction) == len(target))._replace(
-        is_exact=True, has_even_chance=True
+        is_exact=True, even_chance=lambda k: 100 / k
     ),
     "longest": LabelMetric(_longest, needs=2),
 }

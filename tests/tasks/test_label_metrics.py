@@ -52,8 +52,10 @@ def score(metric: Metric, answered: list[AnsweredExample]) -> float:
         # fbeta_score with labels 0 to 2 and average="macro", and matthews_corrcoef; two answers are no label.
         (macro_f1(THREE), "a a b b b c a c b a", "a b b b x c c - a a", 54.76190476190476),
         (matthews(THREE), "a a b b b c a c b a", "a b b b x c c - a a", 31.9681006545503),
-        # c is neither right nor said: (2/3 + 1/2 + 0) / 3, so with zero_division=0.
-        (macro_f1(THREE), "a a b b", "a b b x", 38.888888888888886),
+        # c is neither a target nor said: scikit-learn's mean over the labels that occur, without the answer x.
+        (macro_f1(THREE), "a a b b", "a b b x", (200 / 3 + 50) / 2),
+        (macro_f1(THREE), "a a b b", "a b b c", (200 / 3 + 50 + 0) / 3),
+        (macro_f1(THREE), "a a b b", "a a b b", 100),
         # scipy's pearsonr and spearmanr; "x" is -1.
         (PEARSON, "5.0 4.8 0.0 2.2 2.2 1.0", "4.6 x 0.2 2.2 3 0.2", 31.00044126556481),
         (SPEARMAN, "5.0 4.8 0.0 2.2 2.2 1.0", "4.6 x 0.2 2.2 3 0.2", 38.235294117647065),
@@ -86,8 +88,11 @@ def test_spaces_around_a_label_do_not_count_and_its_case_does() -> None:
     assert score(ACCURACY, answers("True", "true")) == 0
 
 
-def test_any_target_is_right_for_accuracy() -> None:
-    assert score(ACCURACY, [AnsweredExample(Example("", ("a", "b")), "b")]) == 100
+@pytest.mark.parametrize("metric", [ACCURACY, f1(*TWO), macro_f1(TWO), matthews(TWO)], ids=lambda metric: metric.name)
+def test_any_target_is_right(metric: Metric) -> None:
+    assert (
+        score(metric, [AnsweredExample(Example("", targets), targets[-1]) for targets in (("n", "p"), ("n",))]) == 100
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.tasks.label_metrics import ACCURACY, PEARSON, f1, macro_f1
+from switchcli.tasks.label_metrics import ACCURACY, PEARSON, f1, macro_f1, matthews
 from switchcli.tasks.scores import Score, score
 from switchcli.tasks.suites import CLOSED_BOOK_QA, GLUE, MNLI, PAPER, SUITES, SUPER_GLUE
 from switchcli.tasks.task import AnsweredExample, Example, HubSource, Metric, Task
@@ -27,17 +27,18 @@ def answered(targets: str, predictions: str) -> list[AnsweredExample]:
     return [AnsweredExample(Example("", words[of]), said[by]) for of, by in zip(targets, predictions, strict=True)]
 
 
-@pytest.mark.parametrize("metric", [f1("no", "yes"), macro_f1(("yes", "no")), ACCURACY], ids=lambda metric: metric.name)
-def test_the_chance_of_unequal_labels_is_that_of_random_answers(metric: Metric) -> None:
+LABELED = (f1("no", "yes"), macro_f1(("yes", "no")), ACCURACY, matthews(("yes", "no")))
+
+
+@pytest.mark.parametrize("metrics", [*((metric,) for metric in LABELED), LABELED[2:], LABELED])
+def test_the_chance_of_unequal_labels_is_that_of_random_answers(metrics: tuple[Metric, ...]) -> None:
     examples = answered("y" * 8 + "n" * 92, "y" * 100)
     rng = np.random.default_rng(0)
-    drawn = [
-        metric.combine(
-            metric.measure([answer._replace(prediction=str(rng.choice(["yes", "no"]))) for answer in examples])
-        )
-        for _ in range(300)
-    ]
-    chance = score(TASK._replace(metrics=(metric,)), examples, draws=1).chance
+    drawn = []
+    for _ in range(300):
+        said = [answer._replace(prediction=str(rng.choice(["yes", "no"]))) for answer in examples]
+        drawn.append(np.mean([metric.combine(metric.measure(said)) for metric in metrics]))
+    chance = score(TASK._replace(metrics=metrics), examples, draws=1).chance
     assert chance == pytest.approx(np.mean(drawn), abs=1.0)
 
 
@@ -99,6 +100,14 @@ def test_the_same_seed_draws_the_same_units() -> None:
     assert score(TASK, said) == score(TASK, said, seed=0)
     assert score(TASK, said) != score(TASK, said, seed=1)
     assert score(TASK, said, draws=0).score == Score(score(TASK, said).metrics["em"].value, None, None)
+
+
+def test_a_rare_label_does_not_lower_the_interval_of_right_answers() -> None:
+    """Resamples without a label have no F1 of it."""
+    words = ["yes"] * 60 + ["no"] * 39 + ["rare"]
+    said = [AnsweredExample(Example("", (word,)), word) for word in words]
+    metrics = (macro_f1(("yes", "no", "rare")),)
+    assert score(TASK._replace(metrics=metrics, secondary_metrics=()), said).score == Score(100.0, None, None)
 
 
 def test_where_all_are_alike_there_is_no_interval() -> None:

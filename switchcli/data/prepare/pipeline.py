@@ -290,12 +290,15 @@ def _check_text(label: str, text: PreparedText, spec: DataSpec, needed: Collecti
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in text.dropped.items())
         raise DataError(f"data{_suffix(label)}: no document is left; left out were {reasons}")
     if not all(text.counts[split].documents for split in needed):
-        key = "data" if TRAIN in needed else "text"  # of a recipe that trains, or of an evaluation
+        if TRAIN not in needed:  # of an evaluation
+            raise DataError(
+                f"text.held_out_fraction ({spec.held_out_fraction}) of {num_train} documents{_suffix(label)} is none: "
+                "take 1 to measure all of them"
+            )
         raise DataError(
-            f"{key}.held_out_fraction ({spec.held_out_fraction}) of {num_train + num_held_out} documents"
-            f"{_suffix(label)} leaves {num_train} to train on and {num_held_out} held out, and "
-            f"{'each needs' if TRAIN in needed else 'these need'} at least 1: change it, add text, or make the "
-            "documents smaller (sample_by: line)"
+            f"data.held_out_fraction ({spec.held_out_fraction}) of {num_train + num_held_out} documents"
+            f"{_suffix(label)} leaves {num_train} to train on and {num_held_out} held out, and each needs at least 1: "
+            "change it, add text, or make the documents smaller (sample_by: line)"
         )
 
 

@@ -53,7 +53,6 @@ def tokenize_shards(
     Args:
         tokenizer: the tokenizer.json to encode with.
         processes: how many processes work at the same time; 1: this one does all the work.
-
         show: called with the numbers of complete source shards and of tokens written, as they change.
 
     Raises:

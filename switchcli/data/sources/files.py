@@ -30,7 +30,10 @@ SHARD_BYTES: Final = 2**26
 """Bytes of files as stored, compressed or not, above which they are divided among source shards."""
 _JSON = (".json", ".jsonl", ".ndjson")
 _PARQUET = ".parquet"
-_TABLE = "a table: convert it to JSON Lines, as by `DataFrame.to_json(FILE, orient='records', lines=True)` of pandas"
+_TABLE = (
+    "a table: convert it to JSON Lines, as by pandas: `read_csv(FILE, dtype=str, keep_default_na=False)`, then "
+    "`to_json(NEW, orient='records', lines=True)`"
+)
 _NO_TEXT: Final = {
     **dict.fromkeys((".csv", ".tsv", ".xlsx", ".xls"), _TABLE),
     **dict.fromkeys((".pdf", ".docx", ".doc", ".epub"), "a document: save its text"),

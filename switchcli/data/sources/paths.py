@@ -113,7 +113,7 @@ def _expand_path(pattern: str, key: str) -> list[SourceFile]:
     except OSError as error:
         raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the path") from error
     if kind == "a folder":
-        raise _folder_error(pattern, str(path / "*.txt"), key)
+        raise _folder_error(pattern, f"{path}/", key)
     if kind:
         raise DataError(f"{key}: {pattern}: it is {kind}, not a file: save its content to a file, and name that")
     # A file whose name holds brackets or stars is that file, not a glob.
@@ -145,7 +145,7 @@ def _expand_url(pattern: str, key: str) -> list[SourceFile]:
         # One listing reports names, sizes and versions. A request per file would take an hour for some corpora.
         listing = filesystem.glob(path, detail=True) if set(path) & set("*?[") else {path: filesystem.info(path)}
     if len(listing) == 1 and next(iter(listing.values()))["type"] == "directory":
-        raise _folder_error(pattern, f"{pattern.rstrip('/')}/*.txt", key)
+        raise _folder_error(pattern, f"{pattern.rstrip('/')}/", key)
     files = []
     for name, info in sorted(listing.items()):
         if info["type"] == "file":
@@ -156,8 +156,9 @@ def _expand_url(pattern: str, key: str) -> list[SourceFile]:
     return files
 
 
-def _folder_error(pattern: str, example: str, key: str) -> DataError:
-    return DataError(f"{key}: {pattern} is a folder: name the files in it, such as {example}")
+def _folder_error(pattern: str, folder: str, key: str) -> DataError:
+    kind = "jsonl" if key.startswith("tasks") else "txt"
+    return DataError(f"{key}: {pattern} is a folder: name the files in it, such as {folder}*.{kind}")
 
 
 def _local_path(name: str) -> Path | None:

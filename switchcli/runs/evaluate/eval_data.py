@@ -120,12 +120,13 @@ def _data_spec(handle: CheckpointHandle, text: TextSpec, inputs_length: int) -> 
 
 def _warn_about_new_tasks(handle: CheckpointHandle, names: Sequence[str], console: Console) -> None:
     """Print a warning that the model was not trained on the tasks of these names."""
-    verb = handle.recipe.verb
-    training = "was pre-trained alone" if verb == "pretrain" else f"was not trained on {', '.join(names)}"
-    console.warning(
-        f"{handle.path} {training}: it does not know the form of the answers, and its scores will be near 0; "
-        "`switchcli finetune` teaches it"
-    )
+    if handle.recipe.verb == "pretrain":
+        effect = "was pre-trained alone: it does not know the form of the answers, and its scores will be near 0"
+    else:
+        effect = (
+            f"was not trained on a task of the name {' or '.join(names)}: if it answers in another form, it scores 0"
+        )
+    console.warning(f"{handle.path} {effect}; `switchcli finetune` teaches it")
 
 
 def _with_length(objective: TextObjective, inputs_length: int) -> TextObjective:
