@@ -71,13 +71,14 @@ def evaluate(
 
 def _shown(eval_pass: "Measurement") -> Iterator[Table | Line]:
     """Yield the metrics that were measured under one capacity."""
-    from switchcli.runs.evaluate.score_tables import score_table, text_table
+    from switchcli.runs.evaluate.score_tables import label_tables, score_table, text_table
     from switchcli.training.measure import ALL_TEXT
 
     yield Line("")
     yield Line(f"capacity: {', '.join(f'{name} {capacity}' for name, capacity in eval_pass.capacity.items())}", "bold")
     if eval_pass.scores:
         yield score_table(eval_pass.scores)
+        yield from label_tables(eval_pass.scores)
     held_out = eval_pass.held_out()
     together = {name: held_out[name] for name in held_out if name == ALL_TEXT}
     for names in (together, eval_pass.target_records()):

@@ -41,14 +41,14 @@ def _column(values: Sequence[bool]) -> Numbers:
 # Accuracy
 
 
-def _target(answer: AnsweredExample) -> str:
+def counted_target(answer: AnsweredExample) -> str:
     """Return the target that the answer is, or the first one."""
     targets = [target.strip() for target in answer.example.targets]
     return answer.prediction.strip() if answer.prediction.strip() in targets else targets[0]
 
 
 def _is_right(answer: AnsweredExample) -> bool:
-    return answer.prediction.strip() == _target(answer)
+    return answer.prediction.strip() == counted_target(answer)
 
 
 ACCURACY = Metric(
@@ -76,7 +76,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
     """
 
     def counts(answer: AnsweredExample) -> tuple[bool, bool, bool]:
-        target = _target(answer)
+        target = counted_target(answer)
         is_hit = answer.prediction.strip() == target
         return is_hit and target == positive, not is_hit and target == negative, not is_hit and target == positive
 
@@ -99,7 +99,7 @@ def _class_counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) 
     """
     class_of = {label: index for index, label in enumerate(labels)}
     one_hot = np.eye(len(labels) + 1)
-    target = one_hot[[class_of[_target(answer)] for answer in answered]]
+    target = one_hot[[class_of[counted_target(answer)] for answer in answered]]
     predicted = one_hot[[class_of.get(answer.prediction.strip(), len(labels)) for answer in answered]]
     return np.concatenate([target * predicted, target, predicted], axis=1)
 

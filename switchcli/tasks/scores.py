@@ -5,13 +5,14 @@ examples. They do not show the variance between training runs with different see
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.label_metrics import number_in
+from switchcli.tasks.label_metrics import counted_target, number_in
 from switchcli.tasks.task import AnsweredExample, Metric, Task
 
 PERCENTILES: Final = (2.5, 97.5)
@@ -27,6 +28,19 @@ class Score(NamedTuple):
     equal or there is only one."""
     high: float | None
     """The upper end of the interval."""
+
+
+class LabelCounts(NamedTuple):
+    """How the examples of a label were answered."""
+
+    examples: int
+    """Number of examples whose target it is. Of several targets the one that was answered counts, else the first."""
+    answered: int
+    """Number of examples that were answered with it."""
+    right: int
+    """Number of its examples that were answered with it."""
+    taken_for: str | None
+    """The most frequent wrong answer to its examples; None if there is none."""
 
 
 class Scores(NamedTuple):
@@ -54,6 +68,8 @@ class Scores(NamedTuple):
     """The score of random answers to these examples."""
     majority: float | None
     """The score of always answering the most frequent first target of these examples."""
+    labels: Mapping[str, LabelCounts] = MappingProxyType({})
+    """How the examples of each label were answered, by label; empty for free text."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values by name."""
@@ -61,6 +77,7 @@ class Scores(NamedTuple):
         fields["score"] = self.score and self.score._asdict()
         for key in ("metrics", "secondary_metrics"):
             fields[key] = {name: score._asdict() for name, score in fields[key].items()}
+        fields["labels"] = {label: counts._asdict() for label, counts in self.labels.items()}
         return fields
 
 
@@ -100,6 +117,7 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
         malformed=malformed,
         chance=_chance(task, labeled),
         majority=_majority_score(task, labeled),
+        labels=_label_counts(task, labeled),
     )
 
 
@@ -138,6 +156,18 @@ def _chance(task: Task, labeled: Sequence[AnsweredExample]) -> float:
     constants = [[AnsweredExample(answer.example, label) for answer in labeled] for label in task.labels]
     means = [np.mean([metric.measure(constant) for constant in constants], axis=0) for metric in task.metrics]
     return round(float(np.mean(_combine(task.metrics, means))), 9)  # a correlation of 1e-16 is 0
+
+
+def _label_counts(task: Task, labeled: Sequence[AnsweredExample]) -> dict[str, LabelCounts]:
+    pairs = Counter((counted_target(answer), answer.prediction.strip()) for answer in labeled)
+    counts = {}
+    for label in task.labels:
+        own = Counter({answer: count for (target, answer), count in pairs.items() if target == label})
+        answered = sum(count for (_, answer), count in pairs.items() if answer == label)
+        right = own.pop(label, 0)
+        taken_for = own.most_common(1)[0][0] if own else None
+        counts[label] = LabelCounts(right + own.total(), answered, right, taken_for)
+    return counts
 
 
 def _majority_score(task: Task, labeled: Sequence[AnsweredExample]) -> float:

@@ -102,6 +102,13 @@ def test_the_same_seed_draws_the_same_units() -> None:
     assert score(TASK, said, draws=0).score == Score(score(TASK, said).metrics["em"].value, None, None)
 
 
+def test_the_answers_of_each_label_are_counted() -> None:
+    found = score(TASK, answered("yyyyynnn--", "yynn?nyn?y")).labels
+    assert found == {"yes": (5, 3, 2, "no"), "no": (3, 4, 2, "yes")}
+    several = [AnsweredExample(Example("", ("yes", "no")), said) for said in ("no", "x")]
+    assert score(TASK, several).labels == {"yes": (1, 0, 0, "x"), "no": (1, 1, 1, None)}
+
+
 def test_a_rare_label_does_not_lower_the_interval_of_right_answers() -> None:
     """Resamples without a label have no F1 of it."""
     words = ["yes"] * 60 + ["no"] * 39 + ["rare"]

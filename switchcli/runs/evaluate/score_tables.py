@@ -21,6 +21,9 @@ from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.scoring import score_metrics, suite_scores
 
 _COLUMNS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
+_LABEL_COLUMNS = ("label", "examples", "answered", "precision", "recall", "F1", "taken for")
+MAX_LABELS = 20
+"""Labels of a task up to which a table shows them; result.json has all."""
 MALFORMED_LIMIT = 50.0
 """The percentage of malformed answers above which a score needs an explanation."""
 
@@ -35,6 +38,29 @@ def score_table(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = 
     rows = [*_score_rows(scores, best or {})]
     rows += [[name, f"{mean:.2f}"] for name, mean in means.items()]
     return Table(columns, rows, "scores")
+
+
+def label_tables(scores: Mapping[str, Scores]) -> Iterator[Table]:
+    """Yield a table for each task with few labels: how often each label was right, and what it was taken for."""
+    for name, one in scores.items():
+        if 1 < len(one.labels) <= MAX_LABELS:
+            rows = [
+                (
+                    label,
+                    counts.examples,
+                    counts.answered,
+                    _share(counts.right, counts.answered),
+                    _share(counts.right, counts.examples),
+                    _share(2 * counts.right, counts.examples + counts.answered),
+                    counts.taken_for and shorten(counts.taken_for, 30),
+                )
+                for label, counts in one.labels.items()
+            ]
+            yield Table(_LABEL_COLUMNS, rows, f"labels of {name}")
+
+
+def _share(part: int, whole: int) -> str | None:
+    return f"{100 * part / whole:.1f}" if whole else None
 
 
 def shown_metric(name: str, value: float) -> tuple[str, float]:
