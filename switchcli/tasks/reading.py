@@ -1,5 +1,6 @@
 """Reading the examples of a task: rows from the hub, from a local folder with the hub's columns, or generated."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -81,16 +82,19 @@ def check_tasks(tasks: Iterable[Task], splits: Sequence[Split], folder: str | No
 
 
 def check_readable(task: Task, split: Split, folder: str | None) -> None:
-    """Read the first example of a split, unless it would be downloaded from the hub.
+    """Read the first example of a split, and all those of a user's own files; none of the hub.
 
     Raises:
-        DataError: a file cannot be read, or holds no example.
+        DataError: a file cannot be read or holds no example, or a row is invalid.
     """
     if isinstance(task.source, HubSource) and folder is None:
         return
     purpose: Purpose = "training" if split == "train" else "scoring"
-    if next(_examples(task, split, purpose, folder), None) is None:
+    examples = _examples(task, split, purpose, folder)
+    if next(examples, None) is None:
         raise _no_examples(task, split)
+    if isinstance(task.source, FilesSource):
+        deque(examples, maxlen=0)
 
 
 def _no_examples(task: Task, split: Split) -> DataError:

@@ -262,9 +262,10 @@ def test_a_checkpoint_of_another_vocabulary(trained: Path, tuning: str, switchcl
 def test_a_bad_row_has_its_place(row: str, words: str, trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     with Path("colour.train.jsonl").open("a") as file:
         file.write(row + "\n")
-    done = switchcli("finetune", tuning, "--model", trained, "--out", "a")
-    assert done.code == 3
-    assert not lacking(done.err, f"error: colour.train.jsonl:61 tasks colour {words}")
+    for how in (("--out", "a"), ("--dry-run",)):
+        done = switchcli("finetune", tuning, "--model", trained, *how)
+        assert done.code == 3
+        assert not lacking(done.err, f"error: colour.train.jsonl:61 tasks colour {words}")
 
 
 def test_a_start_within_the_runs_own_folder(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
