@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
-from switchcli.report.runs import Run, as_mapping
+from switchcli.report.runs import Run, as_mapping, number
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
 from switchcli.report.significance import Effect, Interval, Verdict, gain
 from switchcli.report.speed import NO_SPEED, Cost, QualityMetric, Speed, Window, speed
+from switchcli.report.task_results import task_scores
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 MAX_KEYS = 3
@@ -51,14 +52,14 @@ class SeriesRow(NamedTuple):
             "seeds": self.seeds,
             "going_on": self.num_unfinished,
             **self.sizes,
-            "over": _judged_json(self.over),
+            "over": judged_json(self.over),
             **{name: _json(getattr(self, name)) for name in spreads},
             "reached": self.speed.reached,
             "interpolated": ["to_quality"],
             "to_quality": {
                 name: {
                     "cost": _json(cost),
-                    "speed_up": _judged_json(factor),
+                    "speed_up": judged_json(factor),
                     "verdict": None if factor is None else factor.verdict,
                 }
                 for name, cost, factor in costs
@@ -153,6 +154,19 @@ class Comparison:
             dropped=seed_spread(map(_dropped_fraction, runs)),
         )
 
+    @cached_property
+    def task_gains(self) -> Mapping[str, Mapping[str, Effect]]:
+        """The gain over the baseline in the score of each task that both have, by series and task."""
+        scores = {one.label: {seed: task_scores(run) for seed, run in by_seed(one).items()} for one in self.series}
+        theirs = scores.pop(self.baseline.label)
+        found = {}
+        for label, ours in scores.items():
+            names = dict.fromkeys(name for by_name in ours.values() for name in by_name)
+            effects = {name: gain(_of_task(ours, name), _of_task(theirs, name)) for name in names}
+            if known := {name: effect for name, effect in effects.items() if effect is not None}:
+                found[label] = known
+        return found
+
     def _at_window(self, series: Series) -> dict[int | None, float]:
         """Return the quality metric over the window by seed, of the runs that have it."""
         window = self.window
@@ -203,6 +217,11 @@ def compare(series: Sequence[Series], baseline: str | None, quality: float | Non
     return Comparison(tuple(series), reference, quality, evaluations)
 
 
+def _of_task(scores: Mapping[int | None, Mapping[str, Any]], name: str) -> dict[int | None, float]:
+    """Return the score of a task by seed, of the runs that have it."""
+    return {seed: value for seed, of_run in scores.items() if (value := number(of_run.get(name))) is not None}
+
+
 def _tasks(series: Series) -> list[Any]:
     """Return the names of the tasks that a series trained on; none for text."""
     tasks = series.runs[0].recipe.get("tasks")
@@ -226,7 +245,7 @@ def _json(value: SeedSpread | None) -> dict[str, float | None]:
     return dict.fromkeys(SeedSpread._fields) if value is None else value._asdict()
 
 
-def _judged_json(value: Effect | None) -> dict[str, float | None]:
+def judged_json(value: Effect | None) -> dict[str, float | None]:
     """Return the spread with the bounds of the 95 % interval, `low` and `high`; they are None without an interval."""
     spread, interval = (None, None) if value is None else (value.spread, value.interval)
     return {**_json(spread), **(dict.fromkeys(Interval._fields) if interval is None else interval._asdict())}

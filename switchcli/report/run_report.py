@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from switchcli.metric_names import BITS_PER_BYTE, HELD_OUT, LOSS
 from switchcli.report import figures, html_page, routing_section, task_results
-from switchcli.report.comparison import Comparison
+from switchcli.report.comparison import Comparison, judged_json
 from switchcli.report.html_page import Part
 from switchcli.report.routing_section import Survey
 from switchcli.report.runs import Run, as_mapping
@@ -66,7 +66,7 @@ def tables(report: Report) -> Iterator[Table]:
     """Yield the tables for a terminal: quality and speed-up, sizes and rates, then scores, then the routing."""
     if report.comparison is not None:
         yield from overview(report.comparison)
-    yield from (scores.table() for scores in score_tables(report))
+    yield from _tables_of_tasks(report)
     if report.routing is not None:
         yield from routing_section.tables(report.routing)
 
@@ -212,6 +212,23 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
             yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, note)
 
 
+def _tables_of_tasks(report: Report) -> Iterator[Table]:
+    """Yield the tables for people: scores by series, and gains over the baseline."""
+    yield from (scores.table() for scores in score_tables(report))
+    if report.comparison is not None and (gains := report.comparison.task_gains):
+        rows = [
+            (name, label, effect.verdict, effect.text("+z.2f"))
+            for label, effects in gains.items()
+            for name, effect in effects.items()
+        ]
+        note = (
+            "Gain: how many points more, with its 95 % interval over seeds, as for the held-out loss. It does not "
+            "show the variance from the choice of examples, of which `switchcli eval` has an interval."
+        )
+        headings = ("task", "series", "verdict", f"gain over {report.comparison.baseline.label}")
+        yield Table(headings, rows, "Gains in tasks", note)
+
+
 def _run_table(report: Report) -> Table:
     rows: list[Sequence[Value]] = []
     for run in [run for series in (*report.trained, *report.evaluations) for run in series.runs]:
@@ -274,7 +291,7 @@ def parts(report: Report) -> Iterator[Part]:
         ]
         if loads:
             yield html_page.section("Expert load", html_page.paragraphs(_LOAD_CAPTION), *loads)
-    if scores := [scores.table() for scores in score_tables(report)]:
+    if scores := [*_tables_of_tasks(report)]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
         if rows := [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]:
@@ -334,6 +351,10 @@ def to_json(report: Report) -> Mapping[str, Any]:
     return {
         **compared,
         "series": [row.to_json() for row in comparison.rows] if comparison is not None else [],
+        "task_gains": {
+            label: {name: {**judged_json(effect), "verdict": effect.verdict} for name, effect in effects.items()}
+            for label, effects in (comparison.task_gains if comparison is not None else {}).items()
+        },
         "tables": {scores.name: scores.to_json() for scores in score_tables(report)},
         "notes": [*report.notes],
         "routing": report.routing,

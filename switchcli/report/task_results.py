@@ -14,7 +14,7 @@ Scores = dict[str, dict[str, SeedSpread]]
 
 def tasks(runs: RunsByLabel) -> Scores:
     """Return the scores of all tasks and their average, for each capacity of an evaluation."""
-    return _over_runs(runs, _task_scores)
+    return _over_runs(runs, task_scores)
 
 
 def texts(runs: RunsByLabel, metric: str) -> Scores:
@@ -42,7 +42,8 @@ def _over_runs(runs_by_label: RunsByLabel, metrics_of: Callable[[Run], Mapping[s
     return scores
 
 
-def _task_scores(run: Run) -> dict[str, object]:
+def task_scores(run: Run) -> dict[str, object]:
+    """Return the score of each task and their average, for each capacity of an evaluation."""
     passes = _passes(run) or [run.result]
     scores: dict[str, object] = {}
     for one in passes:

@@ -1,5 +1,7 @@
 """Where runs of different lengths are compared, and the verdicts on their quality and speed."""
 
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from report_folders import TOKENS
 from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_LOSS
 from switchcli.report import charts, figures
 from switchcli.report.comparison import compare
-from switchcli.report.run_report import quality_table
+from switchcli.report.run_report import Report, quality_table, tables, to_json
 from switchcli.report.runs import Curve, Run
 from switchcli.report.series import by_seed, group_by_recipe
 from switchcli.report.significance import Verdict, gain, t_95
@@ -275,6 +277,28 @@ def test_runs_on_other_tasks_are_not_compared() -> None:
     assert rows[1].over is rows[1].speed.factors[0] is None
     rows = compare(group_by_recipe(runs), None, None, 1).rows
     assert [row.verdict for row in rows] == [Verdict.BASELINE, Verdict.NO_DIFFERENCE, Verdict.OTHER_TASKS]
+
+
+def test_scores_of_tasks_are_compared_by_hand() -> None:
+    """Differences within a seed 1, 2 and 3: Student's interval is 2 plus or minus 4.3027 / sqrt(3)."""
+
+    def tuned(name: str, scores: Mapping[str, Sequence[float]]) -> list[Run]:
+        runs = [a_made_run(f"{name}-{seed}", seed, {0: -10, 100: -3}) for seed in range(3)]
+        results = [{task: {"score": {"value": values[seed]}} for task, values in scores.items()} for seed in range(3)]
+        return [run._replace(result={"step": 100, "tasks": tasks}) for run, tasks in zip(runs, results, strict=True)]
+
+    base = tuned("a", {"rte": (50, 60, 70), "cb": (10, 20, 30)})
+    better = tuned("b", {"rte": (51, 62, 73), "own": (1, 1, 1)})
+    found = compare(group_by_recipe([*base, *better]), None, None, 1)
+    assert found.task_gains.keys() == {"b"}
+    assert found.task_gains["b"].keys() == {"rte"}
+    effect = found.task_gains["b"]["rte"]
+    half = 4.3027 / 3**0.5
+    assert (effect.spread.mean, *effect.interval) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+    assert effect.verdict == Verdict.NO_DIFFERENCE
+    table = next(table for table in tables(Report(found)) if table.title == "Gains in tasks")
+    assert table.rows[0][:3] == ("rte", "b", Verdict.NO_DIFFERENCE)
+    assert json.loads(json.dumps(to_json(Report(found))))["task_gains"]["b"]["rte"]["mean"] == 2
 
 
 def test_runs_without_an_evaluation_in_common_are_not_compared() -> None:
