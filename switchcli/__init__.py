@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from switchcli.api import (
         Best,
         Evaluation,
+        LabelCounts,
         LayerRouting,
         Model,
         Recipe,
@@ -28,6 +29,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Best",
     "Evaluation",
+    "LabelCounts",
     "LayerRouting",
     "Model",
     "Recipe",

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Literal
@@ -55,12 +56,13 @@ from switchcli.runs.job.options import Options
 from switchcli.runs.train import start
 from switchcli.runs.train.ending import conclude
 from switchcli.spec import Spec
-from switchcli.tasks.scores import Score, Scores
+from switchcli.tasks.scores import LabelCounts, Score, Scores
 from switchcli.training.checkpointer import logical_tensors
 
 __all__ = [
     "Best",
     "Evaluation",
+    "LabelCounts",
     "LayerRouting",
     "Model",
     "Recipe",
@@ -208,12 +210,12 @@ def train(
             checkpoint of a step. See the how-to page about resuming for what carries over.
         resume: whether to resume the run that is in `out`. False archives it and starts over.
         quiet: whether to print only warnings.
-        on_record: called on the main rank with each record of metrics.jsonl, as soon as it is written. If it returns
-            True, the run saves and raises Interrupted, as at a signal. An error that it raises ends the run, of which
-            the newest checkpoint remains.
+        on_record: called on the main rank with each record of metrics.jsonl that has metrics, as soon as it is written.
+            If it returns True, the run saves and raises Interrupted, as at a signal. An error that it raises ends the
+            run, of which the newest checkpoint remains.
 
     Raises:
-        RecipeError: the recipe breaks a rule, `out` holds a run of other settings, or another thread trains.
+        RecipeError: the recipe breaks a rule, `out` holds a run of other settings, or this process trains already.
         DataError: the text or the tasks cannot be used.
         CheckpointError: a checkpoint or the disk cannot be used, or another run has locked `out`.
         NumericsError: a value is not finite.
@@ -356,7 +358,7 @@ class Model:
             "seed": seed,
         }
         decoding, policy = make_decoding(settings), _check_capacity(capacity)
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise RecipeError(f"batch_size ({batch_size!r}): must be a whole number of at least 1")
         found = text_generation.generate(self._load(), _as_texts(texts), decoding, policy, batch_size, main_console())
         return [answer.output for answer in found]
@@ -418,20 +420,24 @@ class Model:
         """Write the model as it is in memory as a checkpoint of step 0, without optimizer state.
 
         After you have changed its weights, this makes a model that can be evaluated, converted, distilled and trained.
+        Under torchrun, call it on one rank.
 
         Args:
             destination: the new folder, which must not exist or be empty.
 
         Raises:
-            RecipeError: the model was loaded with the precision `selective`, which has rounded its weights.
+            RecipeError: the weights are not in float32, as after `selective`.
             CheckpointError: `destination` exists or cannot be written, or the checkpoint of the model is gone.
         """
-        if self._precision != "float32":
-            raise RecipeError(f"precision is {self._precision}, which rounds weights: load the model in float32")
+        weights = logical_tensors(self.model)
+        if types := {weight.dtype for weight in weights.values()} - {torch.float32}:
+            raise RecipeError(
+                f"the weights are {', '.join(map(str, types))}, and a checkpoint has float32: convert them"
+            )
         handle, path = self._handle, Path(destination)
         new = check_checkpoint_destination(handle.path, path)
         recipe = continuation_recipe(handle.recipe, new)
-        publish_checkpoint(new, recipe, handle.tokenizer, logical_tensors(self.model), data_document(handle))
+        publish_checkpoint(new, recipe, handle.tokenizer, weights, data_document(handle))
 
 
 def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:
@@ -505,11 +511,11 @@ def _validate(source: resolve.Source, verb: str | None, name: str | None) -> Spe
 
 @contextmanager
 def _only_training() -> Iterator[None]:
-    """Raise RecipeError if another thread is in such a block: two trainings would share torch's random numbers."""
+    """Raise RecipeError within another such block, or beside one: two trainings would share torch's random numbers."""
     if not _TRAINING.acquire(blocking=False):
         raise RecipeError(
-            "another thread of this process trains: a run repeats only if nothing else draws torch's random numbers: "
-            "train one after another, or in processes of their own"
+            "this process trains already, and a run repeats only if nothing else draws torch's random numbers: train "
+            "one after another, or in processes of their own"
         )
     try:
         yield

@@ -141,6 +141,7 @@ def _examples(
     batch: Batch, packed: bool, guess_BTK: torch.Tensor, is_visible_V: torch.Tensor, tokenizer: Tokenizer
 ) -> Iterator[GuessedToken]:
     """Yield the last visible token of each gap, with its guesses, row by row; without gaps, each visible token."""
+    sentinels = set(tokenizer.sentinels.tolist())
     segments = batch_segment_ids(batch, packed) or SegmentIds(*map(torch.zeros_like, batch))
     for inputs_S, targets_T, source_S, target_T, guess_TK in zip(*batch, *segments, guess_BTK, strict=True):
         for number in range(int((inputs_S == EOS).sum()) if packed else 1):
@@ -151,6 +152,7 @@ def _examples(
                 guess_TK[is_own_T].tolist(),
                 is_visible_V,
                 tokenizer,
+                sentinels,
             )
 
 
@@ -160,9 +162,8 @@ def _examples_of(
     guesses: list[list[int]],
     is_visible_V: torch.Tensor,
     tokenizer: Tokenizer,
+    sentinels: set[int],
 ) -> Iterator[GuessedToken]:
-    sentinels = set(tokenizer.sentinels.tolist())
-
     def decode(ids: Iterable[int]) -> str:
         """Return the text of ids, with `_` for each gap."""
         parts: list[list[int]] = [[]]

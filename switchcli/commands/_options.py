@@ -15,6 +15,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe import library
 from switchcli.report.safe_text import one_line
 from switchcli.system import credentials
+from switchcli.system.user_files import expanded
 
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
@@ -51,7 +52,11 @@ def check_folder(path: Path | None) -> Path | None:
 
     A shell leaves the `~` of `--out=~/runs` to the program.
     """
-    path = None if path is None else path.expanduser()
+    if path is not None:
+        try:
+            path = expanded(path)
+        except OSError as error:
+            raise RecipeError(f"--out {path}: {error.strerror}: give another path") from error
     if path is not None and path.exists() and not path.is_dir():
         raise RecipeError(f"--out {path}: takes a folder, and this is a file: give another path")
     return path

@@ -37,8 +37,8 @@ class TextsSpec(Spec, ABC):
     """`prepared` encodes all text before the first step; `stream` reads it during training, for text of which a run
     sees only a part. A stream is evaluated on the beginning of its held-out documents."""
     held_out_fraction: float = Field(default=0.02, gt=0.0, le=1.0)
-    """Fraction of the documents that is kept for evaluation, chosen by a hash of each document alone. With 1, `eval`
-    measures all documents, and there is nothing to train on."""
+    """Fraction of the documents that is kept for evaluation, chosen by a hash of each document alone. 1 is only for
+    text to evaluate on."""
 
     def texts(self) -> dict[str, tuple[Corpus, ...]]:
         """Return the corpora of each text by its label: a language, or the number of a corpus without one.

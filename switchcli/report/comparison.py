@@ -1,5 +1,6 @@
 """Runs compared with a baseline: sizes, quality, speed-up, rate and dropped tokens of each series."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
-from switchcli.report.runs import Run, as_mapping, number
+from switchcli.report.runs import Run, number
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
 from switchcli.report.significance import Effect, Interval, Verdict, gain
 from switchcli.report.speed import NO_SPEED, Cost, QualityMetric, Speed, Window, speed
 from switchcli.report.task_results import task_scores
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
+_PLACES = ("train", "validation", "test")
+"""The keys of a task that say where its data is."""
 MAX_KEYS = 3
 """Keys of recipes that a note names, at most."""
 
@@ -86,9 +89,14 @@ class Comparison:
     def labels(self) -> list[str]:
         return [series.label for series in self.series]
 
+    @cached_property
+    def _compared(self) -> tuple[Series, ...]:
+        """The series on the tasks of the baseline. Losses of others are of other targets."""
+        return tuple(one for one in self.series if _tasks(one) == _tasks(self.baseline))
+
     @property
     def num_tokenizers(self) -> int:
-        return len({run.tokenizer for one in self.series for run in one.runs if run.tokenizer is not None})
+        return len({run.tokenizer for one in self._compared for run in one.runs if run.tokenizer is not None})
 
     @cached_property
     def metric(self) -> QualityMetric:
@@ -100,7 +108,7 @@ class Comparison:
     @cached_property
     def _windows(self) -> list[list[Window]]:
         """The windows of each run that was evaluated, in order."""
-        return [[*values] for one in self.series for run in one.runs if (values := self.metric.measured(run))]
+        return [[*values] for one in self._compared for run in one.runs if (values := self.metric.measured(run))]
 
     @cached_property
     def window(self) -> Window | None:
@@ -134,7 +142,7 @@ class Comparison:
         cost = speed(series, self.baseline, self.metric, self.quality)
         if self.window is None and final is not None:
             verdict = Verdict.NO_COMMON_STEP
-        if _tasks(series) != _tasks(self.baseline):
+        if series not in self._compared:
             over, verdict, cost = None, Verdict.OTHER_TASKS, NO_SPEED
         sizes = {
             name: next((int(size) for run in runs if (size := run.number(name)) is not None), None) for name in SIZES
@@ -222,10 +230,14 @@ def _of_task(scores: Mapping[int | None, Mapping[str, Any]], name: str) -> dict[
     return {seed: value for seed, of_run in scores.items() if (value := number(of_run.get(name))) is not None}
 
 
-def _tasks(series: Series) -> list[Any]:
-    """Return the names of the tasks that a series trained on; none for text."""
+def _tasks(series: Series) -> set[str]:
+    """Return the tasks that a series trained on, without where their data is; none for text."""
     tasks = series.runs[0].recipe.get("tasks")
-    return [as_mapping(task).get("name", task) for task in tasks] if isinstance(tasks, list) else []
+    rules = [
+        {key: value for key, value in task.items() if key not in _PLACES} if isinstance(task, Mapping) else task
+        for task in (tasks if isinstance(tasks, list) else ())
+    ]
+    return {json.dumps(rule, sort_keys=True, default=str) for rule in rules}
 
 
 def _tokens_per_second(run: Run) -> float | None:

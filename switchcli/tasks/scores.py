@@ -4,9 +4,8 @@ All values go up to 100: fractions start at 0, correlations at -100. The interva
 examples. They do not show the variance between training runs with different seeds.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -68,7 +67,7 @@ class Scores(NamedTuple):
     """The score of random answers to these examples."""
     majority: float | None
     """The score of always answering the most frequent first target of these examples."""
-    labels: Mapping[str, LabelCounts] = MappingProxyType({})
+    labels: Mapping[str, LabelCounts]
     """How the examples of each label were answered, by label; empty for free text."""
 
     def to_json(self) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, se
         malformed = 100 * sum(is_malformed(task, answer.prediction) for answer in answered) / len(answered)
     num_unlabeled = len(answered) - len(labeled)
     if not labeled:
-        return Scores(task.name, None, {}, {}, 0, 0, num_unlabeled, malformed, task.chance, None)
+        return Scores(task.name, None, {}, {}, 0, 0, num_unlabeled, malformed, task.chance, None, {})
     measured = [metric.measure(labeled) for metric in task.all_metrics]  # [units, numbers] for each metric
     num_units = len(measured[0])
     assert {len(units) for units in measured} == {num_units}, f"{task.name}: the metrics do not agree on what a unit is"
@@ -159,14 +158,17 @@ def _chance(task: Task, labeled: Sequence[AnsweredExample]) -> float:
 
 
 def _label_counts(task: Task, labeled: Sequence[AnsweredExample]) -> dict[str, LabelCounts]:
-    pairs = Counter((counted_target(answer), answer.prediction.strip()) for answer in labeled)
+    """Return how the examples of each label were answered, by label."""
+    by_target, answered = defaultdict[str, Counter[str]](Counter), Counter[str]()
+    for answer in labeled:
+        by_target[counted_target(answer)][answer.prediction.strip()] += 1
+        answered[answer.prediction.strip()] += 1
     counts = {}
     for label in task.labels:
-        own = Counter({answer: count for (target, answer), count in pairs.items() if target == label})
-        answered = sum(count for (_, answer), count in pairs.items() if answer == label)
-        right = own.pop(label, 0)
-        taken_for = own.most_common(1)[0][0] if own else None
-        counts[label] = LabelCounts(right + own.total(), answered, right, taken_for)
+        answers = by_target[label]
+        wrong = Counter({answer: count for answer, count in answers.items() if answer != label})
+        taken_for = wrong.most_common(1)[0][0] if wrong else None
+        counts[label] = LabelCounts(answers.total(), answered[label], answers[label], taken_for)
     return counts
 
 

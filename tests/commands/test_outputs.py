@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from messages import lacking
 from tiny_run import SwitchCLI
 
 
@@ -48,3 +49,17 @@ def test_the_current_folder_is_not_set_aside(run: Path, switchcli: SwitchCLI, mo
     assert done.code == 2
     assert "--no-resume" in done.err
     assert sorted(run.rglob("*")) == before
+
+
+def test_the_home_folder_in_an_option(
+    trained: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves the ~ of --out=~/a to the program."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    done = switchcli("eval", trained, "text.sequences=2", "--out=~/a")
+    assert done.code == 0, done.err
+    assert [path.name for path in tmp_path.glob("*/a/result.json")] == ["result.json"]
+    assert not Path("~").exists()
+    done = switchcli("eval", trained, "--out=~nosuchuser/a")
+    assert (done.code, lacking(done.err, "--out ~nosuchuser home")) == (2, [])

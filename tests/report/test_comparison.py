@@ -267,6 +267,10 @@ def test_runs_on_other_tasks_are_not_compared() -> None:
         return run._replace(recipe={**run.recipe, "tasks": tasks})
 
     text = [a_made_run(f"a-{seed}", seed, {0: -10, 50: -5, 100: -4 - seed}) for seed in (0, 1)]
+
+    def tuned_pair(name: str, tasks: list[Any]) -> list[Run]:
+        return [tuned(name, seed, tasks) for seed in (0, 1)]
+
     own = {"kind": "files", "name": "own", "train": ["a.jsonl"]}
     moved = {**own, "train": ["b.jsonl"]}
     runs = [
@@ -277,6 +281,17 @@ def test_runs_on_other_tasks_are_not_compared() -> None:
     assert rows[1].over is rows[1].speed.factors[0] is None
     rows = compare(group_by_recipe(runs), None, None, 1).rows
     assert [row.verdict for row in rows] == [Verdict.BASELINE, Verdict.NO_DIFFERENCE, Verdict.OTHER_TASKS]
+    both = [*tuned_pair("e", ["rte", own]), *tuned_pair("f", [own, "rte"])]
+    rows = compare(group_by_recipe([*both, *tuned_pair("g", ["rte", {**own, "target": "x"}])]), None, None, 1).rows
+    assert [row.verdict for row in rows] == [Verdict.BASELINE, Verdict.NO_DIFFERENCE, Verdict.OTHER_TASKS]
+
+
+def test_runs_on_other_tasks_do_not_decide_where_the_others_are_compared() -> None:
+    text = [a_made_run(f"{name}-{seed}", seed, {0: -10, 50: -5, 100: -4 - seed}) for name in "ab" for seed in (0, 1)]
+    other = a_made_run("c-0", 0, {0: -10, 30: -1})
+    other = other._replace(recipe={**other.recipe, "tasks": ["rte"]}, tokenizer="other")
+    found = compare(group_by_recipe([*text, other]), None, None, 1)
+    assert (found.window, found.num_tokenizers) == ((100,), 0)
 
 
 def test_scores_of_tasks_are_compared_by_hand() -> None:

@@ -231,7 +231,7 @@ def test_ranks_choose_the_same_labels(mesh: str, choice: ScoredExamples, tokeniz
 
 def scores(name: str, value: float | None) -> Scores:
     score = None if value is None else Score(value, value, value)
-    return Scores(name, score, {}, {}, 1, 1, 0, None, 0.0, 0.0)
+    return Scores(name, score, {}, {}, 1, 1, 0, None, 0.0, 0.0, {})
 
 
 def test_figures_leave_out_secret_answers_and_average_the_rest() -> None:

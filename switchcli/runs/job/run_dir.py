@@ -41,10 +41,9 @@ _SAFE_KEYS = (
 
 They affect neither the training so far nor the data of a metric. The best checkpoint compares metrics of all starts.
 """
-PLACE_OF_DATA: Final = re.compile(
-    r"data\.folder|data\.corpora\.\d+\.paths(\.|$)|tasks\.\d+\.(train|validation|test)(\.|$)"
-)
-"""Keys that say where data is. They may change too: the checkpoint's digests tell whether it is the same."""
+PLACE_OF_DATA: Final = re.compile(r"data\.folder$|tasks\.\d+\.(train|validation|test)(\.|$)")
+"""Keys that say where examples are. They may change too: the checkpoint's digests tell whether they are the same. The
+paths of text may not: they say what is held out."""
 
 _FIXED_IN_BRANCHES = ("verb", "start", "student", "data.tokenizer", "optimizer.kind", "update")
 """Keys, or prefixes of keys, besides the shape of the model, that must not change when a run is branched."""
