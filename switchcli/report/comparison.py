@@ -90,13 +90,14 @@ class Comparison:
         return [series.label for series in self.series]
 
     @cached_property
-    def _compared(self) -> tuple[Series, ...]:
-        """The series on the tasks of the baseline. Losses of others are of other targets."""
-        return tuple(one for one in self.series if _tasks(one) == _tasks(self.baseline))
+    def _compared(self) -> Mapping[str, Series]:
+        """The series on the tasks of the baseline, by label. Losses of the other series are of other targets."""
+        return {one.label: one for one in self.series if _tasks(one) == _tasks(self.baseline)}
 
     @property
     def num_tokenizers(self) -> int:
-        return len({run.tokenizer for one in self._compared for run in one.runs if run.tokenizer is not None})
+        tokenizers = {run.tokenizer for one in self._compared.values() for run in one.runs}
+        return len(tokenizers - {None})
 
     @cached_property
     def metric(self) -> QualityMetric:
@@ -108,7 +109,9 @@ class Comparison:
     @cached_property
     def _windows(self) -> list[list[Window]]:
         """The windows of each run that was evaluated, in order."""
-        return [[*values] for one in self._compared for run in one.runs if (values := self.metric.measured(run))]
+        return [
+            [*values] for one in self._compared.values() for run in one.runs if (values := self.metric.measured(run))
+        ]
 
     @cached_property
     def window(self) -> Window | None:
@@ -142,7 +145,7 @@ class Comparison:
         cost = speed(series, self.baseline, self.metric, self.quality)
         if self.window is None and final is not None:
             verdict = Verdict.NO_COMMON_STEP
-        if series not in self._compared:
+        if series.label not in self._compared:
             over, verdict, cost = None, Verdict.OTHER_TASKS, NO_SPEED
         sizes = {
             name: next((int(size) for run in runs if (size := run.number(name)) is not None), None) for name in SIZES

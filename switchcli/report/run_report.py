@@ -66,7 +66,7 @@ def tables(report: Report) -> Iterator[Table]:
     """Yield the tables for a terminal: quality and speed-up, sizes and rates, then scores, then the routing."""
     if report.comparison is not None:
         yield from overview(report.comparison)
-    yield from _tables_of_tasks(report)
+    yield from _shown_scores(report)
     if report.routing is not None:
         yield from routing_section.tables(report.routing)
 
@@ -212,21 +212,26 @@ def score_tables(report: Report) -> Iterator[ScoreTable]:
             yield ScoreTable(f"texts_{metric}", title, "text", ".4f", scores, note)
 
 
-def _tables_of_tasks(report: Report) -> Iterator[Table]:
-    """Yield the tables for people: scores by series, and gains over the baseline."""
+def _shown_scores(report: Report) -> Iterator[Table]:
+    """Yield the tables for people: scores of tasks and texts by series, and the gains of tasks over the baseline."""
     yield from (scores.table() for scores in score_tables(report))
-    if report.comparison is not None and (gains := report.comparison.task_gains):
-        rows = [
-            (name, label, effect.verdict, effect.text("+z.2f"))
-            for label, effects in gains.items()
-            for name, effect in effects.items()
-        ]
-        note = (
-            "Gain: how many points more, with its 95 % interval over seeds, as for the held-out loss. It does not "
-            "show the variance from the choice of examples, of which `switchcli eval` has an interval."
-        )
-        headings = ("task", "series", "verdict", f"gain over {report.comparison.baseline.label}")
-        yield Table(headings, rows, "Gains in tasks", note)
+    if report.comparison is not None and report.comparison.task_gains:
+        yield _gain_table(report.comparison)
+
+
+def _gain_table(comparison: Comparison) -> Table:
+    """Return the gain in the score of each task over the baseline, with its verdict."""
+    rows = [
+        (name, label, effect.verdict, effect.text("+z.2f"))
+        for label, effects in comparison.task_gains.items()
+        for name, effect in effects.items()
+    ]
+    note = (
+        "Gain: how many points more, with its 95 % interval over seeds, as for the held-out loss. It does not show the "
+        "variance from the choice of examples, of which `switchcli eval` has an interval."
+    )
+    headings = ("task", "series", "verdict", f"gain over {comparison.baseline.label}")
+    return Table(headings, rows, "Gains in tasks", note)
 
 
 def _run_table(report: Report) -> Table:
@@ -291,7 +296,7 @@ def parts(report: Report) -> Iterator[Part]:
         ]
         if loads:
             yield html_page.section("Expert load", html_page.paragraphs(_LOAD_CAPTION), *loads)
-    if scores := [*_tables_of_tasks(report)]:
+    if scores := [*_shown_scores(report)]:
         yield html_page.section("Tasks and languages", *scores)
     if comparison is not None:
         if rows := [[key, *map(_recipe_value, values)] for key, values in differences(comparison.series).items()]:

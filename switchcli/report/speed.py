@@ -74,7 +74,7 @@ class Speed(NamedTuple):
 
 
 NO_SPEED: Final = Speed(0, (None,) * len(Cost._fields), (None,) * len(Cost._fields))
-"""Of a series that is not compared."""
+"""The speed of a series that is not compared."""
 
 
 def first_step_reaching(curve: Curve, quality: float) -> float | None:
