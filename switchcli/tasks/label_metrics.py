@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric, one_of
+from switchcli.tasks.task import AnsweredExample, LabelMetric, Metric, uniform_chance
 from switchcli.tasks.text_metrics import by_unit, sums_by_unit
 
 Numbers = NDArray[np.float64]
@@ -56,7 +56,7 @@ ACCURACY = Metric(
     lambda answered: _column([_is_right(answer) for answer in answered]),
     _mean,
     is_exact=True,
-    even_chance=one_of,
+    even_chance=uniform_chance,
 )
 """The percentage of answers that are a target."""
 EXACT_MATCH_BY_UNIT = Metric(
@@ -88,7 +88,7 @@ def f1(negative: str, positive: str, name: str = "f1") -> Metric:
         true_positives, false_positives, false_negatives = units.sum(axis=0)
         return _percentage(2 * true_positives, 2 * true_positives + false_positives + false_negatives)
 
-    return Metric(name, measure, combine, even_chance=one_of)
+    return Metric(name, measure, combine, even_chance=uniform_chance)
 
 
 def _class_counts(labels: tuple[str, ...], answered: Sequence[AnsweredExample]) -> Numbers:
@@ -116,7 +116,7 @@ def macro_f1(labels: tuple[str, ...]) -> Metric:
         counts = zip(hits, target + predicted, strict=True)
         return float(np.mean([_percentage(2 * hit, both) for hit, both in counts if both]))
 
-    return Metric("macro_f1", lambda answered: _class_counts(labels, answered), combine, even_chance=one_of)
+    return Metric("macro_f1", lambda answered: _class_counts(labels, answered), combine, even_chance=uniform_chance)
 
 
 def matthews(labels: tuple[str, ...]) -> Metric:

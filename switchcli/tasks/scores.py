@@ -166,8 +166,8 @@ def _label_counts(task: Task, labeled: Sequence[AnsweredExample]) -> dict[str, L
     counts = {}
     for label in task.labels:
         answers = by_target[label]
-        wrong = Counter({answer: count for answer, count in answers.items() if answer != label})
-        taken_for = wrong.most_common(1)[0][0] if wrong else None
+        # One of the two most frequent answers is not the label itself, if there are two.
+        taken_for = next((answer for answer, _ in answers.most_common(2) if answer != label), None)
         counts[label] = LabelCounts(answers.total(), answered[label], answers[label], taken_for)
     return counts
 

@@ -43,8 +43,8 @@ class AnsweredExample(NamedTuple):
     prediction: str
 
 
-def one_of(num_labels: int) -> float:
-    """Return the percentage of answers drawn uniformly from the labels that are right."""
+def uniform_chance(num_labels: int) -> float:
+    """Return the expected percentage of right answers if they are drawn uniformly from the labels."""
     return 100 / num_labels
 
 
@@ -63,8 +63,8 @@ class Metric(NamedTuple):
     is_exact: bool = False
     """Whether each answer alone is either right (100) or wrong (0)."""
     even_chance: Callable[[int], float] | None = None
-    """Return the score of answers drawn uniformly from k labels that are equally frequent. For other frequencies it is
-    what the mean of the numbers of such answers gives. None: that is not so."""
+    """Return the score of answers drawn uniformly from k labels that are equally frequent. For labels of other
+    frequencies, `combine` of the mean numbers of such answers is their score. None: there is no such rule."""
     needs_numbers: bool = False
     """Whether it reads targets and answers as numbers."""
     import_packages: Callable[[], object] = lambda: None

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.tasks.task import AnsweredExample, Metric, indices_by_unit, one_of
+from switchcli.tasks.task import AnsweredExample, Metric, indices_by_unit, uniform_chance
 
 Numbers = NDArray[np.float64]
 TRIVIA_PUNCTUATION: Final = string.punctuation + "‘’´`"  # noqa: RUF001 - the characters of TriviaQA's script
@@ -78,7 +78,7 @@ def mean_of(name: str, score: Callable[[str, str], float]) -> Metric:
 def exact_match_of(normal: Callable[[str], str]) -> Metric:
     """Return the metric that is the fraction of answers equal to a target after `normal`."""
     metric = mean_of("em", lambda target, prediction: normal(target) == normal(prediction))
-    return metric._replace(is_exact=True, even_chance=one_of)
+    return metric._replace(is_exact=True, even_chance=uniform_chance)
 
 
 def f1_of(normal: Callable[[str], str]) -> Metric:
