@@ -80,6 +80,7 @@ Overrides = Mapping[str, Any] | Sequence[str]
 """Values by dotted key, or KEY=VALUE texts as on the command line."""
 
 _TRAINING: Final = Lock()
+"""Held while this process trains."""
 _CAPACITY: TypeAdapter[Policy] = TypeAdapter(Policy)
 
 
@@ -434,8 +435,8 @@ class Model:
             raise RecipeError(
                 f"the weights are {', '.join(map(str, types))}, and a checkpoint has float32: convert them"
             )
-        handle, path = self._handle, Path(destination)
-        new = check_checkpoint_destination(handle.path, path)
+        handle = self._handle
+        new = check_checkpoint_destination(handle.path, Path(destination))
         recipe = continuation_recipe(handle.recipe, new)
         publish_checkpoint(new, recipe, handle.tokenizer, weights, data_document(handle))
 

@@ -52,14 +52,15 @@ def check_folder(path: Path | None) -> Path | None:
 
     A shell leaves the `~` of `--out=~/runs` to the program.
     """
-    if path is not None:
-        try:
-            path = expanded(path)
-        except OSError as error:
-            raise RecipeError(f"--out {path}: {error.strerror}: give another path") from error
-    if path is not None and path.exists() and not path.is_dir():
+    if path is None:
+        return None
+    try:
+        folder = expanded(path)
+    except OSError as error:
+        raise RecipeError(f"--out {path}: {error.strerror}: give another path") from error
+    if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--out {path}: takes a folder, and this is a file: give another path")
-    return path
+    return folder
 
 
 Model = Annotated[str | None, typer.Option(metavar="CHECKPOINT", help=f"Where to start from. {A_CHECKPOINT}")]

@@ -49,7 +49,7 @@ def model(tokenizer: Tokenizer) -> SwitchTransformer:
 
 
 LABELS = ("five", "six", "one two three", "four")
-"""Of different lengths."""
+"""Labels of different lengths."""
 
 
 def the_examples(folder: Path, tokenizer: Tokenizer, labels: tuple[str, ...]) -> ScoredExamples:
@@ -196,7 +196,7 @@ class OneOfTwo(DistributedContext):
 def test_two_ranks_share_the_batches_and_each_has_all_answers(
     by: Literal["generation", "likelihood"], model: SwitchTransformer, tokenizer: Tokenizer, choice: ScoredExamples
 ) -> None:
-    """Of three batches the second rank has one, and in the last round none of its own."""
+    """The second rank has one of three batches, and in the last round none of its own."""
     settings = ScoringSpec(batch_examples=4, by=by, decoding=Decoding(max_tokens=5))
     tables: list[torch.Tensor] = []
     alone, _, both = (

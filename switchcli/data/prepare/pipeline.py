@@ -292,8 +292,8 @@ def _check_text(label: str, text: PreparedText, spec: DataSpec, needed: Collecti
     if not all(text.counts[split].documents for split in needed):
         if TRAIN not in needed:  # of an evaluation
             raise DataError(
-                f"text.held_out_fraction ({spec.held_out_fraction}) of {num_train} documents{_suffix(label)} is none: "
-                "take 1 to measure all of them"
+                f"text.held_out_fraction ({spec.held_out_fraction}) holds out none of {num_train} documents"
+                f"{_suffix(label)}: take 1 to measure all of them"
             )
         raise DataError(
             f"data.held_out_fraction ({spec.held_out_fraction}) of {num_train + num_held_out} documents"

@@ -10,8 +10,8 @@ UNKNOWN_LIMIT = 0.03
 
 def unknown_fraction(text: PreparedText, tokenizer: Tokenizer) -> float:
     """Return the fraction of unknown tokens at the beginning of the first shard of the held-out part."""
-    shard = next((shard for shard in text.shards[HELD_OUT] if shard.num_tokens), None)
-    return 0.0 if shard is None else shard.open().fraction_of(tokenizer.unknown)
+    shard = next(shard for shard in text.shards[HELD_OUT] if shard.num_tokens)
+    return shard.open().fraction_of(tokenizer.unknown)
 
 
 def warn_of_unknown(what: str, fraction: float, console: Console) -> None:

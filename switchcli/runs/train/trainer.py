@@ -45,6 +45,9 @@ from switchcli.training.schedules import Schedule
 from switchcli.training.state import TrainState
 from switchcli.training.trackers import Trackers, check_usable
 
+OnRecord = Callable[[Mapping[str, Any]], bool | None]
+"""Gets a record that is logged, and returns whether the run shall stop."""
+
 
 class Trainer:
     """One run on this rank: its model, optimizer, data and checkpointer, and the training from start to result."""
@@ -177,9 +180,7 @@ class Trainer:
                 error.add_note(f"after step {self.state.step}")  # read by `training_location`
                 raise
 
-    def train(
-        self, until: int | None = None, on_record: Callable[[Mapping[str, Any]], bool | None] | None = None
-    ) -> Measurement | None:
+    def train(self, until: int | None = None, on_record: OnRecord | None = None) -> Measurement | None:
         """Train for the remaining steps. Return the answers to the examples of tasks, if there are some.
 
         Args:
@@ -198,9 +199,8 @@ class Trainer:
             StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
             self.checkpointer.background_saves(stop, self.console),
             self._loader() as loader,
-            self._open_log() as progress,
+            self._open_log(on_record, stop) as progress,
         ):
-            self._on_record, self._stop = on_record, stop
             validation = ValidationCallback(self, stop)
             task_eval = TaskEvalCallback(self, stop) if self.evaluator.tasks else None
             evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
@@ -259,11 +259,12 @@ class Trainer:
             call([*pending, save], state, nonfinite)
 
     @contextmanager
-    def _open_log(self) -> Iterator[TrainingDisplay]:
-        """Open the trackers and the display, to which `log` writes too."""
+    def _open_log(self, on_record: OnRecord | None, stop: StopRequest) -> Iterator[TrainingDisplay]:
+        """Open what `log` writes to besides metrics.jsonl: the trackers, the display, `on_record`, which may `stop`."""
         # Not earlier: trackers write into the folder of the new run.
         trackers = self.context.main_only(lambda: Trackers(self.recipe.log.trackers, self.folder.path))
         self._trackers = trackers or Trackers((), self.folder.path)
+        self._on_record, self._stop = on_record, stop
         not_measured = run_messages.not_measured(self.data)
         with self.console.training(self.recipe.train.steps, self.state.step, not_measured) as self._progress:
             yield self._progress
