@@ -304,10 +304,10 @@ def _carries_over(node: Node, path: tuple[str, ...], old: Any, kind: Any) -> boo
     if path[-1] == "kind":
         return False
     meanings = _meanings(path)
-    old_kinds = {info.default for info in _meanings((*path[:-1], "kind"))} if old is None else {old}
+    old_kinds = [info.default for info in _meanings((*path[:-1], "kind"))] if old is None else [old]
     before, after = (
-        [info for info in meanings if not info.when or kinds & {*key_index.kinds(info)}]
-        for kinds in (old_kinds, {kind})
+        [info for info in meanings if not info.when or any(one in key_index.kinds(info) for one in kinds)]
+        for kinds in (old_kinds, [kind])  # a recipe may state anything as a kind, also a mapping
     )
     if not after:
         return not meanings
