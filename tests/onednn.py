@@ -34,4 +34,5 @@ def forced() -> Iterator[Calls]:
     """Have oneDNN compute all products that are large enough, and record them."""
     with pytest.MonkeyPatch.context() as patch, Calls() as calls:
         patch.setattr(cpu_products, "onednn_is_faster", lambda: True)
+        patch.setattr(cpu_products, "has_full_width_avx512", lambda: True)
         yield calls

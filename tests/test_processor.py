@@ -13,35 +13,49 @@ import torch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.cpu_settings import limit_threads
 from switchcli.system import processor
-from switchcli.system.processor import available_processors, is_amd_with_avx512, processor_limit, processor_name
+from switchcli.system.processor import (
+    available_processors,
+    has_full_width_avx512,
+    is_amd_with_avx512,
+    processor_limit,
+    processor_name,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+
+
+def _forget() -> None:
+    processor._cpuinfo.cache_clear()
+    processor.has_full_width_avx512.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def facts() -> Iterator[None]:
     """Facts that a test replaced are forgotten."""
     yield
-    processor._cpuinfo.cache_clear()
+    _forget()
 
 
 @linux
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("told", "has_avx512", "has_full_width"),
     [
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
-        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2\n", False),
-        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx2 avx512f\n", False),
-        ("BogoMIPS : 48\n", False),  # a machine that tells nothing
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True, True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t\t: fpu avx2 avx512f avx512_bf16\n", True, False),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx2 avx512f\n", True, False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t\t: fpu avx2\n", False, False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 26\nflags\t\t: fpu avx2 avx512f\n", False, False),
+        ("BogoMIPS : 48\n", False, False),  # a machine that tells nothing
     ],
 )
-def test_the_vendor_and_the_width_count(
-    told: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_vendor_the_family_and_the_width_count(
+    told: str, has_avx512: bool, has_full_width: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\n", encoding="utf-8")
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    processor._cpuinfo.cache_clear()
-    assert is_amd_with_avx512() is expected
+    _forget()
+    assert is_amd_with_avx512() is has_avx512
+    assert has_full_width_avx512() is has_full_width
 
 
 @linux
@@ -57,7 +71,7 @@ def test_processors_of_one_name_are_told_apart_by_family_and_model(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(told, encoding="utf-8")
     monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
-    processor._cpuinfo.cache_clear()
+    _forget()
     assert processor_name() == expected
 
 

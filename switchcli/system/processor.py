@@ -102,3 +102,13 @@ def has_avx512() -> bool:
 def is_amd_with_avx512() -> bool:
     """Return whether the processor is AMD's and has AVX-512, as far as Linux tells; elsewhere False."""
     return _cpuinfo().get("vendor_id") == "AuthenticAMD" and has_avx512()
+
+
+@functools.cache
+def has_full_width_avx512() -> bool:
+    """Return whether the processor is AMD's and computes twice as much per cycle with AVX-512 as with AVX2.
+
+    That is so from family 26 (Zen 5) on. Zen 4 computes each instruction of AVX-512 in two halves.
+    """
+    family = _cpuinfo().get("cpu family", "")
+    return is_amd_with_avx512() and family.isdecimal() and int(family) >= 26

@@ -21,7 +21,12 @@ from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.kernels import cpu_products
-from switchcli.model.kernels.cpu_products import MIN_WIDTH_OVER_ROWS, MIN_WORK, ROW_BLOCK
+from switchcli.model.kernels.cpu_products import (
+    MIN_ROWS_OVER_ROWS_ON_ZEN_4,
+    MIN_WIDTH_OVER_ROWS,
+    MIN_WORK,
+    ROW_BLOCK,
+)
 from switchcli.model.layers import Linear
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.layer import evaluating
@@ -146,6 +151,19 @@ def test_onednn_sums_over_a_block_of_rows_or_more_where_a_width_is_large(
     assert len(calls.shapes) == (2 if is_onednn else 0)
     for found in (product_FD, out_FD):
         _assert_equals_float64(found, left_NF.double().mT @ right_ND.double())
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_onednn"), [(MIN_ROWS_OVER_ROWS_ON_ZEN_4 - 1, False), (MIN_ROWS_OVER_ROWS_ON_ZEN_4, True)]
+)
+def test_on_zen_4_mkl_sums_the_gradient_of_an_expert_with_few_rows(
+    calls: onednn.Calls, monkeypatch: pytest.MonkeyPatch, rows: int, is_onednn: bool
+) -> None:
+    monkeypatch.setattr(cpu_products, "has_full_width_avx512", lambda: False)
+    left_RF, right_RD, out_FD = torch.randn(rows, 160), torch.randn(rows, 128), torch.ones(160, 128)
+    cpu_products.write_matmul_over_rows(left_RF, right_RD, out_FD, add=True)
+    assert len(calls.shapes) == is_onednn
+    _assert_equals_float64(out_FD, left_RF.double().mT @ right_RD.double() + 1.0)
 
 
 @pytest.mark.parametrize(

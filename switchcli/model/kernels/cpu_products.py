@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from switchcli.system.processor import has_avx512, is_amd_with_avx512
+from switchcli.system.processor import has_avx512, has_full_width_avx512, is_amd_with_avx512
 
 MIN_WORK = 2**18
 """Multiplications of a product below which oneDNN's longer call outweighs its speed."""
@@ -27,6 +27,8 @@ MIN_WORK_IN_BATCH = 2**22
 """Multiplications of each product of a batch below which MKL's one call for the batch is faster."""
 MIN_WIDTH_OVER_ROWS = 128
 """The wider operand of a sum over rows below which oneDNN's copy of the other one outweighs its speed."""
+MIN_ROWS_OVER_ROWS_ON_ZEN_4 = 1024
+"""Rows of an expert's gradient below which MKL, which copies nothing, is faster there: oneDNN gains little on Zen 4."""
 MIN_ROWS_TO_PACK = 2
 """Rows below which MKL, where it uses AVX-512, reads a weight as fast as oneDNN reads its packed copy."""
 MAX_PACKED_BYTES = 2**30
@@ -129,7 +131,8 @@ def write_matmul_over_rows(
     left_RF: torch.Tensor, right_RD: torch.Tensor, out_FD: torch.Tensor, *, add: bool = False
 ) -> None:
     """Write left.T @ right to `out_FD`, or add it, in its dtype. The number of rows changes with every call."""
-    if _applies(left_RF.mT, right_RD.mT) and _is_wide(left_RF, right_RD):
+    is_long = has_full_width_avx512() or len(left_RF) >= MIN_ROWS_OVER_ROWS_ON_ZEN_4
+    if is_long and _applies(left_RF.mT, right_RD.mT) and _is_wide(left_RF, right_RD):
         product_FD = _over_rows(_whole_blocks(left_RF), _whole_blocks(right_RD))
     elif not add and out_FD.dtype == left_RF.dtype:
         torch.mm(left_RF.mT, right_RD, out=out_FD)
