@@ -59,7 +59,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
         if dry_run or starts_ranks(processes):
             job = api.resolve_job(run, out, {"model": model, "branch_from": branch_from}, resume)
             if dry_run:
-                print_dry_run(job, as_json)
+                print_dry_run(job, processes, as_json)
                 return
             start_ranks(processes, job.recipe, job.checkpoints())
         result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
@@ -68,11 +68,13 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
     return app
 
 
-def print_dry_run(job: "Job", as_json: bool) -> None:
+def print_dry_run(job: "Job", processes: int, as_json: bool) -> None:
     """Open what the recipe names, and print the recipe with its model size, FLOPs and tokens, as YAML or as JSON."""
     from switchcli.runs.devices import planning
     from switchcli.runs.train.start import TASKS
 
+    if processes > 1:
+        job.recipe.check_ranks(processes)
     TASKS[job.recipe.verb].open_inputs(job)
     lines = planning.describe_as_yaml(job.recipe).splitlines()
     result = {**planning.describe(job.recipe), "recipe": job.recipe.model_dump(mode="json")}

@@ -94,7 +94,7 @@ def distill(
     if dry_run or cache_only or _training.starts_ranks(processes):
         job = api.resolve_job(recipe, out, models, resume)
         if dry_run:
-            _training.print_dry_run(job, as_json)
+            _training.print_dry_run(job, processes, as_json)
             return
         if _training.starts_ranks(processes):
             _training.start_ranks(processes, job.recipe, job.checkpoints())

@@ -112,7 +112,7 @@ def launch(
             raise DistributedError(
                 "sbatch: not found: run this on a machine of the cluster, or save the script by --print"
             )
-        _check_now(arguments)
+        _check_now(arguments, nodes * machines.ranks)
         raise typer.Exit(subprocess.run(["sbatch"], input=script, text=True, check=False).returncode)
     if head is None:
         if nodes > 1:
@@ -122,15 +122,23 @@ def launch(
     if print_only:
         typer.echo(shell_words(*command))
         return
-    _check_now(arguments)
+    _check_now(arguments, nodes * ranks if ranks else None)
     os.execvp(command[0], command)
 
 
-def _check_now(arguments: Sequence[str]) -> None:
+def _check_now(arguments: Sequence[str], ranks: int | None) -> None:
     """Raise RecipeError for what the command would refuse on every rank. A printed script may be for another place."""
+    from switchcli.recipe.resolve import resolve
+    from switchcli.recipe.schema import PretrainRecipe
+
     is_from_scratch = arguments[0] == "pretrain" and not any(word.startswith(_FROM_CHECKPOINT) for word in arguments)
-    if arguments[0] in VERBS and check_command(arguments, rules=is_from_scratch).get("dry_run"):
+    if arguments[0] not in VERBS:
+        return
+    given = check_command(arguments, rules=is_from_scratch)
+    if given.get("dry_run"):
         raise RecipeError("--dry-run: needs no other machine: run the command without launch")
+    if is_from_scratch and ranks is not None:
+        resolve(given["recipe"], given["overrides"] or [], PretrainRecipe).check_ranks(ranks)
 
 
 def _check_launched(arguments: Sequence[str], torchrun: bool) -> None:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
-from switchcli.distributed.parallel_spec import ParallelSpec, batch_problem, mesh_problems
+from switchcli.distributed.parallel_spec import ParallelSpec, batch_problem, check_world, mesh_problems
+from switchcli.errors import RecipeError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import FEW_CHOICES
 from switchcli.spec import Spec
@@ -101,6 +102,23 @@ class TrainingRecipe(Spec, ABC):
     @property
     def rows_per_step(self) -> int:
         return self.train.batch_tokens // self.inputs_length
+
+    def microbatch_rows(self, data_ranks: int) -> int:
+        """Return the number of rows in a microbatch of one of `data_ranks` ranks of the data axis.
+
+        Raises:
+            RecipeError: the ranks cannot divide the batch.
+        """
+        length, rows = self.inputs_length, (self.train.microbatch_tokens or 0) // self.inputs_length
+        if problem := batch_problem(self.rows_per_step, data_ranks, rows or None, self.model.group_sequences, length):
+            raise RecipeError(problem)
+        return rows or self.rows_per_step // data_ranks
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise RecipeError if `ranks` ranks cannot form the mesh, or cannot share the batch."""
+        check_world(self.parallel, ranks)
+        if not self.parallel.auto:
+            self.microbatch_rows(ranks // self.parallel.model)
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:

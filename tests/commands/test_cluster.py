@@ -247,6 +247,17 @@ def test_a_command_that_no_rank_could_run_is_not_launched(
     assert (refused.code, lacking(refused.err, words)) == (2, [])
 
 
+@pytest.mark.parametrize(("ranks", "code", "words"), [(2, 9, ""), (4, 2, "train.batch_tokens 8 ranks try 16384")])
+def test_a_batch_that_the_ranks_cannot_share_is_not_submitted(
+    ranks: int, code: int, words: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 9\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    done = switchcli("launch", "--slurm", "--nodes", 2, "--ranks", ranks, "--", "pretrain", "quickstart/switch")
+    assert (done.code, lacking(done.err, words)) == (code, [])
+
+
 def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
     task = yaml.safe_load(SKYPILOT.read_text())
     assert "switchcli launch --torchrun" in task["run"]

@@ -29,7 +29,14 @@ def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypa
     done = switchcli("pretrain", "none.yaml", "--processes", 2)
     assert done.code == 2
     assert done.err.count("\n") == 1
-    assert switchcli("pretrain", recipe, "--dry-run", "--processes", 2).code == 0
+
+
+@pytest.mark.parametrize(("processes", "code", "words"), [(2, 0, ""), (3, 2, "train.batch_tokens 256 8 3 ranks try")])
+def test_a_dry_run_says_whether_the_ranks_can_share_the_batch(
+    processes: int, code: int, words: str, recipe: str, switchcli: SwitchCLI
+) -> None:
+    done = switchcli("pretrain", recipe, "--dry-run", "--processes", processes)
+    assert (done.code, lacking(done.err, words)) == (code, [])
 
 
 @pytest.mark.parametrize(("seconds", "noted"), [(30, True), (300, False)])
@@ -219,11 +226,11 @@ def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch:
     monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(0, None))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 4)
+    done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 2)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(r"error: .*\n", done.err)
-    assert not lacking(done.err, "--processes 4 1 CUDA train.device=cpu")
-    assert switchcli("pretrain", recipe, "--processes", 4).code == 0  # on cpu
+    assert not lacking(done.err, "--processes 2 1 CUDA train.device=cpu")
+    assert switchcli("pretrain", recipe, "--processes", 2).code == 0  # on cpu
 
 
 def test_the_launcher_prints_the_object_of_ranks_that_failed(

@@ -15,6 +15,7 @@ from messages import lacking
 from tiny_run import SwitchCLI
 
 from switchcli.errors import CheckpointError, OutOfMemory
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.job import run_dir
 from switchcli.runs.train import trainer
@@ -46,11 +47,13 @@ def out_of_memory(*arguments: Any) -> None:
     raise torch.OutOfMemoryError("out of memory")
 
 
-@pytest.mark.parametrize("name", ["preflight", "microbatch_rows", "publish_file"])
+@pytest.mark.parametrize(
+    ("place", "name"), [(trainer, "preflight"), (TrainingRecipe, "microbatch_rows"), (trainer, "publish_file")]
+)
 def test_no_folder_is_left_when_memory_runs_out_before_training(
-    name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+    place: Any, name: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, name, out_of_memory)
+    monkeypatch.setattr(place, name, out_of_memory)
     done = switchcli("pretrain", recipe, "log.trackers=[tensorboard]", "--out", "run")
     assert done.code == OutOfMemory.exit_code, done.err
     assert not Path("run").exists()

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.parallel_spec import batch_problem
-from switchcli.errors import DataError, RecipeError
-from switchcli.recipe.training_recipe import TrainingRecipe
+from switchcli.errors import DataError
 from switchcli.report.console import Console
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.loss import Objective
@@ -58,7 +56,7 @@ class RunData(ABC):
         self, tokenizer: Tokenizer, texts: Mapping[str, HeldOutText], tasks: tuple[ScoredExamples, ...] = ()
     ) -> Evaluator:
         capacity = self._recipe.eval.capacity
-        rows = microbatch_rows(self._recipe, self._context)
+        rows = self._recipe.microbatch_rows(self._context.dp_size)
         return Evaluator(tokenizer, texts, tasks, self.scoring, capacity, rows, self._context, self._console)
 
     @classmethod
@@ -104,16 +102,3 @@ def _raise_ranks_read_different(name: str, rank: int) -> None:
         f"{name}: rank {rank} reads other content than rank 0, and all ranks must read the same: copy the files again "
         "from the machine of rank 0, or name files on a disk that all machines share"
     )
-
-
-def microbatch_rows(recipe: TrainingRecipe, context: DistributedContext) -> int:
-    """Return the number of rows in a microbatch of one rank.
-
-    Raises:
-        RecipeError: the ranks cannot divide the batch.
-    """
-    length, group_rows = recipe.inputs_length, recipe.model.group_sequences
-    rows = recipe.train.microbatch_tokens and recipe.train.microbatch_tokens // length
-    if problem := batch_problem(recipe.rows_per_step, context.dp_size, rows, group_rows, length):
-        raise RecipeError(problem)
-    return rows or recipe.rows_per_step // context.dp_size

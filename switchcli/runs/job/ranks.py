@@ -24,16 +24,19 @@ def launch_ranks(
     """Run this command again as `processes` ranks, which take these checkpoints, and return how they ended.
 
     Raises:
-        RecipeError: there are more ranks than CUDA devices, or the recipe's mesh needs another number of ranks.
+        RecipeError: there are more ranks than CUDA devices, or the recipe needs another number of ranks.
         DistributedError: as `launch` says.
     """
-    check_world(recipe.parallel, processes)
     if uses_cuda(recipe.device) and processes > torch.cuda.device_count():
         devices = torch.cuda.device_count()
         raise RecipeError(
             f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
             f"{recipe.device_key}=cpu"
         )
+    if isinstance(recipe, TrainingRecipe):
+        recipe.check_ranks(processes)
+    else:
+        check_world(recipe.parallel, processes)
     if (seconds := saving_seconds()) < SAVING_SECONDS:
         console.message(
             f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "

@@ -25,7 +25,7 @@ from switchcli.report.sinks import to_json
 from switchcli.report.units import si
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
-from switchcli.runs.inputs.train_data import TrainData, microbatch_rows
+from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.train import run_messages
 from switchcli.runs.train.distill_rules import CACHE_OF_A_BRANCH, Recipe
 from switchcli.system import publish
@@ -110,7 +110,7 @@ class RunTeacher:
         Raises:
             RecipeError: it cannot.
         """
-        rows = microbatch_rows(self._recipe, self._context)
+        rows = self._recipe.microbatch_rows(self._context.dp_size)
         spec, settings = self._handle.recipe.model, self._settings
         is_training = settings.mode == "training"
         mode = "training" if is_training else settings.capacity

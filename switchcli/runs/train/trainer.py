@@ -20,7 +20,6 @@ from switchcli.report.console import TrainingDisplay
 from switchcli.report.sinks import JsonLines, publish_file
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.inputs.train_data import microbatch_rows
 from switchcli.runs.job.pins import START
 from switchcli.runs.train import branching, run_messages
 from switchcli.runs.train.callbacks import (
@@ -61,7 +60,7 @@ class Trainer:
         self.metrics = JsonLines(folder.metrics)
         branch = task.job.handle(START) if recipe.parent is not None else None
         # Cheap checks come first. The data comes last, because preparing it may take hours.
-        rows = context.main_first(lambda: microbatch_rows(recipe, context))
+        rows = context.main_first(lambda: recipe.microbatch_rows(context.dp_size))
         context.main_only(lambda: check_usable(recipe.log.trackers))
         with torch.device("meta"):
             self.model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
