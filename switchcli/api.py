@@ -424,7 +424,7 @@ class Model:
         Under torchrun, call it on one rank.
 
         Args:
-            destination: the new folder, which must not exist or be empty.
+            destination: the new folder, which must be empty or not exist.
 
         Raises:
             RecipeError: the weights are not in float32, as after `selective`.

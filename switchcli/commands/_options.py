@@ -19,7 +19,7 @@ from switchcli.system.user_files import expanded
 
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
-Destination = Annotated[Path, typer.Argument(help="The new folder, which must not exist or be empty.")]
+Destination = Annotated[Path, typer.Argument(help="The new folder: it must be empty or not exist.")]
 Recipe = Annotated[
     str,
     typer.Argument(

@@ -35,8 +35,8 @@ def _check_time(time: str) -> str:
     context_settings={"ignore_unknown_options": True},
     epilog=epilog(
         "how-to/many-gpus",
-        "switchcli launch --torchrun --ranks 8 -- pretrain quickstart/switch",
-        "switchcli launch --slurm --nodes 4 -- pretrain quickstart/switch",
+        "switchcli launch --torchrun --ranks 8 -- pretrain pretrain/switch-base-8",
+        "switchcli launch --slurm --nodes 4 -- pretrain pretrain/switch-base-8",
     ),
 )
 def launch(

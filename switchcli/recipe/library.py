@@ -67,13 +67,17 @@ def verb_of(tree: Node) -> str | None:
 
 def read_layers(path: Path) -> list[Node]:
     """Return the file at `path` and all that it extends, without their `extends`, the lowest first."""
-    layers: list[Node] = []
+    return [*read_files(path).values()][::-1]
+
+
+def read_files(path: Path) -> dict[Path, Node]:
+    """Return the file at `path` and all that it extends, without their `extends`, by path, the lowest last."""
+    layers: dict[Path, Node] = {}
     seen = {path.resolve()}
     while True:
-        root = read_file(path)
+        root = layers[path] = read_file(path)
         if not isinstance(root.value, dict):
             raise RecipeError(f"{root.where}: a recipe is a mapping of keys, such as `model: {{size: tiny}}`")
-        layers.insert(0, root)
         if len(layers) > 1:
             root.value.pop("description", None)  # it describes the recipe that is extended
         extends = root.value.pop("extends", None)

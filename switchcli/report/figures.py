@@ -12,7 +12,7 @@ from switchcli.report.charts import Axis, Figure
 from switchcli.report.comparison import Comparison
 from switchcli.report.runs import Curve, Floats, Loads, Run, as_mapping
 from switchcli.report.safe_text import capitalize
-from switchcli.report.series import SeedSpread, band, by_seed, downsample
+from switchcli.report.series import SeedSpread, Series, band, by_seed, downsample
 from switchcli.report.table import Table
 from switchcli.report.units import si
 
@@ -41,11 +41,14 @@ def quality(comparison: Comparison) -> list[Figure]:
 def experts(comparison: Comparison) -> list[Figure]:
     """Return a chart of the last quality against the number of experts (Figures 1 and 4 of the paper).
 
-    A line has the series of equal FLOPs, steps and routers, the best one of each number of experts. There is no chart
-    unless two of them differ in that number.
+    A line has the series of equal FLOPs, steps and routers, the best one of each number of experts. Series with another
+    verb, start, text or batch than the baseline are in none. There is no chart unless two of a line differ in that
+    number.
     """
     lines: dict[str, dict[int, SeedSpread]] = {}
     for series, row in zip(comparison.series, comparison.rows, strict=True):
+        if _setting(series) != _setting(comparison.baseline):
+            continue
         model, flops = as_mapping(series.runs[0].recipe.get("model")), row.sizes["flops_per_sequence"]
         number, router = model.get("num_experts"), as_mapping(model.get("router"))
         if not isinstance(number, int) or flops is None or row.steps is None or row.final is None:
@@ -64,7 +67,8 @@ def experts(comparison: Comparison) -> list[Figure]:
     table = Table(("series", "experts", "value", "least", "most"), rows, name="experts")
     caption = (
         "The last value of each run, the mean over seeds between the least and the most. A line has equal FLOPs for "
-        "each sequence; of several series at one number of experts the best is shown. 1 is the dense model."
+        "each sequence; of several series at one number of experts the best is shown. 1 is the dense model. Runs with "
+        "another verb, start, text or batch than the baseline are left out."
     )
     numbers = [number for line in lines.values() for number in line]
     domain = (min(numbers) / 1.2, max(numbers) * 1.2)  # room for the markers of the outermost points
@@ -72,6 +76,13 @@ def experts(comparison: Comparison) -> list[Figure]:
     y = Axis("value", title, ".3~f", precise=".4f")
     heading = f"{capitalize(title)} against the number of experts"
     return [charts.lines("experts", heading, caption, table, x, y, [*lines], spread="bars")]
+
+
+def _setting(series: Series) -> tuple[object, ...]:
+    """Return what a run learns from: the verb, the start, the data, and the tokens in a step."""
+    recipe = series.runs[0].recipe
+    parts = (recipe.get(name) for name in ("verb", "start", "data", "tasks"))
+    return (*parts, as_mapping(recipe.get("train")).get("batch_tokens"))
 
 
 def training(comparison: Comparison) -> list[Figure]:

@@ -149,6 +149,9 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretrain quickstart/dense train.seed=[2,4]\n", "a: train.seed=2,4"),
         ("a pretrain quickstart/dense --modle x\n", "a: --modle --model"),
         ("a pretrain quickstart/dense --no-resume\n", "--no-resume archive --out"),
+        ("a pretrain quickstart/dense --out b\n", "--out sweep"),
+        ("a pretrain quickstart/dense --out=b\n", "--out=b sweep"),
+        ("a pretrain quickstart/dense --dry-run\n", "--dry-run --print"),
         ("b pretrain quickstart/dense\n---\na finetune quickstart/dense --model {out}/b\n", "a: pretrain finetune"),
         ("a finetune quickstart/finetune --model nowhere\n", "a: nowhere"),
         ("a finetune quickstart/finetune --model . --branch-from nowhere@3\n", "a: branch-from nowhere@3"),
@@ -379,6 +382,30 @@ def test_a_run_is_skipped_only_if_its_result_is_that_of_the_same_command(result:
         sweep = sweep_runner.Sweep([run], Path("out"), [{}], Console(quiet=True))
         sweep.run()
         assert sweep.outcomes["a"].status == status
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("newer", ["mine.yaml", "below.yaml", "result.json"])
+def test_a_run_whose_recipe_was_written_since_is_left_to_its_verb(newer: str) -> None:
+    """The verb refuses."""
+    result = Path("out/a/result.json")
+    result.parent.mkdir(parents=True)
+    result.write_text(json.dumps({"command": f"switchcli pretrain mine.yaml {FAILS} --out out/a --quiet".split()}))
+    Path("mine.yaml").write_text("extends: below.yaml\n")
+    Path("below.yaml").write_text("train: {steps: 1}\n")
+    for path in (result, Path("mine.yaml"), Path("below.yaml")):
+        os.utime(path, (2000, 2000) if path.name == newer else (1000, 1000))
+    sweep = sweep_runner.Sweep(
+        [sweep_list.SweepRun("a", ("pretrain", "mine.yaml", FAILS))], Path("out"), [{}], Console(quiet=True)
+    )
+    sweep.run()
+    assert sweep.outcomes["a"].status == ("skipped" if newer == "result.json" else "failed")
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "mine.runs").write_text("a pretrain quickstart/dense\n", encoding="utf-8-sig")
+    assert [run.name for run in sweep_list.parse_sweep([str(tmp_path / "mine.runs")], tmp_path)] == ["a"]
 
 
 def test_slots_are_gpus_else_processors(monkeypatch):

@@ -79,6 +79,18 @@ def test_runs_of_equal_flops_and_routers_make_a_line_over_the_number_of_experts(
     assert figures.experts(compare(group_by_recipe([a_made_run("a-0", 0, {100: -1})]), None, None, 1)) == []
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"verb": "distill"}, {"start": {"checkpoint": "a"}}, {"data": {"corpora": []}}, {"train": {"batch_tokens": 1}}],
+)
+def test_a_run_with_another_start_text_or_batch_is_no_point_over_the_number_of_experts(other: dict[str, Any]) -> None:
+    runs = [a_finished_run("dense", 0, 3.0, 100, 1), a_finished_run("sparse", 0, 2.5, 100, 8)]
+    student = a_finished_run("student", 0, 1.0, 100, 1)
+    student = student._replace(recipe={**student.recipe, **other})
+    (chart,) = figures.experts(compare(group_by_recipe([*runs, student]), None, None, 1))
+    assert [row[2] for row in chart.table.rows] == [3.0, 2.5]
+
+
 def test_the_wall_time_of_a_step_is_of_the_seeds_that_have_come_to_it() -> None:
     long = a_made_run("a-0", 0, {0: -5, 50: -4, 100: -3}, pace=0.5)
     short = a_made_run("a-1", 1, {0: -5, 50: -4}, pace=1.5)

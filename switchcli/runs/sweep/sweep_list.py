@@ -22,6 +22,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from switchcli.errors import RecipeError
@@ -33,6 +34,15 @@ MAX_RUNS = 1_000
 """A sweep has at most this many runs: each is resolved before the first one starts."""
 MAX_BYTES = 2**20
 """Bytes that a list may have."""
+
+_OPTIONS_OF_THE_SWEEP: Mapping[str, str] = MappingProxyType(
+    {
+        "--no-resume": "would archive an interrupted run when the sweep goes on: start over in another folder by --out",
+        "--out": "the sweep gives each run a folder: leave it out, and name the folder of them all by sweep --out",
+        "--dry-run": "trains nothing: leave it out; sweep --print shows the commands",
+    }
+)
+"""Options that no run of a sweep may have, and why."""
 
 
 class SweepRun(NamedTuple):
@@ -59,11 +69,9 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
     for run in runs:
-        if "--no-resume" in run.arguments:
-            raise RecipeError(
-                "--no-resume: would archive an interrupted run when the sweep goes on: start over in another folder "
-                "by --out"
-            )
+        for argument in run.arguments:
+            if problem := _OPTIONS_OF_THE_SWEEP.get(argument.partition("=")[0]):
+                raise RecipeError(f"{argument}: {problem}")
         keys = filter(library.is_override, run.arguments)
         if empty := [key for key in keys if key.endswith("=")]:
             raise RecipeError(f"{empty[0]}: has no value: remove the last comma, or write {empty[0]}null")
@@ -86,7 +94,7 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
         RecipeError: the file cannot be read, or a line is not a run.
     """
     try:
-        lines = read_regular(path, MAX_BYTES).decode("utf-8").splitlines()
+        lines = read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError(f"{path}: cannot be read as a list of runs: {reason}") from error

@@ -1,8 +1,9 @@
 """Run a sweep: several runs at once, each on its own GPU or on its share of the processors.
 
 A run is the command `switchcli VERB ARGUMENTS --out OUT/NAME`. A run is skipped if the result.json in its folder says
-that this command made it. Any other is left to its verb, which resumes an interrupted run and one with more steps, and
-refuses a run of other settings. A failed run stops no other run, except those that need its folder.
+that this command made it, and no file of its recipe is newer. Any other is left to its verb, which resumes an
+interrupted run and one with more steps, and refuses a run of other settings. A failed run stops no other run, except
+those that need its folder.
 """
 
 import itertools
@@ -21,6 +22,7 @@ from typing import IO, Any, Literal, NamedTuple
 from switchcli import metric_names as metric
 from switchcli.distributed.launch import kill_with_children
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
+from switchcli.recipe import library
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.sinks import parse, read_object, step_of
@@ -156,9 +158,14 @@ class Sweep:
                         show(step_of(logged) or 0, steps, logged.get(metric.LOSS))
 
     def _is_complete(self, run: SweepRun) -> bool:
-        """Return whether the run has a result, and this command made it."""
-        result = read_object(self._out / run.name / "result.json") or {}
-        return bool(result.get("command") == command(run, self._out))
+        """Return whether the run has a result, this command made it, and its recipe was not written since."""
+        file = self._out / run.name / "result.json"
+        if (read_object(file) or {}).get("command") != command(run, self._out):
+            return False
+        with suppress(RecipeError):
+            recipe = library.read_files(library.locate(run.arguments[1]))
+            return all(path.stat().st_mtime <= file.stat().st_mtime for path in recipe)
+        return True  # the second argument is no recipe
 
     def _start(self, run: SweepRun, log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C then reaches the sweep alone, which forwards it. If the sweep is killed, its run
