@@ -110,7 +110,7 @@ def validate(tree: Node, schema: type[S], vocab_size: int | None = None) -> S:
     """
     check_verb(tree, schema)
     tree = _fill_vocab_size(_add_default_kinds(tree, schema), schema, vocab_size)
-    size = _stated_size(tree)
+    size = tree.find("model.size")
     problem = sizes.size_problem(size.value) if size and isinstance(size.value, str) else None
     problems = [f"{size.where}: model.size: {problem}"] if size and problem else []
     try:
@@ -203,10 +203,10 @@ def _node(value: Any, where: str) -> Node:
 
 def has_auto_vocab_size(tree: Node) -> bool:
     """Return whether a recipe leaves `model.vocab_size` to its tokenizer."""
-    model = tree.value.get("model") if isinstance(tree.value, dict) else None
-    if model is None or not isinstance(model.value, dict):
-        return model is None
-    return "vocab_size" not in model.value or model.value["vocab_size"].value == AUTO
+    model, vocab_size = tree.find("model"), tree.find("model.vocab_size")
+    if vocab_size is not None:
+        return vocab_size.value == AUTO
+    return model is None or isinstance(model.value, dict)
 
 
 def padded_vocab_size(num_pieces: int) -> int:
@@ -279,7 +279,7 @@ def _merge_layers(layers: Sequence[Node], below: Node) -> Node:
     """Merge layers, the lowest first, over `below`."""
     tree = _merge(layers[0]._replace(value={}), below)
     for above in layers:
-        tree = _merge(_fill_size(tree, _stated_size(above)), above)
+        tree = _merge(_fill_size(tree, above), above)
     return tree
 
 
@@ -326,13 +326,9 @@ def _expand_auto(node: Node) -> Node:
     return Node({AUTO: Node(True, node.where)}, node.where) if node.value == AUTO else node
 
 
-def _stated_size(tree: Node) -> Node | None:
-    model = tree.value.get("model") if isinstance(tree.value, dict) else None
-    return model.value.get("size") if model and isinstance(model.value, dict) else None
-
-
-def _fill_size(tree: Node, size: Node | None) -> Node:
-    """Return `tree` with the keys of `size` over its model. `validate` reports an unknown size."""
+def _fill_size(tree: Node, above: Node) -> Node:
+    """Return `tree` with the keys of the size that `above` states over its model. `validate` reports an unknown one."""
+    size = above.find("model.size")
     if size is None or not isinstance(size.value, str) or size.value not in sizes.SIZES:
         return tree
     keys: dict[str, Node] = {key: Node(value, size.where) for key, value in sizes.SIZES[size.value]._asdict().items()}
@@ -346,7 +342,7 @@ def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
     """Return `tree` with the KEY=VALUE `overrides` over it."""
     parsed = [_parse_override(override) for override in overrides]
     for path, value in parsed:
-        tree = _fill_size(tree, _stated_size(yaml_nodes.nest(path, value)))
+        tree = _fill_size(tree, yaml_nodes.nest(path, value))
     # Shorter paths first, and `kind` before the other keys: a mapping or a kind that comes later would replace the keys
     # that another override sets in it.
     for path, value in sorted(parsed, key=lambda item: (len(item[0]), item[0][-1] != "kind")):

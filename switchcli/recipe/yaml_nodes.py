@@ -32,15 +32,17 @@ class Node(NamedTuple):
     value: "Scalar | list[Node] | dict[str, Node]"
     where: str
 
+    def find(self, dotted: str) -> "Node | None":
+        """Return the node at a dotted key, or None if there is none."""
+        node: Node | None = self
+        for key in dotted.split("."):
+            node = node.value.get(key) if node and isinstance(node.value, dict) else None
+        return node
+
     def stated(self, dotted: str) -> Any:
         """Return the plain value at a dotted key, or None if there is none."""
-        node = self
-        for key in dotted.split("."):
-            value = node.value.get(key) if isinstance(node.value, dict) else None
-            if value is None:
-                return None
-            node = value
-        return plain(node)
+        node = self.find(dotted)
+        return node and plain(node)
 
 
 def _integer(text: str) -> int:
