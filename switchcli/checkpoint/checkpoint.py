@@ -84,7 +84,7 @@ class Checkpoint:
 
     def tensor_specs(self, group: TensorGroup) -> dict[str, tensor_file.TensorSpec]:
         """Return dtype and shape of every tensor of a group by its logical name. Only headers are read."""
-        return {name: spec for specs in self._files(group).values() for name, spec in specs.items()}
+        return {name: spec for name, (_, spec) in self._tensors(group).items()}
 
     def read(
         self,
@@ -102,30 +102,27 @@ class Checkpoint:
         hold other tensors too. With `num_experts`, it must hold that many experts, even if `expected` names only some
         of them.
         """
-        files = self._files(group)
-        specs = {name: spec for in_file in files.values() for name, spec in in_file.items()}
-        if allow_extra:
-            specs = {name: spec for name, spec in specs.items() if name in expected}
+        tensors = self._tensors(group)
+        specs = {name: spec for name, (_, spec) in tensors.items() if name in expected or not allow_extra}
         mismatch = _first_mismatch(group, specs, expected, num_experts)
         if mismatch is not None:
             raise CheckpointError(f"{self.path}: {group}: {mismatch}: {fix}")
-        paths = {name: self.path / file for file, in_file in files.items() for name in in_file}
-        return tensor_file.LazyTensors({name: paths[name] for name in expected})
+        return tensor_file.LazyTensors({name: tensors[name][0] for name in expected})
 
-    def _files(self, group: TensorGroup) -> dict[str, dict[str, tensor_file.TensorSpec]]:
-        """Return the tensors in each file of a group. Raises DamagedError if two files hold the same tensor."""
-        files: dict[str, dict[str, tensor_file.TensorSpec]] = {}
-        seen: set[str] = set()
+    def _tensors(self, group: TensorGroup) -> dict[str, tuple[Path, tensor_file.TensorSpec]]:
+        """Return the file, dtype and shape of every tensor of a group. Raises DamagedError if two files hold one."""
+        tensors: dict[str, tuple[Path, tensor_file.TensorSpec]] = {}
         for name in self.manifest.names():
             if name.startswith(f"{group}-") and name.endswith(".safetensors"):
+                path = self.path / name
                 try:
-                    files[name] = tensor_file.read_tensor_specs(self.path / name)
+                    specs = tensor_file.read_tensor_specs(path)
                 except ValueError as error:
-                    raise DamagedError(self.path / name, "header", str(error)) from error
-                if duplicates := files[name].keys() & seen:
-                    raise DamagedError(self.path / name, "header", f"holds {min(duplicates)}, as another file does")
-                seen |= files[name].keys()
-        return files
+                    raise DamagedError(path, "header", str(error)) from error
+                if duplicates := specs.keys() & tensors.keys():
+                    raise DamagedError(path, "header", f"holds {min(duplicates)}, as another file does")
+                tensors |= {tensor: (path, spec) for tensor, spec in specs.items()}
+        return tensors
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
