@@ -230,15 +230,9 @@ def train(
     if not os.fspath(out):
         raise RecipeError("out: empty: name the folder of the run")
     folder = Path(out)
+    models = {"model": model, "branch_from": branch_from, "teacher": teacher, "student": student, "baseline": baseline}
     with _only_training(), _explain_resume(folder):
-        options = {
-            "model": model,
-            "branch_from": branch_from,
-            "teacher": teacher,
-            "student": student,
-            "baseline": baseline,
-        }
-        job = resolve_job(recipe, folder, options, resume)
+        job = resolve_job(recipe, folder, resume, **models)
         with start.open_trainer(job, folder, resume, quiet) as run, run.begun():
             scored = run.train(on_record=on_record)
             record = conclude(run, scored)
@@ -257,13 +251,13 @@ def train(
     )
 
 
-def resolve_job(recipe: Recipe, out: Path, options: Mapping[str, PathLike | float | None], resume: bool) -> Job:
-    """Return the resolved settings of a run, with its open checkpoints. `options` are names of models, as for `train`.
+def resolve_job(recipe: Recipe, out: Path, resume: bool, **models: PathLike | float | None) -> Job:
+    """Return the resolved settings of a run, with its open checkpoints. `models` are named as for `train`.
 
     Raises:
         RecipeError, CheckpointError, DataError: as `train` says.
     """
-    named = Options(**{name: _as_text(value) for name, value in options.items()})
+    named = Options(**{name: _as_text(value) for name, value in models.items()})
     return start.resolve_job(recipe.verb, recipe._read, named, out, resume)
 
 

@@ -57,7 +57,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
         run = api.read_recipe(recipe, overrides or (), verb)
         out = out or default_out(recipe)
         if dry_run or starts_ranks(processes):
-            job = api.resolve_job(run, out, {"model": model, "branch_from": branch_from}, resume)
+            job = api.resolve_job(run, out, resume, model=model, branch_from=branch_from)
             if dry_run:
                 print_dry_run(job, processes, as_json)
                 return

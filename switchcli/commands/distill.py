@@ -92,7 +92,7 @@ def distill(
     recipe = api.read_recipe(source, overrides, "distill")
     models: dict[str, Any] = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
     if dry_run or cache_only or _training.starts_ranks(processes):
-        job = api.resolve_job(recipe, out, models, resume)
+        job = api.resolve_job(recipe, out, resume, **models)
         if dry_run:
             _training.print_dry_run(job, processes, as_json)
             return

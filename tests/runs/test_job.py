@@ -59,7 +59,7 @@ def goes_on(run: str) -> None:
 def resolve(
     verb: str, out: str, overrides: Sequence[str] = (), recipe: str | None = None, resume: bool = True, **options: str
 ) -> Job:
-    return api.resolve_job(api.read_recipe(recipe, overrides, verb), Path(out), options, resume)
+    return api.resolve_job(api.read_recipe(recipe, overrides, verb), Path(out), resume, **options)
 
 
 def paths(job: Job) -> dict[str, str]:
