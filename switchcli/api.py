@@ -303,10 +303,6 @@ class Model:
             self._model = load_model(self._handle, self._device, self._precision)
         return self._model
 
-    def _load(self) -> LoadedModel:
-        """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
-        return LoadedModel(self._handle, self.model)
-
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}, step {self.step})"
 
@@ -355,7 +351,7 @@ class Model:
         decoding, policy = make_decoding(settings), _check_capacity(capacity)
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise RecipeError(f"batch_size ({batch_size!r}): must be a whole number of at least 1")
-        found = text_generation.generate(self._load(), _as_texts(texts), decoding, policy, batch_size, main_console())
+        found = text_generation.generate(loaded(self), _as_texts(texts), decoding, policy, batch_size, main_console())
         return [answer.output for answer in found]
 
     def evaluate(
@@ -409,7 +405,7 @@ class Model:
             CheckpointError: the encoder has no sparse layer.
             DataError: a text is blank or not UTF-8.
         """
-        return text_routing.route_texts(self._load(), _as_texts(texts), _check_capacity(capacity), main_console())
+        return text_routing.route_texts(loaded(self), _as_texts(texts), _check_capacity(capacity), main_console())
 
     def save(self, destination: PathLike) -> None:
         """Write the model as it is in memory as a checkpoint of step 0, without optimizer state.
@@ -472,7 +468,7 @@ def open_checkpoint(path: PathLike, device: Device = "auto", precision: LoadPrec
 
 def loaded(model: Model) -> LoadedModel:
     """Return the model as the functions of `switchcli.runs` take it. The first call loads the weights."""
-    return model._load()
+    return LoadedModel(model._handle, model.model)
 
 
 def read_recipe(source: str | None, overrides: Sequence[str], verb: str) -> Recipe:
