@@ -24,11 +24,8 @@ RECIPE_VERBS: Final[Mapping[str, str]] = MappingProxyType(
 
 def recipe_keys(command: str) -> tuple[str, ...]:
     """Return the keys that a command takes as KEY=VALUE, none for a command without."""
-    verb = RECIPE_VERBS.get(command)
-    infos = key_index.keys(verb) if verb else ()
-    return tuple(
-        dict.fromkeys(info.key for info in infos if "[]" not in info.key and info.key not in ("extends", "verb"))
-    )
+    names = dict.fromkeys(info.key for info in key_index.keys(RECIPE_VERBS.get(command, "")))
+    return tuple(name for name in names if "[]" not in name and name not in ("extends", "verb"))
 
 
 def recipes(context: typer.Context, incomplete: str) -> list[str]:
@@ -83,9 +80,8 @@ def checkpoints_and_overrides(context: typer.Context, incomplete: str) -> list[s
 
 def size_or_recipe_and_overrides(context: typer.Context, incomplete: str) -> list[str]:
     """Complete `[RECIPE|SIZE] [KEY=VALUE ...]`."""
-    words = context.params.get("arguments") or ()
-    names = [*model_sizes(incomplete), *recipes(context, incomplete)] if not words else []
-    return [*names, *_override(context.command.name or "", words, incomplete)]
+    names = model_sizes(incomplete) if not context.params.get("arguments") else []
+    return [*names, *recipe_and_overrides(context, incomplete)]
 
 
 def command_words(context: typer.Context, incomplete: str) -> list[str]:
@@ -116,22 +112,24 @@ def _override(command: str, words: Sequence[str], incomplete: str) -> list[str]:
     return [f"{name}=" if name in known else name for name in found]
 
 
+def _meanings(command: str, key: str) -> list[key_index.KeyInfo]:
+    """Return the meanings of a key in the recipes of a command."""
+    return [info for info in key_index.keys(RECIPE_VERBS.get(command, "")) if info.key == key]
+
+
 def _values(command: str, key: str) -> list[str]:
     """Return all values that are words which a key can have, none for numbers and paths."""
-    values: dict[str, None] = {}
-    for info in key_index.keys(RECIPE_VERBS.get(command, "")):
-        if info.key == key:
-            choices = ("true", "false") if info.type.startswith("true or false") else info.choices
-            values.update(
-                dict.fromkeys(f"[{choice}]" if info.type.startswith("list") else choice for choice in choices)
-            )
-    return [*values]
+    values: list[str] = []
+    for info in _meanings(command, key):
+        choices = ("true", "false") if info.type.startswith("true or false") else info.choices
+        values += [f"[{choice}]" if info.type.startswith("list") else choice for choice in choices]
+    return [*dict.fromkeys(values)]
 
 
 def _default(command: str, key: str) -> list[str]:
     """Return the default of a key in a list, or `VALUE` if it has none."""
-    infos = [info for info in key_index.keys(RECIPE_VERBS.get(command, "")) if info.key == key]
-    return [next((info.default for info in infos if info.default and " " not in info.default), "VALUE")]
+    defaults = (info.default for info in _meanings(command, key))
+    return [next((default for default in defaults if default and " " not in default), "VALUE")]
 
 
 def _next_parts(names: Iterable[str], incomplete: str, separator: str) -> list[str]:
