@@ -478,7 +478,7 @@ def read_recipe(source: str | None, overrides: Sequence[str], verb: str) -> Reci
 
 def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> EvalRecipe:
     """Return the resolved settings of an evaluation. Raises like `Model.evaluate`."""
-    prepare_rank(os.environ)
+    prepare_rank()
     return eval_job.resolve_recipe(model._handle, _as_text(recipe), overrides)
 
 

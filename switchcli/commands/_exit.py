@@ -111,7 +111,7 @@ def exit_with_error(error: SwitchError) -> NoReturn:
 
 def print_json_error(text: str, exit_code: int) -> None:
     """Print an error as a JSON object if the command has `--json` and this is the main rank."""
-    if "--json" in sys.argv and is_main_rank(os.environ):
+    if "--json" in sys.argv and is_main_rank():
         with suppress(OSError):  # a closed stdout must not change the exit code
             print_json({"error": text, "exit_code": exit_code})
 

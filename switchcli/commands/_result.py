@@ -1,6 +1,5 @@
 """The end of a verb: its result on stdout, as one JSON object or for people, and its exit code."""
 
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -38,7 +37,7 @@ def finish(
     Raises:
         typer.Exit: the exit code is not 0.
     """
-    if is_main_rank(os.environ):
+    if is_main_rank():
         if as_json:
             print_json(result)
         else:

@@ -25,15 +25,15 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def prepare_rank(environment: MutableMapping[str, str]) -> None:
+def prepare_rank() -> None:
     """Find the ranks that srun started, and check the variables with which the ranks meet.
 
     Raises:
         RecipeError: a variable is missing or wrong.
         DistributedError: srun started this task without an address where the ranks meet.
     """
-    join_srun(environment)
-    check_environment(environment)
+    join_srun(os.environ)
+    check_environment(os.environ)
 
 
 def join_srun(environment: MutableMapping[str, str]) -> None:

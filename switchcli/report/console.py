@@ -7,7 +7,6 @@ tensors, and keeps nothing: that is the metrics file's job (`switchcli.report.si
 
 import io
 import math
-import os
 import sys
 import threading
 import time
@@ -289,7 +288,7 @@ class Console:
 
 def main_console() -> Console:
     """Return the console for messages before the ranks meet. Only the main rank prints."""
-    return Console() if is_main_rank(os.environ) else silent()
+    return Console() if is_main_rank() else silent()
 
 
 def silent() -> Console:

@@ -8,7 +8,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ SAFE_PATH = "PYTHONSAFEPATH"
 folder first on the module path, and that folder may hold a stranger's `typer.py`."""
 
 
-def is_main_rank(environment: Mapping[str, str]) -> bool:
+def is_main_rank() -> bool:
     """Return whether this process prints: it is rank 0, or no rank."""
-    return environment.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0"
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:

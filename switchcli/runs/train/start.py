@@ -1,6 +1,5 @@
 """Start a run of any verb that trains: resolve its recipe, and open its trainer."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: 
     Raises:
         RecipeError, CheckpointError, DataError: as `TrainingTask.resolve_job` says.
     """
-    prepare_rank(os.environ)
+    prepare_rank()
     if verb == "distill" and options.model is not None:
         raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
     if verb != "distill" and (options.teacher, options.student, options.baseline) != (None, None, None):
