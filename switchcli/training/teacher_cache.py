@@ -85,7 +85,7 @@ class TeacherFolder(ABC):
 
     def __init__(self, folder: Path, rows: int, specs: Mapping[str, TensorSpec], per_file: int | None = None) -> None:
         """`specs` gives dtype and shape of a row of each tensor. A file has `per_file` items, or `MAX_FILE_BYTES`."""
-        self._folder, self._rows, self._specs = folder, rows, specs
+        self.folder, self._rows, self._specs = folder, rows, specs
         self.item_bytes = rows * sum(math.prod(shape) * dtype.itemsize for dtype, shape in specs.values())
         """Bytes of an item on disk."""
         self._per_file = per_file
@@ -102,13 +102,13 @@ class TeacherFolder(ABC):
         Raises:
             CheckpointError: it is a cache with other facts, or holds something else.
         """
-        with disk_errors(self._folder, self.elsewhere):
-            if (self._folder / FACTS).exists():
+        with disk_errors(self.folder, self.elsewhere):
+            if (self.folder / FACTS).exists():
                 self._check(facts)
                 return True
-            entries = self._folder.iterdir() if self._folder.exists() else ()
+            entries = self.folder.iterdir() if self.folder.exists() else ()
             if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
-                raise CheckpointError(f"{self._folder}: exists already and is no teacher cache: {self.elsewhere}")
+                raise CheckpointError(f"{self.folder}: exists already and is no teacher cache: {self.elsewhere}")
             return False
 
     def begin(self, facts: Facts) -> None:
@@ -117,19 +117,19 @@ class TeacherFolder(ABC):
         Raises:
             CheckpointError: see `is_begun`, or the disk refuses.
         """
-        with disk_errors(self._folder, self.elsewhere):
-            publish.make_folder(self._folder)
-            publish.remove_stale_in(self._folder, age=0)
-            for path in [*leftovers(self._folder), *self.damaged()]:
+        with disk_errors(self.folder, self.elsewhere):
+            publish.make_folder(self.folder)
+            publish.remove_stale_in(self.folder, age=0)
+            for path in [*leftovers(self.folder), *self.damaged()]:
                 publish.remove_tree(path)
             if not self.is_begun(facts):
-                publish.write_file(self._folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
+                publish.write_file(self.folder / FACTS, (json.dumps(dict(facts), indent=1) + "\n").encode())
 
     def damaged(self) -> list[Path]:
         """Return the files that do not hold what was written. All files are read."""
         damaged = []
-        with disk_errors(self._folder, self.elsewhere):
-            for file in self._files() if self._folder.exists() else []:
+        with disk_errors(self.folder, self.elsewhere):
+            for file in self._files() if self.folder.exists() else []:
                 try:
                     self._tensors(file)
                 except (ValueError, FileNotFoundError):  # the run that fills the folder has removed a damaged file
@@ -138,7 +138,7 @@ class TeacherFolder(ABC):
 
     def missing(self, first: int, stop: int) -> list[range]:
         """Return the missing items from `first` to `stop` - 1, as one range of them for each file to write."""
-        with disk_errors(self._folder, self.elsewhere):
+        with disk_errors(self.folder, self.elsewhere):
             files = self._files()
         # Within the bounds, as the name of a file may claim any number of steps.
         cached = {item for file in files for item in range(max(first, file.first), min(stop, file.stop))}
@@ -158,8 +158,8 @@ class TeacherFolder(ABC):
         """Write a file with the tensors of `items`, whose rows are in dim 0, item after item."""
         content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         digest = hashlib.sha256(content).hexdigest()[:32]
-        path = self._folder / f"{self.unit}s-{items.start:08d}-{items.stop:08d}-{digest}.safetensors"
-        with disk_errors(self._folder, self.elsewhere, len(content)):
+        path = self.folder / f"{self.unit}s-{items.start:08d}-{items.stop:08d}-{digest}.safetensors"
+        with disk_errors(self.folder, self.elsewhere, len(content)):
             publish.write_file(path, content)
 
     def _read(self, item: int, first: int, count: int) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ class TeacherFolder(ABC):
         Raises:
             CheckpointError: they are missing or damaged.
         """
-        with disk_errors(self._folder, self.elsewhere):
+        with disk_errors(self.folder, self.elsewhere):
             with self._lock:  # `train.workers` threads read
                 file, tensors = self._load(item)
             start = (item - file.first) * self._rows + first  # R rows for each item before this one
@@ -180,7 +180,7 @@ class TeacherFolder(ABC):
             return self._loaded
         file = next((file for file in self._files() if file.first <= item < file.stop), None)
         if file is None:
-            raise CheckpointError(f"{self._folder}: lacks {self.unit} {item}: run the same command again to get it")
+            raise CheckpointError(f"{self.folder}: lacks {self.unit} {item}: run the same command again to get it")
         try:
             self._loaded = file, self._tensors(file)
         except ValueError as error:
@@ -219,7 +219,7 @@ class TeacherFolder(ABC):
 
     def _files(self) -> list[_CacheFile]:
         files = []
-        for path in sorted(self._folder.iterdir()):
+        for path in sorted(self.folder.iterdir()):
             match = _FILE_NAME.fullmatch(path.name)
             if match:
                 files.append(_CacheFile(int(match[1]), int(match[2]), path, match[3]))
@@ -228,16 +228,16 @@ class TeacherFolder(ABC):
     def _check(self, facts: Facts) -> None:
         """Raise a CheckpointError if the facts of the folder are not `facts`."""
         try:
-            written = json.loads(read_regular(self._folder / FACTS, MAX_FACTS_BYTES))
+            written = json.loads(read_regular(self.folder / FACTS, MAX_FACTS_BYTES))
         except (OSError, ValueError, RecursionError):
             written = None
         if not isinstance(written, dict):
-            raise CheckpointError(f"{self._folder / FACTS}: is damaged: {self.elsewhere}")
+            raise CheckpointError(f"{self.folder / FACTS}: is damaged: {self.elsewhere}")
         for name, fact in facts.items():
             if written.get(name) != fact:
                 other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
                 difference = _DIFFERENCES.get(name, other)
-                raise CheckpointError(f"{self._folder}: its {self.content} {difference}: {self.elsewhere}")
+                raise CheckpointError(f"{self.folder}: its {self.content} {difference}: {self.elsewhere}")
 
 
 @final
@@ -304,7 +304,7 @@ class TeacherAnswers(TeacherFolder):
     def read(self, count: int) -> torch.Tensor:
         """Return the answers to examples 0..count-1: int64 [X, T]. Raises CheckpointError like `TeacherCache.read`."""
         answers, start = [], 0
-        with disk_errors(self._folder, self.elsewhere):
+        with disk_errors(self.folder, self.elsewhere):
             while start < count:
                 file, tensors = self._load(start)
                 answers.append(tensors["ids"][start - file.first :].long())

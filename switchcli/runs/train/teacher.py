@@ -210,7 +210,7 @@ class RunTeacher:
         def has_metrics() -> bool:
             return self._saved_metrics(cache_spec, data.evaluator) is not None
 
-        with self._filling(cache, folder, facts, range(first_step, end_step), has_metrics) as missing:
+        with self._filling(cache, facts, range(first_step, end_step), has_metrics) as missing:
             if missing is None:
                 self.unload()  # it may have generated answers
                 return cache
@@ -230,12 +230,7 @@ class RunTeacher:
 
     @contextmanager
     def _filling(
-        self,
-        cache: TeacherFolder,
-        folder: Path,
-        facts: Facts,
-        items: range,
-        is_complete: Callable[[], bool] = lambda: True,
+        self, cache: TeacherFolder, facts: Facts, items: range, is_complete: Callable[[], bool] = lambda: True
     ) -> Iterator[list[range] | None]:
         """Yield the missing `items` of a cache, a range for each file, and hold its lock meanwhile. Collective.
 
@@ -252,13 +247,15 @@ class RunTeacher:
             return bool(damaged)
 
         def say(holder: str) -> None:
-            self._console.warning(f"{folder}: waiting for the run that fills it ({holder})")
+            self._console.warning(f"{cache.folder}: waiting for the run that fills it ({holder})")
 
         if not context.main_decides(is_incomplete):
             yield None
             return
         with ExitStack() as locks:
-            has_waited = context.main_decides(lambda: locks.enter_context(patient_lock(folder, cache.elsewhere, say)))
+            has_waited = context.main_decides(
+                lambda: locks.enter_context(patient_lock(cache.folder, cache.elsewhere, say))
+            )
             if has_waited and not context.main_decides(is_incomplete):
                 yield None
                 return
@@ -266,7 +263,7 @@ class RunTeacher:
             missing = cache.missing(items.start, items.stop)
             if not context.all_equal(repr(missing)):
                 raise DistributedError(
-                    f"the ranks see different files in {folder}: keep it on a disk that all of them share"
+                    f"the ranks see different files in {cache.folder}: keep it on a disk that all of them share"
                 )
             yield missing
 
@@ -284,8 +281,7 @@ class RunTeacher:
         answered = {}
         for name, task in tasks.items():
             packed, examples = task.packed, task.packed.inputs.num_documents
-            folder = Path(place) / task.identity[:16]
-            answers = TeacherAnswers(folder, decoding.max_tokens, recipe.model.vocab_size)
+            answers = TeacherAnswers(Path(place) / task.identity[:16], decoding.max_tokens, recipe.model.vocab_size)
             facts: Facts = {
                 "format": 1,
                 "teacher": self.sha256,
@@ -295,7 +291,7 @@ class RunTeacher:
                 "capacity": self._settings.capacity,
                 "precision": recipe.train.precision,
             }
-            with self._filling(answers, folder, facts, range(examples)) as missing, self._stoppable(place) as stop:
+            with self._filling(answers, facts, range(examples)) as missing, self._stoppable(place) as stop:
                 if missing:
                     changes = {"decoding": decoding, "by": "generation", "capacity": self._settings.capacity}
                     scoring = recipe.scoring.model_copy(update=changes)
