@@ -81,8 +81,7 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
     documents = {
         configs.NAME: configs.config_json(config),
         "generation_config.json": configs.generation_config_json(),
-        **_tokenizer_documents(checkpoint),
-        model_card.NAME: model_card.model_card(checkpoint, parameters, export),
+        **_common_documents(checkpoint, parameters, export),
     }
 
     def write(temporary: Path) -> Path:
@@ -121,10 +120,7 @@ def to_ctranslate2(
     tokens = ctranslate2_spec.vocabulary(tokenizer.pieces(range(tokenizer.vocab_size)), spec.vocab_size)
     converted = ctranslate2_spec.model_spec(spec, weights, tokens, tokens[tokenizer.unknown], quantization)
     export = Export("ctranslate2", destination.name, license_, quantization, [])
-    documents = {
-        **_tokenizer_documents(checkpoint),
-        model_card.NAME: model_card.model_card(checkpoint, parameters, export),
-    }
+    documents = _common_documents(checkpoint, parameters, export)
 
     def write(temporary: Path) -> Path:
         new = temporary / "new"
@@ -138,10 +134,12 @@ def to_ctranslate2(
     return {**_result(str(source), destination, "ctranslate2", parameters, []), "quantization": quantization}
 
 
-def _tokenizer_documents(checkpoint: CheckpointHandle) -> dict[str, bytes]:
+def _common_documents(checkpoint: CheckpointHandle, parameters: int, export: Export) -> dict[str, bytes]:
+    """Return the files that both other layouts have, by name: those of the tokenizer, and the model card."""
     tokenizer = checkpoint.tokenizer
     sentinels = [sentinel(number) for number in range(len(tokenizer.sentinels))]
-    return tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, checkpoint.recipe.inputs_length)
+    documents = tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, checkpoint.recipe.inputs_length)
+    return {**documents, model_card.NAME: model_card.model_card(checkpoint, parameters, export)}
 
 
 def _weight_files(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:
