@@ -410,7 +410,7 @@ def test_changed_weights_can_be_saved_and_used_as_a_checkpoint(trained: Path, tm
     assert metrics[0] == metrics[1] != switchcli.load(trained).evaluate(quiet=True).held_out
     recipe = switchcli.Recipe.load(tmp_path / "new/recipe.yaml", {"train.steps": 1})
     assert switchcli.train(recipe, tmp_path / "more", quiet=True).step == 1
-    with pytest.raises(errors.CheckpointError, match="is there already"):
+    with pytest.raises(errors.CheckpointError, match="exists already"):
         changed.save(tmp_path / "new")
     for rounded in (switchcli.load(trained, precision="selective"), changed):
         rounded.model.bfloat16()

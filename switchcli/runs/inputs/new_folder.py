@@ -33,7 +33,7 @@ def check_destination(source: Path, destination: Path) -> Path:
     if path.is_relative_to(source.resolve()):
         raise CheckpointError(f"{destination}: within the source {source}: give a DESTINATION outside of it")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{destination}: exists: give a new or an empty folder as DESTINATION")
+        raise CheckpointError(f"{destination}: exists already: give a new or an empty folder as DESTINATION")
     return path
 
 
