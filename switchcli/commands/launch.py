@@ -128,12 +128,12 @@ def launch(
 
 def _check_now(arguments: Sequence[str], ranks: int | None) -> None:
     """Raise RecipeError for what the command would refuse on every rank. A printed script may be for another place."""
-    from switchcli.recipe.resolve import resolve
+    from switchcli.recipe.resolve import resolve  # here: the schema takes a second, and --help lists this verb
     from switchcli.recipe.schema import PretrainRecipe
 
-    is_from_scratch = arguments[0] == "pretrain" and not any(word.startswith(_FROM_CHECKPOINT) for word in arguments)
     if arguments[0] not in VERBS:
         return
+    is_from_scratch = arguments[0] == "pretrain" and not any(word.startswith(_FROM_CHECKPOINT) for word in arguments)
     given = check_command(arguments, rules=is_from_scratch)
     if given.get("dry_run"):
         raise RecipeError("--dry-run: needs no other machine: run the command without launch")

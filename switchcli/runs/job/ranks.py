@@ -8,7 +8,6 @@ import torch
 from switchcli import __version__
 from switchcli.distributed.context import DistributedContext, uses_cuda
 from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
-from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
@@ -35,8 +34,6 @@ def launch_ranks(
         )
     if isinstance(recipe, TrainingRecipe):
         recipe.check_ranks(processes)
-    else:
-        check_world(recipe.parallel, processes)
     if (seconds := saving_seconds()) < SAVING_SECONDS:
         console.message(
             f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
