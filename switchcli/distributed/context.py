@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from types import MappingProxyType
@@ -298,32 +298,29 @@ class DistributedContext:
         """Divisor of `synchronize_gradients`' sums over the data axis: the size of the axis; 1 if they are ordered."""
         return self.dp_size if self._deterministic_reduce is None else 1
 
-    def synchronize_gradients(self, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
-        """Return the context for forward and backward of microbatch `position` of `count`, counted from 1.
+    @contextmanager
+    def synchronize_gradients(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
+        """Surround forward and backward of microbatch `position` of `count`, counted from 1, with this context.
 
         After the last one, every gradient is the sum over the data axis divided by `grad_divisor`.
 
         Raises:
-            LostRankError: in the context, when another rank is gone.
+            LostRankError: another rank is gone.
         """
         is_last = position == count
-        if self._uses_fsdp:
-            from torch.distributed.fsdp import FSDPModule
+        with explain_lost_ranks(), ExitStack() as stack:
+            if self._uses_fsdp:
+                from torch.distributed.fsdp import FSDPModule
 
-            assert isinstance(model, FSDPModule), "wrapped"
-            # zero3 reduces gradients, and frees weights after the backward pass, in each microbatch.
-            model.set_requires_gradient_sync(is_last or self.parallel.shard == "zero3")
-            model.set_reshard_after_backward(is_last or self.parallel.shard == "zero3")
-        elif isinstance(model, DistributedDataParallel) and not is_last:
-            return model.no_sync()
-        return self._gradient_sync(model, position, count)
-
-    @contextmanager
-    def _gradient_sync(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
-        with explain_lost_ranks():
-            expert_gradients = self._expert_gradients if position == count else None
-            with nullcontext() if expert_gradients is None else expert_gradients.averaging():
-                yield
+                assert isinstance(model, FSDPModule), "wrapped"
+                # zero3 reduces gradients, and frees weights after the backward pass, in each microbatch.
+                model.set_requires_gradient_sync(is_last or self.parallel.shard == "zero3")
+                model.set_reshard_after_backward(is_last or self.parallel.shard == "zero3")
+            elif isinstance(model, DistributedDataParallel) and not is_last:
+                stack.enter_context(model.no_sync())
+            if self._expert_gradients is not None and is_last:
+                stack.enter_context(self._expert_gradients.averaging())
+            yield
             if self._deterministic_reduce is not None:
                 self._deterministic_reduce.add(model, position, count)
 
