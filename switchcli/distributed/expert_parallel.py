@@ -27,7 +27,7 @@ from switchcli.distributed.mesh import RankGroup, to_comm_dtype
 from switchcli.distributed.parallel_spec import CommDtype
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.dispatch import all_slots, equal_ends, filled_slots, products_wait, weighted_scatter_add
-from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.layer import SwitchLayer, sparse_layers
 from switchcli.model.moe.router import Routing
 
 
@@ -181,10 +181,9 @@ def _all_to_all(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_d
 
 def shard_experts(model: nn.Module, ranks: RankGroup, comm_dtype: CommDtype) -> None:
     """Keep this rank's experts of every sparse layer, in place, and dispatch tokens to the other ranks for the rest."""
-    for layer in model.modules():
-        if isinstance(layer, SwitchLayer):
-            layer.dispatcher = AllToAllDispatcher(ranks, layer.experts.num_experts, comm_dtype)
-            layer.experts.keep_slice(ranks.rank, ranks.size)
+    for layer in sparse_layers(model).values():
+        layer.dispatcher = AllToAllDispatcher(ranks, layer.experts.num_experts, comm_dtype)
+        layer.experts.keep_slice(ranks.rank, ranks.size)
 
 
 def local_expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from switchcli.model.kernels.flex import SMALLEST_HEAD
 from switchcli.model.moe.dispatch import LocalDispatcher
-from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import (
     CrossAttention,
     DecoderBlock,
@@ -42,22 +42,17 @@ def compile_blocks(
     for block in model.modules():
         if not isinstance(block, EncoderBlock | DecoderBlock):
             continue
-        sparse = [module for module in block.modules() if isinstance(module, SwitchLayer)]
-        is_local = all(isinstance(layer.dispatcher, LocalDispatcher) for layer in sparse)
+        is_local = all(isinstance(layer.dispatcher, LocalDispatcher) for layer in sparse_layers(block).values())
         is_whole = is_whole and is_local
         compiled: list[nn.Module] = [block]
         if not is_local or model.axis.size > 1:
-            compiled = [one for one in block.modules() if isinstance(one, SUBLAYERS) and not _has_experts(one)]
+            compiled = [one for one in block.modules() if isinstance(one, SUBLAYERS) and not sparse_layers(one)]
         for module in compiled:
             # Not `module.compile()`: hooks, such as those that gather sharded weights, stay outside of the graph.
             forward = torch.compile(module.forward, backend=backend, fullgraph=fullgraph, dynamic=False)
             module.forward = forward
     uses_flex = flex and is_whole and model.spec.head_width >= SMALLEST_HEAD
     model.encoder.uses_flex = model.decoder.uses_flex = uses_flex
-
-
-def _has_experts(module: nn.Module) -> bool:
-    return any(isinstance(one, SwitchLayer) for one in module.modules())
 
 
 def recompute_blocks(model: nn.Module) -> None:

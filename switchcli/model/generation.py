@@ -17,7 +17,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.kernels import cpu_products
 from switchcli.model.kv_cache import DecoderCache
 from switchcli.model.layers import compute_dtype
-from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.packing import decoder_inputs
 from switchcli.model.sampling import UniformDraws, pick
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
@@ -122,8 +122,7 @@ def _encode(model: SwitchTransformer, inputs_BS: torch.Tensor, decoding: Decodin
 
 def encode_groups(model: SwitchTransformer, inputs_BS: torch.Tensor) -> tuple[EncoderOutput, torch.Tensor]:
     """Return the encoded inputs with rows of padding that fill the last routing group, and which rows are real [B]."""
-    layers = [module for module in model.modules() if isinstance(module, SwitchLayer)]
-    group_size = math.lcm(*(layer.router_spec.group_size(layer.mode) for layer in layers))
+    group_size = math.lcm(*(layer.router_spec.group_size(layer.mode) for layer in sparse_layers(model).values()))
     # Add rows of padding up to a multiple of the groups of all routers, and at least one group.
     num_rows = max(1, math.ceil(len(inputs_BS) / group_size)) * group_size
     inputs_BS = F.pad(inputs_BS, (0, 0, 0, num_rows - len(inputs_BS)), value=PAD)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from switchcli.model.layers import FeedForward
-from switchcli.model.moe.layer import SwitchLayer
+from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.trainable_sets import TrainableSet, check
 from switchcli.model.transformer import FeedForwardSublayer, SwitchTransformer
 
@@ -17,7 +17,7 @@ def trainable_members(model: SwitchTransformer, trainable_set: TrainableSet) -> 
         layers = [module.layer for module in model.modules() if isinstance(module, FeedForwardSublayer)]
         modules: list[nn.Module] = [layer for layer in layers if isinstance(layer, FeedForward)]
     else:
-        modules = [module for module in model.modules() if isinstance(module, SwitchLayer)]
+        modules = [*sparse_layers(model).values()]
     inside = {id(weight) for module in modules for weight in module.parameters()}
     wants_inside = trainable_set != "non_expert"
     return {name: weight for name, weight in parameters.items() if (id(weight) in inside) == wants_inside}

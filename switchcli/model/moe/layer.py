@@ -166,7 +166,7 @@ def observing(
 def evaluating(model: nn.Module, policy: Policy) -> Iterator[None]:
     """Put `model` into evaluation mode with this capacity policy, and restore its modes and policies at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    policies = [(module, module.policy) for module in model.modules() if isinstance(module, SwitchLayer)]
+    policies = [(layer, layer.policy) for layer in sparse_layers(model).values()]
     evaluate_by(model, policy)
     try:
         yield
@@ -180,6 +180,5 @@ def evaluating(model: nn.Module, policy: Policy) -> Iterator[None]:
 def evaluate_by(model: nn.Module, policy: Policy) -> None:
     """Put `model` into evaluation mode, with `policy` as the capacity policy of its sparse layers."""
     model.eval()
-    for module in model.modules():
-        if isinstance(module, SwitchLayer):
-            module.policy = policy
+    for layer in sparse_layers(model).values():
+        layer.policy = policy

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import keyed_generator, truncated_normal
-from switchcli.model.moe.layer import SwitchLayer, observing, sublayer_name
+from switchcli.model.moe.layer import SwitchLayer, observing, sparse_layers, sublayer_name
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer, named_weights
 
@@ -94,10 +94,8 @@ def differing_dimensions(student: ModelSpec, teacher: ModelSpec) -> list[tuple[s
 def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: FromTeacherInit) -> StudentInit:
     """Return the source of each parameter, from names and shapes only; the models may be on `meta`."""
     teacher_shapes = {name: weight.shape for name, weight in teacher.named_parameters()}
-    sparse_layers = [module for module in student.modules() if isinstance(module, SwitchLayer)]
-    routed = {
-        id(weight) for layer in sparse_layers for part in (layer.router, layer.experts) for weight in part.parameters()
-    }
+    parts = (part for layer in sparse_layers(student).values() for part in (layer.router, layer.experts))
+    routed = {id(weight) for part in parts for weight in part.parameters()}
     joins = settings.experts == "concat" and student.spec.d_model == teacher.spec.d_model
     copied, from_experts, random_init, widened = [], {}, [], []
     shared: dict[str, str] = {}
