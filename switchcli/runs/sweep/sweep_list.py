@@ -65,20 +65,14 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
         RecipeError: the file cannot be read, a line is not a run, two runs have the same name, or there are too many.
     """
     path = library.list_file(arguments[0])
-    runs = parse_list(path, arguments[1:], out) if path.is_file() else list(expand_grid("", arguments, out))
+    if path.is_file():
+        runs = parse_list(path, arguments[1:], out)
+    elif len(arguments) > 1 and arguments[0] in VERBS:
+        runs = list(expand_grid("", arguments, out))
+    else:
+        raise RecipeError(f"{arguments[0]}: must be a file that lists runs, or {', '.join(VERBS)} with a recipe")
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
-    for run in runs:
-        for argument in run.arguments:
-            if problem := _OPTIONS_OF_THE_SWEEP.get(argument.partition("=")[0]):
-                raise RecipeError(f"{argument}: {problem}")
-        keys = filter(library.is_override, run.arguments)
-        if empty := [key for key in keys if key.endswith("=")]:
-            raise RecipeError(f"{empty[0]}: has no value: remove the last comma, or write {empty[0]}null")
-        if len(run.arguments) < 2 or run.arguments[0] not in VERBS:
-            raise RecipeError(
-                f"{run.arguments[0]}: must be a file that lists runs, or {', '.join(VERBS)} with a recipe"
-            )
     runs = [run._replace(name=run.name or Path(run.arguments[1]).stem) for run in runs]
     if repeated := sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1):
         raise RecipeError(
@@ -110,8 +104,11 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
         if words == ["---"]:
             stage += 1
             continue
-        if len(words) == 1:
-            raise RecipeError(f"{path}:{number}: {line.strip()!r} is not a run: write NAME VERB RECIPE [KEY=VALUE ...]")
+        if len(words) < 3 or words[1] not in VERBS:
+            raise RecipeError(
+                f"{path}:{number}: {line.strip()!r} is not a run: write NAME VERB RECIPE [KEY=VALUE ...], with one of "
+                f"{', '.join(VERBS)} as VERB"
+            )
         name, *command = words
         if "/" in name or name in (".", ".."):
             raise RecipeError(f"{path}:{number}: {name!r} must be the name of a new folder in {out}, without a /")
@@ -156,8 +153,11 @@ def expand_grid(
         student-2-9  distill r --teacher OUT/teacher-2 train.seed=2 train.steps=9
 
     Raises:
-        RecipeError: a key is given twice, or there are too many combinations.
+        RecipeError: a key is given twice or has no value, an option is the sweep's, or there are too many combinations.
     """
+    for argument in (*command, *overrides):
+        if problem := _OPTIONS_OF_THE_SWEEP.get(argument.partition("=")[0]):
+            raise RecipeError(f"{argument}: {problem}")
     _check_given_once(command)
     _check_given_once(overrides)
     words = _override([*map(_parse_word, command)], [*map(_parse_word, overrides)])
@@ -185,6 +185,8 @@ def _parse_word(argument: str) -> _Word:
         return _Word(None, [argument], is_in_name=False)
     key, _, text = argument.partition("=")
     values = split_values(text)
+    if "" in values:
+        raise RecipeError(f"{key}=: has no value: remove the last comma, or write {key}=null")
     return _Word(key, values, is_in_name=len(values) > 1)
 
 
