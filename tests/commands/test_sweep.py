@@ -144,6 +144,8 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretend x\n", "runs:1 pretend pretrain finetune"),
         ("a pretrain\n", "runs:1 'a pretrain' RECIPE"),
         ("a/b pretrain x\n", "runs:1 'a/b' folder"),
+        ("a pretrain x\na.log pretrain x\n", "runs:2 'a.log' log"),
+        ("a pretrain x description=1.log,b\n", "runs:1 'a-1.log' log"),
         ("a pretrain x train.seed=0,\n", "runs:1 train.seed= value"),
         ("a pretrain quickstart/dense train.seed=0 train.seed=1\n", "runs:1 train.seed=0,1"),
         ("a pretrain quickstart/dense train.sed=0\n", "a: train.sed seed"),

@@ -73,7 +73,6 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
         raise RecipeError(f"{arguments[0]}: must be a file that lists runs, or {', '.join(VERBS)} with a recipe")
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
-    runs = [run._replace(name=run.name or Path(run.arguments[1]).stem) for run in runs]
     if repeated := sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1):
         raise RecipeError(
             f"two runs have the same name: {', '.join(repeated)}: name each run differently, each value once"
@@ -110,8 +109,6 @@ def parse_list(path: Path, overrides: Sequence[str], out: Path) -> list[SweepRun
                 f"{', '.join(VERBS)} as VERB"
             )
         name, *command = words
-        if "/" in name or name in (".", ".."):
-            raise RecipeError(f"{path}:{number}: {name!r} must be the name of a new folder in {out}, without a /")
         try:
             runs += expand_grid(name, command, out, stage, () if command[0] == "eval" else overrides)
         except RecipeError as error:
@@ -152,8 +149,11 @@ def expand_grid(
         student-2-5  distill r --teacher OUT/teacher-2 train.seed=2 train.steps=5
         student-2-9  distill r --teacher OUT/teacher-2 train.seed=2 train.steps=9
 
+    A run without a name is called after its recipe.
+
     Raises:
-        RecipeError: a key is given twice or has no value, an option is the sweep's, or there are too many combinations.
+        RecipeError: a key is given twice or has no value, an option is the sweep's, a run cannot have its name, or
+            there are too many combinations.
     """
     for argument in (*command, *overrides):
         if problem := _OPTIONS_OF_THE_SWEEP.get(argument.partition("=")[0]):
@@ -173,11 +173,9 @@ def expand_grid(
                 arguments.append(f"{word.key}={value}")
             if word.is_in_name:
                 name_parts.append(re.sub(r"[^\w.-]+", "_", value).strip("_"))
-        yield SweepRun(
-            "-".join(part for part in name_parts if part),
-            tuple(_substitute(argument, known) for argument in arguments),
-            stage,
-        )
+        run_name = "-".join(part for part in name_parts if part) or Path(arguments[1]).stem
+        _check_name(run_name, out)
+        yield SweepRun(run_name, tuple(_substitute(argument, known) for argument in arguments), stage)
 
 
 def _parse_word(argument: str) -> _Word:
@@ -198,6 +196,14 @@ def _override(words: Sequence[_Word], overrides: Sequence[_Word]) -> list[_Word]
         override = by_key.pop(word.key, word) if word.key is not None else word
         result.append(override._replace(is_in_name=word.is_in_name or override.is_in_name))
     return result + [word for word in overrides if word.key is None or word.key in by_key]
+
+
+def _check_name(name: str, out: Path) -> None:
+    if "/" in name or name in ("", ".", "..") or name.endswith(".log"):
+        raise RecipeError(
+            f"{name!r} must be the name of a new folder in {out}, without a / and without .log at its end, which a "
+            "run's log has"
+        )
 
 
 def _check_given_once(arguments: Sequence[str]) -> None:
