@@ -429,10 +429,29 @@ def test_the_commands_of_a_sweep_are_printed_for_a_shell_and_for_scripts(
     tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = swept(switchcli, "a pretrain quickstart/dense 'model={size: tiny}'\n", "--print")
-    assert done.out == "switchcli pretrain quickstart/dense 'model={size: tiny}' --out out/a --quiet\n"
+    done = swept(
+        switchcli, "a pretrain quickstart/dense 'model={size: tiny}' 'description=\"{text} of {out}\"'\n", "--print"
+    )
+    words = "'model={size: tiny}' 'description=\"{text} of out\"'"  # the name without a value is left to the key
+    assert done.out == f"switchcli pretrain quickstart/dense {words} --out out/a --quiet\n"
     done = switchcli("sweep", "pretrain", "quickstart/dense", "train.seed=0,1", "--print", "--json")
     assert [run["name"] for run in json.loads(done.out)["runs"]] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("distill x --teacher {out}/b-{train.sed} train.seed=0", "runs:1 {train.sed} {out} {train.seed}"),
+        ("eval {out}/b-{seed}", "runs:1 {seed} {out}"),
+        ("pretrain x start.checkpoint={out}/b-{train.seed}", "runs:1 {train.seed} {out}"),
+    ],
+)
+def test_no_command_is_printed_with_a_name_in_braces_that_has_no_value(
+    command: str, words: str, tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = swept(switchcli, f"a {command}\n", "--print")
+    assert (done.code, done.out, lacking(done.err, words)) == (2, "", [])
 
 
 @pytest.mark.integration

@@ -152,8 +152,8 @@ def expand_grid(
     A run without a name is called after its recipe.
 
     Raises:
-        RecipeError: a key is given twice or has no value, an option is the sweep's, a run cannot have its name, or
-            there are too many combinations.
+        RecipeError: a key is given twice or has no value, an option is the sweep's, a run cannot have its name,
+            `{KEY}` has no value, or there are too many combinations.
     """
     for argument in (*command, *overrides):
         if problem := _OPTIONS_OF_THE_SWEEP.get(argument.partition("=")[0]):
@@ -270,5 +270,20 @@ def named_run(argument: str, out: Path) -> str | None:
 
 
 def _substitute(argument: str, known: Mapping[str, str]) -> str:
-    """Replace `{out}` and `{train.seed}` by their values. Other braces are YAML and stay."""
-    return re.sub(r"\{([\w.]+)\}", lambda match: known.get(match[1], match[0]), argument)
+    """Replace `{out}` and `{train.seed}` by their values.
+
+    In the value of a key, `{text}` and other names without a dot stay: they are YAML, or fields of a task.
+
+    Raises:
+        RecipeError: a name in braces has no value and does not stay.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] in known:
+            return known[match[1]]
+        if library.is_override(argument) and "." not in match[1]:
+            return match[0]
+        names = ", ".join(f"{{{name}}}" for name in known)
+        raise RecipeError(f"{argument}: {match[0]} has no value: write {names}, or set its key in the same command")
+
+    return re.sub(r"\{([\w.]+)\}", value, argument)
