@@ -143,6 +143,7 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretrain 'x\n", "runs:1 quotation"),
         ("a pretend x\n", "runs:1 pretend pretrain finetune"),
         ("a pretrain\n", "runs:1 'a pretrain' RECIPE"),
+        ("a pretrain x schedule.learning_rate=0.2,0.1,0.10,1e-1\n", "runs:1 schedule.learning_rate 0.1 0.10 1e-1"),
         ("a/b pretrain x\n", "runs:1 'a/b' folder"),
         ("a pretrain x\na.log pretrain x\n", "runs:2 'a.log' log"),
         ("a pretrain x description=1.log,b\n", "runs:1 'a-1.log' log"),

@@ -26,7 +26,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import library
+from switchcli.recipe import library, yaml_nodes
 from switchcli.recipe.key_index import VERBS
 from switchcli.system.user_files import read_regular
 
@@ -74,9 +74,7 @@ def parse_sweep(arguments: Sequence[str], out: Path) -> list[SweepRun]:
     if not runs:
         raise RecipeError(f"{path}: has no run: write lines NAME VERB RECIPE [KEY=VALUE ...]")
     if repeated := sorted(name for name, count in Counter(run.name for run in runs).items() if count > 1):
-        raise RecipeError(
-            f"two runs have the same name: {', '.join(repeated)}: name each run differently, each value once"
-        )
+        raise RecipeError(f"two runs have the same name: {', '.join(repeated)}: name each run differently")
     return runs
 
 
@@ -152,8 +150,8 @@ def expand_grid(
     A run without a name is called after its recipe.
 
     Raises:
-        RecipeError: a key is given twice or has no value, an option is the sweep's, a run cannot have its name,
-            `{KEY}` has no value, or there are too many combinations.
+        RecipeError: a key is given twice, or has no value or equal values; an option is the sweep's; a run cannot have
+            its name; a name in braces has no value; or there are too many combinations.
     """
     for argument in (*command, *overrides):
         if problem := _OPTIONS_OF_THE_SWEEP.get(argument.partition("=")[0]):
@@ -185,7 +183,19 @@ def _parse_word(argument: str) -> _Word:
     values = split_values(text)
     if "" in values:
         raise RecipeError(f"{key}=: has no value: remove the last comma, or write {key}=null")
+    _check_number(len(values))
+    meanings = [*map(_meaning, values)]
+    if repeated := [value for value, meaning in zip(values, meanings, strict=True) if meanings.count(meaning) > 1]:
+        raise RecipeError(f"{key}: {', '.join(repeated)} are equal: write each value once")
     return _Word(key, values, is_in_name=len(values) > 1)
+
+
+def _meaning(value: str) -> str:
+    """Return a text that is equal for values which a recipe reads as equal, such as 0.1 and 0.10."""
+    try:
+        return repr(yaml_nodes.plain(yaml_nodes.read(value, str)))
+    except RecipeError:  # not YAML, such as {out}/dense
+        return value
 
 
 def _override(words: Sequence[_Word], overrides: Sequence[_Word]) -> list[_Word]:
