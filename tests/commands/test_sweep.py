@@ -146,6 +146,7 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretrain x schedule.learning_rate=0.2,0.1,0.10,1e-1\n", "runs:1 schedule.learning_rate 0.1 0.10 1e-1"),
         ("a/b pretrain x\n", "runs:1 'a/b' folder"),
         ("a pretrain x\na.log pretrain x\n", "runs:2 'a.log' log"),
+        ("run.lock pretrain x\n", "runs:1 'run.lock' folder"),
         ("a pretrain x description=1.log,b\n", "runs:1 'a-1.log' log"),
         ("a pretrain x train.seed=0,\n", "runs:1 train.seed= value"),
         ("a pretrain quickstart/dense train.seed=0 train.seed=1\n", "runs:1 train.seed=0,1"),
@@ -309,6 +310,17 @@ def test_a_stopped_sweep_waits_until_its_runs_have_saved(going: Any) -> None:
     stopped, again = printed.splitlines()
     assert not lacking(stopped, "stopped same command")
     assert not lacking(again, "sweep --out")
+
+
+@pytest.mark.integration
+def test_a_second_sweep_in_the_folder_of_one_that_goes_on_is_refused(going: Any, switchcli: SwitchCLI) -> None:
+    process, _ = going("saves")
+    second = swept(switchcli, "dense pretrain quickstart/dense\n")
+    assert (second.code, lacking(second.err, f"out: {process.pid} wait --out")) == (4, [])
+    assert second.err.count("\n") == 1  # before it names a run
+    process.terminate()
+    process.communicate()
+    assert swept(switchcli, "dense pretrain quickstart/dense\n").code == 0
 
 
 @pytest.mark.integration

@@ -69,7 +69,7 @@ LINKS = [
     *each("convert run converted --to huggingface", "converted", OUTSIDE, FILE),
     *each(DISTILL, "answers/facts.json answers/teacher.json"),
     *each(DISTILL, "answers/.tmp-0123abcd answers/.tmp-probe-0123abcd", OUTSIDE),
-    *each(SWEEP, "swept/0.log", FILE, NEW),
+    *each(SWEEP, "swept/0.log swept/run.lock", FILE, NEW),
 ]
 """Links in a run folder, among checkpoints, with temporary names of earlier versions, and as outputs."""
 NOT_OURS = [

@@ -209,10 +209,10 @@ def _override(words: Sequence[_Word], overrides: Sequence[_Word]) -> list[_Word]
 
 
 def _check_name(name: str, out: Path) -> None:
-    if "/" in name or name in ("", ".", "..") or name.endswith(".log"):
+    if "/" in name or name in ("", ".", "..", "run.lock") or name.endswith(".log"):
         raise RecipeError(
-            f"{name!r} must be the name of a new folder in {out}, without a / and without .log at its end, which a "
-            "run's log has"
+            f"{name!r} must be the name of a new folder in {out}, without a /: run.lock and names that end in .log are "
+            "files of the sweep"
         )
 
 

@@ -28,6 +28,7 @@ from switchcli.report.safe_text import shell_words
 from switchcli.report.sinks import parse, read_object, step_of
 from switchcli.runs.sweep.sweep_list import SweepRun, needed_runs
 from switchcli.system import publish
+from switchcli.system.lock import lock
 from switchcli.system.processor import available_processors, is_thread_count_set
 from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER
@@ -73,13 +74,15 @@ class Sweep:
         """How each run ended, by name."""
 
     def run(self) -> None:
-        """Run everything that is not complete, stage by stage.
+        """Run everything that is not complete, stage by stage. The folder of the sweep is locked meanwhile.
 
         After a signal (`stopped`) all runs have saved, unless a Ctrl-C followed (`killed`).
+
+        Raises:
+            CheckpointError: another sweep goes on in the folder, or it cannot be written.
+            RecipeError: the folder is a file.
         """
-        with disk_errors(self._out):
-            self._out.mkdir(parents=True, exist_ok=True)
-        with self._stopped_by_signals():
+        with lock(self._out), self._stopped_by_signals():
             for _, group in itertools.groupby(self.runs, key=lambda run: run.stage):
                 stage = list(group)
                 with ThreadPoolExecutor(self._num_slots) as pool:
