@@ -38,12 +38,21 @@ if told == "saves":
 if told in ("saves", "hangs"):
     (out / "ready").touch()
     time.sleep(60)
+if told == "extends":
+    time.sleep(0.5)
+    (out / "recipe.yaml").write_text("train: {steps: 30}")
+    with (out / "metrics.jsonl").open("a") as file:
+        print(json.dumps({"step": 24, "loss": 1.5}), file=file)
+    time.sleep(1)
 if told == "completes":
     (out / "result.json").write_text(json.dumps({"command": ["switchcli", *words]}))
 print("error: what the run said last", file=sys.stderr)
 sys.exit(3 if told == "fails" else 0)
 """
-"""A `switchcli` whose runs end as their description says: complete, with exit code 3, or when they are asked to."""
+"""A `switchcli` whose runs end as their description says: complete, with exit code 3, or when they are asked to.
+
+One that extends a run goes on to step 24 of 30.
+"""
 
 
 @pytest.fixture
@@ -236,6 +245,19 @@ def test_a_sweep_goes_on_after_a_failure_says_so_and_skips_what_is_done(switchcl
     again = swept(switchcli, lines)
     assert not lacking(again.err, "[2/2] good: complete")
     assert again.code == 1
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("stub")
+def test_the_progress_of_a_run_with_more_steps_begins_with_its_first_new_record(
+    switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_runner, "_POLL_SECONDS", 0.05)
+    Path("out/a").mkdir(parents=True)
+    Path("out/a/recipe.yaml").write_text("train: {steps: 20}")
+    Path("out/a/metrics.jsonl").write_text('{"step": 20, "loss": 2.5}\n')
+    ended = swept(switchcli, "a pretrain quickstart/dense description=extends\n")
+    assert re.findall("loss .*", ended.err) == ["loss 1.5000, step 24 of 30"]
 
 
 @pytest.mark.integration

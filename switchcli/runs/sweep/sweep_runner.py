@@ -149,14 +149,16 @@ class Sweep:
         return Outcome("failed", f"exit code {code}: {last.encode('unicode_escape').decode()} ({log})", minutes)
 
     def _wait(self, process: subprocess.Popen[str], run: SweepRun, label: str) -> int:
-        """Return the exit code of a run. Until it ends, show its last logged step."""
+        """Return the exit code of a run. Until it ends, show the last step that it has logged since it started."""
         folder, steps = self._out / run.name, 0
+        earlier = _last_record(folder / "metrics.jsonl")
         with self._console.stepping(label) as show:
             while True:
                 try:
                     return process.wait(_POLL_SECONDS)
                 except subprocess.TimeoutExpired:
-                    if (logged := _last_record(folder / "metrics.jsonl")) is not None:
+                    logged = _last_record(folder / "metrics.jsonl")
+                    if logged is not None and logged != earlier:  # recipe.yaml is of this start, too
                         steps = steps or _steps(folder / "recipe.yaml")
                         show(step_of(logged) or 0, steps, logged.get(metric.LOSS))
 
