@@ -8,10 +8,11 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, Final
+from types import MappingProxyType
+from typing import Any, ClassVar, Final
 
 
 class SwitchError(Exception):
@@ -20,6 +21,8 @@ class SwitchError(Exception):
     exit_code: int = 1
     on_every_rank: ClassVar[bool] = False
     """Whether all ranks raise this error together, so that only one of them reports it."""
+    result: Mapping[str, Any] = MappingProxyType({})
+    """What the command did before, which `--json` prints beside the error."""
 
     def __str__(self) -> str:
         return "\n".join(self.lines)

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import NoReturn
+from types import FrameType, MappingProxyType
+from typing import Any, NoReturn
 
 from switchcli.distributed.launch import write_error_file
 from switchcli.distributed.rendezvous import is_rank
@@ -105,15 +105,15 @@ def exit_with_error(error: SwitchError) -> NoReturn:
         if isinstance(error, (Interrupted, InterruptedByForce)) and not is_rank():
             Console().message(f"  {command_line()}")
     if not launched:
-        print_json_error(text, error.exit_code)
+        print_json_error(text, error.exit_code, error.result)
     exit_with(error.exit_code)
 
 
-def print_json_error(text: str, exit_code: int) -> None:
-    """Print an error as a JSON object if the command has `--json` and this is the main rank."""
+def print_json_error(text: str, exit_code: int, result: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Print an error and an earlier result as a JSON object if the command has `--json` and this is the main rank."""
     if "--json" in sys.argv and is_main_rank():
         with suppress(OSError):  # a closed stdout must not change the exit code
-            print_json({"error": text, "exit_code": exit_code})
+            print_json({"error": text, "exit_code": exit_code, **result})
 
 
 def exit_with_traceback(error: Exception) -> None:

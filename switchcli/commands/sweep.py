@@ -69,7 +69,7 @@ def sweep(
 
     A failed run stops no others, except those that need it. The exit code is then 1.
     """
-    from switchcli.runs.sweep.sweep_runner import STOPPED, Sweep, available_slots, command
+    from switchcli.runs.sweep.sweep_runner import Sweep, available_slots, command
 
     if slurm:
         for name in ("as_json", "print_only", "jobs"):
@@ -96,13 +96,13 @@ def sweep(
         started.run()
     has_failed = False
     for name, outcome in started.outcomes.items():
-        if outcome.status in ("failed", "not started") and outcome.reason != STOPPED:
+        if outcome.status in ("failed", "not started"):
             has_failed = True
             console.warning(f"failed: {name}: {outcome.reason}")
-    if started.killed:
-        raise InterruptedByForce(_exit.FORCED)
     if started.stopped:
-        raise Interrupted("stopped: the same command resumes")
+        stop = InterruptedByForce(_exit.FORCED) if started.killed else Interrupted("stopped: the same command resumes")
+        stop.result = started.to_json()
+        raise stop
     finish(started.to_json(), as_json, exit_code=int(has_failed))
 
 

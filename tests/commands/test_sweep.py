@@ -304,13 +304,14 @@ def test_a_run_that_none_makes_is_asked_for_before_any_begins(
 
 @pytest.fixture
 def going(stub: None) -> Callable[[str], tuple[psutil.Popen, psutil.Process]]:
-    """Begin a sweep of one run of a kind. Returns the process of the sweep, and that of its run, which has begun."""
+    """Begin a sweep of a run of a kind and a next run. Returns its process and that of the first run, which goes on."""
 
     def begin(kind: str) -> tuple[psutil.Popen, psutil.Process]:
         script = "import sys; sys.path.remove(sys.argv.pop(1)); from switchcli.cli import main; main()"
-        command = [sys.executable, "-c", script, os.environ["PYTHONPATH"], "sweep", "--out", "out", "--jobs", "1", "-q"]
-        run = ["pretrain", "quickstart/dense", f"description={kind}"]
-        process = psutil.Popen([*command, *run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        Path("runs").write_text(f"dense pretrain quickstart/dense description={kind}\nnext pretrain quickstart/dense\n")
+        options = ["--out", "out", "--jobs", "1", "--quiet", "--json"]
+        command = [sys.executable, "-c", script, os.environ["PYTHONPATH"], "sweep", "runs", *options]
+        process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         until(lambda: process.poll() is not None or Path("out/dense/ready").exists())
         return process, process.children()[0]
 
@@ -323,15 +324,23 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
+def assert_stopped(printed: str, exit_code: int) -> None:
+    """Assert that the JSON object of a sweep says that it was stopped, and both its runs with it."""
+    result = json.loads(printed)
+    assert ("stopped" in result["error"], result["exit_code"]) == (True, exit_code)
+    assert [(run["name"], run["status"]) for run in result["runs"]] == [("dense", "stopped"), ("next", "stopped")]
+
+
 @pytest.mark.integration
 def test_a_stopped_sweep_waits_until_its_runs_have_saved(going: Any) -> None:
     process, _ = going("saves")
     process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate()
+    result, printed = process.communicate()
     assert process.returncode == 75
     stopped, again = printed.splitlines()
     assert not lacking(stopped, "stopped same command")
-    assert not lacking(again, "sweep --out")
+    assert not lacking(again, "sweep runs --out")
+    assert_stopped(result, 75)
 
 
 @pytest.mark.integration
@@ -355,8 +364,9 @@ def test_a_second_interrupt_kills_a_run_that_hangs(number: signal.Signals, going
     until(lambda: is_pending(run, signal.SIGTERM))
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, printed = process.communicate()
+    result, printed = process.communicate()
     assert process.returncode == 130
+    assert_stopped(result, 130)
     assert not lacking(printed, "without saving")
     assert "Traceback" not in printed
     assert not run.is_running()

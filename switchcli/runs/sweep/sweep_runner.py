@@ -34,19 +34,17 @@ from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER
 from switchcli.system.user_files import open_regular
 
-STOPPED = "the sweep was stopped"
-"""The reason of a run that saved and ended because the sweep was stopped, or that did not start then."""
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 2**20
 """Bytes at the end of a log or of metrics that are read: a log may be as long as its run likes."""
-Status = Literal["done", "skipped", "failed", "not started"]
+Status = Literal["done", "skipped", "failed", "not started", "stopped"]
 
 
 class Outcome(NamedTuple):
     """How a run of a sweep ended."""
 
     status: Status
-    """`skipped`: it was complete before. `not started`: it needs a run that failed, or the sweep was stopped."""
+    """`skipped`: it was complete before. `not started`: it needs a run that failed. `stopped`: with the sweep."""
     reason: str = ""
     """Why it failed or did not start."""
     minutes: float = 0.0
@@ -109,11 +107,11 @@ class Sweep:
             self._num_started += 1
             label = f"[{self._num_started}/{len(self.runs)}] {run.name}"
             failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
-        if self.stopped:
-            return Outcome("not started", STOPPED)
         if self._is_complete(run):
             self._console.message(f"{label}: complete already")
             return Outcome("skipped")
+        if self.stopped:
+            return Outcome("stopped")
         if needed := next((name for name in failed if name in needed_runs(run, self._out)), None):
             self._console.message(f"{label}: not started: {needed} failed")
             return Outcome("not started", f"needs {needed}")
@@ -144,7 +142,7 @@ class Sweep:
             return Outcome("done", minutes=minutes)
         # A run that is stopped while Python still starts dies of the signal itself: it has nothing to save.
         if self.stopped and code in (Interrupted.exit_code, -signal.SIGTERM, -signal.SIGKILL):
-            return Outcome("not started", STOPPED, minutes)
+            return Outcome("stopped", minutes=minutes)
         last = next((line.strip() for line in reversed(_tail(log)) if line.strip()), "no message")
         return Outcome("failed", f"exit code {code}: {last.encode('unicode_escape').decode()} ({log})", minutes)
 
