@@ -208,11 +208,17 @@ def downsample(values: Floats, count: int) -> NDArray[np.int64]:
 
 
 def _common_label(names: Sequence[str]) -> str:
-    """Return the common beginning of the names without the number of the seed: `dense` for `dense-0`, `dense-1`."""
+    """Return the common ends of the names, without the number of the seed.
+
+    For example `dense` for `dense-0` and `dense-1`, and `tuned-0.03` for `tuned-0-0.03` and `tuned-1-0.03`.
+    """
     if len(names) == 1:
         return names[0]
-    label = commonprefix(names)  # noqa: RUF071 (by characters)
-    if any(name[len(label) :][:1].isdigit() for name in names):
-        label = re.sub(r"\d+$", "", label)  # seeds 10 and 11 have a digit in common
-    label = re.sub(r"[-_./= ]*(seed)?[-_./= ]*$", "", label)
-    return label or names[0]
+    start = commonprefix(names)  # noqa: RUF071 (by characters)
+    rests = [name[len(start) :] for name in names]
+    if any(rest[:1].isdigit() for rest in rests):
+        start = re.sub(r"\d+$", "", start)  # seeds 10 and 11 have a digit in common
+    start = re.sub(r"[-_./= ]*(seed)?[-_./= ]*$", "", start)
+    end = commonprefix([rest[::-1] for rest in rests])[::-1]  # noqa: RUF071
+    end = re.sub(r"^[^-_/= ]*", "", end)  # seeds 10 and 20 have a digit in common
+    return (start + end if start else end[1:]) or names[0]

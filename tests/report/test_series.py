@@ -39,6 +39,8 @@ def runs(tmp_path: Path, *names: str, **recipes: int) -> list[Run]:
         (("dense-0", "switch-0", "dense-1"), ["dense", "switch-0"]),
         (("e8-seed0", "e8-seed1", "e16-seed0"), ["e8", "e16-seed0"]),
         (("e8_s10", "e8_s11"), ["e8_s"]),
+        (("tuned-9-0.06", "tuned-19-0.06", "tuned-10-0.06"), ["tuned-0.06"]),
+        (("0-wide", "1-wide"), ["wide"]),
         (("run1/a", "run1/b"), ["a"]),
         (("a/run", "bb/run"), None),
         (("aaa", "bbb"), ["aaa"]),
@@ -56,6 +58,12 @@ def test_labels_are_unique(tmp_path: Path) -> None:
     found = group_by_recipe(runs(tmp_path, "a-0", "a-1", "a-2", "a-3", **{"a-0": 1, "a-1": 2, "a-2": 1, "a-3": 2}))
     assert [len(one.runs) for one in found] == [2, 2]
     assert len({one.label for one in found}) == 2
+
+
+def test_a_series_is_named_by_what_varies_after_the_seed(tmp_path: Path) -> None:
+    names = ["tuned-0-0.03", "tuned-0-0.06", "tuned-1-0.03", "tuned-1-0.06"]
+    found = group_by_recipe(runs(tmp_path, *names, **{name: int(name[-1]) for name in names}))
+    assert [(one.label, len(one.runs)) for one in found] == [("tuned-0.03", 2), ("tuned-0.06", 2)]
 
 
 @pytest.mark.parametrize(
