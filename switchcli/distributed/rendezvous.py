@@ -17,7 +17,10 @@ WAITING_SECONDS = 3.0
 """How long a rank waits for the others before it says so."""
 DEFAULT_PORT = "29500"
 """The port where ranks meet if MASTER_PORT is not set."""
-UNSET = "start the ranks with --processes or torchrun, or unset RANK and WORLD_SIZE to run one process"
+UNSET = (
+    "start the ranks with --processes or torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to run "
+    "one process"
+)
 
 
 def is_rank() -> bool:
@@ -75,8 +78,10 @@ def join_srun(environment: MutableMapping[str, str]) -> None:
 def check_environment(environment: Mapping[str, str]) -> None:
     """Raise a RecipeError for variables with which ranks cannot meet. torch itself reports an unknown address."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        if name in environment and not _is_number(environment[name]):
-            raise RecipeError(f"{name} is {environment[name]!r} and must be a number without leading zeros: {UNSET}")
+        if name in environment:
+            _check_number(name, environment[name])
+    if environment.get("LOCAL_WORLD_SIZE") == "0":
+        raise RecipeError(f"LOCAL_WORLD_SIZE is 0 and must be at least 1: {UNSET}")
     rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if "RANK" in environment and "WORLD_SIZE" not in environment:
         raise RecipeError(f"RANK is {rank} and WORLD_SIZE is not set: {UNSET}")
@@ -90,6 +95,23 @@ def check_environment(environment: Mapping[str, str]) -> None:
     port = environment.get("MASTER_PORT", DEFAULT_PORT)
     if not _is_number(port) or not 0 < int(port) < 2**16:
         raise RecipeError(f"MASTER_PORT is {port!r} and must be a number from 1 to 65535: give a port that is free")
+
+
+def local_rank() -> int:
+    """Return the number of this rank on its machine; 0 if no launcher gave one.
+
+    Raises:
+        RecipeError: LOCAL_RANK is no number.
+    """
+    text = os.environ.get("LOCAL_RANK", "0")
+    _check_number("LOCAL_RANK", text)
+    return int(text)
+
+
+def _check_number(name: str, text: str) -> None:
+    """Raise RecipeError unless `text`, the value of the variable `name`, is a number."""
+    if not _is_number(text):
+        raise RecipeError(f"{name} is {text!r} and must be a number without leading zeros: {UNSET}")
 
 
 def _is_number(text: str) -> bool:

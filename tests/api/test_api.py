@@ -462,6 +462,9 @@ def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatc
     for local_rank, number in (("1", 1), ("2", 0)):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert choose_device("cuda") == torch.device("cuda", number)
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    with pytest.raises(errors.RecipeError, match="LOCAL_RANK is 'x'"):
+        choose_device("cuda")
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(errors.RecipeError, match=r"device \(cuda:1\)"):
         choose_device("cuda:1")

@@ -23,6 +23,7 @@ REJECTED = {
     "a rank with a leading zero": ({**TWO, "RANK": "00"}, "RANK '00'"),
     "an empty world": ({**TWO, "WORLD_SIZE": "0"}, "RANK 0 WORLD_SIZE"),
     "a local rank that is text": ({**TWO, "LOCAL_RANK": ""}, "LOCAL_RANK ''"),
+    "a machine without ranks": ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE 0 1"),
     "a port that is text": ({**TWO, "MASTER_PORT": "abc"}, "MASTER_PORT 'abc'"),
     "a port out of range": ({**TWO, "MASTER_PORT": "65536"}, "MASTER_PORT '65536'"),
     "a task of srun with a strange rank": (

@@ -5,7 +5,6 @@ Face layout.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +17,7 @@ from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.cpu_settings import limit_threads
 from switchcli.distributed.layout import unsharded_weights
+from switchcli.distributed.rendezvous import local_rank
 from switchcli.errors import CheckpointError, RecipeError, SwitchError
 from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
@@ -110,7 +110,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     Each rank of a machine takes a CUDA device of its own, the one on which it would train.
 
     Raises:
-        RecipeError: `name` is another one, or it is cuda and there is no CUDA device.
+        RecipeError: `name` is another one, or it is cuda and there is no CUDA device, or LOCAL_RANK is no number.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"device ({name}) must be auto, cpu or cuda")
@@ -118,7 +118,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise RecipeError("device (--device) is cuda and this machine shows no CUDA device: leave it out, or say cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def load_model(
