@@ -13,6 +13,7 @@ from typing import Final
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.yaml_nodes import Node, display_key, display_path, read_file
 from switchcli.system import publish
+from switchcli.system.user_files import expanded
 
 SUFFIXES = (".yaml", ".yml")
 KEY_VALUE: Final = re.compile(r"[A-Za-z_][\w.\[\]-]*=", re.ASCII)
@@ -123,16 +124,17 @@ def is_override(argument: str) -> bool:
 def locate(name_or_path: str, beside: Path | None = None) -> Path:
     """Return the file of a recipe, given as a path relative to `beside` or as the name of a recipe that ships.
 
-    `beside` defaults to the current folder. If the file exists, the argument is its path. Otherwise it is a path if it
-    ends in .yaml or .yml, and a name if not.
+    `beside` defaults to the current folder, and `~` is the home folder. If the file exists, the argument is its path.
+    Otherwise it is a path if it ends in .yaml or .yml, and a name if not.
 
     Raises:
         RecipeError: no such file, or no such shipped recipe; the message has the nearest name.
     """
-    path = (beside or Path()) / name_or_path
     if beside is None and is_override(name_or_path):
         raise RecipeError(f"{name_or_path.partition('=')[0]}=...: is no recipe: the recipe comes first, then KEY=VALUE")
+    path = Path(name_or_path)
     try:
+        path = (beside or Path()) / expanded(path)
         exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:  # a name too long, a folder that may not be entered
         raise RecipeError(f"{display_key(str(path))}: cannot be read: {error.strerror}") from error

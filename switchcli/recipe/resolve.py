@@ -31,6 +31,7 @@ from switchcli.recipe import key_index, library, messages, sizes, yaml_nodes
 from switchcli.recipe.key_index import VERBS
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import AUTO, MAX_SIZE, VOCAB_SIZE, Spec, check_path_or_url
+from switchcli.system.user_files import expanded
 
 S = TypeVar("S", bound=Spec)
 
@@ -158,17 +159,21 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
 
 
 def stated_path(tree: Node, dotted: str) -> Any:
-    """Return the path that `tree` states for a key, or None. For keys that are read before `validate`.
+    """Return the path that `tree` states for a key, with `~` expanded, or None. For keys read before `validate`.
 
     Raises:
-        RecipeError: the path breaks a rule of `switchcli.spec.PathOrUrl`.
+        RecipeError: the path breaks a rule of `switchcli.spec.PathOrUrl`, or its home folder is not known.
     """
     path = tree.stated(dotted)
     if isinstance(path, str):
         try:
             check_path_or_url(path)
+            if path.startswith("~"):  # as a Path, a URL would lose a slash
+                path = str(expanded(Path(path)))
         except ValueError as error:
             raise RecipeError(f"{dotted}: {error}") from error
+        except OSError as error:
+            raise RecipeError(f"{dotted}: {error.strerror}: give another path") from error
     return path
 
 

@@ -1,5 +1,6 @@
 """Where a run begins anew or goes on, what is not its own stays."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -63,3 +64,23 @@ def test_the_home_folder_in_an_option(
     assert not Path("~").exists()
     done = switchcli("eval", trained, "--out=~nosuchuser/a")
     assert (done.code, lacking(done.err, "--out ~nosuchuser home")) == (2, [])
+
+
+def test_the_home_folder_in_a_recipe_and_its_name(
+    trained: Path, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copytree(trained, home / "trained")
+    shutil.copy(trained / "recipe.yaml", home / "below.yaml")
+    (home / "mine.yaml").write_text("extends: ~/below.yaml\n")
+    done = switchcli("pretrain", "~/mine.yaml", "--model=~/trained", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    start = Path(json.loads(done.out)["recipe"]["start"]["checkpoint"])
+    assert start.is_relative_to(home / "trained")
+    for words, named in (
+        (("~nosuchuser/mine.yaml",), "~nosuchuser home"),
+        (("~/mine.yaml", "--model=~nosuchuser/a"), "start.checkpoint ~nosuchuser home"),
+    ):
+        done = switchcli("pretrain", *words, "--dry-run")
+        assert (done.code, lacking(done.err, named)) == (2, [])
