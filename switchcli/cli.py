@@ -125,12 +125,18 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # as typer ends a command whose output nobody reads
+            _exit.exit_with(_exit.CLOSED_PIPE)
         if isinstance(ended.__context__, USAGE_ERROR):  # which typer has just printed
             _exit.print_json_error(ended.__context__.format_message(), RecipeError.exit_code)
         _exit.exit_rank(ended.code)
         raise
     except SwitchError as error:
         _exit.exit_with_error(error)
+    except BrokenPipeError as error:  # at the last flush
+        if isinstance(error.__context__, SwitchError):
+            _exit.exit_with_error(error.__context__)
+        _exit.exit_with(_exit.CLOSED_PIPE)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
             where = error.filename or "standard output"

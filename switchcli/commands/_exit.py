@@ -31,6 +31,9 @@ from switchcli.system.startup import is_main_rank
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
 
+CLOSED_PIPE = 128 + signal.SIGPIPE
+"""The exit code where the reader of a pipe has closed it, such as `head`: that of a process which the signal ends."""
+
 
 @contextmanager
 def interruptible(saves_nothing: bool = False) -> Iterator[None]:

@@ -1,6 +1,9 @@
 """`switchcli recipes`: what goes to stdout, what is raised."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,16 @@ def test_list_has_a_description_of_every_recipe():
     rows = json.loads(run("list", "--json"))["recipes"]
     assert [row["name"] for row in rows] == library.recipe_names()
     assert all(row["description"] for row in rows)
+
+
+@pytest.mark.parametrize("words", ["recipes list", "recipes list --json", "--version"])
+def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(words):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "switchcli", *words.split()]
+    done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_show_prints_the_file():
