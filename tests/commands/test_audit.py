@@ -269,6 +269,12 @@ def test_a_branch_is_repeated_from_where_it_began(here: Path, switchcli: SwitchC
     assert (found["not_checked"], found["sound"]) == ([[7, 9]], True)
     refused = switchcli("audit", "branch", "--steps", "0:7")
     assert (refused.code, lacking(refused.err, "--steps 0 6 8")) == (2, [])
+    first, *_ = Path("branch/metrics.jsonl").read_text().splitlines(keepends=True)
+    Path("branch/metrics.jsonl").write_text(first)
+    for folder in Path("branch/checkpoints").glob("step-*[!6]"):
+        shutil.rmtree(folder)
+    begun = switchcli("audit", "branch")
+    assert (begun.code, lacking(begun.err, "branch step 6 nothing")) == (4, [])
 
 
 @pytest.mark.integration
@@ -287,6 +293,15 @@ def test_without_checkpoints_and_a_result_the_machine_is_unknown(here: Path, swi
     shutil.rmtree("run/checkpoints")
     found = audited(switchcli)
     assert (found["segments"][0]["verdict"], found["segments"][0]["same_machine"]) == ("equal", None)
+
+
+def test_a_run_that_has_taken_no_step_is_not_called_equal(here: Path, switchcli: SwitchCLI) -> None:
+    shutil.rmtree("run/checkpoints")
+    first, *_ = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
+    Path("run/metrics.jsonl").write_text(first)
+    for words in ((), ("--steps", "0:1")):
+        done = switchcli("audit", "run", "--json", *words)
+        assert (done.code, lacking(done.err, "run step 0 nothing")) == (4, [])
 
 
 def test_a_signal_ends_an_audit_that_has_no_part_to_keep(

@@ -106,7 +106,7 @@ def audit(run: Path, console: Console, *, segments: int, steps: Segment | None, 
         seed: the seed of the choice. By default nobody can foresee it.
 
     Raises:
-        CheckpointError: there is no run, or a checkpoint to start from is damaged.
+        CheckpointError: there is no run, it has taken no step, or a checkpoint to start from is damaged.
         RecipeError: the segment does not begin at a kept checkpoint, or the run has not taken its steps.
     """
     folder = RunFolder(run)
@@ -116,6 +116,9 @@ def audit(run: Path, console: Console, *, segments: int, steps: Segment | None, 
     done = max(record["step"] for record in records)
     kept = sorted(checkpoint.saved_steps(folder.checkpoints))
     began = SavedState.read(_open(folder, kept[-1]).document("state.json")).branch.step if kept else 0
+    last = max([done, *kept])
+    if last == (began if kept else records[0]["step"]):  # the first record is of the evaluation before the first step
+        raise CheckpointError(f"{run}: neither its log nor a checkpoint is of a step after {last}: nothing to repeat")
     if steps:
         seed, chosen = None, [_checked(steps, (began, *kept), done, run)]
         if reason := _obstacle(folder, steps, kept):
