@@ -107,26 +107,29 @@ class Comparison:
         return QualityMetric(HELD_OUT_LOSS, "held-out loss", self.evaluations)
 
     @cached_property
-    def _windows(self) -> list[list[Window]]:
-        """The windows of each run that was evaluated, in order."""
+    def _windows(self) -> list[tuple[float, list[Window]]]:
+        """The step at which each run that was evaluated began, and its windows in order."""
         return [
-            [*values] for one in self._compared.values() for run in one.runs if (values := self.metric.measured(run))
+            (run.began, [*values])
+            for one in self._compared.values()
+            for run in one.runs
+            if (values := self.metric.measured(run))
         ]
 
     @cached_property
     def window(self) -> Window | None:
-        """The last evaluations after step 0 that all runs have: series are compared by these alone.
+        """The last evaluations after the start of each run that all runs have: series are compared by these alone.
 
-        None where there are none. A run that was evaluated only at step 0 takes no part.
+        None where there are none. A run that was evaluated only at its start takes no part.
         """
-        in_training = [{window for window in windows if window[-1] > 0} for windows in self._windows]
+        in_training = [{window for window in windows if window[-1] > began} for began, windows in self._windows]
         in_training = [windows for windows in in_training if windows]
         return max(set.intersection(*in_training), default=None) if in_training else None
 
     @property
     def common_step(self) -> float | None:
         """The step of the window; None where there is none, or where all evaluated runs end there."""
-        if self.window is None or all(windows[-1] == self.window for windows in self._windows):
+        if self.window is None or all(windows[-1] == self.window for _, windows in self._windows):
             return None
         step = float(np.mean(self.window))
         return int(step) if step.is_integer() else step
@@ -210,15 +213,15 @@ class Comparison:
         if unevaluated:
             yield f"No {self.metric.title} was logged by {', '.join(unevaluated)}: left out of the comparison."
         if self.window is None and len(self._windows) > 1:
-            if all(windows[-1][-1] == 0 for windows in self._windows):
-                yield "No run was evaluated after step 0 yet: nothing is compared."
+            if all(windows[-1][-1] == began for began, windows in self._windows):
+                yield "No run was evaluated after its start yet: nothing is compared."
             else:
                 smoothed, fix = "", ""
                 if self.evaluations > 1:
                     smoothed, fix = f", {self.evaluations} times in a row", "take a smaller --smooth, or "
                 yield (
-                    f"There is no step after 0 at which all runs were evaluated{smoothed}, so that nothing is "
-                    f"compared: {fix}give them equal eval.every_steps."
+                    f"There is no step after the start of all runs at which all were evaluated{smoothed}, so that "
+                    f"nothing is compared: {fix}give them equal eval.every_steps. A branch starts where its parent was."
                 )
 
 

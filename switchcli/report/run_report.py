@@ -33,7 +33,7 @@ _VERDICT_CAPTIONS: Mapping[str | None, str] = {
     Verdict.NO_DIFFERENCE: "No difference seen: the interval contains 0.",
     Verdict.ONE_SEED: "With one seed nothing tells a difference from chance: train each with train.seed=1 and 2 too.",
     Verdict.OTHER_TASKS: "Other tasks: its loss is of other targets than the baseline's.",
-    Verdict.NO_COMMON_STEP: "No step in common: there is no step after 0 at which all runs were evaluated.",
+    Verdict.NO_COMMON_STEP: "No step in common: at no step after their starts were all runs evaluated.",
 }
 
 

@@ -97,6 +97,12 @@ class Run(NamedTuple):
         return number(self.result.get(name))
 
     @property
+    def began(self) -> int:
+        """The step at which it began: that of the first evaluation of a branch, else 0."""
+        is_branch = as_mapping(self.recipe.get("start")).get("keep") == "run"
+        return int(self.curves[HELD_OUT_LOSS].steps[0]) if is_branch and HELD_OUT_LOSS in self.curves else 0
+
+    @property
     def step(self) -> int:
         """The last logged step."""
         return max((int(curve.steps[-1]) for curve in self.curves.values()), default=0)

@@ -321,7 +321,7 @@ def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
         Path(name, "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in kept))
     done = switchcli("report", "mine", "cc", "--html", "page.html")
     assert done.code == 0
-    assert not lacking(done.err, "warning: step 0 evaluated eval.every_steps")
+    assert not lacking(done.err, "warning: step start evaluated eval.every_steps")
     assert "no step in common" in done.out
     assert "no step in common: cannot tell" in Path("page.html").read_text(encoding="utf-8")
 

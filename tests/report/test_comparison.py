@@ -340,6 +340,18 @@ def test_runs_without_an_evaluation_in_common_are_not_compared() -> None:
     assert begun.rows[1].over is None, "an evaluation at step 0 says nothing of training"
 
 
+def test_a_branch_is_not_compared_with_its_parent_where_it_began() -> None:
+    parent = a_made_run("a-0", 0, {0: -5, 50: -4, 100: -3})
+    branch = a_made_run("b-0", 0, {100: -3, 150: -2})
+    branch = branch._replace(recipe={**branch.recipe, "start": {"checkpoint": "a/step-00000100", "keep": "run"}})
+    found = compare(group_by_recipe([parent, branch]), None, None, 1)
+    assert (found.window, found.rows[1].over, found.rows[1].verdict) == (None, None, Verdict.NO_COMMON_STEP)
+    assert any(not lacking(note, "branch parent") for note in found.notes)
+    longer = a_made_run("a-0", 0, {0: -5, 50: -4, 100: -3, 150: -2.5})
+    found = compare(group_by_recipe([longer, branch]), None, None, 1)
+    assert (found.window, found.rows[1].over.spread.mean) == ((150,), 0.5)
+
+
 def test_smoothed_values_are_of_the_same_evaluations() -> None:
     even = a_made_run("a-0", 0, {0: -9, 40: -5, 60: -4, 80: -3, 100: -2})
     uneven = a_made_run("b-0", 0, {0: -9, 40: -5, 60: -4, 70: -3, 90: -2})
