@@ -47,7 +47,7 @@ def report(
         typer.Option(metavar="PATH", help="Write the charts as SVG, PNG and CSV files to this folder."),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="The run to compare with. Default: the first.")
+        Path | None, typer.Option(metavar="RUN", help="The run to compare with. Default: the first complete one.")
     ] = None,
     quality: Annotated[
         float | None,

@@ -226,8 +226,12 @@ class Comparison:
 
 
 def compare(series: Sequence[Series], baseline: str | None, quality: float | None, evaluations: int) -> Comparison:
-    """Compare series of runs that trained, at least one, with the series of the run `baseline`; None: the first."""
-    reference = next((one for one in series if baseline in {run.name for run in one.runs}), series[0])
+    """Compare series of runs that trained, at least one, with the series of the run `baseline`.
+
+    None is the first series with a run that is complete, or the first of all.
+    """
+    complete = next((one for one in series if any(run.result for run in one.runs)), series[0])
+    reference = next((one for one in series if baseline in {run.name for run in one.runs}), complete)
     return Comparison(tuple(series), reference, quality, evaluations)
 
 

@@ -310,6 +310,13 @@ def test_it_refuses(arguments: tuple[str, ...], code: int, words: str, switchcli
         assert not Path("page.html").exists()
 
 
+def test_a_run_that_failed_is_no_baseline_unless_it_is_named(runs: list[str], switchcli: SwitchCLI) -> None:
+    a_run(Path("a-failed"), steps=50, of=100, model={"size": "failed"})
+    for words, baseline in (((), "dense"), (("--baseline", "a-failed"), "a-failed")):
+        done = switchcli("report", "a-failed", *runs, *words, "--json")
+        assert (done.code, json.loads(done.out)["baseline"]) == (0, baseline)
+
+
 def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
 ) -> None:

@@ -43,7 +43,7 @@ def test_a_branch_with_another_batch_has_the_tokens_of_the_run_before_it(is_comp
         branch = branch._replace(recipe=recipe, result={"step": 200, "input_tokens": 150 * TOKENS})
     else:
         branch = branch._replace(recipe=recipe, curves={**branch.curves, "input_tokens": tokens})
-    found = compare(group_by_recipe([whole, branch]), None, None, 1)
+    found = compare(group_by_recipe([whole, branch]), "a-0", None, 1)
     drawn = {figure.name: figure for figure in figures.quality(found)}
     assert {"held_out_tokens", "held_out_flops"} <= drawn.keys(), "steps do not have the same tokens"
     columns = map(drawn["held_out_tokens"].table.column, ("series", "step", "tokens", "flops"))

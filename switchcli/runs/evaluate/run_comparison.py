@@ -25,7 +25,7 @@ def compare_runs(
 ) -> Report:
     """Compare the runs in the folders. A folder or file that cannot be read is skipped with a warning, which is a note.
 
-    `baseline` is the run to compare with, the first if None. Each run is timed to reach `quality`, the last value of
+    `baseline` is the run to compare with, the first complete one if None. Each run is timed to reach `quality`, the last value of
     the baseline if None, in a running mean over `smooth` evaluations.
 
     Raises:
