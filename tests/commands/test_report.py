@@ -317,6 +317,22 @@ def test_a_run_that_failed_is_no_baseline_unless_it_is_named(runs: list[str], sw
         assert (done.code, json.loads(done.out)["baseline"]) == (0, baseline)
 
 
+def test_an_archived_run_is_left_out_beside_the_run_that_replaced_it(runs: list[str], switchcli: SwitchCLI) -> None:
+    archived = str(a_run(Path("dense-0.before-1"), steps=50, model={"size": "old"}))
+
+    def labels(*words: str) -> set[str]:
+        done = switchcli("report", *words, "--json")
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        is_told = any(not lacking(note, f"{archived} dense-0 --baseline") for note in found["notes"])
+        assert is_told == (archived not in {row["series"] for row in found["series"]})
+        return {row["series"] for row in found["series"]}
+
+    assert labels(*runs, archived) == {"dense", "switch"}
+    assert labels(*runs, archived, "--baseline", archived) == {"dense", "switch", archived}
+    assert labels("switch-0", archived) == {"switch-0", archived}
+
+
 def test_runs_evaluated_at_different_steps_are_compared_only_where_all_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
 ) -> None:

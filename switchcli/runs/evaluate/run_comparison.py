@@ -1,7 +1,8 @@
 """Read runs with their recipes, and compare them. Imports no torch."""
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from switchcli.report.run_report import Report
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, group_by_recipe
 
+_ARCHIVED = re.compile(r"\.before-\d+\Z")
+"""The end of the name of a folder that a new run or evaluation replaced."""
+
 
 def compare_runs(
     folders: Sequence[Path],
@@ -25,8 +29,11 @@ def compare_runs(
 ) -> Report:
     """Compare the runs in the folders. A folder or file that cannot be read is skipped with a warning, which is a note.
 
-    `baseline` is the run to compare with, the first complete one if None. Each run is timed to reach `quality`, the last value of
-    the baseline if None, in a running mean over `smooth` evaluations.
+    So is a run that another one of them replaced (`a.before-1` beside `a`, as `runs/*` names them) and that is not the
+    baseline.
+
+    `baseline` is the run to compare with, the first complete one if None. Each run is timed to reach `quality`, the
+    last value of the baseline if None, in a running mean over `smooth` evaluations.
 
     Raises:
         CheckpointError: none of the folders is a run.
@@ -38,8 +45,9 @@ def compare_runs(
     by_real_path: dict[str, Path] = {}  # a folder that is named twice is one run
     for folder in folders:
         by_real_path.setdefault(os.path.realpath(folder), folder)
+    skipped = [*_leave_out_archived(by_real_path, baseline)]
     files = [path for path in by_real_path.values() if path.is_file()]
-    runs, skipped = [], list[str]()
+    runs = []
     for path in by_real_path.values():
         run = None if path in files else _read(path, skipped)
         if run is not None:
@@ -69,6 +77,18 @@ def compare_runs(
     for note in notes:
         console.warning(note)
     return report._replace(notes=[*notes, *skipped])
+
+
+def _leave_out_archived(by_real_path: dict[str, Path], baseline: Path | None) -> Iterator[str]:
+    """Remove archived runs whose successor is there too, and yield a note on each."""
+    for path, folder in [*by_real_path.items()]:
+        successor = by_real_path.get(_ARCHIVED.sub("", path), folder)
+        if successor != folder and (baseline is None or path != os.path.realpath(baseline)):
+            del by_real_path[path]
+            yield (
+                f"{folder}: was replaced by {successor}: left out; name it by --baseline to compare the two, or leave "
+                f"{successor} out"
+            )
 
 
 def _baseline_name(baseline: Path, by_real_path: Mapping[str, Path], trained: Sequence[Series]) -> str:
