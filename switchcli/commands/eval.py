@@ -66,7 +66,19 @@ def evaluate(
     out = out or eval_job.default_out(checkpoint)
     evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))
-    finish(evaluation.result, as_json, shown)
+    finish(evaluation.result, as_json, (*_text_settings(evaluation.result["recipe"]), *shown))
+
+
+def _text_settings(recipe: Mapping[str, Any]) -> Iterator[Line]:
+    """Yield which text was measured, the part of it that is held out, and the length of the inputs."""
+    if (text := recipe["text"]) is None:
+        return
+    places = [place for one in text["corpora"] for place in one.get("paths") or [one.get("path", one["kind"])]]
+    yield Line("")
+    yield Line(
+        f"text: {', '.join(places)}; {percent(text['held_out_fraction'])} held out; inputs of "
+        f"{number(recipe['data']['inputs_length'])} tokens"
+    )
 
 
 def _shown(eval_pass: "Measurement") -> Iterator[Table | Line]:

@@ -206,8 +206,8 @@ class Comparison:
         keys.sort(key=lambda key: key.rpartition(".")[2] not in ("kind", "path", "paths", "name", "tasks"))
         if keys:
             yield (
-                f"The held-out text is not the same in all series, by {', '.join(keys[:MAX_KEYS])}"
-                f"{', ...' if len(keys) > MAX_KEYS else ''}: metrics of different texts can hardly be compared."
+                f"The held-out text is not the same in all series, by {named_keys(keys)}: metrics of different texts "
+                "can hardly be compared."
             )
         unevaluated = [run.name for one in self.series for run in one.runs if self.metric.name not in run.curves]
         if unevaluated:
@@ -233,6 +233,11 @@ def compare(series: Sequence[Series], baseline: str | None, quality: float | Non
     complete = next((one for one in series if any(run.result for run in one.runs)), series[0])
     reference = next((one for one in series if baseline in {run.name for run in one.runs}), complete)
     return Comparison(tuple(series), reference, quality, evaluations)
+
+
+def named_keys(keys: Sequence[str]) -> str:
+    """Return the first keys of recipes for a note."""
+    return ", ".join([*keys[:MAX_KEYS], *(["..."] if len(keys) > MAX_KEYS else [])])
 
 
 def _of_task(scores: Mapping[int | None, Mapping[str, Any]], name: str) -> dict[int | None, float]:

@@ -151,7 +151,11 @@ def flatten(tree: Mapping[Any, Any], ignored: Sequence[str] = (), prefix: str = 
 
 def differences(series: Sequence[Series]) -> dict[str, list[Any]]:
     """Return the keys in which the series differ, with the value of each; None where a series has no such key."""
-    recipes = [settings(one.runs[0]) for one in series]
+    return differing([settings(one.runs[0]) for one in series])
+
+
+def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the keys in which flat recipes differ, with the value of each; None where a recipe has no such key."""
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each)}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from switchcli.metric_names import LOSS, NEG_LOG_PERPLEXITY
 from switchcli.report.runs import Run, as_mapping, number
-from switchcli.report.series import SeedSpread, seed_spread
+from switchcli.report.series import SeedSpread, differing, flatten, seed_spread
 
 RunsByLabel = Mapping[str, Sequence[Run]]
 """Runs by the column that shows them: those of a series, or one evaluation."""
@@ -27,6 +27,27 @@ def by_tokens(runs: RunsByLabel) -> bool:
     columns = texts(runs, LOSS)
     tokenizers = {run.tokenizer for label in columns for run in runs[label] if _text_metrics(run, LOSS)}
     return len(columns) < 2 or (len(tokenizers) == 1 and None not in tokenizers)
+
+
+def differing_settings(evaluations: Sequence[Run]) -> list[str]:
+    """Return the keys of evaluations that decide losses or scores, and in which those that have these differ."""
+    keys: dict[str, None] = {}
+    for metrics_of, capacity, decisive in (
+        (lambda run: _text_metrics(run, LOSS), "text", ("text", "data.inputs_length")),
+        (task_scores, "tasks", ("scoring", "data.inputs_length", "data.targets_length")),
+    ):
+        settings = []
+        for run in evaluations:
+            if metrics_of(run) and (recipe := as_mapping(run.result.get("recipe"))):
+                capacities = [as_mapping(one.get("capacity")).get(capacity) for one in _passes(run)]
+                chosen = {key: value for key, value in flatten(recipe).items() if _is_within(key, decisive)}
+                settings.append({**chosen, "capacities": capacities})
+        keys |= dict.fromkeys(differing(settings))
+    return [*keys]
+
+
+def _is_within(key: str, sections: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _over_runs(runs_by_label: RunsByLabel, metrics_of: Callable[[Run], Mapping[str, object]]) -> Scores:

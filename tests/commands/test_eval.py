@@ -98,6 +98,8 @@ def test_other_text_than_the_checkpoint_saw_is_told(
     def told(*arguments: str) -> bool:
         done = switchcli("eval", "run", *arguments, "--out", "measured")
         assert done.code == 0, done.err
+        name = "other.txt" if arguments else "own.txt"
+        assert f"text: {name}; 10.0% held out; inputs of 32 tokens\n" in done.out
         return "the text is not the one" in done.err
 
     def out_of_reach(corpora: object) -> None:

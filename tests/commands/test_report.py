@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from messages import lacking
@@ -243,6 +244,35 @@ def test_texts_are_compared_by_tokens_where_the_tokens_are_the_same(
     assert "1.2500" in done.out
     assert (not lacking(" ".join(done.err.split()), "tokenizers bits byte")) != alike
     assert "2 evaluations</h1>" in Path("page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({}, None),
+        ({"data": {"inputs_length": 512, "folder": "here"}}, "data.inputs_length"),
+        ({"text": {"held_out_fraction": 0.1}}, "text.held_out_fraction"),
+        ({"scoring": {"examples": 9}}, "scoring.examples"),
+        ({"capacities": [0.5]}, "capacities"),
+        ({"data": {"inputs_length": 64, "folder": "there"}, "device": "cuda"}, None),
+    ],
+)
+def test_evaluations_with_other_settings_are_not_side_by_side_without_a_word(
+    changed: dict[str, Any], key: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchcli: SwitchCLI
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe: dict[str, Any] = {"data": {"inputs_length": 64}, "text": {"held_out_fraction": 0.02}}
+    for folder, changes in (("a", {}), ("b", changed)):
+        file = Path(an_evaluation(folder, "one"), "result.json")
+        result = json.loads(file.read_text())
+        result["recipe"] = {**recipe, "scoring": {"examples": 8}, **changes}
+        capacity = changes.get("capacities", ["paper"])[0]
+        result["passes"][0]["capacity"] = {"text": capacity, "tasks": capacity}
+        file.write_text(json.dumps(result))
+    done = switchcli("report", "a", "b", "--json")
+    assert done.code == 0, done.err
+    notes = json.loads(done.out)["notes"]
+    assert notes == [f"The evaluations differ in {key}: their metrics can hardly be compared."] if key else not notes
 
 
 @pytest.mark.integration

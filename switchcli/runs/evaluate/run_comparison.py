@@ -9,7 +9,7 @@ from typing import Any
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe import yaml_nodes
 from switchcli.report import task_results
-from switchcli.report.comparison import compare
+from switchcli.report.comparison import compare, named_keys
 from switchcli.report.console import Console
 from switchcli.report.run_report import Report
 from switchcli.report.runs import Run, read
@@ -72,6 +72,8 @@ def compare_runs(
             "Held-out texts of runs or evaluations whose tokenizers differ, or are not known, are compared only by "
             "bits per byte."
         )
+    if keys := task_results.differing_settings([series.runs[0] for series in evaluations]):
+        notes.append(f"The evaluations differ in {named_keys(keys)}: their metrics can hardly be compared.")
     if comparison is not None:
         notes = [*comparison.notes, *notes]
     for note in notes:
