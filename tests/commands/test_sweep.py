@@ -451,6 +451,18 @@ def test_a_run_whose_recipe_was_written_since_is_left_to_its_verb(newer: str) ->
     assert sweep.outcomes["a"].status == ("skipped" if newer == "result.json" else "failed")
 
 
+@pytest.mark.usefixtures("stub")
+def test_a_complete_run_whose_teacher_was_trained_since_has_a_warning(switchcli: SwitchCLI) -> None:
+    lines = "teacher pretrain quickstart/switch\n---\nstudent distill --teacher {out}/teacher\n"
+    assert swept(switchcli, lines).code == 0
+    done = swept(switchcli, lines)
+    assert (done.code, "warning" in done.err) == (0, False), done.err
+    later = time.time() + 60
+    os.utime("out/teacher/result.json", (later, later))
+    done = swept(switchcli, lines)
+    assert (done.code, lacking(done.err, "warning: student teacher --no-resume")) == (0, []), done.err
+
+
 def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "mine.runs").write_text("a pretrain quickstart/dense\n", encoding="utf-8-sig")
     assert [run.name for run in sweep_list.parse_sweep([str(tmp_path / "mine.runs")], tmp_path)] == ["a"]

@@ -147,7 +147,10 @@ class PinFinder:
                 sha256 = record.tree.stated("start.sha256") if key == START else None
                 return Pin(path, record.recipe.model, None, sha256)
             if Path(path).exists():
-                return _pin(self.open(key, path))
+                handle = self.open(key, path)
+                if step is None:
+                    self._warn_of_newer(key, named, handle)
+                return _pin(handle)
             if record.recipe is not None:
                 raise CheckpointError(
                     f"{record.where}: this run began with {key} {path}, which is gone (a run keeps its last "
@@ -157,6 +160,16 @@ class PinFinder:
                 f"{record.where}: its {key}, {path}, is gone: the run starts from what {named} has now"
             )
         return None
+
+    def _warn_of_newer(self, key: str, named: str, kept: CheckpointHandle) -> None:
+        """Print a warning if the run that `named` means has gone on since this run began with the checkpoint `kept`."""
+        folder, is_checkpoint = locate(Path(named))
+        newest = kept.step if is_checkpoint else max(checkpoint.saved_steps(folder), default=0)
+        if newest > kept.step:
+            self._console.warning(
+                f"{key} ({OPTIONS[key]}) {named}: has step {newest:,} now, and this run keeps step {kept.step:,}, with "
+                "which it began: give another --out, or --no-resume, to take the newer one"
+            )
 
     def open(self, key: str, path: str) -> CheckpointHandle:
         """Open a checkpoint outside of the folder of the run. `key` names it in errors."""

@@ -109,6 +109,11 @@ class Sweep:
             failed = [name for name, outcome in self.outcomes.items() if outcome.status in ("failed", "not started")]
         if self._is_complete(run):
             self._console.message(f"{label}: complete already")
+            for name in self._trained_since(run):
+                self._console.warning(
+                    f"{run.name}: used {name}, which was trained again or longer since: run its command with "
+                    "--no-resume to use what is there now"
+                )
             return Outcome("skipped")
         if self.stopped:
             return Outcome("stopped")
@@ -169,6 +174,12 @@ class Sweep:
             recipe = library.read_files(library.locate(run.arguments[1]))
             return all(path.stat().st_mtime <= file.stat().st_mtime for path in recipe)
         return True  # the second argument is no recipe
+
+    def _trained_since(self, run: SweepRun) -> list[str]:
+        """Return the runs whose folders a complete run needed, and whose results are newer than its own."""
+        results = {name: self._out / name / "result.json" for name in (run.name, *needed_runs(run, self._out))}
+        times = {name: path.stat().st_mtime for name, path in results.items() if path.is_file()}
+        return [name for name, time in times.items() if time > times[run.name]]
 
     def _start(self, run: SweepRun, log: IO[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C then reaches the sweep alone, which forwards it. If the sweep is killed, its run
