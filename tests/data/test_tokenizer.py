@@ -192,7 +192,7 @@ def test_a_file_is_the_tokenizer_that_was_saved(tokenizer: Tokenizer, tmp_path: 
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())
     spec = TokenizerFile(path=str(path))
-    loaded = spec.load(dict)
+    loaded = spec.load()
     assert loaded.sha256 == tokenizer.sha256
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
 
@@ -263,13 +263,13 @@ def test_a_panic_of_the_library_is_told_and_nothing_else_is_caught(monkeypatch: 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=naming_words("data.tokenizer.path none.json No such file spiece.model")):
-        TokenizerFile(path=str(tmp_path / "none.json")).load(dict)
+        TokenizerFile(path=str(tmp_path / "none.json")).load()
     with pytest.raises(DataError, match=naming_words(f"data.tokenizer.path {tmp_path} folder spiece.model")):
-        TokenizerFile(path=str(tmp_path)).load(dict)
+        TokenizerFile(path=str(tmp_path)).load()
     for content, words in ((b'{"\xe9"}', "UTF-8"), (b"\xe9", "SentencePiece spiece.model kind: train")):
         (tmp_path / "latin.json").write_bytes(content)
         with pytest.raises(DataError, match=naming_words(f"latin.json tokenizer.json {words}")):
-            TokenizerFile(path=str(tmp_path / "latin.json")).load(dict)
+            TokenizerFile(path=str(tmp_path / "latin.json")).load()
 
 
 def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -287,11 +287,11 @@ def test_a_hub_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, tmp_p
 
     monkeypatch.setenv("HF_TOKEN", "secret-of-the-user")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert HubTokenizer(path="google-t5/t5-base").load(dict).sha256 == tokenizer.sha256
+    assert HubTokenizer(path="google-t5/t5-base").load().sha256 == tokenizer.sha256
     assert asked == [("google-t5/t5-base", "tokenizer.json", "main")]
-    assert HubTokenizer(path="google/mt5", revision="v1").load(dict).sha256 == tokenizer.sha256
+    assert HubTokenizer(path="google/mt5", revision="v1").load().sha256 == tokenizer.sha256
     assert asked[1:] == [("google/mt5", "tokenizer.json", "v1"), ("google/mt5", "spiece.model", "v1")]
     with pytest.raises(
         DataError, match=naming_words("no/where tokenizer.json spiece.model [token] path revision kind: file")
     ):
-        HubTokenizer(path="no/where").load(dict)
+        HubTokenizer(path="no/where").load()

@@ -113,10 +113,10 @@ def prepare_share(
 
 def load_tokenizer(spec: DataSpec, context: PrepareContext) -> Tokenizer:
     """Return the tokenizer of `spec`. A trained one is in the cache if it was trained on the same text before."""
-    documents = partial(iter_documents, spec, context.track, held_out=False)
     trained = spec.tokenizer
     if trained.kind != "train":
-        return trained.load(documents)
+        return trained.load()
+    documents = partial(iter_documents, spec, context.track, held_out=False)
     lines = [trained.fingerprint(), *_text_fingerprints(spec, _all_corpora(spec), context)]
     folder = context.cache / "vocabularies" / digest_of_lines(lines)
     with get_or_build(folder, lambda built: _write_tokenizer(built, trained.load(documents, context.wait))):

@@ -38,8 +38,7 @@ _FIX: Final = "use one written by `tokenizers`"
 _ENCODING_FAILED: Final = "fails on this text"
 
 Documents = Callable[[], Mapping[str, Iterable[Document]]]
-"""Function that returns the training documents of each component, a corpus or a language. It is called only if a
-vocabulary is trained."""
+"""Function that returns the training documents of each component, a corpus or a language."""
 Wait = Callable[[str], AbstractContextManager[Any]]
 """Opens a display of work whose end is not known, by its description."""
 
@@ -231,8 +230,8 @@ class TokenizerFile(Spec):
     path: PathOrUrl
     """Path of the file."""
 
-    def load(self, documents: Documents) -> Tokenizer:
-        """Read the file. Raises DataError if it is missing or not such a tokenizer. `documents` is not called."""
+    def load(self) -> Tokenizer:
+        """Read the file. Raises DataError if it is missing or not such a tokenizer."""
         return Tokenizer.read(Path(self.path), "data.tokenizer.path")
 
 
@@ -246,8 +245,8 @@ class HubTokenizer(Spec):
     revision: str = "main"
     """Commit, tag or branch. The file of a branch stays in the cache as it was when it was first read."""
 
-    def load(self, documents: Documents) -> Tokenizer:
-        """Download the file. Raises DataError for no network or an unknown repository. `documents` is not called."""
+    def load(self) -> Tokenizer:
+        """Download the file. Raises DataError for no network or an unknown repository."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -257,7 +256,7 @@ class HubTokenizer(Spec):
                 file = hf_hub_download(self.path, "tokenizer.json", revision=self.revision)
             except EntryNotFoundError:
                 file = hf_hub_download(self.path, "spiece.model", revision=self.revision)
-        return TokenizerFile(path=file).load(documents)
+        return TokenizerFile(path=file).load()
 
 
 def cached_file(repository: str, name: str) -> Path | None:

@@ -27,7 +27,7 @@ class TextRunData(RunData):
     def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> None:
         named = recipe.data.tokenizer
         if tokenizer is None and named.kind != "train":
-            tokenizer = named.load(dict)
+            tokenizer = named.load()
         if tokenizer is not None:
             check_tokenizer_fits(recipe, tokenizer)
         for corpora in recipe.data.texts().values():

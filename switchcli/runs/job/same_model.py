@@ -61,7 +61,7 @@ def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
         DataError: the tokenizer that the recipe names cannot be read.
     """
     named = recipe.tokenizer
-    if named is not None and named.kind != "train" and named.load(dict).sha256 != tokenizer.sha256:
+    if named is not None and named.kind != "train" and named.load().sha256 != tokenizer.sha256:
         raise RecipeError(
             f"data.tokenizer: {named.path} is not the tokenizer that the weights were trained with: leave it out"
         )

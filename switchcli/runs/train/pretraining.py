@@ -28,13 +28,13 @@ class Pretraining(TrainingTask):
         """Return the number of the checkpoint, of the run that goes on, or of a tokenizer that is not to be trained."""
         if START in pins or not resolve.has_auto_vocab_size(tree):
             return super().vocab_size(tree, pins, finder)
-        begun, is_trained = finder.begun, tree.stated("data.tokenizer.kind") in (None, "train")
-        if begun is None and is_trained:
+        begun = finder.begun
+        if begun is None and tree.stated("data.tokenizer.kind") in (None, "train"):
             return None
         tokenizer = resolve.validate(tree, PretrainRecipe).data.tokenizer
         if begun is not None and begun.tokenizer == tokenizer:
             return begun.model.vocab_size
-        return None if is_trained else resolve.padded_vocab_size(tokenizer.load(dict).vocab_size)
+        return None if tokenizer.kind == "train" else resolve.padded_vocab_size(tokenizer.load().vocab_size)
 
     def init_weights(self, weights: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         if self.job.recipe.start is None:
