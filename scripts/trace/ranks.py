@@ -201,7 +201,7 @@ def trace_rank(mesh: Mesh, rank: int) -> dict[str, Any]:
 def _planned(plan: RecipePlan, best: Fit) -> dict[str, int]:
     """Return the plan's bytes of what a rank stores, of activations with the copies beside them, and of all."""
     mesh, own = best.mesh, plan.planner.weights_of_rank(best.mesh.model)
-    dense, _ = own.dense_shard(1 if mesh.shard == "none" else mesh.data)
+    dense, _ = own.dense_shard(mesh)
     stored = FLOAT * (dense + own.expert // mesh.expert // own.expert_shards(mesh))
     # At the end of the forward pass. The plan's copies also count a gradient that is about to be accumulated.
     copies = copy_bytes(plan.recipe.model, plan.planner.step, mesh, own, accumulates=False)

@@ -15,7 +15,7 @@ from switchcli.convert.config import Config, StackLengths, SwitchConfig, T5Confi
 from switchcli.convert.weight_names import EMBEDDINGS, transformers_names
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.moe.router import Mode, RouterSpec, SwitchRouter
+from switchcli.model.moe.router import Mode, SwitchRouter
 from switchcli.spec import PAD
 
 _MODES: tuple[Mode, Mode] = ("training", "paper")
@@ -46,14 +46,14 @@ def transformers_config(
         "tie_word_embeddings": spec.tie_embeddings,
         "decoder_start_token_id": PAD,
     }
-    sparse_stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
-    if not sparse_stacks:
+    if not spec.sparse_stacks:
         return T5Config(**common, feed_forward_proj="gated-gelu" if spec.activation == "geglu" else "relu"), []
     if router_dtype != torch.float32:
         raise CheckpointError(f"{path}: its routers are in bfloat16, where transformers' would select other experts")
-    if reason := _unsupported(spec, sparse_stacks):
+    if reason := _unsupported(spec):
         raise CheckpointError(f"{path}: {reason}: transformers has no such model; switchcli's own layout keeps it")
-    routers = {stack: _switch_router(spec.router_of(stack)) for stack in sparse_stacks}
+    # `_unsupported` has refused all other routers.
+    routers = {stack: cast("SwitchRouter", spec.router_of(stack)) for stack in spec.sparse_stacks}
     # transformers has one capacity for both stacks: the larger of their capacities in evaluation.
     capacity = max(
         max(router.capacity(getattr(lengths, stack), spec.num_experts, "paper"), router.min_capacity)
@@ -65,7 +65,7 @@ def transformers_config(
         assert num_sparse is not None
         sparse[f"num_sparse_{stack}_layers"] = num_sparse
         sparse[f"{stack}_sparse_step"] = sparse_step(spec.num_blocks(stack), num_sparse)
-    first = routers[sparse_stacks[0]]
+    first = routers[spec.sparse_stacks[0]]
     config = SwitchConfig(
         **common,
         **sparse,
@@ -98,15 +98,9 @@ def _num_sparse_layers(layers: tuple[int, ...], num_blocks: int) -> int | None:
     return next(matching, None)
 
 
-def _switch_router(router: RouterSpec) -> SwitchRouter:
-    """Return the router with the type that transformers has; `_unsupported` has refused all others."""
-    assert not router.key_unlike_transformers()
-    return cast("SwitchRouter", router)
-
-
-def _unsupported(spec: ModelSpec, sparse_stacks: list[Stack]) -> str | None:
+def _unsupported(spec: ModelSpec) -> str | None:
     """Return why transformers has no such sparse model, or None if it has."""
-    for stack in sparse_stacks:
+    for stack in spec.sparse_stacks:
         router = spec.router_of(stack)
         if key := router.key_unlike_transformers():
             return f"the {stack}'s router has {key}: {getattr(router, key)}, where transformers has only the paper's"

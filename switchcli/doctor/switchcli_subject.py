@@ -21,7 +21,7 @@ from switchcli.doctor.subject import (
     record_router_calls,
     training_mode,
 )
-from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import RouterWeights, evaluating
@@ -45,7 +45,7 @@ class SwitchcliSubject(Subject):
         self.vocab_size = spec.vocab_size
         self.batch_multiple = spec.group_sequences
         self.capacity = None
-        routers = [spec.router_of(stack) for stack in STACKS if spec.sparse_layers(stack)]
+        routers = [spec.router_of(stack) for stack in spec.sparse_stacks]
         self.experts_choose = any(router.experts_choose for router in routers)
         coefs = [router.balance_coef for router in routers if router.needs_balance_loss or router.balance_coef]
         self.balance_coef = min(coefs, default=None)

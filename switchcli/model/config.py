@@ -184,7 +184,7 @@ class ModelSpec(Spec):
 
     def uncommon_experts(self) -> str | None:
         """Return the keys by which experts are not feed-forwards of `d_ff` hidden units alone; None if they are."""
-        scales = {self.scale_of_experts(stack) for stack in STACKS if self.sparse_layers(stack)}
+        scales = {self.scale_of_experts(stack) for stack in self.sparse_stacks}
         uncommon = {
             "expert_d_ff": self.expert_width != self.d_ff,
             "shared_d_ff": self.shared_d_ff > 0,
@@ -218,7 +218,7 @@ class ModelSpec(Spec):
     @property
     def group_sequences(self) -> int:
         """The number of sequences of a batch must be a multiple of this, so that it has whole groups in all routers."""
-        return math.lcm(*(self.router_of(stack).group_sequences for stack in STACKS if self.sparse_layers(stack)))
+        return math.lcm(*(self.router_of(stack).group_sequences for stack in self.sparse_stacks))
 
     def num_blocks(self, stack: Stack) -> int:
         return self.num_layers if stack == "encoder" else self.decoder_layers
@@ -231,6 +231,11 @@ class ModelSpec(Spec):
         if layers is None:
             layers = tuple(range(self.sparse_every - 1, self.num_blocks(stack), self.sparse_every))
         return layers
+
+    @property
+    def sparse_stacks(self) -> tuple[Stack, ...]:
+        """The stacks that have experts."""
+        return tuple(stack for stack in STACKS if self.sparse_layers(stack))
 
     def is_sparse(self, stack: Stack, layer: int, sublayer: Literal["feed_forward", "attention"]) -> bool:
         """Return whether that sublayer of block `layer` has experts."""

@@ -62,7 +62,7 @@ def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, 
 
     `weights` are `rank_weights` for the model axis of `mesh`.
     """
-    num_microbatches = step.sequences // mesh.data // microbatch
+    num_microbatches = step.num_microbatches(mesh, microbatch)
     accumulates = num_microbatches > 1
     dense = _dense_bytes(mesh, weights, accumulates)
     experts = _expert_bytes(mesh, weights, accumulates)
@@ -92,11 +92,10 @@ def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, 
 
 def _dense_bytes(mesh: Mesh, weights: RankWeights, accumulates: bool) -> _TrainedBytes:
     """Return the bytes of weights, gradients and optimizer state outside the experts."""
-    num_shards = 1 if mesh.shard == "none" else mesh.data
     outside_blocks, *blocks = weights.units
     # zero3 gathers the weights outside the blocks for a whole pass, one block, and the next block ahead.
     gathered = FLOAT * (outside_blocks + 2 * max(blocks))
-    parameters, state = weights.dense_shard(num_shards)
+    parameters, state = weights.dense_shard(mesh)
     return _sharded_bytes(
         mesh, FLOAT * weights.dense, FLOAT * parameters, state, gathered, FLOAT * max(weights.units), accumulates
     )
@@ -154,8 +153,7 @@ def copy_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, ac
     is_rounded = step.product_bytes < FLOAT
     num_layers = max(1, len(spec.sparse_layer_names()))
     experts_of_layer = weights.expert // mesh.expert // num_layers
-    # A layer has two stacks of experts, or three with GEGLU.
-    stack = experts_of_layer // (3 if spec.activation == "geglu" else 2)
+    stack = experts_of_layer // (_num_input_products(spec) + 1)  # and one output product
     if _is_one_expert_at_a_time(spec, step, mesh):
         experts_of_layer = stack = stack * mesh.expert // spec.num_experts  # only one matrix is copied
     num_bytes = step.product_bytes * (weights.products + experts_of_layer) if is_rounded else 0
@@ -178,8 +176,7 @@ def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) ->
     """Return the bytes of the two buffers of the largest all-to-all: [rows, D] to the experts, [rows, O] back."""
     if mesh.expert == 1:
         return 0
-    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
-    max_rows = max(slots(spec, stack, step, microbatch, mesh.expert).sent_rows for stack in stacks)
+    max_rows = max(slots(spec, stack, step, microbatch, mesh.expert).sent_rows for stack in spec.sparse_stacks)
     return 2 * step.sent_bytes * max_rows * max(spec.d_model, *output_widths(spec).values())
 
 

@@ -214,8 +214,7 @@ class Planner:
             return 0.0
         rows = max(
             self.step.sequences * self.step.length(stack) * spec.router_of(stack).experts_per_token
-            for stack in STACKS
-            if spec.sparse_layers(stack)
+            for stack in spec.sparse_stacks
         )
         # Two FLOPs for each row and parameter, of rows / E rows each.
         return own.expert_orthogonal_flops / (FORWARD_AND_BACKWARD * 2 * own.expert * rows / spec.num_experts)
@@ -271,8 +270,10 @@ class Planner:
             return Rejection(mesh, "rule", reason)
         if reason := batch_problem(step.sequences, mesh.data, self._microbatch, spec.group_sequences, step.source):
             return Rejection(mesh, "batch", reason)
-        weights, sizes = self.weights_of_rank(mesh.model), [self._microbatch or 0]
-        if not self._microbatch:
+        weights = self.weights_of_rank(mesh.model)
+        if self._microbatch:
+            sizes = [self._microbatch]
+        else:
             sizes = microbatch_sizes(step.sequences // mesh.data, spec.group_sequences)
         for size in sizes:
             needed = device_bytes(spec, step, mesh, weights, size)
@@ -330,10 +331,8 @@ def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
     counts = count(spec, step.source, step.target)
     forward = counts.flops * sequences
     num_experts = spec.num_experts * sum(len(spec.sparse_layers(stack)) for stack in STACKS)
-    for stack in STACKS:
+    for stack in spec.sparse_stacks:
         num_layers = len(spec.sparse_layers(stack))
-        if not num_layers:
-            continue
         tokens = step.length(stack) * sequences
         counted_rows = tokens * spec.router_of(stack).experts_per_token
         computed_rows = slots(spec, stack, step, microbatch, mesh.expert).expert_rows * sequences / microbatch
@@ -351,12 +350,11 @@ def _seconds(
     spec: ModelSpec, step: Step, machine: Machine, mesh: Mesh, weights: RankWeights, microbatch: int
 ) -> dict[str, float]:
     """Return the seconds of compute, of access to the device's memory, and of the collectives of each axis."""
-    experts, num_microbatches = weights.expert / mesh.expert, step.sequences // mesh.data // microbatch
+    experts, num_microbatches = weights.expert / mesh.expert, step.num_microbatches(mesh, microbatch)
     # In each microbatch a weight is read forward (twice if recomputed) and backward, and its gradient is written.
     accesses = (3 + step.recomputed) * num_microbatches * (weights.dense + experts)
     # The optimizer reads weight and gradient twice, and writes the weight; each rank updates its shard.
-    dense_shards = 1 if mesh.shard == "none" else mesh.data
-    accesses += 5 * (experts / weights.expert_shards(mesh) + weights.dense / dense_shards)
+    accesses += 5 * (experts / weights.expert_shards(mesh) + weights.dense / mesh.dense_shards)
     seconds = {
         "compute": flops_of(spec, step, mesh, microbatch) / machine.product_flops(step.product_bytes)
         + weights.orthogonal_flops(mesh) / machine.product_flops(FLOAT),

@@ -41,6 +41,11 @@ class Mesh(NamedTuple):
         """Number of ranks that hold the same experts, for each rank of the model axis."""
         return self.data // self.expert
 
+    @property
+    def dense_shards(self) -> int:
+        """Number of shards into which data-parallel ranks divide the weights outside the experts."""
+        return 1 if self.shard == "none" else self.data
+
     def __str__(self) -> str:
         shard = "" if self.shard == "none" else f", {self.shard}"
         return f"data {self.data:,} x model {self.model}, expert {self.expert:,}{shard}"
@@ -72,6 +77,10 @@ class Step(NamedTuple):
     def sent_bytes(self) -> int:
         """Bytes of an element of dispatched tokens and of sums over the model axis."""
         return self.comm_bytes or self.product_bytes
+
+    def num_microbatches(self, mesh: Mesh, microbatch: int) -> int:
+        """Return the number of microbatches of `microbatch` sequences that a rank computes."""
+        return self.sequences // mesh.data // microbatch
 
     def length(self, stack: Stack) -> int:
         """Return the number of tokens of one sequence in a stack."""
@@ -112,9 +121,9 @@ class RankWeights(NamedTuple):
     expert_orthogonal_flops: int
     """FLOPs of a step of Muon in all experts; 0 with other optimizers."""
 
-    def dense_shard(self, num_shards: int) -> tuple[int, int]:
+    def dense_shard(self, mesh: Mesh) -> tuple[int, int]:
         """Return parameters and bytes of state of the first shard, the largest one: rows are divided, rounded up."""
-        rows = [(-(-length // num_shards), parameters, state) for length, parameters, state in self.dense_rows]
+        rows = [(-(-length // mesh.dense_shards), parameters, state) for length, parameters, state in self.dense_rows]
         parameters = sum(length * each for length, each, _ in rows)
         return parameters, self.dense_means + sum(length * each for length, _, each in rows)
 
@@ -155,6 +164,7 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
     """
     dense = expert = products = 0
     units, expert_units, expert_shapes = Counter({"": 0}), Counter[str](), dict[tuple[int, int], None]()
+    parameters_of, state_of = Counter[int](), Counter[int]()  # dense ones, by the number of rows
     for name, weight in weights.items():
         dim = sharded_dim(name)
         numel = weight.numel() // (1 if dim is None else model)
@@ -166,6 +176,8 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
             expert_shapes[weight.shape[0], width] = None
             continue
         dense += numel
+        rows = weight.shape[0] // (model if dim == 0 else 1)
+        parameters_of[rows] += numel // rows
         # `encoder.blocks.3.norm.weight` belongs to the unit `encoder.3`, a name without `.blocks.` to the unit "".
         stack, _, name_in_blocks = name.partition(".blocks.")
         unit = f"{stack}.{name_in_blocks.split('.')[0]}" if name_in_blocks else ""
@@ -173,31 +185,28 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
         if name_in_blocks and dim is not None:  # norms and routers are not divided, and not computed in bfloat16
             products += numel
     dense_means = expert_state = expert_means = dense_orthogonal_flops = expert_orthogonal_flops = 0
-    parameters_of, state_of = Counter[int](), Counter[int]()
-    for name, weight in weights.items():
-        if not is_stacked(name):
-            length, dim = weight.shape[0], sharded_dim(name)
-            rows = length // model if dim == 0 else length
-            parameters_of[rows] += weight.numel() // length // (model if dim == 1 else 1)
     for name, tensor in state.items():
         parameter, _, slot = name.rpartition("/")
         num_bytes = tensor.numel() * tensor.element_size()
-        dim = sharded_dim(parameter)
+        if parameter not in weights:  # the number of steps
+            dense_means += num_bytes
+            continue
+        weight, dim = weights[parameter], sharded_dim(parameter)
+        missing = reduced_dim(slot, weight.ndim)
         # A slot is divided as its parameter is, unless it is a mean over the divided dim, or a scalar such as a step.
-        if parameter in weights and tensor.ndim and dim not in (None, reduced_dim(slot, weights[parameter].ndim)):
+        if tensor.ndim and dim not in (None, missing):
             num_bytes //= model
-        missing = reduced_dim(slot, weights[parameter].ndim) if parameter in weights else None
-        if slot == MOMENTUM:
-            flops = newton_schulz_flops(weights[parameter].shape)
-            dense_orthogonal_flops += 0 if is_stacked(name) else flops
-            expert_orthogonal_flops += flops if is_stacked(name) else 0
-        if is_stacked(name):
+        flops = newton_schulz_flops(weight.shape) if slot == MOMENTUM else 0
+        if is_stacked(parameter):
+            expert_orthogonal_flops += flops
             expert_state += num_bytes
             expert_means += num_bytes if missing == 1 else 0
-        elif parameter not in weights or not tensor.ndim or missing == 0:
+            continue
+        dense_orthogonal_flops += flops
+        if not tensor.ndim or missing == 0:
             dense_means += num_bytes
         else:
-            rows = weights[parameter].shape[0] // (model if dim == 0 else 1)
+            rows = weight.shape[0] // (model if dim == 0 else 1)
             state_of[rows] += num_bytes // rows
     return RankWeights(
         dense,

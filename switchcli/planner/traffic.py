@@ -58,7 +58,7 @@ def collectives(
 
     `weights` are `rank_weights` for the model axis of `mesh`.
     """
-    num_microbatches = step.sequences // mesh.data // microbatch
+    num_microbatches = step.num_microbatches(mesh, microbatch)
     candidates = [
         *_gradients(mesh, weights, num_microbatches),
         *_whole_matrices(mesh, weights),
@@ -135,10 +135,8 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microb
     if mesh.expert == 1:
         return
     widths = output_widths(spec)
-    for stack in STACKS:
+    for stack in spec.sparse_stacks:
         num_layers = len(spec.sparse_layers(stack))
-        if not num_layers:
-            continue
         layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
         forward = num_layers * (1 + step.recomputed) * num_microbatches
         forward_and_backward = forward + num_layers * num_microbatches

@@ -139,16 +139,16 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(meshes: Coll
     for mesh in meshes:
         world, parallel = MESHES[mesh]
         own = rank_weights(dict(transformers_checkpoint.meta_model(NOISY).named_parameters()), {}, parallel.model)
-        data = world // parallel.model
-        divided = own.expert_shards(Mesh(data, parallel.expert, parallel.model, parallel.shard))
-        assert divided == (1 if parallel.shard == "none" else data // parallel.expert)
+        planned = Mesh(world // parallel.model, parallel.expert, parallel.model, parallel.shard)
+        divided = own.expert_shards(planned)
+        assert divided == (1 if parallel.shard == "none" else planned.replicas)
         experts = own.expert // parallel.expert // divided
         numbers = [one["held"] - experts for one in at(mesh, tmp_path, 2, OPTIMIZERS["adafactor"])]
         if parallel.shard == "none":
             assert set(numbers) == {own.dense}
         else:
             assert sum(numbers) == own.dense * parallel.model  # all shards of all parts
-            assert max(numbers) == numbers[0] == own.dense_shard(data)[0]
+            assert max(numbers) == numbers[0] == own.dense_shard(planned)[0]
         again = tensors(tmp_path, 2)
         assert before.keys() == again.keys()
         assert all(torch.equal(before[name], again[name]) for name in before)

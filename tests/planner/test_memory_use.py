@@ -413,7 +413,7 @@ def test_a_shard_has_whole_rows_and_all_means_over_them() -> None:
         factored = f"{name}/row" in state
         # Of [rows, columns] a mean for each row and one for each column, which lacks dim 0.
         state_bytes += 4 * (rows + weight.shape[1] if factored else weight[:rows].numel())
-    assert held_of(spec).dense_shard(64) == (parameters, state_bytes)
+    assert held_of(spec).dense_shard(Mesh(64, 1, 1, "zero3")) == (parameters, state_bytes)
 
 
 def test_replicas_that_divide_d_ff_have_all_means_over_it() -> None:

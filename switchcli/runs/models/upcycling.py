@@ -61,10 +61,9 @@ def upcycle(
     else:
         _check_copies_of_feed_forwards(spec, experts)
         _check_choices(spec, gate)
-    stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
     # Stacks that share a router have one warning.
-    warnings = [_drops_warning(spec, stacks, gate, checkpoint.path)]
-    warnings += [_choices_warning(source, spec, stack) for stack in stacks]
+    warnings = [_drops_warning(spec, gate, checkpoint.path)]
+    warnings += [_choices_warning(source, spec, stack) for stack in spec.sparse_stacks]
     for warning in filter(None, dict.fromkeys(warnings)):
         console.warning(warning)
     destination = check_checkpoint_destination(model, destination)
@@ -73,7 +72,7 @@ def upcycle(
     parameters = publish_checkpoint(
         destination, continuation_recipe(recipe, destination), checkpoint.tokenizer, weights, data_document(checkpoint)
     )
-    corrections = {stack: correction_of(source, spec, stack, gate) for stack in stacks}
+    corrections = {stack: correction_of(source, spec, stack, gate) for stack in spec.sparse_stacks}
     # bfloat16 routers round their gates
     can_be_exact = not (noise.experts or noise.redraw or noise.router) and recipe.train.precision != "bfloat16"
     return {
@@ -163,9 +162,9 @@ def _check_choices(spec: ModelSpec, gate: Gate) -> None:
             )
 
 
-def _drops_warning(spec: ModelSpec, stacks: Sequence[Stack], gate: Gate, path: Path) -> str | None:
+def _drops_warning(spec: ModelSpec, gate: Gate, path: Path) -> str | None:
     """Return a warning if the start could be exact, and tokens that are dropped make it differ."""
-    dropping = [stack for stack in stacks if spec.router_of(stack).eval_capacity_factor != "dropless"]
+    dropping = [stack for stack in spec.sparse_stacks if spec.router_of(stack).eval_capacity_factor != "dropless"]
     if gate == "raw" or not dropping:
         return None
     key, factor = spec.router_key(dropping[0]), spec.router_of(dropping[0]).eval_capacity_factor

@@ -16,7 +16,6 @@ from switchcli.data.batch import AnyBatch, BatchSource, DistillBatch
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DistributedError, Interrupted, RecipeError, disk_errors
 from switchcli.metric_names import TOKENS_PER_SECOND
-from switchcli.model.config import STACKS
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.schema import DistillTasksRecipe
@@ -114,10 +113,10 @@ class RunTeacher:
         spec, settings = self._handle.recipe.model, self._settings
         is_training = settings.mode == "training"
         mode = "training" if is_training else settings.capacity
-        stacks = [stack for stack in STACKS if spec.sparse_layers(stack)]
         # Encoder and decoder may have groups of different sizes. The rows must be a multiple of both.
         group, free = (
-            math.lcm(*(spec.router_of(stack).group_size(by) for stack in stacks)) for by in (mode, "dropless")
+            math.lcm(*(spec.router_of(stack).group_size(by) for stack in spec.sparse_stacks))
+            for by in (mode, "dropless")
         )
         if settings.soft_fraction and rows % group:
             key = "mode (training)" if is_training else f"capacity ({settings.capacity})"
