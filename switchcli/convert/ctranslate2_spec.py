@@ -5,7 +5,7 @@ version 4.8.5, with transformers 5.24, it scales the logits of a model with unti
 then wrong; ignores `layer_norm_epsilon`; and gives rows that pad the embedding the names of sentinels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -76,13 +76,15 @@ def model_spec(
     `weights` are ours by logical name, in float32, and `unknown` is the token for text without a piece. `int8` rounds
     each row of a matrix to 8 bits with a scale of its own; norms and position biases stay in float32.
     """
+    from ctranslate2.specs.common_spec import Activation
     from ctranslate2.specs.transformer_spec import TransformerDecoderSpec, TransformerEncoderSpec, TransformerSpec
 
+    is_gated = spec.activation == "geglu"
     options = {
         "num_heads": spec.num_heads,
-        "activation": _activation(spec),
+        "activation": Activation.GELUTanh if is_gated else Activation.RELU,  # T5 1.1 approximates GELU by tanh
         "relative_attention_bias": True,
-        "ffn_glu": spec.activation == "geglu",
+        "ffn_glu": is_gated,
         "rms_norm": True,
     }
     if quantization == "int8":  # CTranslate2 then scales each matrix in place
@@ -114,13 +116,6 @@ def num_bytes(converted: "TransformerSpec") -> int:
     return sum(value.num_bytes() for value in converted.variables().values() if not isinstance(value, str))
 
 
-def _activation(spec: ModelSpec) -> int:
-    from ctranslate2.specs.common_spec import Activation
-
-    # T5 1.1 has the approximation of GELU by tanh.
-    return int(Activation.GELUTanh if spec.activation == "geglu" else Activation.RELU)
-
-
 def _fill_stack(
     stack: Stack,
     target: "TransformerEncoderSpec | TransformerDecoderSpec",
@@ -148,12 +143,7 @@ def _fill_attention(
     target.layer_norm.gamma = weights[f"{name}.norm.weight"]
     target.queries_scale = 1.0  # T5 does not divide by the square root of a head's width
     for linear, letters in zip(target.linear, [*fused, "o"], strict=True):
-        linear.weight = torch.cat([*_matrices(name, letters, weights)])
-
-
-def _matrices(name: str, letters: str, weights: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    for letter in letters:
-        yield weights[f"{name}.attention.{letter}.weight"]
+        linear.weight = torch.cat([weights[f"{name}.attention.{letter}.weight"] for letter in letters])
 
 
 def _fill_feed_forward(target: "FeedForwardSpec", name: str, weights: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ it themselves, and their files have no post-processor.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,23 +61,24 @@ def find_tokenizer(folder: Path) -> Path | None:
     repository that tokenizer_config.json or config.json names, if it is in the local Hugging Face cache. Nothing is
     downloaded. A file outside of the folder is not read, because whoever made the folder named it.
     """
-    if (file := _in_folder(folder)) is not None:
-        return file
+    return next(filter(None, _candidates(folder)), None)
+
+
+def _candidates(folder: Path) -> Iterator[Path | None]:
+    """Yield the files that may be a folder's tokenizer, None for each that is not there; see `find_tokenizer`."""
+    for name in FILES:
+        yield _regular_file(folder / name)
     configs = [_read_config(folder / name) for name in ("tokenizer_config.json", "config.json")]
     for key in ("tokenizer_file", "vocab_file"):
         path = configs[0].get(key)
-        if isinstance(path, str) and is_within_folder(path) and (file := _regular_file(folder / path)) is not None:
-            return file
-    names = [config.get(key) for config in configs for key in ("name_or_path", "_name_or_path")]
-    for name in dict.fromkeys(name for name in names if isinstance(name, str) and name):
-        if (file := _in_cache(name)) is not None:
-            return file
-    return None
-
-
-def _in_folder(folder: Path) -> Path | None:
-    files = (_regular_file(folder / name) for name in FILES)
-    return next((file for file in files if file is not None), None)
+        if isinstance(path, str) and is_within_folder(path):
+            yield _regular_file(folder / path)
+    for config in configs:
+        for key in ("name_or_path", "_name_or_path"):
+            repository = config.get(key)
+            if isinstance(repository, str) and repository:
+                for name in FILES:
+                    yield cached_file(repository, name)
 
 
 def _regular_file(path: Path) -> Path | None:
@@ -86,11 +87,6 @@ def _regular_file(path: Path) -> Path | None:
         return path if path.is_file() else None
     except (OSError, ValueError):  # a name that no file can have
         return None
-
-
-def _in_cache(repository: str) -> Path | None:
-    files = (cached_file(repository, name) for name in FILES)
-    return next((file for file in files if file is not None), None)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

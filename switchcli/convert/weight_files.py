@@ -204,31 +204,31 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
 
 def _read_shards(folder: Path, index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     """Return the tensors of all files in an index. Each must be in the file that the index names, and in no other."""
-    pairs = _read_index(index)
+    files = _read_index(index)
     tensors: dict[str, StoredTensor] = {}
-    for file in dict.fromkeys(file for _, file in pairs):
+    for file in dict.fromkeys(files.values()):
         for name, tensor in read(folder / file).items():
             if name in tensors:
                 raise CheckpointError(f"{folder}: {name}: in {file} and in {tensors[name].path.name}: {_FIX}")
             tensors[name] = tensor
-    for name, file in pairs:
+    for name, file in files.items():
         if name not in tensors or tensors[name].path.name != file:
             raise CheckpointError(f"{index}: says that {file} holds {name}, which it does not: {_FIX}")
     return tensors
 
 
-def _read_index(index: Path) -> list[tuple[str, str]]:
-    """Return the names of the tensors in an index, each with its file, which lies in the folder of the index."""
+def _read_index(index: Path) -> dict[str, str]:
+    """Return the file of each tensor in an index, by the tensor's name. It lies in the folder of the index."""
     try:
-        pairs = list(json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"].items())
+        files = dict(json.loads(read_regular(index, _MAX_INDEX_BYTES))["weight_map"].items())
     except OSError as error:
         raise CheckpointError(f"{index}: cannot be read ({error.strerror}): {_FIX}") from error
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of tensors (weight_map): {_FIX}") from error
-    for _, file in pairs:
+    for file in files.values():
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise CheckpointError(f"{index}: names {file!r}, which is no file of its folder: do not use these weights")
-    return pairs
+    return files
 
 
 def check_files(folder: Path) -> None:
