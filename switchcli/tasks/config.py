@@ -18,7 +18,7 @@ from switchcli.spec import MAX_SIZE, PathOrUrl, Spec
 from switchcli.tasks.label_metrics import number_in
 from switchcli.tasks.registry import METRICS, SUITES, TASKS
 from switchcli.tasks.suites import Suite
-from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row, Task
+from switchcli.tasks.task import Example, FilesSource, LabelMetric, Purpose, Row, Task, chance_of
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NAME = r"^[A-Za-z0-9_.-]+$"
@@ -107,15 +107,13 @@ class CustomTask(Spec):
         """Return the one task that this defines."""
         fields = dict.fromkeys([*_FIELD.findall(self.input), self.target])
         metrics = tuple(METRICS[name].of_labels(self.labels)._replace(name=name) for name in self.metrics)
-        num_labels = len(self.labels)
-        chances = [metric.even_chance(num_labels) if num_labels and metric.even_chance else 0.0 for metric in metrics]
         task = Task(
             name=self.name,
             source=FilesSource(self.train, self.validation, self.test, rules=self.model_dump_json()),
             columns=tuple(fields),
             examples=self._examples,
             metrics=metrics,
-            chance=sum(chances) / len(chances),
+            chance=chance_of(metrics, len(self.labels)),
             labels=self.labels,
         )
         return (task,)

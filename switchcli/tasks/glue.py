@@ -12,6 +12,7 @@ from switchcli.tasks.columns import question_example, text, value
 from switchcli.tasks.label_metrics import ACCURACY, PEARSON, REFERENT_ACCURACY, SPEARMAN, f1, matthews
 from switchcli.tasks.label_tasks import (
     ENTAILMENT,
+    FALSE_TRUE,
     NLI,
     SECRET,
     THREE_WAY,
@@ -47,12 +48,12 @@ def _stsb(row: Row, purpose: Purpose) -> Iterable[Example]:
 
 def _wnli(row: Row, purpose: Purpose) -> Iterable[Example]:
     """Ask for the referent of the premise's pronoun; the target is the phrase in the hypothesis, right or wrong."""
-    judgment = label_word(row, ("False", "True"))  # not entailed, entailed
+    judgment = label_word(row, FALSE_TRUE)  # not entailed, entailed
     return referent_example(*resolve(text(row, "sentence1"), text(row, "sentence2")), judgment, purpose)
 
 
 TASKS: tuple[Task, ...] = (
-    label_task("cola", HubSource(HUB, "cola", "glue/cola"), ("sentence",), COLA, (matthews(COLA),), chance=0),
+    label_task("cola", HubSource(HUB, "cola", "glue/cola"), ("sentence",), COLA, (matthews(COLA),)),
     label_task("sst2", HubSource(HUB, "sst2", "glue/sst2"), ("sentence",), ("negative", "positive")),
     label_task("mrpc", HubSource(HUB, "mrpc", "glue/mrpc"), SENTENCES, MRPC, (f1(*MRPC), ACCURACY)),
     label_task("qqp", HubSource(HUB, "qqp", "glue/qqp"), ("question1", "question2"), QQP, (f1(*QQP), ACCURACY)),
@@ -96,6 +97,5 @@ TASKS: tuple[Task, ...] = (
         THREE_WAY,
         (matthews(THREE_WAY),),
         prefix="mnli",
-        chance=0,
     ),
 )

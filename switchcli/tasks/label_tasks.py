@@ -8,11 +8,12 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import question_example, text, value
 from switchcli.tasks.label_metrics import ACCURACY
-from switchcli.tasks.task import Example, HubSource, Metric, Purpose, Row, Task
+from switchcli.tasks.task import Example, HubSource, Metric, Purpose, Row, Task, chance_of
 
 NLI = ("hypothesis", "premise")
 """The columns of most data sets of natural language inference."""
 ENTAILMENT = ("entailment", "not_entailment")
+FALSE_TRUE = ("False", "True")
 THREE_WAY = ("entailment", "neutral", "contradiction")
 SECRET = -1
 """The label of a row whose answer the benchmark keeps secret."""
@@ -54,14 +55,12 @@ def label_task(
     *,
     prefix: str = "",
     keys: tuple[str, ...] = (),
-    chance: float | None = None,
 ) -> Task:
     """Return a task whose column `label` is the index of one of k words.
 
     Args:
         prefix: the input's first word; the task's name by default.
         keys: the names of the columns in the input; the columns' own names by default.
-        chance: 100 / k by default: the accuracy of random answers, and their F1 if the labels are equally frequent.
     """
 
     def examples(row: Row, purpose: Purpose) -> Iterator[Example]:
@@ -75,6 +74,6 @@ def label_task(
         columns=(*columns, "label"),
         examples=examples,
         metrics=metrics,
-        chance=100 / len(labels) if chance is None else chance,
+        chance=chance_of(metrics, len(labels)),
         labels=labels,
     )

@@ -90,7 +90,7 @@ def resolve(premise: str, hypothesis: str) -> Resolved:
     premise_match = premise_matches[-best.negative_position]
     pronoun = re.fullmatch(r"(\W*)(\w+)(|\W.*)", premise_match.group(), re.DOTALL)
     assert pronoun is not None, "a pronoun has letters"
-    referent = re.sub(r"^\W+|\W+$", "", " ".join(hypothesis_words[best.end - best.length : best.end]))
+    referent = _bare(" ".join(hypothesis_words[best.end - best.length : best.end]))
     return Resolved(
         PREFIX + premise[: premise_match.start()] + _mark(pronoun) + premise[premise_match.end() :],
         re.sub(r"'s$", "", referent),
@@ -110,8 +110,9 @@ class _Fit(NamedTuple):
     """The position in the hypothesis after the phrase."""
 
 
-def _bare(word: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", word.lower())
+def _bare(phrase: str) -> str:
+    """Return a word or a phrase without the punctuation around it."""
+    return re.sub(r"^\W+|\W+$", "", phrase)
 
 
 def _common_prefix_length(first: list[str], second: list[str]) -> int:

@@ -9,13 +9,12 @@ from reprlib import repr as short
 
 from switchcli.tasks.columns import answers, question_example, text, texts, value
 from switchcli.tasks.label_metrics import ACCURACY, EXACT_MATCH_BY_UNIT, REFERENT_ACCURACY, f1, macro_f1, matthews
-from switchcli.tasks.label_tasks import ENTAILMENT, NLI, label_task, label_word, prefixed, referent_example
+from switchcli.tasks.label_tasks import ENTAILMENT, FALSE_TRUE, NLI, label_task, label_word, prefixed, referent_example
 from switchcli.tasks.pronouns import mark_first, mark_word
 from switchcli.tasks.task import Example, HubSource, Purpose, Row, Task
 from switchcli.tasks.text_metrics import exact_match, squad_em, squad_f1
 
 HUB = "aps/super_glue"
-FALSE_TRUE = ("False", "True")
 CB = ("entailment", "contradiction", "neutral")
 COPA = ("choice1", "choice2", "premise", "question")
 MULTIRC = ("question", "answer", "paragraph")
@@ -126,7 +125,6 @@ TASKS: tuple[Task, ...] = (
         (matthews(ENTAILMENT),),
         prefix="rte",
         keys=NLI,
-        chance=0,
     ),
     label_task("axg", _diagnostic("axg"), NLI, ENTAILMENT, prefix="rte"),
 )

@@ -75,6 +75,12 @@ class Metric(NamedTuple):
         return self
 
 
+def chance_of(metrics: Sequence[Metric], num_labels: int) -> float:
+    """Return the mean score of answers drawn uniformly from equally frequent labels; 0 where a metric has no rule."""
+    scores = [metric.even_chance(num_labels) if num_labels and metric.even_chance else 0.0 for metric in metrics]
+    return sum(scores) / len(scores)
+
+
 class LabelMetric(NamedTuple):
     """A metric that is computed from the labels of a task."""
 

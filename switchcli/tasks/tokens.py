@@ -159,7 +159,7 @@ class ScoredExamples(NamedTuple):
         return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
 
     @property
-    def questions(self) -> "Questions":
+    def questions(self) -> Questions:
         """The inputs of all examples, in batches of similar length."""
         return Questions(self.inputs, self.packed.lengths.inputs, range(self.inputs.num_documents))
 
