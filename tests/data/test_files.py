@@ -382,6 +382,13 @@ def test_parquet_columns(tmp_path: Path) -> None:
         texts(path)
 
 
+def test_a_table_without_columns_has_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}).select([]), path)
+    with pytest.raises(DataError, match=naming_words("x.parquet data.corpora")):
+        texts(path)
+
+
 def test_a_missing_column_is_told_whatever_the_others_hold(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", {"image": [b"\xff\xd8", b"\0"], "lang": ["de", "fr"]})
     with pytest.raises(DataError, match=naming_words("x.parquet:1 'text' image lang `field`")):

@@ -49,8 +49,11 @@ def read_rows(byte_range: ByteRange, columns: Sequence[str]) -> Iterator[RawRow]
 def _start_offset(metadata: "FileMetaData", group: int) -> int:
     """Return the byte offset at which a row group begins: that of the first page of its first column.
 
-    It decides which byte range reads the group. Any offset that increases from group to group would do.
+    It decides which byte range reads the group. Any offset that increases from group to group would do. Groups without
+    columns have no pages, and belong to the range that begins the file.
     """
+    if not metadata.num_columns:
+        return 0
     column = metadata.row_group(group).column(0)
     return int(column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset)
 
