@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from switchcli.data.batch import Batch
 from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.data.tokenizer.train import SPACE
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
@@ -68,7 +69,7 @@ def visible_tokens(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
 
 def text_of(piece: str) -> str:
     """Return the text of a piece of a vocabulary, without the blanks around it."""
-    return piece.replace("▁", " ").strip()
+    return piece.replace(SPACE, " ").strip()
 
 
 def measure_guesses(

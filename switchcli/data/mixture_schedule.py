@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.objectives.example_packing import concatenated_ranges
-from switchcli.data.rng import ROW_SOURCES, permutation, philox
+from switchcli.data.rng import ROW_SOURCES, permutation, philox, uniform
 
 OrderFn = Callable[[int, int, int, int], NDArray[np.int64]]
 """A function of (size, seed, index, purpose) that returns the numbers 0..size in some order, such as `permutation`."""
@@ -107,7 +107,7 @@ def _evenly_spread_order(
     rows_K: NDArray[np.int64], size: int, seed: int, index: int, purpose: int
 ) -> NDArray[np.int64]:
     """Return an order of a cycle in which the n-th of a source's N rows is at a random point of n/N..(n + 1)/N."""
-    uniform = (philox(seed, index, purpose).random_raw(size) >> np.uint64(11)) * 2.0**-53  # float64 in [0, 1)
     number_in_source = concatenated_ranges(np.zeros_like(rows_K), rows_K)  # 0..N of each source, end to end
-    point = (number_in_source + uniform) / np.repeat(rows_K, rows_K)
+    offset = uniform(philox(seed, index, purpose).random_raw(size))
+    point = (number_in_source + offset) / np.repeat(rows_K, rows_K)
     return np.argsort(point, kind="stable")

@@ -28,6 +28,11 @@ def philox(seed: int, index: int, purpose: int, part: int = 0) -> np.random.Phil
     return np.random.Philox(key=[seed, index], counter=[0, 0, part, purpose])
 
 
+def uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Return the upper 53 bits of each random word as a number in [0, 1)."""
+    return (words >> np.uint64(11)) * np.float64(2.0**-53)
+
+
 def permutation(size: int, seed: int, index: int, purpose: int, part: int = 0) -> NDArray[np.int64]:
     """Return the numbers 0 to size - 1 in a random order."""
     # Sorting random words depends on no algorithm of NumPy's that a version may change. Stable, as words may be equal.

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import platform
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -94,7 +93,8 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
     descriptor = _open(path, alternative)
     try:
         with disk_errors(path, alternative):
-            _check_not_hard_link(descriptor)
+            if os.fstat(descriptor).st_nlink > 1:  # its content, which is replaced, may belong to somebody else
+                raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
             _acquire(descriptor, path, alternative)
             if not _is_there(path, descriptor):
                 removed = f"{run_folder}: removed by a start that failed just now: run the command again"
@@ -128,13 +128,6 @@ def _is_there(path: Path, descriptor: int) -> bool:
     with suppress(FileNotFoundError):
         return path.stat().st_ino == os.fstat(descriptor).st_ino
     return False
-
-
-def _check_not_hard_link(descriptor: int) -> None:
-    """Raise OSError if the file has a second name: its content, which is replaced, may belong to somebody else."""
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
 
 
 def _acquire(descriptor: int, path: Path, alternative: str) -> None:

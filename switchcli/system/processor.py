@@ -5,7 +5,6 @@ import math
 import os
 import platform
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,8 +77,8 @@ def _ratio(quota: str = "", period: str = "") -> float:
 def _cpuinfo() -> dict[str, str]:
     """Return Linux's facts about the last processor; elsewhere {}."""
     try:
-        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines() if sys.platform == "linux" else []
-    except OSError:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
         return {}
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 

@@ -41,14 +41,14 @@ def open_regular(
     mode = path.stat(follow_symlinks=follow_links).st_mode
     if stat.S_ISLNK(mode):
         raise OSError(errno.ELOOP, "it is a link, not a file; replace it by the file", str(path))
-    _refuse(_other_kind(mode), path)
+    _check_regular(mode, path)
     # Another process may have replaced the file since: do not wait for the writer of a pipe (O_NONBLOCK), and check the
     # file that was opened.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     descriptor = os.open(path, flags)
     file = io.BufferedReader(io.FileIO(descriptor), buffer_bytes)
     try:
-        _refuse(_other_kind(os.fstat(file.fileno()).st_mode), path)
+        _check_regular(os.fstat(file.fileno()).st_mode, path)
     except OSError:
         file.close()
         raise
@@ -88,8 +88,9 @@ def to_utf8(data: bytes) -> str:
     return f"`iconv -f {'utf-16' if is_utf_16 else 'latin1'} -t utf-8`"
 
 
-def _refuse(kind: str, path: Path) -> None:
-    """Raise OSError if `kind`, as returned by `other_kind`, is not that of a regular file."""
+def _check_regular(mode: int, path: Path) -> None:
+    """Raise OSError if `mode` is not that of a regular file."""
+    kind = _other_kind(mode)
     if kind == "a folder":
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if kind:

@@ -26,6 +26,7 @@ from switchcli.data.objectives.span_corruption import (
     get_sentinels,
     max_raw_tokens,
 )
+from switchcli.data.rng import uniform
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
 from switchcli.spec import MAX_SIZE, Spec
@@ -213,8 +214,7 @@ class Denoisers(Spec):
     def choose(self, draw_R: Draws) -> NDArray[np.int64]:
         """Return the denoiser of each row [R], chosen by a uniform random number."""
         cumulative_rate_D = np.cumsum([denoiser.rate for denoiser in self.denoisers])
-        uniform_R = (draw_R >> np.uint64(11)) * 2.0**-53  # the upper 53 bits as a float64 in [0, 1)
-        return np.searchsorted(cumulative_rate_D / cumulative_rate_D[-1], uniform_R, side="right")
+        return np.searchsorted(cumulative_rate_D / cumulative_rate_D[-1], uniform(draw_R), side="right")
 
 
 TextObjective = SpanCorruption | PrefixLanguageModel | Denoisers

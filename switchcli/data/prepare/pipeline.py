@@ -141,7 +141,14 @@ def iter_documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str,
 
 def source_digest(spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> str:
     """Return a digest of everything that the ids of the texts depend on. The texts need not be prepared."""
-    return digest_of_lines([*_text_fingerprints(spec, _all_corpora(spec), context), tokenizer.sha256])
+    return _digest_of_corpora(spec, _all_corpora(spec), tokenizer, context)
+
+
+def _digest_of_corpora(
+    spec: DataSpec, corpora: Iterable[Corpus], tokenizer: Tokenizer, context: PrepareContext, *more: str
+) -> str:
+    """Return a digest of everything that the ids of `corpora` depend on, and of `more`."""
+    return digest_of_lines([*_text_fingerprints(spec, corpora, context), tokenizer.sha256, *more])
 
 
 def _text_fingerprints(spec: DataSpec, corpora: Iterable[Corpus], context: PrepareContext) -> list[str]:
@@ -162,11 +169,7 @@ def _all_corpora(spec: DataSpec) -> Iterator[Corpus]:
 def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> PreparedText | None:
     """Return one text, built if it is missing or damaged; None if source shards of other machines are missing."""
     corpora = spec.texts()[label]
-
-    def cache_key() -> str:
-        return digest_of_lines([*_text_fingerprints(spec, corpora, context), tokenizer.sha256])
-
-    key = cache_key()
+    key = _digest_of_corpora(spec, corpora, tokenizer, context)
     folder = context.cache / "tokens" / key
     with disk_errors(context.cache, ELSEWHERE):
         publish.remove_stale_in(folder.parent)
@@ -180,7 +183,7 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
             number, count = context.share
             missing = [job for job in jobs[number::count] if not _is_built(job, context)]
             _tokenize(missing, label, tokenizer, context)
-            if missing and cache_key() != key:
+            if missing and _digest_of_corpora(spec, corpora, tokenizer, context) != key:
                 for job in missing:  # each may hold the old content or the new
                     shutil.rmtree(job.folder, ignore_errors=True)
                 raise DataError(
@@ -246,9 +249,8 @@ def held_out_sample(spec: DataSpec, context: PrepareContext, tokenizer: Tokenize
     texts = {}
     documents = iter_documents(spec, context.track, held_out=True)
     for label, corpora in spec.texts().items():
-        fingerprints = _text_fingerprints(spec, corpora, context)
-        lines = [*fingerprints, tokenizer.sha256, f"the first {num_tokens} held-out tokens"]
-        folder = context.cache / "tokens" / digest_of_lines(lines)
+        key = _digest_of_corpora(spec, corpora, tokenizer, context, f"the first {num_tokens} held-out tokens")
+        folder = context.cache / "tokens" / key
         with get_or_build(folder, partial(_write_sample, documents[label], tokenizer, num_tokens)):
             texts[label] = open_prepared_text(folder)
     return PreparedTexts(tokenizer, texts)

@@ -148,7 +148,7 @@ def write_manifest(folder: Path, facts: Mapping[str, object], files: Mapping[str
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): identity_of(path) for path in paths}
     facts = {**facts, "files": files}
-    publish.write_file(folder / MANIFEST, json.dumps({**facts, "sha256": _digest_of_facts(facts)}, indent=1))
+    publish.write_file(folder / MANIFEST, json.dumps({**facts, "sha256": digest_of(facts)}, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -157,13 +157,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    if not isinstance(facts, dict) or facts.pop("sha256", None) != _digest_of_facts(facts):
+    if not isinstance(facts, dict) or facts.pop("sha256", None) != digest_of(facts):
         return None
     return facts
-
-
-def _digest_of_facts(facts: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def is_complete(folder: Path, *, check: bool = False) -> bool:
@@ -186,9 +182,9 @@ def identity_of_files(facts: Mapping[str, Any], stores: Sequence[str]) -> str:
     return digest_of_lines(facts["files"][name]["sha256"] for name in names)
 
 
-def digest_of(files: Mapping[str, object]) -> str:
-    """Return one digest for the identities of several files, whatever their order."""
-    return hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()
+def digest_of(facts: Mapping[str, object]) -> str:
+    """Return one digest for facts by name, whatever their order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of_lines(lines: Iterable[str]) -> str:

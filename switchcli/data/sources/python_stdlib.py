@@ -121,11 +121,9 @@ def iter_docstrings(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
     def visit(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[str, Definition, str]]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             names = (*names, node.name)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                # A docstring may hold half a surrogate pair, which cannot be encoded.
-                yield ".".join(names), node, text.encode("utf-8", "replace").decode("utf-8")
+        if isinstance(node, Definition) and (text := ast.get_docstring(node)):
+            # A docstring may hold half a surrogate pair, which cannot be encoded.
+            yield ".".join(names), node, text.encode("utf-8", "replace").decode("utf-8")
         if not isinstance(node, ast.expr):
             for child in ast.iter_child_nodes(node):
                 yield from visit(child, names)
