@@ -50,17 +50,17 @@ def check_dense(spec: ModelSpec, path: Path) -> None:
         )
 
 
-def vocabulary(pieces: Sequence[str | None], rows: int) -> list[str]:
+def vocabulary(pieces: Sequence[str], rows: int) -> list[str]:
     """Return one token for each of the `rows` of the embedding. All tokens differ.
 
-    `pieces` are the tokenizer's by ID, None where an ID has none. The rows without a piece, which pad the embedding,
-    get names that are no piece.
+    `pieces` are the tokenizer's by ID, "" where an ID has none. The rows without a piece, which pad the embedding, get
+    names that are no piece.
     """
-    taken = {piece for piece in pieces if piece is not None}
+    taken = set(pieces)
     tokens = []
     for row in range(rows):
-        piece = pieces[row] if row < len(pieces) else None
-        if piece is None:
+        piece = pieces[row] if row < len(pieces) else ""
+        if not piece:
             piece = f"<unused_{row}>"
             while piece in taken:
                 piece = f"<{piece}>"

@@ -166,5 +166,5 @@ def test_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_row_without_a_piece_gets_a_name_that_no_piece_has() -> None:
-    tokens = vocabulary(["<pad>", "</s>", None, "<unused_2>", "<unused_4>"], 6)
+    tokens = vocabulary(["<pad>", "</s>", "", "<unused_2>", "<unused_4>"], 6)
     assert tokens == ["<pad>", "</s>", "<<unused_2>>", "<unused_2>", "<unused_4>", "<unused_5>"]

@@ -188,6 +188,14 @@ def test_training_faults() -> None:
         assert train(405, [Document("many", text, "many", 0)]).vocab_size == 405
 
 
+def test_an_id_without_a_piece_has_an_empty_one() -> None:
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "None": 6}, unk_token="<unk>")
+    )
+    inner.add_special_tokens(["<extra_id_0>"])  # id 4
+    assert Tokenizer(inner, "here").pieces(range(7)) == ["<pad>", "</s>", "<unk>", "", "<extra_id_0>", "", "None"]
+
+
 def test_a_file_is_the_tokenizer_that_was_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())

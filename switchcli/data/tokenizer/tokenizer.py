@@ -115,7 +115,8 @@ class Tokenizer:
         return str(self._inner.to_str())
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        return [str(self._inner.id_to_token(index)) for index in ids]
+        """Return the piece of each id, "" for an id that has none."""
+        return [self._inner.id_to_token(index) or "" for index in ids]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt, without EOS. `<extra_id_0>` in it becomes that sentinel."""
