@@ -271,7 +271,6 @@ def output_widths(spec: ModelSpec) -> dict[str, int]:
     """Return O, the number of outputs of an expert, for each routed part of a block.
 
     An expert of a Switch attention (Appendix A) returns a query, and one vector that is both key and value.
-
     """
     widths = {"attention": 2 * spec.num_heads * spec.head_width, "feed_forward": spec.d_model}
     return {part: width for part, width in widths.items() if spec.sparse in (part, "both")}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.store import is_complete, read_manifest
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
@@ -64,9 +65,13 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         yield scratch
 
 
-def damage_warning(folder: Path) -> str:
-    """Return the warning about a folder whose files do not match its manifest."""
-    return f"{folder}: a file is missing, or has changed since it was prepared: it is prepared again"
+def is_usable(folder: Path, context: PrepareContext) -> bool:
+    """Return whether a folder is complete. Warn if it is damaged: if its files do not match its manifest."""
+    if is_complete(folder, check=context.check):
+        return True
+    if read_manifest(folder) is not None:
+        context.warn(f"{folder}: a file is missing, or has changed since it was prepared: it is prepared again")
+    return False
 
 
 def _publish(scratch: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, damage_warning, scratch_folder
+from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, is_usable, scratch_folder
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
     HELD_OUT,
@@ -33,8 +33,6 @@ from switchcli.data.prepare.store import (
     StoreWriter,
     TokenShard,
     digest_of_lines,
-    is_complete,
-    read_manifest,
 )
 from switchcli.data.sources.digests import Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -100,14 +98,7 @@ def distinct_texts(
         names = [texts[earlier].folder.name for earlier in (*folders, label)]
         folders[label] = context.cache / "tokens" / digest_of_lines([*names, duplicates.model_dump_json()])
     with disk_errors(context.cache, ELSEWHERE):
-        missing: list[str] = []
-        for label, folder in folders.items():
-            if is_complete(folder, check=context.check):
-                continue
-            if read_manifest(folder) is not None:
-                context.warn(damage_warning(folder))
-            missing.append(label)
-        if missing:
+        if missing := [label for label, folder in folders.items() if not is_usable(folder, context)]:
             # Texts after the last missing one have no effect on it.
             compared = [*texts][: [*texts].index(missing[-1]) + 1]
             with scratch_folder(context.cache / "tokens") as scratch:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.data.config import DataSpec
-from switchcli.data.prepare.cache import ELSEWHERE, damage_warning, get_or_build
+from switchcli.data.prepare.cache import ELSEWHERE, get_or_build, is_usable
 from switchcli.data.prepare.dedup import distinct_texts
 from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import (
@@ -199,14 +199,9 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
 
 
 def _is_built(job: TokenizeJob, context: PrepareContext) -> bool:
-    """Return whether the folder of a job is complete. Warn if it is damaged."""
+    """Return whether the folder of a job is complete, and that of this job. Warn if it is damaged."""
     facts = read_manifest(job.folder)
-    if facts is None or facts.get("piece") != job.folder.name:
-        return False
-    if is_complete(job.folder, check=context.check):
-        return True
-    context.warn(damage_warning(job.folder))
-    return False
+    return facts is not None and facts.get("piece") == job.folder.name and is_usable(job.folder, context)
 
 
 def _tokenize(jobs: Sequence[TokenizeJob], label: str, tokenizer: Tokenizer, context: PrepareContext) -> None:
