@@ -77,7 +77,9 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
         result["experts"]["after"]
         == load_checkpoint(Path("small"), torch.device("cpu"), NoWarnings()).handle.recipe.model.num_experts
     )
-    assert result["next"].split()[:3] == ["pretrain", "RECIPE", "--model"]
+    assert result["next"] == "pretrain (or finetune) RECIPE --model small start.keep=weights --out FOLDER"
+    done = switchcli("pretrain", "small/recipe.yaml", "--out", "run")
+    assert (done.code, lacking(done.err, "small/recipe.yaml placeholders RECIPE --model")) == (2, [])
 
 
 @pytest.mark.unit("keys0")

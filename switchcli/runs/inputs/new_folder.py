@@ -107,7 +107,8 @@ def next_command(source: CheckpointHandle, recipe: TrainingRecipe, checkpoint: P
     start.
     """
     if not source.has_training_recipe:
-        return f"pretrain RECIPE --model {shell_words(checkpoint)} start.keep=weights --out FOLDER"
+        model = shell_words("--model", checkpoint, "start.keep=weights")
+        return f"pretrain (or finetune) RECIPE {model} --out FOLDER"
     file = shell_words(checkpoint / "recipe.yaml")
     if recipe.starts_from_weights:
         return f"{recipe.verb} {file} --out FOLDER"

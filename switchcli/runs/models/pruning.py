@@ -77,9 +77,9 @@ def prune(
     if experts is not None:
         _check_experts(spec, handle.path, experts, console)
     policy = _capacity(recipe)
-    destination = check_checkpoint_destination(checkpoint, destination)
+    path = check_checkpoint_destination(checkpoint, destination)
     trimmed = _trimmed(handle, vocabulary, console) if vocabulary else None
-    pruned_recipe = _pruned_recipe(handle, experts, trimmed, destination)
+    pruned_recipe = _pruned_recipe(handle, experts, trimmed, path)
     context = build_eval_context(recipe)
     if context.world > 1:
         raise RecipeError(f"prune works in one process, and there are {context.world} ranks: start it by itself")
@@ -102,15 +102,15 @@ def prune(
         documents, pruned_evaluator = data_document(handle), evaluator
         if trimmed is not None:
             # What is measured: the weights of the original, which it still has, are not read.
-            pruned_handle = handle._replace(path=destination, recipe=pruned_recipe, tokenizer=tokenizer)
+            pruned_handle = handle._replace(path=path, recipe=pruned_recipe, tokenizer=tokenizer)
             pruned_evaluator, prepared = _evaluator(pruned_handle, recipe, context, console)
             # The text is that of the training, in other tokens.
             if documents and (identity := training_identity(pruned_handle, recipe, prepared)):
                 documents[DATA] = json.dumps({**json.loads(documents[DATA]), TEXT: identity}).encode()
         after = pruned_evaluator(pruned).parts()
     publish_checkpoint(
-        destination,
-        continuation_recipe(pruned_recipe, destination),
+        path,
+        continuation_recipe(pruned_recipe, path),
         tokenizer,
         logical_tensors(pruned),
         documents,
@@ -118,7 +118,7 @@ def prune(
     context.close()
     return {
         "source": str(handle.path),
-        "destination": str(destination),
+        "destination": str(path),
         "by": by,
         "gate": gate,
         "capacity": policy,

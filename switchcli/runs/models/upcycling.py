@@ -66,18 +66,18 @@ def upcycle(
     warnings += [_choices_warning(source, spec, stack) for stack in spec.sparse_stacks]
     for warning in filter(None, dict.fromkeys(warnings)):
         console.warning(warning)
-    destination = check_checkpoint_destination(model, destination)
+    path = check_checkpoint_destination(model, destination)
     names = logical_tensors(meta_model(spec))
     weights = UpcycledWeights(checkpoint.weights(), source, names, spec, gate, noise)
     parameters = publish_checkpoint(
-        destination, continuation_recipe(recipe, destination), checkpoint.tokenizer, weights, data_document(checkpoint)
+        path, continuation_recipe(recipe, path), checkpoint.tokenizer, weights, data_document(checkpoint)
     )
     corrections = {stack: correction_of(source, spec, stack, gate) for stack in spec.sparse_stacks}
     # bfloat16 routers round their gates
     can_be_exact = not (noise.experts or noise.redraw or noise.router) and recipe.train.precision != "bfloat16"
     return {
         "source": str(checkpoint.path),
-        "destination": str(destination),
+        "destination": str(path),
         "parameters": parameters,
         "experts": experts,
         "parts": num_parts(spec) if source.num_experts == 1 else 1,
