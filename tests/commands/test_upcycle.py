@@ -70,7 +70,16 @@ def test_a_t5_in_the_hugging_face_layout(here: Path, switchcli: SwitchCLI, tmp_p
     done = switchcli("upcycle", tmp_path / "t5", tmp_path / "sparse", "--experts", 2, "--noise", "0.01", "--json")
     assert done.code == 0, done.err
     assert not any(one["exact"] for one in json.loads(done.out)["corrections"].values())
-    assert json.loads(done.out)["next"].split()[1] == "RECIPE", "its own says nothing of its training"
+    words = "pretrain finetune RECIPE --model start.keep=weights"  # its own says nothing of its training
+    assert not lacking(json.loads(done.out)["next"], words)
+    assert switchcli("convert", tmp_path / "t5", tmp_path / "back", "--to", "switchcli").code == 0
+    for verb, folder, option in (
+        ("pretrain", "sparse", "--model"),
+        ("finetune", "back", "--model"),
+        ("distill", "back", "--teacher"),
+    ):
+        done = switchcli(verb, tmp_path / folder / "recipe.yaml", "--out", tmp_path / "run")
+        assert (done.code, lacking(done.err, f"placeholders RECIPE {verb} {option}")) == (2, []), done.err
     assert switchcli("generate", tmp_path / "sparse", "a <extra_id_0>", "--max-tokens", 2).code == 0
 
 

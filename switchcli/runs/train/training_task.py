@@ -4,10 +4,11 @@ Its class methods resolve the recipe, before there is a run.
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint import checkpoint, manifest
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -32,7 +33,7 @@ from switchcli.runs.job.pins import START, Pin, PinFinder
 from switchcli.runs.job.same_model import check_shape, check_tokenizer, check_trained_tokenizer
 from switchcli.runs.train import branching
 from switchcli.spec import Spec
-from switchcli.training.checkpointer import load_optimizer_state, load_weights
+from switchcli.training.checkpointer import DATA, load_optimizer_state, load_weights
 from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
@@ -73,6 +74,7 @@ class TrainingTask:
             CheckpointError: a checkpoint does not exist or cannot be used.
             DataError: files that the recipe names are missing or cannot be read.
         """
+        _check_describes_training(source, cls.verb)
         tree = source.merge()
         cls.check_verb(tree)
         pins = cls.pins(tree, finder)
@@ -222,6 +224,18 @@ class TrainingTask:
 def data_type(recipe: TrainingRecipe) -> type[RunData]:
     """Return the type of data that a recipe trains on: the one place that tells tasks from plain text."""
     return TaskRunData if isinstance(recipe, TaskRecipe) else TextRunData
+
+
+def _check_describes_training(source: resolve.Source, verb: str) -> None:
+    """Raise RecipeError if the recipe is that of a checkpoint that no run trained, whose data and steps say nothing."""
+    file = Path(source.layers[-1].where.rpartition(":")[0])
+    folder = file.parent
+    if file.name == resolve.SAVED and (folder / manifest.NAME).is_file() and not (folder / DATA).is_file():
+        start = ("--teacher", folder) if verb == "distill" else ("--model", folder, "start.keep=weights")
+        raise RecipeError(
+            f"{file}: no run of switchcli trained these weights, and train and data are placeholders: name a RECIPE of "
+            f"your own: `switchcli {shell_words(verb, 'RECIPE', *start)}`"
+        )
 
 
 def _check_start(recipe: TrainingRecipe, start: Pin) -> None:
