@@ -8,6 +8,7 @@ from switchcli.model.config import STACKS, ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
+from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import CheckpointHandle
 
 CHANGEABLE_MODEL_KEYS = (
@@ -49,6 +50,22 @@ def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
                 f"{key}.balance: the routers of {path} choose by biases, which balance: loss would drop: "
                 f"set {key}.balance=bias"
             )
+
+
+def check_num_experts(tree: Node, before: int, path: str) -> None:
+    """Raise RecipeError if the recipe `tree` names another number of experts than the weights at `path` have.
+
+    It comes before the rules of the recipe, which ask for the batch and the capacity of a model that cannot be.
+    """
+    named = tree.stated("model.num_experts")
+    if not isinstance(named, int) or named < 1 or named == before:
+        return
+    fix = "leave it out"
+    if named > before:
+        fix += f", or make such a model by `switchcli upcycle {shell_words(path, 'FOLDER')} --experts {named}`"
+    elif named > 1:
+        fix += f", or make such a model by `switchcli prune {shell_words(path, 'FOLDER')} --experts {named}`"
+    raise RecipeError(f"model.num_experts ({named}): the weights of {path} are of {before}: {fix}")
 
 
 def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:

@@ -30,7 +30,7 @@ from switchcli.runs.inputs.text_data import TextRunData
 from switchcli.runs.inputs.train_data import RunData, TrainData
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import START, Pin, PinFinder
-from switchcli.runs.job.same_model import check_shape, check_tokenizer, check_trained_tokenizer
+from switchcli.runs.job.same_model import check_num_experts, check_shape, check_tokenizer, check_trained_tokenizer
 from switchcli.runs.train import branching
 from switchcli.spec import Spec
 from switchcli.training.checkpointer import DATA, load_optimizer_state, load_weights
@@ -103,8 +103,10 @@ class TrainingTask:
     @classmethod
     def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
         """Return values that replace those of the recipe, by dotted key."""
-        if START in pins and (handle := pins[START].handle) is not None:
-            check_trained_tokenizer(tree, handle)
+        if START in pins:
+            check_num_experts(tree, pins[START].model.num_experts, pins[START].path)
+            if (handle := pins[START].handle) is not None:
+                check_trained_tokenizer(tree, handle)
         if START not in pins or tree.stated("start.sha256") is not None:
             return {}
         return {"start.sha256": pins[START].sha256}
