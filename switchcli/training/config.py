@@ -84,8 +84,8 @@ class StartSpec(Spec):
     """A digest of its weights and optimizer state, which the run records; a checkpoint with another one is refused."""
     keep: Literal["weights", "optimizer", "run"] = "optimizer"
     """`weights` begins with a new optimizer. `optimizer` continues with the optimizer state too, as T5 does; a
-    converted checkpoint has none. `run` continues that run of the same verb as a branch with other settings: its steps
-    and its position in the data too."""
+    converted checkpoint has none, and a folder in the Hugging Face layout has the default `weights`. `run` continues
+    that run of the same verb as a branch with other settings: its steps and its position in the data too."""
 
 
 class RandomInit(Spec):

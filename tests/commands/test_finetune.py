@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from drill import fingerprint
 from messages import lacking
 from safetensors.torch import load_file
@@ -74,12 +75,16 @@ def test_the_optimizer_goes_on_or_begins_anew(trained: Path, tuned: Path, tuning
 @pytest.mark.integration
 def test_a_hugging_face_folder_is_a_start_too(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     assert switchcli("convert", trained, "theirs", "--to", "huggingface").code == 0
-    refused = switchcli("finetune", tuning, "--model", "theirs", "--out", "a")
+    command = ("finetune", tuning, "--model", "theirs", "eval.every_steps=2")
+    refused = switchcli(*command, "start.keep=optimizer", "--out", "a")
     assert (refused.code, "start.keep=weights" in refused.err) == (4, True)
-    keys = ("start.keep=weights", "train.steps=2", "eval.every_steps=2")
-    done = switchcli("finetune", tuning, "--model", "theirs", *keys, "--out", "b", "--json")
-    assert done.code == 0, done.err
+    done = switchcli(*command, "train.steps=2", "--out", "b", "--json")
+    assert (done.code, lacking(done.err, "starting theirs optimizer start.keep weights")) == (0, []), done.err
     assert json.loads(done.out)["step"] == 2
+    assert (yaml.safe_load(Path("b/recipe.yaml").read_text())["start"]["keep"]) == "weights"
+    shutil.rmtree("theirs")
+    done = switchcli(*command, "train.steps=4", "--out", "b", "--json")
+    assert (done.code, json.loads(done.out)["step"]) == (0, 4), done.err
 
 
 @pytest.mark.integration

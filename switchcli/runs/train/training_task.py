@@ -117,7 +117,10 @@ class TrainingTask:
         if START not in pins:
             return None
         start = pins[START]
-        return resolve.layer({"model": start.model.model_dump(mode="json")}, f"the checkpoint {start.path}")
+        keys: dict[str, Any] = {"model": start.model.model_dump(mode="json")}
+        if start.sha256 is None:  # a folder of transformers, which never holds an optimizer state
+            keys["start"] = {"keep": "weights"}
+        return resolve.layer(keys, f"the checkpoint {start.path}")
 
     @classmethod
     def schema(cls, tree: Node) -> type[Spec]:
@@ -195,7 +198,8 @@ class TrainingTask:
         """
         start = self.job.handle(START)
         assert start is not None, "a run that has begun restores its own checkpoint"
-        self.console.message(f"starting from {start.path}")
+        without = "" if start.native else ", which holds no optimizer state: start.keep is weights"
+        self.console.message(f"starting from {start.path}{without}")
         load_weights(weights, start.weights())
         if self.job.recipe.start.keep == "optimizer":
             assert start.native is not None, "refused when the recipe was resolved"
