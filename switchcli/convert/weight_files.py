@@ -13,13 +13,14 @@ security holes. This is therefore the only file that reads pickles, and only tho
 """
 
 import json
+import os
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, final
+from typing import BinaryIO, Final, NamedTuple, final
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +41,7 @@ _FLOATS: Final = ("F32", "BF16", "F16", "torch.float32", "torch.bfloat16", "torc
 """Dtypes that float32 holds exactly, as safetensors and torch name them."""
 _UNPICKLING_ERRORS: Final = ("UnpicklingError", "KeyError", "IndexError", "TypeError", "AttributeError")
 """Names of exceptions that unpickling raises, also for files that are no pickles."""
+_POINTER: Final = b"version https://git-lfs"
 _FIX: Final = "take the complete folder as save_pretrained wrote it"
 
 
@@ -152,11 +154,18 @@ def _stored(folder: Path, unpickle: bool) -> dict[str, StoredTensor]:
     raise CheckpointError(f"{folder}: no {SAFE} beside {configs.NAME}: {_FIX}")
 
 
+def _check_downloaded(path: Path, file: BinaryIO) -> None:
+    """Raise CheckpointError if the file is the pointer that git leaves in place of a large file."""
+    if os.pread(file.fileno(), len(_POINTER), 0) == _POINTER:
+        raise CheckpointError(f"{path}: a pointer of git-lfs, not the weights: run `git lfs pull` in that folder")
+
+
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file, which stays open."""
     tensors = {}
     try:
         with open_regular(path) as file:
+            _check_downloaded(path, file)
             stream = open_tensors(file)
         for name in stream.keys():  # noqa: SIM118 (not a mapping)
             header = stream.get_slice(name)
@@ -180,6 +189,7 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
         with warnings.catch_warnings(), open_regular(path) as file:
             warnings.simplefilter("ignore")  # torch's remarks on the format are for programmers
+            _check_downloaded(path, file)
             opened = f"/dev/fd/{file.fileno()}"  # torch maps only files that it opens itself
             state = torch.load(  # noqa: TID251 - the user asks for it
                 opened, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(opened)

@@ -137,11 +137,14 @@ def test_what_is_no_model(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pyt
     Path("empty").mkdir()
     Path("other").mkdir()
     Path("other/config.json").write_text('{"model_type": "bert"}')
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
     Path("list.yaml").write_text("[]")
     for name, code, words in [
         ("empty", 4, "empty checkpoint checkpoints/step-*"),
         ("other", 4, "other/config.json model_type switch_transformers 'bert'"),
-        ("nowhere", 2, "nowhere recipe checkpoint"),
+        ("adapter", 4, "adapter LoRA merge_and_unload().save_pretrained(FOLDER"),
+        ("nowhere", 2, "nowhere folder recipe"),
         ("google/switch-base-8", 2, "`switchcli convert google/switch-base-8 FOLDER --to switchcli`"),
         ("none.yaml", 2, "none.yaml file switchcli recipes list"),
         ("list.yaml", 2, "list.yaml:1 mapping"),

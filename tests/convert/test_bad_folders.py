@@ -182,6 +182,10 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "not JSON": (write("config.json", b"{"), ("config.json", "JSON")),
     "cut tensor": (cut(-100), ("model.safetensors", "copy")),
     "long header": (claim_more, ("model.safetensors", "copy")),
+    "git-lfs": (
+        write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        ("model.safetensors", "`git lfs pull`"),
+    ),
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
         ("model.safetensors", "config.json", "save_pretrained"),
@@ -313,9 +317,12 @@ def test_destinations(folder: Path, tmp_path: Path) -> None:
     said = refused(folder, tmp_path / "x", "--to", "huggingface")
     assert not missing((str(folder), "Hugging Face", "--to switchcli"), said)
     assert not missing((str(empty), "config.json"), refused(empty, tmp_path / "x", "--to", "switchcli"))
+    trainer = shutil.copytree(folder, tmp_path / "trainer" / "checkpoint-1000").parent
+    shutil.copytree(folder, trainer / "checkpoint-500")
+    assert not missing(("Trainer", f"{trainer}/checkpoint-1000"), refused(trainer, tmp_path / "x", "--to", "switchcli"))
     said = refused(tmp_path / "nowhere", tmp_path / "x", "--to", "huggingface")
     assert not missing((f"{tmp_path}/nowhere", "checkpoints/step-*"), said)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "theirs", "trainer"]
 
 
 def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from switchcli.errors import DataError, RecipeError, disk_errors
 from switchcli.recipe import library
 from switchcli.recipe.resolve import load, resolve
 from switchcli.recipe.schema import PretrainRecipe
+from switchcli.recipe.yaml_nodes import display_key
 from switchcli.report.console import Console, silent
+from switchcli.report.safe_text import capitalize
 from switchcli.runs.inputs.loading import load_checkpoint, locate, on_the_hub, open_checkpoint
 
 
@@ -137,11 +139,11 @@ def _real_text(subject: Subject, tokenizer: Tokenizer) -> ProbeText | None:
 
 
 def _recipe(name: str) -> Path:
-    """Return the file of a recipe. Raises RecipeError, which says that there is no checkpoint of that name either."""
+    """Return the file of a recipe. Raises RecipeError, which says that there is no folder of that name either."""
     try:
         return library.locate(name)
     except RecipeError as error:
         if Path(name).exists():
             raise
-        hint = on_the_hub(name)
-        raise RecipeError(f"{error} No checkpoint is there either{hint and f': {hint}'}.") from error
+        missing, hint = str(error).removeprefix(f"{display_key(name)}: "), on_the_hub(name)
+        raise RecipeError(f"{name}: no such folder, and {missing}{hint and f' {capitalize(hint)}.'}") from error

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from switchcli.checkpoint import checkpoint, manifest
+from switchcli.convert import config as configs
 from switchcli.convert import hub
 from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -156,7 +157,7 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     elif folder.is_dir():
         native = checkpoint.latest_read_only(folder, console.warning, "name another checkpoint")
     if native is None:
-        hint = on_the_hub(str(path))
+        hint = on_the_hub(str(path)) or of_another_kind(folder)
         missing = "no checkpoint there" if folder.exists() else "no such folder"
         raise CheckpointError(
             f"{path}: {missing}: name the folder of a run or of a checkpoint, checkpoints/step-*{hint and f'; {hint}'}"
@@ -179,6 +180,15 @@ def on_the_hub(name: str) -> str:
     if name.startswith("runs/") or Path(name).parent.is_dir() or not hub.is_repository_id(name):
         return ""
     return f"if it is a name on the hub, `switchcli convert {name} FOLDER --to switchcli` makes a checkpoint of it"
+
+
+def of_another_kind(folder: Path) -> str:
+    """Return a hint for a folder that another program wrote and that holds no model by itself; empty if unknown."""
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter (LoRA): merge it first, by PEFT's merge_and_unload().save_pretrained(FOLDER)"
+    checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{configs.NAME}")]
+    steps = {int(step): path for path in checkpoints if (step := path.name.removeprefix("checkpoint-")).isdecimal()}
+    return f"it holds checkpoints of transformers' Trainer: name the newest, {steps[max(steps)]}" if steps else ""
 
 
 def read_documents(native: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:

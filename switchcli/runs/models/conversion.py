@@ -19,7 +19,7 @@ from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
 from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
-from switchcli.runs.inputs.loading import CheckpointHandle, open_model
+from switchcli.runs.inputs.loading import CheckpointHandle, of_another_kind, open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
     check_destination,
@@ -50,7 +50,8 @@ def to_switchcli(
     if not folder.exists() and hub.is_repository_id(source):
         folder = hub.download(source, revision, unpickle=unpickle)
     if not is_hugging_face_folder(folder):
-        raise CheckpointError(f"{source}: no {configs.NAME} there: name a folder in the Hugging Face layout")
+        fix = of_another_kind(folder) or "name a folder in the Hugging Face layout"
+        raise CheckpointError(f"{source}: no {configs.NAME} there: {fix}")
     destination = check_checkpoint_destination(folder, destination)
     converted = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
     parameters = publish_checkpoint(destination, converted.recipe, converted.tokenizer, converted.weights)
