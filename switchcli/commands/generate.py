@@ -1,5 +1,6 @@
 """`switchcli generate`: a checkpoint's answers to texts with gaps or task inputs. Imports torch only when it runs."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, Json
 from switchcli.errors import DataError, RecipeError
 from switchcli.report.console import main_console, print_json
-from switchcli.report.safe_text import safe_text
+from switchcli.report.safe_text import safe_text, shell_words
 
 app = typer.Typer()
 
@@ -78,6 +79,8 @@ def generate(
     """Answer texts with a checkpoint: the words for a gap such as <extra_id_0>, or the output of a task."""
     if texts and not all(map(str.strip, texts)):
         raise DataError("a TEXT is empty: write some, with <extra_id_0> where the model is to fill in")
+    if texts and len(texts) == 1 and os.path.isfile(texts[0]):  # noqa: PTH113 - a text may be too long for a Path
+        main_console().warning(f"the text is the name of a file: to answer its lines, write < {shell_words(texts[0])}")
     from switchcli import api
     from switchcli.runs.evaluate import text_generation
 

@@ -32,6 +32,12 @@ def test_texts_given_and_texts_read_have_the_same_answers(trained: Path, switchc
     assert switchcli("generate", trained / "checkpoints/step-00000002", GAP, "--max-tokens", 5).out in given.out
 
 
+def test_a_text_that_is_the_name_of_a_file_is_told(trained: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text(GAP)
+    named = switchcli("generate", trained, tmp_path / "in.txt", "--max-tokens", 2)
+    assert (named.code, lacking(named.err, f"warning file < {tmp_path}/in.txt")) == (0, [])
+
+
 def test_json_is_one_object_with_every_answer(trained: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("generate", trained, GAP, GAP, "--json")
     assert done.code == 0
