@@ -143,9 +143,10 @@ class RoutingAlarms:
             share = float(load_E.max() / tokens.clamp(min=1))
             # Where a token may go to several experts, each of them may get nearly all tokens.
             if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
+                few = ". Targets of a few labels look so in the decoder" if layer.startswith("decoder.") else ""
                 warnings[layer, "collapsed"] = (
                     f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
-                    f"tokens; {MORE_BALANCE}, or lower the learning rate"
+                    f"tokens; {MORE_BALANCE}, or lower the learning rate{few}"
                 )
             dropped_fraction = float(dropped / tokens.clamp(min=1))
             if dropped_fraction >= MANY_DROPPED and step > UNBALANCED_STEPS:

@@ -248,7 +248,9 @@ def test_nothing_is_said_of_routing_that_is_well_or_of_a_dense_model() -> None:
 def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
     (collapsed,) = alarms_of(an_output([GOOD], [a_report([1.0, 1.0, 96.0, 2.0])]))
     assert re.search(naming("decoder.second", "expert 2", "96%", "balance_loss_coef"), collapsed)
-    assert re.search("learning.rate", collapsed)
+    assert re.search("learning.rate.*labels", collapsed)
+    (of_encoder,) = alarms_of(an_output([a_report([1.0, 1.0, 96.0, 2.0])], [GOOD]))
+    assert "labels" not in of_encoder, "only the decoder sees targets"
     most, nearly = (a_report([*[(100 - load) / 3] * 3, load]) for load in (92.0, 88.0))
     assert len(alarms_of(*(an_output([GOOD], [a_report([1.0, 1.0, load, 2.0])]) for load in (96.0, 196.0)))) == 1
     assert len(alarms_of(an_output([GOOD], [most]))) == 1
