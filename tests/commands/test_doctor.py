@@ -83,6 +83,9 @@ def test_a_hugging_face_folder_routes_text_if_it_has_a_vocabulary(
 ) -> None:
     folder = tmp_path / "theirs"
     assert switchcli("convert", trained, folder, "--to", "huggingface").code == 0
+    said = switchcli("doctor", folder).out.splitlines()
+    assert said[-2].startswith("not sound: ")
+    assert not lacking(said[-1], f"transformers weights convert {folder} FOLDER --to switchcli doctor")
     vocabulary = (folder / "tokenizer.json").read_text()
     ours, theirs = (json.loads(switchcli("doctor", name, "--json").out)["findings"] for name in (trained, folder))
     of_text = [
