@@ -215,7 +215,8 @@ class EvalRecipe(Spec):
     """How answers are generated and scored, on how many examples."""
     capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
     """Expert capacities to evaluate with, each in turn: `paper` (the routers' eval_capacity_factor), `dropless`, or a
-    factor; absent: `scoring.capacity` for tasks, and for text the capacity with which the run evaluated it."""
+    factor; absent: `scoring.capacity` for answers, and for losses the capacity with which the run evaluated; without a
+    run `dropless` if there are tasks."""
     precision: Precision = "float32"
     """Precision of the matrix products; the default is the most accurate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

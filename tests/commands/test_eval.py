@@ -132,6 +132,10 @@ def test_a_hugging_face_folder(here: Path, text: Path, switchcli: SwitchCLI, tmp
     (one,) = json.loads(done.out)["passes"]
     assert one["held_out"]["text"]["neg_log_perplexity"] < 0
     assert one["tasks"].keys() == {"other"}
+    # Examples that are packed into a row would share the slots that transformers gives each of them.
+    assert one["capacity"] == {"text": "dropless", "tasks": "dropless"}
+    done = switchcli("eval", tmp_path / "theirs", "text.sequences=2", named, "--out", tmp_path / "b", "--json")
+    assert json.loads(done.out)["passes"][0]["capacity"]["text"] == "paper"
 
 
 @pytest.mark.integration

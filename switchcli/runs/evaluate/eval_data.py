@@ -85,7 +85,9 @@ def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
 def _capacities(handle: CheckpointHandle, recipe: EvalRecipe) -> list[tuple[Policy, ScoringSpec]]:
     """Return the capacities to measure text with, each with the settings that score tasks."""
     if recipe.capacities is None:
-        return [(handle.recipe.eval.capacity, recipe.scoring)]
+        # transformers gives each example its own slots, where examples that are packed into a row share them.
+        is_packed = bool(recipe.tasks) and not handle.has_training_recipe
+        return [("dropless" if is_packed else handle.recipe.eval.capacity, recipe.scoring)]
     return [(capacity, recipe.scoring.model_copy(update={"capacity": capacity})) for capacity in recipe.capacities]
 
 
