@@ -97,7 +97,9 @@ def convert(
         raise RecipeError(f"--license ({license_}): give an identifier of the hub, such as apache-2.0 or cc-by-4.0")
     console = Console(quiet=quiet)
     if layout == "switchcli":
-        result = conversion.to_switchcli(source, destination, tokenizer=tokenizer, revision=revision, unpickle=unpickle)
+        result = conversion.to_switchcli(
+            source, destination, console, tokenizer=tokenizer, revision=revision, unpickle=unpickle
+        )
     elif layout == "huggingface":
         result = conversion.to_huggingface(Path(source), destination, console, license_)
     else:

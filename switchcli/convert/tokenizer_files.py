@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from switchcli.data.tokenizer.tokenizer import cached_file
+from switchcli.data.tokenizer.tokenizer import Tokenizer, cached_file
 from switchcli.spec import EOS
 from switchcli.system.user_files import is_within_folder, read_regular
 
@@ -79,6 +79,17 @@ def _candidates(folder: Path) -> Iterator[Path | None]:
             if isinstance(repository, str) and repository:
                 for name in FILES:
                     yield cached_file(repository, name)
+
+
+def has_other_pre_tokenizer(folder: Path, file: Path, tokenizer: Tokenizer) -> bool:
+    """Return whether transformers 5 replaces the pre-tokenizer of `tokenizer`, which `file` of `folder` holds.
+
+    Its T5Tokenizer always splits at white space first.
+    """
+    name = _read_config(folder / "tokenizer_config.json").get("tokenizer_class")
+    if file.name != FILES[0] or name not in ("T5Tokenizer", "T5TokenizerFast"):
+        return False
+    return "WhitespaceSplit" not in json.dumps(json.loads(tokenizer.to_json())["pre_tokenizer"])
 
 
 def _regular_file(path: Path) -> Path | None:

@@ -62,6 +62,11 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         """`stored` gives, for each of our names, the name in transformers and the tensor."""
         self._stored = stored
 
+    @property
+    def has_copied_head(self) -> bool:
+        """Return whether the matrix of the softmax is a copy of the embedding, to which transformers ties it."""
+        return "head.weight" in self._stored and self._stored["head.weight"][0] != HEAD
+
     def __getitem__(self, name: str) -> Tensor:
         return _read_finite(*self._stored[name])
 

@@ -1,5 +1,6 @@
 """What transformers saved computes the same here; what is saved here computes the same there; weights bit for bit."""
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import theirs
 import torch
-from doubles import NoWarnings
+from doubles import KeepingConsole, NoWarnings
+from messages import lacking
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.schema import PretrainRecipe
+from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
 from switchcli.runs.models import conversion
 from switchcli.system import publish
@@ -47,8 +50,8 @@ THEIRS: dict[str, Callable[..., torch.nn.Module]] = {
 OURS = {key: size for key, size in theirs.SHAPE.items() if key in ModelSpec.model_fields}
 
 
-def opened(folder: Path) -> LoadedModel:
-    return load_checkpoint(folder, torch.device("cpu"), NoWarnings())
+def opened(folder: Path, console: Console | None = None) -> LoadedModel:
+    return load_checkpoint(folder, torch.device("cpu"), console or NoWarnings())
 
 
 def run(*arguments: object) -> Any:
@@ -232,12 +235,38 @@ def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(kind: str, tmp_pa
         model = theirs.mt5(is_tied=True)
     assert model.lm_head.weight is model.shared.weight
     source = theirs.save(model, tmp_path / "theirs")
+    (warning,) = json.loads(run(source, tmp_path / "ours", "--to", "switchcli", "--json").stdout)["warnings"]
+    assert not lacking(warning, f"{source}/config.json softmax embedding copy")
     if kind == "mT5":  # which is gated where the file does not say so
         path = source / "config.json"
         path.write_text(path.read_text().replace('"feed_forward_proj"', '"other"'))
-    loaded = opened(source)
+    console = KeepingConsole()
+    loaded = opened(source, console)
+    assert console.warnings == [warning]
     theirs.assert_same_logits(loaded.model, model)
     assert not loaded.handle.recipe.model.tie_embeddings
+
+
+def test_what_is_not_kept_has_a_warning(tmp_path: Path) -> None:
+    import transformers
+
+    source = theirs.save(theirs.switch(router_ignore_padding_tokens=True), tmp_path / "theirs")
+    generation = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps({**generation, "num_beams": 4, "top_p": None}))
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 3}')
+    done = run(source, tmp_path / "ours", "--to", "switchcli", "--json")
+    padding, tokenizer, beams = warnings = json.loads(done.stdout)["warnings"]
+    assert all(f"warning: {warning}" in done.stderr for warning in warnings)
+    assert not lacking(padding, f"{source}/config.json router_ignore_padding_tokens")
+    assert not lacking(tokenizer, f"{source}/tokenizer.json transformers 5 tokenizer_class ids save")
+    assert beams.startswith(f"{source}/generation_config.json: num_beams: ")
+    text = "ab <extra_id_0> c"
+    saved_again = transformers.AutoTokenizer.from_pretrained(source)
+    before, after = KeepingConsole(), KeepingConsole()
+    assert saved_again(text).input_ids[:-1] != opened(source, before).handle.tokenizer.encode(text)
+    saved_again.save_pretrained(source)
+    assert saved_again(text).input_ids[:-1] == opened(source, after).handle.tokenizer.encode(text)
+    assert (before.warnings, after.warnings) == (warnings, [padding, beams])
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:

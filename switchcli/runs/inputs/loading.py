@@ -80,7 +80,9 @@ def open_model(path: Path, console: Console) -> CheckpointHandle:
         DataError: there is no tokenizer.
     """
     if is_hugging_face_folder(path):
-        recipe, tokenizer, hugging_face_weights = transformers_checkpoint.read(path)
+        recipe, tokenizer, hugging_face_weights, warnings = transformers_checkpoint.read(path)
+        for warning in warnings:
+            console.warning(warning)
         return CheckpointHandle(path, 0, recipe, tokenizer, lambda: hugging_face_weights, None)
     native = open_checkpoint(path, console)
     try:

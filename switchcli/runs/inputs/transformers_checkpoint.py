@@ -9,6 +9,7 @@ import torch
 from switchcli.convert import config as configs
 from switchcli.convert.config import Config, StackLengths
 from switchcli.convert.tokenizer_files import FILES, find_tokenizer
+from switchcli.convert.unread import differences
 from switchcli.convert.weight_files import HuggingFaceWeights, open_weights
 from switchcli.data.config import DataSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
@@ -29,6 +30,8 @@ class HuggingFaceCheckpoint(NamedTuple):
     """A recipe for the model. Only its model, lengths and tokenizer come from the folder; the rest are defaults."""
     tokenizer: Tokenizer
     weights: HuggingFaceWeights
+    warnings: list[str]
+    """What the folder states and is not read, or computed in another way."""
 
 
 def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False) -> HuggingFaceCheckpoint:
@@ -59,7 +62,9 @@ def read(folder: Path, tokenizer: Path | None = None, *, unpickle: bool = False)
         )
     expected = logical_tensors(meta_model(recipe.model))
     weights = open_weights(folder, config, expected, unpickle=unpickle)
-    return HuggingFaceCheckpoint(recipe, loaded_tokenizer, weights)
+    return HuggingFaceCheckpoint(
+        recipe, loaded_tokenizer, weights, [*differences(folder, weights, file, loaded_tokenizer)]
+    )
 
 
 def recipe_from_config(config: Config, path: Path, tokenizer: Path) -> PretrainRecipe:

@@ -35,10 +35,11 @@ _MAX_FILE_BYTES = 1 << 31
 
 
 def to_switchcli(
-    source: str, destination: Path, *, tokenizer: Path | None, revision: str, unpickle: bool
+    source: str, destination: Path, console: Console, *, tokenizer: Path | None, revision: str, unpickle: bool
 ) -> dict[str, Any]:
     """Write a Hugging Face folder, or a repository of the hub, as one of our checkpoints. Return the JSON result.
 
+    A warning names each thing that the folder states and that is not read, or is computed in another way.
     `tokenizer` is the file to read if the source has none. `revision` is a commit, tag or branch on the hub. `unpickle`
     allows weights in a pickle.
 
@@ -54,8 +55,10 @@ def to_switchcli(
         raise CheckpointError(f"{source}: no {configs.NAME} there: {fix}")
     destination = check_checkpoint_destination(folder, destination)
     converted = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
+    for warning in converted.warnings:
+        console.warning(warning)
     parameters = publish_checkpoint(destination, converted.recipe, converted.tokenizer, converted.weights)
-    return _result(source, destination, "switchcli", parameters, [])
+    return _result(source, destination, "switchcli", parameters, converted.warnings)
 
 
 def to_huggingface(source: Path, destination: Path, console: Console, license_: str | None = None) -> dict[str, Any]:
