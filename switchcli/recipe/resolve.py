@@ -151,6 +151,7 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
             raise RecipeError(
                 f"{name} is a recipe of {verb}, and one of eval has `verb: eval`: leave it out for what the checkpoint "
                 "was trained on, or name other text (text.corpora=[...]) or tasks (tasks=[...])"
+                + ("; a file of `verb: eval` with the tasks of this one scores them" if "tasks" in tree.value else "")
             )
         out = " --out FOLDER" if Path(name).name == SAVED else ""  # its folder is that of another run
         raise RecipeError(
