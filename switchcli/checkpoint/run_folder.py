@@ -77,7 +77,7 @@ class RunFolder:
         if not self.is_to_archive():
             return None
         path = self.path.resolve() if self.path.is_symlink() else self.path
-        archived = publish.free_name(path.with_name(f"{path.name}.before"))
+        archived = publish.archive_name(path)
         with disk_errors(self.path):
             path.rename(archived)
         return archived

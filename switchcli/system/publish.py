@@ -207,8 +207,18 @@ def _check_no_link(path: Path, mode: int) -> None:
         raise OSError(errno.ELOOP, "is a symbolic link, through which nothing is written", str(path))
 
 
+def archive_name(folder: Path) -> Path:
+    """Return the path to which a folder is renamed that another one replaces: `run.before-1`."""
+    return free_name(folder.with_name(f"{folder.name}.before"))
+
+
+def replaced_by(archived: str) -> str:
+    """Return the path of the folder that replaced the one at `archived`, or `archived` if that is no `archive_name`."""
+    return re.sub(r"\.before-\d+\Z", "", archived)
+
+
 def free_name(path: Path) -> Path:
-    """Return `path` with the first number after it that makes a name which nothing has: `run.before-1`."""
+    """Return `path` with the first number after it that makes a name which nothing has: `metrics.jsonl.damaged-1`."""
     names = (path.with_name(f"{path.name}-{number}") for number in count(1))
     return next(name for name in names if not os.path.lexists(name))
 

@@ -264,7 +264,7 @@ def _publish(out: Path, files: Mapping[str, str], result: Mapping[str, Any]) -> 
             path.write_text(text, encoding="utf-8")
         existing = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
         if existing and (existing - files.keys() or not _is_same_evaluation(out / "result.json", result)):
-            archived = publish.free_name(out.with_name(f"{out.name}.before"))
+            archived = publish.archive_name(out)
             out.rename(archived)
         publish.publish_folder(temporary / "new", out, replace=True)
     return archived

@@ -1,7 +1,6 @@
 """Read runs with their recipes, and compare them. Imports no torch."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from switchcli.report.console import Console
 from switchcli.report.run_report import Report
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, group_by_recipe
-
-_ARCHIVED = re.compile(r"\.before-\d+\Z")
-"""The end of the name of a folder that a new run or evaluation replaced."""
+from switchcli.system import publish
 
 
 def compare_runs(
@@ -84,7 +81,7 @@ def compare_runs(
 def _leave_out_archived(by_real_path: dict[str, Path], baseline: Path | None) -> Iterator[str]:
     """Remove archived runs whose successor is there too, and yield a note on each."""
     for path, folder in [*by_real_path.items()]:
-        successor = by_real_path.get(_ARCHIVED.sub("", path), folder)
+        successor = by_real_path.get(publish.replaced_by(path), folder)
         if successor != folder and (baseline is None or path != os.path.realpath(baseline)):
             del by_real_path[path]
             yield (
