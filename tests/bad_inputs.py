@@ -35,7 +35,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         "data.corpora.0.path paths",
     ),
     "digits in groups": (["train.steps=1_000"], RECIPE, "train.steps integer '1_000' 1000"),
-    "out of range": (["model.dropout=1.0"], RECIPE, "model.dropout 1 1.0 0.0"),
+    "out of range": (["model.dropout=1.0"], RECIPE, "model.dropout 1 1.0 0.1 tiny.yaml:2"),
     "negative rate": (["schedule.learning_rate=-1"], RECIPE, "schedule.learning_rate 0 -1 0.01"),
     "rate that is none": (["schedule.learning_rate=.nan"], RECIPE, "schedule.learning_rate finite nan 0.01"),
     "long warm-up": (

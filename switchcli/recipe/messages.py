@@ -127,7 +127,7 @@ def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iter
         rule = _kind_rule(node.kinds, details)
         path = (*path, "kind")
     else:
-        rule = _value_rule(details, node, is_override=_where(tree, path).startswith("override "))
+        rule = _value_rule(details, node, tree)
     line = f"{_where(tree, path)}: {dotted(path)}: {rule}"
     yield path, UnknownKey(line) if error_type == "extra_forbidden" else line
 
@@ -149,7 +149,7 @@ def _explain_own_rules(rules: Sequence[str], node: SchemaNode, tree: Node) -> It
         yield path, f"{_where(tree, path)}: {prefix if node.path else ''}{rule}"
 
 
-def _value_rule(details: ErrorDetails, node: SchemaNode, is_override: bool) -> str:
+def _value_rule(details: ErrorDetails, node: SchemaNode, tree: Node) -> str:
     """Return the rule for a value of the wrong type or range, with the value and a fix."""
     error_type = details["type"]
     rule = _rule(details)
@@ -161,10 +161,10 @@ def _value_rule(details: ErrorDetails, node: SchemaNode, is_override: bool) -> s
         meant = PRECISIONS.get(display_value(value).strip("'").lower())
         fix = f". Did you mean {meant}?" if meant in choices else _did_you_mean(str(value), choices)
     else:
-        key = f"{dotted(node.path)}=" if is_override else ""
+        key = f"{dotted(node.path)}=" if _where(tree, node.path).startswith("override ") else ""
         needs_list = error_type in ("tuple_type", "list_type")
         hint = _list_hint(node.item, value, key) if needs_list else _rewrite_hint(error_type, value)
-        fix = hint or _default_hint(node, details["loc"])
+        fix = hint or _share_hint(error_type, node, value, tree) or _default_hint(node, details["loc"], tree)
     return f"{rule} (got {display_value(value)}){fix}"
 
 
@@ -203,9 +203,32 @@ def _plain_number(value: str) -> str | None:
     return digits if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits) else None
 
 
-def _default_hint(node: SchemaNode, location: Path) -> str:
-    """Return the advice to leave out the key at `location`, with its default; "" if the key is required."""
-    if node.path[-1:] != location[-1:] or "default" not in node.schema:
+def _share_hint(error_type: str, node: SchemaNode, value: Any, tree: Node) -> str | None:
+    """Return the number for a value that is a share, such as 5% or 0.05 of the steps, or None if it is none."""
+    percent = re.fullmatch(r"([0-9]{1,2}(?:\.[0-9]*)?) ?%", value) if isinstance(value, str) else None
+    share = float(percent[1]) / 100 if percent else value if isinstance(value, float) and 0 < value < 1 else None
+    if share is None:
+        return None
+    if error_type == "float_type":
+        return f"; write {share:g}"
+    steps = tree.stated("train.steps")
+    if not isinstance(steps, int) or not str(node.path[-1]).endswith("steps") or node.path == ("train", "steps"):
+        return None
+    return f"; write {max(1, round(share * steps))} for {share:.4g} of train.steps ({steps})"
+
+
+def _default_hint(node: SchemaNode, location: Path, tree: Node) -> str:
+    """Return the advice to leave out the key at `location`, with the value that it then has.
+
+    That is the value of a lower layer, else the default; "" if the key is required.
+    """
+    if node.path[-1:] != location[-1:]:
+        return ""
+    stated, is_stated = _lookup(tree, node.path)
+    inherited = stated.below if is_stated else None
+    if inherited is not None and inherited.value != {}:
+        return f"; leave it out to inherit {display_value(inherited.value)} ({inherited.where})"
+    if "default" not in node.schema:
         return ""
     default = node.schema["default"]
     text = f", {display_value(default)}" if isinstance(default, str | int | float | None) else ""

@@ -291,8 +291,10 @@ def _merge_layers(layers: Sequence[Node], below: Node) -> Node:
 
 def _merge(below: Node, above: Node, path: tuple[str, ...] = ()) -> Node:
     """Return `below` with the values of `above` over it; both are at `path`."""
-    if not isinstance(above.value, dict):
+    if above is below:
         return above
+    if not isinstance(above.value, dict):
+        return above._replace(below=below)
     below = _expand_auto(below)
     merged = dict(below.value) if isinstance(below.value, dict) else {}
     if (kind := above.stated("kind")) is not None and kind != (old := below.stated("kind")):
@@ -392,5 +394,5 @@ def _set(below: Node, path: Sequence[str], value: Node, parent: tuple[str, ...] 
     if not isinstance(below.value, dict):
         below = Node({}, value.where)
     assert isinstance(below.value, dict)
-    child = below.value.get(key, Node(None, value.where))
+    child = below.value.get(key, Node({}, value.where))
     return _merge(below, Node({key: _set(child, rest, value, (*parent, key))}, below.where), parent)

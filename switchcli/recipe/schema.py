@@ -277,7 +277,11 @@ def validate_standalone(source: resolve.Source, where: str) -> Spec:
     elif issubclass(schema, DistillRecipe):
         checkpoint_keys = {"distill": {"teacher": "CHECKPOINT"}, "train": {"steps": 10**9, "batch_tokens": 2**20}}
     if checkpoint_keys:
-        tree = source.merge(resolve.layer(checkpoint_keys, where))
+        stand_ins = {
+            part: {key: value for key, value in keys.items() if tree.find(f"{part}.{key}") is None}
+            for part, keys in checkpoint_keys.items()
+        }
+        tree = source.merge(resolve.layer(stand_ins, where))
     return resolve.validate(tree, schema, VOCAB_SIZE if checkpoint_keys else None)
 
 

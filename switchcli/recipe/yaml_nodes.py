@@ -31,6 +31,8 @@ class Node(NamedTuple):
 
     value: "Scalar | list[Node] | dict[str, Node]"
     where: str
+    below: "Node | None" = None
+    """What a lower layer of a recipe has for the same key: the value if this one is left out."""
 
     def find(self, dotted: str) -> "Node | None":
         """Return the node at a dotted key, or None if there is none."""

@@ -1,6 +1,7 @@
 """Layers, overrides, sizes and round trips, on a toy schema with the shapes of the real one."""
 
 import math
+import re
 import shlex
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import pytest
 from cpu_ratio import cpu_ratio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from messages import assert_line
+from messages import assert_line, naming_words
 from pydantic import Field, model_validator
 
 from switchcli.errors import RecipeError
@@ -448,6 +449,52 @@ def test_a_kind_that_is_misspelt_as_a_key_is_named(errors):
 def test_one_error(errors, text, words):
     (line,) = errors(text)
     assert_line(line, "mine.yaml:1", words)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("train: {learning_rate: x}", (), "train.learning_rate x 0.5 (base.yaml:1)"),
+        ("train: {note: x}", ("train.learning_rate=-1",), "train.learning_rate -1 0.5 (base.yaml:1)"),
+        ("train: {learning_rate: 0.25}", ("train.learning_rate=x",), "train.learning_rate x 0.25 (mine.yaml:2)"),
+        ("", ("train.learning_rate=2", "train.learning_rate=x"), "x 2 (override train.learning_rate)"),
+        ("train: null", (), "train mapping null a mapping (base.yaml:1)"),
+        ("model: {size: t5-base, d_model: x}", (), "model.d_model x 768 (mine.yaml:2)"),
+        ("model: {num_decoder_layers: x}", (), "model.num_decoder_layers x null (base.yaml:2)"),
+        ("optimizer: {weight_decay: x}", (), "optimizer.weight_decay x 0.125 (base.yaml:3)"),
+        ("model: {num_heads: x}", (), "model.num_heads x default 8"),
+        ("optimizer: {kind: adafactor, epsilon: x}", (), "optimizer.epsilon x default 1e-30"),
+    ],
+)
+def test_a_wrong_value_can_be_left_out_for_the_one_of_the_layer_below_else_the_default(
+    write, errors, text, overrides, words
+):
+    write(
+        "base.yaml",
+        "train: {steps: 1, learning_rate: 0.5}\nmodel: {num_decoder_layers: null}\n"
+        "optimizer: {kind: adamw, weight_decay: 0.125, epsilon: 1e-8}",
+    )
+    (line,) = errors(f"extends: base.yaml\n{text}", *overrides)
+    assert re.search(naming_words(words), line), line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("schedule.warmup_steps=5%", "5% 20 400"),
+        ("schedule.warmup_steps=0.25", "0.25 100 400"),
+        ("eval.every_steps=12.5 %", "12.5 % 50 400"),
+        ("checkpoint.save_every_steps=0.1%", "0.1% 1 400"),
+        ("train.clip_norm=20%", "20% 0.2"),
+        ("train.steps=5%", "5% 800"),
+        ("model.num_layers=5%", "5% 2"),
+    ],
+)
+def test_a_share_of_the_steps_is_answered_with_their_number(override, words):
+    steps = [] if override.startswith("train.steps") else ["train.steps=400"]
+    with pytest.raises(RecipeError) as error:
+        resolve("quickstart/switch", [*steps, override], PretrainRecipe)
+    assert_line(str(error.value), f"override {override.partition('=')[0]}", words)
 
 
 def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
