@@ -4,6 +4,7 @@ Runs of the same seed are compared with each other where there are such pairs, s
 the interval is Student's, of the differences of the pairs. Without pairs it is Welch's, of the difference of the means.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -105,24 +106,20 @@ def _welch_interval(ours: Sequence[float], theirs: Sequence[float]) -> Interval 
     squares = [float(np.var(sample, ddof=1)) / len(sample) for sample in (ours, theirs)]  # of the means' errors
     if not sum(squares):
         return Interval(difference, difference)
-    # Welch and Satterthwaite: at least the smaller sample's degrees of freedom. Rounded down, the interval is wider.
+    # Welch and Satterthwaite: a fractional number, at least the smaller sample's degrees of freedom.
     parts = sum(square**2 / (len(sample) - 1) for square, sample in zip(squares, (ours, theirs), strict=True))
-    margin = t_95(max(1, int(sum(squares) ** 2 / parts))) * math.sqrt(sum(squares))
+    margin = t_95(sum(squares) ** 2 / parts) * math.sqrt(sum(squares))
     return Interval(difference - margin, difference + margin)
 
 
-_T_95 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-)
-"""97.5 % points of Student's distribution with 1, 2, ... degrees of freedom."""
-_NORMAL_95 = 1.959964
+@functools.cache
+def t_95(freedom: float) -> float:
+    """Return the bound that Student's t with so many degrees of freedom stays within with a probability of 95 %.
 
-
-def t_95(freedom: int) -> float:
-    """Return the bound that Student's t with so many degrees of freedom stays within with a probability of 95 %."""
-    if freedom <= len(_T_95):
-        return _T_95[freedom - 1]
-    # The first terms of an expansion in 1 / freedom around the normal distribution (Abramowitz and Stegun, 26.7.5).
-    z = _NORMAL_95
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    With t = sqrt(freedom) * tan(angle) the density of the angle is proportional to cos(angle) ** (freedom - 1).
+    """
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    probability = np.cumsum(density[1:] + density[:-1])  # by trapezoids, up to a factor
+    angle = np.interp(0.95 * probability[-1], probability, angles[1:])
+    return math.sqrt(freedom) * math.tan(angle)

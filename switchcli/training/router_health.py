@@ -14,6 +14,7 @@ import torch
 from switchcli.checkpoint import tensor_names
 from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS, LOSS, MAX_LOAD, NEG_LOG_PERPLEXITY
 from switchcli.model.moe.evenness import MORE_BALANCE, load_spread, variation
+from switchcli.model.moe.router import FEW_CHOICES
 from switchcli.model.transformer import ModelOutput
 from switchcli.report.console import Console
 from switchcli.training.metrics import Mean, Metrics
@@ -23,7 +24,8 @@ MANY_DROPPED = 0.5
 UNBALANCED_STEPS = 100
 """First steps of a run, in which no warning of dropped tokens is given: the router has not balanced its experts yet."""
 COLLAPSED_SHARE = 0.9
-"""Fraction of a layer's tokens at one expert from which the router has collapsed."""
+"""Fraction of a layer's tokens at one expert from which the router has collapsed; with more than `FEW_CHOICES` experts
+for a token, k, the fraction of all choices at only k experts."""
 DEAD_STEPS = 100
 """Steps without a token, since the run started or resumed, after which an expert is dead. An expert that has none in a
 few steps mostly gets some again."""
@@ -140,13 +142,19 @@ class RoutingAlarms:
         warnings: dict[tuple[str, str], str] = {}
         dropped_L, tokens_L = metrics[f"{LAYER}dropped_fraction"]
         for layer, load_E, dropped, tokens in zip(self._layers, load.total, dropped_L, tokens_L, strict=True):
-            share = float(load_E.max() / tokens.clamp(min=1))
-            # Where a token may go to several experts, each of them may get nearly all tokens.
-            if share >= COLLAPSED_SHARE and load_E.max() > 1.5 * load_E.mean():
+            # One expert may get nearly all tokens where a token goes to many: then the k busiest experts count.
+            choices = float(load_E.sum() / tokens.clamp(min=1))
+            k = int(choices) if choices >= FEW_CHOICES + 1 else 1
+            busiest = load_E.topk(k)
+            share = float(busiest.values.sum() / (k * tokens.clamp(min=1)))
+            if share >= COLLAPSED_SHARE and share > 1.5 * choices / len(load_E):
                 few = ". Targets of a few labels look so in the decoder" if layer.startswith("decoder.") else ""
+                experts = sorted(busiest.indices.tolist())
+                taken = f"expert {experts[0]} takes {share:.0%} of the tokens"
+                if k > 1:
+                    taken = f"experts {experts} take {share:.0%} of the choices"
                 warnings[layer, "collapsed"] = (
-                    f"{layer}: the router has collapsed: expert {int(load_E.argmax())} takes {share:.0%} of the "
-                    f"tokens; {MORE_BALANCE}, or lower the learning rate{few}"
+                    f"{layer}: the router has collapsed: {taken}; {MORE_BALANCE}, or lower the learning rate{few}"
                 )
             dropped_fraction = float(dropped / tokens.clamp(min=1))
             if dropped_fraction >= MANY_DROPPED and step > UNBALANCED_STEPS:

@@ -145,7 +145,7 @@ def test_runs_are_compared_within_a_seed_and_without_common_seeds_by_their_means
     base = seeds("a", -4.0, -3.0, -2.0)
     row = compare(group_by_recipe([*base, *seeds("b", -3.9, -2.88, -1.89)]), None, None, 1).rows[1]
     assert row.over.spread == pytest.approx((0.11, 0.1, 0.12))
-    margin = 4.3027 * 0.01 / 3**0.5  # Student's, with 2 degrees of freedom and a standard deviation of 0.01
+    margin = 4.302653 * 0.01 / 3**0.5  # Student's, with 2 degrees of freedom and a standard deviation of 0.01
     assert row.over.interval == pytest.approx((0.11 - margin, 0.11 + margin))
     assert row.verdict == Verdict.BETTER
     row = compare(group_by_recipe([*base, *seeds("b", -3.9, -2.88, -1.89, first=7)]), None, None, 1).rows[1]
@@ -161,8 +161,8 @@ def test_runs_are_compared_within_a_seed_and_without_common_seeds_by_their_means
     ("first", "mean", "margin"),
     [
         (1, 1.1, 12.7062 * 0.1),  # seeds 1 and 2: pairs that differ by 1.0 and 1.2, 1 degree of freedom
-        (2, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),  # one shared seed says less than three of each
-        (3, 2.1, 3.1824 * (1.00 / 3 + 1.11 / 3) ** 0.5),
+        (2, 2.1, 2.7789 * (1.00 / 3 + 1.11 / 3) ** 0.5),  # one shared seed says less than three of each: 3.99 degrees
+        (3, 2.1, 2.7789 * (1.00 / 3 + 1.11 / 3) ** 0.5),
     ],
     ids=["two shared seeds of three", "one shared seed of three", "none"],
 )
@@ -238,8 +238,16 @@ def test_a_speed_up_within_the_spread_of_seeds_is_none() -> None:
     assert speed_up.verdict == Verdict.NO_DIFFERENCE
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 5, 20, 21, 40, 1000])
-def test_the_bounds_of_students_t_hold_95_percent(freedom: int) -> None:
+def test_welchs_interval_of_two_and_two_seeds_has_a_fraction_of_degrees_of_freedom() -> None:
+    """Variances of the means 0.25 and 1: (0.25 + 1)^2 / (0.25^2 + 1^2) = 1.47 degrees, where t is 6.19 and not 12.7."""
+    effect = gain({0: 5.0, 1: 3.0}, {2: 1.0, 3: 2.0})
+    assert effect is not None
+    assert effect.interval is not None
+    assert effect.interval.high - 2.5 == pytest.approx(6.19 * 1.25**0.5, rel=2e-3)
+
+
+@pytest.mark.parametrize("freedom", [1, 1.5, 2, 5, 20, 21, 40, 1000])
+def test_the_bounds_of_students_t_hold_95_percent(freedom: float) -> None:
     """Integrate the density, with t = tan(angle): the integrand is cos(angle) ** (freedom - 1)."""
     bound = np.arctan(t_95(freedom) / freedom**0.5)
     weights = np.array([1, *([4, 2] * 2000)[:-1], 1])

@@ -257,6 +257,19 @@ def test_a_collapse_is_said_with_the_layer_the_expert_and_the_way_out() -> None:
     assert alarms_of(an_output([GOOD], [nearly])) == []
 
 
+def test_with_many_experts_for_a_token_a_collapse_is_that_of_as_many_experts() -> None:
+    """With k = 4 of 8, one expert with 96 % of the tokens has only 24 % of the choices."""
+    well = a_report([50.0] * 8, tokens=100.0)
+
+    def said(*load: float) -> list[str]:
+        return alarms_of(an_output([well], [a_report([*load], tokens=100.0)]))
+
+    assert said(96.0, *[304 / 7] * 7) == []
+    (collapsed,) = said(*[91.0] * 4, *[9.0] * 4)
+    assert re.search(naming("decoder.second", "experts [0, 1, 2, 3]", "91%"), collapsed)
+    assert said(*[89.0] * 4, *[11.0] * 4) == []
+
+
 def test_experts_without_a_token_are_named_with_the_steps() -> None:
     two, one = (an_output([a_report([5.0, 0.0, 5.0, dead])], [GOOD]) for dead in (0.0, 5.0))
     assert alarms_of(*[two] * 9) == []
