@@ -59,10 +59,6 @@ def distill(
             help="A dense model, or its metric, to report how much of the teacher's gain over it the student keeps.",
         ),
     ] = None,
-    cache_only: Annotated[
-        bool,
-        typer.Option("--cache-only", help="Save the teacher's probabilities (distill.cache) and answers, and stop."),
-    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +77,6 @@ def distill(
     """Train a dense or smaller student on a teacher's probabilities; the same command resumes after a stop."""
     from switchcli import api
     from switchcli.runs.job import run_dir
-    from switchcli.runs.train import distilling
 
     source, overrides = split_arguments(arguments or [])
     if out is None and source is not None:
@@ -91,14 +86,11 @@ def distill(
         out = Path("runs") / "distill" / run_dir.run_name(Path(teacher or next(named, ".")))
     recipe = api.read_recipe(source, overrides, "distill")
     models: dict[str, Any] = {"teacher": teacher, "student": student, "baseline": baseline, "branch_from": branch_from}
-    if dry_run or cache_only or _training.starts_ranks(processes):
+    if dry_run or _training.starts_ranks(processes):
         job = api.resolve_job(recipe, out, resume, **models)
         if dry_run:
             _training.print_dry_run(job, processes, as_json)
             return
-        if _training.starts_ranks(processes):
-            _training.start_ranks(processes, job.recipe, job.checkpoints())
-        finish(distilling.ask_teacher_only(job, quiet), as_json)
-        return
+        _training.start_ranks(processes, job.recipe, job.checkpoints())
     result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
     finish(result.record, as_json)

@@ -1,4 +1,4 @@
-"""Batch and DistillBatch, which go from the data to the model, and BatchSource, which makes the batches of a run."""
+"""Batch, which goes from the data to the model, and BatchSource, which makes the batches of a run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,28 +18,6 @@ class Batch(NamedTuple):
     targets_BT: torch.Tensor
 
 
-class TeacherTopK(NamedTuple):
-    """A teacher's K largest probabilities of each target, of [B, T] targets, of all N, or of C in a chunk."""
-
-    ids: torch.Tensor
-    """The tokens with these probabilities, the most probable first; integers, [..., K]."""
-    probability: torch.Tensor
-    """The probabilities; float16 or float32, as they were stored, [..., K]."""
-    rest: torch.Tensor
-    """The total probability of all other tokens, [...]."""
-
-
-class DistillBatch(NamedTuple):
-    """A batch with a teacher's cached probabilities: the teacher does not run (training/teacher_cache.py)."""
-
-    inputs_BS: torch.Tensor
-    targets_BT: torch.Tensor
-    teacher: TeacherTopK
-
-
-AnyBatch = Batch | DistillBatch
-
-
 class BatchSource(ABC):
     """The batches of a run: a pure function of the step, or of the step and a state that is saved with the run."""
 
@@ -49,7 +27,7 @@ class BatchSource(ABC):
     """Added to the number of every row in the order of the data. Only a run that was branched has another than 0."""
 
     @abstractmethod
-    def batch(self, step: int, first: int, count: int) -> AnyBatch:
+    def batch(self, step: int, first: int, count: int) -> Batch:
         """Return rows first..first+count of the batch of `step`."""
 
     def state(self, step: int) -> list[int]:

@@ -340,10 +340,6 @@ class DistributedContext:
         """Return whether `flag` is true on some rank; the same answer on all ranks."""
         return self.sum_over_ranks([int(flag)]) != [0]
 
-    def sum_without_timeout(self, values: Sequence[int]) -> list[int]:
-        """Return the elementwise sum of integers over all ranks, however long some of them still work alone."""
-        return self._patient.sum(values)
-
     def all_equal(self, value: str) -> bool:
         """Return whether all ranks have the same text; the same answer on all ranks."""
         # 56 bits of a digest, which fit into the int64 of the collective.

@@ -67,17 +67,11 @@ class VocabularyShard:
         if self.axis.size == 1:
             return torch.log_softmax(logits_CV, -1, dtype=dtype)
         exact_CV = logits_CV.to(dtype)
-        logsumexp_C1 = self.logsumexp(exact_CV).unsqueeze(1)
+        # log sum exp(x) = log sum exp(x - max) + max, where max is over all processes, so that no exp overflows.
+        max_C1 = self.axis.all_reduce_max(exact_CV.amax(1, keepdim=True))
+        logsumexp_C1 = self.axis.all_reduce((exact_CV - max_C1).exp_().sum(1, keepdim=True)).log_() + max_C1
         # In place where exact_CV is a copy; the caller's tensor must not change.
         return exact_CV - logsumexp_C1 if exact_CV is logits_CV else exact_CV.sub_(logsumexp_C1)
-
-    def logsumexp(self, x_CV: torch.Tensor) -> torch.Tensor:
-        """Return log sum exp over the full vocabulary: [C]. It has no gradient if the rows are divided."""
-        if self.axis.size == 1:
-            return x_CV.logsumexp(1)
-        # log sum exp(x) = log sum exp(x - max) + max, where max is over all processes, so that no exp overflows.
-        max_C1 = self.axis.all_reduce_max(x_CV.amax(1, keepdim=True))
-        return self.axis.all_reduce((x_CV - max_C1).exp_().sum(1)).log_() + max_C1.squeeze(1)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.dtype:

@@ -178,11 +178,6 @@ class DistillTextRecipe(TextRecipe, DistillRecipe):
                 f"distill.targets ({self.distill.targets}): the spans of plain text are no answers to generate: take "
                 "distill.targets=data, or distill on tasks."
             )
-        if self.distill.cache is not None and self.data.access == "stream":
-            yield (
-                "distill.cache: a stream is read once and in order, and the cache is filled before training: take "
-                "data.access=prepared, or leave distill.cache out."
-            )
 
 
 class DistillTasksRecipe(TaskRecipe, DistillRecipe):

@@ -3,7 +3,7 @@
 An output is written under a temporary name beside its target, synced, and renamed to the target. A crash at any moment
 leaves the old output or the new one, and perhaps a temporary file or folder. The next publication of the same target
 removes it once nothing in it has changed for a day: before, another process may be writing it. The next holder of the
-lock of a run or a teacher cache removes it at once.
+lock of a run removes it at once.
 
 A temporary name is `.tmp-`, a digest of the name of its target, and 16 random hexadecimal digits. No other name is
 removed, and a link is neither followed nor removed. Every function raises OSError when the system refuses.

@@ -50,7 +50,7 @@ def handling(
 class StopTraining(Exception):
     """A stop was requested on some rank. All ranks raise it together.
 
-    It is caught in two places, which save: runs/train/trainer.py and, for a teacher cache, runs/train/teacher.py.
+    It is caught in two places, which save: runs/train/trainer.py and, for answers of a teacher, runs/train/teacher.py.
     """
 
 

@@ -10,7 +10,7 @@ Legend: L sparse layers, E experts.
 import torch
 from torch import nn
 
-from switchcli.data.batch import AnyBatch
+from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.training.loss import Objective, StepLoss
@@ -56,7 +56,7 @@ class RouterBalance:
     def counting(self, objective: Objective) -> Objective:
         """Return the objective, whose choices are counted from now on."""
 
-        def counted(model: nn.Module, batch: AnyBatch) -> StepLoss:
+        def counted(model: nn.Module, batch: Batch) -> StepLoss:
             loss = objective(model, batch)
             # The loss has them once, also where the backward pass computes blocks again.
             choice_LE = torch.stack(loss.choices).long()

@@ -15,30 +15,25 @@ Padding counts in neither sum. The load-balancing and z-losses of a sparse stude
 # Deviates: Mesh-TensorFlow (StudentTeacher) adds an output z-loss to both parts, which is in no loss here.
 
 Legend: B batch, T target, V vocabulary (for the student this rank's rows of it), D model, N targets of all sequences,
-C targets of a chunk, K cached probabilities of a target, O outcomes: K tokens and, if K < V, any other one; M sums.
+C targets of a chunk, M sums.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
+from switchcli.data.batch import Batch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
 from switchcli.model.axis import local_slice
 from switchcli.model.kernels.cpu_products import matmul
 from switchcli.model.layers import compute_dtype
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.model.vocabulary import LocalTokens, VocabularyShard
+from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
 from switchcli.training.config import Precision
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import StepLoss, batch_segment_ids, step_loss, sum_in_chunks
-
-SMALLEST: Mapping[torch.dtype, float] = {torch.float16: 2.0**-24, torch.float32: 2.0**-126}
-"""The smallest probability that reverse KL takes of a cache, by dtype: smaller ones were rounded to 0."""
 
 
 class SoftLoss(NamedTuple):
@@ -54,18 +49,8 @@ class SoftLoss(NamedTuple):
     """Gradient of the soft part with respect to the logits over T. None if not needed."""
 
 
-class TeacherProbs(ABC):
-    """A teacher's probabilities q at temperature T of N targets, float32 or float64."""
-
-    @abstractmethod
-    def soft(
-        self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
-    ) -> SoftLoss:
-        """Return the soft part of the loss for the targets `chunk`, given the student's log p at T: [C, V]."""
-
-
-class FullTeacherProbs(TeacherProbs):
-    """A teacher's probabilities of the whole vocabulary for N targets.
+class TeacherProbs:
+    """A teacher's probabilities q at temperature T of N targets, float32 or float64.
 
     They are computed from its hidden states chunk by chunk, so [N, V] is never in memory.
     """
@@ -85,7 +70,9 @@ class FullTeacherProbs(TeacherProbs):
     def soft(
         self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
     ) -> SoftLoss:
-        """Return the soft part over this rank's rows of the vocabulary.
+        """Return the soft part of the loss for the targets `chunk`, over this rank's rows of the vocabulary.
+
+        `log_p_CV` is the student's log p at temperature T, [C, V], and `beta` the b of the soft part.
 
         The gradient is p - q for beta = 0. Otherwise it is w p (log(p / m) - sum p log(p / m)), with w = 1 - beta, or
         m = q and w = 1 for beta = 1.
@@ -111,77 +98,6 @@ class FullTeacherProbs(TeacherProbs):
         return SoftLoss(loss_C, cross_entropy_C, entropy_C, gradient_CV)
 
 
-class CachedTeacherProbs(TeacherProbs):
-    """The K largest probabilities of each target, with their ids, and the sum of the others."""
-
-    def __init__(self, kept: TeacherTopK) -> None:
-        """The tensors of `kept` are [N, K] and [N]; the ids are of the whole vocabulary."""
-        self._kept = kept
-
-    def soft(
-        self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
-    ) -> SoftLoss:
-        """Return the soft part for q of K tokens, with all other tokens as one outcome of probability r.
-
-            beta = 0    -sum over the K tokens of q log p - r log s      s = 1 - sum over the K tokens of p
-            beta = 1    sum over the K tokens of p log(p / q) + s log(s / r)
-
-        How the student divides its probability among the other tokens does not matter. With K the whole vocabulary
-        there is no such outcome, and the result is that of `FullTeacherProbs`. Otherwise it is a lower bound of the
-        divergence. Where a probability was rounded to 0, reverse KL takes the smallest positive one of its dtype.
-
-        Example: four tokens, of which the teacher gives the first two q = [0.6, 0.3] and the rest r = 0.1. For a
-        student with p = [0.5, 0.2, 0.2, 0.1] the result is -0.6 log 0.5 - 0.3 log 0.2 - 0.1 log 0.3. Its gradient is
-        p - [0.6, 0.3, 0.0667, 0.0333]: the other tokens share r as the student shares 0.3 among them, 2 to 1.
-        """
-        assert beta in (0.0, 1.0), "jsd needs the teacher's whole vocabulary: refused with the recipe"
-        teacher = TeacherTopK(*(tensor[chunk] for tensor in self._kept))
-        # [C, K]: the row of each token among this rank's rows, or any row for a token on another rank.
-        token = vocabulary.locate(teacher.ids.long())
-        q_CO, log_p_CO, others_CV = teacher.probability, log_p_CV.gather(1, token.row), None
-        kept = token.row.shape[1]
-        if kept < log_p_CV.shape[1] * vocabulary.axis.size:  # K < V: there are other tokens
-            others_CV = _others(log_p_CV, token)
-            q_CO = torch.cat([q_CO, teacher.rest.unsqueeze(1)], 1)
-            log_p_CO = torch.cat([log_p_CO, vocabulary.logsumexp(others_CV).unsqueeze(1)], 1)
-        q_CO = q_CO.to(log_p_CV.dtype)
-
-        def terms(x_CO: torch.Tensor) -> torch.Tensor:
-            """Return this rank's terms of the sum over outcomes, [C]: those of its tokens; on rank 0 also the rest."""
-            return token.zero_others(x_CO[:, :kept]).sum(1) + (vocabulary.axis.rank == 0) * x_CO[:, kept:].sum(1)
-
-        loss_C = cross_entropy_C = -terms(q_CO * log_p_CO)
-        entropy_C = -terms(torch.xlogy(q_CO, q_CO))
-        if beta == 1.0:
-            p_CO, log_ratio_CO = log_p_CO.exp(), log_p_CO - q_CO.clamp(min=SMALLEST[teacher.probability.dtype]).log()
-            loss_C = terms(p_CO * log_ratio_CO)
-        if not needs_gradient:
-            return SoftLoss(loss_C, cross_entropy_C, entropy_C, None)
-        if beta == 0.0:
-            # The sum of all q (not exactly 1: cached probabilities are rounded) times p, minus q at the K tokens, minus
-            # the gradient of the rest: that of its log p is the softmax over the other tokens, minus p. The term with p
-            # is in the first one.
-            factor_C1, at_kept_CK = q_CO.sum(1, keepdim=True), -q_CO[:, :kept]
-        else:
-            # p (log-ratio of its outcome - mean log-ratio): first as if all tokens were others, then the K tokens.
-            rest_ratio_C1 = log_ratio_CO[:, kept:].sum(1, keepdim=True)  # 0 without other tokens
-            factor_C1 = rest_ratio_C1 - vocabulary.axis.all_reduce(loss_C).unsqueeze(1)
-            at_kept_CK = p_CO[:, :kept] * (log_ratio_CO[:, :kept] - rest_ratio_C1)
-        gradient_CV = log_p_CV.exp().mul_(factor_C1).scatter_add_(1, token.row, token.zero_others(at_kept_CK))
-        if beta == 0.0 and others_CV is not None:
-            gradient_CV -= others_CV.sub_(log_p_CO[:, kept:]).exp_().mul_(q_CO[:, kept:])
-        return SoftLoss(loss_C, cross_entropy_C, entropy_C, gradient_CV)
-
-
-def _others(log_p_CV: torch.Tensor, token: LocalTokens) -> torch.Tensor:
-    """Return log p with -inf at K tokens: [C, V]."""
-    # -inf is added, and 0 where a row only stands in for that of another rank.
-    removed_CK = log_p_CV.new_full(token.row.shape, -torch.inf)
-    if token.is_local is not None:
-        removed_CK = removed_CK.where(token.is_local, 0.0)
-    return log_p_CV.scatter_add(1, token.row, removed_CK)
-
-
 class Teacher:
     """A frozen model that runs on every batch, with a precision of its own."""
 
@@ -191,32 +107,31 @@ class Teacher:
         self._precision = precision
 
     @torch.no_grad()
-    def predict(self, batch: AnyBatch, packed: bool, temperature: float) -> FullTeacherProbs:
+    def predict(self, batch: Batch, packed: bool, temperature: float) -> TeacherProbs:
         """Return the probabilities of the targets of a batch at a temperature.
 
         Call it after the student's forward pass: a teacher in training mode draws from the same random generator.
         """
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
             output = self.model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed))
-            return FullTeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, temperature)
+            return TeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, temperature)
 
 
 class DistillationLoss:
-    """The objective of a student: it learns from a teacher that runs in each step, or from its cached probabilities."""
+    """The objective of a student: it learns from the targets and from a teacher that runs in each step."""
 
-    def __init__(self, settings: DistillSpec, teacher: Teacher | None, packed: bool) -> None:
-        """Without a teacher, batches must be a `DistillBatch`. `packed`: several examples share a row of a batch."""
+    def __init__(self, settings: DistillSpec, teacher: Teacher, packed: bool) -> None:
+        """`packed`: several examples share a row of a batch."""
         self._settings, self._teacher, self._packed = settings, teacher, packed
 
-    def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepLoss:
         output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, self._packed))
-        settings, teacher = self._settings, self._teacher_probs(batch)
-        hidden_ND, targets_N = output.hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
+        settings = self._settings
         sums_M = distilled_cross_entropy(
-            hidden_ND,
+            output.hidden_BTD.flatten(0, 1),
             output.vocabulary,
-            targets_N,
-            teacher,
+            batch.targets_BT.flatten(),
+            self._teacher.predict(batch, self._packed, settings.temperature),
             settings.soft_fraction,
             settings.temperature,
             settings.mixture,
@@ -225,14 +140,6 @@ class DistillationLoss:
         _, hard, soft, divergence = sums_M.detach()
         sums = {NEG_LOG_PERPLEXITY: -hard, SOFT_CROSS_ENTROPY: soft, TEACHER_DIVERGENCE: divergence}
         return step_loss(output, batch.targets_BT, target_sum, sums)
-
-    def _teacher_probs(self, batch: AnyBatch) -> TeacherProbs:
-        """Return the teacher's probabilities of the targets. Call it when `Teacher.predict` may be called."""
-        if self._teacher is not None:
-            return self._teacher.predict(batch, self._packed, self._settings.temperature)
-        assert isinstance(batch, DistillBatch), "without a teacher the batch brings its probabilities"
-        # [B, T, K] and [B, T] to [N, K] and [N], in the order of targets_N.
-        return CachedTeacherProbs(TeacherTopK(*(tensor.flatten(0, 1) for tensor in batch.teacher)))
 
 
 def distilled_cross_entropy(

@@ -1,40 +1,19 @@
-"""Settings of distillation: its loss (distillation.py), and the cache of the teacher (teacher_cache.py)."""
+"""Settings of distillation (distillation.py)."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
-from switchcli.spec import MAX_COUNT, PathOrUrl, Size, Spec
-
-if TYPE_CHECKING:
-    import torch
-
+from switchcli.spec import MAX_COUNT, PathOrUrl, Spec
 
 _DECODING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"teacher": {"beams": 4}, "student": {"temperature": 1.0}}
 )
 """How a teacher and a student answer by default."""
-
-
-class TeacherCacheSpec(Spec):
-    """Where a teacher's probabilities are cached, and how many of each target."""
-
-    folder: PathOrUrl
-    """Folder of the cache, which is created if missing; before training the teacher runs on what it lacks."""
-    top_k: Size = 64
-    """Largest probabilities cached for each target, at most the vocabulary; of all others their sum is cached."""
-    precision: Literal["float16", "float32"] = "float16"
-    """Type of the cached probabilities; a token id takes 2 bytes, or 4 with a vocabulary above 65,536."""
-
-    @property
-    def dtype(self) -> "torch.dtype":
-        import torch
-
-        return torch.float16 if self.precision == "float16" else torch.float32
 
 
 class DistillSpec(Spec):
@@ -69,8 +48,6 @@ class DistillSpec(Spec):
     """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""
     mode: Literal["evaluation", "training"] = "evaluation"
     """`training` runs the teacher with its dropout, jitter and training capacity, as in Mesh-TensorFlow."""
-    cache: TeacherCacheSpec | None = None
-    """Where the teacher's probabilities are stored before training; by default the teacher runs in every step."""
     baseline: float | PathOrUrl | None = None
     """The dense model that student and teacher are compared with: its checkpoint, or its neg. log perplexity, on tasks
     its score; `--baseline`."""
@@ -115,11 +92,6 @@ class DistillSpec(Spec):
 
     @model_validator(mode="after")
     def _probabilities_suffice(self) -> Self:
-        if self.targets == "student" and self.cache is not None:
-            raise ValueError(
-                "targets (student): the answers change with the student, and a cache holds the teacher's probabilities "
-                "of targets that stay: leave cache out, or take targets=teacher"
-            )
         if self.targets == "student" and not self.soft_fraction:
             raise ValueError(
                 "targets (student): the student's answers are scored by the teacher, and soft_fraction is 0: set it, "
@@ -129,13 +101,4 @@ class DistillSpec(Spec):
             raise ValueError("decoding.seed: a student's answers follow from train.seed and the step: leave it out")
         if self.targets == "teacher" and self.answers is None:
             raise ValueError("targets (teacher): the answers are generated once: name a folder for them by answers")
-        if self.cache is not None and self.loss == "jsd":
-            raise ValueError(
-                "loss (jsd): needs the teacher's probabilities of all tokens, and a cache has the largest: leave cache "
-                "out, or take forward_kl or reverse_kl"
-            )
-        if self.cache is not None and self.mode == "training":
-            raise ValueError(
-                "mode (training): the teacher's noise differs in each step and cannot be cached: take evaluation"
-            )
         return self

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from switchcli.data.batch import AnyBatch
+from switchcli.data.batch import Batch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.kernels.cpu_products import matmul, matmul_over_rows
 from switchcli.model.layers import compute_dtype
@@ -42,20 +42,20 @@ class StepLoss(NamedTuple):
 class Objective(Protocol):
     """A function that computes the loss of a model on a batch."""
 
-    def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss: ...
+    def __call__(self, model: nn.Module, batch: Batch) -> StepLoss: ...
 
 
-def batch_segment_ids(batch: AnyBatch, packed: bool) -> SegmentIds | None:
+def batch_segment_ids(batch: Batch, packed: bool) -> SegmentIds | None:
     """Return the example of each position of a packed batch (model/packing.py); None if each row is one example."""
     return segment_ids(batch.inputs_BS, batch.targets_BT) if packed else None
 
 
-def cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
+def cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
     """Return the cross-entropy of each real target, given the inputs and the targets before it, in float32."""
     return _target_loss(model(batch.inputs_BS, batch.targets_BT), batch.targets_BT)
 
 
-def packed_cross_entropy(model: nn.Module, batch: AnyBatch) -> StepLoss:
+def packed_cross_entropy(model: nn.Module, batch: Batch) -> StepLoss:
     """Return `cross_entropy` of packed rows: each example is computed as if it were alone in its row."""
     output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed=True))
     return _target_loss(output, batch.targets_BT)

@@ -41,7 +41,6 @@ def explain_out_of_memory(
         teacher_bytes = ""
         if teacher is not None:
             teacher_bytes = f"those of the teacher {_weight_bytes(teacher):,}, "
-            fix = "lower train.microbatch_tokens, or run the teacher beforehand (distill.cache)"
         fix += "; or share it among ranks (parallel: `switchcli plan` shows how)"
         total = f"weights, gradients and optimizer take {training_bytes(spec, optimizer, trainable_set):,} bytes in all"
         return f"{total}, {teacher_bytes}a microbatch comes on top: {fix}"

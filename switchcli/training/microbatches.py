@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
-from switchcli.data.batch import AnyBatch, BatchSource
+from switchcli.data.batch import Batch, BatchSource
 from switchcli.spec import PAD
 
 
@@ -14,7 +14,7 @@ class RealTokens(NamedTuple):
     targets: int
 
     @classmethod
-    def of(cls, batch: AnyBatch) -> Self:
+    def of(cls, batch: Batch) -> Self:
         """Count the real tokens of a batch in the host's memory."""
         assert PAD == 0, "count_nonzero is faster than a comparison and a sum"
         return cls(int(batch.inputs_BS.count_nonzero()), int(batch.targets_BT.count_nonzero()))
@@ -25,7 +25,7 @@ class Microbatch(NamedTuple):
 
     number: int
     """Index among the microbatches of all ranks in the step. It seeds dropout and jitter."""
-    batch: AnyBatch
+    batch: Batch
     real: RealTokens
 
 

@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import nn
 
-from switchcli.data.batch import AnyBatch, Batch
+from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
 from switchcli.model.decoding import Decoding
@@ -37,7 +37,7 @@ class OnPolicyLoss:
         self._soft = DistillationLoss(settings.model_copy(update={"soft_fraction": 1.0}), teacher, packed=True)
         self._decoding, self._context = settings.answer_decoding, context
 
-    def __call__(self, model: nn.Module, batch: AnyBatch) -> StepLoss:
+    def __call__(self, model: nn.Module, batch: Batch) -> StepLoss:
         student = next(module for module in model.modules() if isinstance(module, SwitchTransformer))
         answered = answered_by(student, batch, self._decoding, self._context)
         loss = self._soft(model, answered)
@@ -50,7 +50,7 @@ class OnPolicyLoss:
         return loss._replace(target_sum=loss.target_sum * scale, auxiliary=auxiliary, metrics=metrics)
 
 
-def answered_by(student: SwitchTransformer, batch: AnyBatch, decoding: Decoding, context: DistributedContext) -> Batch:
+def answered_by(student: SwitchTransformer, batch: Batch, decoding: Decoding, context: DistributedContext) -> Batch:
     """Return the batch with the student's answer to each example in the place of its target. Collective.
 
     An answer may be as long as the target and an equal share of the row's padding. One that does not end within that,

@@ -1,19 +1,14 @@
-"""What a teacher said, on disk: computed once and read in training.
-
-    FOLDER/                                           TeacherCache: its K largest probabilities of every target
-      facts.json                                      what they depend on: teacher, text, batches, settings
-      steps-00000000-00000064-<digest>.safetensors    of all rows of steps 0 to 63: ids, probability, rest
+"""A teacher's answers on disk: generated once and read in training.
 
     FOLDER/<digest of a task's examples>/             TeacherAnswers: its answer to each training example of a task
-      facts.json
+      facts.json                                      what they depend on: teacher, examples, settings
       examples-00000000-00001024-<digest>.safetensors    of examples 0 to 1023: ids
 
 Files appear complete, by a rename. The name of a file holds the first half of its SHA-256. When the file is first read,
 that is checked, and so are its values, because anybody can give a file the name of its digest. The next start computes
-those that are missing, after a stop or when the run has more steps. A batch is a function of its step, so any
-number of ranks can compute them and any other number can read them.
+those that are missing, after a stop.
 
-Legend: R rows of a step, T target, K cached probabilities of a target, X examples.
+Legend: T target, X examples.
 """
 
 import hashlib
@@ -33,34 +28,28 @@ from safetensors import SafetensorError
 
 from switchcli.checkpoint.checkpoint import LEFTOVER, leftovers
 from switchcli.checkpoint.tensor_file import TensorSpec, tensor_spec
-from switchcli.data.batch import TeacherTopK
 from switchcli.errors import CheckpointError, disk_errors
 from switchcli.system import publish
 from switchcli.system.user_files import open_regular, read_regular
-from switchcli.training.distillation_specs import TeacherCacheSpec
 
 FACTS = "facts.json"
 MAX_FACTS_BYTES = 1 << 20
 """Largest `facts.json` that is read."""
 MAX_FILE_BYTES = 1 << 23
-"""Largest file of probabilities, unless one step is larger."""
+"""Largest file of answers, unless one example is larger."""
 MAX_HEADER_BYTES = 1 << 16
 """Most bytes of a file besides those of its tensors."""
-SUM_TOLERANCE = 0.01
-"""Distance of a target's probabilities from a sum of 1 that rounding explains: bfloat16 has an error of 0.004."""
-ELSEWHERE = "name another folder by distill.cache.folder"
 EXAMPLES_PER_FILE = 1024
-_FILE_NAME = re.compile(r"(?:steps|examples)-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
+_FILE_NAME = re.compile(r"examples-(\d{8,})-(\d{8,})-([0-9a-f]{32})\.safetensors")
 _DIFFERENCES: Mapping[str, str] = {
     "teacher": "are those of another teacher",
-    "text": "are for other text",
-    "batches": "are for other batches of that text (train.seed, train.batch_tokens, lengths or spans)",
+    "text": "are for other examples",
 }
 """What is wrong where a fact differs, by its name."""
 
 
 Facts = Mapping[str, str | int | float]
-"""What the probabilities depend on, by name."""
+"""What the answers depend on, by name."""
 
 
 class _CacheFile(NamedTuple):
@@ -108,7 +97,7 @@ class TeacherFolder(ABC):
                 return True
             entries = self.folder.iterdir() if self.folder.exists() else ()
             if any(path.name != "run.lock" and not _is_leftover(path) for path in entries):
-                raise CheckpointError(f"{self.folder}: exists already and is no teacher cache: {self.elsewhere}")
+                raise CheckpointError(f"{self.folder}: exists already and is no folder of answers: {self.elsewhere}")
             return False
 
     def begin(self, facts: Facts) -> None:
@@ -238,50 +227,6 @@ class TeacherFolder(ABC):
                 other = f"were made with {name} {written.get(name)}, and the recipe says {fact}"
                 difference = _DIFFERENCES.get(name, other)
                 raise CheckpointError(f"{self.folder}: its {self.content} {difference}: {self.elsewhere}")
-
-
-@final
-class TeacherCache(TeacherFolder):
-    """A folder with a teacher's probabilities of the targets of a run, R rows a step."""
-
-    unit: ClassVar[str] = "step"
-    content: ClassVar[str] = "probabilities"
-    elsewhere: ClassVar[str] = ELSEWHERE
-
-    def __init__(self, folder: Path, settings: TeacherCacheSpec, rows: int, targets: int, vocabulary: int) -> None:
-        """A step has R rows with T targets each. The ids are those of a `vocabulary` of so many tokens."""
-        self._vocabulary = vocabulary
-        top_k = min(settings.top_k, vocabulary)
-        specs = {
-            "ids": TensorSpec(id_dtype(vocabulary), (targets, top_k)),
-            "probability": TensorSpec(settings.dtype, (targets, top_k)),
-            "rest": TensorSpec(settings.dtype, (targets,)),
-        }
-        super().__init__(folder, rows, specs)
-
-    def add(self, steps: range, probs: TeacherTopK) -> None:
-        """Write a file with the probabilities of all rows of `steps`.
-
-        The rows of all steps are in dim 0, step after step: [steps * R, T, K] and [steps * R, T].
-        """
-        self._write(steps, probs._asdict())
-
-    def read(self, step: int, first: int, count: int) -> TeacherTopK:
-        """Return the probabilities of rows first..first+count of a step: [count, T, K] and [count, T].
-
-        Raises:
-            CheckpointError: they are missing or damaged.
-        """
-        return TeacherTopK(**self._read(step, first, count))
-
-    def _problem(self, tensors: Mapping[str, torch.Tensor]) -> str | None:
-        ids, probability, rest = (tensors[name] for name in TeacherTopK._fields)
-        # Comparisons with NaN are false, so a sound value is one for which they hold.
-        total = probability.float().sum(-1) + rest.float()
-        is_sound = ((probability >= 0).all(-1)) & (rest >= 0) & ((total - 1).abs() <= SUM_TOLERANCE)
-        if not is_sound.all():
-            return "the probabilities of a target are negative, or do not sum to 1"
-        return _unknown_token(ids, self._vocabulary)
 
 
 @final

@@ -1,14 +1,11 @@
-"""`switchcli distill`: a student on text and on tasks, online and from kept answers, and bad input."""
+"""`switchcli distill`: a student on text and on tasks, and bad input."""
 
 import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,19 +20,8 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.runs.inputs.loading import load_checkpoint
-from switchcli.runs.train import distilling
-from switchcli.runs.train import teacher as run_teacher
 from switchcli.spec import EOS, PAD
-from switchcli.system.lock import lock
 from switchcli.training.distillation import DistillationLoss
-
-HOLD = """
-from pathlib import Path
-from switchcli.system.lock import lock
-with lock(Path("answers")):
-    print("held", flush=True)
-    input()
-"""
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
@@ -137,33 +123,6 @@ def hard_part(call):
 
 
 @pytest.mark.integration
-def test_kept_answers_of_all_tokens_teach_what_the_teacher_does_any_student_for_any_number_of_steps(
-    trained: Path, distilled: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(trained, "run")
-    Path("run/tokenizer.json").write_text("mine")
-    kept = ("distill.cache.folder=answers", "distill.cache.top_k=512", "distill.cache.precision=float32")
-    command = ("distill", "--teacher", trained, *kept, "--json", "--out")
-    asked = switchcli(*command, "run", "--cache-only")
-    assert asked.code == 0, asked.err
-    assert json.loads(asked.out)["bytes"] == sum(path.stat().st_size for path in Path("answers").iterdir())
-    assert Path("run/tokenizer.json").read_text() == "mine", "asking touches no run's folder"
-    assert not lacking(asked.err, "2 steps 8 rows 512")
-    with monkeypatch.context() as patch:
-        patch.setattr(distilling, "load_model", None)  # the teacher is not made again
-        offline = switchcli(*command, "offline")
-        assert offline.code == 0, offline.err
-        assert switchcli(*command, "other", "student.kind=random_init").code == 0
-    online = json.loads((distilled / "result.json").read_text())["distillation"]
-    assert json.loads(offline.out)["distillation"]["teacher"]["metrics"] == online["teacher"]["metrics"]
-    for name, weight in weights(distilled, 2).items():  # 2**-24 of a probability, and Adafactor's large first steps
-        torch.testing.assert_close(weights("offline", 2)[name], weight, rtol=1e-4, atol=1e-4)
-    done = switchcli(*command, "offline", "train.steps=3")
-    assert done.code == 0, done.err
-    assert len(list(Path("answers").glob("steps-*"))) == 2
-
-
-@pytest.mark.integration
 def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Path, switchcli: SwitchCLI) -> None:
     """Table 8's way: a student that is pre-trained learns the tasks from the tuned teacher."""
     command = ("distill", "--teacher", tuned, "--student", dense, "--baseline", "12.5")
@@ -188,15 +147,10 @@ def test_a_student_learns_its_teachers_answers_which_are_generated_once(
     """The teacher answers with the capacity of `distill`, not with that of scores."""
     kept = ("distill.targets=teacher", "distill.answers=kept", "distill.decoding.beams=2", "scoring.capacity=0.1")
     command = ("distill", "--teacher", tuned, "--student", dense, *kept, "-q")
-    asked = switchcli(*command, "distill.loss=jsd", "--cache-only", "--json", "--out", "by-jsd")
-    assert asked.code == 0, asked.err
-    assert json.loads(asked.out) == {"verb": "distill", "answers": "kept"}
-    assert not Path("by-jsd").exists()
-    files = sorted(Path("kept").glob("*/examples-00000000-00000060-*.safetensors"))
-    assert len(files) == 2, "a file for each task"
     done = switchcli(*command, "distill.loss=jsd", "--out", "by-jsd")
     assert done.code == 0, done.err
-    assert sorted(Path("kept").glob("*/examples-*.safetensors")) == files
+    files = sorted(Path("kept").glob("*/examples-00000000-00000060-*.safetensors"))
+    assert len(files) == 2, "a file for each task"
     teacher = load_checkpoint(tuned, torch.device("cpu"), NoWarnings())
     decoding = Decoding(beams=2, max_tokens=32)
     rows = [json.loads(line) for line in (tuned.parent / "last.train.jsonl").read_text().splitlines()]
@@ -265,9 +219,7 @@ def test_a_student_of_another_width_and_a_smaller_sparse_one(trained: Path, here
 
 
 @pytest.mark.integration
-def test_experts_side_by_side_from_the_teacher_itself_and_with_kept_answers(
-    trained: Path, dense: Path, here: Path, switchcli: SwitchCLI
-) -> None:
+def test_experts_side_by_side_from_the_teacher(trained: Path, dense: Path, here: Path, switchcli: SwitchCLI) -> None:
     """The table has what the wider feed-forward costs."""
     wide = ("distill", "--teacher", trained, "student.experts=concat", "model.d_ff=128", "--json", "--out")
     done = switchcli(*wide, "a", "--baseline", dense)
@@ -284,11 +236,6 @@ def test_experts_side_by_side_from_the_teacher_itself_and_with_kept_answers(
     more = 2 * 2 * 64 * 32 * tokens / recipe.inputs_length
     flops = {role: said[role]["flops_per_token"] for role in ("teacher", "student", "baseline")}
     assert flops["teacher"] == flops["baseline"] == pytest.approx(flops["student"] - more, abs=1)
-    kept = ("distill.cache.folder=answers", "distill.cache.top_k=512", "distill.cache.precision=float32")
-    done = switchcli(*wide, "b", *kept)
-    assert done.code == 0, done.err
-    for name, weight in weights("a", 2).items():
-        torch.testing.assert_close(weights("b", 2)[name], weight, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.integration
@@ -403,59 +350,6 @@ def test_a_teacher_in_the_hugging_face_layout(trained: Path, text: Path, here: P
     assert json.loads(done.out)["distillation"]["teacher"]["checkpoint"] == "theirs"
 
 
-@pytest.mark.integration
-def test_notes_that_are_lost_are_made_again_and_only_missing_answers_wait_for_the_lock(
-    trained: Path, here: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kept = ("distill", "--teacher", trained, "distill.cache.folder=answers")
-    assert switchcli(*kept, "--cache-only").code == 0
-    note = Path("answers/teacher.json")
-    written = json.loads(note.read_text())
-    before = written["measured"]["metrics"]
-    wrong = {**written["measured"], "metrics": {"held_out/neg_log_perplexity": float("nan")}}
-    for broken in ("", json.dumps({**written, "measured": wrong})):
-        note.write_text(broken)
-        assert switchcli(*kept, "--cache-only").code == 0
-        assert json.loads(note.read_text())["measured"]["metrics"] == before
-    with lock(Path("answers")):
-        done = switchcli(*kept, "--out", "a", "--json")
-        assert done.code == 0, done.err
-        assert json.loads(done.out)["distillation"]["teacher"]["metrics"] == before
-        assert "waiting" not in done.err
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    assert holder.stdout.read(4) == b"held"
-    wait = run_teacher.patient_lock
-
-    def wait_until_told(folder: Path, elsewhere: str, say: Callable[[str], None]) -> AbstractContextManager[bool]:
-        def say_and_let_go(name: str) -> None:
-            say(name)
-            holder.communicate(b"\n")
-
-        return wait(folder, elsewhere, say_and_let_go)
-
-    monkeypatch.setattr(run_teacher, "patient_lock", wait_until_told)
-    more = switchcli(*kept, "train.steps=4", "--out", "a", "-q")
-    assert more.code == 0, more.err
-    assert not lacking(more.err, f"answers waiting process {holder.pid}")
-
-
-@pytest.mark.integration
-def test_a_run_that_waits_for_another_ones_answers_can_be_interrupted(trained: Path, here: Path) -> None:
-    command = ("distill", "--teacher", trained, "distill.cache.folder=answers", "--out", "a")
-    arguments = [sys.executable, "-m", "switchcli", *map(str, command)]
-    with lock(Path("answers")), subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        assert any("waiting" in line for line in run.stderr)
-        run.send_signal(signal.SIGINT)
-        try:
-            _, said = run.communicate(timeout=60)
-        finally:
-            run.kill()
-    assert (run.returncode, lacking(said, "stopped SIGINT")) == (75, []), said
-    assert not Path("a").exists()
-
-
 BAD = {
     "--teacher DENSE": (2, "--teacher num_experts 1 dense sparse --student"),
     "T model.num_experts=8": (2, "larger teacher --student model.num_experts"),
@@ -486,10 +380,7 @@ BAD = {
         2,
         "model.d_model 16 32 concat",
     ),
-    "T distill.loss=jsd distill.cache.folder=a": (2, "distill loss jsd cache reverse_kl"),
-    "T distill.cache.folder=new --out new": (4, "new in use distill.cache.folder"),
     "T --baseline 3.25": (2, "--baseline 3.25 loss -3.25"),
-    "T --cache-only": (2, "--cache-only distill.cache.folder distill.soft_fraction distill.answers"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),
     "T --out .": (2, "distill.teacher folder --out"),
@@ -531,17 +422,6 @@ def test_the_tokenizer_of_the_teacher_may_be_named(
     done = switchcli("distill", "tiny.yaml", "--teacher", trained, "--dry-run", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["recipe"]["data"]["tokenizer"]["kind"] == "file"
-
-
-def test_answers_to_other_batches_are_refused(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
-    command = ("distill", "--teacher", trained, "distill.cache.folder=answers", "-q")
-    assert switchcli(*command, "--cache-only").code == 0
-    for key, words in (
-        ("train.seed=9", "batches train.seed train.batch_tokens"),
-        ("distill.temperature=2", "temperature 1.0 2.0"),
-    ):
-        done = switchcli(*command, key, "--out", "b")
-        assert (done.code, lacking(done.err, f"answers {words} distill.cache.folder")) == (4, []), done.err
 
 
 def test_a_dry_run_tells_what_it_comes_to(trained: Path, here: Path, switchcli: SwitchCLI) -> None:

@@ -193,17 +193,14 @@ def test_fine_tuning_and_its_scores_are_those_of_the_cpu(
             }
 
 
-@pytest.mark.parametrize("answers", [(), ("distill.cache.folder=answers",)], ids=["online", "kept answers"])
 @pytest.mark.parametrize(("device", "precision"), on_devices(BOUND, ["float32"]))
 def test_distillation_has_the_losses_of_the_cpu(
-    device: str, precision: str, answers: tuple[str, ...], trained: Path, run: Run, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    device: str, precision: str, trained: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for out, where in (("on_cpu", "cpu"), ("on_device", device)):
         keys = (*QUIET[::2], f"train.device={where}", f"train.precision={precision}", "train.steps=4")
-        folder = tuple(key.replace("=answers", f"={tmp_path}/answers_{out}") for key in answers)
-        found = run("distill", "--teacher", trained, *keys, *folder, "--out", out)
+        found = run("distill", "--teacher", trained, *keys, "--out", out)
         assert found["step"] == 4
         assert found["distillation"]["student"]["metrics"].keys() == found["distillation"]["teacher"]["metrics"].keys()
     assert_same_course("on_device", "on_cpu", BOUND[precision])

@@ -24,7 +24,6 @@ VERBS: dict[str, Sequence[str]] = {
     "branch": ["pretrain", "bad/recipe.yaml", "--branch-from", "bad", "train.steps=3", "--out", "new"],
     "resume": ["pretrain", "bad/recipe.yaml", "train.steps=3", "--out", "bad"],
     "teacher": ["distill", "--teacher", "bad", "--out", "new"],
-    "teacher of a cache": ["distill", "--teacher", "bad", "--cache-only", "distill.cache.folder=cache", "--out", "new"],
     "student": ["distill", "--teacher", "good", "--student", "bad", "--out", "new"],
     "prune": ["prune", "bad", "new", "--experts", "2"],
 }

@@ -117,11 +117,6 @@ def test_the_page_lists_the_keys_that_the_verbs_write(
         (("doctor", trained, "--checkpoint-files"), "doctor of files"),
         (("eval", trained, "--out", "of_text"), "result.json of eval"),
         (("pretrain", trained.parent / "tiny.yaml", "--dry-run"), "dry run"),
-        (("distill", "--teacher", trained, "--cache-only", "distill.cache.folder=probs"), "distill --cache-only"),
-        (
-            ("distill", "--teacher", tuned, "--cache-only", "distill.targets=teacher", "distill.answers=kept"),
-            "distill --cache-only",
-        ),
     ):
         checker.check_form(json.loads(switchcli(*words, "--json").out), form)
     for run in (trained, tuned, distilled):

@@ -24,7 +24,7 @@ from ranks import MESHES, RankMatrix, Row, model_of, train_on_rows
 from tiny_model import DROPPING, SOURCE, TARGET, TO_DIVIDE, a_model, rows
 from torch import nn
 
-from switchcli.data.batch import Batch, DistillBatch, TeacherTopK
+from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, local_values
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
@@ -126,16 +126,6 @@ def gradients(
     held = torch.tensor([*weights.experts])
     seen = {"targets": torch.tensor(float(state.targets_seen)), HERE: held, **optimizer.seen, **metrics}
     return {name: tensor.numpy() for name, tensor in seen.items()}
-
-
-def of_kept_answers(model: nn.Module, batch: Batch, loss: str = "forward_kl") -> StepLoss:
-    """The loss of a student whose teacher's answers are kept: some of them on either half of the vocabulary."""
-    ids = (batch.targets_BT.unsqueeze(2) + torch.arange(5) * 7) % SPARSE.vocab_size
-    rest = torch.full_like(batch.targets_BT, 0.25, dtype=torch.float32)
-    answers = TeacherTopK(ids, torch.full_like(ids, 0.15, dtype=torch.float32), rest)
-    lesson = DistillBatch(batch.inputs_BS, batch.targets_BT, answers)
-    spec = DistillSpec(teacher="teacher", soft_fraction=0.5, loss=loss)
-    return DistillationLoss(spec, None, packed=False)(model, lesson)
 
 
 def distilled(model: nn.Module, batch: Batch, loss: str = "forward_kl") -> StepLoss:
@@ -391,11 +381,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
     "computed again, the experts alone": partial(gradients, SPARSE, 1, CLIP, "expert", recomputed=True),
     "computed again, distillation": partial(gradients, SPARSE, None, None, objective=distilled, recomputed=True),
     "distillation": partial(gradients, SPARSE, None, None, objective=distilled),
-    "kept answers": partial(gradients, SPARSE, None, None, objective=of_kept_answers),
     "distillation by jsd": partial(gradients, SPARSE, None, None, objective=partial(distilled, loss="jsd")),
-    "kept answers, reverse KL": partial(
-        gradients, SPARSE, None, None, objective=partial(of_kept_answers, loss="reverse_kl")
-    ),
     "distillation on own answers": on_own_answers,
     "products of oneDNN": by_onednn,
     "evaluation": evaluated,
@@ -428,7 +414,7 @@ EVERY_CASE = {**CASES, **RUNS, **CONTROL}
 UNIT = {"expert 2": ("accumulated and clipped", "dropout and jitter"), "model 2": ("accumulated and clipped",)}
 INTEGRATION = {
     "data 2": (
-        *("groups of two sequences", "dropout and jitter", "kept answers", "evaluation", "the experts alone"),
+        *("groups of two sequences", "dropout and jitter", "evaluation", "the experts alone"),
         *("rounded", "stopped", "poisoned", "adafactor", "balanced by the step before"),
     ),
     "expert 2": (
@@ -441,7 +427,7 @@ INTEGRATION = {
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
         *("balanced by the step before", "muon", "fine experts beside a shared path"),
-        *("distillation by jsd", "kept answers, reverse KL", "distillation on own answers"),
+        *("distillation by jsd", "distillation on own answers"),
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),

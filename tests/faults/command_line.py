@@ -124,7 +124,6 @@ KEYS: dict[str, tuple[str, str]] = {
     "tasks.test": ("finetune", TASK.format("test")),
     "distill.teacher": ("distill", "distill.teacher={0}"),
     "distill.baseline": ("distill", "distill.baseline={0}"),
-    "distill.cache.folder": ("distill", "distill.cache.folder={0}"),
     "student.path": ("distill", "student={{kind: checkpoint, path: {0}}}"),
     "text.corpora.paths": ("eval", f"text.{CORPUS.removeprefix('data.')}"),
 }

@@ -50,7 +50,6 @@ THERE_ALREADY = (2, 4)
 """Exit codes of a command whose output is there already: it was struck after that."""
 STEPS = ("train.steps=4", "checkpoint.save_every_steps=2", "log.every_steps=1", "eval.every_steps=2")
 """Equal metrics are equal samples in equal order."""
-ANSWERS = "distill.cache.folder=answers"
 CHILD = """\
 #!/bin/sh
 shift
@@ -203,10 +202,7 @@ VERBS = {
     "finetune": Verb(
         f"finetune tune.yaml --model run {' '.join(STEPS)} scoring.decoding.max_tokens=2 --out out", trains=True
     ),
-    "distill": Verb(f"distill --teacher run {' '.join(STEPS)} {ANSWERS} --out out", trains=True),
-    "distill --cache-only": Verb(
-        f"distill --teacher run --cache-only {ANSWERS} --out student", output="answers", is_remade=True
-    ),
+    "distill": Verb(f"distill --teacher run {' '.join(STEPS)} --out out", trains=True),
     "sweep": Verb(
         "sweep pretrain tiny.yaml train.seed=0,1 --jobs 1 --out out", is_remade=True, within=stand_in_for_python
     ),

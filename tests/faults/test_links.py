@@ -27,7 +27,6 @@ FIGURES = "report run --figures figures"
 ROUTING = "report run --routing --html page.html"
 COPY = "recipes copy quickstart/switch mine.yaml"
 VOCABULARY = "data tokenizer train tiny.yaml --out tok.json --force"
-DISTILL = "distill --teacher run --out student distill.cache.folder=answers --quiet"
 SWEEP = "sweep pretrain tiny.yaml train.seed=0 --jobs 1 --out swept"
 CHECKPOINTS = "run/checkpoints"
 
@@ -67,15 +66,12 @@ LINKS = [
     *each(COPY, "mine.yaml", FILE, NEW),
     *each(VOCABULARY, "tok.json", FILE, NEW),
     *each("convert run converted --to huggingface", "converted", OUTSIDE, FILE),
-    *each(DISTILL, "answers/facts.json answers/teacher.json"),
-    *each(DISTILL, "answers/.tmp-0123abcd answers/.tmp-probe-0123abcd", OUTSIDE),
     *each(SWEEP, "swept/0.log swept/run.lock", FILE, NEW),
 ]
 """Links in a run folder, among checkpoints, with temporary names of earlier versions, and as outputs."""
 NOT_OURS = [
     *(Link(f"{CHECKPOINTS}/{name}", OUTSIDE, RESUME) for name in (".del-x", ".old-photos", ".tmp-00000001-notours")),
     Link(f"{CHECKPOINTS}/.old-00000003-0123abcd-mine", OUTSIDE, RESUME),
-    Link("answers/.tmp-photos", OUTSIDE, DISTILL),
 ]
 """Names that are nearly ours, each of a folder of the user's."""
 

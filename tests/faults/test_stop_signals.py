@@ -55,7 +55,7 @@ PHASES = {
     "save": Phase("pretrain", CheckpointWriter, "write", (1, 2)),
     "save in the background": Phase("pretrain, background", CheckpointWriter, "write", (1, 2)),
     "evaluation": Phase("pretrain", ValidationCallback, "__call__", (1, 2)),
-    "teacher is asked": Phase("distill", Teacher, "predict", (5, 3, 7), r"\bteacher\b.*\banswers\b.*\bcommand\b"),
+    "teacher is asked": Phase("distill", Teacher, "predict", (5, 3, 7)),
     "answers to tasks": Phase("finetune", SwitchTransformer, "encode", (2, 5)),
     "samples at the end": Phase("pretrain", ending, "answer_texts", (1,), NOTHING),
 }

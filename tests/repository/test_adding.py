@@ -369,7 +369,7 @@ def use_schedule(run: Fork) -> None:
 def add_loss(tree: Tree) -> None:
     loss = '''
 
-def tripled(model: nn.Module, batch: AnyBatch) -> StepLoss:
+def tripled(model: nn.Module, batch: Batch) -> StepLoss:
     """Three times the cross-entropy."""
     loss = cross_entropy(model, batch)
     return loss._replace(target_sum=3 * loss.target_sum, metrics={**loss.metrics, "tripled": Mean(*(torch.ones(2)))})

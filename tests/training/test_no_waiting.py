@@ -15,7 +15,6 @@ from doubles import Source, Still, trained
 from tiny_model import SHAPE, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from switchcli.data.batch import AnyBatch, DistillBatch, TeacherTopK
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
@@ -185,19 +184,10 @@ def test_recomputing_blocks_does_not_make_a_step_wait(monkeypatch: pytest.Monkey
     train(model, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", ["online", "cached"])
-def test_a_teacher_does_not_make_a_step_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = Teacher(on_meta(sparse()).eval(), "selective") if kind == "online" else None
-
-    def answered(step: int, first: int, count: int) -> AnyBatch:
-        batch = rows(step, first, count)
-        shape = (*batch.targets_BT.shape, 3)
-        ids, probability = torch.ones(shape, dtype=torch.int32), torch.full(shape, 0.2, dtype=torch.float16)
-        return DistillBatch(*batch, TeacherTopK(ids, probability, probability[..., 0]))
-
+def test_a_teacher_does_not_make_a_step_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Teacher(on_meta(sparse()).eval(), "selective")
     objective = DistillationLoss(DistillSpec(teacher="t", temperature=2.0), teacher, packed=False)
-    batches = Source(answered) if kind == "cached" else None
-    train(on_meta(sparse(num_experts=1)), monkeypatch, objective, batches=batches)
+    train(on_meta(sparse(num_experts=1)), monkeypatch, objective)
 
 
 WAITING = {

@@ -133,7 +133,6 @@ def test_the_loss_is_the_teachers_alone_on_the_answers_weighed_as_the_batchs_own
 
 def test_what_has_no_meaning_with_a_students_answers_is_refused() -> None:
     for settings, key in (
-        ({"targets": "student", "cache": {"folder": "a"}}, r"targets \(student\)[^\[]*cache"),
         ({"targets": "student", "soft_fraction": 0.0}, r"targets \(student\)[^\[]*soft_fraction"),
         ({"targets": "teacher"}, r"targets \(teacher\)[^\[]*answers"),
         ({"targets": "student", "student_fraction": 0.0}, "student_fraction"),

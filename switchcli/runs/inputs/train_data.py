@@ -34,11 +34,6 @@ class TrainData(NamedTuple):
     def tokenizer(self) -> Tokenizer:
         return self.evaluator.tokenizer
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether a row holds several examples."""
-        return next(iter(self.evaluator.texts.values())).is_packed
-
 
 class RunData(ABC):
     """What a run is trained and measured on: plain text or tasks."""

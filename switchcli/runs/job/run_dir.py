@@ -33,7 +33,6 @@ _SAFE_KEYS = (
     "scoring.draws",
     "checkpoint.",
     "distill.baseline",
-    "distill.cache.folder",
     "distill.answers",
     "parallel.",
 )

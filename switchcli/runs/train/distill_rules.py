@@ -20,17 +20,12 @@ from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, OPTIONS, START, STUDENT, TEACHER, Pin, PinFinder
 from switchcli.runs.job.same_model import check_shape, check_tokenizer, check_trained_tokenizer
-from switchcli.runs.train import branching
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
 
 Recipe = DistillTextRecipe | DistillTasksRecipe
 _TRAINING_SECTIONS = {"train", "optimizer", "schedule", "eval", "checkpoint"}
 """Sections that a recipe may leave out if the teacher was trained on the same type of data. The teacher's are taken."""
-CACHE_OF_A_BRANCH = (
-    "distill.cache: holds the teacher's probabilities by step, and a branch with another batch size or other data has "
-    "other rows in its steps: leave distill.cache out, so that the teacher runs in each step"
-)
 
 
 class DistillRules(TrainingTask):
@@ -98,9 +93,6 @@ class DistillRules(TrainingTask):
     def check(cls, job: Job) -> None:
         super().check(job)
         _check_models(job)
-        recipe, start = job.recipe, job.handle(START)
-        if start is not None and recipe.distill.cache is not None and branching.reads_other_rows(start, recipe):
-            raise RecipeError(CACHE_OF_A_BRANCH)
 
     def tokenizer(self) -> Tokenizer:
         return teacher_of(self.job.pins).tokenizer

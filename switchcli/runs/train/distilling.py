@@ -1,7 +1,7 @@
-"""Distillation: the training task of `switchcli distill`. The teacher runs in every step, or once to fill a cache."""
+"""Distillation: the training task of `switchcli distill`. The teacher runs in every step."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,18 +10,17 @@ from switchcli.checkpoint import tensor_names
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
-from switchcli.errors import RecipeError
 from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights, keyed_generator
 from switchcli.model.surgery.student import ExpertUse, StudentInit, gate_sums, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
+from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.table import Table
 from switchcli.report.units import si
-from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.evaluate.score_tables import shown_metric
 from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import load_model
@@ -29,100 +28,56 @@ from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, STUDENT
-from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.train.distill_rules import DistillRules, Recipe, teacher_of
-from switchcli.runs.train.teacher import DistillSource, ModelMetrics, RunTeacher
+from switchcli.runs.train.teacher import RunTeacher
 from switchcli.runs.train.trainer import Trainer
-from switchcli.training import memory
 from switchcli.training.checkpointer import load_weights
 from switchcli.training.config import FromCheckpoint
 from switchcli.training.distillation import DistillationLoss, compression, gain_kept
 from switchcli.training.loss import Objective, packed_cross_entropy
-from switchcli.training.measure import Evaluator
+from switchcli.training.measure import Evaluator, Measurement
 from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizers import Optimizer
-
-
-def ask_teacher_only(job: Job, quiet: bool) -> dict[str, Any]:
-    """Save what the run asks its teacher: answers, probabilities for all steps, or both. No student is trained.
-
-    No run folder is made. Return a JSON result on the main rank, and an empty one on the others.
-
-    Raises:
-        RecipeError: the recipe keeps nothing of what the teacher is asked.
-        Interrupted: stopped by a signal. Finished parts are kept.
-    """
-    recipe, settings = job.recipe, job.recipe.distill
-    cache = settings.cache if settings.soft_fraction else None
-    if cache is None and settings.answers is None:
-        raise RecipeError(
-            "--cache-only: needs distill.cache.folder and a distill.soft_fraction above 0, or distill.targets: teacher "
-            "and distill.answers"
-        )
-    context = build_context(recipe)
-    check_ranks_agree(recipe, context)
-    console = Console(quiet=quiet or not context.is_main)
-    with memory.explain_out_of_memory_in_evaluation(context.device):
-        Distillation(job, None, context, console).build_data()
-        context.close()
-    result: dict[str, Any] = {"verb": recipe.verb}
-    if settings.answers is not None:
-        console.message(f"the teacher's answers are in {settings.answers}")
-        result["answers"] = settings.answers
-    if cache is not None:
-        size = sum(path.stat().st_size for path in Path(cache.folder).iterdir())
-        steps = recipe.train.steps - settings.start_step
-        console.message(f"probabilities of {steps:,} steps, {si(size)}B, in {cache.folder}")
-        result |= {"folder": cache.folder, "steps": steps, "bytes": size}
-    return result if context.is_main else {}
 
 
 class Distillation(DistillRules):
     """Train a student on the probabilities of a teacher, on text or on tasks (section 4.2)."""
 
-    def __init__(self, job: Job, folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
-        """`folder` is the run's, or None if only the teacher cache is filled. Every `TrainingTask` takes one."""
+    def __init__(self, job: Job, folder: RunFolder, context: DistributedContext, console: Console) -> None:
         super().__init__(job, folder, context, console)
         self._recipe: Recipe = job.recipe
         self._settings = self._recipe.distill
         self._handle = teacher_of(job.pins)
         self._teacher = RunTeacher(self._handle, self._recipe, context, console)
         self.identity = {"teacher_sha256": self._teacher.sha256}
-        if self._settings.soft_fraction and self._settings.cache is None:
+        if self._settings.soft_fraction:
             self.teacher, self.teacher_from = self._handle.recipe.model, self._settings.start_step
         self._losses: tuple[DistillationLoss, OnPolicyLoss | None] | None = None
         """The loss on the data's targets, and that on the student's with `distill.targets: student`."""
 
     def build_data(self) -> TrainData:
-        """Return the data of the student, with the teacher's probabilities in the batches if there is a cache."""
         if self._settings.targets == "teacher":
             assert isinstance(self.run_data, TaskRunData), "refused on text"
             self.run_data.relabel = self._teacher.answer
         data = super().build_data()
-        start_step, cache_spec = self._settings.start_step, self._settings.cache
         if not self._settings.soft_fraction:
             self._teacher.unload()
-            return data
-        if cache_spec is None:
-            if start_step == 0:  # a later start loads the teacher when it is needed
-                self._teacher.load()
-            return data
-        cache = self._teacher.fill_cache(cache_spec, data)
-        return data._replace(source=DistillSource(data.source, cache, start_step))
+        elif self._settings.start_step == 0:  # a later start loads the teacher when it is needed
+            self._teacher.load()
+        return data
 
     def loss_at(self, step: int) -> Objective:
         """Return the loss with the teacher's probabilities, from the start step on if there is a soft fraction.
 
-        Before it, the loss is the cross-entropy of the targets. With a cache, batches bring the probabilities.
+        Before it, the loss is the cross-entropy of the targets.
         """
         if step < self._settings.start_step or not self._settings.soft_fraction:
             return self.validation_loss
         if self._losses is None:
-            teacher = self._teacher.in_training() if self._settings.cache is None else None
+            teacher = self._teacher.in_training()
             on_data = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
             on_policy = None
             if self._settings.targets == "student":
-                assert teacher is not None, "refused with a cache"
                 on_policy = OnPolicyLoss(self._settings, teacher, self.context)
             self._losses = on_data, on_policy
         on_data, on_policy = self._losses
@@ -167,33 +122,26 @@ class Distillation(DistillRules):
     def _expert_use(self, evaluator: Evaluator, with_gates: bool) -> ExpertUse:
         """Measure how the teacher uses its experts on held-out text. Collective."""
         gate: dict[str, torch.Tensor] = {}
-        if with_gates:  # a teacher cache has none: the teacher runs
-            with gate_sums(self._teacher.load()) as sums:
-                text_only = evaluator._replace(tasks=())
-                measured = ModelMetrics.measure(self._teacher.load(), text_only, self._recipe.inputs_length)
-            for layer, local in sums.items():
-                total_E, tokens_E = self.context.all_reduce(local).cpu()
-                gate[layer] = total_E / tokens_E.clamp(min=1)
-            if self.teacher is None:  # training does not need it
-                self._teacher.unload()
-        else:
-            measured = self._teacher.measure(evaluator, with_tasks=False)
-        return ExpertUse({layer: torch.tensor(tokens) for layer, tokens in measured.load.items()}, gate)
+        with gate_sums(self._teacher.load()) if with_gates else nullcontext(dict[str, torch.Tensor]()) as sums:
+            measured = _measure(self._teacher.load(), evaluator._replace(tasks=()))
+        for layer, local in sums.items():
+            total_E, tokens_E = self.context.all_reduce(local).cpu()
+            gate[layer] = total_E / tokens_E.clamp(min=1)
+        if self.teacher is None:  # training does not need it
+            self._teacher.unload()
+        return ExpertUse({layer: torch.tensor(tokens) for layer, tokens in measured.load().items()}, gate)
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
         recipe, teacher, baseline = self._recipe, self._handle, self.job.handle(BASELINE)
         metric = trainer.evaluator.metric
-        teacher_measured = self._teacher.measure(trainer.evaluator)
+        teacher_measured = _measure(self._teacher.load(), trainer.evaluator)
         self._losses = None
         self._teacher.unload()  # frees the memory of the teacher for the baseline
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
-        text_only = trainer.evaluator._replace(tasks=())
-        measured = ModelMetrics.measure(trainer.model, text_only, recipe.inputs_length)._replace(
-            metrics=trainer.state.eval_metrics
-        )
+        speed = _measure(trainer.model, trainer.evaluator._replace(tasks=()))
         teacher_row = {"checkpoint": str(teacher.path), **_row(teacher.recipe.model, recipe, teacher_measured)}
-        student_row = _row(recipe.model, recipe, measured)
+        student_row = {**_row(recipe.model, recipe, speed), "metrics": dict(trainer.state.eval_metrics)}
         result: dict[str, Any] = {
             "metric": metric,
             "teacher": teacher_row,
@@ -211,14 +159,14 @@ class Distillation(DistillRules):
         baseline_value = self._settings.baseline
         if baseline is not None:
             baseline_model = load_model(baseline, self.context.device)
-            baseline_measured = ModelMetrics.measure(baseline_model, trainer.evaluator, recipe.inputs_length)
-            baseline_value = baseline_measured.metrics[metric]
-            baseline_row = _row(baseline.recipe.model, recipe, baseline_measured)
+            baseline_row = _row(baseline.recipe.model, recipe, _measure(baseline_model, trainer.evaluator))
+            baseline_value = baseline_row["metrics"][metric]
             result["baseline"] = {"checkpoint": str(baseline.path), **baseline_row}
         elif isinstance(baseline_value, float):
             result["baseline"] = {"metrics": {metric: baseline_value}}
         if isinstance(baseline_value, float):
-            result["gain_kept"] = gain_kept(measured.metrics[metric], teacher_measured.metrics[metric], baseline_value)
+            student_value, teacher_value = student_row["metrics"][metric], teacher_row["metrics"][metric]
+            result["gain_kept"] = gain_kept(student_value, teacher_value, baseline_value)
         return {"distillation": result}
 
     def show(self, result: Mapping[str, Any]) -> None:
@@ -267,12 +215,18 @@ def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
     )
 
 
-def _row(spec: ModelSpec, recipe: Recipe, measured: ModelMetrics) -> dict[str, Any]:
+def _measure(model: SwitchTransformer, evaluator: Evaluator) -> Measurement:
+    """Measure a model on the data of the run. Collective. Compiled modules run in eager mode."""
+    with evaluator.context.eager():
+        return evaluator(model)
+
+
+def _row(spec: ModelSpec, recipe: Recipe, measured: Measurement) -> dict[str, Any]:
     """Return the columns of a model. Its FLOPs are of the forward pass, for an input token of the run's sequences."""
     counts = count(spec, recipe.inputs_length, recipe.targets_length)
     return {
         "parameters": counts.parameters,
         "flops_per_token": round(counts.flops / recipe.inputs_length),
-        "metrics": measured.metrics,
-        TOKENS_PER_SECOND: measured.tokens_per_second,
+        "metrics": measured.metrics(),
+        TOKENS_PER_SECOND: measured.num_rows * recipe.inputs_length / measured.text_seconds,
     }

@@ -21,7 +21,7 @@ class Finetuning(TrainingTask):
 
     verb = "finetune"
 
-    def __init__(self, job: Job, folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
+    def __init__(self, job: Job, folder: RunFolder, context: DistributedContext, console: Console) -> None:
         super().__init__(job, folder, context, console)
         self.update = job.recipe.update
 

@@ -148,8 +148,8 @@ class TrainingTask:
 
     # The run
 
-    def __init__(self, job: Job, folder: RunFolder | None, context: DistributedContext, console: Console) -> None:
-        """`folder` is the folder of the run; None if a teacher cache is filled and nothing is trained."""
+    def __init__(self, job: Job, folder: RunFolder, context: DistributedContext, console: Console) -> None:
+        """`folder` is the folder of the run."""
         self.job, self.folder, self.context, self.console = job, folder, context, console
         self.run_data = data_type(job.recipe)(job.recipe, context, console)
 
@@ -180,7 +180,7 @@ class TrainingTask:
         """
         if (start := self.job.handle(START)) is not None:
             return start.tokenizer
-        if self.folder is None or not self.folder.is_resumed:
+        if not self.folder.is_resumed:
             return None
         if self.folder.tokenizer.exists():
             return Tokenizer.read(self.folder.tokenizer)
