@@ -1,7 +1,6 @@
-"""`switchcli prune`: a trained model with fewer experts or tokens. Imports torch only when it runs."""
+"""`switchcli prune`: a trained model with fewer experts. Imports torch only when it runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,7 +12,6 @@ from switchcli.commands._options import (
     EvalArguments,
     Json,
     Quiet,
-    refuse_option,
     split_arguments,
 )
 from switchcli.commands._result import Line, finish
@@ -28,24 +26,13 @@ app = typer.Typer()
     epilog=epilog(
         "how-to/upcycle-and-prune",
         "switchcli prune runs/quickstart/switch runs/small --experts 4",
-        "switchcli prune runs/quickstart/switch runs/trimmed --vocabulary mine.txt",
     )
 )
 def prune(
-    context: typer.Context,
     checkpoint: Checkpoint,
     destination: Destination,
+    experts: Annotated[int, typer.Option(metavar="N", help="Number of experts that each sparse layer keeps.")],
     arguments: EvalArguments = None,
-    experts: Annotated[
-        int | None, typer.Option(metavar="N", help="Number of experts that each sparse layer keeps. Default: all.")
-    ] = None,
-    vocabulary: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="A text whose tokens are kept: text, JSON Lines or Parquet; may be repeated. Default: all tokens.",
-        ),
-    ] = None,
     by: Annotated[
         Literal["drop", "merge"],
         typer.Option(
@@ -63,15 +50,9 @@ def prune(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Remove the experts that held-out text uses least, or tokens that a text does not need, to serve a smaller model.
-
-    Each sparse layer keeps N experts. The vocabulary keeps what the text needs: other words become shorter pieces.
-    """
+    """Remove the experts that held-out text uses least, to serve a smaller model."""
     from switchcli.runs.models import pruning
 
-    if experts is None:
-        for name in ("by", "gate"):
-            refuse_option(context, name, "says how experts are removed: give --experts too")
     recipe, overrides = split_arguments(arguments or [])
     result = pruning.prune(
         checkpoint,
@@ -80,7 +61,6 @@ def prune(
         overrides,
         Console(quiet=quiet),
         experts=experts,
-        vocabulary=vocabulary or [],
         by=by,
         gate=gate,
     )
@@ -92,24 +72,21 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
     from switchcli.report.program import program_name
 
     times = ("before", "after")
-    sizes = {name: [result[name][time] for time in times] for name in ("experts", "vocabulary", "parameters")}
-    rows: list[Sequence[Value]] = [(name, *size) for name, size in sizes.items() if size[0] != size[1]]
+    rows: list[Sequence[Value]] = [
+        (name, *(result[name][time] for time in times)) for name in ("experts", "parameters")
+    ]
     rows.append(("bytes", *(binary(result["bytes"][time]) for time in times)))
     for name, held_out in result["held_out"].items():
         rows.append((f"loss of {name}", *(f"{-held_out[time]:.4f}" for time in times)))
         if held_out["bits_per_byte"]["after"] is not None:
             rows.append((f"bits per byte of {name}", *(f"{held_out['bits_per_byte'][time]:.4f}" for time in times)))
-        if "removed_tokens" in held_out:
-            rows.append((f"removed tokens in {name}", None, percent(held_out["removed_tokens"])))
-            rows.append((f"<unk> in {name}", *(percent(held_out["unknown_tokens"][time]) for time in times)))
-    by = f"by {result['by']}, " if result["layers"] else ""
-    yield Table(("", *times), rows, f"{result['destination']}: {by}capacity {result['capacity']}")
+    title = f"{result['destination']}: by {result['by']}, capacity {result['capacity']}"
+    yield Table(("", *times), rows, title)
     layer_rows = [
         (name, percent(layer["lost_fraction"]), f"{layer['wo']:.3f}", " ".join(map(str, layer["kept"])))
         for name, layer in result["layers"].items()
     ]
-    if layer_rows:
-        yield Table(("layer", "share", "wo times", "kept"), layer_rows, "tokens whose expert was removed")
+    yield Table(("layer", "share", "wo times", "kept"), layer_rows, "tokens whose expert was removed")
     yield Line("")
     yield Line("Next:")
     yield Line(f"  {program_name()} {result['next']}")

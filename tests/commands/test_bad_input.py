@@ -65,8 +65,6 @@ def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: 
             for words, other in {
                 "audit run --steps 1:2 --segments 3": "--steps",
                 "audit run --steps 1:2 --seed 3": "--steps",
-                "prune run small --vocabulary a.txt --by merge": "--experts",
-                "prune run small --vocabulary a.txt --gate raw": "--experts",
                 "sweep pretrain tiny.yaml --slurm --jobs 2": "--slurm",
                 "convert . there --to switchcli --revision v1": "hub",
                 "report run --quality nan": "0",

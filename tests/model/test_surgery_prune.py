@@ -190,28 +190,3 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
     for name, weight in raw.items():
         factor = cuts[sublayer_name(name)].wo if name.endswith("experts.wo") else 1.0
         assert torch.allclose(scaled[name], weight * factor)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("experts", [1, 5, 3])
-def test_with_fewer_tokens_hidden_states_are_bit_equal_and_logits_are_those_of_the_kept(
-    experts: int, tied: bool
-) -> None:
-    """Alone, of a dense and a sparse model, and together with experts that are taken out."""
-    spec = ModelSpec(**{**LARGE, "num_experts": 1 if experts == 1 else 5, "tie_embeddings": tied})
-    whole = model_of(spec)
-    cuts = cuts_of(whole, loads_of(spec), experts) if experts == 3 else {}
-    fewer_experts = model_of(spec.model_copy(update={"num_experts": experts}), seed=1)
-    prune(whole, cuts, fewer_experts, "drop")
-    inputs_BS, targets_BT = rows(0, 0, 8)
-    kept = torch.cat([inputs_BS.flatten(), targets_BT.flatten()]).unique()
-    assert len(kept) < spec.vocab_size
-    small = model_of(spec.model_copy(update={"num_experts": experts, "vocab_size": len(kept)}), seed=1)
-    prune(whole, cuts, small, "drop", kept)
-    with torch.no_grad(), evaluating(fewer_experts, "dropless"), evaluating(small, "dropless"):
-        before = fewer_experts(inputs_BS, targets_BT)
-        after = small(torch.searchsorted(kept, inputs_BS), torch.searchsorted(kept, targets_BT))
-    assert torch.equal(after.hidden_BTD, before.hidden_BTD)
-    torch.testing.assert_close(after.logits_BTV, before.logits_BTV[..., kept], rtol=1e-5, atol=1e-5)
-    assert torch.equal(after.vocabulary.weight_VD, before.vocabulary.weight_VD[kept])
-    assert torch.equal(small.embedding, whole.embedding[kept])

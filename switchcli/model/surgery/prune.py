@@ -1,18 +1,16 @@
-"""Pruning: a trained model with fewer experts in each sparse layer, or fewer tokens, for serving (beyond the paper).
+"""Pruning: a trained model with fewer experts in each sparse layer, for serving (beyond the paper).
 
 The experts that most tokens choose are kept. A token whose expert is removed goes to the most probable kept one. Gates
 are then a softmax over fewer experts, so that of a kept expert rises to p_i / (sum of p over the kept experts). The
 output therefore changes even where no token loses its expert, unless gates are divided by their own sum (top_k with
 renormalize). Only the mean of this change can be corrected: see `LayerPruning.wo`.
 
-Fewer tokens are fewer rows of the embedding and the softmax: of what is left, only the softmax's sum changes.
-
-Legend: E experts, N kept experts, K kept tokens, B batch, S positions, D model, A tokens.
+Legend: E experts, N kept experts, B batch, S positions, D model, A tokens.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +21,6 @@ from switchcli.model.transformer import SwitchTransformer, named_weights
 
 By = Literal["drop", "merge"]
 Gate = Literal["scaled", "raw"]
-_OF_TOKENS: Final = ("embedding", "head.weight")
-"""The weights that have a row for each token. Tied embeddings have only the first."""
 
 
 class LayerPruning(NamedTuple):
@@ -106,11 +102,8 @@ def prune(
     prunings: Mapping[str, LayerPruning],
     pruned: SwitchTransformer,
     by: By,
-    tokens_K: torch.Tensor | None = None,
 ) -> None:
-    """Fill `pruned`, which differs from `model` only by having fewer experts or tokens, from the weights of `model`.
-
-    `tokens_K` has, for each token of `pruned`, its number in `model`; None: they have the same tokens.
+    """Fill `pruned`, which differs from `model` only by having fewer experts, from the weights of `model`.
 
     The routers keep the rows and biases of the kept experts. With `drop` the kept experts stay as they are. With
     `merge` each is averaged with the removed experts whose router rows are most similar to its own (`merge_weights`).
@@ -118,8 +111,6 @@ def prune(
     weights = named_weights(model)
     for name, pruned_weight in named_weights(pruned).items():
         weight = weights[name].detach()
-        if tokens_K is not None and name in _OF_TOKENS:
-            weight = weight[tokens_K]
         layer, _, expert = name.partition(".experts.")
         pruning = prunings.get(sublayer_name(name))
         if pruning is not None and (expert or ".router." in name):
