@@ -1,7 +1,7 @@
 """`switchcli convert`: a checkpoint to or from another layout. Imports torch only when it runs."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -16,14 +16,13 @@ from switchcli.report.console import Console
 
 app = typer.Typer()
 
-_LAYOUTS: Final[Mapping[str, Sequence[str]]] = {
-    "tokenizer": ["switchcli"],
-    "revision": ["switchcli"],
-    "unpickle": ["switchcli"],
-    "quantization": ["ctranslate2"],
-    "license_": ["huggingface", "ctranslate2"],
+_LAYOUTS: Final[Mapping[str, str]] = {
+    "tokenizer": "switchcli",
+    "revision": "switchcli",
+    "unpickle": "switchcli",
+    "license_": "huggingface",
 }
-"""The layouts for which each option has a meaning."""
+"""The layout for which each option has a meaning."""
 _LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -43,10 +42,8 @@ def convert(
     ],
     destination: Destination,
     to: Annotated[
-        Literal["switchcli", "huggingface", "hf", "ctranslate2"],
-        typer.Option(
-            metavar="LAYOUT", help="The layout to write: switchcli, huggingface (hf for short), or ctranslate2."
-        ),
+        Literal["switchcli", "huggingface", "hf"],
+        typer.Option(metavar="LAYOUT", help="The layout to write: switchcli, or huggingface (hf for short)."),
     ],
     tokenizer: Annotated[
         Path | None,
@@ -63,14 +60,6 @@ def convert(
             help="Also read pytorch_model.bin, a pickle, which can run code (it is read with weights_only=True).",
         ),
     ] = False,
-    quantization: Annotated[
-        Literal["float32", "int8"] | None,
-        typer.Option(
-            metavar="float32|int8",
-            help="How --to ctranslate2 stores the weights. Default: float32.",
-            show_default=False,
-        ),
-    ] = None,
     license_: Annotated[
         str | None,
         typer.Option(
@@ -82,15 +71,13 @@ def convert(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a checkpoint to or from the layout of transformers, or for CTranslate2, completely or not at all."""
+    """Convert a checkpoint to or from the layout of transformers, completely or not at all."""
     from switchcli.runs.models import conversion
 
     layout = "huggingface" if to == "hf" else to
-    for name, layouts in _LAYOUTS.items():
-        if layout not in layouts:
-            refuse_option(
-                context, name, f"only for --to {' or '.join(layouts)}, and this is --to {layout}: leave it out"
-            )
+    for name, needed in _LAYOUTS.items():
+        if layout != needed:
+            refuse_option(context, name, f"only for --to {needed}, and this is --to {layout}: leave it out")
     if Path(source).exists():
         refuse_option(context, "revision", f"only for a name on the hub, and {source} is a folder: leave it out")
     if license_ is not None and not _LICENSE.fullmatch(license_):
@@ -100,9 +87,7 @@ def convert(
         result = conversion.to_switchcli(
             source, destination, console, tokenizer=tokenizer, revision=revision, unpickle=unpickle
         )
-    elif layout == "huggingface":
-        result = conversion.to_huggingface(Path(source), destination, console, license_)
     else:
-        result = conversion.to_ctranslate2(Path(source), destination, console, quantization or "float32", license_)
+        result = conversion.to_huggingface(Path(source), destination, console, license_)
     console.message(f"{result['parameters']:,} parameters in {destination}")
     finish(result, as_json)

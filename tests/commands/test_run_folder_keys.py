@@ -32,9 +32,8 @@ NOT_MADE = {
         "result.json skipped_steps",
     ),
     *("Start step", "Start input_tokens", "Start data"),
-    "convert quantization",
 }
-"""Keys that the runs here have no cause to write: several texts, suites, skipped steps, a branch, CTranslate2."""
+"""Keys that the runs here have no cause to write: several texts, suites, skipped steps, a branch."""
 
 
 def forms() -> dict[str, dict[str, str]]:

@@ -334,7 +334,7 @@ def test_a_name_that_belongs_to_a_step(folder: Path, tmp_path: Path) -> None:
         assert load_checkpoint(tmp_path / name, torch.device("cpu"), NoWarnings()).handle.step == 0
 
 
-def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
+def test_options_of_one_layout_alone(folder: Path, tmp_path: Path) -> None:
     CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "ours"), "--to", "switchcli"])
     for options, names in [
         (["--unpickle"], "--unpickle: "),
@@ -343,6 +343,9 @@ def test_options_of_an_import_alone(folder: Path, tmp_path: Path) -> None:
         said = refused(tmp_path / "ours", tmp_path / "x", "--to", "huggingface", *options, kind=RecipeError)
         assert said.startswith(names)
         assert "--to switchcli" in said
+    for to, license_ in [("switchcli", "mit"), ("huggingface", "mit: yes")]:
+        options = ["--to", to, "--license", license_]
+        assert refused(tmp_path / "ours", tmp_path / "x", *options, kind=RecipeError).startswith("--license")
 
 
 @pytest.mark.parametrize("to", ["switchcli", "huggingface"])

@@ -55,7 +55,6 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/sources/io_errors.py": "huggingface_hub",
     "switchcli/data/tokenizer/sentencepiece.py": "google sentencepiece",
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
-    "switchcli/convert/ctranslate2_spec.py": "ctranslate2",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
     "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from switchcli.checkpoint import tensor_file
 from switchcli.convert import config as configs
-from switchcli.convert import ctranslate2_spec, hub, tokenizer_files
+from switchcli.convert import hub, tokenizer_files
 from switchcli.convert.config import StackLengths
-from switchcli.convert.ctranslate2_spec import Quantization
 from switchcli.convert.to_transformers import rename_tensors, transformers_config
 from switchcli.convert.weight_files import INDEX, SAFE, is_hugging_face_folder
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
 from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
-from switchcli.runs.inputs.loading import CheckpointHandle, of_another_kind, open_model
+from switchcli.runs.inputs.loading import of_another_kind, open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
     check_destination,
@@ -81,11 +80,14 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
         console.warning(warning)
     tensors = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    export = Export("huggingface", destination.name, license_, "float32", warnings)
+    export = Export(destination.name, license_, warnings)
+    tokenizer = checkpoint.tokenizer
+    sentinels = [sentinel(number) for number in range(len(tokenizer.sentinels))]
     documents = {
         configs.NAME: configs.config_json(config),
         "generation_config.json": configs.generation_config_json(),
-        **_common_documents(checkpoint, parameters, export),
+        **tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, recipe.inputs_length),
+        model_card.NAME: model_card.model_card(checkpoint, parameters, export),
     }
 
     def write(temporary: Path) -> Path:
@@ -99,51 +101,6 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
 
     publish_new_folder(destination, tensor_file.num_bytes(tensors.values()), write)
     return _result(str(source), destination, "huggingface", parameters, warnings)
-
-
-def to_ctranslate2(
-    source: Path,
-    destination: Path,
-    console: Console,
-    quantization: Quantization = "float32",
-    license_: str | None = None,
-) -> dict[str, Any]:
-    """Write a dense checkpoint, or a dense Hugging Face folder, for CTranslate2. Return the JSON result.
-
-    Raises:
-        RecipeError: ctranslate2 is not installed.
-        CheckpointError: the model has experts, no checkpoint is complete, or the disk cannot be written.
-    """
-    ctranslate2_spec.require_ctranslate2()
-    checkpoint = open_model(source, console)
-    spec, tokenizer = checkpoint.recipe.model, checkpoint.tokenizer
-    ctranslate2_spec.check_dense(spec, checkpoint.path)
-    destination = check_destination(source, destination)
-    weights = dict(checkpoint.weights())  # the mapping of a checkpoint reads a tensor each time it is indexed
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    tokens = ctranslate2_spec.vocabulary(tokenizer.pieces(range(tokenizer.vocab_size)), spec.vocab_size)
-    converted = ctranslate2_spec.model_spec(spec, weights, tokens, tokens[tokenizer.unknown], quantization)
-    export = Export("ctranslate2", destination.name, license_, quantization, [])
-    documents = _common_documents(checkpoint, parameters, export)
-
-    def write(temporary: Path) -> Path:
-        new = temporary / "new"
-        publish.make_folder(new)
-        for name, content in documents.items():
-            publish.write_new(new / name, content)
-        converted.save(str(new))
-        return new
-
-    publish_new_folder(destination, ctranslate2_spec.num_bytes(converted), write)
-    return {**_result(str(source), destination, "ctranslate2", parameters, []), "quantization": quantization}
-
-
-def _common_documents(checkpoint: CheckpointHandle, parameters: int, export: Export) -> dict[str, bytes]:
-    """Return the files that both other layouts have, by name: those of the tokenizer, and the model card."""
-    tokenizer = checkpoint.tokenizer
-    sentinels = [sentinel(number) for number in range(len(tokenizer.sentinels))]
-    documents = tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, checkpoint.recipe.inputs_length)
-    return {**documents, model_card.NAME: model_card.model_card(checkpoint, parameters, export)}
 
 
 def _weight_files(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, bytes | memoryview]]:

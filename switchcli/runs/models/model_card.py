@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from switchcli.convert.hub import is_repository_id
 from switchcli.data.sources.corpus import CorpusSpec, HubCorpus, PythonStdlib
@@ -26,7 +26,7 @@ NAME: Final = "README.md"
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}")
 _WORD: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
-_TRANSFORMERS: Final = """\
+_USE: Final = """\
 ```python
 from transformers import AutoTokenizer, {model_class}
 
@@ -37,31 +37,15 @@ batch = tokenizer({prompt}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**batch, max_new_tokens=32)[0]))
 ```
 """
-_CTRANSLATE2: Final = """\
-```python
-import ctranslate2
-from tokenizers import Tokenizer
-
-folder = "FOLDER"  # this folder
-tokenizer = Tokenizer.from_file(f"{{folder}}/tokenizer.json")
-translator = ctranslate2.Translator(folder)
-tokens = [tokenizer.id_to_token(number) for number in tokenizer.encode({prompt}).ids]
-greedy = {{"beam_size": 1, "min_decoding_length": 0, "max_decoding_length": 32}}
-answer = translator.translate_batch([tokens], **greedy)[0].hypotheses[0]
-print(tokenizer.decode([tokenizer.token_to_id(token) for token in answer], skip_special_tokens=False))
-```
-"""
 
 
 class Export(NamedTuple):
-    """The layout that a model was converted to."""
+    """A model that was converted to the layout of transformers."""
 
-    layout: Literal["huggingface", "ctranslate2"]
     name: str
     """The name of the folder, which is the title of the card."""
     license: str | None
     """The identifier of a license that the user gave."""
-    quantization: str
     warnings: Sequence[str]
     """Differences between the layouts, a line each."""
 
@@ -71,16 +55,16 @@ def model_card(handle: CheckpointHandle, parameters: int, export: Export) -> byt
     recipe = handle.recipe
     unknown = "The model was converted from another checkpoint. How it was trained is not known here.\n"
     sections = {
-        "Model": _table(_model_rows(recipe, parameters, export)),
+        "Model": _table(_model_rows(recipe, parameters)),
         **(_training_record(handle) if handle.has_training_recipe else {"Training": unknown}),
         "Limitations": _bullets(_limitations(handle, export)),
-        "Use": _use(recipe, export),
+        "Use": _use(recipe),
     }
     text = "\n".join(
         [
             *_front_matter(handle, export),
             f"# {markdown_text(export.name)}\n",
-            *_introduction(handle, export),
+            *_introduction(handle),
             *(f"## {title}\n\n{section}" for title, section in sections.items() if section),
         ]
     )
@@ -100,11 +84,9 @@ def _front_matter(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     tags = ["switchcli", "text2text-generation", "t5" if recipe.model.num_experts == 1 else "switch_transformers"]
     if "distillation" in recipe.summary:
         tags.append("distillation")
-    if export.quantization != "float32":
-        tags.append(export.quantization)
     fields: dict[str, Any] = {
         "license": export.license or "other",
-        "library_name": "transformers" if export.layout == "huggingface" else "ctranslate2",
+        "library_name": "transformers",
         "tags": tags,
         "language": _languages(corpora),
         "datasets": sorted({corpus.path for corpus in corpora if isinstance(corpus, HubCorpus) and _is_on_hub(corpus)}),
@@ -114,23 +96,22 @@ def _front_matter(handle: CheckpointHandle, export: Export) -> Iterator[str]:
     yield "---\n"
 
 
-def _introduction(handle: CheckpointHandle, export: Export) -> Iterator[str]:
+def _introduction(handle: CheckpointHandle) -> Iterator[str]:
     recipe = handle.recipe
     model = "Switch Transformer" if recipe.model.num_experts > 1 else "dense T5"
     verb = {"pretrain": "pre-trained", "finetune": "fine-tuned", "distill": "distilled from a teacher"}
     how, description = "converted", ""
     if handle.has_training_recipe:
         how, description = verb.get(str(getattr(recipe, "verb", "")), "trained"), recipe.description
-    layout = "transformers" if export.layout == "huggingface" else "CTranslate2"
-    yield f"A {model}, {how} with switchcli and saved for {layout}.\n"
+    yield f"A {model}, {how} with switchcli and saved for transformers.\n"
     if description:
         yield f"{markdown_text(description)}\n"
 
 
-def _model_rows(recipe: TrainingRecipe, parameters: int, export: Export) -> Iterator[tuple[str, Value]]:
+def _model_rows(recipe: TrainingRecipe, parameters: int) -> Iterator[tuple[str, Value]]:
     spec = recipe.model
     yield "parameters", parameters
-    yield "weights", export.quantization
+    yield "weights", "float32"
     if spec.size != "custom":
         yield "size", spec.size
     yield "blocks", f"{spec.num_layers} in the encoder, {spec.decoder_layers} in the decoder"
@@ -257,8 +238,6 @@ def _limitations(handle: CheckpointHandle, export: Export) -> Iterator[str]:
         else:
             does = "continues text" if _continues(recipe) else "fills gaps in text"
             yield f"The model {does}. It was not trained to follow instructions."
-    if export.quantization != "float32":
-        yield f"The weights are rounded to {export.quantization}: answers may differ from those of the float32 model."
     yield from map(markdown_text, export.warnings)
 
 
@@ -267,12 +246,11 @@ def _continues(recipe: TrainingRecipe) -> bool:
     return recipe.text is not None and recipe.text.objective.kind == "prefix_lm"
 
 
-def _use(recipe: TrainingRecipe, export: Export) -> str:
+def _use(recipe: TrainingRecipe) -> str:
     fills_gaps = recipe.text is not None and not _continues(recipe)
     prompt = json.dumps("The <extra_id_0> of a list is its <extra_id_1>." if fills_gaps else "TEXT")
-    template = _TRANSFORMERS if export.layout == "huggingface" else _CTRANSLATE2
     prefix = "T5" if recipe.model.num_experts == 1 else "SwitchTransformers"
-    return template.format(prompt=prompt, model_class=f"{prefix}ForConditionalGeneration")
+    return _USE.format(prompt=prompt, model_class=f"{prefix}ForConditionalGeneration")
 
 
 def _settings(values: Mapping[str, Any]) -> str:
