@@ -1,7 +1,7 @@
 """`switchcli prune`: a trained model with fewer experts. Imports torch only when it runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -33,20 +33,6 @@ def prune(
     destination: Destination,
     experts: Annotated[int, typer.Option(metavar="N", help="Number of experts that each sparse layer keeps.")],
     arguments: EvalArguments = None,
-    by: Annotated[
-        Literal["drop", "merge"],
-        typer.Option(
-            metavar="drop|merge",
-            help="Drop the other experts, or average each into the one with the most similar router row.",
-        ),
-    ] = "drop",
-    gate: Annotated[
-        Literal["scaled", "raw"],
-        typer.Option(
-            metavar="scaled|raw",
-            help="Scale wo to correct for gates that rise among fewer experts, or leave it.",
-        ),
-    ] = "scaled",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -61,8 +47,6 @@ def prune(
         overrides,
         Console(quiet=quiet),
         experts=experts,
-        by=by,
-        gate=gate,
     )
     finish(result, as_json, _shown(result))
 
@@ -80,8 +64,7 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
         rows.append((f"loss of {name}", *(f"{-held_out[time]:.4f}" for time in times)))
         if held_out["bits_per_byte"]["after"] is not None:
             rows.append((f"bits per byte of {name}", *(f"{held_out['bits_per_byte'][time]:.4f}" for time in times)))
-    title = f"{result['destination']}: by {result['by']}, capacity {result['capacity']}"
-    yield Table(("", *times), rows, title)
+    yield Table(("", *times), rows, f"{result['destination']}: capacity {result['capacity']}")
     layer_rows = [
         (name, percent(layer["lost_fraction"]), f"{layer['wo']:.3f}", " ".join(map(str, layer["kept"])))
         for name, layer in result["layers"].items()

@@ -120,7 +120,7 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
     [
         (["tasks=[rtee]"], 2, "tasks.0.name rtee rte"),
         (["model.d_model=64"], 2, "model.d_model 64 32"),
-        (["model.num_experts=800"], 2, "model.num_experts 800 4 upcycle --experts"),
+        (["model.num_experts=800"], 2, "model.num_experts 800 4"),
         (["model.num_experts=2"], 2, "model.num_experts 2 4 prune --experts"),
         (["update=experts"], 2, "update 'experts' 'expert'"),
         (["tasks.0.target=labels"], 3, "colour.train.jsonl:1 tasks colour column 'labels'"),

@@ -247,7 +247,7 @@ def test_a_checkpoint_of_a_device_is_upcycled_pruned_converted_and_examined(
             figures[model, where] = found["passes"][0]["held_out"]["text"]["neg_log_perplexity"]
     assert list(figures.values()) == pytest.approx([figures["dense", "cpu"]] * len(figures), abs=BOUND["float32"])
     pruned = [
-        run("prune", trained, f"pruned_{number}", "--experts", 2, "--by", "merge", f"device={where}")
+        run("prune", trained, f"pruned_{number}", "--experts", 2, f"device={where}")
         for number, where in enumerate(("cpu", device))
     ]
     before_and_after = [[found["held_out"]["text"][when] for when in ("before", "after")] for found in pruned]

@@ -27,11 +27,9 @@ def result_of(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.unit("drop")
-@pytest.mark.parametrize("by", ["drop", "merge"])
-def test_what_it_says_is_what_eval_finds(by: str, trained: Path, switchcli: SwitchCLI) -> None:
-    result = result_of(switchcli, trained, "small", "--experts", 2, "--by", by, "text.sequences=8")
-    assert (result["by"], result["gate"], result["capacity"]) == (by, "scaled", "dropless")
+def test_what_it_says_is_what_eval_finds(trained: Path, switchcli: SwitchCLI) -> None:
+    result = result_of(switchcli, trained, "small", "--experts", 2, "text.sequences=8")
+    assert result["capacity"] == "dropless"
     assert result["experts"] == {"before": 4, "after": 2}
     assert result["held_out"]["text"].keys() == {"sequences", "before", "after", "bits_per_byte"}
     assert result["bytes"] == {when: 4 * number for when, number in result["parameters"].items()}
@@ -88,7 +86,7 @@ def test_a_switch_folder_in_the_hugging_face_layout(trained: Path, text: Path, s
 )
 def test_every_kind_of_layer_and_router(keys: list[str], recipe: str, switchcli: SwitchCLI) -> None:
     assert switchcli("pretrain", recipe, "train.steps=1", *keys, "--out", "run", "--quiet").code == 0
-    done = switchcli("prune", "run", "small", "--experts", 2, "--by", "merge", "text.sequences=4", "--json")
+    done = switchcli("prune", "run", "small", "--experts", 2, "text.sequences=4", "--json")
     assert done.code == 0, done.err
     assert (not lacking(done.err, "warning: expert_choice load")) == ("expert_choice" in keys[0])
     assert len(json.loads(done.out)["layers"]) == (4 if "both" in keys[0] else 2)

@@ -13,7 +13,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.layer import RouterWeights, SwitchLayer, evaluating, sparse_layers, sublayer_name
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.surgery.prune import By, Gate, LayerPruning, merge_weights, plan_pruning, probability_mass, prune
+from switchcli.model.surgery.prune import LayerPruning, plan_pruning, probability_mass, prune
 from switchcli.model.transformer import SwitchTransformer
 
 LARGE = {**SHAPE, "num_layers": 2, "init_scale": 8.0, "num_experts": 5}
@@ -43,17 +43,15 @@ def loads_of(spec: ModelSpec) -> Loads:
     return {part: LOAD[place % 5 :] + LOAD[: place % 5] for place, part in enumerate(parts)}
 
 
-def cuts_of(model: SwitchTransformer, loads: Loads, experts: int, gate: Gate = "raw") -> dict[str, LayerPruning]:
+def cuts_of(model: SwitchTransformer, loads: Loads, experts: int) -> dict[str, LayerPruning]:
     with probability_mass(model) as mass:
         logits(model)
-    return plan_pruning(model, loads, mass, experts, gate)
+    return plan_pruning(model, loads, mass, experts)
 
 
-def pruned(
-    model: SwitchTransformer, loads: Loads, experts: int, by: By = "drop", gate: Gate = "raw"
-) -> SwitchTransformer:
+def pruned(model: SwitchTransformer, loads: Loads, experts: int) -> SwitchTransformer:
     into = model_of(model.spec.model_copy(update={"num_experts": experts}), seed=1)
-    prune(model, cuts_of(model, loads, experts, gate), into, by)
+    prune(model, cuts_of(model, loads, experts), into)
     return into
 
 
@@ -84,37 +82,10 @@ def test_dropping_is_hiding_from_the_router(case: str) -> None:
     assert len(routers) == len(loads)
     for name, router in routers.items():
         router.register_forward_hook(only(stay[sublayer_name(name)].kept))
+    for name, layer in sparse_layers(model).items():
+        layer.experts.wo.data *= stay[name].wo
     assert torch.allclose(smaller, logits(model), rtol=1e-5, atol=1e-5)
     assert (before - smaller).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("case", SPECS)
-def test_merging_is_an_average_by_load_into_the_router_row_most_alike(case: str) -> None:
-    model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
-    loads = loads_of(model.spec)
-    whole, smaller = (
-        {name: weight.detach() for name, weight in one.named_parameters()}
-        for one in (model, pruned(model, loads, 2, "merge"))
-    )
-    for name, weight in smaller.items():
-        layer, _, expert = name.partition(".experts.")
-        if not expert and not name.endswith(".router.weight"):
-            assert torch.equal(weight, whole[name])
-            continue
-        load, layer = loads[sublayer_name(name)], layer.removesuffix(".router.weight")
-        first, second = sorted(sorted(range(5), key=lambda expert: -load[expert])[:2])
-        rows_ED = whole[f"{layer}.router.weight"]
-        if name.endswith("router.weight"):
-            assert torch.equal(weight, rows_ED[[first, second]])
-            continue
-        members: dict[int, list[int]] = {first: [first], second: [second]}
-        for expert in set(range(5)) - members.keys():
-            alike = {to: torch.cosine_similarity(rows_ED[expert], rows_ED[to], dim=0) for to in members}
-            members[max(alike, key=lambda to: float(alike[to]))].append(expert)
-        for place, group in enumerate(members.values()):
-            total = sum(load[expert] for expert in group)
-            expected = sum(whole[name][expert] * (load[expert] / total) for expert in group)
-            assert torch.allclose(weight[place], torch.as_tensor(expected), atol=1e-6)
 
 
 def test_kept_experts_keep_their_biases_and_independent_gates_need_no_factor() -> None:
@@ -123,7 +94,7 @@ def test_kept_experts_keep_their_biases_and_independent_gates_need_no_factor() -
     for layer in sparse_layers(model).values():
         layer.router.bias.copy_(torch.arange(5.0))
     loads = loads_of(model.spec)
-    cuts, smaller = cuts_of(model, loads, 3, "scaled"), pruned(model, loads, 3, gate="scaled")
+    cuts, smaller = cuts_of(model, loads, 3), pruned(model, loads, 3)
     for name, layer in sparse_layers(smaller).items():
         assert layer.router.bias.tolist() == cuts[name].kept
         assert cuts[name].wo == 1
@@ -136,30 +107,18 @@ def test_biases_rise_as_softmax_gates_do() -> None:
     for name, layer in sparse_layers(model).items():
         torch.nn.init.zeros_(layer.router.weight)
         layer.router.bias.copy_(torch.tensor(loads[name]))
-    factors: dict[Gate, float] = {"scaled": 3 / 5, "raw": 1.0}
-    for gate, wo in factors.items():
-        cuts, smaller = cuts_of(model, loads, 3, gate), pruned(model, loads, 3, gate=gate)
-        for name, layer in sparse_layers(smaller).items():
-            expected = [loads[name][expert] * 5 / 3 for expert in cuts[name].kept]
-            assert layer.router.bias.tolist() == pytest.approx(expected)
-            assert cuts[name].wo == pytest.approx(wo)
-
-
-def test_without_any_load_an_expert_stays_as_it_is() -> None:
-    share_NE = merge_weights(torch.eye(3, 4), LayerPruning([0, 0, 0], [0, 2], 0.0, 1.0, 1.0))
-    assert torch.equal(share_NE, torch.tensor([[1.0, 0, 0], [0, 0, 1.0]], dtype=torch.float64))
-
-
-def test_an_expert_that_is_kept_is_not_merged_into_another_of_the_same_row() -> None:
-    share_NE = merge_weights(torch.ones(3, 4), LayerPruning([1, 1, 1], [0, 2], 0.0, 1.0, 1.0))
-    assert torch.equal(share_NE, torch.tensor([[0.5, 0.5, 0], [0, 0, 1.0]], dtype=torch.float64))
+    cuts, smaller = cuts_of(model, loads, 3), pruned(model, loads, 3)
+    for name, layer in sparse_layers(smaller).items():
+        expected = [loads[name][expert] * 5 / 3 for expert in cuts[name].kept]
+        assert layer.router.bias.tolist() == pytest.approx(expected)
+        assert cuts[name].wo == pytest.approx(3 / 5)
 
 
 @given(load=st.lists(st.integers(0, 9), min_size=3, max_size=3), count=st.integers(1, 2))
 def test_the_most_loaded_are_kept_in_order_and_of_equals_the_first(load: list[int], count: int) -> None:
     model = model_of(ModelSpec(**{**LARGE, "num_experts": 3, "sparse_decoder_layers": ()}))
     (part,) = model.spec.sparse_layer_names()
-    (found,) = plan_pruning(model, {part: load}, {part: torch.ones(3, 3)}, count, "scaled").values()
+    (found,) = plan_pruning(model, {part: load}, {part: torch.ones(3, 3)}, count).values()
     gone = [expert for expert in range(3) if expert not in found.kept]
     assert found.kept == sorted(set(found.kept))
     assert all((load[stays], -stays) >= (load[goes], -goes) for stays in found.kept for goes in gone)
@@ -168,7 +127,7 @@ def test_the_most_loaded_are_kept_in_order_and_of_equals_the_first(load: list[in
 
 
 @pytest.mark.parametrize("case", SPECS)
-def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: str) -> None:
+def test_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: str) -> None:
     model = model_of(ModelSpec(**{**LARGE, **SPECS[case]}))
     loads = loads_of(model.spec)
     seen: dict[str, torch.Tensor] = {}  # of each layer, p(x) of its real tokens
@@ -179,14 +138,14 @@ def test_scaled_a_token_that_keeps_its_expert_gets_on_average_what_it_got(case: 
     for name, module in model.named_modules():
         if isinstance(module, SwitchLayer):
             module.register_forward_hook(see(sublayer_name(name)))
-    for name, found in cuts_of(model, loads, 3, "scaled").items():
+    for name, found in cuts_of(model, loads, 3).items():
         if model.spec.router.gates_are_independent or model.spec.router.gates_sum_to_one:
             assert found.wo == 1
             continue
         keep_A = torch.isin(seen[name].argmax(-1), torch.tensor(found.kept))
         assert found.wo == pytest.approx(float(seen[name][keep_A][:, found.kept].sum(-1).mean()), rel=1e-5)
-    raw, scaled = (dict(pruned(model, loads, 3, gate=gate).named_parameters()) for gate in ("raw", "scaled"))
-    cuts = cuts_of(model, loads, 3, "scaled")
-    for name, weight in raw.items():
-        factor = cuts[sublayer_name(name)].wo if name.endswith("experts.wo") else 1.0
-        assert torch.allclose(scaled[name], weight * factor)
+    cuts, whole = cuts_of(model, loads, 3), dict(model.named_parameters())
+    for name, weight in pruned(model, loads, 3).named_parameters():
+        if name.endswith("experts.wo"):
+            cut = cuts[sublayer_name(name)]
+            assert torch.allclose(weight, whole[name][cut.kept] * cut.wo)

@@ -10,7 +10,7 @@ Legend: E experts, N kept experts, B batch, S positions, D model, A tokens.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ import torch.nn.functional as F
 from switchcli.model.moe.layer import SwitchLayer, observing, sparse_layers, sublayer_name
 from switchcli.model.moe.router import Router
 from switchcli.model.transformer import SwitchTransformer, named_weights
-
-By = Literal["drop", "merge"]
-Gate = Literal["scaled", "raw"]
 
 
 class LayerPruning(NamedTuple):
@@ -43,7 +40,6 @@ def plan_pruning(
     loads: Mapping[str, Sequence[float]],
     mass: Mapping[str, torch.Tensor],
     num_kept: int,
-    gate: Gate,
 ) -> dict[str, LayerPruning]:
     """Plan the pruning of each sparse layer, keyed by layer.
 
@@ -52,17 +48,14 @@ def plan_pruning(
         loads: the number of tokens that chose each expert, by layer.
         mass: float64 [E, E] by layer, from `probability_mass`.
         num_kept: the number of experts to keep in each layer.
-        gate: whether the last matrices of the kept experts are `scaled` by `LayerPruning.wo`, or `raw`.
     """
     return {
-        name: _plan_layer(layer.router_spec, loads[name], mass[name], num_kept, gate)
+        name: _plan_layer(layer.router_spec, loads[name], mass[name], num_kept)
         for name, layer in sparse_layers(model).items()
     }
 
 
-def _plan_layer(
-    router: Router, load_E: Sequence[float], mass_EE: torch.Tensor, num_kept: int, gate: Gate
-) -> LayerPruning:
+def _plan_layer(router: Router, load_E: Sequence[float], mass_EE: torch.Tensor, num_kept: int) -> LayerPruning:
     by_load = sorted(range(len(load_E)), key=lambda expert: -load_E[expert])  # stable: of equal loads the first
     kept = sorted(by_load[:num_kept])
     total_load = sum(load_E)
@@ -73,7 +66,7 @@ def _plan_layer(
     kept_mass = 1.0
     if mass_NE.any() and not router.has_sigmoid_gates:
         kept_mass = float(mass_NE[:, kept].sum() / mass_NE.sum())
-    wo = 1.0 if gate == "raw" or router.gates_sum_to_one else kept_mass
+    wo = 1.0 if router.gates_sum_to_one else kept_mass
     return LayerPruning(load_E, kept, lost_load / max(1, total_load), wo, 1 / kept_mass)
 
 
@@ -97,46 +90,20 @@ def probability_mass(model: SwitchTransformer) -> Iterator[dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def prune(
-    model: SwitchTransformer,
-    prunings: Mapping[str, LayerPruning],
-    pruned: SwitchTransformer,
-    by: By,
-) -> None:
+def prune(model: SwitchTransformer, prunings: Mapping[str, LayerPruning], pruned: SwitchTransformer) -> None:
     """Fill `pruned`, which differs from `model` only by having fewer experts, from the weights of `model`.
 
-    The routers keep the rows and biases of the kept experts. With `drop` the kept experts stay as they are. With
-    `merge` each is averaged with the removed experts whose router rows are most similar to its own (`merge_weights`).
+    The kept experts keep their rows and biases of the routers. Their last matrices and biases are multiplied as
+    `LayerPruning` says.
     """
     weights = named_weights(model)
     for name, pruned_weight in named_weights(pruned).items():
         weight = weights[name].detach()
-        layer, _, expert = name.partition(".experts.")
         pruning = prunings.get(sublayer_name(name))
-        if pruning is not None and (expert or ".router." in name):
-            if by == "merge" and expert:
-                merge_NE = merge_weights(weights[f"{layer}.router.weight"], pruning)
-                weight = torch.tensordot(merge_NE.to(weight.dtype), weight, dims=1)  # [N, E] . [E, ...] -> [N, ...]
-            else:
-                weight = weight[pruning.kept]
+        if pruning is not None and (".experts." in name or ".router." in name):
+            weight = weight[pruning.kept]
             if name.endswith(".wo"):
                 weight = weight * pruning.wo
             elif name.endswith(".router.bias"):
                 weight = weight * pruning.bias
         pruned_weight.copy_(weight)
-
-
-def merge_weights(router_ED: torch.Tensor, pruning: LayerPruning) -> torch.Tensor:
-    """Return the weight of each expert in each merged one: float64 [N, E]; rows add up to 1.
-
-    Each removed expert is merged into the kept one whose router row has the largest cosine with its own. Experts are
-    weighted by their loads. A kept expert stays as it is if neither it nor the experts merged into it have any load.
-    """
-    E, N = len(router_ED), len(pruning.kept)
-    row_ED = F.normalize(router_ED.double(), dim=1)
-    target_E = (row_ED @ row_ED[pruning.kept].mT).argmax(1)  # the index of an expert's merged one, from 0 to N - 1
-    target_E[pruning.kept] = torch.arange(N, device=target_E.device)  # two kept experts may have equal rows
-    load_NE = F.one_hot(target_E, N).mT * target_E.new_tensor(pruning.load).double()
-    total_N1 = load_NE.sum(1, keepdim=True)
-    unmerged_NE = F.one_hot(target_E.new_tensor(pruning.kept), E).double()
-    return torch.where(total_N1 > 0, load_NE / total_N1, unmerged_NE)

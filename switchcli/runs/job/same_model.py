@@ -61,9 +61,9 @@ def check_num_experts(tree: Node, before: int, path: str) -> None:
     if not isinstance(named, int) or named < 1 or named == before:
         return
     fix = "leave it out"
-    if named > before:
+    if before == 1:
         fix += f", or make such a model by `switchcli upcycle {shell_words(path, 'FOLDER')} --experts {named}`"
-    elif named > 1:
+    elif 1 < named < before:
         fix += f", or make such a model by `switchcli prune {shell_words(path, 'FOLDER')} --experts {named}`"
     raise RecipeError(f"model.num_experts ({named}): the weights of {path} are of {before}: {fix}")
 

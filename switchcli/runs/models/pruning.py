@@ -11,7 +11,6 @@ from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery import prune as pruning
-from switchcli.model.surgery.prune import By, Gate
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
 from switchcli.runs.devices.mesh_choice import build_eval_context
@@ -39,8 +38,6 @@ def prune(
     console: Console,
     *,
     experts: int,
-    by: By,
-    gate: Gate,
 ) -> dict[str, Any]:
     """Write the smaller model to `destination`, and return the JSON result.
 
@@ -73,9 +70,9 @@ def prune(
         before = measured.parts()
         if not before:
             raise DataError(f"{handle.path}: no labeled example in what it is measured on: name text or other tasks")
-        layer_plans = pruning.plan_pruning(original, measured.load(), mass, experts, gate)
+        layer_plans = pruning.plan_pruning(original, measured.load(), mass, experts)
         pruned = empty_model(pruned_recipe, context.device)
-        pruning.prune(original, layer_plans, pruned, by)
+        pruning.prune(original, layer_plans, pruned)
         after = evaluator(pruned).parts()
     publish_checkpoint(
         path,
@@ -88,8 +85,6 @@ def prune(
     return {
         "source": str(handle.path),
         "destination": str(path),
-        "by": by,
-        "gate": gate,
         "capacity": policy,
         "experts": {"before": spec.num_experts, "after": pruned_recipe.model.num_experts},
         "parameters": {"before": count(spec).parameters, "after": count(pruned_recipe.model).parameters},

@@ -1,13 +1,13 @@
-"""Make a sparse model from copies of a dense model's feed-forwards, or their parts, or of a smaller model's experts."""
+"""Make a sparse model from copies of a dense model's feed-forwards, or of their parts."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.errors import RecipeError
-from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.surgery.upcycle import CopyNoise, Gate, UpcycledWeights, correction_of, num_parts
+from switchcli.errors import CheckpointError, RecipeError
+from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.surgery.upcycle import UpcycledWeights, gate_correction, num_parts
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
 from switchcli.recipe.training_recipe import TrainingRecipe
@@ -21,15 +21,18 @@ from switchcli.runs.inputs.new_folder import (
     publish_checkpoint,
 )
 from switchcli.runs.inputs.transformers_checkpoint import meta_model
-from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS, check_shape
+from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
 from switchcli.training.checkpointer import logical_tensors
 
-_CHANGEABLE_KEYS = ("model.sparse", *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]), "train.", "parallel.")
-"""Prefixes of the keys that no weight's shape or meaning depends on."""
-_KEYS_OF_EXPERTS = ("model.expert_d_ff", "model.shared_d_ff")
-"""Keys that no weight of a dense model depends on. Those of a sparse model do."""
-ROUTER_NOISE = 0.01
-"""Noise on copied router rows by default: of two equal experts about half of the tokens choose the copy."""
+_CHANGEABLE_KEYS = (
+    "model.sparse",
+    *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]),
+    "train.",
+    "parallel.",
+    "model.expert_d_ff",
+    "model.shared_d_ff",
+)
+"""Prefixes of the keys that no weight of a dense model depends on."""
 
 
 def upcycle(
@@ -39,53 +42,47 @@ def upcycle(
     console: Console,
     *,
     experts: int,
-    gate: Gate,
-    noise: CopyNoise,
+    noise: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Write the sparse model with `experts` experts per layer to `destination`, and return the JSON result.
 
-    It is made from the dense or the sparse `model`.
+    It is made from the dense `model`. `noise` and `seed` are those of `UpcycledWeights`.
 
     Raises:
-        CheckpointError: there is no model, or the disk cannot be written.
+        CheckpointError: there is no such model, or the disk cannot be written.
         RecipeError: the number of experts is not possible, or a key would change the shape of weights.
     """
     checkpoint = open_model(model, console)
-    source = checkpoint.recipe.model
-    _check_options(source, checkpoint.path, experts, noise)
+    num_experts = checkpoint.recipe.model.num_experts
+    if num_experts > 1:
+        raise CheckpointError(f"{checkpoint.path}: has {num_experts} experts already: name a dense model")
+    if experts < 2:
+        raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
+    if not 0 <= noise <= 1:
+        raise RecipeError(f"--noise ({noise}) must be from 0 to 1: 0.01 is a hundredth of the weights")
     recipe = with_experts(checkpoint, experts, overrides)
     spec = recipe.model
-    if source.num_experts > 1:
-        check_shape(source.model_copy(update={"num_experts": experts}), spec, str(checkpoint.path))
-        noise = noise._replace(router=ROUTER_NOISE if noise.router is None else noise.router)
-    else:
-        _check_copies_of_feed_forwards(spec, experts)
-        _check_choices(spec, gate)
-    # Stacks that share a router have one warning.
-    warnings = [_drops_warning(spec, gate, checkpoint.path)]
-    warnings += [_choices_warning(source, spec, stack) for stack in spec.sparse_stacks]
-    for warning in filter(None, dict.fromkeys(warnings)):
-        console.warning(warning)
+    _check_copies_of_feed_forwards(spec, experts)
+    _check_choices(spec)
+    _warn_about_drops(spec, checkpoint.path, console)
     path = check_checkpoint_destination(model, destination)
     names = logical_tensors(meta_model(spec))
-    weights = UpcycledWeights(checkpoint.weights(), source, names, spec, gate, noise)
+    weights = UpcycledWeights(checkpoint.weights(), names, spec, noise, seed)
     parameters = publish_checkpoint(
         path, continuation_recipe(recipe, path), checkpoint.tokenizer, weights, data_document(checkpoint)
     )
-    corrections = {stack: correction_of(source, spec, stack, gate) for stack in spec.sparse_stacks}
+    corrections = {stack: gate_correction(spec, stack) for stack in spec.sparse_stacks}
     # bfloat16 routers round their gates
-    can_be_exact = not (noise.experts or noise.redraw or noise.router) and recipe.train.precision != "bfloat16"
+    can_be_exact = not noise and recipe.train.precision != "bfloat16"
     return {
         "source": str(checkpoint.path),
         "destination": str(path),
         "parameters": parameters,
         "experts": experts,
-        "parts": num_parts(spec) if source.num_experts == 1 else 1,
-        "gate": gate,
-        "noise": noise.experts,
-        "redraw": noise.redraw,
-        "router_noise": noise.router,
-        "seed": noise.seed,
+        "parts": num_parts(spec),
+        "noise": noise,
+        "seed": seed,
         "layers": spec.sparse_layer_names(),
         "next": next_command(checkpoint, recipe, destination),
         "corrections": {
@@ -97,24 +94,6 @@ def upcycle(
             for stack, correction in corrections.items()
         },
     }
-
-
-def _check_options(source: ModelSpec, path: Path, experts: int, noise: CopyNoise) -> None:
-    """Raise RecipeError unless the model at `path` can get so many experts with this noise."""
-    before = source.num_experts
-    if before == 1 and experts < 2:
-        raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
-    if before > 1 and (experts <= before or experts % before):
-        fewer = "" if experts >= before else ", or take fewer by `switchcli prune`"
-        raise RecipeError(
-            f"--experts ({experts}) must be a multiple of the {before} of {path}, which all get as many copies: try "
-            f"{before * max(2, round(experts / before))}{fewer}"
-        )
-    if before == 1 and noise.router is not None:
-        raise RecipeError(f"--router-noise: {path} is dense, and new routers are no copies: leave it out")
-    for option, value in (("noise", noise.experts), ("redraw", noise.redraw), ("router-noise", noise.router or 0)):
-        if not 0 <= value <= 1:
-            raise RecipeError(f"--{option} ({value}) must be from 0 to 1: 0.01 is a hundredth of the weights")
 
 
 def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
@@ -146,50 +125,32 @@ def _check_copies_of_feed_forwards(spec: ModelSpec, experts: int) -> None:
         if spec.sparse_layers(stack) and not is_whole:
             raise RecipeError(
                 f"{key}: each token must choose a multiple of the {parts} parts of a feed-forward, with gates that add "
-                f"up to 1: set {key}.kind=top_k {key}.k={parts} {_room(key, parts)}"
+                f"up to 1: set {key}.kind=top_k {key}.k={parts} {key}.capacity_factor={1.25 * parts:g} "
+                f"{key}.eval_capacity_factor={2 * parts} {key}.keep_threshold=0"
             )
 
 
-def _check_choices(spec: ModelSpec, gate: Gate) -> None:
+def _check_choices(spec: ModelSpec) -> None:
     """Raise RecipeError if new routers would begin with equal gates, and biases choose by these."""
     for stack in STACKS:
         router, key = spec.router_of(stack), spec.router_key(stack)
-        has_equal_gates = gate == "scaled" and not router.gates_sum_to_one
-        if spec.sparse_layers(stack) and has_equal_gates and router.choice_bias_rate is not None:
+        if spec.sparse_layers(stack) and not router.gates_sum_to_one and router.choice_bias_rate is not None:
             raise RecipeError(
-                f"{key}.balance (bias): with --gate scaled all gates begin equal, so that biases would send all tokens "
-                f"to one expert after another: take {key}.balance=loss or --gate raw"
+                f"{key}.balance (bias): all gates begin equal, so that biases would send all tokens to one expert "
+                f"after another: take {key}.balance=loss"
             )
 
 
-def _drops_warning(spec: ModelSpec, gate: Gate, path: Path) -> str | None:
-    """Return a warning if the start could be exact, and tokens that are dropped make it differ."""
-    dropping = [stack for stack in spec.sparse_stacks if spec.router_of(stack).eval_capacity_factor != "dropless"]
-    if gate == "raw" or not dropping:
-        return None
-    key, factor = spec.router_key(dropping[0]), spec.router_of(dropping[0]).eval_capacity_factor
-    return (
-        f"{key}.eval_capacity_factor ({factor}): the copies share tokens unevenly, and the output of a "
-        f"dropped token differs from that of {path}: dropless keeps all tokens"
-    )
-
-
-def _choices_warning(source: ModelSpec, grown: ModelSpec, stack: Stack) -> str | None:
-    """Return a warning if tokens will choose several copies of one expert instead of as many experts as before."""
-    before, after = (spec.router_of(stack).experts_per_token for spec in (source, grown))
-    growth = grown.num_experts // source.num_experts
-    if source.num_experts == 1 or before == 1 or after == before * growth:
-        return None
-    key, k = grown.router_key(stack), before * growth
-    return (
-        f"{key}.k ({after}): a token will choose copies of the same experts: {key}.k={k} {_room(key, k)} keep the "
-        f"outputs, at {growth} times the experts' FLOPs"
-    )
-
-
-def _room(key: str, k: int) -> str:
-    """Return the keys of a router with which all of k choices have room."""
-    return f"{key}.capacity_factor={1.25 * k:g} {key}.eval_capacity_factor={2 * k} {key}.keep_threshold=0"
+def _warn_about_drops(spec: ModelSpec, path: Path, console: Console) -> None:
+    """Print a warning if tokens that are dropped make the start differ."""
+    for stack in spec.sparse_stacks:
+        key, factor = spec.router_key(stack), spec.router_of(stack).eval_capacity_factor
+        if factor != "dropless":
+            console.warning(
+                f"{key}.eval_capacity_factor ({factor}): the copies share tokens unevenly, and the output of a "
+                f"dropped token differs from that of {path}: dropless keeps all tokens"
+            )
+            return
 
 
 def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
@@ -208,11 +169,9 @@ def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str
     )
     tree = resolve.load(None, overrides, resolve.layer(without_overrides.model_dump(mode="json"), where))
     recipe = resolve.validate(tree, type(handle.recipe))
-    is_dense = handle.recipe.model.num_experts == 1
-    changeable = (*_CHANGEABLE_KEYS, *(_KEYS_OF_EXPERTS if is_dense else ()))
     for key, old, new in resolve.differences(without_overrides, recipe):
-        if not key.startswith(changeable):
+        if not key.startswith(_CHANGEABLE_KEYS):
             raise RecipeError(
-                f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(changeable)}"
+                f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(_CHANGEABLE_KEYS)}"
             )
     return recipe
