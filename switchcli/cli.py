@@ -25,7 +25,7 @@ from switchcli.system import credentials, startup
 
 ORDER = (
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
-    *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep", "launch"),
+    *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep"),
 )
 """The verbs in the order of `--help`. A verb that is not listed comes after these."""
 

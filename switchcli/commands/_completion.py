@@ -85,7 +85,7 @@ def size_or_recipe_and_overrides(context: typer.Context, incomplete: str) -> lis
 
 
 def command_words(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete the command that `sweep` and `launch` run: VERB RECIPE [KEY=VALUE ...]."""
+    """Complete the command that `sweep` runs: VERB RECIPE [KEY=VALUE ...]."""
     words = context.params.get("arguments") or ()
     if not words:
         return recipe_verbs(incomplete)

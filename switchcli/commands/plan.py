@@ -180,18 +180,18 @@ def _keys_to_paste(recipe: str, plans: Sequence["RecipePlan"]) -> Iterator[Table
     title = f"Keys for your {_OWN_RECIPE}, to paste after" if recipe == _OWN_RECIPE else "Keys to paste after"
     command = _start(recipe, plans[0].recipe.verb, plans[0].machine)
     if keys := [(shell_words(*one.overrides),) for one in plans if one.meshes.best]:
-        yield Table(("",), keys, f"{title}: switchcli {command}")
+        yield Table(("",), keys, f"{title}: {command}")
 
 
 def _start(recipe: str, verb: str, machine: "Machine") -> str:
-    """Return the command that starts a rank for each device: within a node, or on several through SLURM."""
+    """Return the command that starts a rank for each device: within a node, or on each of several nodes."""
     checkpoint = {"finetune": " --model CHECKPOINT", "distill": " --teacher CHECKPOINT"}.get(verb, "")
-    devices, command = machine.devices, f"{shell_words(verb, recipe)}{checkpoint}"
+    devices, command = machine.devices, f"switchcli {shell_words(verb, recipe)}{checkpoint}"
     if devices <= machine.node_devices:
         return command + (f" --processes {devices}" if devices > 1 else "")
     # The nodes have equally many ranks.
     nodes = next(n for n in range(math.ceil(devices / machine.node_devices), devices + 1) if devices % n == 0)
-    return f"launch --slurm --nodes {nodes} --ranks {devices // nodes} -- {command}"
+    return f"torchrun --nnodes {nodes} --nproc-per-node {devices // nodes} -m {command}"
 
 
 def _size_row(row: "RecipePlan") -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """`switchcli sweep`: many runs by one command, as many at once as there are GPUs or processors. Imports no torch."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +17,13 @@ from switchcli.commands._options import (
     Quiet,
     check_folder,
     extend_command,
-    refuse_option,
     split_arguments,
 )
 from switchcli.commands._result import Line, finish
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.runs.sweep import cluster, sweep_list
+from switchcli.runs.sweep import sweep_list
 
 app = typer.Typer()
 _APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.app, "eval": evaluate.app}
@@ -40,7 +39,6 @@ _APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.
     ),
 )
 def sweep(
-    context: typer.Context,
     arguments: Annotated[
         list[str],
         typer.Argument(
@@ -59,9 +57,6 @@ def sweep(
     print_only: Annotated[
         bool, typer.Option("--print", "--dry-run", help="Print the commands of the runs, and stop.")
     ] = False,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="Print a shell script that submits the runs as SLURM job arrays, and stop.")
-    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,9 +66,6 @@ def sweep(
     """
     from switchcli.runs.sweep.sweep_runner import Sweep, available_slots, command
 
-    if slurm:
-        for name in ("as_json", "print_only", "jobs"):
-            refuse_option(context, name, "cannot be used with --slurm, which prints a shell script")
     runs = sweep_list.parse_sweep(arguments, out)
     if errors := [*_errors(runs, out), *([] if print_only else sweep_list.missing_runs(runs, out))]:
         raise RecipeError(*errors)
@@ -81,14 +73,6 @@ def sweep(
         commands = {run.name: command(run, out) for run in runs}
         result = {"out": str(out), "runs": [{"name": name, "command": words} for name, words in commands.items()]}
         finish(result, as_json, [Line(shell_words(*words), wrap=False) for words in commands.values()])
-        return
-    if slurm:
-        if several := [run.name for run in runs if _parse(run.arguments[0], run.arguments[1:]).get("processes", 1) > 1]:
-            raise RecipeError(
-                f"--processes: {several[0]}: a task of the job array is one rank: leave it out, or submit the run by "
-                "`switchcli launch --slurm --ranks N`"
-            )
-        typer.echo(cluster.slurm_sweep(runs, out, cluster.Nodes()), nl=False)
         return
     console = Console(quiet=quiet)
     started = Sweep(runs, out, available_slots(jobs, len(runs)), console)
@@ -111,7 +95,7 @@ def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:
     names: dict[str, list[str]] = {}
     for run in runs:
         try:
-            check_command(run.arguments, out)
+            _check_command(run.arguments, out)
         except RecipeError as error:
             for line in error.lines:
                 names.setdefault(line, []).append(run.name)
@@ -119,10 +103,9 @@ def _errors(runs: Sequence[sweep_list.SweepRun], out: Path) -> Iterator[str]:
         yield f"{first}: {line}" + (f" (and {len(others)} more)" if others else "")
 
 
-def check_command(command: Sequence[str], out: Path | None = None, rules: bool = True) -> Mapping[str, Any]:
-    """Check the options and the recipe of a command. Return its options and arguments by name.
+def _check_command(command: Sequence[str], out: Path) -> None:
+    """Check the options and the recipe of a command.
 
-    Without `rules`, of the recipe only its keys are checked: their values may be right for the model of a checkpoint.
     A checkpoint that it starts from is not opened: it may not exist yet.
 
     Raises:
@@ -151,16 +134,15 @@ def check_command(command: Sequence[str], out: Path | None = None, rules: bool =
             resolve.check_verb(resolve.load(recipe, overrides), RECIPES[verb])  # the reason of most other errors
         lines = error.args
         # The checkpoint may have the other keys, and tasks of its own.
-        if recipe is None or verb == "eval" or not rules:
+        if recipe is None or verb == "eval":
             lines = tuple(line for line in lines if isinstance(line, UnknownKey))
         if lines:
             raise RecipeError(*(_with_fix(line, overrides) for line in lines)) from error
-    return given
 
 
-def _is_found(option: str, value: str, out: Path | None) -> bool:
+def _is_found(option: str, value: str, out: Path) -> bool:
     """Return whether an option names a folder that exists or will be in `out`, or is a size or a metric instead."""
-    if Path(value).exists() or (out is not None and sweep_list.named_run(value, out) is not None):
+    if Path(value).exists() or sweep_list.named_run(value, out) is not None:
         return True
     if option == "student":
         from switchcli.recipe.sizes import SIZES

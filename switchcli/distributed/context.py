@@ -456,7 +456,7 @@ def _init_process_group(backend: str) -> None:
         if os.environ.get("GROUP_WORLD_SIZE") != "1":
             raise DistributedError(
                 "started again by torchrun on several machines, the ranks would look for those that ended: set "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts, as `switchcli launch --torchrun` does"
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
             )
         store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         new_store = PrefixStore(f"restart {restarts}", store)

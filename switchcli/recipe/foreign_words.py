@@ -34,7 +34,7 @@ _HALF: Final = "selective, which computes matrix products in bfloat16 and router
 _ROW: Final = "N, where N is {value} times the tokens of an input sequence"
 _EPOCHS: Final = _key("train.steps", "N, as runs have no epochs: N is {value} times the tokens of the data / a batch's")
 _EARLY: Final = Suggestion("eval.every_steps", "switchcli.train(..., on_record=...) in Python, which may stop a run")
-_PROCESSES: Final = (*map(_option, ("--processes", "--ranks", "--devices")),)
+_PROCESSES: Final = (_option("--processes"), _option("--devices"))
 _MODEL: Final = (_option("--model"), _option("--teacher"), _CHECKPOINT)
 
 WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
@@ -82,7 +82,7 @@ WORDS: Final[Mapping[str, Sequence[Suggestion]]] = MappingProxyType(
         ],
         "gpus": _PROCESSES,
         "nproc_per_node": _PROCESSES,
-        "nnodes": [Suggestion("train.steps", "switchcli launch --torchrun --nodes {value} -- {command} ...")],
+        "nnodes": [Suggestion("train.steps", "torchrun --nnodes {value} ... -m switchcli {command} ...")],
         "device": [_key("train.device"), _key("device")],
         "gradient_checkpointing": [_key("train.activation_checkpointing", "blocks")],
         "fsdp": [_key("parallel.shard", "zero3, or zero2")],

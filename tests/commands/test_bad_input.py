@@ -65,12 +65,10 @@ def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: 
             for words, other in {
                 "audit run --steps 1:2 --segments 3": "--steps",
                 "audit run --steps 1:2 --seed 3": "--steps",
-                "sweep pretrain tiny.yaml --slurm --jobs 2": "--slurm",
                 "convert . there --to switchcli --revision v1": "hub",
                 "report run --quality nan": "0",
             }.items()
         ),
-        (["sweep", "pretrain", "tiny.yaml", "--slurm", "--print"], "--print --slurm"),
     ],
 )
 @pytest.mark.usefixtures("texts")

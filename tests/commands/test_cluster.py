@@ -1,4 +1,4 @@
-"""`switchcli launch`: several machines by torchrun and by SLURM, played by processes of this machine."""
+"""Several machines by torchrun, and the templates of SLURM jobs, played by processes of this machine."""
 
 import json
 import os
@@ -8,81 +8,106 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from drill import kill_one
 from messages import lacking
 from ranks import free_port
-from tiny_run import SwitchCLI
 
-LAUNCH = (sys.executable, "-m", "switchcli", "launch")
-SKYPILOT = Path(__file__).parents[2] / "scripts" / "skypilot.yaml"
-KEYS = ("train.steps=4", "train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
+ROOT = Path(__file__).parents[2]
+TEMPLATES = ROOT / "recipes" / "cluster"
+PAGE = (ROOT / "docs" / "how-to" / "many-gpus.md").read_text(encoding="utf-8")
+KEYS = ("train.batch_tokens=512", "parallel.expert=4", "-q", "--out", "run")
 SRUN = """\
 import os, subprocess, sys
-assert sys.argv[1] == "--kill-on-bad-exit=1"
+words = sys.argv[1:]
+num_tasks = 1
+if words[0].startswith("-"):
+    assert words.pop(0) == "--kill-on-bad-exit=1"
+    num_tasks = 4
 tasks = [
-    subprocess.Popen(sys.argv[2:], env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2),
-        "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "localhost,elsewhere"})
-    for rank in range(4)
+    subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 2),
+        "SLURM_STEP_NUM_TASKS": str(num_tasks), "SLURM_STEP_NODELIST": "localhost,elsewhere"})
+    for rank in range(num_tasks)
 ]
 open("tasks", "w").write(" ".join(str(task.pid) for task in tasks))
 sys.exit(max(task.wait() for task in tasks))
 """
+SBATCH = """\
+import os, subprocess, sys
+first, last = map(int, sys.argv[1].removeprefix("--array=").split("-"))
+for task in range(first, last + 1):
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)}
+    subprocess.run(["bash", *sys.argv[2:]], env={**os.environ, **array}, check=True)
+"""
+
+Job = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def job(recipe: str, tmp_path: Path) -> dict[str, str]:
-    """The environment of a job: `srun` starts four tasks of this machine, `scontrol` writes down what it is told."""
+def tools(tmp_path: Path) -> Path:
+    """`srun` starts one task or four on this machine, `scontrol` notes what it is told, and `sbatch` runs an array."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "srun.py").write_text(SRUN)
-    (tools / "srun").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tools}/srun.py" "$@"\n')
+    for name, program in (("srun", SRUN), ("sbatch", SBATCH)):
+        (tools / f"{name}.py").write_text(program)
+        (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tools}/{name}.py" "$@"\n')
     (tools / "scontrol").write_text('#!/bin/sh\necho "$@" >>scontrol.log\n')
     (tools / "switchcli").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m switchcli "$@"\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    return {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "MASTER_PORT": str(free_port())}
-
-
-def figure() -> float:
-    return json.loads(Path("run/result.json").read_text())["held_out/neg_log_perplexity"]
+    return tools
 
 
 @pytest.fixture
-def job_script(switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A function of the arguments that gives the file of a job script, as `sbatch` would get it."""
-    monkeypatch.chdir(tmp_path)
+def job(tools: Path) -> Job:
+    """A function of a command and of variables that starts the command as SLURM would."""
 
-    def write(*arguments: str) -> Path:
-        done = switchcli("launch", "--slurm", "--print", *arguments)
-        assert done.code == 0, done.err
-        script = tmp_path / "job.sh"
-        script.write_text(done.out)
-        script.chmod(0o755)
-        return script
+    def start(*command: str, **variables: str) -> "subprocess.Popen[str]":
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6", "MASTER_PORT": str(free_port())}
+        environment = {**os.environ, **slurm, **variables, "PATH": f"{tools}:{os.environ['PATH']}"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    return write
+    return start
+
+
+def run_job(*arguments: str) -> tuple[str, ...]:
+    return ("bash", str(TEMPLATES / "run.sbatch"), *arguments)
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Return the exit code of a job, and what it printed."""
+    out, said = process.communicate(timeout=280)
+    return process.returncode, out, said
+
+
+def result(run: str = "run") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(run, "result.json").read_text())
+    return found
 
 
 def two_machines(*arguments: str) -> list["subprocess.Popen[str]"]:
-    """Start the agents of two machines with two ranks each."""
-    options = ("--torchrun", "--head", "localhost", "--port", str(free_port()), "--nodes", "2", "--ranks", "2", "--")
-    command = [*LAUNCH, *options, *arguments]
-    return [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    """Start the agents of two machines with two ranks each, as the page of many GPUs says."""
+    options = "--rdzv-backend c10d --rdzv-id mine --max-restarts 3 -m switchcli"
+    assert options in PAGE
+    meeting = f"--nnodes 2 --nproc-per-node 2 --rdzv-endpoint localhost:{free_port()}"
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting.split(), *options.split(), *arguments]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
 
 
 @pytest.mark.integration
 def test_two_machines_of_two_ranks_by_torchrun(recipe: str) -> None:
-    machines = two_machines("pretrain", recipe, *KEYS)
-    said = [machine.communicate(timeout=120)[1] for machine in machines]
+    machines = two_machines("pretrain", recipe, "train.steps=4", *KEYS)
+    said = [machine.communicate(timeout=280)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
-    result = json.loads(Path("run/result.json").read_text())
-    assert (result["hardware"]["ranks"], result["step"]) == (4, 4)
-    alone = [sys.executable, "-m", "switchcli", "pretrain", recipe, *KEYS[:2], "-q", "--out", "alone", "--json"]
-    done = json.loads(subprocess.run(alone, check=True, capture_output=True, timeout=120).stdout)
-    assert figure() == pytest.approx(done["held_out/neg_log_perplexity"], abs=1e-5)
+    together = result()
+    assert (together["hardware"]["ranks"], together["step"]) == (4, 4)
+    alone = [sys.executable, "-m", "switchcli", "pretrain", recipe, "train.steps=4", KEYS[0], "-q", "--out", "alone"]
+    subprocess.run(alone, check=True, capture_output=True, timeout=280)
+    assert together["held_out/loss"] == pytest.approx(result("alone")["held_out/loss"], abs=1e-5)
 
 
 @pytest.mark.integration
@@ -91,194 +116,90 @@ def test_a_rank_that_dies_on_one_of_two_machines_and_all_start_again(recipe: str
     keys = (*KEYS[:-1], run, "train.steps=24", "checkpoint.save_every_steps=4")
     machines = two_machines("pretrain", recipe, *keys)
     kill_one(run, machines[0])
-    said = [machine.communicate(timeout=150)[1] for machine in machines]
+    said = [machine.communicate(timeout=280)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said
-    assert json.loads(Path("run/result.json").read_text())["step"] == 24
+    assert result()["step"] == 24
 
 
 @pytest.mark.integration
-def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(
-    recipe: str, job: dict[str, str], job_script: Callable[..., Path]
-) -> None:
-    command = ("--ranks", "2", "--nodes", "2", "--", "pretrain", recipe, *KEYS)
-    done = subprocess.run([job_script(*command)], env=job, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(Path("run/result.json").read_text())["hardware"]["ranks"] == 4
-    assert not Path("scontrol.log").exists()
-    refused = subprocess.run(
-        [job_script(*command, "train.seed=9")], env=job, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert refused.returncode == 2
-    assert not lacking(refused.stderr, "error: run train.seed 0 9 --out --no-resume")
+def test_tasks_of_slurm_train_together_and_a_failure_ends_the_job(recipe: str, job: Job) -> None:
+    command = run_job("pretrain", recipe, "train.steps=4", *KEYS)
+    assert ended(job(*command))[0] == 0
+    assert result()["hardware"]["ranks"] == 4
+    code, _, said = ended(job(*command, "train.seed=9"))
+    assert (code, Path("scontrol.log").exists()) == (2, False)
+    assert not lacking(said, "error: run train.seed 0 9 --out --no-resume")
 
 
 @pytest.mark.integration
-def test_a_job_whose_time_is_over_saves_and_goes_back_into_the_queue(
-    recipe: str, job: dict[str, str], job_script: Callable[..., Path]
-) -> None:
-    script = job_script("--", "pretrain", recipe, *KEYS, "train.steps=100000", "checkpoint.save_every_steps=5")
-    process = subprocess.Popen([script], env=job, stderr=subprocess.PIPE, text=True)
+def test_a_job_whose_time_is_over_saves_goes_back_into_the_queue_and_ends(recipe: str, job: Job) -> None:
+    command = run_job("pretrain", recipe, "train.steps=60", "checkpoint.save_every_steps=5", *KEYS)
+    process = job(*command)
     while not list(Path("run").glob("checkpoints/step-*")):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.01)
     for task in Path("tasks").read_text().split():
         os.kill(int(task), signal.SIGUSR1)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert Path("scontrol.log").read_text() == "requeue 7\n"
+    code, _, said = ended(process)
+    assert (code, Path("scontrol.log").read_text(), Path("run/result.json").exists()) == (0, "requeue 7\n", False), said
+    code, _, said = ended(job(*command, SLURM_RESTART_COUNT="1"))
+    assert (code, Path("scontrol.log").read_text(), result()["step"]) == (0, "requeue 7\n", 60), said
 
 
 @pytest.mark.integration
-def test_a_job_that_cannot_be_requeued_does_not_end_well(
-    job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("template", ["run", "sweep"])
+def test_a_job_that_cannot_be_requeued_does_not_end_well(template: str, job: Job, tools: Path) -> None:
     for tool, code in (("srun", 75), ("scontrol", 1)):
-        (tmp_path / "tools" / tool).write_text(f"#!/bin/sh\nexit {code}\n")
-    script = job_script("--", "pretrain", "x")
-    done = subprocess.run([script], env=job, capture_output=True, text=True, check=False)
-    assert (done.returncode, lacking(done.stderr, "not requeued submit")) == (75, [])
-
-
-@pytest.mark.integration
-def test_a_task_has_the_processors_that_the_job_asked_for(
-    job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path
-) -> None:
-    """srun takes them from this variable."""
-    (tmp_path / "tools" / "srun").write_text("#!/bin/sh\necho cpus $SRUN_CPUS_PER_TASK\n")
-    script = job_script("--", "pretrain", "x")
-    done = subprocess.run([script], env={**job, "SLURM_CPUS_PER_TASK": "6"}, capture_output=True, text=True, check=True)
-    assert done.stdout == "cpus 6\n"
+        (tools / tool).write_text(f"#!/bin/sh\nexit {code}\n")
+    code, _, said = ended(job("bash", str(TEMPLATES / f"{template}.sbatch"), "pretrain", "quickstart/dense"))
+    assert (code, lacking(said, "not requeued submit")) == (75, [])
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("restarts", "code"), [("2", 0), ("3", 75)])
 def test_a_job_that_is_stopped_as_soon_as_it_begins_does_not_come_back_for_ever(
-    job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path, restarts: str, code: int
+    restarts: str, code: int, job: Job, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job's ranks are stopped because one fails on another machine."""
-    stopped = tmp_path / "tools" / "srun"
-    stopped.write_text("#!/bin/sh\nexit 75\n")
-    environment = {**job, "SLURM_RESTART_COUNT": restarts}
-    done = subprocess.run([job_script("--", "pretrain", "x")], env=environment, capture_output=True, check=False)
-    assert (done.returncode, Path("scontrol.log").exists()) == (code, code == 0)
-
-
-def test_what_a_job_asks_for_is_in_its_script(job_script: Callable[..., Path]) -> None:
-    script = job_script("--nodes", "4", "--ranks", "2", "--time", "1:00", "--sbatch=--partition=a", "--", "eval", "run")
-    lines = [line.removeprefix("#SBATCH ") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
-    assert {"--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=1:00", "--partition=a"} <= {*lines}
-    assert {"--signal=USR1@300", "--requeue"} <= {*lines}
-
-
-@pytest.mark.parametrize("time", ["30", "24:00:00", "2-12:00:00", "UNLIMITED"])
-def test_a_time_limit_in_any_form_of_sbatch_is_in_the_job_script(time: str, job_script: Callable[..., Path]) -> None:
-    assert f"\n#SBATCH --time={time}\n" in job_script("--time", time, "--", "pretrain", "x").read_text()
+    """The job's ranks are stopped because one fails on another machine. A task has the processors of the job."""
+    monkeypatch.chdir(tmp_path)
+    (tools / "srun").write_text("#!/bin/sh\necho cpus $SRUN_CPUS_PER_TASK\nexit 75\n")
+    found, out, _ = ended(job(*run_job("pretrain", "x"), SLURM_RESTART_COUNT=restarts))
+    assert (found, out, Path("scontrol.log").exists()) == (code, "cpus 6\n", code == 0)
 
 
 @pytest.mark.integration
-def test_ranks_of_torchrun_import_the_package_from_a_clone_that_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_array_runs_each_line_of_a_list_on_the_ranks_of_its_node(recipe: str, job: Job, tmp_path: Path) -> None:
+    """Two ranks in the place of eight. A word with a space stays one word."""
+    text = (TEMPLATES / "sweep.sbatch").read_text()
+    assert text.count("--processes 8 ") == 1
+    (tmp_path / "sweep.sbatch").write_text(text.replace("--processes 8 ", "--processes 2 "))
+    (tmp_path / "study.runs").write_text(
+        f"dense  pretrain {recipe} model.num_experts=1 'description=$(touch run) it''s' train.seed=0,1\n---\n"
+        f"branch pretrain {recipe} model.num_experts=1 train.steps=4 --branch-from {{out}}/dense-1\n"
+    )
+    code, _, said = ended(job("sbatch", "--array=1-3", "sweep.sbatch", "study.runs", "--out", "study"))
+    assert (code, Path("scontrol.log").exists(), Path("run").exists()) == (0, False, False), said
+    ended_runs = [result(f"study/{name}") for name in ("dense-0", "dense-1", "branch")]
+    assert [(run["hardware"]["ranks"], run["step"]) for run in ended_runs] == [(2, 2), (2, 2), (2, 4)]
+
+
+def test_a_stopped_task_of_an_array_goes_back_into_the_queue_alone(
+    job: Job, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clone is the current folder. From any other folder no module is imported."""
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
-    command = (*LAUNCH, "--torchrun", "--print", "--", "pretrain", "x")
-    for folder, is_safe in ((Path(__file__).parents[2], False), (tmp_path, True)):
-        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
-        assert ("PYTHONSAFEPATH=1" in printed.split()) == is_safe
+    monkeypatch.chdir(tmp_path)
+    (tools / "srun").write_text("#!/bin/sh\nexit 75\n")
+    (tools / "switchcli").write_text("#!/bin/sh\necho switchcli a\n")
+    array = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
+    assert ended(job("bash", str(TEMPLATES / "sweep.sbatch"), "study.runs", **array))[0] == 0
+    assert Path("scontrol.log").read_text() == "requeue 40_1\n"
 
 
-@pytest.mark.parametrize("verb", [("pretrain",), ("data", "prepare")])
-def test_no_word_adds_a_line_to_a_job_script(verb: tuple[str, ...], job_script: Callable[..., Path]) -> None:
-    plain = job_script("--sbatch=--comment=a", "--", *verb, "a", "description=a").read_text()
-    evil = "a\nreboot\r\nJOB\n$(reboot) `reboot` ; reboot"
-    script = job_script(f"--sbatch=--comment={evil}", "--", *verb, evil, f"description={evil}").read_text()
-    assert script.count("\n") == plain.count("\n")
-    assert not [line for line in script.splitlines() if line.startswith(("reboot", "JOB", "$"))]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ((), "--slurm --torchrun"),
-        (("--slurm", "--torchrun"), "--slurm --torchrun"),
-        (("--torchrun", "--nodes", "2"), "--head"),
-        (("--slurm",), "sbatch --print"),
-        (("--slurm", "--head", "h"), "--head --slurm"),
-        (("--torchrun", "--time", "1:00"), "--time --torchrun"),
-        (("--slurm", "--sbatch=--array=1-3"), "--sbatch --array"),
-        *(
-            (("--slurm", "--time", time), "--time hours:minutes:seconds")
-            for time in ("1:00\nreboot", "1:00\r", "1 --wrap=x", "1:2:3:4", "-1", "\u0661")
-        ),
-        (("--slurm", "--partition=a", "--print"), "--partition=a --sbatch"),
-        (("--torchrun", "--", "prune"), "prune pretrain"),
-        (("--slurm", "--print", "--", "pretrain", "x", "--no-resume"), "--no-resume --out"),
-        (("--slurm", "--print", "--", "data", "tokenizer"), "data prepare --slurm"),
-        (("--torchrun", "--print", "--", "data", "prepare"), "data prepare --slurm"),
-    ],
-)
-def test_a_launch_that_cannot_be_is_refused(
-    options: tuple[str, ...], words: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    refused = switchcli("launch", *options, "--", "pretrain", "x")
-    assert refused.code in (2, 6)
-    assert not lacking(refused.err, words)
-    assert refused.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("pretrain x", "x recipes list"),
-        ("pretrain quickstart/dense train.stepz=4", "train.stepz steps"),
-        ("pretrain quickstart/dense --model none", "model none"),
-        ("pretrain quickstart/dense --dry-run", "--dry-run launch"),
-    ],
-)
-@pytest.mark.parametrize("launcher", ["--slurm", "--torchrun"])
-def test_a_command_that_no_rank_could_run_is_not_launched(
-    launcher: str, command: str, words: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 9\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    refused = switchcli("launch", launcher, "--ranks", "1", "--", *command.split())
-    assert (refused.code, lacking(refused.err, words)) == (2, [])
-
-
-@pytest.mark.parametrize(("ranks", "code", "words"), [(2, 9, ""), (4, 2, "train.batch_tokens 8 ranks try 16384")])
-def test_a_batch_that_the_ranks_cannot_share_is_not_submitted(
-    ranks: int, code: int, words: str, switchcli: SwitchCLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 9\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    done = switchcli("launch", "--slurm", "--nodes", 2, "--ranks", ranks, "--", "pretrain", "quickstart/switch")
-    assert (done.code, lacking(done.err, words)) == (code, [])
+@pytest.mark.parametrize("template", ["run", "sweep"])
+def test_the_page_of_many_gpus_shows_the_templates(template: str) -> None:
+    assert (TEMPLATES / f"{template}.sbatch").read_text(encoding="utf-8") in PAGE
 
 
 def test_the_skypilot_file_is_yaml_and_runs_what_is_here() -> None:
-    task = yaml.safe_load(SKYPILOT.read_text())
-    assert "switchcli launch --torchrun" in task["run"]
+    task = yaml.safe_load((ROOT / "scripts" / "skypilot.yaml").read_text())
+    assert "torchrun" in task["run"]
     assert task["envs"]["ARGUMENTS"].split()[0] == "pretrain"
-
-
-@pytest.mark.integration
-def test_the_tasks_of_a_slurm_array_prepare_a_share_each(
-    recipe: str, job: dict[str, str], job_script: Callable[..., Path], tmp_path: Path
-) -> None:
-    corpora = ", ".join("{kind: files, paths: [text.txt], sample_by: line}" for _ in range(2))
-    keys = (recipe, f"data.corpora=[{corpora}]", "--json")
-    command = [job_script("--nodes", "2", "--", "data", "prepare", *keys)]
-    assert "#SBATCH --array=1-2" in command[0].read_text()
-    array = {"SWITCHCLI_CACHE": str(tmp_path / "cache")}
-    whole = []
-    for task in ("1", "2"):
-        environment = {**job, **array, "SLURM_ARRAY_TASK_ID": task}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        whole.append(json.loads(done.stdout)["complete"])
-    assert whole == [False, True]
-    assert "--requeue" not in command[0].read_text()
-    environment = {**job, "SLURM_ARRAY_TASK_ID": "1", "SWITCHCLI_CACHE": ""}
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0

@@ -63,7 +63,7 @@ CASES: dict[str, Callable[[list[str]], bool]] = {
     "plan tiny train.st": lambda found: found[0] == "train.steps=",
     "plan quickstart/sw": lambda found: found == ["quickstart/switch"],
     "sweep pretrain quickstart/switch train.se": lambda found: "train.seed=" in found,
-    "launch --slurm -- pretrain quickstart/sw": lambda found: found == ["quickstart/switch"],
+    "sweep pretrain quickstart/sw": lambda found: found == ["quickstart/switch"],
     "convert a b --to h": lambda found: found == ["huggingface", "hf"],
     "pretrain fine": lambda found: not found,
     "pretrain quickstart/": lambda found: found == ["quickstart/dense", "quickstart/switch"],

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 VERBS = [
     *("pretrain", "finetune", "distill", "eval", "generate", "doctor", "plan"),
-    *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep", "launch"),
+    *("recipes", "data", "convert", "upcycle", "prune", "report", "sweep"),
 ]
 
 
@@ -96,7 +96,7 @@ def test_every_example_can_be_copied(example: str) -> None:
     name = context.command.name
     typed = [context.params.get(part) or () for part in ("recipe", "model", "arguments", "overrides")]
     words = [word for part in typed for word in ([part] if isinstance(part, str) else part)]
-    if name in ("sweep", "launch"):
+    if name == "sweep":
         name, *words = words
     for word in words:
         key, is_override, _ = word.partition("=")

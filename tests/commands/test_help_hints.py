@@ -33,7 +33,6 @@ CASES = {
     "eval a --config b.yaml": "switchcli eval CHECKPOINT b.yaml",
     "pretrain a --gpus 4": "--processes 4",
     "plan a --gpus 4": "--devices 4",
-    "launch --torchrun --nproc-per-node 8 -- pretrain a": "--ranks 8",
     "pretrain a --resume-from-checkpoint b": "--resume",
     "pretrain a --model-name-or-path b": "--model b",
     "distill a --model-name-or-path b": "--teacher b",
@@ -41,7 +40,7 @@ CASES = {
     "finetune a --dataset rte": "tasks=[rte]",
     "pretrain a --capacity-factor 2": "model.router.capacity_factor=2",
     "pretrain a --train.steps 3": "train.steps=3",
-    "pretrain a --nnodes 2": "switchcli launch --torchrun --nodes 2 -- pretrain ...",
+    "pretrain a --nnodes 2": "torchrun --nnodes 2 ... -m switchcli pretrain ...",
 }
 
 
@@ -140,7 +139,7 @@ def test_every_answer_names_keys_and_options_that_the_verb_has(verb: str) -> Non
         answer = hint(f"--{flag}", "1", NAMES[verb], verb)
         for key in re.findall(r"[a-z]\w*(?:\.\w+)+(?=[= ,]|$)", answer or ""):
             assert key in NAMES[verb], f"{verb} --{flag}: {key}"
-        for option in re.findall(r"(?<![\w-])--[a-z-]+", (answer or "").partition(" launch ")[0]):
+        for option in re.findall(r"(?<![\w-])--[a-z-]+", (answer or "").partition("torchrun ")[0]):
             assert option in NAMES[verb], f"{verb} --{flag}: {option}"
 
 

@@ -273,7 +273,7 @@ def test_what_suits_a_laptop_is_told_with_a_value_for_gpus(
 
 def test_nodes_have_equally_many_ranks(few_sizes: list[str], switchcli: SwitchCLI) -> None:
     done = switchcli("plan", "quickstart/switch", "train.batch_tokens=12288", "--devices", 12)
-    assert "switchcli launch --slurm --nodes 2 --ranks 6 -- pretrain quickstart/switch" in done.out
+    assert "torchrun --nnodes 2 --nproc-per-node 6 -m switchcli pretrain quickstart/switch" in done.out
     none = switchcli("plan", "--devices", 12)
     assert not lacking(none.out, "train.batch_tokens 12 ranks")
     assert none.code == 1

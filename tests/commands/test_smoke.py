@@ -50,7 +50,6 @@ WORK = {
     "report": (["{dense}", "{trained}"], "Held-out"),
     "report --routing": (["{trained}", "text.sequences=4"], "by token"),
     "sweep": (["--jobs", "1", "--out", "made", "pretrain", "tiny.yaml", *SHORT, "--", "--quiet"], "done after"),
-    "launch": (["--torchrun", "--ranks", "1", "--print", "--", "pretrain", "tiny.yaml"], "torch.distributed.run"),
 }
 """A command of each verb, and words of its terminal, separated by bars."""
 

@@ -205,8 +205,9 @@ def test_a_run_may_name_one_of_an_earlier_stage_a_size_or_a_metric(
     Path("runs").write_text(
         f"one pretrain quickstart/dense\n---\ntwo {command.replace('{absolute}', str(tmp_path / 'out'))}\n"
     )
-    done = switchcli("sweep", "runs", "--out", "out", "--slurm")
+    done = switchcli("sweep", "runs", "--out", "out", "--print")
     assert done.code == 0, done.err
+    assert not [*sweep_list.missing_runs(sweep_list.parse_sweep(["runs"], Path("out")), Path("out"))]
 
 
 def test_a_sweep_in_the_current_folder_knows_its_runs_by_their_folder(
@@ -299,7 +300,6 @@ def test_a_run_that_none_makes_is_asked_for_before_any_begins(
     assert ended.code == 2
     assert not lacking(ended.err, "error: tuned: out/one-0")
     assert not Path("out").exists()
-    assert swept(switchcli, "b distill quickstart/distill --teacher {out}/a\n", "--slurm").code == 2
 
 
 @pytest.fixture
@@ -509,51 +509,6 @@ def test_no_command_is_printed_with_a_name_in_braces_that_has_no_value(
     monkeypatch.chdir(tmp_path)
     done = swept(switchcli, f"a {command}\n", "--print")
     assert (done.code, done.out, lacking(done.err, words)) == (2, "", [])
-
-
-@pytest.mark.integration
-def test_a_sweep_for_slurm_is_a_script_with_an_array_for_each_stage(tmp_path, switchcli):
-    """`sbatch` writes down its arguments and the job; a task of an array runs its own run."""
-    path = tmp_path / "runs"
-    path.write_text(
-        "a pretrain quickstart/dense train.seed=0,1\n---\nb distill quickstart/distill --teacher {out}/a-0\n"
-    )
-    script = switchcli("sweep", path, "--slurm", "--out", "o")
-    tools = {
-        "sbatch": 'n=$(ls | grep -c "^job"); echo "$@" >"arguments-$n"; cat >"job-$n"; echo "$((40 + n))"',
-        "srun": 'shift; echo "$@" >>ran; exit "$CODE"',
-        "scontrol": 'echo "$@" >>requeued',
-    }
-    for name, body in tools.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    arguments = ["bash", "-s", "--", "--partition=a"]
-    subprocess.run(arguments, input=script.out, text=True, check=True, cwd=tmp_path, env=environment)
-    assert (tmp_path / "arguments-0").read_text() == "--parsable --partition=a\n"
-    assert (tmp_path / "arguments-1").read_text() == "--parsable --dependency=afterany:40 --partition=a\n"
-    assert "#SBATCH --array=0-1" in (tmp_path / "job-0").read_text()
-    for task, code in (("1", "0"), ("0", "75")):
-        task_environment = {**environment, "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_JOB_ID": "40", "CODE": code}
-        subprocess.run(["bash", "job-0"], check=True, cwd=tmp_path, env=task_environment)
-    ran = (tmp_path / "ran").read_text().splitlines()
-    assert [line.split()[-4:] for line in ran] == [
-        ["train.seed=1", "--out", "o/a-1", "--quiet"],
-        ["train.seed=0", "--out", "o/a-0", "--quiet"],
-    ]
-    assert (tmp_path / "requeued").read_text() == "requeue 40_0\n"
-    needy = {**environment, "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "41", "CODE": "0"}
-    (tmp_path / "o" / "a-0" / "checkpoints").mkdir(parents=True)  # as of a run that failed after its first save
-    refused = subprocess.run(["bash", "job-1"], check=False, capture_output=True, text=True, cwd=tmp_path, env=needy)
-    assert (refused.returncode, lacking(refused.stderr, "o/a-0 complete")) == (1, [])
-    (tmp_path / "o" / "a-0" / "result.json").touch()
-    subprocess.run(["bash", "job-1"], check=True, cwd=tmp_path, env=needy)
-    assert "--teacher o/a-0" in (tmp_path / "ran").read_text()
-
-
-def test_a_task_of_a_job_array_is_one_rank(switchcli: SwitchCLI) -> None:
-    done = switchcli("sweep", "--slurm", "pretrain", "quickstart/dense", "train.seed=0,1", "--processes", "4")
-    assert (done.code, lacking(done.err, "--processes launch --ranks")) == (2, [])
 
 
 @pytest.mark.parametrize("name", ["paper/table1/small.runs", "recipes/paper/table1/small.runs"])

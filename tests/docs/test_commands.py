@@ -79,7 +79,7 @@ def faults_of(command: Command) -> list[str]:
     except (SwitchError, USAGE_ERROR) as error:
         return [str(getattr(error, "message", error))]
     words = list(command.words)
-    if verb[0] in ("launch", "sweep"):
+    if verb[0] == "sweep":
         rest = list(values.get("arguments") or [])
         if not rest or Path(rest[0]).suffix or rest[0] not in RECIPE_VERBS:
             return []

@@ -41,7 +41,6 @@ SOUND: dict[str, str] = {
     "prune": "run made --experts 2 text.sequences=4",
     "report": "run",
     "sweep": "pretrain tiny.yaml train.steps=2 --out made --print",
-    "launch": "--torchrun --ranks 1 --print -- pretrain tiny.yaml",
 }
 """What each verb takes without complaint, in the folder of `harness.lay_out`; one that is not here fails the tests."""
 
