@@ -12,7 +12,6 @@ from switchcli.commands._options import A_CHECKPOINT, Json, Overrides
 from switchcli.commands._result import Line, finish
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
 
 if TYPE_CHECKING:
     from switchcli.runs.evaluate.diagnosis import Diagnosis
@@ -69,7 +68,7 @@ def _probe_lines(diagnosis: "Diagnosis") -> Iterator[Line]:
     """Yield a line for each probe, with advice below a probe that the model did not pass."""
     weights = "initial weights" if diagnosis.initialized else "trained weights"
     sparse = f"{diagnosis.layers} sparse layers of {diagnosis.experts} experts" if diagnosis.layers else "a dense model"
-    yield Line(f"{diagnosis.model}: {sparse}, {weights}, in the code of {diagnosis.code}", "bold")
+    yield Line(f"{diagnosis.model}: {sparse}, {weights}", "bold")
     width = max(len(finding.probe) for finding in diagnosis.findings)
     indent = len("pass  ") + width + len("  ")
     for finding in diagnosis.findings:
@@ -80,12 +79,6 @@ def _probe_lines(diagnosis: "Diagnosis") -> Iterator[Line]:
     conclusion = "sound" if diagnosis.sound else "not sound"
     probes = f"{failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning"
     yield Line(f"{conclusion}: {probes}", "bold")
-    if diagnosis.code == "transformers" and not diagnosis.initialized and not diagnosis.sound:
-        convert = shell_words("switchcli", "convert", diagnosis.model, "FOLDER", "--to", "switchcli")
-        yield Line(
-            f"The faults may be of transformers' code, not of the weights: after `{convert}`, `switchcli doctor "
-            "FOLDER` probes the same weights in switchcli's code"
-        )
 
 
 def _file_lines(verified: Mapping[str, Any]) -> Iterator[Line]:

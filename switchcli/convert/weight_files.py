@@ -31,7 +31,7 @@ from switchcli.convert import config as configs
 from switchcli.convert.config import Config
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, UNUSED, transformers_names
 from switchcli.errors import CheckpointError
-from switchcli.system.user_files import open_regular, other_kind, read_regular
+from switchcli.system.user_files import open_regular, read_regular
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX: Final = ".index.json"
@@ -244,16 +244,3 @@ def _read_index(index: Path) -> dict[str, str]:
         if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
             raise CheckpointError(f"{index}: names {file!r}, which is no file of its folder: do not use these weights")
     return files
-
-
-def check_files(folder: Path) -> None:
-    """Raise CheckpointError if transformers may read more in a folder than its files: through an index, or a pipe."""
-    for path in folder.iterdir():
-        try:
-            kind = other_kind(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}): {_FIX}") from error
-        if kind not in ("", "a folder"):
-            raise CheckpointError(f"{path}: it is {kind}, not a file: {_FIX}")
-        if path.name.endswith(INDEX):
-            _read_index(path)

@@ -1,22 +1,26 @@
-"""The interface of a probed model, so that probes ask the same questions of our models and of other systems'.
+"""A model as the probes measure it. A subject measures; it does not judge.
 
-Legend: B batch, S source, T target, V vocabulary, G groups, N tokens per group, E experts.
-
-Router statistics are those of `switchcli.model.moe.stats`, also for a model of another system. A subject measures; it
-does not judge.
+Legend: B batch, S source, T target, V vocabulary, D model, G groups, N tokens per group, E experts.
 """
 
-from abc import ABC, abstractmethod
+import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, Self
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from switchcli.errors import OutOfMemory, machine_bytes
+from switchcli.model.config import ModelSpec
+from switchcli.model.flops import count
+from switchcli.model.init import initialize
+from switchcli.model.moe.layer import RouterWeights, evaluating
 from switchcli.model.moe.router import Mode
 from switchcli.model.moe.stats import StackStats
+from switchcli.model.transformer import SwitchTransformer
+from switchcli.spec import PAD
 
 
 class ProbeText(NamedTuple):
@@ -32,8 +36,6 @@ class RouterCall(NamedTuple):
     input_before_GND: torch.Tensor
     input_after_GND: torch.Tensor
     logits_GNE: torch.Tensor
-    output: Any
-    """All that it returned."""
 
 
 class ForwardTrace(NamedTuple):
@@ -50,55 +52,34 @@ class TrainingLoss(NamedTuple):
     cross_entropy: torch.Tensor
     """Mean over the targets, with its graph."""
     auxiliary: float
-    """The auxiliary loss that a training loop adds by default."""
-    auxiliary_requested: float
-    """The auxiliary loss if the caller asks for the routers' losses."""
 
 
-class Subject(ABC):
-    """A model on the CPU in float32 that is being probed."""
+class Subject:
+    """A model on the CPU in float32 that is being probed.
 
-    code: str
-    """The package whose code runs the model."""
-    model: nn.Module
-    initialized: bool
-    """Whether the weights are initial, to be judged as an initialization; otherwise they are trained."""
-    layers: tuple[str, ...]
-    """The name of each sparse layer."""
-    routers: tuple[nn.Module, ...]
-    """The router of each sparse layer. Its first argument is the hidden states, its parameters are only W_r."""
-    num_experts: int
-    vocab_size: int
-    batch_multiple: int
-    """The number of sequences of a batch must be a multiple of this."""
-    capacity: int | None
-    """The capacity of an expert per sequence, if it is a constant; None if it depends on the length."""
-    experts_choose: bool
-    """Whether the experts of a layer choose their tokens, so that the sequences of a group depend on each other."""
-    balance_coef: float | None
-    """alpha of eq. 4; None for routing that is balanced by construction or by biases, and for a dense model."""
-    real_text: ProbeText | None = None
-    """Rows of text in the model's vocabulary; None where there is no vocabulary or no text."""
+    Args:
+        model: the model, in evaluation mode.
+        initialized: whether the weights are initial, to be judged as an initialization; otherwise they are trained.
+    """
 
-    @abstractmethod
-    def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
-        """Run with teacher forcing, without gradients. A model with only one capacity ignores `mode`."""
-
-    @abstractmethod
-    def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
-        """Return the logits [B, T, V] of the same targets, decoded one position at a time with the cache."""
-
-    @abstractmethod
-    def loss(self, text: ProbeText) -> TrainingLoss:
-        """Return the loss as in training, including dropout and noise."""
-
-    @abstractmethod
-    def in_bfloat16(self) -> Self:
-        """Return a copy whose weights are in bfloat16."""
-
-    def choice_scores(self, router: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-        """Return what tokens choose a router's experts by, given its logits [..., E]: by default probabilities."""
-        return logits.softmax(-1)
+    def __init__(self, model: SwitchTransformer, initialized: bool) -> None:
+        spec = model.spec
+        self.model = model
+        self.initialized = initialized
+        self.real_text: ProbeText | None = None
+        """Rows of text in the model's vocabulary; None where there is no vocabulary or no text."""
+        self.layers = spec.sparse_layer_names()
+        self.routers = tuple(module for module in model.modules() if isinstance(module, RouterWeights))
+        self.num_experts = spec.num_experts
+        self.vocab_size = spec.vocab_size
+        self.batch_multiple = spec.group_sequences
+        """The number of sequences of a batch must be a multiple of this."""
+        routers = [spec.router_of(stack) for stack in spec.sparse_stacks]
+        self.experts_choose = any(router.experts_choose for router in routers)
+        """Whether the experts of a layer choose their tokens, so that the sequences of a group depend on each other."""
+        coefs = [router.balance_coef for router in routers if router.needs_balance_loss or router.balance_coef]
+        self.balance_coef = min(coefs, default=None)
+        """alpha of eq. 4; None for routing that is balanced by construction or by biases, and for a dense model."""
 
     @property
     def dense(self) -> bool:
@@ -108,50 +89,89 @@ class Subject(ABC):
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
+    def forward(self, text: ProbeText, mode: Mode = "paper", autocast: bool = False) -> ForwardTrace:
+        """Run with teacher forcing, without gradients. With `dropless` this computes what `switchcli generate` does."""
+        precision = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+        with self._in(mode), torch.no_grad(), precision, self._recorded_calls() as calls:
+            output = self.model(*text)
+            return ForwardTrace(output.logits_BTV.float(), tuple(calls), output.router_stats)
 
-def check_memory(num_parameters: int, hint: str) -> None:
-    """Raise OutOfMemory, which ends with `hint`, if this machine is too small to probe so many parameters."""
-    needed, available = 8 * num_parameters, machine_bytes()  # float32 weights and gradients, 4 bytes each
-    if needed > available:
-        raise OutOfMemory(f"weights and gradients take {needed:,} bytes, and this machine has {available:,}: {hint}")
+    def decode(self, text: ProbeText, mode: Mode) -> torch.Tensor:
+        """Return the logits [B, T, V] of the same targets, decoded one position at a time with the cache."""
+        inputs_BT = F.pad(text.targets_BT, (1, -1), value=PAD)  # shifted right, as in `SwitchTransformer.forward`
+        logits = []
+        with self._in(mode), torch.no_grad():
+            encoded = self.model.encode(text.inputs_BS)
+            cache = self.model.decoder.cache(encoded)
+            for step in range(text.targets_BT.shape[1]):
+                position = slice(step, step + 1)
+                x_B1D = self.model.embed(inputs_BT[:, position])
+                real_B1 = text.targets_BT[:, position] != PAD
+                hidden_B1D, _ = self.model.decoder(x_B1D, real_B1, encoded, cache)
+                hidden_B1D, vocabulary = self.model.vocabulary(hidden_B1D)
+                logits.append(F.linear(hidden_B1D, vocabulary.weight_VD))
+        return torch.cat(logits, dim=1)
+
+    def loss(self, text: ProbeText) -> TrainingLoss:
+        """Return the loss as in training, including dropout and noise."""
+        with self._training():
+            output = self.model(*text)
+        cross_entropy = F.cross_entropy(output.logits_BTV.flatten(0, 1), text.targets_BT.flatten(), ignore_index=PAD)
+        return TrainingLoss(cross_entropy, 0.0 if output.auxiliary is None else float(output.auxiliary.mean().detach()))
+
+    def choice_scores(self, router: RouterWeights, logits: torch.Tensor) -> torch.Tensor:
+        """Return what tokens choose a router's experts by, given its logits [..., E]."""
+        gates = router.router_spec.gates(logits)
+        return gates if router.bias is None else gates + router.bias
+
+    def in_bfloat16(self) -> Self:
+        """Return a copy whose weights are in bfloat16."""
+        return type(self)(copy.deepcopy(self.model).to(torch.bfloat16), self.initialized)
+
+    def _in(self, mode: Mode) -> AbstractContextManager[None]:
+        return self._training() if mode == "training" else evaluating(self.model, mode)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Put the model into training mode within the context."""
+        was_training = self.model.training
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def _recorded_calls(self) -> Iterator[list[RouterCall]]:
+        """Record each call of a router within the context."""
+        inputs: list[torch.Tensor] = []
+        calls: list[RouterCall] = []
+
+        def before(router: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            inputs.append(arguments[0].detach().clone())  # the router may change its argument in place
+
+        def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], logits_GNE: torch.Tensor) -> None:
+            calls.append(RouterCall(inputs.pop(), arguments[0].detach(), logits_GNE.detach()))
+
+        with ExitStack() as hooks:
+            for router in self.routers:
+                hooks.enter_context(router.register_forward_pre_hook(before))
+                hooks.enter_context(router.register_forward_hook(after))
+            yield calls
 
 
-@contextmanager
-def record_router_calls(subject: Subject, logits_index: int | None) -> Iterator[list[RouterCall]]:
-    """Record each call of a router within the context.
+def initial_model(spec: ModelSpec, seed: int, router_dtype: torch.dtype) -> Subject:
+    """Return a model with its initial weights.
 
-    Args:
-        subject: the model.
-        logits_index: the index of the logits in the router's output; None: the output is the logits.
+    Raises:
+        OutOfMemory: the machine is too small for the model.
     """
-    inputs: list[torch.Tensor] = []
-    calls: list[RouterCall] = []
-
-    def before(router: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(arguments[0].detach().clone())  # the router may change its argument in place
-
-    def after(router: nn.Module, arguments: tuple[torch.Tensor, ...], output: Any) -> None:
-        logits_GNE = output if logits_index is None else output[logits_index]
-        calls.append(RouterCall(inputs.pop(), arguments[0].detach(), logits_GNE.detach(), output))
-
-    with ExitStack() as hooks:
-        for router in subject.routers:
-            hooks.enter_context(router.register_forward_pre_hook(before))
-            hooks.enter_context(router.register_forward_hook(after))
-        yield calls
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into training mode within the context."""
-    was_training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def precision(autocast: bool) -> torch.autocast:
-    """Return a context of bfloat16 autocast, on or off."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+    needed, available = 8 * count(spec).parameters, machine_bytes()  # float32 weights and gradients, 4 bytes each
+    if needed > available:
+        raise OutOfMemory(
+            f"weights and gradients take {needed:,} bytes, and this machine has {available:,}: probe it with fewer "
+            "experts or layers, such as model.num_experts=8 model.num_layers=2"
+        )
+    model = SwitchTransformer(spec, router_dtype)
+    initialize(model, seed)
+    return Subject(model.eval(), initialized=True)

@@ -16,8 +16,6 @@ from switchcli.spec import EOS, PAD
 
 SHORT: Final = 32
 """Length of a text whose length does not matter, in positions."""
-LONGEST: Final = 512
-"""Length from which on a capacity that is still not reached counts as unlimited, in positions: T5's length."""
 BROAD: Final = 512
 """Minimum number of tokens that show how an average layer routes."""
 TOKENS_PER_EXPERT: Final = 8
@@ -69,9 +67,8 @@ def crowded_source(subject: Subject) -> ProbeText:
 
 def crowded_target(subject: Subject) -> ProbeText:
     """Return targets that the decoder's first sparse layer routes to one expert, more of them than its capacity."""
-    length = min(LONGEST, SHORT + (subject.capacity or SHORT))
     B = batch_size(subject, 1)
-    text = ProbeText(_random_ids(subject, B, SHORT, seed=6), _random_ids(subject, B, length, seed=7))
+    text = ProbeText(_random_ids(subject, B, SHORT, seed=6), _random_ids(subject, B, 2 * SHORT, seed=7))
     candidates = _candidates(subject)
     score_BTE = _first_scores(subject, candidates, "decoder")
     if score_BTE is None:

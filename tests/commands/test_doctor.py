@@ -15,36 +15,13 @@ CHECKPOINT = 4
 FILES = "--checkpoint-files"
 
 
-@pytest.fixture(scope="module")
-def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SwitchTransformers without wthrees."""
-    folder = tmp_path_factory.mktemp("huggingface")
-    import transformers
-
-    transformers.SwitchTransformersConfig(
-        vocab_size=97,
-        d_model=64,
-        d_kv=8,
-        d_ff=32,
-        num_heads=2,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_experts=4,
-        expert_capacity=8,
-        decoder_start_token_id=0,
-    ).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.integration
 def test_the_shipped_recipe_is_sound(switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", "quickstart/switch")
     assert done.code == 0
     head, *lines, end = done.out.splitlines()
     assert head.startswith("quickstart/switch: ")
-    assert not lacking(head, "4 sparse layers 8 experts initial switchcli")
+    assert not lacking(head, "4 sparse layers 8 experts initial")
     verdicts = ["skip" if probe.name == "routing of text" else "pass" for probe in PROBES]  # it has no vocabulary yet
     assert [line.split("  ")[:2] for line in lines] == [
         [verdict, probe.name] for verdict, probe in zip(verdicts, PROBES, strict=True)
@@ -66,7 +43,7 @@ def test_the_dense_recipe_is_said_to_be_dense(switchcli: SwitchCLI) -> None:
 def test_a_trained_run_is_sound(trained: Path, switchcli: SwitchCLI) -> None:
     done = switchcli("doctor", trained)
     assert done.code == 0
-    assert not lacking(done.out, f"{trained} trained switchcli")
+    assert not lacking(done.out, f"{trained} trained")
     assert done.out.splitlines()[-1].startswith("sound: ")
     (text,) = (line for line in done.out.splitlines() if "routing of text" in line)
     assert re.fullmatch(
@@ -78,55 +55,23 @@ def test_a_trained_run_is_sound(trained: Path, switchcli: SwitchCLI) -> None:
 
 
 @pytest.mark.integration
-def test_a_hugging_face_folder_routes_text_if_it_has_a_vocabulary(
-    trained: Path, tmp_path: Path, switchcli: SwitchCLI
-) -> None:
+def test_a_hugging_face_folder_routes_text_as_its_run_does(trained: Path, tmp_path: Path, switchcli: SwitchCLI) -> None:
     folder = tmp_path / "theirs"
     assert switchcli("convert", trained, folder, "--to", "huggingface").code == 0
-    said = switchcli("doctor", folder).out.splitlines()
-    assert said[-2].startswith("not sound: ")
-    assert not lacking(said[-1], f"transformers weights convert {folder} FOLDER --to switchcli doctor")
-    vocabulary = (folder / "tokenizer.json").read_text()
-    ours, theirs = (json.loads(switchcli("doctor", name, "--json").out)["findings"] for name in (trained, folder))
+    ours, theirs = (json.loads(switchcli("doctor", name, "--json").out) for name in (trained, folder))
+    assert theirs["sound"]
     of_text = [
-        re.sub(r"\([a-z]\S*;", "(", finding["measured"])  # without the name of the layer
-        for finding in (*ours, *theirs)
-        if finding["probe"] == "routing of text"
+        finding for found in (ours, theirs) for finding in found["findings"] if finding["probe"] == "routing of text"
     ]
     assert of_text[0] == of_text[1]
-    larger = json.loads(vocabulary)
-    larger["model"]["vocab"] += [[f"piece{number}", -9.0] for number in range(10_000)]
-    for content in ("{", json.dumps(larger)):
-        (folder / "tokenizer.json").write_text(content)
-        findings = json.loads(switchcli("doctor", folder, "--json").out)["findings"]
-        assert [one["verdict"] for one in findings if one["probe"] == "routing of text"] == ["skip"]
 
 
-@pytest.mark.integration
-def test_a_hugging_face_configuration_fails(configuration: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", configuration)
-    assert done.code == 1
-    assert not lacking(done.out, f"{configuration} initial transformers")
-    failed = done.out[done.out.index("\nfail  padding ") + 1 :].splitlines()
-    assert failed[1].startswith(" " * 32)
-    assert not lacking(failed[1], "padding slots")
-    assert done.out.splitlines()[-1].startswith("not sound: ")
-
-
-@pytest.mark.integration
-def test_json_is_one_object(configuration: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("doctor", configuration, "--json")
-    assert (done.code, done.out.count("\n")) == (1, 1)
+def test_json_is_one_object(trained: Path, switchcli: SwitchCLI) -> None:
+    done = switchcli("doctor", trained, "--json")
+    assert (done.code, done.out.count("\n")) == (0, 1)
     found = json.loads(done.out)
     findings = found.pop("findings")
-    assert found == {
-        "model": str(configuration),
-        "code": "transformers",
-        "initialized": True,
-        "layers": 2,
-        "experts": 4,
-        "sound": False,
-    }
+    assert found == {"model": str(trained), "initialized": False, "layers": 2, "experts": 4, "sound": True}
     assert [finding["probe"] for finding in findings] == [probe.name for probe in PROBES]
     for finding in findings:
         assert finding.keys() == {"probe", "verdict", "measured", "value", "advice"}

@@ -28,7 +28,7 @@ PACKAGES = {
     "api": "torch pydantic",
     "runs": "torch pydantic",
     "recipe": "yaml pydantic pydantic_core",
-    "doctor": "torch safetensors",
+    "doctor": "torch",
     "analysis": "torch",
     "training": "torch safetensors pydantic",
     "convert": "torch safetensors pydantic",
@@ -57,7 +57,6 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
-    "switchcli/doctor/transformers_subject.py": "transformers huggingface_hub",
     "switchcli/tasks/text_metrics.py": "sacrebleu",
     "switchcli/training/trackers.py": "accelerate wandb",
 }

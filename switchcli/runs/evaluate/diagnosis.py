@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from switchcli.checkpoint import checkpoint
-from switchcli.convert.tokenizer_files import find_tokenizer
-from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.text_batches import BatchCorruption
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.doctor import switchcli_subject, texts, transformers_subject
+from switchcli.doctor import texts
 from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
-from switchcli.doctor.subject import ProbeText, Subject
+from switchcli.doctor.subject import ProbeText, Subject, initial_model
 from switchcli.errors import DataError, RecipeError, disk_errors
 from switchcli.recipe import library
 from switchcli.recipe.resolve import load, resolve
@@ -32,8 +30,6 @@ class Diagnosis(NamedTuple):
 
     model: str
     """The name or path of the model."""
-    code: str
-    """The package whose code computes the model: switchcli or transformers."""
     initialized: bool
     """The weights are initial ones, not trained."""
     layers: int
@@ -54,17 +50,17 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
-    """Probe a checkpoint, a Hugging Face folder, or the initial weights of a recipe.
+    """Probe a checkpoint, or the initial weights of a recipe.
 
     Raises:
         CheckpointError: the folder holds no model that can be opened.
-        RecipeError: there is no such recipe, or transformers is not installed.
+        RecipeError: there is no such recipe.
         OutOfMemory: the model does not fit into the memory of this machine.
     """
     subject = _subject(name, overrides, console)
     findings = tuple(console.track(run_probes(subject), "probing", total=len(PROBES)))
     layers = 0 if subject.dense else len(subject.layers)
-    return Diagnosis(name, subject.code, subject.initialized, layers, subject.num_experts, findings)
+    return Diagnosis(name, subject.initialized, layers, subject.num_experts, findings)
 
 
 def verify(name: str) -> dict[str, Any]:
@@ -95,26 +91,20 @@ def verify(name: str) -> dict[str, Any]:
 
 
 def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
-    """Return the model of a recipe, a Hugging Face folder or a checkpoint, as the probes need it."""
+    """Return the model of a recipe or a checkpoint, as the probes need it."""
     path = Path(name)
     if not path.is_dir() or name in library.recipe_names():
         verb = load(str(_recipe(name)), overrides).stated("verb")
         if verb not in (None, PretrainRecipe.model_fields["verb"].default):
             raise RecipeError(f"{name}: a recipe of {verb}: doctor probes checkpoints, and recipes of pretrain")
         recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
-        return switchcli_subject.initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
+        return initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
     if overrides:
         raise RecipeError(
             f"{name}: an existing model takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out"
         )
-    if is_hugging_face_folder(path):
-        subject: Subject = transformers_subject.load(path)
-        with suppress(DataError, RecipeError):  # without its tokenizer there is no text
-            if (file := find_tokenizer(path)) is not None:
-                subject.real_text = _real_text(subject, Tokenizer.read(file))
-        return subject
     loaded = load_checkpoint(path, torch.device("cpu"), console)
-    subject = switchcli_subject.SwitchcliSubject(loaded.model, initialized=False)
+    subject = Subject(loaded.model, initialized=False)
     subject.real_text = _real_text(subject, loaded.handle.tokenizer)
     return subject
 
@@ -122,7 +112,7 @@ def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
 def _real_text(subject: Subject, tokenizer: Tokenizer) -> ProbeText | None:
     """Return Python's own documentation with spans hidden, as in training: a row for each of the first documents.
 
-    None if there is not enough of it, or if its ids or sentinels are not the model's.
+    None if there is not enough of it, or if the vocabulary has too few sentinels.
     """
     num_tokens, length = texts.broad(subject).inputs_BS.numel(), texts.broad(subject).inputs_BS.shape[1]
     objective, corpus = SpanCorruption(inputs_length=length), PythonStdlib()
@@ -130,7 +120,7 @@ def _real_text(subject: Subject, tokenizer: Tokenizer) -> ProbeText | None:
     rows: list[torch.Tensor] = []
     with suppress(DataError):
         corruption, (shard,) = BatchCorruption(objective, tokenizer, seed=0), corpus.source_shards()
-        for document in corpus.read(shard) if tokenizer.vocab_size <= subject.vocab_size else ():
+        for document in corpus.read(shard):
             ids = torch.from_numpy(tokenizer.encode_batch([document.text])[0][: objective.raw_tokens_per_row])
             rows += [ids] * (len(ids) == objective.raw_tokens_per_row)
             if len(rows) == num_rows:
