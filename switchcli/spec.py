@@ -5,6 +5,8 @@ discriminator, `kind`. The spec itself does the work (`assign`, `build`, a call)
 the object that is used.
 """
 
+import re
+from types import MappingProxyType
 from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
@@ -39,15 +41,44 @@ Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 
+PROTOCOLS: Final = MappingProxyType(
+    {
+        **dict.fromkeys(("file", "hf", "zip", "bz2", "gzip", "xz", "zstd"), ""),
+        **dict.fromkeys(("http", "https"), "'fsspec[http]'"),
+        **{"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"},
+    }
+)
+"""The protocols of URLs, each with the package that it needs beside this one's requirements.
+
+fsspec knows others. Its reference:// formats templates of a file from outside, which reach the environment."""
+
+
 def check_path_or_url(text: str) -> str:
-    """Return `text`, a path or URL. Raises ValueError if it is empty, holds a NUL character or holds credentials."""
+    """Return `text`, a path or URL. Raises ValueError for an empty one, a NUL, credentials and other protocols."""
     if not text:
         raise ValueError("is empty: name a file, a folder or a URL")
     if "\0" in text:
         raise ValueError("holds a NUL character, which no path can hold: remove it")
     if secret := credentials.find_credentials(text):
         raise ValueError(f"holds {secret}: {credentials.FIX}")
+    for protocol in url_protocols(text):
+        if protocol not in PROTOCOLS:
+            raise ValueError(
+                f"the protocol {protocol}:// is not supported: copy the files first, and name the copies; supported "
+                f"are {', '.join(PROTOCOLS)}"
+            )
     return text
+
+
+def url_protocols(text: str) -> list[str]:
+    """Return the protocols of a path or URL, as fsspec divides it at `::` into a chain: `zip://a.txt::https://h/b.zip`.
+
+    A word of a chain is a protocol too: write `./archive` for a file.
+    """
+    parts = text.split("::")
+    is_chain = len(parts) > 1
+    named = [part for part in parts if "://" in part or (is_chain and re.fullmatch(r"[\w+-]+", part))]
+    return [part.partition("://")[0] for part in named] + ["data" for part in parts if part.startswith("data:")]
 
 
 PathOrUrl = Annotated[

@@ -18,7 +18,7 @@ _FORMS: Final = MappingProxyType(
     {
         # pathlib makes `https:/host` of `https://host`. The container in Azure's `abfs://container@account` is no user.
         "a user name, a token or a password before the @": re.compile(
-            r"(?:(?<!abfs)(?<!abfss)(?<!wasb)(?<!wasbs):/{1,2}[^\s/?#@]*|:/{1,2}[^\s/?#@:]*:[^\s/?#@]*)@", re.IGNORECASE
+            r"(?:(?<!abfs)(?<!abfss):/{1,2}[^\s/?#@]*|:/{1,2}[^\s/?#@:]*:[^\s/?#@]*)@", re.IGNORECASE
         ),
         # A signed URL of Azure has the parameter sig.
         "a secret parameter": re.compile(

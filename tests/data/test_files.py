@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler  # by which corpora travel to the processes that prepare them
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from messages import lacking, naming_words
 from pyarrow import parquet
 
+from switchcli import spec
 from switchcli.data.sources import files
 from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import SourceShard, is_held_out
@@ -288,7 +290,8 @@ def test_compressed_files_are_read_whole_and_damage_is_told(
 
 
 @pytest.fixture
-def store() -> Iterator[fsspec.AbstractFileSystem]:
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    monkeypatch.setattr(spec, "PROTOCOLS", {**spec.PROTOCOLS, "memory": ""})
     system = fsspec.filesystem("memory")
     yield system
     system.store.clear()
@@ -328,7 +331,8 @@ def test_files_elsewhere_are_read_as_those_here(
         ("memory://c/*.none", "data.corpora memory://c/*.none pattern"),
         ("s3://bucket/*.txt", "s3://bucket/*.txt pip install s3fs"),
         ("https://example.com/a.txt", "https://example.com/a.txt pip install 'fsspec[http]'"),
-        ("nowhere://a.txt", "data.corpora nowhere://a.txt Protocol"),
+        ("zip://a.txt::https://example.com/b.zip", "https://example.com/b.zip pip install 'fsspec[http]'"),
+        ("zip://a.txt::memory://c/a.txt", "data.corpora memory://c/a.txt zip"),
     ],
 )
 def test_what_is_not_to_be_had_elsewhere(
@@ -340,6 +344,26 @@ def test_what_is_not_to_be_had_elsewhere(
     with pytest.raises(DataError, match=naming_words(words)) as caught:
         FilesCorpus(paths=(url,)).source_shards()
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_an_archive_are_read_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def archive(one: str) -> FilesCorpus:
+        with zipfile.ZipFile("texts.zip", "w") as opened:
+            opened.writestr("one.txt", one)
+            opened.writestr("d/two.jsonl.gz", gzip.compress(b'{"text": "two"}\n'))
+        return FilesCorpus(paths=("zip://one.txt::texts.zip", f"zip://d/*::file://{tmp_path}/texts.zip"))
+
+    corpus = archive("one\n\nmore\n")
+    assert [(one.text, one.name) for one in corpus.documents()] == [
+        ("one", "zip://one.txt::texts.zip:1"),
+        ("more", "zip://one.txt::texts.zip:3"),
+        ("two", f"zip://d/two.jsonl.gz::file://{tmp_path}/texts.zip:1"),
+    ]
+    before = corpus.fingerprint(Digests())
+    assert archive("one\n\nmore\n").fingerprint(Digests()) == before
+    assert archive("one\n\nMORE\n").fingerprint(Digests()) != before
 
 
 # Parquet

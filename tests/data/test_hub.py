@@ -18,10 +18,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from messages import naming_words
+from pydantic import ValidationError
 
 from switchcli.data.sources import corpus as module
 from switchcli.data.sources.corpus import HubCorpus, SourceShard
 from switchcli.data.sources.digests import Digests
+from switchcli.data.sources.files import FilesCorpus
 from switchcli.errors import DataError
 
 TOKEN = "hf_SecretOfTheUser0123456789"
@@ -272,6 +274,20 @@ def test_a_folder_whose_card_names_files_elsewhere_is_refused(card: str, tmp_pat
         "configs: [{config_name: default, data_dir: 3}]",
         "dataset_info: [3]",
         "dataset_info: {splits: 3}",
+        "dataset_info: {features: 3}",
+        "dataset_info: {features: [{name: text, dtype: nonsense}]}",
+        "dataset_info: {features: [{dtype: string}]}",
+        "configs: [{config_name: [1], data_files: train.jsonl}]",
+        "configs: [{config_name: default, data_files: {a: {b: c}}}]",
+        "configs: [{config_name: default, data_files: {split: train}}]",
+        "configs: {a: [",
+        "configs: *x",
+        "a: &a [*a]\n<<: [1]",
+        "a: !!python/object/apply:os.system ['true']",
+        "? {a: b}\n: c",
+        "tags: !!binary x",
+        "a: \0",
+        "- a",
         "5: 5",
     ],
 )
@@ -280,6 +296,88 @@ def test_a_card_with_values_of_other_types_is_an_error_of_the_data(card: str, tm
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
     with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}")):
         HubCorpus(path=str(tmp_path)).source_shards()
+
+
+SUFFIXES = (
+    *(
+        ".h5",
+        ".hdf5",
+        ".lance",
+        ".vortex",
+        ".tsfile",
+        ".arrow",
+        ".parquet",
+        ".geoparquet",
+        ".json",
+        ".jsonl.gz",
+        ".csv.gz",
+    ),
+    *(".pdb", ".cif", ".fa", ".gbk", ".nii", ".glb", ".pdf", ".mp4", ".avi", ".wav", ".eval", ".toml", ".xml"),
+    *(".tar", ".tar.gz", ".zip", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar", ".py", ".nothing"),
+)
+"""Of files for which `datasets` has readers, archives it unpacks, and files that it does not know."""
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x89HDF\r\n\x1a\n\0\xff{[<" * 40, b"PK\x03\x04 is not all there is", b"PAR1\0PAR1"]
+)
+def test_a_file_that_no_library_can_read_is_an_error_of_the_data(content: bytes, tmp_path: Path) -> None:
+    for suffix in SUFFIXES:
+        folder = tmp_path / suffix[1:]
+        folder.mkdir()
+        (folder / f"x{suffix}").write_bytes(content)
+        with pytest.raises(DataError, match=naming_words(f"data.corpora {folder}")) as caught:
+            list(HubCorpus(path=str(folder)).documents())
+        assert "\n" not in str(caught.value)
+        assert "()" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("zip://a.txt::archive", "zip://a.txt::none.zip", "zip://none.txt::./archive", "zip://*::./folder", "zip://"),
+        *(
+            "gzip://a.txt::./text",
+            "xz://a.txt::./text",
+            "zst://a.txt::./text",
+            "bz2://a.txt::./text",
+            "hf://",
+            "hf://a",
+        ),
+        *(
+            "hf://datasets/a/b/c.txt",
+            "http://localhost:1/a.txt",
+            "https://localhost:1/*.txt",
+            "s3://a/b.txt",
+            "gs://a/b",
+        ),
+        *(
+            "az://a/b",
+            "abfs://a@b/c",
+            "file://none.txt",
+            "file://",
+            "http://",
+            "::",
+            "zip::zip",
+            "zip://::./text",
+            "zip://[",
+        ),
+    ],
+)
+def test_an_address_that_cannot_be_opened_is_an_error(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the data, or a refusal to make such a corpus at all."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text('{"text": "a"}\n')
+    (tmp_path / "folder").mkdir()
+    for make in (
+        lambda: FilesCorpus(paths=(address,)),
+        lambda: HubCorpus(path="json", data_files=address),
+        lambda: HubCorpus(path=address),
+    ):
+        with pytest.raises((DataError, ValidationError)):
+            list(make().documents())
 
 
 @pytest.mark.parametrize(

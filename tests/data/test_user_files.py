@@ -62,7 +62,7 @@ def test_every_file_that_a_recipe_names_must_be_regular(name: str, pipe: Path) -
     [
         ("~nosuchuser/x.txt", r"\bhome\b"),
         ("a**/*.txt", r"a\*/\*\*/\*\.txt"),
-        ("memory://a**/*.txt", r"a\*/\*\*/\*\.txt"),
+        ("https://a**/*.txt", r"a\*/\*\*/\*\.txt"),
         ("n" * 300, "too long"),
         ("loop", r"\bloop: .*\bpath\b"),
     ],

@@ -78,7 +78,7 @@ def test_a_new_key_of_plain_text_is_found() -> None:
     assert faults(Outer) == {"Inner.folders"}
 
 
-@pytest.mark.parametrize("place", ["", "a\0b", "https://u:ss@h/x", "s3://b/x?X-Amz-Signature=1"])
+@pytest.mark.parametrize("place", ["", "a\0b", "https://u:ss@h/x", "s3://b/x?X-Amz-Signature=1", "tar://x::y"])
 def test_a_place_that_is_none_is_refused_wherever_it_stands(place: str) -> None:
     for kind in (TokenizerFile, HubTokenizer):
         with pytest.raises(ValidationError) as error:

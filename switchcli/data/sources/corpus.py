@@ -21,6 +21,7 @@ from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import LABELS, CorpusSpec, Document, SourceShard
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.io_errors import data_errors, reason
+from switchcli.data.sources.paths import block_references
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
@@ -65,7 +66,8 @@ class HubCorpus(RowCorpus):
         if self.max_documents is not None:
             return (SourceShard("first rows", None),)
         _open_dataset.cache_clear()  # the dataset may have changed since
-        return tuple(SourceShard(name, None) for name in _group_names(self._dataset().num_shards))
+        with self._dataset_errors():
+            return tuple(SourceShard(name, None) for name in _group_names(self._dataset().num_shards))
 
     def read(self, shard: SourceShard, start: int = 0, dropped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield documents in the dataset's order. Raises DataError as `source_shards`, and for a row without text.
@@ -148,6 +150,7 @@ def hub_rows(path: str, name: str | None, split: str, key: str, fix: str) -> Ite
     """
     from datasets import load_dataset
 
+    block_references()
     with hub_errors(path, key, fix):
         yield from load_dataset(path, name, split=split)
 
@@ -175,16 +178,11 @@ def _open_dataset(
 ) -> "IterableDataset":
     from datasets import load_dataset
 
+    block_references()
+    if data_files is None:
+        _check_card(Path(path))
     files = list(data_files) if isinstance(data_files, tuple) else data_files
-    try:
-        if data_files is None:
-            _check_card(Path(path))
-        return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
-    except (TypeError, AttributeError, LookupError) as error:  # `datasets` checks few types of the values of a card
-        raise DataError(
-            f"data.corpora: {path}: the dataset cannot be opened ({reason(error)}): check the types of the values in "
-            f"its {_CARD}"
-        ) from error
+    return load_dataset(path, name, split=split, data_files=files, revision=revision, streaming=True)
 
 
 def _check_card(folder: Path) -> None:

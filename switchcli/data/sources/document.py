@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from switchcli.data.sources.digests import Digests
 from switchcli.errors import DataError
@@ -62,6 +62,10 @@ class CorpusSpec(Spec, ABC):
             raise ValueError(f"languages is given, but {LANGUAGE} is in no value, such as a path: put it there")
         if is_template and not self.languages:
             raise ValueError(f"{LANGUAGE} stands for each of languages, and none are given: give languages")
+        try:
+            self.per_language()
+        except ValidationError as error:  # such as a path that a language completes
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
         return self
 
     def per_language(self) -> tuple[Self, ...]:

@@ -1,4 +1,4 @@
-"""SourceFile: a file on this machine, or anywhere that fsspec reaches (s3://, gs://, hf://, ...).
+"""SourceFile: a file on this machine, or at a URL of `switchcli.spec.PROTOCOLS`, which fsspec reads.
 
 Files are found by path or glob, and read as bytes, decompressed according to their names. This is the only module that
 uses fsspec.
@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, Self, cast
 from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.io_errors import data_errors, reason
 from switchcli.errors import DataError
+from switchcli.spec import PROTOCOLS, check_path_or_url, url_protocols
 from switchcli.system.user_files import expanded, open_regular, other_kind
 
 if TYPE_CHECKING:
@@ -29,7 +30,18 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BUFFER_BYTES = 2**20
 # Keys under which stores report the version of a file; the first one that is there is used. Other values that they
 # report differ between a listing and a request for one file, and so does fsspec's `ukey`, which digests all of them.
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "blob_id", "mtime", "LastModified", "last_modified", "created")
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "blob_id",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "created",
+    "CRC",
+)
 
 
 class SourceFile(NamedTuple):
@@ -49,8 +61,8 @@ class SourceFile(NamedTuple):
 
     @property
     def _path(self) -> Path:
-        """The name in lower case; of a URL without its query, such as `?download=true`."""
-        return Path((re.split("[?#]", self.name)[0] if _URL.match(self.name) else self.name).lower())
+        """The name in lower case; of a URL without its query, such as `?download=true`, and what follows in a chain."""
+        return Path((re.split("[?#]|::", self.name)[0] if _URL.match(self.name) else self.name).lower())
 
     @property
     def is_compressed(self) -> bool:
@@ -134,7 +146,7 @@ def _expand_path(pattern: str, key: str) -> list[SourceFile]:
 
 def _check_stars(pattern: str, key: str) -> None:
     """Raise DataError where `**` is only a part of a name: it would be taken for `*`."""
-    if any("**" in part and part != "**" for part in pattern.split("/")):
+    if any("**" in part and part != "**" for part in re.split("/|::", pattern)):
         raise DataError(f"{key}: {pattern}: ** is only a part of a name: write ** between slashes, as in a*/**/*.txt")
 
 
@@ -150,7 +162,8 @@ def _expand_url(pattern: str, key: str) -> list[SourceFile]:
     for name, info in sorted(listing.items()):
         if info["type"] == "file":
             version = next((str(info[key]) for key in _VERSIONS if key in info), "")
-            files.append(SourceFile(filesystem.unstrip_protocol(name), info.get("size"), version))
+            url = "::".join([filesystem.unstrip_protocol(name), *pattern.split("::")[1:]])
+            files.append(SourceFile(url, info.get("size"), version))
     if not files:
         raise DataError(f"{key}: {pattern}: no file matches: fix the pattern")
     return files
@@ -166,23 +179,33 @@ def _local_path(name: str) -> Path | None:
     if not _URL.match(name):
         return Path(name)
     protocol, _, path = name.partition("://")
-    return Path(path) if protocol.lower() in ("file", "local") else None
+    return Path(path) if protocol == "file" else None
 
 
 def _filesystem(url: str) -> "tuple[AbstractFileSystem, str]":
-    """Return the fsspec file system of a URL, and the path in it. Raises DataError naming a package that is missing."""
-    import fsspec
-    from fsspec.registry import known_implementations
+    """Return the fsspec file system of a URL, and the path in it. Raises DataError naming a package that is missing.
 
+    Raises ValueError for a URL of another protocol: an archive may hold a file with such a name.
+    """
+    import fsspec
+
+    check_path_or_url(url)
     try:
         filesystem, path = fsspec.url_to_fs(url)
     except ImportError as error:
-        protocol = url.partition(":")[0].lower()
-        package = known_implementations[protocol]["class"].split(".")[0]
-        # fsspec's own implementations need packages that its extras name, such as fsspec[http] for https.
-        package = f"'fsspec[{protocol.removesuffix('s')}]'" if package == "fsspec" else package
-        raise DataError(f"{url}: {protocol}:// needs a package ({reason(error)}): pip install {package}") from error
+        packages = " ".join(sorted({PROTOCOLS[protocol] for protocol in url_protocols(url)})).strip()
+        raise DataError(f"{url}: a package is missing ({reason(error)}): pip install {packages}") from error
     return filesystem, path
+
+
+def block_references() -> None:
+    """Make `datasets` unable to open reference:// in this process. A data set's card may name such a URL.
+
+    fsspec formats templates of the file that it leads to, and these reach the environment.
+    """
+    import fsspec
+
+    fsspec.register_implementation("reference", fsspec.AbstractFileSystem, clobber=True)  # which opens nothing
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> IO[bytes]:
