@@ -81,8 +81,19 @@ class PreparedTextSource(BatchSource):
         return schedule.gather(row_R, self._raw_length, lambda text, number_R: self._texts[text].raw_rows(number_R))
 
 
-def text_fraction(batch: Batch, tokenizer: Tokenizer) -> float:
-    """Return the fraction of a batch's targets that are text, not sentinels or EOS. Padding does not count."""
-    marks = torch.tensor([PAD, EOS, *tokenizer.sentinels])
-    is_text_BT = ~torch.isin(batch.targets_BT, marks)
-    return float(is_text_BT.sum() / (batch.targets_BT != PAD).sum())
+def num_hidden_bytes(batch: Batch, tokenizer: Tokenizer) -> int:
+    """Return the bytes, in UTF-8, of the text that a batch's targets stand for.
+
+    Sentinels, EOS and `<unk>` stand for none.
+    """
+    marks = torch.tensor([PAD, EOS, tokenizer.unknown, *tokenizer.sentinels])
+    ids, counts = batch.targets_BT[~torch.isin(batch.targets_BT, marks)].unique(return_counts=True)
+    # Decoding drops the space at the start of a text and of a line: each token stands between two words.
+    word = tokenizer.encode("a")
+    num_word_bytes = len(tokenizer.decode(word + word).encode())
+    total = 0
+    for index, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        # A single byte of a character cannot be decoded.
+        is_byte = tokenizer.is_byte_V[index]
+        total += count * (1 if is_byte else len(tokenizer.decode([*word, index, *word]).encode()) - num_word_bytes)
+    return total

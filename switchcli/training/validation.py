@@ -26,8 +26,8 @@ class HeldOutText(NamedTuple):
     rows: Rows
     """`rows(first, count)`: a batch of these rows, the same ones in each call."""
     num_rows: int
-    bytes_per_target: float | None = None
-    """Bytes of text that a target token stands for, on average; None if unknown."""
+    num_bytes: int | None = None
+    """Bytes of text that the targets of all rows stand for; None if unknown."""
     objective: Objective = cross_entropy
     """The loss on its rows."""
     kind_rows: Callable[[], Rows] | None = None
@@ -54,13 +54,12 @@ def bits_per_byte(results: Iterable[tuple[HeldOutText, Metrics]]) -> float | Non
     It can be compared between vocabularies. All targets count, also sentinels and EOS. None if the bytes of a text are
     unknown, or without any text.
     """
-    nats = num_bytes = 0.0
+    nats, num_bytes = 0.0, 0
     for text, metrics in results:
-        total, weight = metrics[NEG_LOG_PERPLEXITY]
-        if text.bytes_per_target is None:
+        if text.num_bytes is None:
             return None
-        nats -= float(total)
-        num_bytes += float(weight) * text.bytes_per_target
+        nats -= float(metrics[NEG_LOG_PERPLEXITY].total)
+        num_bytes += text.num_bytes
     return nats / math.log(2) / num_bytes if num_bytes else None
 
 

@@ -28,10 +28,6 @@ class TextCounts(NamedTuple):
     bytes: int
     """Bytes of the text in UTF-8."""
 
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes / self.tokens
-
 
 class PreparedText(NamedTuple):
     """One text as token ids."""

@@ -23,7 +23,7 @@ from switchcli.data.prepare.store import digest_of
 from switchcli.data.python_kinds import kinds_shard
 from switchcli.data.sources.records import RowCorpus
 from switchcli.data.streaming import CorpusShards, StreamedTextSource, source_shards_of
-from switchcli.data.text_batches import PreparedTextSource, text_fraction
+from switchcli.data.text_batches import PreparedTextSource, num_hidden_bytes
 from switchcli.data.text_mixture import TextMixture
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -228,7 +228,7 @@ def text_loss(data: DataSpec) -> Objective:
 
 
 def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int, console: Console) -> dict[str, HeldOutText]:
-    """Return at most `sequences` held-out rows of each text, and how many bytes of text a target stands for.
+    """Return at most `sequences` held-out rows of each text, and how many bytes of text their targets stand for.
 
     Warn of a text with many characters that the vocabulary lacks. Its bytes are left unknown: bits per byte would be
     low, because those characters look alike.
@@ -237,15 +237,13 @@ def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int, console: 
     for label, dataset in _datasets(text, HELD_OUT, data.rows, HELD_OUT_SEED).items():
         source = PreparedTextSource([dataset], text.tokenizer, data.rows, HELD_OUT_SEED, sequences)
         num_rows = min(sequences, dataset.rows_per_epoch)
-        # Sentinels and EOS are targets too, but stand for no text.
-        fraction = text_fraction(source.batch(0, 0, num_rows), text.tokenizer)
-        bytes_per_target: float | None = text.texts[label].counts[HELD_OUT].bytes_per_token * fraction
         unknown = unknown_fraction(text.texts[label], text.tokenizer)
         warn_of_unknown(label or "text", unknown, console)
-        if unknown > UNKNOWN_LIMIT:
-            bytes_per_target = None
+        num_bytes = None
+        if unknown <= UNKNOWN_LIMIT:
+            num_bytes = num_hidden_bytes(source.batch(0, 0, num_rows), text.tokenizer)
         kinds = partial(_kind_rows, text.texts[label], text.tokenizer, data, sequences)
-        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, bytes_per_target, text_loss(data), kinds)
+        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, num_bytes, text_loss(data), kinds)
     return texts
 
 
