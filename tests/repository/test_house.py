@@ -57,6 +57,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",
+    "switchcli/runs/models/model_card.py": "huggingface_hub",
     "switchcli/tasks/text_metrics.py": "sacrebleu",
     "switchcli/training/trackers.py": "accelerate wandb",
 }

@@ -26,7 +26,6 @@ from switchcli.runs.inputs.new_folder import (
     publish_new_folder,
 )
 from switchcli.runs.models import model_card
-from switchcli.runs.models.model_card import Export
 from switchcli.system import publish
 from switchcli.training.checkpointer import logical_tensors
 
@@ -80,14 +79,13 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
         console.warning(warning)
     tensors = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    export = Export(destination.name, license_, warnings)
     tokenizer = checkpoint.tokenizer
     sentinels = [sentinel(number) for number in range(len(tokenizer.sentinels))]
     documents = {
         configs.NAME: configs.config_json(config),
         "generation_config.json": configs.generation_config_json(),
         **tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, recipe.inputs_length),
-        model_card.NAME: model_card.model_card(checkpoint, parameters, export),
+        model_card.NAME: model_card.model_card(checkpoint, parameters, destination.name, license_, warnings),
     }
 
     def write(temporary: Path) -> Path:
