@@ -84,7 +84,7 @@ class DistributedError(SwitchError):
 
 
 class LostRankError(DistributedError):
-    """Another rank is gone. The message says which one and how; a note says after which step."""
+    """Another rank is gone. A note says after which step."""
 
 
 class Interrupted(SwitchError):
@@ -222,17 +222,15 @@ def _shorten(path: str) -> str:
 
 OUTSIDE = "outside training"
 """The location of an error that was raised outside training."""
-UNKNOWN = "at a step that is not known"
-"""The location of an error of which it is not known after which step it was raised."""
 
 
 def training_location(error: BaseException | None) -> str:
-    """Return where in training an error was raised: "after step N", `UNKNOWN` or `OUTSIDE`.
+    """Return where in training an error was raised: "after step N" or `OUTSIDE`.
 
     The location is a note (PEP 678) of the error or of one of its causes.
     """
     notes = [note for cause in cause_chain(error) for note in getattr(cause, "__notes__", ())]
-    return next((note for note in notes if note.startswith(("after step", UNKNOWN))), OUTSIDE)
+    return next((note for note in notes if note.startswith("after step")), OUTSIDE)
 
 
 def cause_chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
 
-from switchcli.distributed.launch import write_error_file
 from switchcli.distributed.rendezvous import is_rank
 from switchcli.errors import (
     Interrupted,
@@ -27,7 +26,7 @@ from switchcli.report.console import Console, print_json
 from switchcli.report.program import command_line
 from switchcli.report.safe_text import one_line
 from switchcli.system.signals import handling
-from switchcli.system.startup import is_main_rank
+from switchcli.system.startup import LAUNCHER, is_main_rank
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save"
 
@@ -94,21 +93,17 @@ def exit_with_error(error: SwitchError) -> NoReturn:
             one_line(f"{error}, {training_location(error)}: run the same command again to go on from the last save")
         ]
     text = "\n".join(lines)
-    launched = write_error_file(error, text)
-    # The launcher itself reports an interruption and a lost rank. Errors that all ranks raise are printed by rank 0.
-    reported_by_launcher = launched and isinstance(error, (Interrupted, LostRankError))
-    if not reported_by_launcher and (rank == "0" or not error.on_every_rank):
+    if rank == "0" or not error.on_every_rank:
         if rank != "0" or (is_rank() and isinstance(error, OutOfMemory)):
             lines[0] = f"rank {rank}: {lines[0]}"
         if isinstance(error, Interrupted):
             Console().message(text)
         else:
             Console().error(*lines)
-        # A launcher of the user's own started such a rank, by another command.
-        if isinstance(error, (Interrupted, InterruptedByForce)) and not is_rank():
+        # Other ranks than those of `--processes` were started by another command.
+        if isinstance(error, (Interrupted, InterruptedByForce)) and (LAUNCHER in os.environ or not is_rank()):
             Console().message(f"  {command_line()}")
-    if not launched:
-        print_json_error(text, error.exit_code, error.result)
+    print_json_error(text, error.exit_code, error.result)
     exit_with(error.exit_code)
 
 
@@ -126,5 +121,4 @@ def exit_with_traceback(error: Exception) -> None:
         text = f"rank {os.environ['RANK']}, {training_location(error)}: {first_line}"
         Console().error(text)
         traceback.print_exception(error)
-        write_error_file(SwitchError(text), text)
         exit_with(SwitchError.exit_code)

@@ -23,7 +23,7 @@ from switchcli.commands._options import (
 from switchcli.commands._result import Line, finish
 from switchcli.distributed.rendezvous import is_rank, join_srun
 from switchcli.errors import RecipeError
-from switchcli.report.console import main_console
+from switchcli.report.console import Console
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
@@ -61,7 +61,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
             if dry_run:
                 print_dry_run(job, processes, as_json)
                 return
-            start_ranks(processes, job.recipe, job.checkpoints())
+            start_ranks(processes, job.recipe, job.checkpoints(), quiet)
         result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
         finish(result.record, as_json)
 
@@ -94,11 +94,10 @@ def starts_ranks(processes: int) -> bool:
     return not is_rank()
 
 
-def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", checkpoints: Mapping[str, str]) -> NoReturn:
+def start_ranks(
+    processes: int, recipe: "TrainingRecipe | EvalRecipe", checkpoints: Mapping[str, str], quiet: bool
+) -> NoReturn:
     """Run this command as several ranks, which take these checkpoints, and exit with their exit code."""
     from switchcli.runs.job import ranks
 
-    ended = ranks.launch_ranks(processes, recipe, checkpoints, main_console())
-    if ended.error is not None:
-        _exit.print_json_error(ended.error, ended.exit_code)
-    _exit.exit_with(ended.exit_code)
+    _exit.exit_with(ranks.launch_ranks(processes, recipe, checkpoints, Console(quiet=quiet)))

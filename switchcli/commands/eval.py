@@ -62,7 +62,7 @@ def evaluate(
     model = api.open_checkpoint(handed_over().get(eval_job.CHECKPOINT, checkpoint))
     if _training.starts_ranks(processes):
         resolved = api.resolve_evaluation(model, recipe, overrides)
-        _training.start_ranks(processes, resolved, {eval_job.CHECKPOINT: str(model.path)})
+        _training.start_ranks(processes, resolved, {eval_job.CHECKPOINT: str(model.path)}, quiet)
     out = out or eval_job.default_out(checkpoint)
     evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))

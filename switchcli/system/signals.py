@@ -6,7 +6,7 @@ also commands/_exit.py and launch.py.
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from threading import Thread, current_thread, main_thread
@@ -23,21 +23,16 @@ the soft limit of CPU time, and then once a second until the hard limit.
 """
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return STOPPING, without SIGHUP if it is ignored: `nohup` does so for commands that outlive their terminal."""
-    ignores_hangup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(number for number in STOPPING if not (ignores_hangup and number == signal.SIGHUP))
-
-
 @contextmanager
-def handling(
-    handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals] | None = None
-) -> Iterator[None]:
-    """Handle `numbers`, by default the stopping signals, by `handler`. The previous handlers are restored at the end.
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the stopping signals by `handler`. The previous handlers are restored at the end.
 
-    Python allows handlers in the main thread alone.
+    SIGHUP stays ignored if it is: `nohup` does so for commands that outlive their terminal. Python allows handlers in
+    the main thread alone.
     """
-    previous = {number: signal.getsignal(number) for number in numbers or stop_signals()}
+    previous = {number: signal.getsignal(number) for number in STOPPING}
+    if previous[signal.SIGHUP] is signal.SIG_IGN:
+        del previous[signal.SIGHUP]
     try:
         for number in previous:
             signal.signal(number, handler)

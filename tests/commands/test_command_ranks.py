@@ -15,7 +15,6 @@ from ranks import free_port, on_ranks
 from tiny_run import RECIPE, SwitchCLI, lay_out_tuning, write_text
 
 from switchcli.cli import app, main
-from switchcli.distributed.launch import Exit
 from switchcli.errors import DataError, OtherRankError, RecipeError, SwitchError
 
 
@@ -39,15 +38,12 @@ def test_a_dry_run_says_whether_the_ranks_can_share_the_batch(
     assert (done.code, lacking(done.err, words)) == (code, [])
 
 
-@pytest.mark.parametrize(("seconds", "noted"), [(30, True), (300, False)])
-def test_ranks_of_an_older_torch_say_how_long_a_save_may_take(
-    seconds: int, noted: bool, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("options", "said"), [((), "starting 2 ranks on the CPU\n"), (("--quiet",), "")])
+def test_one_line_says_how_many_ranks_start_on_which_devices(
+    options: tuple[str, ...], said: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(0, None))
-    monkeypatch.setattr("switchcli.runs.job.ranks.saving_seconds", lambda: seconds)
-    done = switchcli("pretrain", recipe, "--processes", 2)
-    assert done.code == 0
-    assert (not lacking(done.err, "note: torch 30")) == noted
+    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: 5)
+    assert switchcli("pretrain", recipe, "--processes", 2, *options) == (5, "", said)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +58,7 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
     done = two_ranks(recipe, *arguments, "--out", "run", "--json")
     assert done.returncode == code
     *notes, error = done.stderr.splitlines()
-    assert all(note.startswith(("reading text ", "note: ")) for note in notes)  # "note": torch 2.12, older
+    assert all(note.startswith(("starting 2 ranks ", "reading text ")) for note in notes)
     assert error.startswith("error: ")
     assert not lacking(error, words)
     assert json.loads(done.stdout)["exit_code"] == code
@@ -223,7 +219,7 @@ def test_ranks_that_read_different_data_end_before_the_first_step(
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(0, None))
+    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: 0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 2)
@@ -231,19 +227,6 @@ def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch:
     assert re.fullmatch(r"error: .*\n", done.err)
     assert not lacking(done.err, "--processes 2 1 CUDA train.device=cpu")
     assert switchcli("pretrain", recipe, "--processes", 2).code == 0  # on cpu
-
-
-def test_the_launcher_prints_the_object_of_ranks_that_failed(
-    recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "switchcli.runs.job.ranks.launch", lambda processes, arguments: Exit(3, "none.txt: no such file")
-    )
-    monkeypatch.setattr("switchcli.runs.job.ranks.saving_seconds", lambda: 300)  # an older torch adds a note
-    done = switchcli("pretrain", recipe, "--processes", 2, "--json")
-    assert (done.code, done.err) == (3, "")
-    assert json.loads(done.out) == {"error": "none.txt: no such file", "exit_code": 3}
-    assert switchcli("pretrain", recipe, "--processes", 2) == (3, "", "")
 
 
 def test_tasks_of_srun_do_not_train_alone(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,6 @@ READ_BY_PATH = {
     "switchcli/data/prepare/shards.py": "of the cache",
     "switchcli/data/prepare/store.py": "of the cache",
     "switchcli/data/sources/python_stdlib.py": "of Python",
-    "switchcli/distributed/launch.py": "of the launcher itself",
     "switchcli/system/processor.py": "of the system",
     "switchcli/recipe/key_index.py": "of the package",
     "switchcli/recipe/library.py": "of the package",

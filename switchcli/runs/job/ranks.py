@@ -7,7 +7,7 @@ import torch
 
 from switchcli import __version__
 from switchcli.distributed.context import DistributedContext, uses_cuda
-from switchcli.distributed.launch import SAVING_SECONDS, Exit, launch, saving_seconds
+from switchcli.distributed.launch import launch
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
@@ -19,26 +19,25 @@ from switchcli.spec import Spec
 
 def launch_ranks(
     processes: int, recipe: TrainingRecipe | EvalRecipe, checkpoints: Mapping[str, str], console: Console
-) -> Exit:
-    """Run this command again as `processes` ranks, which take these checkpoints, and return how they ended.
+) -> int:
+    """Run this command again as `processes` ranks, which take these checkpoints, and return its exit code.
 
     Raises:
         RecipeError: there are more ranks than CUDA devices, or the recipe needs another number of ranks.
-        DistributedError: as `launch` says.
+        Interrupted: as `launch` says.
     """
-    if uses_cuda(recipe.device) and processes > torch.cuda.device_count():
-        devices = torch.cuda.device_count()
-        raise RecipeError(
-            f"--processes ({processes}) must be at most the {devices} CUDA devices of this machine: try {devices}, or "
-            f"{recipe.device_key}=cpu"
-        )
+    devices = "the CPU"
+    if uses_cuda(recipe.device):
+        count = torch.cuda.device_count()
+        if processes > count:
+            raise RecipeError(
+                f"--processes ({processes}) must be at most the {count} CUDA devices of this machine: try {count}, or "
+                f"{recipe.device_key}=cpu"
+            )
+        devices = f"cuda:0 to cuda:{processes - 1}"
     if isinstance(recipe, TrainingRecipe):
         recipe.check_ranks(processes)
-    if (seconds := saving_seconds()) < SAVING_SECONDS:
-        console.message(
-            f"note: with torch {torch.__version__} the ranks have {seconds} s to save after a signal, then they are "
-            f"killed; torch 2.13 or newer gives them {SAVING_SECONDS} s"
-        )
+    console.message(f"starting {processes} ranks on {devices}")
     # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
     with hand_over(checkpoints):
         return launch(processes, sys.argv[1:])
