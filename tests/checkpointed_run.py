@@ -35,7 +35,6 @@ class Parts:
         seed: int,
         data: bytes = b'{"tokens_sha256": "one"}',
         group: TrainableSet = "all",
-        background: bool = False,
     ) -> None:
         self.model = a_model(spec, seed)
         freeze(self.model, group)
@@ -43,7 +42,7 @@ class Parts:
         self.context = DistributedContext("cpu", "float32")
         self.state = TrainState()
         self.stop = StopRequest()
-        settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False, background=background)
+        settings = CheckpointSpec(save_every_steps=1, keep_last=2, keep_best=False)
         documents = DOCUMENTS | {DATA: data}
         self.saver = Checkpointer(
             folder, unsharded_weights(self.model), self.optimizer, self.context, documents, settings

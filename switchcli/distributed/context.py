@@ -143,7 +143,7 @@ class DistributedContext:
         self._control = HostGroup(self.rank, self.world, STEP_TIMEOUT)
         self._patient = HostGroup(self.rank, self.world, MAIN_TIMEOUT)
         self.saving = HostGroup(self.rank, self.world, WRITE_TIMEOUT)
-        """For saves only, which may run in a thread of their own."""
+        """For saves, in which a rank may take longer than in a step."""
         if choose is not None:
             chosen = self.main_only(choose)
             texts = self._patient.all_gather_text(chosen.model_dump_json() if chosen else "")

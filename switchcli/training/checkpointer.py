@@ -1,34 +1,20 @@
-"""Checkpointer: saves and restores a run's weights, optimizer state and progress, on all ranks together.
-
-A save has two halves: copying what belongs to the checkpoint, on the main thread, and writing it, on the main thread or
-in a background thread.
-"""
+"""Checkpointer: saves and restores a run's weights, optimizer state and progress, on all ranks together."""
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
-from typing import Final
 
 import torch
 
 from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
-from switchcli.errors import (
-    CheckpointError,
-    DistributedError,
-    NumericsError,
-    OtherDataError,
-    OtherRankError,
-    RankError,
-)
+from switchcli.errors import CheckpointError, NumericsError, OtherDataError, RankError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
-from switchcli.system.signals import StopRequest
 from switchcli.training.config import CheckpointSpec
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.router_health import NONFINITE_FIX
@@ -42,11 +28,6 @@ TEXT = "tokens_sha256"
 """Key of the text's digest in `DATA`."""
 EVALUATION = "evaluation_sha256"
 """Key of the digest of the examples that a run is scored on: best scores are compared over all starts of the run."""
-_LOST_RANK_SECONDS: Final = 2
-"""Seconds to wait for a background save after a rank is lost: it may wait for that rank forever."""
-
-Contents = Iterable[tuple[str, memoryview]]
-"""Files as names and contents."""
 
 
 class Checkpointer:
@@ -69,7 +50,7 @@ class Checkpointer:
             optimizer: its state is saved and restored.
             context: the other ranks.
             documents: files of every checkpoint by name: recipe, tokenizer and `DATA`. They make it self-contained.
-            settings: which checkpoints to keep, and whether to write in the background.
+            settings: which checkpoints to keep.
         """
         self._folder = folder
         self._weights = weights
@@ -77,31 +58,25 @@ class Checkpointer:
         self._context = context
         self._documents = documents
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, "save")
-        self._pending: Future[None] | None = None
-        self._stop = StopRequest()
         self.step: int | None = None
-        """The step of the newest checkpoint that was written, is being written, or was restored."""
+        """The step of the newest checkpoint that was written or restored."""
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of `state.step`, and remove checkpoints that need not be kept. Each rank writes a share.
 
-        With `checkpoint.background` only a copy is made here. It is written while training continues, once the save
-        before it is complete; see `wait`. The next save or the next start removes what a killed save leaves behind.
+        The next save or the next start removes what a killed save leaves behind.
 
         Raises:
             CheckpointError: the disk of this rank refuses.
             RankError: the disk of another rank refuses; OtherRankError on ranks other than the main one.
             NumericsError: a number is not finite. All ranks raise it, and nothing is written.
         """
-        self.wait()
-        context = self._context
+        context, settings = self._context, self._settings
         weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
         # Check all tensors of this rank, not only those that it writes: ranks may hold different copies.
         tensors = {name: part.tensor for name, part in {**weights, **optimizer_state}.items()}
         metrics = {f"the metric {name}": mean.total for name, mean in state.metrics_since_log.items()}
         self._check_finite(state.step, {**tensors, **metrics})
-        self.step = state.step
         model, optimizer = self._tensors_to_write(weights), self._tensors_to_write(optimizer_state)
         documents = {**self._documents, "state.json": state.to_json(reduce(state.metrics_since_log, context))}
         # One sum over ranks: a random number of the main rank, which names the save, and the bytes of all ranks.
@@ -110,13 +85,20 @@ class Checkpointer:
         unique, total_bytes = context.sum_over_ranks([random_number, num_bytes])
         total_bytes += sum(map(len, documents.values()))
         writer = checkpoint.CheckpointWriter(self._folder, state.step, unique, total_bytes)
-        contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
-        if self._settings.background:
-            # list() makes the copies now, before the next step changes the tensors.
-            self._pending = self._thread.submit(self._write, writer, list(contents), documents)
-            self._pending.add_done_callback(lambda done: self._stop.request() if done.exception() else None)
-        else:
-            self._write(writer, contents, documents)
+        ranks = context.saving
+        try:
+            ranks.main_only(writer.begin)
+            contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
+            entries = ranks.on_all_ranks(lambda: writer.write(contents))
+            entries_of_ranks = ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
+            all_entries = [manifest.Entry(*entry) for text in entries_of_ranks for entry in json.loads(text)]
+            ranks.main_only(lambda: writer.finish(all_entries, documents))
+        except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
+            writer.clean_up()
+            raise
+        self.step = state.step
+        keep_last, keep_best, keep_steps = settings.keep_last, settings.keep_best, settings.keep_steps
+        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_steps, keep_best=keep_best))
 
     def _check_finite(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise a NumericsError on all ranks if a number on any rank is not finite.
@@ -134,46 +116,6 @@ class Checkpointer:
                 raise NumericsError(
                     f"step {step}: {name} is not finite, on rank {rank}", f"nothing is saved, and {NONFINITE_FIX}"
                 )
-
-    def wait(self) -> None:
-        """Wait for a save in the background. Raises what `save` would have raised in the foreground."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    @contextmanager
-    def background_saves(self, stop: StopRequest, console: Console) -> Iterator[None]:
-        """Surround training with this context: it ends when no save is in progress. A failed save requests `stop`.
-
-        If training fails, the save in progress is still completed, because its step was sound, unless a rank is lost.
-        """
-        self._stop = stop
-        try:
-            yield
-        except Exception as error:
-            pending, self._pending = self._pending, None
-            if pending is not None:
-                wait([pending], _LOST_RANK_SECONDS if isinstance(error, DistributedError) else None)
-                failure = pending.exception(0) if pending.done() else None
-                if failure is not None and not isinstance(failure, (OtherRankError, DistributedError)):
-                    console.warning(f"the save in progress failed as well: {failure}")
-            raise
-        self.wait()
-
-    def _write(self, writer: checkpoint.CheckpointWriter, contents: Contents, documents: Mapping[str, bytes]) -> None:
-        """Write a checkpoint and remove older ones. Runs in either thread: it uses a group of ranks of its own."""
-        ranks, settings = self._context.saving, self._settings
-        try:
-            ranks.main_only(writer.begin)
-            entries = ranks.on_all_ranks(lambda: writer.write(contents))
-            entries_of_ranks = ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
-            all_entries = [manifest.Entry(*entry) for text in entries_of_ranks for entry in json.loads(text)]
-            ranks.main_only(lambda: writer.finish(all_entries, documents))
-        except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
-            writer.clean_up()
-            raise
-        keep_last, keep_best, keep_steps = settings.keep_last, settings.keep_best, settings.keep_steps
-        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_steps, keep_best=keep_best))
 
     def _optimizer_parts(self) -> dict[str, LocalPart]:
         return optimizer_parts(self._optimizer, self._weights.experts)

@@ -143,11 +143,3 @@ class CheckpointSpec(Spec):
     keep_steps: tuple[Count, ...] = ()
     """Steps whose checkpoints are saved and never removed, such as those to branch from (`--branch-from RUN@STEP`); a
     step that the run does not take has no effect."""
-    background: bool = False
-    """Write checkpoints in a thread while training continues; training waits only for a copy of weights and optimizer
-    state.
-
-    The copy takes host memory on each rank: as much as the rank writes, twice that for sharded weights. On a CPU,
-    writing also slows the steps beside it. One save runs at a time: the next save, a stop and the end of the run wait
-    for it. A failed save ends the run after the step in progress.
-    """

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from switchcli.system.lock import lock
 
 INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13
-BACKGROUND = ("checkpoint.background=true",)
 MICROBATCHES = 2  # a step, in RECIPE; the log, eval and save intervals there are 3, 5 and 4
 
 
@@ -62,19 +60,17 @@ def signals_at(monkeypatch: pytest.MonkeyPatch, at: dict[int, list[signal.Signal
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("number", "background", "stops"),
-    [(signal.SIGTERM, False, [1, 2, 3, 4]), (signal.SIGINT, False, [5, 6, 11]), (signal.SIGUSR1, True, [0, 7])],
+    ("number", "stops"), [(signal.SIGTERM, [1, 2, 3, 4]), (signal.SIGINT, [5, 6, 11]), (signal.SIGUSR1, [0, 7])]
 )
 def test_stopped_several_times_it_ends_the_same(
     number: signal.Signals,
-    background: bool,
     stops: list[int],
     straight: dict[str, str],
     recipe: str,
     switchcli: SwitchCLI,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = ["pretrain", recipe, f"train.steps={STEPS}", *BACKGROUND[:background], "--out", "run", "--json"]
+    command = ["pretrain", recipe, f"train.steps={STEPS}", "--out", "run", "--json"]
     done_steps = 0
     for stop in stops:  # in the first microbatch of a step or its second: the step is finished, and no other
         with monkeypatch.context() as patch:
@@ -171,7 +167,7 @@ def test_a_folder_in_use_is_refused_by_name(recipe: str, switchcli: SwitchCLI) -
 
 
 @pytest.mark.integration
-def test_a_stop_during_the_last_save_in_the_background_counts(
+def test_a_stop_during_the_last_save_counts(
     recipe: str, straight: dict[str, str], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, saves = checkpoint.CheckpointWriter.write, []
@@ -179,12 +175,11 @@ def test_a_stop_during_the_last_save_in_the_background_counts(
     def stopped(writer: checkpoint.CheckpointWriter, contents: Any) -> Any:
         saves.append(writer)
         if len(saves) == 4:  # after steps 4, 8, 12, and the last one, 13
-            time.sleep(0.5)  # training is over, and the run waits for this save
             os.kill(os.getpid(), signal.SIGTERM)
         return write(writer, contents)
 
     monkeypatch.setattr(checkpoint.CheckpointWriter, "write", stopped)
-    arguments = ("pretrain", recipe, f"train.steps={STEPS}", *BACKGROUND, "--out", "run")
+    arguments = ("pretrain", recipe, f"train.steps={STEPS}", "--out", "run")
     assert switchcli(*arguments).code == INTERRUPTED
     assert len(saves) == 4
     assert switchcli(*arguments).code == 0

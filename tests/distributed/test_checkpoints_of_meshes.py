@@ -1,5 +1,7 @@
 """One checkpoint at any mesh: it opens wherever it was written, goes on as if never left, and is exported alike."""
 
+import errno
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -20,11 +22,12 @@ from switchcli.convert.to_transformers import rename_tensors, transformers_confi
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
-from switchcli.errors import CheckpointError
+from switchcli.errors import CheckpointError, SwitchError
 from switchcli.model.config import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.step import Mesh, rank_weights
 from switchcli.runs.inputs import transformers_checkpoint
+from switchcli.system import publish
 from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import cross_entropy
@@ -179,6 +182,32 @@ def test_a_checkpoint_of_other_experts_is_refused_on_every_rank(tmp_path: Path) 
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
     for said in on_ranks(2, refused, tmp_path, NOISY.model_copy(update={"num_experts": 8})):
         assert re.search(r"num_experts\b.*checkpoint\b[^,]* 0\.\.3\b.*recipe\b[^,]* 0\.\.7\b", said)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("full_on", [0, 1])
+def test_a_full_disk_of_one_rank_ends_both_and_keeps_the_checkpoint_before(full_on: int, tmp_path: Path) -> None:
+    going_on(tmp_path, 1, ALONE, OPTIMIZERS["adafactor"])
+    main, other = on_ranks(2, saved_with_a_full_disk, tmp_path, full_on)
+    assert main[0] == ("CheckpointError", "RankError")[full_on]
+    assert "No space left on device" in main[1]
+    assert other[0] == "OtherRankError"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def saved_with_a_full_disk(folder: Path, full_on: int) -> tuple[str, str]:
+    """Return kind and words of the error of a save on two ranks, one of which has no room for its files."""
+
+    def refuse(path: Path, content: bytes | memoryview) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if int(os.environ["RANK"]) == full_on:
+        publish.write_new = refuse
+    try:
+        going_on(folder, 2, ParallelSpec(), OPTIMIZERS["adafactor"])
+    except SwitchError as error:
+        return type(error).__name__, str(error)
+    return "", ""
 
 
 def refused(folder: Path, spec: ModelSpec) -> str:

@@ -196,9 +196,6 @@ TOKENIZER = "'data.tokenizer={kind: file, path: run/tokenizer.json}'"
 """What two preparations share: of equally frequent words a trained vocabulary takes any."""
 VERBS = {
     "pretrain": Verb(f"pretrain tiny.yaml {' '.join(STEPS)} --out out", trains=True),
-    "pretrain, background": Verb(
-        f"pretrain tiny.yaml {' '.join(STEPS)} checkpoint.background=true --out out", trains=True
-    ),
     "finetune": Verb(
         f"finetune tune.yaml --model run {' '.join(STEPS)} scoring.decoding.max_tokens=2 --out out", trains=True
     ),

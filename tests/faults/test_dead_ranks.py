@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -45,7 +44,7 @@ FEW = [("kill", "save", 1), ("stop the launcher", "step", 0), ("stop the launche
 ALL = [(fault, phase, number % 4) for number, (fault, phase) in enumerate(product(FAULTS, PHASES))]
 
 
-def pretrain(run: Path, ranks: int, *keys: str) -> list[str]:
+def pretrain(run: Path, ranks: int) -> list[str]:
     command = [
         sys.executable,
         "-m",
@@ -80,13 +79,13 @@ def undisturbed(straight: dict[int, Path], folder: Path, ranks: int) -> Path:
     return straight[ranks]
 
 
-def strike(folder: Path, run: Path, case: tuple[str, str, int], ranks: int, *keys: str) -> tuple[int, str, float]:
+def strike(folder: Path, run: Path, case: tuple[str, str, int], ranks: int) -> tuple[int, str, float]:
     """Return the exit code of a run with a fault, what it says, and its seconds from the fault on."""
     fault, phase, rank = case
     planted = {"fault": fault, "phase": phase, "rank": rank, "moment": f"{run}.moment"}
     path = os.pathsep.join([str(Path(__file__).with_name("planted")), str(Path(__file__).parents[2])])
     done = subprocess.run(
-        pretrain(run, ranks, *keys),
+        pretrain(run, ranks),
         env={**os.environ, "PLANTED": json.dumps(planted), "PYTHONPATH": path},
         cwd=folder,
         capture_output=True,
@@ -98,17 +97,15 @@ def strike(folder: Path, run: Path, case: tuple[str, str, int], ranks: int, *key
     return done.returncode, done.stderr, seconds
 
 
-def assert_it_ends_and_goes_on(
-    folder: Path, straight: dict[int, Path], case: tuple[str, str, int], ranks: int, keys: Sequence[str] = ()
-) -> None:
+def assert_it_ends_and_goes_on(folder: Path, straight: dict[int, Path], case: tuple[str, str, int], ranks: int) -> None:
     fault, phase, rank = case
-    run = folder / f"{fault.replace(' ', '-')}-{phase}-{rank}-{len(keys)}"
+    run = folder / f"{fault.replace(' ', '-')}-{phase}-{rank}"
     code, words = FAULTS[fault]
-    found, said, seconds = strike(folder, run, case, ranks, *keys)
+    found, said, seconds = strike(folder, run, case, ranks)
     assert (found, ranks_of(str(run))) == (code, []), said
     assert re.search(words.format(rank=rank, where=PHASES[phase]), said), said
     assert seconds < SECONDS
-    subprocess.run(pretrain(run, ranks, *keys), cwd=folder, check=True, capture_output=True)
+    subprocess.run(pretrain(run, ranks), cwd=folder, check=True, capture_output=True)
     assert apart(tensors(run), tensors(undisturbed(straight, folder, ranks))) <= (ROUNDING if ranks > 2 else 0)
     assert not leftovers(run)
 
@@ -122,12 +119,11 @@ def test_the_others_end_in_time_say_who_and_go_on_to_the_same_weights(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("keys", [(), ("checkpoint.background=true",)], ids=["foreground", "background"])
 @pytest.mark.parametrize("case", ALL, ids=[" ".join(map(str, case)) for case in ALL])
 def test_any_of_four_ranks_may_fail_in_any_phase(
-    case: tuple[str, str, int], keys: Sequence[str], folder: Path, straight: dict[int, Path]
+    case: tuple[str, str, int], folder: Path, straight: dict[int, Path]
 ) -> None:
-    assert_it_ends_and_goes_on(folder, straight, case, ranks=4, keys=keys)
+    assert_it_ends_and_goes_on(folder, straight, case, ranks=4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks go on without their launcher")

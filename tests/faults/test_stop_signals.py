@@ -53,7 +53,6 @@ PHASES = {
     "forward": Phase("pretrain", SwitchTransformer, "forward", (4, 1, 7)),
     "weights change": Phase("pretrain", Optimizer, "zero_grad", (3, 1, 4)),
     "save": Phase("pretrain", CheckpointWriter, "write", (1, 2)),
-    "save in the background": Phase("pretrain, background", CheckpointWriter, "write", (1, 2)),
     "evaluation": Phase("pretrain", ValidationCallback, "__call__", (1, 2)),
     "teacher is asked": Phase("distill", Teacher, "predict", (5, 3, 7)),
     "answers to tasks": Phase("finetune", SwitchTransformer, "encode", (2, 5)),

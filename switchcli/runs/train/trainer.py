@@ -196,7 +196,6 @@ class Trainer:
         nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
         with (
             StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
-            self.checkpointer.background_saves(stop, self.console),
             self._loader() as loader,
             self._open_log(on_record, stop) as progress,
         ):
@@ -223,12 +222,9 @@ class Trainer:
                 if task_eval and task_eval.measured is None:  # a complete run was resumed
                     task_eval.measure()
                 # A stop during the last save counts. `conclude`, which may take long, does not ask again.
-                self.checkpointer.wait()
                 is_stopped = self.context.any_rank(stop.requested)
             except StopTraining:
                 is_stopped = True
-                # Equal if that step is saved or being saved. A failed background save asks for a stop too; the end of
-                # `background_saves` raises its error.
                 if self.checkpointer.step != state.step:
                     call([save], state, nonfinite)
         self._trackers.close()
@@ -279,7 +275,6 @@ class Trainer:
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, with the position in the data."""
-        self.checkpointer.wait()  # a background save uses the same process group as what follows
         if local_position := self.data.source.state(state.step):
             # The ranks of a model axis read the same data, so the sum counts each position `tp_size` times.
             position = self.context.sum_over_ranks(local_position)
@@ -289,7 +284,6 @@ class Trainer:
 
     def restore(self, state: TrainState) -> bool:
         """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""
-        self.checkpointer.wait()
         self.context.reshard(self.model)
         if is_restored := self.checkpointer.restore(state, self.console):
             state.record_machine(machine_info(self.context))
