@@ -44,7 +44,7 @@ FEW = [("kill", "save", 1), ("stop the launcher", "step", 0), ("stop the launche
 ALL = [(fault, phase, number % 4) for number, (fault, phase) in enumerate(product(FAULTS, PHASES))]
 
 
-def pretrain(run: Path, ranks: int) -> list[str]:
+def pretrain(run: Path, ranks: int, *keys: str) -> list[str]:
     command = [
         sys.executable,
         "-m",
