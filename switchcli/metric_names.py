@@ -31,8 +31,6 @@ HELD_OUT = f"{HELD_OUT_PREFIX}{NEG_LOG_PERPLEXITY}"
 FIRST_HELD_OUT = "held_out/first_neg_log_perplexity"
 """The value of `HELD_OUT` before the first step."""
 HELD_OUT_LOSS = f"{HELD_OUT_PREFIX}{LOSS}"
-SAME_EXPERT = f"{HELD_OUT_PREFIX}same_expert"
-"""The fraction of held-out tokens whose first choice of an expert is the same as at the previous evaluation."""
 FIRST_HELD_OUT_LOSS = "held_out/first_loss"
 HELD_OUT_BITS = f"{HELD_OUT_PREFIX}{BITS_PER_BYTE}"
 

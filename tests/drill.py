@@ -14,7 +14,6 @@ import numpy as np
 import safetensors.numpy
 
 CLOCKS = {"seconds", "seconds_left", "tokens_per_second", "flops_per_second", "data_wait_fraction"}
-UNEQUAL = {*CLOCKS, "held_out/same_expert"}
 """What two runs need not have in common: clocks, and what compares with an evaluation that a resumed run forgot."""
 ROUNDING = 1e-4
 """How far `apart` tensors may be whose sums are made in another order: as those of four ranks, which
@@ -22,10 +21,10 @@ DistributedDataParallel lays out anew after its first step."""
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """SHA-256 of the last checkpoint's weights and optimizer, and of metrics.jsonl without what is `UNEQUAL`."""
+    """SHA-256 of the last checkpoint's weights and optimizer, and of metrics.jsonl without `CLOCKS`."""
     step = newest(run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    untimed = [{key: value for key, value in record.items() if key not in UNEQUAL} for record in records]
+    untimed = [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
     state = json.loads((checkpoint(run, step) / "state.json").read_text())
     return {
         "step": str(step),

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from switchcli.metric_names import HELD_OUT_LOSS, LOAD_ENTROPY, MAX_LOAD, SAME_EXPERT
+from switchcli.metric_names import HELD_OUT_LOSS, LOAD_ENTROPY, MAX_LOAD
 
 
 def t_tail(t: float, degrees: int) -> float:
@@ -59,14 +59,13 @@ def runs_of(folder: Path, arm: str) -> dict[int, dict[str, Any]]:
 def routing(runs: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the figures of the routing, as means over runs."""
     if any("layers" not in run["record"] for run in runs):
-        yield from [""] * 4
+        yield from [""] * 3
         return
     layers = [[*run["record"]["layers"].values()] for run in runs]
     log_experts = math.log(len(layers[0][0]["load"]))
     yield f"{fmean(max(layer[MAX_LOAD] for layer in run) for run in layers):.2f}"
     for key in (LOAD_ENTROPY, "entropy"):
         yield f"{fmean(fmean(layer[key] for layer in run) for run in layers) / log_experts:.3f}"
-    yield f"{fmean(run['record'][SAME_EXPERT] for run in runs):.3f}"
 
 
 def held_out_loss(run: dict[str, Any]) -> float:
@@ -93,7 +92,7 @@ def main() -> None:
     adjusted = holm(p)
     table = csv.writer(sys.stdout)
     columns = (measured.__name__, "difference", "deviation", "p", "holm", "flops", "active", "parameters")
-    table.writerow(["arm", "seeds", *columns, "max_load", "load_entropy", "entropy", "same_expert"])
+    table.writerow(["arm", "seeds", *columns, "max_load", "load_entropy", "entropy"])
     for arm, runs in by_arm.items():
         compared = [""] * 4
         if values := differences.get(arm):

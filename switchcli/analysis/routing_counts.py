@@ -1,4 +1,4 @@
-"""Routing counts: how often the routers of each sparse layer sent a token id, or a position, to each expert.
+"""Routing counts: how often the routers of each sparse layer sent a token id to each expert.
 
 Legend: B batch, S positions, G groups, N tokens a group, E experts, C slots, A real tokens (all positions of a batch
 that are not padding), X distinct (value, expert) pairs, R distinct values.
@@ -8,11 +8,9 @@ evaluation mode is deterministic: calling the router's `assign` again on the sam
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from functools import partial
-from itertools import repeat
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,7 +43,7 @@ def count_values(value_X: torch.Tensor, count_X: torch.Tensor) -> ValueCounts:
 
 
 class ExpertCounts(NamedTuple):
-    """A sparse table of counts: how often each value (a token id, a position, ...) went to each of E experts.
+    """A sparse table of counts: how often each value, such as a token id, went to each of E experts.
 
     Only pairs that occurred are stored, 16 bytes each. The dense table would have vocabulary * E entries.
     """
@@ -82,9 +80,9 @@ class ExpertCounts(NamedTuple):
         return self._replace(key_X=self.key_X.cpu(), count_X=self.count_X.cpu())
 
 
-def sum_counts(value_X: torch.Tensor, expert_X: torch.Tensor, count_X: torch.Tensor, num_experts: int) -> ExpertCounts:
-    """Return a table with one entry for each distinct pair of value and expert: the sum of its counts."""
-    key_R, _, count_R = count_values(value_X * num_experts + expert_X, count_X)
+def count_pairs(value_X: torch.Tensor, expert_X: torch.Tensor, num_experts: int) -> ExpertCounts:
+    """Return how often each pair of value and expert occurs."""
+    key_R, count_R = torch.unique(value_X * num_experts + expert_X, return_counts=True)
     return ExpertCounts(key_R, count_R, num_experts)
 
 
@@ -95,10 +93,6 @@ class StackTokens(NamedTuple):
     """bool: False for padding."""
     id_A: torch.Tensor
     """int64 token ids. The decoder reads the targets shifted right, so its first id is the start token, `PAD`."""
-    position_A: torch.Tensor
-    """int64 positions from the start of the row, or of the example where rows are packed."""
-    kind_A: torch.Tensor | None = None
-    """int64: the kind of each token, as python_kinds.py numbers them, 0 for a token without one; None if not known."""
 
 
 class ExpertChoices(NamedTuple):
@@ -118,10 +112,6 @@ class LayerCounts(NamedTuple):
 
     tokens: ExpertCounts
     """Choices by token id."""
-    positions: ExpertCounts
-    """Choices by position."""
-    kinds: ExpertCounts
-    """Choices by kind, of tokens that have one."""
     chosen_E: torch.Tensor
     """int64: how many tokens chose each expert."""
     turned_away_E: torch.Tensor
@@ -130,26 +120,16 @@ class LayerCounts(NamedTuple):
     """float64: the sum of p_e(x) over the tokens that chose expert e."""
     num_tokens: torch.Tensor
     """int64 scalar: real tokens."""
-    tokens_of_kinds: torch.Tensor
-    """int64 scalar: real tokens that have a kind."""
     dropped: torch.Tensor
     """int64 scalar: tokens in no slot of any expert."""
     confidence: torch.Tensor
     """float64 scalar: the sum over tokens of the largest p_i(x)."""
     entropy: torch.Tensor
     """float64 scalar: the sum over tokens of the entropy of p(x), in nats."""
-    within_token: torch.Tensor
-    """float64 scalar: the sum over tokens of n ln n, where n is the number of experts that the token chose. This is the
-    entropy of a choice that comes from which of the token's n experts it is; no property of the token explains it."""
 
     @property
     def num_experts(self) -> int:
         return self.tokens.num_experts
-
-    @property
-    def within(self) -> float:
-        """The mean of `within_token` over choices: `Information.within`."""
-        return float(self.within_token) / max(1, int(self.chosen_E.sum()))
 
     def __add__(self, other: object) -> "LayerCounts":
         assert isinstance(other, LayerCounts)
@@ -163,88 +143,39 @@ OnLayer = Callable[[str, StackTokens, ExpertChoices], None]
 """A function that is called with the name of a sparse layer, the tokens it read, and its choices."""
 
 
-class RoutingCounts(NamedTuple):
-    """The routing of one model, or of two models, on one text.
-
-    No tensor of size A or of the vocabulary outlives its batch: only pairs that occurred are kept, and E * E entries a
-    layer for two models.
-    """
-
-    layers: tuple[dict[str, LayerCounts], ...]
-    """For each model, the counts by name of the sparse layer."""
-    joint_EE: dict[str, torch.Tensor]
-    """For two models, by name of the layer: how often a token chose expert i of the first (row) and expert j of the
-    second (column); float64."""
-
-
 def count_routing(
-    models: Sequence[SwitchTransformer],
-    batches: Iterable[Batch],
-    packed: bool,
-    context: DistributedContext,
-    policies: Sequence[Policy],
-    kinds: Sequence[Batch] | None = None,
-) -> RoutingCounts:
-    """Count the routing of one model, or of two models with equally named sparse layers, on the same batches.
+    model: SwitchTransformer, batches: Iterable[Batch], packed: bool, context: DistributedContext, policy: Policy
+) -> dict[str, LayerCounts]:
+    """Count the routing of a model on batches. Return the counts by name of the sparse layer.
+
+    No tensor of size A or of the vocabulary outlives its batch: only pairs that occurred are kept.
 
     Args:
-        models: one or two models.
+        model: the model.
         batches: batches in the host's memory.
         packed: whether several examples share a row of a batch.
         context: the device and the precision.
-        policies: how the routers of each model count capacity.
-        kinds: for each batch the kinds of its tokens, where their ids lie in the batch.
+        policy: how routers count capacity.
     """
-    layers: tuple[dict[str, LayerCounts], ...] = tuple({} for _ in models)
-    joint_EE: dict[str, torch.Tensor] = {}
-    for batch, kinds_of_batch in zip(batches, kinds or repeat(None), strict=False):
+    counts: dict[str, LayerCounts] = {}
+
+    def add(name: str, tokens: StackTokens, choices: ExpertChoices) -> None:
+        layer = count_choices(tokens, choices)
+        counts[name] = counts[name] + layer if name in counts else layer
+
+    for batch in batches:
         on_device = Batch(*context.to_device(batch))
-        on_device_kinds = kinds_of_batch and Batch(*context.to_device(kinds_of_batch))
-        segments = batch_segment_ids(on_device, packed)
-        chosen: list[dict[str, torch.Tensor]] = [{} for _ in models]
-        for model, policy, counts, chosen_AE in zip(models, policies, layers, chosen, strict=True):
-            on_layer = partial(_count_layer, counts, chosen_AE if len(models) > 1 else None)
-            with context.autocast():
-                observe(model, on_device, segments, policy, on_layer, on_device_kinds)
-        if len(models) > 1:
-            one_AE, other_AE = chosen
-            for name in one_AE:
-                # [E, A] @ [A, E]: entry (i, j) counts the tokens that chose expert i of one and j of the other.
-                _add(joint_EE, name, (one_AE[name].float().mT @ other_AE[name].float()).double())
-    return RoutingCounts(layers, joint_EE)
-
-
-def _count_layer(
-    counts: dict[str, LayerCounts],
-    chosen_AE: dict[str, torch.Tensor] | None,
-    name: str,
-    tokens: StackTokens,
-    choices: ExpertChoices,
-) -> None:
-    """Add the counts of a layer on a batch to `counts`, and keep its choices in `chosen_AE` unless it is None."""
-    _add(counts, name, count_choices(tokens, choices))
-    if chosen_AE is not None:
-        chosen_AE[name] = choices.chosen_AE
-
-
-Sum = TypeVar("Sum", LayerCounts, torch.Tensor)
-
-
-def _add(sums: dict[str, Sum], name: str, term: Sum) -> None:
-    sums[name] = sums[name] + term if name in sums else term
+        with context.autocast():
+            observe(model, on_device, batch_segment_ids(on_device, packed), policy, add)
+    return counts
 
 
 @torch.no_grad()
 def observe(
-    model: SwitchTransformer,
-    batch: Batch,
-    segments: SegmentIds | None,
-    policy: Policy,
-    on_layer: OnLayer,
-    kinds: Batch | None = None,
+    model: SwitchTransformer, batch: Batch, segments: SegmentIds | None, policy: Policy, on_layer: OnLayer
 ) -> None:
     """Run the model on a batch in evaluation mode, and call `on_layer` for each sparse layer in forward order."""
-    tokens_by_stack = stack_tokens(batch, segments, kinds)
+    tokens_by_stack = stack_tokens(batch, segments)
 
     def hook(name: str, layer: SwitchLayer) -> Callable[[Any, Any, torch.Tensor], None]:
         tokens = tokens_by_stack[next(stack for stack in STACKS if name.startswith(stack))]
@@ -258,28 +189,14 @@ def observe(
         model(*batch, segments)
 
 
-def stack_tokens(batch: Batch, segments: SegmentIds | None, kinds: Batch | None = None) -> Mapping[Stack, StackTokens]:
-    """Return the tokens that each stack reads, with their positions. `segments` is None where rows are not packed."""
+def stack_tokens(batch: Batch, segments: SegmentIds | None) -> Mapping[Stack, StackTokens]:
+    """Return the tokens that each stack reads. `segments` is None where rows are not packed."""
     inputs_BS, targets_BT = batch
-    encoder = _stack_tokens(inputs_BS, inputs_BS != PAD, segments and segments.source_BS, kinds and kinds.inputs_BS)
+    real_BS, real_BT = inputs_BS != PAD, targets_BT != PAD
+    encoder = StackTokens(real_BS, inputs_BS[real_BS])
     # The decoder reads shifted targets. Which positions are real follows from the targets: an example starts with PAD.
-    # EOS has no kind, so kinds shifted as in rows of one example are 0 at all starts.
-    ids_BT, kinds_BT = decoder_inputs(targets_BT, segments), kinds and decoder_inputs(kinds.targets_BT, None)
-    decoder = _stack_tokens(ids_BT, targets_BT != PAD, segments and segments.target_BT, kinds_BT)
+    decoder = StackTokens(real_BT, decoder_inputs(targets_BT, segments)[real_BT])
     return dict(zip(STACKS, (encoder, decoder), strict=True))
-
-
-def _stack_tokens(
-    ids_BS: torch.Tensor, real_BS: torch.Tensor, segment_BS: torch.Tensor | None, kind_BS: torch.Tensor | None
-) -> StackTokens:
-    position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
-    if segment_BS is not None:
-        # True at the first position of each example but the first; the first starts at 0 anyway.
-        starts_BS = segment_BS.diff(dim=1, prepend=segment_BS[:, :1]) != 0
-        # The running maximum carries the start of an example over its positions; subtract it.
-        position_BS = position_BS - (position_BS * starts_BS).cummax(1).values
-    kind_A = None if kind_BS is None else kind_BS[real_BS]
-    return StackTokens(real_BS, ids_BS[real_BS], position_BS[real_BS], kind_A)
 
 
 def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.Tensor) -> ExpertChoices:
@@ -306,24 +223,17 @@ def count_choices(tokens: StackTokens, choices: ExpertChoices) -> LayerCounts:
     probability_AE, chosen_AE, in_slot_AE = choices
     # One entry for each choice: choice x is that of token token_X[x] for expert expert_X[x].
     token_X, expert_X = chosen_AE.nonzero(as_tuple=True)
-    E, one_X = chosen_AE.shape[1], torch.ones_like(expert_X)
+    E = chosen_AE.shape[1]
     turned_away_X = ~in_slot_AE[token_X, expert_X]
     zeros_E = probability_AE.new_zeros(E, dtype=torch.float64)
-    kind_A = torch.zeros_like(tokens.id_A) if tokens.kind_A is None else tokens.kind_A
-    kind_X = kind_A[token_X]
-    has_kind_X = kind_X > 0
     return LayerCounts(
-        tokens=sum_counts(tokens.id_A[token_X], expert_X, one_X, E),
-        positions=sum_counts(tokens.position_A[token_X], expert_X, one_X, E),
-        kinds=sum_counts(kind_X[has_kind_X], expert_X[has_kind_X], one_X[has_kind_X], E),
+        tokens=count_pairs(tokens.id_A[token_X], expert_X, E),
         chosen_E=expert_X.bincount(minlength=E),
         turned_away_E=expert_X[turned_away_X].bincount(minlength=E),
         probability_E=zeros_E.index_add(0, expert_X, probability_AE[token_X, expert_X].double()),
-        num_tokens=one_X.new_tensor(len(chosen_AE)),
-        tokens_of_kinds=(kind_A > 0).sum(),
+        num_tokens=expert_X.new_tensor(len(chosen_AE)),
         dropped=(~in_slot_AE.any(1)).sum(),
         confidence=probability_AE.amax(1).sum(dtype=torch.float64),
         # entr(x) is -x ln x, and 0 for x = 0.
         entropy=torch.special.entr(probability_AE).sum(1).sum(dtype=torch.float64),
-        within_token=-torch.special.entr(chosen_AE.sum(1).double()).sum(),
     )

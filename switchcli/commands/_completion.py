@@ -73,7 +73,7 @@ def recipe_and_overrides(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def checkpoints_and_overrides(context: typer.Context, incomplete: str) -> list[str]:
-    """Complete `CHECKPOINT [CHECKPOINT] [KEY=VALUE ...]` of `report --routing`, and nothing after another `report`."""
+    """Complete `CHECKPOINT [KEY=VALUE ...]` of `report --routing`, and nothing after another `report`."""
     words = context.params.get("runs") or ()
     return _override(context.command.name or "", words, incomplete) if words and context.params.get("routing") else []
 

@@ -1,4 +1,4 @@
-"""`switchcli report`: compare runs, and the routing of checkpoints. Imports torch only for the routing."""
+"""`switchcli report`: compare runs, and the routing of a checkpoint. Imports torch only for the routing."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,17 +27,14 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN ...",
-            help="Folders of runs. With --routing: runs or checkpoints, one or two of them with experts, and KEY=VALUE "
-            "as for `switchcli eval`.",
+            help="Folders of runs. With --routing: runs or checkpoints, one of them with experts, and KEY=VALUE as for "
+            "`switchcli eval`.",
             autocompletion=_completion.checkpoints_and_overrides,
         ),
     ],
     routing: Annotated[
         bool,
-        typer.Option(
-            "--routing",
-            help="Add which held-out tokens each expert gets, and how the routing of two checkpoints differs.",
-        ),
+        typer.Option("--routing", help="Add which held-out tokens each expert gets."),
     ] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write an HTML page with all charts to this file.")
@@ -81,9 +78,9 @@ def report(
     if folders or baseline is not None or not routing:
         report = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
     if routing:
-        from switchcli.runs.evaluate.routing_survey import survey_checkpoints
+        from switchcli.runs.evaluate.routing_survey import survey_routing
 
-        report = report._replace(routing=survey_checkpoints(checkpoints, overrides, console))
+        report = report._replace(routing=survey_routing(checkpoints, overrides, console))
     parts = [*run_report.parts(report)] if html is not None or figures is not None else []
     if html is not None:
         write_page(html, run_report.title(report), parts)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from switchcli.metric_names import DROPPED_FRACTION, LOSS, MAX_LOAD, SAME_EXPERT, TOKENS_PER_SECOND, layer_title
+from switchcli.metric_names import DROPPED_FRACTION, LOSS, MAX_LOAD, TOKENS_PER_SECOND, layer_title
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure
 from switchcli.report.comparison import Comparison
@@ -94,19 +94,17 @@ def training(comparison: Comparison) -> list[Figure]:
 
 
 def routing(comparison: Comparison) -> list[Figure]:
-    """Return charts by step: dropped tokens, the largest load, router entropy, and tokens that keep their expert."""
+    """Return charts by step: dropped tokens, the largest load and router entropy."""
     dropped = "Tokens that found no slot in their expert, over all sparse layers: only the residual carries them."
     max_load = "Of an expert, over the mean load of its layer, in the layer where this ratio is largest: 1 is even."
     entropy = (
         "Of the routers' probabilities, as a share of its maximum (the logarithm of the number of experts), the mean "
         "over layers: at 0 a router is certain, at 100 % all experts are equally likely."
     )
-    stable = "Held-out tokens whose first choice is the same as at the previous evaluation, over all sparse layers."
     return [
         *_by_step(comparison, "dropped", "dropped tokens", dropped, _metric(DROPPED_FRACTION), "~%"),
         *_by_step(comparison, MAX_LOAD, "largest load", max_load, _metric(MAX_LOAD), "~g"),
         *_by_step(comparison, "entropy", "router entropy", entropy, _mean_entropy, "~%"),
-        *_by_step(comparison, "same_expert", "tokens that keep their expert", stable, _metric(SAME_EXPERT), "~%"),
     ]
 
 

@@ -46,7 +46,7 @@ class Report(NamedTuple):
     """Folders of `switchcli eval`, each a series by itself."""
     notes: Sequence[str] = ()
     routing: Survey | None = None
-    """The routing of one or two checkpoints; None where it was not measured."""
+    """The routing of a checkpoint; None where it was not measured."""
 
     @property
     def trained(self) -> Sequence[Series]:
@@ -271,7 +271,7 @@ def title(report: Report) -> str:
     if len(report.trained) > 1:
         counted[0] += f" in {len(report.trained)} series"
     if report.routing is not None:
-        counted.append(f"routing of {routing_section.names(report.routing)}")
+        counted.append(f"routing of {routing_section.checkpoint_title(report.routing)}")
     return f"switchcli report: {', '.join(counted)}"
 
 

@@ -30,9 +30,6 @@ class HeldOutText(NamedTuple):
     """Bytes of text that the targets of all rows stand for; None if unknown."""
     objective: Objective = cross_entropy
     """The loss on its rows."""
-    kind_rows: Callable[[], Rows] | None = None
-    """Returns the same rows with Python's kinds of tokens in place of ids (`data.python_kinds`), which takes a
-    while; None if they cannot be made."""
 
     @property
     def is_packed(self) -> bool:

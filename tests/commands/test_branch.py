@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drill import UNEQUAL, fingerprint, newest
+from drill import CLOCKS, fingerprint, newest
 from messages import lacking
 from tiny_run import SwitchCLI, lay_out, lay_out_tuning, records
 from typer.testing import CliRunner
@@ -61,7 +61,7 @@ def branch(run: Path, recipe: str, switchcli: SwitchCLI) -> Callable[..., dict[s
 
 def records_after(run: Path, after: int) -> list[dict[str, Any]]:
     """The records of training after a step, without clocks."""
-    untimed = [{key: value for key, value in line.items() if key not in UNEQUAL} for line in records(run)]
+    untimed = [{key: value for key, value in line.items() if key not in CLOCKS} for line in records(run)]
     return [line for line in untimed if line["step"] > after]
 
 

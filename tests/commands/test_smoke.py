@@ -48,7 +48,7 @@ WORK = {
     "upcycle": (["{dense}", "made", "--experts", "2"], "2 experts"),
     "prune": (["{trained}", "made", "--experts", "2", "text.sequences=4"], "feed_forward"),
     "report": (["{dense}", "{trained}"], "Held-out"),
-    "report --routing": (["{trained}", "text.sequences=4"], "by token"),
+    "report --routing": (["{trained}", "text.sequences=4"], "tokens by lift"),
     "sweep": (["--jobs", "1", "--out", "made", "pretrain", "tiny.yaml", *SHORT, "--", "--quiet"], "done after"),
 }
 """A command of each verb, and words of its terminal, separated by bars."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from doubles import KeepingConsole, Records, StopAfter, a_run
 from messages import naming
-from tiny_model import DENSE, a_model, rows
+from tiny_model import a_model, rows
 from torch import nn
 
 from switchcli.data.batch import Batch, BatchSource
@@ -208,20 +208,6 @@ def test_held_out_notes_its_figure_in_the_state_and_in_the_record() -> None:
     assert state.texts == {
         "": {"neg_log_perplexity": state.eval_metrics[HELD_OUT], "bits_per_byte": pytest.approx(bits)}
     }
-
-
-def test_an_evaluation_notes_how_many_tokens_kept_their_expert_since_the_one_before() -> None:
-    log, model = Records(), a_model()
-    validation = a_validation(model, log, {"de": DE, "fr": FR})
-    for step in (5, 10):
-        validation(TrainState(step=step))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".router." in name or ".experts." in name:
-                parameter.copy_(parameter.roll(1, 0))  # the experts as they were, each with the next number
-    validation(TrainState(step=15))
-    a_validation(a_model(DENSE), log, ONE)(TrainState(step=20))
-    assert [record.get("held_out/same_expert") for record in log.written] == [None, 1.0, 0.0, None]
 
 
 def test_texts_are_noted_one_by_one_and_together_by_their_targets() -> None:

@@ -1,6 +1,5 @@
 """Routing counts: they are those of a loop, of the reports, of a router by hand; the model is as it was."""
 
-import math
 from collections import Counter
 from typing import NoReturn
 
@@ -13,7 +12,6 @@ from tiny_model import GROUPED, SPARSE, a_model, rows
 from switchcli.analysis.routing_counts import (
     ExpertChoices,
     ExpertCounts,
-    LayerCounts,
     StackTokens,
     count_choices,
     count_routing,
@@ -67,9 +65,9 @@ def looked_at(draw: st.DrawFn, num_experts: int) -> tuple[StackTokens, ExpertCho
     num = draw(st.integers(0, 12))
     masks = st.lists(st.lists(st.booleans(), min_size=num_experts, max_size=num_experts), min_size=num, max_size=num)
     chosen, held = (torch.tensor(draw(masks)).bool().reshape(num, num_experts) for _ in range(2))
-    ids = [torch.tensor(draw(st.lists(st.integers(0, 5), min_size=num, max_size=num))).long() for _ in range(3)]
+    id_A = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=num, max_size=num))).long()
     logits = torch.randn(num, num_experts, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
-    return StackTokens(torch.ones(1, num).bool(), *ids), ExpertChoices(logits.softmax(-1), chosen, held)
+    return StackTokens(torch.ones(1, num).bool(), id_A), ExpertChoices(logits.softmax(-1), chosen, held)
 
 
 @given(st.data(), st.integers(1, 5))
@@ -78,32 +76,21 @@ def test_counts_are_those_of_a_loop_over_tokens_and_add_up(data: st.DataObject, 
     one, other = (count_choices(*each) for each in batches)
     counts = one + other
     tokens: Counter[tuple[int, int]] = Counter()
-    positions: Counter[tuple[int, int]] = Counter()
-    kinds: Counter[tuple[int, int]] = Counter()
     chose, away = ([0] * num_experts for _ in range(2))
-    probability, dropped, confidence, within = [0.0] * num_experts, 0, 0.0, 0.0
+    probability, dropped, confidence = [0.0] * num_experts, 0, 0.0
     for places, choices in batches:
-        for place, (token, position) in enumerate(zip(places.id_A.tolist(), places.position_A.tolist(), strict=True)):
+        for place, token in enumerate(places.id_A.tolist()):
             for expert in range(num_experts):
                 chosen, held = bool(choices.chosen_AE[place, expert]), bool(choices.in_slot_AE[place, expert])
                 if chosen:
-                    assert places.kind_A is not None
-                    kinds[int(places.kind_A[place]), expert] += 1
                     tokens[token, expert] += 1
-                    positions[position, expert] += 1
                     probability[expert] += float(choices.probability_AE[place, expert])
                 chose[expert] += chosen
                 away[expert] += chosen and not held
             dropped += not any(choices.in_slot_AE[place].tolist())
-            several = sum(choices.chosen_AE[place].tolist())
-            within += several * math.log(several) if several else 0.0
             confidence += max(choices.probability_AE[place].tolist())
     assert as_counter(counts.tokens, num_experts) == tokens
-    assert as_counter(counts.positions, num_experts) == positions
-    assert as_counter(counts.kinds, num_experts) == {pair: count for pair, count in kinds.items() if pair[0]}
-    assert int(counts.tokens_of_kinds) == sum(int((places.kind_A != 0).sum()) for places, _ in batches)
     assert counts.chosen_E.tolist() == chose
-    assert float(counts.within_token) == pytest.approx(within)
     assert counts.turned_away_E.tolist() == away
     assert counts.probability_E.tolist() == pytest.approx(probability)
     assert int(counts.num_tokens) == sum(len(places.id_A) for places, _ in batches)
@@ -122,8 +109,7 @@ def routed_by(router: Router, decoder: Router | None, sparse: str = "both") -> M
 )
 def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, context: DistributedContext) -> None:
     model, batch = a_model(routed_by(*ROUTERS[kind])).eval(), rows(0, 0, 8)
-    (found,), together = count_routing([model], [batch], False, context, [policy])
-    assert together == {}
+    found = count_routing(model, [batch], False, context, policy)
     for layer in sparse_layers(model).values():
         layer.policy = policy
     with torch.no_grad():
@@ -138,7 +124,7 @@ def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, context:
         assert float(counts.entropy) == pytest.approx(float(report.entropy), rel=1e-5)
         if kind != "no_token_left_behind":  # whose report counts the tries after the first
             assert counts.chosen_E.tolist() == report.load_E.tolist()
-        assert int(counts.tokens.count_X.sum()) == int(counts.positions.count_X.sum()) == int(counts.chosen_E.sum())
+        assert int(counts.tokens.count_X.sum()) == int(counts.chosen_E.sum())
         if policy == "dropless":
             assert int(counts.turned_away_E.sum()) == 0
     assert policy == "dropless" or kind == "expert_choice" or any(int(one.dropped) for one in found.values())
@@ -146,38 +132,21 @@ def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, context:
 
 def test_padding_is_not_counted_and_a_decoder_reads_its_targets_one_later(context: DistributedContext) -> None:
     batch = rows(0, 0, 8)
-    read = stack_tokens(batch, None)
-    naive = {"encoder": Counter[tuple[int, int]](), "decoder": Counter[tuple[int, int]]()}
-    for stack, ids in (("encoder", batch.inputs_BS), ("decoder", batch.targets_BT)):
-        for row in ids.tolist():
-            reads = row if stack == "encoder" else [PAD, *row]
-            naive[stack].update((reads[place], place) for place, token in enumerate(row) if token != PAD)
-    for stack, places in read.items():
-        assert Counter(zip(places.id_A.tolist(), places.position_A.tolist(), strict=True)) == naive[stack]
-    (found,), _ = count_routing([a_model().eval()], [batch], False, context, ["paper"])
-    sources, targets = (int((ids != PAD).sum()) for ids in batch)
-    assert [int(one.num_tokens) for one in found.values()] == [sources, targets]
+    encoder, decoder = stack_tokens(batch, None).values()
+    assert encoder.id_A.tolist() == [token for row in batch.inputs_BS.tolist() for token in row if token != PAD]
+    shifted = [
+        (read, token) for row in batch.targets_BT.tolist() for read, token in zip([PAD, *row], row, strict=False)
+    ]
+    assert decoder.id_A.tolist() == [read for read, token in shifted if token != PAD]
+    found = count_routing(a_model().eval(), [batch], False, context, "paper")
+    assert [int(one.num_tokens) for one in found.values()] == [len(encoder.id_A), len(decoder.id_A)]
 
 
-def test_positions_of_packed_rows_are_those_of_each_example() -> None:
+def test_each_example_of_a_packed_row_begins_anew() -> None:
     batch = Batch(torch.tensor([[5, 6, EOS, 7, EOS, PAD]]), torch.tensor([[8, EOS, 9, 4, EOS]]))
     encoder, decoder = stack_tokens(batch, segment_ids(*batch)).values()
-    assert encoder.position_A.tolist() == [0, 1, 2, 0, 1]
     assert encoder.id_A.tolist() == [5, 6, EOS, 7, EOS]
-    assert decoder.position_A.tolist() == [0, 1, 0, 1, 2]
     assert decoder.id_A.tolist() == [PAD, 8, PAD, 9, 4]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_kind_lies_where_its_token_is_read_and_a_start_has_none(packed: bool) -> None:
-    """Kind 1 is as good as any, though EOS has that id."""
-    batch = Batch(torch.tensor([[5, 6, EOS, 7, EOS, PAD]]), torch.tensor([[8, EOS, 9, 4, EOS]]))
-    kinds = Batch(torch.tensor([[1, 2, 0, 3, 0, 0]]), torch.tensor([[1, 0, 4, 1, 0]]))
-    encoder, decoder = stack_tokens(batch, segment_ids(*batch) if packed else None, kinds).values()
-    for read, kind_of in ((encoder, {5: 1, 6: 2, 7: 3}), (decoder, {8: 1, 9: 4, 4: 1})):
-        assert read.kind_A is not None
-        assert read.kind_A.tolist() == [kind_of.get(token, 0) for token in read.id_A.tolist()]
-    assert stack_tokens(batch, None)["encoder"].kind_A is None
 
 
 def by_hand(spec: ModelSpec) -> SwitchTransformer:
@@ -201,7 +170,7 @@ def by_hand(spec: ModelSpec) -> SwitchTransformer:
 def test_a_router_that_sends_token_t_to_expert_t_mod_e_is_shown_to_do_so(
     spec: ModelSpec, context: DistributedContext
 ) -> None:
-    (found,), _ = count_routing([by_hand(spec)], [rows(0, 0, 8), rows(0, 8, 8)], False, context, ["dropless"])
+    found = count_routing(by_hand(spec), [rows(0, 0, 8), rows(0, 8, 8)], False, context, "dropless")
     assert len(found) == len(spec.sparse_layer_names())
     for name, counts in found.items():
         assert {token % 4 == expert for token, expert in as_counter(counts.tokens, 4)} == {True}
@@ -224,7 +193,7 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(context: Distri
     def fails(name: str, places: StackTokens, choices: ExpertChoices) -> NoReturn:
         raise KeyError(name)
 
-    count_routing([model], [batch], False, context, [0.5])
+    count_routing(model, [batch], False, context, 0.5)
     with pytest.raises(KeyError):
         observe(model, batch, None, "paper", fails)
     assert all(module.training and not module._forward_hooks for module in model.modules())
@@ -237,36 +206,3 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(context: Distri
     assert seen == list(BOTH.sparse_layer_names())
     assert torch.equal(model(*batch).logits_BTV, alone)
     assert len(seen) == 4  # not told of the pass that nobody watched
-
-
-def test_two_models_are_counted_together_on_the_same_tokens(context: DistributedContext) -> None:
-    one, other = a_model(BOTH, 0).eval(), a_model(BOTH, 1).eval()
-    batches = [rows(0, 0, 4), rows(0, 4, 4)]
-    (mine, theirs), together = count_routing([one, other], batches, False, context, ["dropless", "dropless"])
-    (alone,), _ = count_routing([other], batches, False, context, ["dropless"])
-    experts: dict[str, list[torch.Tensor]] = {}
-    for batch in batches:
-        for model in (one, other):
-
-            def see(name: str, places: StackTokens, choices: ExpertChoices) -> None:
-                experts.setdefault(name, []).append(choices.probability_AE.argmax(1))
-
-            observe(model, batch, None, "dropless", see)
-    for name, both_EE in together.items():
-        first_a, first_b, second_a, second_b = (each.tolist() for each in experts[name])
-        naive = Counter(zip(first_a + second_a, first_b + second_b, strict=True))
-        assert both_EE.tolist() == [[naive[a, b] for b in range(4)] for a in range(4)]
-        assert both_EE.sum(1).tolist() == mine[name].chosen_E.tolist()
-        assert both_EE.sum(0).tolist() == theirs[name].chosen_E.tolist()
-        assert same(theirs[name], alone[name])
-    (same_twice, _), diagonal = count_routing([one, one], batches, False, context, ["paper", "paper"])
-    for name, both_EE in diagonal.items():
-        assert torch.equal(both_EE, both_EE.diag().diag())
-        assert torch.equal(both_EE.diag().long(), same_twice[name].chosen_E)
-
-
-def same(one: LayerCounts, other: LayerCounts) -> bool:
-    flat = [
-        [t for part in each for t in (part[:2] if isinstance(part, ExpertCounts) else [part])] for each in (one, other)
-    ]
-    return all(torch.equal(a, b) for a, b in zip(*flat, strict=True))

@@ -82,7 +82,7 @@ def module_paths(root: Path) -> list[Path]:
     return sorted((path for path in paths if path != root / TOPICS), key=lambda path: path.relative_to(root).parts)
 
 
-def parse_source(source: bytes | str) -> ast.Module:
+def parse_source(source: bytes) -> ast.Module:
     """Return the syntax tree of a module, empty if this Python cannot parse it.
 
     The library holds examples of broken syntax and unknown encodings, and other texts are nested too deeply.

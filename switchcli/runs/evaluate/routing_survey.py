@@ -1,31 +1,31 @@
-"""Measure which tokens each expert of a checkpoint gets, and how far the routing of two checkpoints differs."""
+"""Measure which tokens each expert of a checkpoint gets."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from switchcli.analysis.routing_report import routing_report
+from switchcli.analysis.routing_counts import count_routing
+from switchcli.analysis.specialization import MIN_COUNT, specialization_metrics
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import BATCH_ROWS, build_eval_data
 from switchcli.runs.evaluate.eval_job import resolve_recipe
-from switchcli.runs.inputs.loading import CheckpointHandle, load_model, open_model
+from switchcli.runs.inputs.loading import load_model, open_model
 from switchcli.training import memory
 from switchcli.training.measure import named_texts
+from switchcli.training.validation import rank_batches
 
 
-def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
-    """Return the routing of one or two checkpoints, measured on the text of the first, as a JSON object.
-
-    Dense ones among `paths` are left out.
+def survey_routing(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Return the routing of the checkpoint with experts among `paths` as a JSON object.
 
     `overrides` are KEY=VALUE for a recipe of `switchcli eval`.
 
     Raises:
-        CheckpointError: there is no checkpoint, all are dense, or the two cannot be compared.
-        RecipeError: a key breaks a rule, or the number of checkpoints with experts is not 1 or 2.
+        CheckpointError: there is no checkpoint, or all are dense.
+        RecipeError: a key breaks a rule, or not exactly one checkpoint has experts.
         DataError: the text cannot be used.
         OutOfMemory: the device has not enough memory.
     """
@@ -33,58 +33,40 @@ def survey_checkpoints(paths: Sequence[Path], overrides: Sequence[str], console:
     handles = [handle for handle in named if handle.recipe.model.num_experts > 1]
     if named and not handles:
         raise CheckpointError(f"{named[0].path}: a dense model has no routing: name one with experts")
-    if not 1 <= len(handles) <= 2:
-        raise RecipeError(f"--routing takes a checkpoint with experts, or two to compare, and {len(handles)} are named")
-    if len(handles) > 1:
-        _check_comparable(*handles)
-    recipe = resolve_recipe(handles[0], None, overrides)
+    if len(handles) != 1:
+        raise RecipeError(f"--routing takes one checkpoint with experts, and {len(handles)} are named")
+    (handle,) = handles
+    recipe = resolve_recipe(handle, None, overrides)
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
+    policy = recipe.capacities[0] if recipe.capacities else handle.recipe.eval.capacity
     context = build_eval_context(recipe)
-    console.message(f"measuring {' and '.join(str(handle.path) for handle in handles)}")
+    console.message(f"measuring {handle.path}")
     with memory.explain_out_of_memory_in_evaluation(context.device):
-        models = [load_model(handle, context.device) for handle in handles]
-        evaluator = build_eval_data(handles[0], recipe, context, console).evaluators[0]
+        model = load_model(handle, context.device)
+        evaluator = build_eval_data(handle, recipe, context, console).evaluators[0]
         texts = {**named_texts(evaluator.texts), **evaluator.targets}
-        policies = [recipe.capacities[0] if recipe.capacities else handle.recipe.eval.capacity for handle in handles]
-        tokenizer = handles[0].tokenizer
-        report = routing_report(models, texts, BATCH_ROWS, policies, context, tokenizer, console)
+        group = model.spec.group_sequences
+        counts_by_text = {}
+        for name, text in texts.items():
+            batches = rank_batches(text, -(-BATCH_ROWS // group) * group, 0, 1)
+            tracked = console.track(batches, f"reading {name}", len(batches))
+            counts_by_text[name] = count_routing(model, tracked, text.is_packed, context, policy)
+        layers = {
+            layer: specialization_metrics(
+                {name: counts[layer] for name, counts in counts_by_text.items()}, handle.tokenizer
+            )
+            for layer in model.spec.sparse_layer_names()
+        }
         context.close()
         return {
+            "checkpoint": str(handle.path),
+            "step": handle.step,
+            "capacity": policy,
+            "num_experts": handle.recipe.model.num_experts,
             "recipe": recipe.model_dump(mode="json"),
-            "sequences": report["sequences"],
-            "rare": report["rare"],
-            "models": [
-                {
-                    "checkpoint": str(handle.path),
-                    "step": handle.step,
-                    "capacity": policy,
-                    "num_experts": handle.recipe.model.num_experts,
-                    "layers": layers,
-                }
-                for handle, policy, layers in zip(handles, policies, report["layers"], strict=True)
-            ],
-            "drift": report["drift"],
+            "sequences": {name: text.num_rows for name, text in texts.items()},
+            "rare": MIN_COUNT,
+            "layers": layers,
             **machine_info(context),
         }
-
-
-def _check_comparable(first: CheckpointHandle, second: CheckpointHandle) -> None:
-    """Raise CheckpointError if the two checkpoints have different vocabularies, expert counts or sparse layers."""
-    specs = (first.recipe.model, second.recipe.model)
-    first_pieces, second_pieces = (
-        handle.tokenizer.pieces(range(handle.tokenizer.vocab_size)) for handle in (first, second)
-    )
-    if first_pieces != second_pieces:
-        reason = "their vocabularies differ, so their tokens cannot be matched"
-    elif specs[0].num_experts != specs[1].num_experts:
-        reason = f"{specs[0].num_experts} experts and {specs[1].num_experts} cannot be matched"
-    elif specs[0].sparse_layer_names() != specs[1].sparse_layer_names():
-        names = "; ".join(", ".join(spec.sparse_layer_names()) for spec in specs)
-        reason = f"their sparse layers differ ({names})"
-    else:
-        return
-    raise CheckpointError(
-        f"{first.path} and {second.path}: {reason}: name two checkpoints of one run, or of runs of one shape and one "
-        "vocabulary"
-    )

@@ -18,9 +18,8 @@ from switchcli.data.prepare.pipeline import (
     source_digest,
 )
 from switchcli.data.prepare.prepare_context import PrepareContext
-from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
+from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN
 from switchcli.data.prepare.store import digest_of
-from switchcli.data.python_kinds import kinds_shard
 from switchcli.data.sources.records import RowCorpus
 from switchcli.data.streaming import CorpusShards, StreamedTextSource, source_shards_of
 from switchcli.data.text_batches import PreparedTextSource, num_hidden_bytes
@@ -34,7 +33,7 @@ from switchcli.report.table import Table
 from switchcli.runs.inputs.train_data import check_same_data
 from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction, warn_of_unknown
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
-from switchcli.training.validation import HeldOutText, Rows
+from switchcli.training.validation import HeldOutText
 
 HELD_OUT_SEED = 0
 """The seed of held-out batches. It differs from the run's seed, so that all runs are measured on the same batches."""
@@ -242,16 +241,8 @@ def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int, console: 
         num_bytes = None
         if unknown <= UNKNOWN_LIMIT:
             num_bytes = num_hidden_bytes(source.batch(0, 0, num_rows), text.tokenizer)
-        kinds = partial(_kind_rows, text.texts[label], text.tokenizer, data, sequences)
-        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, num_bytes, text_loss(data), kinds)
+        texts[label] = HeldOutText(partial(source.batch, 0), num_rows, num_bytes, text_loss(data))
     return texts
-
-
-def _kind_rows(text: PreparedText, tokenizer: Tokenizer, data: DataSpec, sequences: int) -> Rows:
-    """Return the rows of `held_out_rows` of one text, with the kind of each token in place of its id."""
-    shards = [kinds_shard(shard, tokenizer) for shard in text.shards[HELD_OUT]]
-    dataset = TokenDataset(group_small_shards(shards), data.rows, HELD_OUT_SEED)
-    return partial(PreparedTextSource([dataset], tokenizer, data.rows, HELD_OUT_SEED, sequences).batch, 0)
 
 
 def _report_training_text(

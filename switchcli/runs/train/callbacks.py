@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from switchcli.analysis.stability import ChoiceMemory
 from switchcli.errors import NumericsError
 from switchcli.metric_names import (
     DROPPED_FRACTION,
@@ -153,7 +152,6 @@ class ValidationCallback(EvaluationCallback):
     def __init__(self, run: "Trainer", stop: StopRequest) -> None:
         super().__init__(run.recipe.eval.every_steps, HELD_OUT)
         self._run, self._stop = run, stop
-        self._choices = ChoiceMemory()
 
     def evaluate(self, state: TrainState) -> None:
         run = self._run
@@ -163,7 +161,6 @@ class ValidationCallback(EvaluationCallback):
             raise NumericsError(f"step {state.step}: {error.problem}", router_health.NONFINITE_FIX) from None
         total = measured.total
         values = {f"{HELD_OUT_PREFIX}{name}": float(total[name].value()) for name in REPORTED if name in total}
-        values |= self._choices.metrics(run.model, run.evaluator)
         state.texts = {label: text.metrics(metrics) for label, (text, metrics) in measured.texts.items()}
         state.record_evaluation({HELD_OUT: values[HELD_OUT]})
         state.bits_per_byte = bits_per_byte(measured.texts.values())

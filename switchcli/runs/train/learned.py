@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from switchcli.analysis.guesses import GuessedToken, Guesses, measure_guesses, text_of, visible_tokens
 from switchcli.analysis.routing_counts import LayerCounts, count_routing
-from switchcli.analysis.specialization import information, top_tokens
+from switchcli.analysis.specialization import mutual_information, top_tokens
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import layer_title
@@ -33,11 +33,11 @@ class ExpertTokens(NamedTuple):
 
 
 class LayerExperts(NamedTuple):
-    """The experts of the sparse layer whose choice depends most on the token. Written to JSON."""
+    """The experts of the sparse layer in which the token says most about the expert. Written to JSON."""
 
     layer: str
-    determined_by_token: float | None
-    """How far the token determines the expert: 0 as chance, 1 entirely."""
+    information: float
+    """The mutual information of token and expert, in nats."""
     experts: tuple[ExpertTokens, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,20 +76,16 @@ def measure(
         guesses = measure_guesses(model, batches, text.is_packed, policy, tokenizer, context)
         experts = None
         if model.spec.sparse_layer_names():
-            counts = count_routing([model], batches, text.is_packed, context, [policy])
-            experts = _most_specialized(counts.layers[0], tokenizer, model.spec.vocab_size)
+            counts = count_routing(model, batches, text.is_packed, context, policy)
+            experts = _most_specialized(counts, tokenizer, model.spec.vocab_size)
     return Learned(few_rows.num_rows, guesses, experts)
 
 
 def _most_specialized(layers: Mapping[str, LayerCounts], tokenizer: Tokenizer, vocab_size: int) -> LayerExperts:
-    """Return the tokens of each expert of the layer whose choice depends most on the token."""
-    counts_of = {name: counts.cpu() for name, counts in layers.items()}
-    shares = {
-        name: information(counts.tokens, int(counts.num_tokens), counts.within).share
-        for name, counts in counts_of.items()
-    }
-    name = max(shares, key=lambda layer: shares[layer] or 0.0)
-    counts = counts_of[name]
+    """Return the tokens of each expert of the layer in which the token says most about the expert."""
+    information = {name: mutual_information(counts.tokens.cpu()) for name, counts in layers.items()}
+    name = max(information, key=information.__getitem__)
+    counts = layers[name].cpu()
     is_visible_V = visible_tokens(tokenizer, vocab_size)
     num_choices = max(1, int(counts.chosen_E.sum()))
     experts = []
@@ -97,7 +93,7 @@ def _most_specialized(layers: Mapping[str, LayerCounts], tokenizer: Tokenizer, v
         ids = [int(token["id"]) for token in top.by_lift if is_visible_V[int(token["id"])]]
         pieces = [text_of(piece) for piece in tokenizer.pieces(ids)]
         experts.append(ExpertTokens(chosen / num_choices, [*dict.fromkeys(pieces)]))
-    return LayerExperts(name, shares[name], tuple(experts))
+    return LayerExperts(name, information[name], tuple(experts))
 
 
 def show(learned: Learned, console: Console) -> None:

@@ -32,7 +32,6 @@ from switchcli.metric_names import (
     HELD_OUT_LOSS,
     LEARNING_RATE,
     LOSS,
-    SAME_EXPERT,
     TOKENS_PER_SECOND,
 )
 from switchcli.recipe import resolve, yaml_nodes
@@ -61,9 +60,8 @@ RECORD_KEYS: Final = {"train.steps", "log.every_steps", "eval.every_steps"}
 """Keys that a resumed run may change, and that decide at which steps there are records."""
 UNCOMPARED: Final = {
     *("seconds", "seconds_left", "data_wait_fraction", TOKENS_PER_SECOND, FLOPS_PER_SECOND),
-    SAME_EXPERT,
 }
-"""Times, and what a resumed run does not know at its first evaluation."""
+"""Times."""
 
 
 class Segment(NamedTuple):
