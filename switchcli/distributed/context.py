@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 from switchcli.distributed import expert_parallel, parallelize
 from switchcli.distributed.collectives import HostGroup, explain_lost_ranks
 from switchcli.distributed.cpu_settings import keep_freed_memory, limit_threads
-from switchcli.distributed.deterministic_reduce import DeterministicReduce
 from switchcli.distributed.expert_parallel import ExpertGradients
 from switchcli.distributed.layout import Layout, ModelWeights
 from switchcli.distributed.mesh import MeshGroups, build_groups
@@ -155,7 +154,6 @@ class DistributedContext:
             self.main_only(lambda: check_world(parallel, self.world))
             with explain_lost_ranks():
                 self.groups = build_groups(parallel, self.rank, self.world, STEP_TIMEOUT)
-        self._deterministic_reduce = DeterministicReduce(self.groups.data) if parallel.reduction == "ordered" else None
         self._expert_gradients: ExpertGradients | None = None
 
     @property
@@ -222,17 +220,12 @@ class DistributedContext:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the model in a form whose gradients `synchronize_gradients` reduces over the data axis.
 
-        DistributedDataParallel wraps a model that is not sharded. A sharded model reduces its own gradients, and with
-        `reduction: ordered` the context does. From now on, use `backward()` for gradients of `model`, not
-        `torch.autograd.grad` (see `Experts.adds_to_grad`).
+        DistributedDataParallel wraps a model that is not sharded. A sharded model reduces its own gradients. From now
+        on, use `backward()` for gradients of `model`, not `torch.autograd.grad` (see `Experts.adds_to_grad`).
         """
         for layer in sparse_layers(model).values():
             layer.experts.adds_to_grad = True
         data = self.groups.data
-        if self._deterministic_reduce is not None:
-            with explain_lost_ranks():
-                self._deterministic_reduce.align(model)
-            return model
         if data is None:
             return model
         expert_parameters = expert_parallel.local_expert_parameters(model)
@@ -285,29 +278,23 @@ class DistributedContext:
         # A graph for each kind of block, for training and evaluation, and for each shape of a batch.
         torch._dynamo.config.recompile_limit = 64
         # The gradient of flex_attention's bias does not repeat bit for bit. On a CPU it has no gradient.
-        must_repeat = self.parallel.reduction == "ordered" or torch.are_deterministic_algorithms_enabled()
-        compile_blocks(model, flex=self.device.type == "cuda" and not must_repeat)
+        flex = self.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        compile_blocks(model, flex=flex)
         self._is_compiled = True
 
     def eager(self) -> AbstractContextManager[object]:
         """Run compiled parts eagerly in this context: decoding has other shapes at each step."""
         return torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
 
-    @property
-    def grad_divisor(self) -> int:
-        """Divisor of `synchronize_gradients`' sums over the data axis: the size of the axis; 1 if they are ordered."""
-        return self.dp_size if self._deterministic_reduce is None else 1
-
     @contextmanager
-    def synchronize_gradients(self, model: nn.Module, position: int, count: int) -> Iterator[None]:
-        """Surround forward and backward of microbatch `position` of `count`, counted from 1, with this context.
+    def synchronize_gradients(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+        """Surround forward and backward of a microbatch with this context. `is_last`: it is the last one of a step.
 
-        After the last one, every gradient is the sum over the data axis divided by `grad_divisor`.
+        After the last one, every gradient is the mean over the data axis.
 
         Raises:
             LostRankError: another rank is gone.
         """
-        is_last = position == count
         with explain_lost_ranks(), ExitStack() as stack:
             if self._uses_fsdp:
                 from torch.distributed.fsdp import FSDPModule
@@ -321,8 +308,6 @@ class DistributedContext:
             if self._expert_gradients is not None and is_last:
                 stack.enter_context(self._expert_gradients.averaging())
             yield
-            if self._deterministic_reduce is not None:
-                self._deterministic_reduce.add(model, position, count)
 
     def gradient_norm(self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]) -> GradientNorm:
         """Return the norm of the gradients of all ranks, each slice counted once."""

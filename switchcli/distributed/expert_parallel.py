@@ -23,8 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from switchcli.distributed.collectives import all_gather, explain_lost_ranks
-from switchcli.distributed.mesh import RankGroup, to_comm_dtype
-from switchcli.distributed.parallel_spec import CommDtype
+from switchcli.distributed.mesh import RankGroup
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.dispatch import all_slots, equal_ends, filled_slots, products_wait, weighted_scatter_add
 from switchcli.model.moe.layer import SwitchLayer, sparse_layers
@@ -62,9 +61,8 @@ class AllToAllMeta(NamedTuple):
 class AllToAllDispatcher:
     """Dispatcher for experts that are divided among the ranks of a group; every method is collective."""
 
-    def __init__(self, ranks: RankGroup, num_experts: int, comm_dtype: CommDtype) -> None:
+    def __init__(self, ranks: RankGroup, num_experts: int) -> None:
         self._ranks = ranks
-        self._comm_dtype = comm_dtype
         self._num_local = num_experts // ranks.size
 
     def dispatch(self, x_GND: torch.Tensor, routing: Routing, equal_batches: bool) -> tuple[torch.Tensor, AllToAllMeta]:
@@ -141,15 +139,15 @@ class AllToAllDispatcher:
         return x_AD.view(self._ranks.size, self._num_local, -1, *row_shape).transpose(0, 1).reshape(-1, *row_shape)
 
     def _exchange(self, x_SD: torch.Tensor, splits: SplitSizes) -> torch.Tensor:
-        return exchange(x_SD, splits, self._ranks, self._comm_dtype)
+        return exchange(x_SD, splits, self._ranks)
 
 
-def exchange(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
+def exchange(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup) -> torch.Tensor:
     """Send the first rows to the first rank of the group, the next ones to the second, and so on: [A, D]. Collective.
 
     The gradient goes back the same way.
     """
-    received: torch.Tensor = _Exchange.apply(x_SD, splits, ranks, comm_dtype)
+    received: torch.Tensor = _Exchange.apply(x_SD, splits, ranks)
     return received
 
 
@@ -157,32 +155,30 @@ class _Exchange(torch.autograd.Function):
     """An all-to-all; its gradient is the all-to-all with sent and received sizes swapped."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype
-    ) -> torch.Tensor:
-        ctx.splits, ctx.ranks, ctx.comm_dtype = splits, ranks, comm_dtype
-        return _all_to_all(x_SD, splits, ranks, comm_dtype)
+    def forward(ctx: Any, x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup) -> torch.Tensor:
+        ctx.splits, ctx.ranks = splits, ranks
+        return _all_to_all(x_SD, splits, ranks)
 
     @staticmethod
-    def backward(ctx: Any, gradient_AD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(gradient_AD, ctx.splits.reversed(), ctx.ranks, ctx.comm_dtype), None, None, None
+    def backward(ctx: Any, gradient_AD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _all_to_all(gradient_AD, ctx.splits.reversed(), ctx.ranks), None, None
 
 
-def _all_to_all(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
-    """Return the rows that the ranks send to this one, [A, D], in the dtype of `x_SD`."""
+def _all_to_all(x_SD: torch.Tensor, splits: SplitSizes, ranks: RankGroup) -> torch.Tensor:
+    """Return the rows that the ranks send to this one, [A, D]."""
     # The collective needs contiguous buffers; a gradient may be expanded or transposed.
-    sent_SD = x_SD.to(to_comm_dtype(x_SD, comm_dtype)).contiguous()
+    sent_SD = x_SD.contiguous()
     num_received = len(x_SD) if splits.received is None else sum(splits.received)
     received_AD = sent_SD.new_empty(num_received, *x_SD.shape[1:])
     with explain_lost_ranks():
         dist.all_to_all_single(received_AD, sent_SD, splits.received, splits.sent, group=ranks.group)
-    return received_AD.to(x_SD.dtype)
+    return received_AD
 
 
-def shard_experts(model: nn.Module, ranks: RankGroup, comm_dtype: CommDtype) -> None:
+def shard_experts(model: nn.Module, ranks: RankGroup) -> None:
     """Keep this rank's experts of every sparse layer, in place, and dispatch tokens to the other ranks for the rest."""
     for layer in sparse_layers(model).values():
-        layer.dispatcher = AllToAllDispatcher(ranks, layer.experts.num_experts, comm_dtype)
+        layer.dispatcher = AllToAllDispatcher(ranks, layer.experts.num_experts)
         layer.experts.keep_slice(ranks.rank, ranks.size)
 
 

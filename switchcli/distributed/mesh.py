@@ -16,15 +16,8 @@ from typing import NamedTuple, cast
 import torch
 import torch.distributed as dist
 
-from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.system.signals import run_interruptibly
-
-
-def to_comm_dtype(x: torch.Tensor, comm_dtype: CommDtype) -> torch.dtype:
-    """Return the dtype in which x is sent. Integers keep their own."""
-    if comm_dtype == "float32" and x.is_floating_point():
-        return torch.promote_types(x.dtype, torch.float32)
-    return x.dtype
 
 
 class RankGroup(NamedTuple):

@@ -11,8 +11,6 @@ from switchcli.model.config import ModelSpec
 from switchcli.spec import Size, Spec
 
 Shard = Literal["none", "zero2", "zero3"]
-CommDtype = Literal["compute", "float32"]
-Reduction = Literal["fast", "ordered"]
 
 
 class ParallelSpec(Spec):
@@ -34,21 +32,11 @@ class ParallelSpec(Spec):
     the last microbatch. `zero3`: also the weights, which are gathered for one block at a time, and those outside the
     blocks for a microbatch. Experts are divided among their replicas, all other weights over the data axis. Experts
     stay undivided if the number of replicas divides neither their number nor the widths of their weights."""
-    comm_dtype: CommDtype = "compute"
-    """Precision in which dispatched tokens and sums over the model axis are sent. `compute`: that of the matrix
-    products. `float32`: where products are bfloat16, twice the bytes, and sums that are not rounded on the way."""
-    reduction: Reduction = "fast"
-    """The order in which gradients are added over microbatches and ranks. `fast`: any order, so that the last bits
-    depend on the number of ranks. `ordered`: an order that only the number of microbatches decides, so that 1, 2, 4,
-    ... ranks end with the same bits, if each holds the whole model and has the same hardware, threads and torch. It
-    needs `train.microbatch_tokens`, memory for one more gradient each time that a rank's number of microbatches can be
-    halved, and it adds gradients over ranks after the backward pass instead of during it."""
 
     @property
     def is_unset(self) -> bool:
         """Whether every key that describes the mesh has its default."""
-        mesh = (self.data, self.model, self.expert, self.shard, self.reduction)
-        return mesh == (None, 1, 1, "none", "fast")
+        return (self.data, self.model, self.expert, self.shard) == (None, 1, 1, "none")
 
     @model_validator(mode="before")
     @classmethod
@@ -57,16 +45,8 @@ class ParallelSpec(Spec):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.auto and self.reduction == "ordered":
-            raise ValueError("auto may choose any mesh, and reduction: ordered allows the data axis alone: give one")
         if self.auto and not self.is_unset:
             raise ValueError("auto chooses data, model, expert and shard: leave them out, or auto")
-        sizes = {"model": self.model, "expert": self.expert, "shard": self.shard if self.shard != "none" else 1}
-        divided = " and ".join(f"{name} ({value})" for name, value in sizes.items() if value != 1)
-        if self.reduction == "ordered" and divided:
-            raise ValueError(
-                f"reduction: ordered needs the whole model on each rank: leave out {divided}, or take reduction: fast"
-            )
         return self
 
 
@@ -136,12 +116,6 @@ def even_dim(shapes: Collection[Sequence[int]], num_shards: int) -> int | None:
 def check_world(spec: ParallelSpec, world: int) -> None:
     """Raise a RecipeError if `world` ranks cannot form the mesh."""
     data, remainder = divmod(world, spec.model)
-    if spec.reduction == "ordered" and world & (world - 1):  # a power of two has one bit set
-        fewer = 2 ** (world.bit_length() - 1)
-        raise RecipeError(
-            f"parallel.reduction: ordered adds ranks in pairs, then pairs of pairs, which {world} ranks do not allow: "
-            f"start {fewer} or {2 * fewer}, for example by --processes {fewer}, or take parallel.reduction=fast"
-        )
     if spec.data is not None and spec.data * spec.model != world:
         needed = spec.data * spec.model
         mesh = f"parallel.data ({spec.data})" + (f" x parallel.model ({spec.model})" if spec.model > 1 else "")

@@ -26,9 +26,9 @@ def parallelize(model: SwitchTransformer, groups: MeshGroups, spec: ParallelSpec
     and the replicas.
     """
     if groups.experts is not None:
-        expert_parallel.shard_experts(model, groups.experts, spec.comm_dtype)
+        expert_parallel.shard_experts(model, groups.experts)
     if groups.model is not None:
-        tensor_parallel.shard_model(model, groups.model, spec.comm_dtype)
+        tensor_parallel.shard_model(model, groups.model)
     if groups.data is not None and spec.shard != "none":
         from switchcli.distributed import fsdp  # its imports take half as long as that of torch
 

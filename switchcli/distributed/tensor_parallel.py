@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from switchcli.distributed.collectives import all_gather, explain_lost_ranks
-from switchcli.distributed.mesh import RankGroup, to_comm_dtype
-from switchcli.distributed.parallel_spec import CommDtype
+from switchcli.distributed.mesh import RankGroup
 from switchcli.model.attention import Attention
 from switchcli.model.axis import local_slice
 from switchcli.model.layers import FeedForward, compute_dtype
@@ -53,26 +52,24 @@ def sharded_dim(name: str) -> int | None:
 class TensorParallelAxis:
     """The `ModelAxis` of a model whose heads, hidden units and vocabulary are divided among the ranks of a group."""
 
-    def __init__(self, ranks: RankGroup, comm_dtype: CommDtype) -> None:
-        """`comm_dtype`: the precision of the sums."""
+    def __init__(self, ranks: RankGroup) -> None:
         self.rank = ranks.rank
         self.size = ranks.size
         self._ranks = ranks
-        self._comm_dtype = comm_dtype
 
     def enter_region(self, x: torch.Tensor) -> torch.Tensor:
         """Return x in the dtype of products. Its gradient is summed over the ranks in this dtype."""
-        entered: torch.Tensor = _EnterRegion.apply(x.to(compute_dtype(x)), self._ranks, self._comm_dtype)
+        entered: torch.Tensor = _EnterRegion.apply(x.to(compute_dtype(x)), self._ranks)
         return entered
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of all ranks' x, in the dtype of x."""
-        total: torch.Tensor = _LeaveRegion.apply(x, self._ranks, self._comm_dtype)
+        total: torch.Tensor = _LeaveRegion.apply(x, self._ranks)
         return total
 
     @torch.no_grad()
     def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
-        return _all_reduce(x, self._ranks, self._comm_dtype, dist.ReduceOp.MAX)
+        return _all_reduce(x, self._ranks, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,46 +83,43 @@ class _EnterRegion(torch.autograd.Function):
     """The identity forward, an all-reduce of the gradient backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
-        ctx.ranks, ctx.comm_dtype = ranks, comm_dtype
+    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+        ctx.ranks = ranks
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_reduce(gradient, ctx.ranks, ctx.comm_dtype), None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _all_reduce(gradient, ctx.ranks), None
 
 
 class _LeaveRegion(torch.autograd.Function):
     """An all-reduce forward, the identity backward: all ranks compute the same function of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup, comm_dtype: CommDtype) -> torch.Tensor:
-        return _all_reduce(x, ranks, comm_dtype)
+    def forward(ctx: Any, x: torch.Tensor, ranks: RankGroup) -> torch.Tensor:
+        return _all_reduce(x, ranks)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 def _all_reduce(
-    x: torch.Tensor,
-    ranks: RankGroup,
-    comm_dtype: CommDtype,
-    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    x: torch.Tensor, ranks: RankGroup, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> torch.Tensor:
-    """Return the reduction of all ranks' x, in the dtype of x. x is copied, because autograd may use it elsewhere."""
-    reduced = x.to(to_comm_dtype(x, comm_dtype), copy=True, memory_format=torch.contiguous_format)
+    """Return the reduction of all ranks' x. x is copied, because autograd may use it elsewhere."""
+    reduced = x.clone(memory_format=torch.contiguous_format)
     with explain_lost_ranks():
         dist.all_reduce(reduced, operation, group=ranks.group)
-    return reduced.to(x.dtype)
+    return reduced
 
 
-def shard_model(model: SwitchTransformer, ranks: RankGroup, comm_dtype: CommDtype) -> None:
+def shard_model(model: SwitchTransformer, ranks: RankGroup) -> None:
     """Keep this rank's slice of every weight that the model axis divides, in place, and connect the layers to the axis.
 
     Call it after `shard_experts`, if at all: stacks may hold any number of experts.
     """
-    axis = TensorParallelAxis(ranks, comm_dtype)
+    axis = TensorParallelAxis(ranks)
     for module in model.modules():
         if isinstance(module, SwitchTransformer | Attention | FeedForward | Experts):
             module.axis = axis

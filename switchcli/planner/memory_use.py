@@ -30,8 +30,7 @@ class DeviceBytes(NamedTuple):
     weights: int
     gradients: int
     """Twice the gradients that DistributedDataParallel sums, if there are several microbatches: in the first step it
-    replaces its buckets while the old ones are full. With ordered gradients, one set for each level of the tree on this
-    rank, and two between ranks."""
+    replaces its buckets while the old ones are full."""
     optimizer: int
     copies: int
     """Copies of weights in bfloat16: of the dense ones until the backward pass, of the experts one layer at a time, or
@@ -62,19 +61,11 @@ def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, 
 
     `weights` are `rank_weights` for the model axis of `mesh`.
     """
-    num_microbatches = step.num_microbatches(mesh, microbatch)
-    accumulates = num_microbatches > 1
+    accumulates = step.num_microbatches(mesh, microbatch) > 1
     dense = _dense_bytes(mesh, weights, accumulates)
     experts = _expert_bytes(mesh, weights, accumulates)
     dense_gradients, expert_gradients = dense.gradients, experts.gradients
-    if step.ordered:
-        # The largest power of two that divides the number of microbatches is the number of leaves of the tree on this
-        # rank; while the last leaf is computed, one finished subtree waits on each level.
-        num_leaves = num_microbatches & -num_microbatches
-        num_sums = max(min(mesh.data, 2), num_leaves.bit_length())
-        dense_gradients *= num_sums
-        expert_gradients *= num_sums
-    elif accumulates and mesh.data > 1 and mesh.shard == "none":
+    if accumulates and mesh.data > 1 and mesh.shard == "none":
         dense_gradients *= 2
         if mesh.expert == 1:  # else ExpertGradients sums them, in place
             expert_gradients *= 2
@@ -177,7 +168,7 @@ def _dispatch_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) ->
     if mesh.expert == 1:
         return 0
     max_rows = max(slots(spec, stack, step, microbatch, mesh.expert).sent_rows for stack in spec.sparse_stacks)
-    return 2 * step.sent_bytes * max_rows * max(spec.d_model, *output_widths(spec).values())
+    return 2 * step.product_bytes * max_rows * max(spec.d_model, *output_widths(spec).values())
 
 
 def _vocabulary_bytes(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> int:

@@ -68,16 +68,6 @@ class Step(NamedTuple):
     recomputed: bool = False
     """Whether blocks keep only their inputs and run again in the backward pass (`train.activation_checkpointing`)."""
 
-    comm_bytes: int | None = None
-    """Bytes of an element of dispatched tokens and of sums over the model axis; None: `product_bytes`."""
-    ordered: bool = False
-    """Whether gradients are added in a fixed order (`parallel.reduction: ordered`)."""
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of an element of dispatched tokens and of sums over the model axis."""
-        return self.comm_bytes or self.product_bytes
-
     def num_microbatches(self, mesh: Mesh, microbatch: int) -> int:
         """Return the number of microbatches of `microbatch` sequences that a rank computes."""
         return self.sequences // mesh.data // microbatch

@@ -140,7 +140,7 @@ def _tokens(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int, num_microb
         layer_slots = slots(spec, stack, step, microbatch, mesh.expert)
         forward = num_layers * (1 + step.recomputed) * num_microbatches
         forward_and_backward = forward + num_layers * num_microbatches
-        bytes_per_column = step.sent_bytes * layer_slots.sent_rows  # of [rows, D] and [rows, O]
+        bytes_per_column = step.product_bytes * layer_slots.sent_rows  # of [rows, D] and [rows, O]
         for part, width in widths.items():
             what = f"{stack} tokens" if spec.sparse == "feed_forward" else f"{stack} tokens of {part}"
             for direction, columns in (("dispatch", spec.d_model), ("combine", width)):
@@ -175,7 +175,7 @@ def _model_axis(
         regions = 3 if stack == "decoder" else 2  # self-attention, cross-attention, feed-forward
         num_regions = regions * num_blocks + (len(spec.sparse_layers(stack)) if spec.shared_d_ff else 0)
         calls = (2 + step.recomputed) * num_regions * num_microbatches
-        layer_bytes = step.sent_bytes * tokens * spec.d_model
+        layer_bytes = step.product_bytes * tokens * spec.d_model
         yield Collective("all_reduce", "model", model, f"{stack} layers", calls, layer_bytes)
         # Each rank looks up the tokens of its rows of the vocabulary; the others are 0. float32.
         embedding_bytes = FLOAT * tokens * spec.d_model
@@ -184,15 +184,14 @@ def _model_axis(
         if num_layers:
             # Gradient of the weights of all slots, [G, E, C] with G = microbatch / group_sequences.
             slots_of_group = spec.num_experts * slots(spec, stack, step, microbatch, mesh.expert).capacity
-            gate_bytes = max(step.router_bytes, step.comm_bytes or 0)
-            gates = gate_bytes * slots_of_group * microbatch // spec.router_of(stack).group_sequences
+            gates = step.router_bytes * slots_of_group * microbatch // spec.router_of(stack).group_sequences
             yield Collective("all_reduce", "model", model, f"{stack} gates", num_layers * num_microbatches, gates)
     # The encoder's output enters all cross-attentions at once: its gradient is summed once.
-    encoded = step.sent_bytes * microbatch * step.source * spec.d_model
+    encoded = step.product_bytes * microbatch * step.source * spec.d_model
     yield Collective("all_reduce", "model", model, "gradient of the encoder's output", num_microbatches, encoded)
     # Two float32 numbers for each target: the largest logit, and the sum of the exponentials.
     num_targets = microbatch * step.target
     yield Collective("all_reduce", "model", model, "loss", 2 * num_microbatches, FLOAT * num_targets)
     # The hidden states enter the softmax.
-    hidden = step.sent_bytes * num_targets * spec.d_model
+    hidden = step.product_bytes * num_targets * spec.d_model
     yield Collective("all_reduce", "model", model, "gradient of hidden states", num_microbatches, hidden)

@@ -192,11 +192,6 @@ class TrainingRecipe(Spec, ABC):
         """Ranks must be able to divide the experts and the weights evenly."""
         expert_ranks, data_ranks = self.parallel.expert, self.parallel.data
         yield from mesh_problems(self.model, self.parallel.model, expert_ranks)
-        if self.parallel.reduction == "ordered" and self.train.microbatch_tokens is None:
-            yield (
-                "parallel.reduction: ordered adds up the microbatches of train.microbatch_tokens, which are the same "
-                f"on any number of ranks: set it, to {self.model.group_sequences * self.inputs_length} or a multiple."
-            )
         if data_ranks is not None and data_ranks % expert_ranks:
             divisor = math.gcd(data_ranks, expert_ranks)
             yield f"parallel.expert ({expert_ranks}) must divide parallel.data ({data_ranks}): try {divisor}."

@@ -49,8 +49,7 @@ class TrainSpec(Spec):
 
     It is meant for GPUs: on a CPU compiled steps are not faster. Where a sparse layer or the model axis sends tensors
     to other ranks, only sublayers without experts are compiled. On CUDA, blocks that are compiled whole and have heads
-    of at least 16 train with torch's flex_attention, unless `parallel.reduction` is `ordered` or torch is
-    deterministic.
+    of at least 16 train with torch's flex_attention, unless torch is deterministic.
     """
     activation_checkpointing: Literal["none", "blocks"] = "none"
     """`blocks` stores only the inputs of each block and recomputes the rest in the backward pass with the same noise:

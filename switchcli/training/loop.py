@@ -162,7 +162,7 @@ def accumulate_gradients(
 
     The cross-entropy and the decoder's auxiliary losses are summed over the step and divided by its number of targets,
     the encoder's auxiliary losses by its number of inputs. So the loss does not depend on how the batch is divided. The
-    last backward pass averages or sums the gradients over the data-parallel ranks.
+    last backward pass averages the gradients over the data-parallel ranks.
 
     Args:
         model: the model as `context.wrap` returns it.
@@ -173,12 +173,12 @@ def accumulate_gradients(
         seed: names the noise of the step.
     """
     metrics: Metrics = {}
-    # Where gradients are averaged over ranks, the loss is multiplied by their number: the result must be the sum.
-    per_input, per_target = (context.grad_divisor / max(1, count) for count in real)
+    # Gradients are averaged over ranks, so the loss is multiplied by their number: the result must be the sum.
+    per_input, per_target = (context.dp_size / max(1, count) for count in real)
     for position, microbatch in enumerate(microbatches, 1):
         _seed_noise(f"{seed}/{microbatch.number}")
         batch = context.to_device(microbatch.batch)
-        with context.synchronize_gradients(model, position, len(microbatches)):
+        with context.synchronize_gradients(model, is_last=position == len(microbatches)):
             with context.autocast():
                 loss = objective(model, batch)
             total = loss.target_sum * per_target

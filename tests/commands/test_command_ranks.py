@@ -80,10 +80,6 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
         (6, "parallel={data: 6, expert: 4}", "parallel.expert 4 parallel.data 6 2"),
         (6, "parallel.model=3", "model.num_heads 4 parallel.model 3 1"),
         (6, "parallel={auto: true, model: 2}", "parallel.auto data model expert shard"),
-        (6, "parallel={reduction: ordered, expert: 2}", "parallel.reduction ordered expert 2 fast"),
-        (6, "parallel={reduction: ordered, auto: true}", "parallel.auto reduction ordered"),
-        (6, "parallel.reduction=ordered", "parallel.reduction ordered 6 4 8 --processes parallel.reduction=fast"),
-        (1, "parallel.reduction=ordered train.microbatch_tokens=null", "parallel.reduction train.microbatch_tokens 32"),
     ],
 )
 def test_a_mesh_that_is_not_of_these_ranks_or_this_model_starts_none(

@@ -53,7 +53,6 @@ VARIANTS = {
     "packed dropless": ("data.packing=documents", *DROPLESS),
     "recomputed": ("train.activation_checkpointing=blocks",),
     "clipped": ("train.clip_norm=0.5",),
-    "ordered": ("parallel.reduction=ordered",),
     "checked before updates": ("train.nonfinite.policy=roll_back",),
     "rows that are made on demand": ("train.workers=0",),
 }

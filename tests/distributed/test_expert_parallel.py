@@ -4,7 +4,7 @@ Each rank holds three experts, so that the number of ranks and the number of exp
 swaps the two gives other outputs.
 """
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from ranks import on_ranks
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.expert_parallel import SplitSizes, exchange, shard_experts
 from switchcli.distributed.mesh import RankGroup
-from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.moe.router import RouterSpec, SwitchRouter, TopKRouter
@@ -68,7 +68,7 @@ class Answer(NamedTuple):
 
     layers: dict[str, tuple[Arrays, Arrays]]
     """Outputs and gradients of the weights, by router."""
-    bfloat16: dict[CommDtype, Arrays]
+    bfloat16: Arrays
     exchanged: list[tuple[NDArray[Any], NDArray[Any]]]
     """What the rank receives, and the gradient of what it sends."""
 
@@ -79,18 +79,17 @@ def on_a_rank() -> Answer:
     ranks = context.groups.experts
     assert ranks is not None
 
-    def spread(router: RouterSpec, comm_dtype: CommDtype) -> SwitchLayer:
+    def spread(router: RouterSpec) -> SwitchLayer:
         layer = a_layer(router)
-        shard_experts(layer, ranks, comm_dtype)
+        shard_experts(layer, ranks)
         assert len(layer.experts.wi) == EXPERTS // RANKS
         return layer
 
-    layers, bfloat16 = {}, {}
+    layers = {}
     for name, router in ROUTERS.items():
-        layer = spread(router, "compute")
+        layer = spread(router)
         layers[name] = outputs(layer, context.rank), gradients(layer)
-    for comm_dtype in get_args(CommDtype):
-        bfloat16[comm_dtype] = outputs(spread(ROUTERS["capacity"], comm_dtype), context.rank, bfloat16=True)
+    bfloat16 = outputs(spread(ROUTERS["capacity"]), context.rank, bfloat16=True)
     # Rank 0 sends one row to itself and three to rank 1; rank 1 sends two rows to each.
     unequal = (SplitSizes([1, 3], [1, 2]), SplitSizes([2, 2], [3, 2]))[context.rank]
     return Answer(layers, bfloat16, [exchanged(sizes, ranks) for sizes in (SplitSizes(None, None), unequal)])
@@ -99,7 +98,7 @@ def on_a_rank() -> Answer:
 def exchanged(sizes: SplitSizes, ranks: RankGroup) -> tuple[NDArray[Any], NDArray[Any]]:
     """Exchange a transposed tensor. All entries of the gradient of a sum share one place in memory."""
     x_DS = (torch.arange(12.0).view(3, 4) + 100 * ranks.rank).requires_grad_()
-    received_SD = exchange(x_DS.mT, sizes, ranks, "compute")
+    received_SD = exchange(x_DS.mT, sizes, ranks)
     (received_SD.sum() * (1 + ranks.rank)).backward()
     return received_SD.detach().numpy(), x_DS.grad.numpy()
 
@@ -125,14 +124,10 @@ def test_outputs_and_gradients_equal_those_of_one_process(kind: str, answers: li
     np.testing.assert_allclose(routers, whole["router.weight"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("comm_dtype", get_args(CommDtype))
-def test_what_travels_in_float32_is_computed_in_bfloat16_all_the_same(
-    comm_dtype: CommDtype, answers: list[Answer]
-) -> None:
-    """Rows of bfloat16 come through either wire unchanged, so that every output is bit for bit that of one process."""
+def test_what_travels_in_bfloat16_is_bit_for_bit_that_of_one_process(answers: list[Answer]) -> None:
     layer = a_layer(ROUTERS["capacity"])
     for rank, answer in enumerate(answers):
-        alone, found = outputs(layer, rank, bfloat16=True), answer.bfloat16[comm_dtype]
+        alone, found = outputs(layer, rank, bfloat16=True), answer.bfloat16
         for name in ("outputs", "inputs' gradient"):
             np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
 

@@ -15,7 +15,6 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model import block_execution
 from switchcli.model.attention import KeyValue, RelativePositionBias, attend, padding_bias
 from switchcli.model.block_execution import compile_blocks
@@ -191,16 +190,14 @@ def test_only_compiled_training_on_cuda_that_need_not_repeat_uses_it(monkeypatch
     monkeypatch.setattr("switchcli.distributed.context.compile_blocks", lambda model, flex: chosen.append(flex))
     monkeypatch.setattr(torch, "compile", lambda function: lambda *arguments: None)
     model = a_model(WIDE)
-    for device, reduction in (("cpu", "fast"), ("cuda", "fast"), ("cuda", "ordered")):
+    for device in ("cpu", "cuda"):
         context = DistributedContext("cpu", "float32")
-        context.parallel = ParallelSpec(reduction=reduction)
         monkeypatch.setattr(torch, "ones", lambda *arguments, **keywords: None)
         context.device = torch.device(device)
         context.compile(model)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    context.parallel = ParallelSpec()
     context.compile(model)
-    assert chosen == [False, True, False, False]
+    assert chosen == [False, True, False]
 
 
 def test_blocks_that_are_not_compiled_whole_and_small_heads_do_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:

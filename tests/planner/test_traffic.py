@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from switchcli.distributed import layout
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.parallel_spec import CommDtype, ParallelSpec
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
@@ -50,7 +50,7 @@ SPECS = {
     "dropless": wider(4, "dropless"),
     "fine experts, shared path": wider(4, dropout=0.1, expert_d_ff=8, shared_d_ff=12),
 }
-ROUNDED: dict[str, CommDtype] = {"bfloat16": "compute", "bfloat16, float32 on the wire": "float32"}
+ROUNDED = "bfloat16"
 MUON = "muon"
 AGAIN = " computed again"
 NAMES = [*SPECS, *(name + AGAIN for name in ("12 experts", "Switch attention", "dropout", "dropless"))]
@@ -130,16 +130,16 @@ def gathered_by_muon(parallel: ParallelSpec) -> Traffic:
 def traffic(case: str, parallel: ParallelSpec) -> Traffic:
     if case == MUON:
         return gathered_by_muon(parallel)
-    if case in ROUNDED:
-        return counted(parallel.model_copy(update={"comm_dtype": ROUNDED[case]}), "dropout", "selective")
+    if case == ROUNDED:
+        return counted(parallel, "dropout", "selective")
     return counted(parallel, case)
 
 
-def planned(mesh: Mesh, name: str, product_bytes: int = 4, comm_bytes: int | None = None) -> Traffic:
+def planned(mesh: Mesh, name: str, product_bytes: int = 4) -> Traffic:
     spec = SPECS[name.removesuffix(AGAIN)]
     own = rank_weights(dict(transformers_checkpoint.meta_model(spec).named_parameters()), {}, mesh.model)
     step = Step(BATCH, SOURCE, TARGET, product_bytes, fused=False, recomputed=name.endswith(AGAIN))
-    step, traffic = step._replace(comm_bytes=comm_bytes), Counter()
+    traffic: Traffic = Counter()
     for call in collectives(spec, step, mesh, own, MICROBATCH):
         kind = call.kind
         if call.what == "expert gradients" and kind == "all_reduce":
@@ -175,7 +175,7 @@ def fits(row: Row) -> bool:
 
 MATRIX = RankMatrix(
     traffic,
-    filter(fits, (Row(mesh, case) for mesh in MESHES for case in (*NAMES, *ROUNDED, MUON))),
+    filter(fits, (Row(mesh, case) for mesh in MESHES for case in (*NAMES, ROUNDED, MUON))),
     {name: (mesh.data * mesh.model, parallel) for name, (mesh, parallel) in MESHES.items()},
     integration={
         "expert 2": [
@@ -188,7 +188,7 @@ MATRIX = RankMatrix(
                 "dropless",
                 "dropless computed again",
             ),
-            *ROUNDED,
+            ROUNDED,
         ],
         "model 2": [MUON, "4 experts", "12 experts computed again", "dropout computed again"],
         "zero2 2": ["dropout"],
@@ -235,9 +235,9 @@ def test_without_a_capacity_the_plan_is_for_tokens_that_are_all_real(row: Row) -
         assert sent <= sum(size * calls for (kind, size), calls in foreseen.items() if kind == "all_to_all")
 
 
-@pytest.mark.parametrize("row", MATRIX.parameters(ROUNDED))
-def test_in_bfloat16_half_as_many_bytes_travel_unless_it_is_float32_on_the_wire(row: Row) -> None:
-    expected = planned(MESHES[row.mesh][0], "dropout", 2, 4 if ROUNDED[row.case] == "float32" else None)
+@pytest.mark.parametrize("row", MATRIX.parameters([ROUNDED]))
+def test_in_bfloat16_half_as_many_bytes_travel(row: Row) -> None:
+    expected = planned(MESHES[row.mesh][0], "dropout", 2)
     for rank in MATRIX.answers(row):
         assert rank == expected
 

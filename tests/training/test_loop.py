@@ -159,16 +159,16 @@ def test_a_run_that_is_left_and_taken_up_again_is_bit_equal_to_one_that_is_not()
         assert all(torch.equal(*pair) for pair in zip(second.state.metrics_since_log[name], mean, strict=True)), name
 
 
-def test_ranks_are_told_the_place_of_each_microbatch_in_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    places: list[tuple[int, int]] = []
+def test_ranks_are_told_the_last_microbatch_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    are_last: list[bool] = []
 
-    def noted(context: DistributedContext, model: nn.Module, position: int, count: int) -> AbstractContextManager[None]:
-        places.append((position, count))
+    def noted(context: DistributedContext, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+        are_last.append(is_last)
         return nullcontext()
 
     monkeypatch.setattr(DistributedContext, "synchronize_gradients", noted)
     Run().fit(steps=2)
-    assert places == [(1, 2), (2, 2)] * 2
+    assert are_last == [False, True] * 2
 
 
 def test_noise_depends_on_the_seed() -> None:

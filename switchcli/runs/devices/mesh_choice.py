@@ -57,9 +57,7 @@ def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
     for fit in candidates.fits:
         if not at_once or fit.microbatch * fit.mesh.data == recipe.rows_per_step:
             data, expert, model, shard = fit.mesh
-            return ParallelSpec(
-                data=data, model=model, expert=expert, shard=shard, comm_dtype=recipe.parallel.comm_dtype
-            )
+            return ParallelSpec(data=data, model=model, expert=expert, shard=shard)
     reason = ""
     if not candidates.fits:
         # Meshes that lack memory come first, and of these the one that needs the least.

@@ -73,9 +73,7 @@ def planner_of(recipe: TrainingRecipe, fused: bool = True) -> Planner:
         product_bytes=4 if train.precision == "float32" else 2,
         router_bytes=train.router_dtype.itemsize,
         fused=fused,
-        comm_bytes=4 if recipe.parallel.comm_dtype == "float32" else None,  # None: the dtype of the products
         recomputed=train.activation_checkpointing == "blocks",
-        ordered=recipe.parallel.reduction == "ordered",
     )
     microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
 
