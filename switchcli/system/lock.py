@@ -11,8 +11,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +22,6 @@ from switchcli.system import publish
 
 _HOLDER_TIMEOUT = 0.2
 """Seconds that a second run waits for the first to write its name into the file."""
-_WAIT = 0.2
-"""Seconds between two attempts to get a lock that is waited for."""
 
 
 class _Holder(NamedTuple):
@@ -37,51 +35,14 @@ class _Holder(NamedTuple):
         return f"host {self.host}, process {self.pid}, started {self.started}"
 
 
-class LockedError(CheckpointError):
-    """Another holder has the lock, or had it until just now."""
-
-    def __init__(self, message: str, holder: str, *, is_own: bool = False) -> None:
-        """`holder` says who it is, `is_own` whether it is this process."""
-        super().__init__(message)
-        self.holder, self.is_own = holder, is_own
-
-
-@contextmanager
-def patient_lock(folder: Path, alternative: str, on_wait: Callable[[str], None]) -> Iterator[bool]:
-    """Hold the lock of a folder as `lock` does, but wait for another process that has it. Yield whether it waited.
-
-    `on_wait` is called once with who has the lock, before waiting.
-    """
-    with ExitStack() as held:
-
-        def attempt() -> str | None:
-            """Return who else has the lock. None: this process has it now."""
-            try:
-                held.enter_context(lock(folder, alternative))
-            except LockedError as locked:
-                if locked.is_own:
-                    raise
-                return locked.holder
-            return None
-
-        first = holder = attempt()
-        if first is not None:
-            on_wait(first)
-        while holder is not None:
-            # Not within `except`, where a signal would be taken for one to a command that ends already.
-            time.sleep(_WAIT)
-            holder = attempt()
-        yield first is not None
-
-
 @contextmanager
 def lock(run_folder: Path, alternative: str = "give another folder by --out") -> Iterator[None]:
     """Hold the lock of a run folder for the length of a `with` block. The folder is made if it does not exist.
 
     At the end, a folder in which nothing but the lock is new becomes what it was: it has no lock, or is not there.
 
-    Raises LockedError, without waiting, when another run holds the lock; CheckpointError when the folder cannot be
-    written or locked; RecipeError when it is a file.
+    Raises CheckpointError, without waiting, when another run holds the lock, or when the folder cannot be written or
+    locked; RecipeError when it is a file.
     `alternative` is the last fix that the message offers.
     """
     path = run_folder / "run.lock"
@@ -97,8 +58,7 @@ def lock(run_folder: Path, alternative: str = "give another folder by --out") ->
                 raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
             _acquire(descriptor, path, alternative)
             if not _is_there(path, descriptor):
-                removed = f"{run_folder}: removed by a start that failed just now: run the command again"
-                raise LockedError(removed, "a start that failed just now")
+                raise CheckpointError(f"{run_folder}: removed by a start that failed just now: run the command again")
         try:
             yield
         finally:
@@ -131,15 +91,14 @@ def _is_there(path: Path, descriptor: int) -> bool:
 
 
 def _acquire(descriptor: int, path: Path, alternative: str) -> None:
-    """Lock the file and write this process into it. Raises LockedError if another descriptor has the lock."""
+    """Lock the file and write this process into it. Raises CheckpointError if another descriptor has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        holder = _read_holder(descriptor)
-        name = str(holder or "its run.lock does not say which")
-        message = f"{path.parent}: in use by another run ({name}): wait for it, stop it, or {alternative}."
-        is_own = holder is not None and (holder.host, holder.pid) == (platform.node(), os.getpid())
-        raise LockedError(message, name, is_own=is_own) from None
+        name = str(_read_holder(descriptor) or "its run.lock does not say which")
+        raise CheckpointError(
+            f"{path.parent}: in use by another run ({name}): wait for it, stop it, or {alternative}."
+        ) from None
     holder = _Holder(platform.node(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(holder._asdict()).encode() + b"\n", 0)

@@ -45,7 +45,7 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 class StopTraining(Exception):
     """A stop was requested on some rank. All ranks raise it together.
 
-    It is caught in two places, which save: runs/train/trainer.py and, for answers of a teacher, runs/train/teacher.py.
+    It is caught in runs/train/trainer.py, which saves.
     """
 
 

@@ -3,7 +3,6 @@
 Legend  B examples of a batch  S source positions  T target positions
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,6 @@ from switchcli.data.objectives.example_packing import (
     RowLengths,
     pack,
     pack_as_given,
-    store_from_ids,
     store_from_texts,
 )
 from switchcli.data.prepare.cache import get_or_build
@@ -102,42 +100,9 @@ def packed_task(
         return PackedTask(packed, identity_of_files(manifest, (INPUTS, TARGETS)))
 
 
-def relabeled(task: PackedTask, answers_XT: NDArray[np.int64], seed: int) -> PackedTask:
-    """Return a task's examples with other targets, packed anew.
-
-    An answer ends at its EOS; one without is cut off, as a target that is longer than a row is.
-    """
-    is_end_XT = answers_XT == EOS
-    length_X = np.where(is_end_XT.any(1), is_end_XT.argmax(1) + 1, answers_XT.shape[1])
-    targets = store_from_ids([ids[:length] for ids, length in zip(answers_XT, length_X, strict=True)])
-    identity = hashlib.sha256(task.identity.encode() + answers_XT.tobytes()).hexdigest()
-    return PackedTask(pack(task.packed.inputs, targets, task.packed.lengths, seed), identity)
-
-
 def _write(store: StoreWriter, tokenizer: Tokenizer, texts: list[str]) -> None:
     for ids in tokenizer.encode_batch(texts):
         store.add(np.append(ids, EOS), starts_document=True)
-
-
-class Questions(NamedTuple):
-    """Inputs of examples that a model answers."""
-
-    inputs: TokenStore
-    length: int
-    """Tokens to which longer inputs are truncated."""
-    numbers: range
-    """The examples that are asked, by their index in `inputs`."""
-
-    def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the numbers of `size` examples at a time, the longest inputs first, always in the same order."""
-        asked = np.arange(self.numbers.start, self.numbers.stop)
-        order = asked[np.argsort(-np.diff(self.inputs.offsets)[asked], kind="stable")]
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-
-    def padded(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the examples' inputs as int64 [B, S], truncated to the model's length, with S a multiple of BUCKET."""
-        return _pad(self.inputs, numbers, self.length)
 
 
 class ScoredExamples(NamedTuple):
@@ -158,10 +123,15 @@ class ScoredExamples(NamedTuple):
         """Number of inputs that are longer than the model's and get truncated."""
         return int((np.diff(self.inputs.offsets) > self.packed.lengths.inputs).sum())
 
-    @property
-    def questions(self) -> Questions:
-        """The inputs of all examples, in batches of similar length."""
-        return Questions(self.inputs, self.packed.lengths.inputs, range(self.inputs.num_documents))
+    def batches(self, size: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the numbers of `size` examples at a time, the longest inputs first, always in the same order."""
+        order = np.argsort(-np.diff(self.inputs.offsets), kind="stable")
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def padded_inputs(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the examples' inputs as int64 [B, S], truncated to the model's length, with S a multiple of BUCKET."""
+        return _pad(self.inputs, numbers, self.packed.lengths.inputs)
 
     def targets(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the examples' first targets as int64 [B, T], truncated and padded as the inputs are."""

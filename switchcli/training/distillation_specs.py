@@ -10,10 +10,8 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
 from switchcli.spec import MAX_COUNT, PathOrUrl, Spec
 
-_DECODING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"teacher": {"beams": 4}, "student": {"temperature": 1.0}}
-)
-"""How a teacher and a student answer by default."""
+_DECODING: Mapping[str, Any] = MappingProxyType({"temperature": 1.0})
+"""How a student answers by default."""
 
 
 class DistillSpec(Spec):
@@ -32,16 +30,14 @@ class DistillSpec(Spec):
     beta: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Weight of the teacher in the mixture of `jsd`; towards 0 it is like forward KL, towards 1 like reverse KL; 0.5 if
     absent."""
-    targets: Literal["data", "teacher", "student"] = "data"
-    """Targets to learn from: those of the `data`, or of tasks the answers of the `teacher`, generated once
-    (sequence-level distillation), or those that the `student` generates in `student_fraction` of the steps."""
-    answers: PathOrUrl | None = None
-    """Folder of the teacher's answers, with `targets: teacher`; it is created if missing."""
+    targets: Literal["data", "student"] = "data"
+    """Targets to learn from: those of the `data`, or of tasks those that the `student` generates in `student_fraction`
+    of the steps."""
     student_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
     """Fraction of the steps on the student's answers, with `targets: student`; they have no hard loss. Absent: 0.5."""
     decoding: Decoding | None = None
-    """How answers are generated. By default a teacher searches with 4 `beams`, and a student samples at a `temperature`
-    of 1, also if other keys of the decoding are given."""
+    """How answers are generated. By default a student samples at a `temperature` of 1, also if other keys of the
+    decoding are given."""
     start_step: int = Field(default=0, ge=0, le=MAX_COUNT)
     """First step that uses the teacher; before it the loss is that of the targets alone."""
     capacity: Policy = "dropless"
@@ -55,7 +51,7 @@ class DistillSpec(Spec):
     @property
     def answer_decoding(self) -> Decoding:
         """How answers are generated."""
-        return self.decoding or Decoding.model_validate(_DECODING[self.targets])
+        return self.decoding or Decoding(**_DECODING)
 
     @property
     def on_policy_fraction(self) -> float:
@@ -72,22 +68,18 @@ class DistillSpec(Spec):
     def _complete_decoding(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or not isinstance(given := value.get("decoding"), Mapping):
             return value
-        return {**value, "decoding": {**_DECODING.get(str(value.get("targets")), {}), **given}}
+        return {**value, "decoding": {**_DECODING, **given}}
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> Self:
-        for key, choice, value in (
-            ("beta", "loss", "jsd"),
-            ("student_fraction", "targets", "student"),
-            ("answers", "targets", "teacher"),
-        ):
+        for key, choice, value in (("beta", "loss", "jsd"), ("student_fraction", "targets", "student")):
             if getattr(self, key) is not None and getattr(self, choice) != value:
                 raise ValueError(
                     f"{key} ({getattr(self, key)}): has no effect with {choice}={getattr(self, choice)}: leave it out, "
                     f"or take {choice}={value}"
                 )
         if self.decoding is not None and self.targets == "data":
-            raise ValueError("decoding: has no effect with targets=data: leave it out, or take teacher or student")
+            raise ValueError("decoding: has no effect with targets=data: leave it out, or take student")
         return self
 
     @model_validator(mode="after")
@@ -99,6 +91,4 @@ class DistillSpec(Spec):
             )
         if self.targets == "student" and self.decoding is not None and self.decoding.seed:
             raise ValueError("decoding.seed: a student's answers follow from train.seed and the step: leave it out")
-        if self.targets == "teacher" and self.answers is None:
-            raise ValueError("targets (teacher): the answers are generated once: name a folder for them by answers")
         return self

@@ -27,7 +27,7 @@ from switchcli.tasks.registry import SUITES
 from switchcli.tasks.scores import Scores
 from switchcli.tasks.suites import PAPER, average
 from switchcli.tasks.task import AnsweredExample
-from switchcli.tasks.tokens import Questions, ScoredExamples
+from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.scoring_spec import ScoringSpec
 
 
@@ -69,27 +69,17 @@ class TaskPredictor:
         """
         if self._settings.by == "likelihood":
             return self._choose_labels(examples, stop, show)
-        answers = self.answer_ids(examples.questions, stop, show).tolist()
-        return tuple(
-            AnsweredExample(example, self._tokenizer.decode(ids))
-            for example, ids in zip(examples.examples, answers, strict=True)
-        )
+        return self._generate(examples, stop, show)
 
-    def answer_ids(
-        self,
-        questions: Questions,
-        stop: StopRequest = NEVER,
-        show: Callable[[int], None] = lambda count: None,
-    ) -> torch.Tensor:
-        """Return the answers to the asked examples as token ids, int32 [X, T], in order and identical on all ranks.
-
-        `show` and errors are as in a call.
-        """
+    def _generate(
+        self, examples: ScoredExamples, stop: StopRequest, show: Callable[[int], None]
+    ) -> tuple[AnsweredExample, ...]:
+        """Return every example with a decoded answer."""
         # Each rank fills the rows of its own examples. The others stay 0, so a sum over ranks completes the table.
-        shape = (len(questions.numbers), self._settings.decoding.max_tokens)
+        shape = (len(examples.examples), self._settings.decoding.max_tokens)
         tokens_XT = torch.zeros(shape, dtype=torch.int32, device=self._context.device)
         # A stop leaves the loop early; closing the generator then restores the mode of the model.
-        with closing(self._batches(questions, stop, show)) as batches:
+        with closing(self._batches(examples, stop, show)) as batches:
             for batch in batches:
                 answers_BT = generate(
                     self._model,
@@ -100,8 +90,11 @@ class TaskPredictor:
                 if self._context.any_rank(stop.requested):
                     raise StopTraining
                 if batch.is_own:
-                    tokens_XT[batch.number_B - questions.numbers.start, : answers_BT.shape[1]] = answers_BT.int()
-        return self._context.all_reduce(tokens_XT)
+                    tokens_XT[batch.number_B, : answers_BT.shape[1]] = answers_BT.int()
+        return tuple(
+            AnsweredExample(example, self._tokenizer.decode(ids))
+            for example, ids in zip(examples.examples, self._context.all_reduce(tokens_XT).tolist(), strict=True)
+        )
 
     def _choose_labels(
         self, examples: ScoredExamples, stop: StopRequest, show: Callable[[int], None]
@@ -112,7 +105,7 @@ class TaskPredictor:
         ids = self._tokenizer.encode_batch([*task.labels])
         labels = [torch.tensor([*label, EOS], device=context.device) for label in ids]
         log_p_XL = torch.zeros(len(examples.examples), len(labels), dtype=torch.float64, device=context.device)
-        with closing(self._batches(examples.questions, stop, show)) as batches:
+        with closing(self._batches(examples, stop, show)) as batches:
             for batch in batches:
                 log_p_BL = label_log_likelihoods(self._model, batch.inputs_BS, labels)
                 if context.any_rank(stop.requested):
@@ -126,11 +119,11 @@ class TaskPredictor:
         )
 
     def _batches(
-        self, questions: Questions, stop: StopRequest, show: Callable[[int], None]
+        self, examples: ScoredExamples, stop: StopRequest, show: Callable[[int], None]
     ) -> Generator["_AnswerBatch", None, None]:
         """Yield this rank's batches, equally many on each rank, with the model ready to answer them."""
         context = self._context
-        batches = list(questions.batches(self._settings.batch_examples))
+        batches = list(examples.batches(self._settings.batch_examples))
         if context.any_rank(stop.requested):
             raise StopTraining
         with evaluating(self._model, self._settings.capacity), context.eager(), context.autocast():
@@ -140,10 +133,10 @@ class TaskPredictor:
                 # Forward passes are collective. In the last round a rank without a batch repeats the last one and drops
                 # its answers.
                 numbers = batches[min(index, len(batches) - 1)]
-                inputs_BS = context.to_device(torch.from_numpy(questions.padded(numbers)))
+                inputs_BS = context.to_device(torch.from_numpy(examples.padded_inputs(numbers)))
                 yield _AnswerBatch(inputs_BS, torch.from_numpy(numbers), index < len(batches))
                 num_done = (round_index + 1) * context.dp_size * self._settings.batch_examples
-                show(min(num_done, len(questions.numbers)))
+                show(min(num_done, len(examples.examples)))
 
     def _ends(self, done_B: torch.Tensor, stop: StopRequest) -> bool:
         """Return whether to leave the decoding loop, together on all ranks: all are done, or one is to stop."""

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -16,12 +15,12 @@ import pytest
 from messages import naming
 
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.system.lock import LockedError, lock, patient_lock
+from switchcli.system.lock import lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from switchcli.system.lock import LockedError, lock, patient_lock
+from switchcli.system.lock import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -54,36 +53,6 @@ def test_a_folder_in_which_nothing_was_written_is_as_it_was(was_there: int, tmp_
     with lock(folders[-1]):
         assert folders[-1].exists()
     assert [folder.exists() for folder in folders] == [number <= was_there for number in range(3)]
-
-
-@pytest.mark.parametrize("was_there", [True, False])
-def test_a_lock_that_is_waited_for_comes_when_its_holder_ends(was_there: bool, tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    if was_there:
-        folder.mkdir()
-    process = holding(folder)
-    holders: list[str] = []
-
-    def let_go(holder: str) -> None:
-        holders.append(holder)
-        process.terminate()
-        if not was_there:  # as a holder that fails leaves a new folder
-            shutil.rmtree(folder)
-
-    with patient_lock(folder, "", let_go) as has_waited:
-        assert has_waited
-        with pytest.raises(LockedError), lock(folder):
-            pass
-    process.wait()
-    assert [f"process {process.pid}" in holder for holder in holders] == [True]
-    with patient_lock(folder, "", let_go) as has_waited:
-        assert not has_waited
-    assert len(holders) == 1
-
-
-def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
-    with lock(tmp_path), pytest.raises(LockedError), patient_lock(tmp_path, "", pytest.fail):
-        pass
 
 
 @pytest.mark.integration

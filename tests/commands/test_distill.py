@@ -13,15 +13,16 @@ import torch
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
-from tiny_run import RECIPE, SwitchCLI, records, write_text
+from tiny_run import RECIPE, TUNING, SwitchCLI, records, write_text
 
 from switchcli.model.config import STACKS
-from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate
-from switchcli.model.moe.layer import evaluating
 from switchcli.runs.inputs.loading import load_checkpoint
-from switchcli.spec import EOS, PAD
 from switchcli.training.distillation import DistillationLoss
+
+ANSWERS = """\
+tasks:
+  - {kind: files, name: answers, train: [train.jsonl], validation: [held_out.jsonl], input: "{input}", target: output}
+"""
 
 
 def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
@@ -141,41 +142,22 @@ def test_on_tasks_the_teachers_own_by_default(tuned: Path, dense: Path, here: Pa
 
 
 @pytest.mark.integration
-def test_a_student_learns_its_teachers_answers_which_are_generated_once(
+def test_answers_that_generate_writes_are_a_task_to_fine_tune_a_student_on(
     tuned: Path, dense: Path, here: Path, switchcli: SwitchCLI
 ) -> None:
-    """The teacher answers with the capacity of `distill`, not with that of scores."""
-    kept = ("distill.targets=teacher", "distill.answers=kept", "distill.decoding.beams=2", "scoring.capacity=0.1")
-    command = ("distill", "--teacher", tuned, "--student", dense, *kept, "-q")
-    done = switchcli(*command, "distill.loss=jsd", "--out", "by-jsd")
+    texts = [json.loads(line)["text"] for line in (tuned.parent / "last.train.jsonl").read_text().splitlines()]
+    inputs = [f"last word: {text}" for text in texts]
+    asked = switchcli("generate", tuned, *inputs, "--beams", 2, "--max-tokens", 6, "--batch", 16, "--json")
+    assert asked.code == 0, asked.err
+    answers = json.loads(asked.out)["answers"]
+    assert [answer["input"] for answer in answers] == inputs
+    for name, part in {"train": answers[10:], "held_out": answers[:10]}.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in part))
+    Path("answers.yaml").write_text(TUNING.replace(TUNING[TUNING.index("tasks:") : TUNING.index("data:")], ANSWERS))
+    done = switchcli("finetune", "answers.yaml", "--model", dense, "--out", "a", "--json")
     assert done.code == 0, done.err
-    files = sorted(Path("kept").glob("*/examples-00000000-00000060-*.safetensors"))
-    assert len(files) == 2, "a file for each task"
-    teacher = load_checkpoint(tuned, torch.device("cpu"), NoWarnings())
-    decoding = Decoding(beams=2, max_tokens=32)
-    rows = [json.loads(line) for line in (tuned.parent / "last.train.jsonl").read_text().splitlines()]
-    expected = []
-    for prompt in ("which colour", "last word"):
-        expected.append([])
-        for row in rows[:4]:
-            ids = torch.tensor([[*teacher.handle.tokenizer.encode(f"{prompt}: {row['text']}"), EOS]])
-            with evaluating(teacher.model, "dropless"):
-                answer = generate(teacher.model, ids, decoding)[0].tolist()
-            expected[-1].append(answer + [PAD] * (32 - len(answer)))
-    assert sorted(load_file(path)["ids"][:4].tolist() for path in files) == sorted(expected)
-
-    files[0].write_bytes(files[0].read_bytes()[:-1])
-    again = switchcli(*command, "--out", "a")
-    assert again.code == 0, again.err
-    assert not lacking(again.err, f"{files[0].name} damaged")
-    assert sorted(Path("kept").glob("*/examples-*.safetensors")) == files, "the same bytes again"
-    written = {path: path.stat().st_mtime_ns for path in files}
-    more = switchcli(*command, "train.steps=3", "--out", "a")
-    assert more.code == 0, more.err
-    assert written == {path: path.stat().st_mtime_ns for path in files}, "nothing is generated again"
-    for key, word in (("distill.decoding.beams=3", "decoding"), ("train.precision=bfloat16", "precision")):
-        other = switchcli(*command, key, "--out", "b")
-        assert (other.code, lacking(other.err, f"answers {word} distill.answers")) == (4, []), other.err
+    assert not lacking(done.err, "answers: 50 examples")
+    assert json.loads(done.out)["tasks"].keys() == {"answers"}
 
 
 @pytest.mark.integration
@@ -374,7 +356,6 @@ BAD = {
     "T --student DENSE student.kind=random_init": (2, "student.kind random_init --student DENSE"),
     "T --baseline nan": (2, "--baseline nan checkpoint finite"),
     "T distill.targets=student": (2, "distill.targets student data tasks"),
-    "T distill.targets=teacher distill.answers=a": (2, "distill.targets teacher data tasks"),
     "T distill.beta=0.9": (2, "distill beta loss=forward_kl loss=jsd"),
     "T model.d_model=16 student.experts=concat student.on_shape_mismatch=random_init": (
         2,

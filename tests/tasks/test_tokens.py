@@ -57,24 +57,6 @@ def test_training_examples_come_from_the_cache(
     np.testing.assert_array_equal(again.packed.example_X, first.packed.example_X)
 
 
-def test_other_targets_take_the_place_of_a_tasks_own(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """An answer counts up to its EOS; one without is cut off by an EOS, as long targets are."""
-    own = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
-    answers_XT = np.full((40, LENGTHS.targets), 7)
-    for number in range(39):
-        answers_XT[number, number % 5 :] = PAD
-        answers_XT[number, number % 5] = EOS
-    found = tokens.relabeled(task=own, answers_XT=answers_XT, seed=0)
-    inputs, targets = found.packed.rows(np.arange(found.packed.num_rows))
-    own_inputs, _ = own.packed.rows(np.arange(own.packed.num_rows))
-    assert np.bincount(inputs.ravel()).tolist()[1:] == np.bincount(own_inputs.ravel()).tolist()[1:]
-    ends = [number % 5 for number in range(39)] + [LENGTHS.targets - 1]
-    assert (targets == EOS).sum() == 40
-    assert (targets == 7).sum() == sum(ends)
-    assert found.identity != own.identity
-    assert tokens.relabeled(own, answers_XT, 0).identity == found.identity
-
-
 def test_progress_is_counted_in_examples(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     counted = {}
 
@@ -122,11 +104,11 @@ def test_an_answer_is_needed_to_train(task: Task, tokenizer: Tokenizer, tmp_path
 
 def test_batches_hold_every_example_once_the_longest_first(task: Task, tokenizer: Tokenizer) -> None:
     exam = tokens.scored_examples(task, "validation", None, tokenizer, LENGTHS, None)
-    batches = list(exam.questions.batches(7))
+    batches = list(exam.batches(7))
     assert [len(batch) for batch in batches] == [7, 7, 7, 7, 7, 5]
     assert sorted(np.concatenate(batches).tolist()) == list(range(40))
     for batch in batches:
-        rows = exam.questions.padded(batch)
+        rows = exam.padded_inputs(batch)
         assert rows.shape[1] % tokens.BUCKET == 0
         assert rows.shape[1] <= LENGTHS.inputs
         for number, row in zip(batch, rows, strict=True):

@@ -79,7 +79,7 @@ def test_each_answer_is_the_one_it_has_alone(
     answered = TaskPredictor(model, tokenizer, on_cpu(), settings)(exam)
     assert [one.example for one in answered] == list(exam.examples)
     for number, one in list(enumerate(answered))[::3]:
-        ids = torch.from_numpy(exam.questions.padded(torch.tensor([number]).numpy()))
+        ids = torch.from_numpy(exam.padded_inputs(torch.tensor([number]).numpy()))
         with evaluating(model, "dropless"):
             alone = generate(model, ids, settings.decoding)[0]
         assert len(alone) > 1  # not cut off at the first token

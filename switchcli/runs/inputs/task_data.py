@@ -1,7 +1,7 @@
 """The data of a run on text-to-text tasks (section 4.1)."""
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -34,8 +34,6 @@ class TaskRunData(RunData):
 
     def __init__(self, recipe: TaskRecipe, context: DistributedContext, console: Console) -> None:
         super().__init__(recipe, context, console)
-        self.relabel: Callable[[Mapping[str, tokens.PackedTask]], Mapping[str, tokens.PackedTask]] = dict
-        """Replaces the targets of the training tasks, by task; by default by themselves. Collective."""
         self.scoring = recipe.scoring
         # A score of each task and suite, their average, and the held-out neg. log perplexity.
         self.num_metrics = len(tasks_of(recipe.tasks)) + len(suites_of(recipe.tasks)) + 2
@@ -78,7 +76,7 @@ class TaskRunData(RunData):
                     )
             return packed
 
-        train_tasks = self.relabel(context.main_first(pack_tasks))
+        train_tasks = context.main_first(pack_tasks)
         packed_rows = {name: task.packed for name, task in train_tasks.items()}
         source = TaskMixtureSource(packed_rows, recipe.data.mixture, recipe.train.seed, recipe.rows_per_step)
         scored = context.main_first(
@@ -133,5 +131,5 @@ def _warn_of_trained_inputs(
 
 def _samples(scored: tokens.ScoredExamples) -> Batch:
     """Return the shortest examples of a task, which are the last ones in the order of batches."""
-    numbers = next(scored.questions.batches(len(scored.examples)))[-NUM_SAMPLES:]
-    return Batch(torch.from_numpy(scored.questions.padded(numbers)), torch.from_numpy(scored.targets(numbers)))
+    numbers = next(scored.batches(len(scored.examples)))[-NUM_SAMPLES:]
+    return Batch(torch.from_numpy(scored.padded_inputs(numbers)), torch.from_numpy(scored.targets(numbers)))

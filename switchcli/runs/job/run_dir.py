@@ -33,7 +33,6 @@ _SAFE_KEYS = (
     "scoring.draws",
     "checkpoint.",
     "distill.baseline",
-    "distill.answers",
     "parallel.",
 )
 """Keys, or prefixes of keys, that may change when a run is resumed.

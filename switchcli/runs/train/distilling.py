@@ -24,7 +24,6 @@ from switchcli.report.units import si
 from switchcli.runs.evaluate.score_tables import shown_metric
 from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import load_model
-from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, STUDENT
@@ -56,13 +55,8 @@ class Distillation(DistillRules):
         """The loss on the data's targets, and that on the student's with `distill.targets: student`."""
 
     def build_data(self) -> TrainData:
-        if self._settings.targets == "teacher":
-            assert isinstance(self.run_data, TaskRunData), "refused on text"
-            self.run_data.relabel = self._teacher.answer
         data = super().build_data()
-        if not self._settings.soft_fraction:
-            self._teacher.unload()
-        elif self._settings.start_step == 0:  # a later start loads the teacher when it is needed
+        if self.teacher is not None and self._settings.start_step == 0:  # a later start loads it when it is needed
             self._teacher.load()
         return data
 
