@@ -1,4 +1,4 @@
-"""The files that are made from the code: the index of recipe keys, and parts of pages between two comments."""
+"""The parts of pages, between two comments, that are made from the code."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,8 @@ from pathlib import Path
 import notebook_page
 import pages
 import planner_page
-import recipe_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = "switchcli/recipe/keys.json"
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "docs/reference/recipes.md": ("the docstrings of the fields", pages.recipes),
     "docs/reference/commands.md": ("the help texts in switchcli/commands", pages.commands),
@@ -34,14 +32,9 @@ def page(name: str) -> str:
 
 
 def write_files() -> None:
-    """Write the files whose text has changed, and print their names. The pages are made from the index of keys."""
-    _write(KEYS, recipe_keys.as_json(recipe_keys.key_index()))
+    """Write the pages whose text has changed, and print their names."""
     for name in PARTS:
-        _write(name, page(name))
-
-
-def _write(name: str, text: str) -> None:
-    path = ROOT / name
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
-        print(f"{name}: written")
+        path, text = ROOT / name, page(name)
+        if path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"{name}: written")

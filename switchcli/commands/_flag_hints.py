@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import typer
 
-from switchcli.commands import _completion
+from switchcli.recipe import key_index, library
 from switchcli.recipe.foreign_words import hint
 
 VERBS: Final[Mapping[str, str]] = MappingProxyType(
@@ -21,6 +21,20 @@ VERBS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """The command of switchcli for a verb of another tool."""
+_RECIPE_VERBS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        **{verb: verb for verb in library.VERBS},
+        **dict.fromkeys(("doctor", "plan", "prepare", "train", "upcycle", "validate"), "pretrain"),
+        **dict.fromkeys(("prune", "report"), "eval"),
+    }
+)
+"""For each command that takes KEY=VALUE, the verb whose recipe has these keys."""
+
+
+def recipe_keys(command: str) -> set[str]:
+    """Return the keys that a command takes as KEY=VALUE, none for a command without."""
+    infos = key_index.keys(_RECIPE_VERBS[command]) if command in _RECIPE_VERBS else ()
+    return {info.key for info in infos if "[]" not in info.key and info.key not in ("extends", "verb")}
 
 
 def flag_hint(context: typer.Context, flag: str, arguments: Sequence[str]) -> str | None:
@@ -39,7 +53,7 @@ def verb_of(context: typer.Context) -> str:
 def accepted_names(context: typer.Context) -> set[str]:
     """Return the options, the arguments and the recipe keys that a command takes: `--out`, `RECIPE`, `train.steps`."""
     command: Any = context.command
-    names = {*_completion.recipe_keys(command.name)}
+    names = recipe_keys(command.name)
     for parameter in command.get_params(context):
         if parameter.param_type_name == "option":
             names.update(parameter.opts, parameter.secondary_opts)

@@ -33,7 +33,6 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[KEY=VALUE ...]",
         help="Recipe keys to set, by dotted path.",
-        autocompletion=_completion.overrides,
     ),
 ]
 EvalArguments = Annotated[
@@ -42,7 +41,7 @@ EvalArguments = Annotated[
         metavar="[RECIPE] [KEY=VALUE ...]",
         help=r"What to measure on, such as tasks=\[rte] or text.corpora=\[...]; a recipe of `verb: eval`. "
         "Default: what the checkpoint was trained on.",
-        autocompletion=_completion.recipe_and_overrides,
+        autocompletion=_completion.first_recipe,
     ),
 ]
 

@@ -38,7 +38,7 @@ def distill(
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE ...]",
             help="What to train on and for how long. Default: what the teacher was trained on.",
-            autocompletion=_completion.recipe_and_overrides,
+            autocompletion=_completion.first_recipe,
         ),
     ] = None,
     teacher: Annotated[
@@ -49,7 +49,6 @@ def distill(
         typer.Option(
             metavar="SIZE|CHECKPOINT",
             help="The model that learns. Default: the dense model of the teacher's shape.",
-            autocompletion=_completion.model_sizes,
         ),
     ] = None,
     baseline: Annotated[

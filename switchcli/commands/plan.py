@@ -55,7 +55,7 @@ def plan(
         typer.Argument(
             metavar="[RECIPE|SIZE] [KEY=VALUE ...]",
             help="A recipe, or a model size such as switch-c, and recipe keys to set. Default: every size.",
-            autocompletion=_completion.size_or_recipe_and_overrides,
+            autocompletion=_completion.first_recipe,
         ),
     ] = None,
     gpu: Annotated[
@@ -63,7 +63,6 @@ def plan(
         typer.Option(
             metavar="NAME",
             help="A known device, such as h100 or rtx-4090. An unknown name lists them.",
-            autocompletion=_completion.gpus,
         ),
     ] = None,
     devices: Annotated[int, typer.Option(metavar="N", min=1, help="Number of devices.")] = 8,

@@ -96,7 +96,7 @@ def validate(
         typer.Argument(
             metavar="FILE ... [KEY=VALUE ...]",
             help="Recipe files or names of shipped recipes, and keys to set in each of them.",
-            autocompletion=_completion.recipe_and_overrides,
+            autocompletion=_completion.recipes,
         ),
     ],
     as_json: Json = False,
@@ -125,9 +125,7 @@ def validate(
 def schema(
     verb: Annotated[
         str,
-        typer.Argument(
-            help="The verb whose recipes an editor is to complete.", autocompletion=_completion.recipe_verbs
-        ),
+        typer.Argument(help="The verb whose recipes an editor is to complete."),
     ],
 ) -> None:
     """Print the JSON Schema of a verb's recipes."""
@@ -153,7 +151,6 @@ def explain(
         typer.Argument(
             help="A key such as train.steps. Default: all top-level keys.",
             show_default=False,
-            autocompletion=_completion.any_key,
         ),
     ] = None,
     as_json: Json = False,

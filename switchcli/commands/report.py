@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands import _completion
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Quiet
 from switchcli.commands._result import finish
@@ -29,7 +28,6 @@ def report(
             metavar="RUN ...",
             help="Folders of runs. With --routing: runs or checkpoints, one of them with experts, and KEY=VALUE as for "
             "`switchcli eval`.",
-            autocompletion=_completion.checkpoints_and_overrides,
         ),
     ],
     routing: Annotated[

@@ -44,7 +44,7 @@ def sweep(
         typer.Argument(
             metavar="LIST [KEY=VALUE ...] | VERB RECIPE [KEY=VALUE,VALUE ...]",
             help="A file that lists runs, or a command whose keys may have several values, separated by commas.",
-            autocompletion=_completion.command_words,
+            autocompletion=_completion.recipes,
         ),
     ],
     out: Annotated[

@@ -1,18 +1,19 @@
-"""The index of all recipe keys, read from keys.json without torch: for `recipes explain`, completion and the docs.
+"""The index of all recipe keys: for `recipes explain`, hints and the documentation.
 
-`scripts/docs --reference` writes keys.json from the specs. A test compares the two.
+It is made from the schemas of the recipes when it is first asked for: commands import this module before they know
+whether they need it.
 """
 
 import difflib
-import json
 import re
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-FILE = Path(__file__).with_name("keys.json")
-VERBS = ("pretrain", "finetune", "distill", "eval")
-"""The verbs that have recipes. Each writes a result.json."""
+from switchcli.recipe.library import VERBS
+from switchcli.recipe.sizes import CUSTOM, SIZES
+from switchcli.spec import Spec
+
+_ON_TEXT, _ON_TASKS = "distill on text", "distill on tasks"
 
 
 class KeyInfo(NamedTuple):
@@ -35,16 +36,64 @@ class KeyInfo(NamedTuple):
     """Values of a `kind`, such as `optimizer.kind=adamw`: the key exists with any one of these. Empty: always."""
 
 
+_EXTENDS = KeyInfo(
+    "extends",
+    VERBS,
+    "path or text",
+    (),
+    "null",
+    "The recipe that this one changes: a file, relative to this one, or the name of a recipe that ships. Only in a "
+    "file, not on the command line.",
+)
+"""The one key that no schema has: it is gone before a recipe is validated."""
+_DEFAULTS = {"verb": "the verb of the command", "model.decoder_router.kind": "switch"}
+"""Defaults that the schema does not say."""
+
+
 @cache
 def all_keys() -> tuple[KeyInfo, ...]:
     """Return every meaning of every key, grouped by top-level key, in the order of the recipes.
 
     `extends` is among them, which a file may have and the command line may not.
     """
-    rows: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
-    for row in rows:
-        row.update({name: tuple(row[name]) for name in ("verbs", "choices", "when")})  # a NamedTuple that has a hash
-    return tuple(KeyInfo(**row) for row in rows)
+    from switchcli.recipe import schema
+    from switchcli.recipe.schema_walk import SchemaNode
+    from switchcli.tasks.registry import METRICS, SUITES, TASKS
+
+    recipes: dict[str, type[Spec]] = {
+        "pretrain": schema.PretrainRecipe,
+        "finetune": schema.FinetuneRecipe,
+        _ON_TEXT: schema.DistillTextRecipe,
+        _ON_TASKS: schema.DistillTasksRecipe,
+        "eval": schema.EvalRecipe,
+    }
+    choices = {  # those that the type of a key does not say
+        "verb": VERBS,
+        "model.size": (CUSTOM, *SIZES),
+        "tasks": (*TASKS, *SUITES),
+        "tasks[].metrics": tuple(METRICS),
+    }
+    verbs: dict[KeyInfo, list[str]] = {}
+    for verb, recipe in recipes.items():
+        for found in SchemaNode.root(recipe).infos():
+            key = found.key
+            info = found._replace(choices=choices.get(key, found.choices), default=_DEFAULTS.get(key, found.default))
+            verbs.setdefault(info, []).append(verb)
+    infos = [_EXTENDS, *(info._replace(verbs=_short(names)) for info, names in verbs.items())]
+    first = {info.key: place for place, info in reversed([*enumerate(infos)])}
+    top = {_top(info.key): place for place, info in reversed([*enumerate(infos)])}
+    return tuple(sorted(infos, key=lambda info: (top[_top(info.key)], first[info.key])))
+
+
+def _top(key: str) -> str:
+    return re.split(r"[.\[]", key)[0]
+
+
+def _short(verbs: list[str]) -> tuple[str, ...]:
+    """Return verbs with one name for distillation where both of its forms are meant."""
+    if _ON_TEXT in verbs and _ON_TASKS in verbs:
+        verbs = ["distill" if verb == _ON_TEXT else verb for verb in verbs if verb != _ON_TASKS]
+    return tuple(verbs)
 
 
 def keys(verb: str | None = None) -> tuple[KeyInfo, ...]:

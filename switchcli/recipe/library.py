@@ -15,6 +15,8 @@ from switchcli.recipe.yaml_nodes import Node, display_key, display_path, read_fi
 from switchcli.system import publish
 from switchcli.system.user_files import expanded
 
+VERBS: Final = ("pretrain", "finetune", "distill", "eval")
+"""The verbs that have recipes. Each writes a result.json."""
 SUFFIXES = (".yaml", ".yml")
 KEY_VALUE: Final = re.compile(r"[A-Za-z_][\w.\[\]-]*=", re.ASCII)
 """The beginning of an argument that sets a key of a recipe. A - and brackets are in what users type, not in a key."""

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import key_index, library, messages, sizes, yaml_nodes
-from switchcli.recipe.key_index import VERBS
+from switchcli.recipe import library, messages, sizes, yaml_nodes
+from switchcli.recipe.library import VERBS
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import AUTO, MAX_SIZE, VOCAB_SIZE, Spec, check_path_or_url
 from switchcli.system.user_files import expanded
@@ -309,24 +310,21 @@ def _carries_over(node: Node, path: tuple[str, ...], old: Any, kind: Any) -> boo
 
     A key that no kind has stays too: `validate` names it.
     """
-    if path[-1] == "kind":
+    from switchcli.recipe.schema import fields_at  # which imports this module
+
+    *parent, key = path
+    if key == "kind":
         return False
-    meanings = _meanings(path)
-    old_kinds = [info.default for info in _meanings((*path[:-1], "kind"))] if old is None else [old]
-    before, after = (
-        [info for info in meanings if not info.when or any(one in key_index.kinds(info) for one in kinds)]
-        for kinds in (old_kinds, [kind])  # a recipe may state anything as a kind, also a mapping
-    )
-    if not after:
-        return not meanings
-    if any(info in before for info in after):
+    old_kinds = [getattr(field.default, "kind", None) for _, field in fields_at(parent)] if old is None else [old]
+    fields = dict(fields_at(path))
+    after = fields.get(str(kind))  # a recipe may state anything as a kind, also a mapping
+    if after is None:
+        return not fields
+    before = [fields[one] for one in map(str, old_kinds) if one in fields]
+    if any(repr(field) == repr(after) for field in before):
         return True  # it means the same to both
-    value, defaults = yaml_nodes.plain(node), [info.default for info in before]
-    return all(text is not None and value != yaml_nodes.plain(yaml_nodes.read(text, str)) for text in defaults)
-
-
-def _meanings(path: tuple[str, ...]) -> tuple[key_index.KeyInfo, ...]:
-    return key_index.meanings(key_index.normalize(".".join(path)))
+    value = yaml_nodes.plain(node)
+    return all(not field.is_required() and value != to_jsonable_python(field.default) for field in before)
 
 
 def _expand_auto(node: Node) -> Node:

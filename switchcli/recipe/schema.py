@@ -4,9 +4,10 @@ import math
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from switchcli.data.config import DataSpec, TextSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
@@ -241,6 +242,27 @@ RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
     {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )
 """The recipe of each verb that takes one. For distill it is the one on text."""
+
+
+def fields_at(path: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield each field that a path in a recipe may mean, with the kind of its mapping; "" where that has none."""
+    specs: list[type[BaseModel]] = [*RECIPES.values(), DistillTasksRecipe]
+    *parents, key = (part for part in path if not part.isdecimal())
+    for parent in parents:
+        fields = [spec.model_fields[parent] for spec in specs if parent in spec.model_fields]
+        specs = [inner for field in fields for inner in _specs_in(field.annotation)]
+    for spec in specs:
+        if key in spec.model_fields:
+            kinds = get_args(spec.model_fields["kind"].annotation) if "kind" in spec.model_fields else ("",)
+            yield from ((kind, spec.model_fields[key]) for kind in kinds)
+
+
+def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the specs that a value of a type, or an item of it, may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _specs_in(part)
 
 
 def schema_of(tree: Node) -> type[Spec] | None:

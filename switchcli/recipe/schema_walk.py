@@ -1,7 +1,7 @@
 """The walk through the schema of a recipe: its keys with type, choices, default and meaning, and the node at a path.
 
-It reads the JSON Schema that pydantic makes of a spec. Error messages walk when there is an error. The index of all
-keys (`key_index`), for completion, `recipes explain` and the documentation, is a file that this walk writes.
+It reads the JSON Schema that pydantic makes of a spec. Error messages walk when there is an error, and the index of all
+keys (`key_index`) when it is asked for.
 """
 
 import json

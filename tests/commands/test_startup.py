@@ -111,7 +111,7 @@ print(*{*sys.modules} & {"torch", "numpy", "datasets", "transformers", "accelera
     ("command", "may_import"),
     [
         ("recipes validate quickstart/switch finetune/glue", {"numpy"}),
-        ("recipes explain model.router", set()),
+        ("recipes explain model.router", {"numpy"}),
         ("report {dense} {trained} --html page.html", {"numpy"}),
         ("data tokenizer show {trained} red", {"numpy"}),
         ("complete", set()),
@@ -123,7 +123,7 @@ def test_what_needs_no_model_imports_nothing_slow(
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     if command == "complete":  # a tab
         environment |= {"_SWITCHCLI_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-        environment["_TYPER_COMPLETE_ARGS"] = "switchcli pretrain mine.yaml train.st"
+        environment["_TYPER_COMPLETE_ARGS"] = "switchcli pretrain quick"
     words = command.format(trained=trained, dense=dense).split()
     script = [sys.executable, "-c", f"import sys; sys.argv[0] = 'switchcli'\n{IMPORTS}"]
     done = subprocess.run([*script, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -71,7 +71,6 @@ READ_BY_PATH = {
     "switchcli/data/prepare/store.py": "of the cache",
     "switchcli/data/sources/python_stdlib.py": "of Python",
     "switchcli/system/processor.py": "of the system",
-    "switchcli/recipe/key_index.py": "of the package",
     "switchcli/recipe/library.py": "of the package",
     "switchcli/report/html_page.py": "of the package",
     "switchcli/tasks/stdlib_tasks.py": "of Python",

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import library, yaml_nodes
-from switchcli.recipe.key_index import VERBS
+from switchcli.recipe.library import VERBS
 from switchcli.system.user_files import read_regular
 
 MAX_RUNS = 1_000
