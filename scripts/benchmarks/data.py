@@ -19,9 +19,9 @@ from contestants import Contestant
 from machine import Job, begin, random_batch
 from models import OurStep, microbatch_of, without_values
 
-from switchcli.data.config import DataSpec
+from switchcli.data.config import DataSpec, TextObjective
 from switchcli.data.dataset import TokenDataset
-from switchcli.data.objectives.denoisers import Denoisers, ObjectiveSpec, PrefixLanguageModel
+from switchcli.data.objectives.prefix_lm import PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts, prepare
 from switchcli.data.prepare.prepare_context import PrepareContext
@@ -45,7 +45,7 @@ MODELS = {
 }
 """The smallest models of the recipes, and the length of the inputs that they are trained on."""
 PREPARING = ("prepare", "map", "load and map")
-LOADING = ("the model", "one thread", "1 worker", "2 workers", "a mixture of 8 texts", "prefix_lm", "denoisers")
+LOADING = ("the model", "one thread", "1 worker", "2 workers", "a mixture of 8 texts", "prefix_lm")
 BATCHES = 20
 """Number of the loader's batches in a turn."""
 
@@ -165,12 +165,11 @@ def _loading(job: Job, folder: Path) -> Callable[[], int]:
             return rows * length
 
         return one_step
-    objectives: dict[str, ObjectiveSpec] = {
-        "prefix_lm": PrefixLanguageModel(inputs_length=length, targets_length=length),
-        "denoisers": Denoisers(inputs_length=length),
-    }
+    prefixes = PrefixLanguageModel(inputs_length=length, targets_length=length)
     made_of = _specs(folder)["mixture" if who == "a mixture of 8 texts" else "joined"]
-    batches = stream(_prepared(made_of, folder, folder / "cache", None), objectives.get(who, spans), rows)
+    batches = stream(
+        _prepared(made_of, folder, folder / "cache", None), prefixes if who == "prefix_lm" else spans, rows
+    )
     microbatches = Microbatches(batches, rows, rows, 0, 1)
     workers = {"1 worker": 1, "2 workers": 2}.get(who, 0)
     ahead = iter(range(0, 10**9, BATCHES))  # no batch twice
@@ -185,7 +184,7 @@ def _loading(job: Job, folder: Path) -> Callable[[], int]:
     return some_batches
 
 
-def stream(text: PreparedTexts, objective: ObjectiveSpec, rows: int) -> PreparedTextSource:
+def stream(text: PreparedTexts, objective: TextObjective, rows: int) -> PreparedTextSource:
     chunks = [TokenDataset(one.shards[TRAIN], objective, 0) for one in text.texts.values()]
     mixture = None if len(chunks) == 1 else TextMixture(dict.fromkeys(text.texts, 1 / len(chunks)), 0)
     return PreparedTextSource(chunks, text.tokenizer, objective, 0, rows, mixture)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.data.objectives.denoisers import ObjectiveSpec, TextObjective
 from switchcli.data.objectives.packed_documents import WholeDocumentObjective
+from switchcli.data.objectives.prefix_lm import PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.filters import Filters
@@ -16,6 +16,8 @@ from switchcli.data.text_mixture import JoinedTexts, TextMixture, TextMixtureSpe
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec, TrainedTokenizer
 from switchcli.spec import Count, Size, Spec
 
+TextObjective = SpanCorruption | PrefixLanguageModel
+"""The objectives that a recipe can name by `kind`."""
 RowObjective = TextObjective | WholeDocumentObjective
 """An objective that turns raw rows into the rows of a batch."""
 
@@ -81,7 +83,7 @@ class DataSpec(TextsSpec):
 
     tokenizer: TokenizerSpec = TrainedTokenizer()
     """The tokenizer, chosen by `kind`: train, file or hub."""
-    objective: ObjectiveSpec = SpanCorruption()
+    objective: TextObjective = Field(default=SpanCorruption(), discriminator="kind")
     """The objective, chosen by `kind`: what the model sees of a text, and what it has to predict."""
     packing: Literal["windows", "documents"] = "windows"
     """`windows` joins documents end to end and cuts rows from them; `documents` packs whole documents into rows, masked

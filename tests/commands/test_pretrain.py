@@ -171,10 +171,6 @@ def test_a_finished_run_is_done_at_once_with_the_same_result(
     [
         ("data.packing=documents",),
         ("data.objective={kind: prefix_lm, inputs_length: 32, targets_length: 32, text_length: 32}",),
-        (
-            "data.objective={kind: denoisers, inputs_length: 32, denoisers: [{prompt: a, noise_density: 0.25}, "
-            "{prompt: of, noise_density: 0.5, mean_span_length: 3}]}",
-        ),
     ],
 )
 def test_every_objective_trains_and_is_evaluated_as_in_training(

@@ -15,14 +15,14 @@ class Counts(NamedTuple):
     spans: int
 
 
-def counts(length: int, density: float, mean: float | None) -> Counts:
-    """A share of the tokens is noise, in spans of a mean length; no part is empty. Without a mean there is one span.
+def counts(length: int, density: float, mean: float) -> Counts:
+    """A share of the tokens is noise, in spans of a mean length; no part is empty.
 
     T5 computes both in float32.
     """
     single = np.float32
     noise = max(1, min(int(np.rint(single(length) * single(density))), length - 1))
-    return Counts(length - noise, noise, 1 if mean is None else max(1, int(np.rint(single(noise) / single(mean)))))
+    return Counts(length - noise, noise, max(1, int(np.rint(single(noise) / single(mean)))))
 
 
 def segments(draws: list[int], num_items: int, num_segments: int) -> list[int]:

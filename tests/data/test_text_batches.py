@@ -15,8 +15,8 @@ from switchcli.data import dataset
 from switchcli.data.batch import Batch
 from switchcli.data.config import RowObjective
 from switchcli.data.dataset import TokenDataset
-from switchcli.data.objectives.denoisers import Denoisers, PrefixLanguageModel
 from switchcli.data.objectives.packed_documents import WholeDocumentObjective
+from switchcli.data.objectives.prefix_lm import PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.store import TokenShard, TokenStore
 from switchcli.data.text_batches import PreparedTextSource
@@ -27,7 +27,6 @@ CORRUPTION = SpanCorruption(inputs_length=16)
 ROWS: list[RowObjective] = [
     *(SpanCorruption(inputs_length=length) for length in (16, 128, 256, 512)),
     PrefixLanguageModel(inputs_length=20, targets_length=20, text_length=20),
-    Denoisers(inputs_length=64),
     WholeDocumentObjective(SpanCorruption(inputs_length=32)),
 ]
 
@@ -45,9 +44,6 @@ class _Sentinels:
 
     def __init__(self, number: int) -> None:
         self.sentinels: NDArray[np.int64] = 60_000 - np.arange(number)
-
-    def encode(self, text: str) -> list[int]:
-        return [55_000 + ord(character) for character in text]
 
 
 class Stream(PreparedTextSource):

@@ -70,7 +70,6 @@ train: {{steps: {MAX_COUNT}, batch_tokens: {MAX_COUNT}}}
         LARGEST.replace("num_experts: 64", f"num_experts: {MAX_EXPERTS_IN_ALL // 8}").replace(
             f"num_layers: {MAX_FEW}", "num_layers: 4"
         ),
-        LARGEST.replace("objective: {", "objective: {kind: denoisers, "),
     ],
 )
 def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path) -> None:

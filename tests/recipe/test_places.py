@@ -25,7 +25,6 @@ NO_PLACES = {
     "HubCorpus.split",
     "HubCorpus.revision",
     "HubTokenizer.revision",
-    "Denoiser.prompt",
     "ShippedTask.name",
     "CustomTask.name",
     "CustomTask.input",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from messages import assert_line
 
-from switchcli.data.objectives.denoisers import Denoisers
 from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.errors import RecipeError
@@ -129,7 +128,6 @@ def test_an_objective_without_a_kind_is_span_corruption(recipe):
 def test_another_kind_of_objective_replaces_the_first(recipe):
     found = recipe("data.objective={kind: prefix_lm, inputs_length: 64, targets_length: 32}")
     assert (found.inputs_length, found.targets_length) == (64, 32)
-    assert recipe("data.objective.kind=denoisers").data.objective == Denoisers()
     assert recipe("data.packing=documents").data.rows == WholeDocumentObjective(SpanCorruption())
     assert recipe("data={tokenizer: {alpha: 0.3}, mixture: {kind: temperature}}").data.tokenizer.alpha == 0.3
 
@@ -138,18 +136,18 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
     ("override", "words"),
     [
         (
-            "data={packing: documents, objective: {kind: denoisers}}",
-            "data.packing documents objective.kind=span_corruption denoisers packing=windows",
+            "data={packing: documents, objective: {kind: prefix_lm}}",
+            "data.packing documents objective.kind=span_corruption prefix_lm packing=windows",
         ),
         (
             "data.objective={kind: prefix_lm, text_length: 1023}",
             "data.objective.text_length 1023 1022 inputs_length 512 targets_length 512",
         ),
         (
-            "data.objective={kind: denoisers, mean_span_length: 3}",
+            "data.objective={kind: prefix_lm, mean_span_length: 3}",
             "data.objective.mean_span_length span_corruption",
         ),
-        ("data.objective.kind=ul2", "data.objective.kind span_corruption prefix_lm denoisers ul2"),
+        ("data.objective.kind=ul2", "data.objective.kind span_corruption prefix_lm ul2"),
         ("data={tokenizer: {alpha: 0.3}}", "data.tokenizer.alpha 0.3 mixture.kind=temperature"),
     ],
 )

@@ -441,7 +441,21 @@ def use_corpus(run: Fork) -> None:
 
 
 def add_objective(tree: Tree) -> None:
-    objective = '''
+    tree.create(
+        "switchcli/data/objectives/echo.py",
+        '''"""Echo: the targets are the inputs."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from switchcli.data.objectives.example_packing import pad_rows
+from switchcli.data.objectives.span_corruption import Corrupt, Draws, Ids
+from switchcli.data.tokenizer.tokenizer import Tokenizer
+from switchcli.spec import MAX_SIZE, Spec
+
+
 class Echo(Spec):
     """A text is given, and is to be said again."""
 
@@ -468,11 +482,11 @@ class Echo(Spec):
         rows, length = len(raw_RL), self.raw_tokens_per_row
         echoed = pad_rows(raw_RL.ravel(), np.full(rows, length), np.arange(rows), (rows, self.inputs_length))
         return echoed, echoed
-
-
-'''
-    tree.insert("switchcli/data/objectives/denoisers.py", objective, before="^TextObjective = ")
-    tree.insert("switchcli/data/objectives/denoisers.py", "Echo | ", after="^TextObjective = ")
+''',
+    )
+    config, imported = "switchcli/data/config.py", "from switchcli.data.objectives.echo import Echo\n"
+    tree.insert(config, imported, before="^from switchcli.data.objectives.packed_documents import")
+    tree.insert(config, "Echo | ", after="^TextObjective = ")
 
 
 def use_objective(run: Fork) -> None:

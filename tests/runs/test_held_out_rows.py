@@ -11,7 +11,7 @@ from doubles import NoWarnings
 
 from switchcli.data.batch import Batch
 from switchcli.data.config import DataSpec
-from switchcli.data.objectives.denoisers import PrefixLanguageModel
+from switchcli.data.objectives.prefix_lm import PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepared_text import HELD_OUT, PreparedText, TextCounts

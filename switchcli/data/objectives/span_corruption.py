@@ -4,8 +4,8 @@
     inputs   a b <0> e f <1> </s>        each noise span becomes a sentinel
     targets  <0> c d <1> g h i j </s>    each span that is kept becomes a sentinel; no closing sentinel, as in T5's code
 
-Texts of different lengths are corrupted together, end to end (`corrupt_spans`). Here each row is one text; denoisers.py
-and packed_documents.py both call `corrupt_spans` too. Nothing here reads text or draws random numbers: text_batches.py
+Texts of different lengths are corrupted together, end to end (`corrupt_spans`). Here each row is one text;
+packed_documents.py calls `corrupt_spans` too. Nothing here reads text or draws random numbers: text_batches.py
 does.
 
 Legend  R rows  L raw tokens of a row  S source  T target positions  X texts  P gaps between a text's items (tokens)
@@ -54,27 +54,16 @@ class SpanCounts(NamedTuple):
         return self.num_noise + self.num_spans + 1
 
     @classmethod
-    def of(cls, raw_length: int, noise_density: float, mean_span_length: float | None) -> Self:
-        """Return T5's counts for a text: at least one kept and one noise token; one span if there is no mean length.
+    def of(cls, raw_length: int, noise_density: float, mean_span_length: float) -> Self:
+        """Return T5's counts for a text: at least one kept and one noise token.
 
         Products and quotients are float32, as in T5, and round half to even. For example, 15 % of 190 tokens are
         28.500002 in float32, so 29 tokens are noise. In float64 they would be 28.5 and 28.
         """
         density = float(np.float32(noise_density))
         num_noise = min(max(_round_float32(float(np.float32(raw_length)) * density), 1), raw_length - 1)
-        if mean_span_length is None:
-            return cls(raw_length - num_noise, num_noise, 1)
         num_spans = max(_round_float32(float(np.float32(num_noise)) / float(np.float32(mean_span_length))), 1)
         return cls(raw_length - num_noise, num_noise, num_spans)
-
-    def check(self, noise_density: float, mean_span_length: float | None) -> None:
-        """Raise ValueError if there are too few kept tokens to separate the noise spans."""
-        if self.num_spans > self.num_kept:
-            raise ValueError(
-                f"noise_density ({noise_density}) and mean_span_length ({mean_span_length}) make "
-                f"{self.num_spans} spans, but only {self.num_kept} tokens are left to separate them: lower "
-                "noise_density or raise mean_span_length"
-            )
 
 
 def _round_float32(x: float) -> int:
@@ -84,25 +73,6 @@ def _round_float32(x: float) -> int:
     arithmetic, because float64 has more than twice the digits.
     """
     return round(float(np.float32(x)))
-
-
-def max_raw_tokens(fits: Callable[[int], bool]) -> int:
-    """Return the largest number of raw tokens, at least 2, for which `fits` is true.
-
-    `fits` must be true up to some number and false from there on. Raises ValueError if more than MAX_RAW tokens fit,
-    which happens if nearly all tokens are noise.
-    """
-    upper = 4
-    while fits(upper):
-        upper *= 2
-        if upper > MAX_RAW:
-            raise ValueError(
-                f"noise_density hides so much that a row takes more than {MAX_RAW:,} tokens of text: lower it, or take "
-                "a smaller inputs_length"
-            )
-    # Index 0 of the range stands for 3 tokens: if index i is the first number that does not fit, 2 + i is the last
-    # that does.
-    return 2 + bisect_left(range(3, upper + 1), True, key=lambda length: not fits(length))
 
 
 class SpanCorruption(Spec):
@@ -119,7 +89,13 @@ class SpanCorruption(Spec):
 
     @model_validator(mode="after")
     def _spans_fit(self) -> Self:
-        self._row_counts.check(self.noise_density, self.mean_span_length)
+        counts = self._row_counts
+        if counts.num_spans > counts.num_kept:  # too few kept tokens to separate the noise spans
+            raise ValueError(
+                f"noise_density ({self.noise_density}) and mean_span_length ({self.mean_span_length}) make "
+                f"{counts.num_spans} spans, but only {counts.num_kept} tokens are left to separate them: lower "
+                "noise_density or raise mean_span_length"
+            )
         return self
 
     def _counts(self, raw_length: int) -> SpanCounts:
@@ -138,7 +114,19 @@ class SpanCorruption(Spec):
         # Deviates: T5's helper counts in float64 here, though its masks count in float32. At other noise than the
         # default a text may then be one token longer or shorter, and T5 cuts or pads the row.
         """
-        length = max_raw_tokens(lambda length: self._counts(length).inputs_length <= self.inputs_length)
+        upper = 4
+        while self._counts(upper).inputs_length <= self.inputs_length:
+            upper *= 2
+            if upper > MAX_RAW:
+                raise ValueError(
+                    f"noise_density hides so much that a row takes more than {MAX_RAW:,} tokens of text: lower it, or "
+                    "take a smaller inputs_length"
+                )
+        # Index 0 of the range stands for 3 tokens: if index i is the first number that does not fit, 2 + i is the last
+        # that does.
+        length = 2 + bisect_left(
+            range(3, upper + 1), True, key=lambda length: self._counts(length).inputs_length > self.inputs_length
+        )
         counts = self._counts(length)
         # At half noise, rounding may make the targets longer than the inputs. T5 then takes one token less.
         if self.noise_density == 0.5 and counts.targets_length > counts.inputs_length and length > 2:

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from switchcli.data.config import DataSpec, TextSpec, TextsSpec
-from switchcli.data.objectives.denoisers import TextObjective
+from switchcli.data.config import DataSpec, TextObjective, TextSpec, TextsSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepared_text import HELD_OUT
