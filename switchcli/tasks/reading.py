@@ -7,7 +7,6 @@ from typing import Literal
 
 from switchcli.data.sources import paths as files
 from switchcli.data.sources.corpus import hub_rows
-from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.files import json_rows
 from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError, RecipeError
@@ -32,7 +31,7 @@ def read_examples(task: Task, split: Split, purpose: Purpose, folder: str | None
     return examples
 
 
-def fingerprint(task: Task, split: Split, folder: str | None, digests: Digests) -> str:
+def fingerprint(task: Task, split: Split, folder: str | None) -> str:
     """Return a text that changes with the split's examples: names, the recipe's rules, and digests of files.
 
     Raises:
@@ -40,13 +39,13 @@ def fingerprint(task: Task, split: Split, folder: str | None, digests: Digests) 
     """
     source = task.source
     if isinstance(source, EmbeddedSource):
-        return source.fingerprint(digests)
+        return source.fingerprint()
     if isinstance(source, FilesSource):
         paths = files.expand_paths(source.paths(split), f"tasks: {task.name}")
-        return f"{source.rules} {files.fingerprint(paths, digests)}"
+        return f"{source.rules} {files.fingerprint(paths)}"
     if folder is None:
         return repr(source)
-    return files.fingerprint([_local_file(source, _require_split(task, source, split), folder)], digests)
+    return files.fingerprint([_local_file(source, _require_split(task, source, split), folder)])
 
 
 def check_tasks(tasks: Iterable[Task], splits: Sequence[Split], folder: str | None) -> None:

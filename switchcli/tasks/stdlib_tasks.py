@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Literal
 
-from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.sources.python_stdlib import (
     PythonStdlib,
@@ -164,10 +163,8 @@ def _rows_of(split: Split, named_rows: Iterable[NamedRow]) -> Iterator[Row]:
     return (row for name, row in named_rows if is_held_out(name, HELD_OUT) == (split == "validation"))
 
 
-def _fingerprint(digests: Digests) -> str:
-    rules = repr(
-        (PythonStdlib(sources=True).fingerprint(digests), HELD_OUT, SIMILAR_WORDS, MIN_WORDS, MAX_SOURCE, MODULES)
-    )
+def _fingerprint() -> str:
+    rules = repr((PythonStdlib(sources=True).fingerprint(), HELD_OUT, SIMILAR_WORDS, MIN_WORDS, MAX_SOURCE, MODULES))
     return f"python-stdlib tasks {hashlib.sha256(rules.encode()).hexdigest()}"
 
 

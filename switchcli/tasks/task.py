@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.sources.digests import Digests
-
 Row = Mapping[str, Any]
 """One row of a data set, by the column names of the Hugging Face hub."""
 Purpose = Literal["training", "scoring"]
@@ -130,7 +128,7 @@ class EmbeddedSource(NamedTuple):
     """Rows that the program generates without a download, for a training and a validation split."""
 
     rows: Callable[[Literal["train", "validation"]], Iterator[Row]]
-    fingerprint: Callable[[Digests], str]
+    fingerprint: Callable[[], str]
     """Return a text that changes whenever the rows change."""
 
 

@@ -3,7 +3,7 @@
 Legend  B examples of a batch  S source positions  T target positions
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,6 +19,7 @@ from switchcli.data.objectives.example_packing import (
     store_from_texts,
 )
 from switchcli.data.prepare.cache import get_or_build
+from switchcli.data.prepare.prepare_context import Track
 from switchcli.data.prepare.prepared_text import FORMAT as STORE_FORMAT
 from switchcli.data.prepare.store import (
     StoreWriter,
@@ -29,7 +30,6 @@ from switchcli.data.prepare.store import (
     write_manifest,
 )
 from switchcli.data.rng import EXAMPLES, permutation
-from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.spec import EOS
 from switchcli.tasks.reading import Split, fingerprint, read_examples
@@ -59,26 +59,17 @@ def packed_task(
     seed: int,
     cache: Path,
     track: Track,
-    warn: Callable[[str], None] = lambda text: None,
 ) -> PackedTask:
     """Return the task's training split as packed rows, from the cache or by building the cache entry.
 
     Args:
         folder: a folder of data sets as `FOLDER/SPLIT.jsonl`; None for the hub.
         seed: determines the order in which examples are packed.
-        warn: called with a line for each file that changed since the split was prepared.
 
     Raises:
         DataError: the split cannot be read; see `read_examples`.
     """
-    digests = Digests(cache, track=track, warn=warn)
-    key_parts = [
-        str(FORMAT),
-        task.name,
-        fingerprint(task, "train", folder, digests),
-        tokenizer.sha256,
-        str(STORE_FORMAT),
-    ]
+    key_parts = [str(FORMAT), task.name, fingerprint(task, "train", folder), tokenizer.sha256, str(STORE_FORMAT)]
     entry = cache / "tasks" / digest_of_lines(key_parts)
 
     def build(temporary: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from switchcli.data.sources import python_stdlib
 from switchcli.data.sources.corpus import PythonStdlib
-from switchcli.data.sources.digests import Digests
 
 
 @pytest.fixture
@@ -61,17 +60,17 @@ def test_a_module_is_held_out_by_its_name(library: Path) -> None:
 
 
 def test_a_python_without_topics_has_the_modules(library: Path) -> None:
-    before = PythonStdlib().fingerprint(Digests())
+    before = PythonStdlib().fingerprint()
     (library / "pydoc_data" / "topics.py").unlink()
     assert next(PythonStdlib().documents()).name == "module ast.py"
-    assert PythonStdlib().fingerprint(Digests()) != before
+    assert PythonStdlib().fingerprint() != before
 
 
 def test_the_fingerprint_follows_options_and_files(library: Path) -> None:
-    first = PythonStdlib().fingerprint(Digests())
-    assert first == PythonStdlib().fingerprint(Digests()) != PythonStdlib(sources=True).fingerprint(Digests())
+    first = PythonStdlib().fingerprint()
+    assert first == PythonStdlib().fingerprint() != PythonStdlib(sources=True).fingerprint()
     (library / "more.py").write_text("'''More.'''")
-    assert first != PythonStdlib().fingerprint(Digests())
+    assert first != PythonStdlib().fingerprint()
 
 
 def test_what_is_left_out_is_not_walked(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +82,7 @@ def test_what_is_left_out_is_not_walked(library: Path, monkeypatch: pytest.Monke
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    PythonStdlib().fingerprint(Digests())
+    PythonStdlib().fingerprint()
     assert "pydoc_data" in visited
     assert not python_stdlib.SKIPPED_FOLDERS & set(visited)
 

@@ -24,7 +24,6 @@ from pyarrow import parquet
 
 from switchcli import spec
 from switchcli.data.sources import files
-from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import SourceShard, is_held_out
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.paths import SourceFile
@@ -133,7 +132,7 @@ def test_missing_files_folders_and_globs(tmp_path: Path) -> None:
 
 def test_the_fingerprint_follows_content_and_options(prose: Path) -> None:
     def fingerprint(**options: str) -> str:
-        return FilesCorpus.model_validate({"paths": (str(prose),), **options}).fingerprint(Digests())
+        return FilesCorpus.model_validate({"paths": (str(prose),), **options}).fingerprint()
 
     first = fingerprint()
     assert first == fingerprint()
@@ -162,7 +161,7 @@ def test_how_a_path_is_written_changes_neither_fingerprint_nor_split(
     ways = [
         FilesCorpus(paths=(path,)) for path in (str(prose), prose.name, f"../{prose.parent.name}/{prose.name}", "*.txt")
     ]
-    assert len({corpus.fingerprint(Digests()) for corpus in ways}) == 1
+    assert len({corpus.fingerprint() for corpus in ways}) == 1
     assert len({tuple(document.identity for document in corpus.documents()) for corpus in ways}) == 1
     (document,) = FilesCorpus(paths=(str(prose), prose.name), sample_by="document").documents()  # each file once
     assert document.identity == document.text
@@ -317,10 +316,10 @@ def test_files_elsewhere_are_read_as_those_here(
         "memory:///c/d/e.txt",
     ]
     assert [one.text for piece in corpus.source_shards() for one in corpus.read(piece)] == ["one", "two", "4"]
-    before = corpus.fingerprint(Digests())
-    assert before == corpus.fingerprint(Digests())
+    before = corpus.fingerprint()
+    assert before == corpus.fingerprint()
     store.pipe("/c/a.txt", b"one\n\nTWO\n")
-    assert before != corpus.fingerprint(Digests())
+    assert before != corpus.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -361,9 +360,9 @@ def test_files_of_an_archive_are_read_where_they_are(tmp_path: Path, monkeypatch
         ("more", "zip://one.txt::texts.zip:3"),
         ("two", f"zip://d/two.jsonl.gz::file://{tmp_path}/texts.zip:1"),
     ]
-    before = corpus.fingerprint(Digests())
-    assert archive("one\n\nmore\n").fingerprint(Digests()) == before
-    assert archive("one\n\nMORE\n").fingerprint(Digests()) != before
+    before = corpus.fingerprint()
+    assert archive("one\n\nmore\n").fingerprint() == before
+    assert archive("one\n\nMORE\n").fingerprint() != before
 
 
 # Parquet
@@ -479,7 +478,7 @@ def test_a_corpus_of_each_language(tmp_path: Path) -> None:
     assert [one.text for one in corpus.documents()] == ["in fr", "in de"]
     plain = FilesCorpus(paths=(f"{tmp_path}/de.txt",))
     assert plain.per_language() == (plain,)
-    assert plain.fingerprint(Digests()) == corpus.per_language()[1].fingerprint(Digests())
+    assert plain.fingerprint() == corpus.per_language()[1].fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from pydantic import ValidationError
 
 from switchcli.data.sources import corpus as module
 from switchcli.data.sources.corpus import HubCorpus, SourceShard
-from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.errors import DataError
 
@@ -226,11 +225,11 @@ def test_a_folder_is_read_by_datasets_itself(tmp_path: Path, monkeypatch: pytest
 def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     write(tmp_path, shards=1)
     corpus = HubCorpus(path=str(tmp_path))
-    before = corpus.fingerprint(Digests())
-    assert before == HubCorpus(path=str(tmp_path), weight=2.0, language="en").fingerprint(Digests())
-    assert before != HubCorpus(path=str(tmp_path), unreadable="skip").fingerprint(Digests())
+    before = corpus.fingerprint()
+    assert before == HubCorpus(path=str(tmp_path), weight=2.0, language="en").fingerprint()
+    assert before != HubCorpus(path=str(tmp_path), unreadable="skip").fingerprint()
     write(tmp_path, shards=2)
-    assert corpus.fingerprint(Digests()) != before
+    assert corpus.fingerprint() != before
 
 
 @pytest.mark.parametrize(
@@ -396,9 +395,9 @@ def test_files_that_a_recipe_names_elsewhere_are_in_the_fingerprint(data_files: 
     (tmp_path / "outside.jsonl").write_text('{"text": "outside"}\n')
     corpus = HubCorpus(path=str(tmp_path / "set"), data_files=data_files.replace("FOLDER", str(tmp_path)))
     assert [document.text for document in corpus.documents()] == ["outside"]
-    before = corpus.fingerprint(Digests())
+    before = corpus.fingerprint()
     (tmp_path / "outside.jsonl").write_text('{"text": "OUTSIDE"}\n')
-    assert corpus.fingerprint(Digests()) != before
+    assert corpus.fingerprint() != before
 
 
 def test_a_folder_of_the_hubs_cache_is_read_and_its_fingerprint_follows_its_blobs(tmp_path: Path) -> None:
@@ -412,18 +411,18 @@ def test_a_folder_of_the_hubs_cache_is_read_and_its_fingerprint_follows_its_blob
     (snapshot / "data/part.jsonl").symlink_to("../../../blobs/2")
     corpus = HubCorpus(path=str(snapshot))
     assert [document.text for document in corpus.documents()] == ["a"]
-    before = corpus.fingerprint(Digests())
+    before = corpus.fingerprint()
     (blobs / "2").write_text('{"text": "b"}\n')
-    assert corpus.fingerprint(Digests()) != before
+    assert corpus.fingerprint() != before
     (snapshot / "data").rename(tmp_path / "linked")
     (snapshot / "data").symlink_to("../../linked")
     (tmp_path / "linked/part.jsonl").unlink()
     (tmp_path / "linked/part.jsonl").write_text('{"text": "c"}\n')
     (tmp_path / "linked/loop").symlink_to("..")
-    before = corpus.fingerprint(Digests())
+    before = corpus.fingerprint()
     assert [document.text for document in corpus.documents()] == ["c"]
     (tmp_path / "linked/part.jsonl").write_text('{"text": "d"}\n')
-    assert corpus.fingerprint(Digests()) != before
+    assert corpus.fingerprint() != before
 
 
 def test_a_subset_for_each_language(monkeypatch: pytest.MonkeyPatch) -> None:

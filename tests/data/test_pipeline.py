@@ -1,6 +1,7 @@
 """Preparation: the same ids as encoding each document, by any processes and machines; what is whole stays whole."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import chain
 from multiprocessing import active_children
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tokenizers
-from messages import naming_words
+from messages import naming, naming_words
 from numpy.typing import NDArray
 from tokenizers import models
 
@@ -29,7 +31,7 @@ from switchcli.data.prepare.cache import build_atomically, default_cache
 from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import PreparedTexts
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.prepare.prepare_context import PrepareContext, Track
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
 from switchcli.data.prepare.store import (
     OFFSETS,
@@ -40,7 +42,7 @@ from switchcli.data.prepare.store import (
 )
 from switchcli.data.sources import files
 from switchcli.data.sources.corpus import FilesCorpus
-from switchcli.data.sources.digests import Track
+from switchcli.data.sources.digests import stamp
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer, Wait
@@ -128,7 +130,9 @@ def corpus(here: Path) -> Corpus:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the files of a folder by name, without the record of what was compared."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != store.CHECKED]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def documents(shards: Iterable[store.TokenShard]) -> list[list[int]]:
@@ -480,12 +484,10 @@ def cut(path: Path) -> None:
     path.write_bytes(content[:-2])
 
 
-FOUND_AT_START: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], None]] = {
     "cut": lambda folder: cut(folder / f"piece-00002/held_out-000{TOKENS}"),
     "lost": lambda folder: (folder / f"piece-00002/train-000{OFFSETS}").unlink(),
     "lost piece": lambda folder: shutil.rmtree(folder / "piece-00002"),
-}
-FOUND_BY_CHECK: dict[str, Callable[[Path], None]] = {
     "tokens": lambda folder: flip(folder / f"piece-00002/train-000{TOKENS}"),
     "offsets": lambda folder: flip(folder / f"piece-00002/train-000{OFFSETS}"),
 }
@@ -505,15 +507,61 @@ def _alter(path: Path) -> None:
     path.write_text(path.read_text().replace("tokens", "t0kens", 1))
 
 
-@pytest.mark.parametrize("damage", [*FOUND_AT_START, *FOUND_BY_CHECK])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_piece_is_made_anew_and_no_other(corpus: Corpus, damage: str) -> None:
     text = corpus.prepare()
     before = contents(text.folder)
-    {**FOUND_AT_START, **FOUND_BY_CHECK}[damage](text.folder)
+    DAMAGES[damage](text.folder)
     shows = Shows()
-    module.prepare(corpus.spec, corpus.context(shows)._replace(check=damage in FOUND_BY_CHECK))
+    corpus.prepare(shows)
     assert shows.num_pieces == 1
     assert contents(text.folder) == before
+
+
+@pytest.mark.parametrize("number_of_starts", [1, 2])
+def test_no_flipped_bit_of_the_cache_changes_what_is_read(corpus: Corpus, number_of_starts: int) -> None:
+    """Whether files have been compared before or not, and whether the run has a tokenizer or takes the recipe's own."""
+    trained = TrainedTokenizer(vocab_size=150)
+    spec = corpus.spec.model_copy(update={"tokenizer": trained, "duplicates": Duplicates(kind="exact")})
+
+    def read(tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, list[list[int]]]:
+        prepared = module.prepare(spec, corpus.context(), tokenizer)
+        (text,) = prepared.texts.values()
+        return prepared.tokenizer, documents(chain(*text.shards.values()))
+
+    for _ in range(number_of_starts):
+        tokenizer, before = read()
+    random = np.random.default_rng(number_of_starts)
+    paths = sorted(path for path in corpus.cache.rglob("*") if path.is_file())
+    for path in random.permutation(np.array(paths))[:20]:
+        content = bytearray(path.read_bytes())
+        content[random.integers(len(content))] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        found, after = read(tokenizer if random.integers(2) else None)
+        assert (found.to_json(), after) == (tokenizer.to_json(), before), path
+
+
+def test_damage_that_shows_in_no_time_is_found_by_a_check(corpus: Corpus) -> None:
+    text = corpus.prepare()
+    before = contents(text.folder)
+    damaged = text.folder / f"piece-00002/train-000{TOKENS}"
+    corpus.prepare()
+    flip(damaged)
+    record = json.loads((text.folder / store.CHECKED).read_text())
+    record[f"piece-00002/{damaged.name}"] = [*stamp(damaged)]
+    (text.folder / store.CHECKED).write_text(json.dumps(record))
+    corpus.prepare()
+    assert contents(text.folder) != before
+    module.prepare(corpus.spec, corpus.context()._replace(check=True))
+    assert contents(text.folder) == before
+
+
+def test_offsets_that_do_not_rise_to_the_number_of_tokens_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / f"a{TOKENS}", np.arange(5, dtype=np.uint16))
+    for offsets in ([0, 2, 2, 5], [0, 3, 2, 5], [0, 2, 4], [0, 2, 6], [1, 5], []):
+        np.save(tmp_path / f"a{OFFSETS}", np.array(offsets, dtype=np.int64))
+        with pytest.raises(DataError, match=naming("--check")):
+            store.TokenStore.open(tmp_path, "a")
 
 
 @pytest.mark.parametrize("damage", MANIFESTS)

@@ -40,7 +40,6 @@ from tiny_run import RECIPE, lay_out_tuning, write_text
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.cli import main
-from switchcli.data.sources import digests as digests_of_sources
 from switchcli.report import charts
 
 PATIENCE = 240.0
@@ -139,9 +138,6 @@ def _run_and_exit(arguments: Sequence[object], within: Callable[[], object], out
         sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has had ignored
         warnings.resetwarnings()
-        # Whether the digest of a text is recorded depends on the seconds since it was copied. It never is here, so that
-        # a command does the same in each trial.
-        digests_of_sources.FRESH_NS = 2**63
         sys.argv = ["switchcli", *map(str, arguments)]
         within()
         main()
@@ -446,8 +442,8 @@ def leftovers() -> list[str]:
     return [str(path) for path in Path().rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
 
 
-NOT_COMPARED = ("run.lock", "teacher.json")
-"""Files that hold a process's number or seconds."""
+NOT_COMPARED = ("run.lock", "teacher.json", "checked.json")
+"""Files that hold a process's number, seconds or times of files."""
 MINUTE = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC")
 """The time at which a page was made."""
 

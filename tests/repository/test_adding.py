@@ -236,7 +236,7 @@ def _examples(row: Row, purpose: Purpose) -> Iterator[Example]:
 TASKS: tuple[Task, ...] = (
     Task(
         "parity",
-        EmbeddedSource(_rows, lambda digests: "parity 1"),
+        EmbeddedSource(_rows, lambda: "parity 1"),
         ("number", "parity"),
         _examples,
         (ACCURACY,),
@@ -402,7 +402,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
-from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
 from switchcli.errors import DataError
 
@@ -421,7 +420,7 @@ class Numerals(CorpusSpec):
             text = " ".join(str(7 * row + place) for place in range(20))
             yield Document(f"numerals {row}", text, text, row)
 
-    def fingerprint(self, digests: Digests) -> str:
+    def fingerprint(self) -> str:
         return f"numerals {self.count}"
 
     def empty_error(self) -> DataError:

@@ -65,7 +65,6 @@ READ_BY_PATH = {
     "switchcli/checkpoint/tensor_file.py": "of a descriptor",
     "switchcli/commands/_options.py": "a pipe of the user's shell",
     "switchcli/commands/recipes.py": "of the package",
-    "switchcli/data/sources/digests.py": "of the cache",
     "switchcli/data/prepare/pipeline.py": "of the cache",
     "switchcli/data/prepare/shards.py": "of the cache",
     "switchcli/data/prepare/store.py": "of the cache",

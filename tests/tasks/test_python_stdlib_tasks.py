@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.data.sources.digests import Digests
 from switchcli.tasks import stdlib_tasks
 from switchcli.tasks.stdlib_tasks import MODULES, TASKS, docstring_rows, module_rows, without_names
 from switchcli.tasks.task import EmbeddedSource, Row
@@ -177,10 +176,10 @@ def test_the_functions_of_this_python() -> None:
 def test_the_fingerprint_follows_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     source = TASKS[0].source
     assert isinstance(source, EmbeddedSource)
-    before = source.fingerprint(Digests())
-    assert before == source.fingerprint(Digests())
+    before = source.fingerprint()
+    assert before == source.fingerprint()
     monkeypatch.setattr(stdlib_tasks, "SIMILAR_WORDS", 9)
-    assert before != source.fingerprint(Digests())
+    assert before != source.fingerprint()
 
 
 @pytest.mark.integration

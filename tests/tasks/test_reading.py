@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from switchcli.data.sources import corpus
-from switchcli.data.sources.digests import Digests
 from switchcli.errors import DataError
 from switchcli.tasks import reading
 from switchcli.tasks.config import CustomTask
@@ -86,13 +85,13 @@ def test_an_empty_split(tmp_path: Path) -> None:
 def test_the_fingerprint_changes_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "glue/sst2/train.jsonl"
     write(path, [{"sentence": "fine", "label": 0}])
-    before = reading.fingerprint(TASKS["sst2"], "train", str(tmp_path), Digests())
-    assert before == reading.fingerprint(TASKS["sst2"], "train", str(tmp_path), Digests())
+    before = reading.fingerprint(TASKS["sst2"], "train", str(tmp_path))
+    assert before == reading.fingerprint(TASKS["sst2"], "train", str(tmp_path))
     stat = path.stat()
     write(path, [{"sentence": "FINE", "label": 0}])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size
-    assert before != reading.fingerprint(TASKS["sst2"], "train", str(tmp_path), Digests())
+    assert before != reading.fingerprint(TASKS["sst2"], "train", str(tmp_path))
 
 
 def test_the_hub_is_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

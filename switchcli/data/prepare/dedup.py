@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, is_usable, scratch_folder
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.prepare.prepare_context import PrepareContext, Track
 from switchcli.data.prepare.prepared_text import (
     HELD_OUT,
     TRAIN,
@@ -34,7 +34,6 @@ from switchcli.data.prepare.store import (
     TokenShard,
     digest_of_lines,
 )
-from switchcli.data.sources.digests import Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import disk_errors
 from switchcli.spec import Spec

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare.cache import ELSEWHERE, get_or_build, is_usable
 from switchcli.data.prepare.dedup import distinct_texts
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.prepare.prepare_context import PrepareContext, Track
 from switchcli.data.prepare.prepared_text import (
     FORMAT,
     HELD_OUT,
@@ -37,7 +37,6 @@ from switchcli.data.prepare.store import (
     write_manifest,
 )
 from switchcli.data.sources.corpus import Corpus
-from switchcli.data.sources.digests import Digests, Track
 from switchcli.data.sources.document import Document, is_held_out
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, disk_errors
@@ -117,7 +116,7 @@ def load_tokenizer(spec: DataSpec, context: PrepareContext) -> Tokenizer:
     if trained.kind != "train":
         return trained.load()
     documents = partial(iter_documents, spec, context.track, held_out=False)
-    lines = [trained.fingerprint(), *_text_fingerprints(spec, _all_corpora(spec), context)]
+    lines = [trained.fingerprint(), *_text_fingerprints(spec, _all_corpora(spec))]
     folder = context.cache / "vocabularies" / digest_of_lines(lines)
     with get_or_build(folder, lambda built: _write_tokenizer(built, trained.load(documents, context.wait))):
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -139,23 +138,19 @@ def iter_documents(spec: DataSpec, track: Track, *, held_out: bool) -> dict[str,
 # Digests of what ids depend on
 
 
-def source_digest(spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> str:
+def source_digest(spec: DataSpec, tokenizer: Tokenizer) -> str:
     """Return a digest of everything that the ids of the texts depend on. The texts need not be prepared."""
-    return _digest_of_corpora(spec, _all_corpora(spec), tokenizer, context)
+    return _digest_of_corpora(spec, _all_corpora(spec), tokenizer)
 
 
-def _digest_of_corpora(
-    spec: DataSpec, corpora: Iterable[Corpus], tokenizer: Tokenizer, context: PrepareContext, *more: str
-) -> str:
+def _digest_of_corpora(spec: DataSpec, corpora: Iterable[Corpus], tokenizer: Tokenizer, *more: str) -> str:
     """Return a digest of everything that the ids of `corpora` depend on, and of `more`."""
-    return digest_of_lines([*_text_fingerprints(spec, corpora, context), tokenizer.sha256, *more])
+    return digest_of_lines([*_text_fingerprints(spec, corpora), tokenizer.sha256, *more])
 
 
-def _text_fingerprints(spec: DataSpec, corpora: Iterable[Corpus], context: PrepareContext) -> list[str]:
+def _text_fingerprints(spec: DataSpec, corpora: Iterable[Corpus]) -> list[str]:
     """Return strings that change if the documents of a text, or their ids, may change."""
-    is_sampled = spec.access == "stream"
-    digests = Digests(context.cache, sampled=is_sampled, check=context.check, warn=context.warn, track=context.track)
-    fingerprints = [corpus.fingerprint(digests) for corpus in corpora]
+    fingerprints = [corpus.fingerprint() for corpus in corpora]
     return [str(FORMAT), *fingerprints, spec.filters.model_dump_json(), repr(spec.held_out_fraction)]
 
 
@@ -169,11 +164,13 @@ def _all_corpora(spec: DataSpec) -> Iterator[Corpus]:
 def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> PreparedText | None:
     """Return one text, built if it is missing or damaged; None if source shards of other machines are missing."""
     corpora = spec.texts()[label]
-    key = _digest_of_corpora(spec, corpora, tokenizer, context)
+    key = _digest_of_corpora(spec, corpora, tokenizer)
     folder = context.cache / "tokens" / key
     with disk_errors(context.cache, ELSEWHERE):
         publish.remove_stale_in(folder.parent)
-        if not is_complete(folder, check=context.check):
+        with context.wait("comparing prepared text with its checksums"):
+            is_prepared = is_complete(folder, check=context.check)
+        if not is_prepared:
             publish.remove_stale_in(folder)
             source_shards = [(corpus, source_shard) for corpus in corpora for source_shard in corpus.source_shards()]
             jobs = [
@@ -183,7 +180,7 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
             number, count = context.share
             missing = [job for job in jobs[number::count] if not _is_built(job, context)]
             _tokenize(missing, label, tokenizer, context)
-            if missing and _digest_of_corpora(spec, corpora, tokenizer, context) != key:
+            if missing and _digest_of_corpora(spec, corpora, tokenizer) != key:
                 for job in missing:  # each may hold the old content or the new
                     shutil.rmtree(job.folder, ignore_errors=True)
                 raise DataError(
@@ -244,7 +241,7 @@ def held_out_sample(spec: DataSpec, context: PrepareContext, tokenizer: Tokenize
     texts = {}
     documents = iter_documents(spec, context.track, held_out=True)
     for label, corpora in spec.texts().items():
-        key = _digest_of_corpora(spec, corpora, tokenizer, context, f"the first {num_tokens} held-out tokens")
+        key = _digest_of_corpora(spec, corpora, tokenizer, f"the first {num_tokens} held-out tokens")
         folder = context.cache / "tokens" / key
         with get_or_build(folder, partial(_write_sample, documents[label], tokenizer, num_tokens)):
             texts[label] = open_prepared_text(folder)

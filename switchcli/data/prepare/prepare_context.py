@@ -1,13 +1,21 @@
 """PrepareContext: the machine that prepares data: its cache, its processes, and what shows progress and warnings."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from switchcli.data.prepare.prepared_text import SPLITS
-from switchcli.data.sources.digests import Track
 from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
+
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """A progress bar: yields the items and shows how many were yielded, and out of `total` if that is known."""
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
+
 
 ShowTokens = Callable[[int, int], None]
 """Called with the numbers of complete source shards and of tokens written so far."""
@@ -26,11 +34,11 @@ class PrepareContext(NamedTuple):
     share: tuple[int, int] = (0, 1)
     """Number of this machine, from 0, and the count of machines that divide the source shards among them."""
     check: bool = False
-    """Whether to compare all data in the cache with its digests, however large it is."""
+    """Whether to compare all data in the cache with its digests, whatever was compared before."""
     warn: Callable[[str], None] = lambda text: None
-    """Called with one line about each damaged folder, and about each file that changed since it was prepared."""
+    """Called with one line about each damaged folder."""
     wait: Wait = nullcontext
-    """Shows that a vocabulary is being trained, which takes minutes and tells no progress."""
+    """Shows that work goes on which tells no progress, such as training a vocabulary."""
     accept: Callable[[Tokenizer], None] = lambda tokenizer: None
     """Raises an error if the run cannot use a tokenizer. It is called before any text is tokenized."""
     needed: Collection[str] = SPLITS

@@ -8,6 +8,8 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -15,10 +17,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from switchcli.data.sources.digests import stamp
 from switchcli.errors import DataError
 from switchcli.system import publish
+from switchcli.system.processor import available_processors
 
 MANIFEST = "manifest.json"
+CHECKED = "checked.json"
+"""File with the stamps that the files of a folder had when they were last compared with the manifest."""
 TOKENS, OFFSETS = ".tokens.npy", ".offsets.npy"
 SHARD_TOKENS = 2**24
 """Tokens after which a new shard begins, at the next document."""
@@ -36,15 +42,18 @@ class TokenStore(NamedTuple):
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Self:
-        """Map the store of that name. Raises DataError if a file is missing or is not a NumPy file."""
+        """Map the store of that name. Raises DataError if a file is missing, is not a NumPy file or has bad offsets."""
         try:
-            return cls(
-                *(np.load(folder / f"{name}{part}", mmap_mode="r", allow_pickle=False) for part in (TOKENS, OFFSETS))
+            tokens, offsets = (
+                np.load(folder / f"{name}{part}", mmap_mode="r", allow_pickle=False) for part in (TOKENS, OFFSETS)
             )
-        except (OSError, EOFError, ValueError) as error:  # EOFError: of an empty file
+            if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any():
+                raise ValueError(f"the offsets of documents do not rise from 0 to {len(tokens)}, the number of tokens")
+        except (OSError, EOFError, ValueError, IndexError) as error:  # of an empty file, and of no offset
             raise DataError(
                 f"{folder / name}: cannot be read ({error}): run `switchcli data prepare RECIPE --check`"
             ) from error
+        return cls(tokens, offsets)
 
     @property
     def num_tokens(self) -> int:
@@ -163,17 +172,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_complete(folder: Path, *, check: bool = False) -> bool:
-    """Return whether the folder has a manifest and all files have the sizes, or with `check` the digests, in it."""
+    """Return whether the folder has a manifest, and all files the digests in it.
+
+    Files whose stamps are as when they were last compared are not read, unless `check` is set.
+    """
     facts = read_manifest(folder)
     if facts is None:
         return False
+    checked = _read_checked(folder)
     try:
-        return all(
-            identity_of(folder / name) == identity if check else (folder / name).stat().st_size == identity["bytes"]
-            for name, identity in facts["files"].items()
-        )
+        stamps = {name: [*stamp(folder / name)] for name in facts["files"]}
+        changed = [name for name in stamps if check or stamps[name] != checked.get(name)]
+        with ThreadPoolExecutor(available_processors()) as pool:  # hashing needs no lock
+            identities = pool.map(identity_of, [folder / name for name in changed])
+            if any(identity != facts["files"][name] for name, identity in zip(changed, identities, strict=True)):
+                return False
     except FileNotFoundError:
         return False
+    if stamps != checked:
+        with suppress(OSError):  # without a record, files are compared again
+            publish.write_file(folder / CHECKED, json.dumps(stamps))
+    return True
+
+
+def _read_checked(folder: Path) -> dict[str, object]:
+    """Return the stamps that were recorded; none if the record is missing or damaged."""
+    with suppress(OSError, ValueError):
+        if isinstance(record := json.loads((folder / CHECKED).read_bytes()), dict):
+            return record
+    return {}
 
 
 def identity_of_files(facts: Mapping[str, Any], stores: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from switchcli.data.sources.digests import Digests
+from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.document import LABELS, CorpusSpec, Document, SourceShard
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.io_errors import data_errors, reason
@@ -90,11 +90,11 @@ class HubCorpus(RowCorpus):
         rows = self._rows(dataset.skip(start), shard, start, count)
         return self.select(enumerate(rows, start), dropped)
 
-    def fingerprint(self, digests: Digests) -> str:
+    def fingerprint(self) -> str:
         """Return the options that choose the text and, of a folder or local `data_files`, file names and contents."""
         options = self.model_dump_json(exclude=LABELS)
         files = self._local_files()
-        contents = [*zip(files, digests.of([*files.values()]), strict=True)]
+        contents = [*zip(files, digests_of([*files.values()]), strict=True)]
         return f"hub {options} {contents}"
 
     def _local_files(self) -> dict[str, Path]:

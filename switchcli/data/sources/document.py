@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from switchcli.data.sources.digests import Digests
 from switchcli.errors import DataError
 from switchcli.spec import Spec
 
@@ -93,10 +92,10 @@ class CorpusSpec(Spec, ABC):
         """
 
     @abstractmethod
-    def fingerprint(self, digests: Digests) -> str:
+    def fingerprint(self) -> str:
         """Return a string that changes whenever the documents may have changed. Weight and labels do not count.
 
-        `digests` digests the contents of local files. Raises DataError as `source_shards`.
+        Raises DataError as `source_shards`.
         """
 
     @abstractmethod

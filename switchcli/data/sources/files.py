@@ -18,7 +18,6 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from switchcli.data.sources import parquet
-from switchcli.data.sources.digests import Digests
 from switchcli.data.sources.document import LABELS, Document, SourceShard
 from switchcli.data.sources.lines import ByteRange, FileLine, decode, lines, paragraphs
 from switchcli.data.sources.paths import SourceFile, expand_paths, fingerprint
@@ -77,10 +76,10 @@ class FilesCorpus(RowCorpus):
         rows = chain.from_iterable(self._rows(byte_range) for byte_range in byte_ranges)
         return self.select(islice(enumerate(rows), start, None), dropped)
 
-    def fingerprint(self, digests: Digests) -> str:
+    def fingerprint(self) -> str:
         """Return the options that choose the text, and a digest of the files' contents."""
         options = self.model_dump_json(exclude=LABELS | {"paths"})
-        return f"{options} {fingerprint(expand_paths(self.paths, 'data.corpora'), digests)}"
+        return f"{options} {fingerprint(expand_paths(self.paths, 'data.corpora'))}"
 
     def empty_error(self) -> DataError:
         rows = f"the rows that where ({self.where}) selects" if self.where else "these files"

@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, Self, cast
 
-from switchcli.data.sources.digests import Digests
+from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.io_errors import data_errors, reason
 from switchcli.errors import DataError
 from switchcli.spec import PROTOCOLS, check_path_or_url, url_protocols
@@ -86,7 +86,7 @@ class SourceFile(NamedTuple):
             yield cast("BinaryIO", stack.enter_context(_decompressed(raw, self._path.suffix)))
 
 
-def fingerprint(files: Iterable[SourceFile], digests: Digests) -> str:
+def fingerprint(files: Iterable[SourceFile]) -> str:
     """Return a digest of the files' contents and kinds, in order.
 
     The path and the time of change of a local file do not count. A remote file counts by its URL, its size and the
@@ -94,7 +94,7 @@ def fingerprint(files: Iterable[SourceFile], digests: Digests) -> str:
     """
     files = [*files]
     local_paths = {file: path for file in files if (path := _local_path(file.name)) is not None}
-    contents = dict(zip(local_paths, digests.of([*local_paths.values()]), strict=True))
+    contents = dict(zip(local_paths, digests_of([*local_paths.values()]), strict=True))
     identity: list[tuple[object, ...]] = []
     for file in files:
         if file in contents:

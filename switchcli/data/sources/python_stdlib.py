@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from switchcli.data.sources.digests import Digests
+from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
 from switchcli.errors import DataError
 
@@ -48,13 +48,13 @@ class PythonStdlib(CorpusSpec):
             text = source_text(path) if self.sources else _docstrings(path)
             yield f"module {path.relative_to(root).as_posix()}", text
 
-    def fingerprint(self, digests: Digests) -> str:
+    def fingerprint(self) -> str:
         """Return Python's full version, the options, and the names and contents of the files."""
         root = library_root()
         topics = [root / TOPICS] if (root / TOPICS).exists() else []
         paths = [*topics, *module_paths(root)]
         names = [path.relative_to(root).as_posix() for path in paths]
-        identity = repr((sys.version, self.sources, [*zip(names, digests.of(paths), strict=True)]))
+        identity = repr((sys.version, self.sources, [*zip(names, digests_of(paths), strict=True)]))
         return f"python-stdlib {hashlib.sha256(identity.encode()).hexdigest()}"
 
     def empty_error(self) -> DataError:

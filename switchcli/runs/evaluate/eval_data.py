@@ -14,7 +14,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError, RecipeError
 from switchcli.model.moe.router import Policy
 from switchcli.recipe.schema import EvalRecipe, TextRecipe
-from switchcli.report.console import Console, silent
+from switchcli.report.console import Console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, scored_examples_of
@@ -101,7 +101,7 @@ def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: Pr
     if any(getattr(trained.text, key) != getattr(text, key) for key in TEXT_KEYS):
         return None
     try:
-        return text_sets.training_identity(trained, prepared, silent())
+        return text_sets.training_identity(trained, prepared)
     except (DataError, RecipeError):  # no such rows can be made of this text
         return ""
 

@@ -72,7 +72,6 @@ class TaskRunData(RunData):
                         recipe.train.seed,
                         default_cache(),
                         console.track,
-                        console.warning,
                     )
             return packed
 

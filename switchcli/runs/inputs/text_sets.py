@@ -96,7 +96,7 @@ def train_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedCont
     return build(recipe, text, context, console)
 
 
-def training_identity(recipe: TextRecipe, text: PreparedTexts, console: Console) -> str:
+def training_identity(recipe: TextRecipe, text: PreparedTexts) -> str:
     """Return the identity of the rows that `train_rows` makes of the recipe's text, on any number of ranks.
 
     Raises:
@@ -109,7 +109,7 @@ def training_identity(recipe: TextRecipe, text: PreparedTexts, console: Console)
         return _prepared_identity(text, _prepared_mixture(recipe, text, datasets))
     # The shards of a hub's dataset are asked of the hub, which may be out of reach.
     mixture = None if data.mixture.kind == "joined" else _stream_mixture(recipe, _stream_source_shards(data))
-    return _stream_identity(data, text.tokenizer, mixture, console)
+    return _stream_identity(data, text.tokenizer, mixture)
 
 
 def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:
@@ -153,7 +153,7 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
     data = recipe.data
     shards = _stream_source_shards(data)
     mixture = _stream_mixture(recipe, shards)
-    identity = _stream_identity(data, text.tokenizer, mixture, console)
+    identity = _stream_identity(data, text.tokenizer, mixture)
     check_same_data({"the streamed text": identity}, context)  # so far only its held-out part was compared
     _raise_open_files_limit()  # each stream shard keeps a source shard of each text open
     source = StreamedTextSource(
@@ -193,14 +193,14 @@ def _stream_mixture(recipe: TextRecipe, shards: Mapping[str, CorpusShards]) -> T
     return data.build_mixture(text_sizes, text_sizes, recipe.train.steps * recipe.rows_per_step, recipe.train.seed)
 
 
-def _stream_identity(data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None, console: Console) -> str:
+def _stream_identity(data: DataSpec, tokenizer: Tokenizer, mixture: TextMixture | None) -> str:
     """Return the identity of a stream's rows."""
     # Without the rules for unreadable rows, so that a run stopped by one can be resumed with rules that skip it.
     corpora = tuple(
         corpus.model_copy(update={"unreadable": "refuse"}) if isinstance(corpus, RowCorpus) else corpus
         for corpus in data.corpora
     )
-    text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer, prepare_context(console))
+    text = source_digest(data.model_copy(update={"corpora": corpora}), tokenizer)
     # The format says how rows are divided among the stream shards: by a hash.
     identity = {"mixture": mixture and mixture.identity, "stream_shards": data.stream_shards, "text": text, "format": 2}
     return digest_of(identity)
