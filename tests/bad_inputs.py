@@ -13,7 +13,7 @@ def corpus(file: str) -> str:
 CASES: dict[str, tuple[list[str], int, str]] = {
     "misspelt key": (["train.stps=3"], RECIPE, "train.stps steps"),
     "misspelt key of the model": (["model.dmodel=3"], RECIPE, "model.dmodel d_model"),
-    "key of another system": (["optimizer.lr=1"], RECIPE, "optimizer.lr use schedule.learning_rate=1"),
+    "key of another system": (["optimizer.lr=1"], RECIPE, "optimizer.lr schedule.learning_rate"),
     "misspelt key of a choice": (
         ["model.router.capasity_factor=1"],
         RECIPE,

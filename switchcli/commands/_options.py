@@ -9,10 +9,10 @@ from typing import Annotated, Any, Final, cast
 import typer
 from typer.core import TyperGroup
 
-from switchcli.commands import _completion, _flag_hints
+from switchcli.commands import _completion
 from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
-from switchcli.recipe import library
+from switchcli.recipe import foreign_words, key_index, library
 from switchcli.report.safe_text import one_line
 from switchcli.system import credentials
 from switchcli.system.user_files import expanded
@@ -92,7 +92,7 @@ class CheckedGroup(TyperGroup):
     """The root of the command line, which checks each value that is typed for any option or argument of any verb.
 
     Empty values and values with credentials are refused. Messages about wrong usage repeat what was typed, so they are
-    reduced to one safe line. An option or a verb of another tool is answered by what to type instead.
+    reduced to one safe line. An option of another tool is answered by what to type instead.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -115,11 +115,11 @@ def extend_command(command: Any) -> None:
 
     Only the parsing functions are wrapped. The function of the command then runs without additional stack frames.
     """
-    command.parse_args = _with_flag_hints(command.parse_args)
+    command.parse_args = _with_option_hints(command.parse_args)
     command.get_params = _simplified(command.get_params)
     is_group = isinstance(command, TyperGroup)  # a bool, because mypy refuses to assign to methods of a narrowed type
     if is_group:
-        command.resolve_command = _with_verb_hints(command.resolve_command)
+        command.resolve_command = _usage_errors_in_one_line()(command.resolve_command)
         for subcommand in command.commands.values():
             extend_command(subcommand)
     for parameter in command.params:
@@ -132,39 +132,34 @@ def _simplified(get_params: Any) -> Any:
     return lambda context: [simplify(parameter) for parameter in get_params(context)]
 
 
-def _with_flag_hints(parse_args: Any) -> Any:
-    """Return a `parse_args` that says what to type for an option that only other tools have."""
+def _with_option_hints(parse_args: Any) -> Any:
+    """Return a `parse_args` that says what to type for an option that the command does not have."""
 
     def parse(context: Any, arguments: list[str]) -> Any:
-        typed = list(arguments)  # parsing removes items
         try:
             with _usage_errors_in_one_line():
                 return parse_args(context, arguments)
         except USAGE_ERROR as error:
             if type(error).__name__ == "NoSuchOption":  # a class that typer does not export
-                flag = str(getattr(error, "option_name", ""))
-                if hint := _flag_hints.flag_hint(context, flag, typed):
-                    verb = _flag_hints.verb_of(context)
-                    raise RecipeError(f"{flag}: no such option of {verb}: use {hint}") from None
+                option = str(getattr(error, "option_name", ""))
+                word, names = option.lstrip("-").replace("-", "_"), accepted_names(context)
+                if meant := foreign_words.translated(word, names) or foreign_words.nearest(word, names):
+                    value = "" if meant.startswith("--") or "=" in meant else "=VALUE"
+                    raise RecipeError(f"{option}: no such option of {context.info_name}: use {meant}{value}") from None
             raise
 
     return parse
 
 
-def _with_verb_hints(resolve_command: Any) -> Any:
-    """Return a `resolve_command` that says which verb to use for one that only other tools have."""
-
-    def resolve(context: Any, arguments: list[str]) -> Any:
-        try:
-            with _usage_errors_in_one_line():
-                return resolve_command(context, arguments)
-        except USAGE_ERROR as error:
-            verb = _flag_hints.VERBS.get(arguments[0]) if context.parent is None else None
-            if verb:
-                error.message = f"No such command '{arguments[0]}'. Use {verb}."
-            raise
-
-    return resolve
+def accepted_names(context: typer.Context) -> set[str]:
+    """Return the options and the recipe keys that a command takes: `--out`, `train.steps`."""
+    command: Any = context.command
+    names = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+    if not any("KEY=VALUE" in (parameter.metavar or "") for parameter in command.params):
+        return names
+    verb = {"prune": "eval", "report": "eval"}.get(command.name, "pretrain")
+    keys = key_index.keys(command.name if command.name in library.VERBS else verb)
+    return names | {info.key for info in keys if "[]" not in info.key and info.key not in ("extends", "verb")}
 
 
 def _with_check(parameter: Any, process_value: Any) -> Any:

@@ -168,11 +168,9 @@ def explain(
 
 
 def _unknown_key(key: str) -> str:
-    nearest = key_index.nearest(key)
-    if key.rpartition(".")[2] in foreign_words.WORDS:
-        hint = foreign_words.hint(key, None, {info.key for info in key_index.all_keys()})
-        nearest = (hint.partition("=")[0],) if hint else nearest
-    hint = f"Did you mean {' or '.join(nearest)}?" if nearest else "`switchcli recipes explain` lists top-level keys."
+    names = {info.key for info in key_index.all_keys()}
+    meant = foreign_words.translated(key, names) or foreign_words.nearest(key, names)
+    hint = f"Did you mean {meant}?" if meant else "`switchcli recipes explain` lists top-level keys."
     return f"{yaml_nodes.display_key(key)}: no such recipe key. {hint}"
 
 

@@ -4,7 +4,6 @@ It is made from the schemas of the recipes when it is first asked for: commands 
 whether they need it.
 """
 
-import difflib
 import re
 from functools import cache
 from typing import NamedTuple
@@ -119,27 +118,6 @@ def meanings(key: str) -> tuple[KeyInfo, ...]:
 def below(key: str) -> tuple[KeyInfo, ...]:
     """Return the keys below a normalized one, at any depth."""
     return tuple(info for info in all_keys() if info.key.startswith((f"{key}.", f"{key}[].")))
-
-
-def nearest(key: str) -> tuple[str, ...]:
-    """Return up to five keys that `key` may be meant for.
-
-    In this order: up to three with the same last part, or else of a similar spelling; and for a `key` without dots two
-    with a last part that begins with it, as `capacity_factor` with `capacity`.
-    """
-    names = list(dict.fromkeys(info.key for info in all_keys()))
-    last = key.rpartition(".")[2]
-    same = [name for name in names if name.rpartition(".")[2] == last]
-    longer = [name for name in names if name.rpartition(".")[2].startswith(f"{key}_")][:2]
-    if same:
-        return (*difflib.get_close_matches(key, same, n=3, cutoff=0.0), *longer)
-    similar = difflib.get_close_matches(key, names, n=3, cutoff=0.75)
-    similar += [name for name in longer if name not in similar]
-    if not similar:
-        parts = {name.rpartition(".")[2] for name in names}
-        close = difflib.get_close_matches(last, sorted(parts), n=1, cutoff=0.75)
-        similar = [name for name in names if name.rpartition(".")[2] in close][:3]
-    return tuple(similar)
 
 
 def kinds(info: KeyInfo) -> tuple[str, ...]:

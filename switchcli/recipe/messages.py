@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from switchcli.recipe import foreign_words
-from switchcli.recipe.foreign_words import PRECISIONS
+from switchcli.recipe.foreign_words import SIMILAR
 from switchcli.recipe.schema_walk import Path, SchemaNode, key_names
 from switchcli.recipe.yaml_nodes import Node, display_key
 from switchcli.system import credentials
@@ -42,8 +42,6 @@ _RULES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Our text for the rule of each error type of pydantic."""
-_VERY_SIMILAR = 0.8
-"""Similarity, of difflib, from which an unknown key is taken for a misspelling of another one."""
 _MAX_ERRORS = 100
 """Maximum number of errors of one recipe that are reported."""
 _PLAIN = re.compile(r"[\w./*, -]{1,60}", re.ASCII)
@@ -122,7 +120,7 @@ def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iter
         yield from _explain_own_rules(details["ctx"]["error"].args, node, tree)
         return
     if error_type == "extra_forbidden":
-        rule = _unknown_key(details["loc"], details["input"], schema)
+        rule = _unknown_key(details["loc"], schema)
     elif error_type in ("union_tag_invalid", "union_tag_not_found"):
         rule = _kind_rule(node.kinds, details)
         path = (*path, "kind")
@@ -158,8 +156,8 @@ def _value_rule(details: ErrorDetails, node: SchemaNode, tree: Node) -> str:
     value = details["input"]
     if error_type == "literal_error":
         choices = [str(choice) for choice in node.choices]
-        meant = PRECISIONS.get(display_value(value).strip("'").lower())
-        fix = f". Did you mean {meant}?" if meant in choices else _did_you_mean(str(value), choices)
+        word = foreign_words.translated(str(value), {dotted(node.path)})
+        fix = f". Did you mean {word.partition('=')[2]}?" if word else _did_you_mean(str(value), choices)
     else:
         key = f"{dotted(node.path)}=" if _where(tree, node.path).startswith("override ") else ""
         needs_list = error_type in ("tuple_type", "list_type")
@@ -235,32 +233,23 @@ def _default_hint(node: SchemaNode, location: Path, tree: Node) -> str:
     return f"; leave it out for the default{text}"
 
 
-def _unknown_key(location: Path, value: Any, schema: type[BaseModel]) -> str:
+def _unknown_key(location: Path, schema: type[BaseModel]) -> str:
     """Return the message for a key, the last one of `location`, that its mapping does not have.
 
-    It suggests, in this order: a very similar key of the mapping, another kind that has the key, the key for a word of
-    another tool, a very similar key anywhere, a similar key of the mapping.
+    It suggests, in this order: the key for a word of another tool, a very similar key of the mapping, another kind that
+    has the key, a very similar key anywhere, a similar key of the mapping.
     """
-    root, key = SchemaNode.root(schema), str(location[-1])
+    root, key, names = SchemaNode.root(schema), str(location[-1]), key_names(schema)
     node = root.find(location[:-1])
-    siblings = node.keys
-    if suggestion := _did_you_mean(key, siblings, cutoff=_VERY_SIMILAR):
+    if word := foreign_words.translated(key, names):
+        return f"no such key. Did you mean {word}?"
+    if suggestion := _did_you_mean(key, node.keys, cutoff=SIMILAR):
         return f"no such key{suggestion}"
     if kinds := root.find(node.path).having(key).kinds:
         return f"no such key for this kind; it belongs to kind: {' or '.join(kinds)}"
-    names = key_names(schema)
-    path = dotted((*node.path, key))
-    word = path if path in foreign_words.WORDS else key
-    known = foreign_words.hint(word, display_value(value).strip("'"), set(names))
-    if known and word in foreign_words.WORDS:
-        return f"no such key: use {known}"
-    last_parts = {name: name.rpartition(".")[2] for name in names}
-    if close := difflib.get_close_matches(key, last_parts.values(), n=1, cutoff=_VERY_SIMILAR):
-        shortest = min((name for name in names if last_parts[name] == close[0]), key=lambda name: name.count("."))
-        return f"no such key. Did you mean {shortest}?"
-    if known:
-        return f"no such key: use {known}"
-    return f"no such key{_did_you_mean(key, siblings) or '; the keys are ' + ', '.join(siblings)}"
+    if name := foreign_words.nearest(key, names):
+        return f"no such key. Did you mean {name}?"
+    return f"no such key{_did_you_mean(key, node.keys) or '; the keys are ' + ', '.join(node.keys)}"
 
 
 def _meant_key(details: ErrorDetails, root: SchemaNode) -> Path | None:
@@ -268,7 +257,7 @@ def _meant_key(details: ErrorDetails, root: SchemaNode) -> Path | None:
     if details["type"] != "extra_forbidden":
         return None
     node = root.find(details["loc"][:-1])
-    close = difflib.get_close_matches(str(details["loc"][-1]), node.keys, n=1, cutoff=_VERY_SIMILAR)
+    close = difflib.get_close_matches(str(details["loc"][-1]), node.keys, n=1, cutoff=SIMILAR)
     return (*node.path, close[0]) if close else None
 
 

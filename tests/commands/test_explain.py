@@ -56,7 +56,7 @@ def test_a_prefix_lists_the_keys_below() -> None:
     [
         ("train.step", "train.steps"),
         ("capasity_factor", "capacity_factor"),
-        ("capacity", "model.router.capacity_factor"),
+        ("optimizer.lr", "schedule.learning_rate"),
     ],
 )
 def test_a_misspelled_key_is_refused_with_the_nearest(key: str, nearest: str) -> None:

@@ -16,8 +16,8 @@ from tiny_run import SwitchCLI
 
 from switchcli import __version__
 from switchcli.cli import app
-from switchcli.commands._flag_hints import recipe_keys
 from switchcli.commands._help import DOCS
+from switchcli.commands._options import accepted_names
 from switchcli.recipe import library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_every_example_can_be_copied(example: str) -> None:
     for word in words:
         key, is_override, _ = word.partition("=")
         if is_override:
-            assert key in recipe_keys(name), f"{name} has no key {key}"
+            assert key in accepted_names(context), f"{name} has no key {key}"
         elif re.match(r"(quickstart|pretrain|finetune|distill)/", word):
             assert word in library.recipe_names()
 

@@ -27,6 +27,7 @@ from terminal import in_terminal
 from switchcli.cli import app
 from switchcli.errors import RecipeError, SwitchError
 from switchcli.recipe import key_index, library, yaml_nodes
+from switchcli.recipe.foreign_words import WORDS
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.sizes import SIZES
 
@@ -204,6 +205,13 @@ def test_the_page_for_users_of_other_tools_names_keys_that_exist_here_and_there(
         if fields is not None and "TRL's" not in theirs and "model_name" not in theirs and "_dataset" not in theirs:
             for name in re.findall(r"`([a-z]+_[a-z_0-9]+)", theirs.replace("`warmup_ratio` before 5", "")):
                 assert name in fields, name
+
+
+def test_the_words_that_a_hint_translates_are_on_the_page_beside_the_key() -> None:
+    lines = (ROOT / "docs/how-to/other-tools.md").read_text(encoding="utf-8").splitlines()
+    for ours, theirs in WORDS.items():
+        for word in theirs.split():
+            assert any(re.search(rf"`[^`|]*\b{word}\b.*{re.escape(ours)}\b", line) for line in lines), (word, ours)
 
 
 # The pages run

@@ -3,10 +3,11 @@
 import pytest
 
 from switchcli.errors import RecipeError
-from switchcli.recipe import key_index, resolve
+from switchcli.recipe import foreign_words, key_index, resolve
 from switchcli.recipe.key_index import KeyInfo
 from switchcli.recipe.schema import PretrainRecipe
 
+NAMES = {info.key for info in key_index.all_keys()}
 MINIMAL = ("train.steps=100000", "train.batch_tokens=1048576")
 
 
@@ -71,8 +72,8 @@ def test_a_key_is_found_as_it_is_written(written: str, key: str) -> None:
     ],
 )
 def test_the_nearest_key_is_found(written: str, key: str) -> None:
-    assert key in key_index.nearest(written)
+    assert foreign_words.nearest(written, NAMES) == key
 
 
 def test_nothing_is_near_to_nonsense() -> None:
-    assert key_index.nearest("xyzzy") == ()
+    assert foreign_words.nearest("xyzzy", NAMES) is None
