@@ -12,10 +12,12 @@ from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.report.console import Console, silent
 from switchcli.system.signals import StopTraining
+from switchcli.training import optimizers
 from switchcli.training.callback import Callback
 from switchcli.training.loop import fit
 from switchcli.training.measure import Evaluator
-from switchcli.training.optimizers import Optimizer
+from switchcli.training.optimizer_specs import UNSHARDED, Adafactor
+from switchcli.training.optimizers import Layouts, NamedParameters, Optimizer
 from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.state import TrainState
@@ -45,6 +47,17 @@ class NoWarnings(Console):
 
     def warning(self, text: str) -> None:
         pytest.fail(text)
+
+
+class FactoringAdafactor(Adafactor):
+    """Adafactor that factors matrices from `least` rows and columns on, so that small models have factored ones."""
+
+    least: int = 8
+
+    def build(self, parameters: NamedParameters, layouts: Layouts = UNSHARDED) -> Optimizer:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimizers, "MIN_DIM_TO_FACTOR", self.least)
+            return super().build(parameters, layouts)
 
 
 class Source(BatchSource):

@@ -45,7 +45,7 @@ MODELS = {
 }
 """The smallest models of the recipes, and the length of the inputs that they are trained on."""
 PREPARING = ("prepare", "map", "load and map")
-LOADING = ("the model", "one thread", "1 worker", "2 workers", "a mixture of 8 texts", "prefix_lm")
+LOADING = ("the model", "without a loader", "loader", "a mixture of 8 texts", "prefix_lm")
 BATCHES = 20
 """Number of the loader's batches in a turn."""
 
@@ -171,13 +171,12 @@ def _loading(job: Job, folder: Path) -> Callable[[], int]:
         _prepared(made_of, folder, folder / "cache", None), prefixes if who == "prefix_lm" else spans, rows
     )
     microbatches = Microbatches(batches, rows, rows, 0, 1)
-    workers = {"1 worker": 1, "2 workers": 2}.get(who, 0)
     ahead = iter(range(0, 10**9, BATCHES))  # no batch twice
 
     def some_batches() -> int:
         first = next(ahead)
-        with Loader(microbatches, workers, 2, context) as loader:
-            for _ in loader.from_step(first, first + BATCHES):
+        with Loader(microbatches, context) as loader:
+            for _ in (loader if who == "loader" else microbatches).from_step(first, first + BATCHES):
                 pass
         return BATCHES * rows * length
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +21,6 @@ class Batch(NamedTuple):
 class BatchSource(ABC):
     """The batches of a run: a pure function of the step, or of the step and a state that is saved with the run."""
 
-    is_sequential: ClassVar[bool] = False
-    """Whether one thread must ask for the batches in the order of their steps."""
     row_offset: int = 0
     """Added to the number of every row in the order of the data. Only a run that was branched has another than 0."""
 

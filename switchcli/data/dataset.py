@@ -12,7 +12,6 @@ Legend  R rows  L raw tokens of a row  S shards  W windows  D documents  X piece
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +74,6 @@ class TokenDataset:
                 f"takes {min_tokens}: add text, or take a smaller inputs_length (for the held-out part, a larger "
                 "held_out_fraction)"
             )
-        self._lock = Lock()  # threads of `train.workers` make a window once
         self._order = lru_cache(_NUM_CACHED)(self._make_order)
         self._window = lru_cache(_NUM_CACHED)(self._make_window)
 
@@ -84,14 +82,12 @@ class TokenDataset:
         raw_RL = np.empty((len(row_R), self._rows.raw_tokens_per_row), dtype=np.int64)
         epoch_R, row_in_epoch_R = np.divmod(row_R, self.rows_per_epoch)
         for epoch in np.unique(epoch_R):
-            with self._lock:
-                order = self._order(int(epoch))
+            order = self._order(int(epoch))
             window_R = np.searchsorted(order.end_W, row_in_epoch_R, side="right")  # valid for rows of this epoch
             for window in np.unique(window_R[epoch_R == epoch]):
                 in_window_R = (epoch_R == epoch) & (window_R == window)
                 first_row = order.end_W[window - 1] if window else 0
-                with self._lock:
-                    shuffled = self._window(int(epoch), int(window))
+                shuffled = self._window(int(epoch), int(window))
                 raw_RL[in_window_R] = shuffled.raw_rows(row_in_epoch_R[in_window_R] - first_row)
         return raw_RL
 

@@ -63,8 +63,6 @@ class StreamPosition(NamedTuple):
 class StreamedTextSource(BatchSource):
     """Batches of rows that are read while training runs. One thread must ask for them, in the order of the steps."""
 
-    is_sequential = True
-
     def __init__(
         self,
         spec: DataSpec,

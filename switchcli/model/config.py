@@ -86,8 +86,8 @@ class ModelSpec(Spec):
     hidden units with 1/g as many choices."""
     router: RouterSpec = SwitchRouter()
     """Router of the sparse layers, selected by its `kind`."""
-    decoder_router: RouterSpec | None = None
-    """Router of the decoder's sparse layers; absent: `router`."""
+    decoder_router: RouterSpec | None = Field(default=None, json_schema_extra={"same_as": "model.router"})
+    """Router of the decoder's sparse layers, with the keys of `model.router`; absent: `model.router`."""
     balance_reduction: Reduction = "sum"
     """How the load-balancing and z-losses of the layers are combined: by their sum (Mesh-TensorFlow), their mean (T5X),
     or pooled over the tokens of a stack's layers (transformers); each needs other coefficients."""

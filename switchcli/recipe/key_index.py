@@ -45,7 +45,7 @@ _EXTENDS = KeyInfo(
     "file, not on the command line.",
 )
 """The one key that no schema has: it is gone before a recipe is validated."""
-_DEFAULTS = {"verb": "the verb of the command", "model.decoder_router.kind": "switch"}
+_DEFAULTS = {"verb": "the verb of the command"}
 """Defaults that the schema does not say."""
 
 
@@ -102,7 +102,7 @@ def keys(verb: str | None = None) -> tuple[KeyInfo, ...]:
 
 def normalize(key: str) -> str:
     """Return a key as the index has it: `data.corpora.0.path` and `data.corpora.path` become `data.corpora[].path`."""
-    plain = _without_positions(key)
+    plain = _without_positions(key).replace("model.decoder_router.", "model.router.")  # which has the same keys
     return next((info.key for info in all_keys() if _without_positions(info.key) == plain), plain)
 
 

@@ -136,6 +136,8 @@ class SchemaNode(NamedTuple):
 
     def _infos_below(self, key: str, schema: Schema, when: tuple[str, ...]) -> Iterator[KeyInfo]:
         """Yield the keys below one. Of a choice by `kind` that key comes first, with the meaning of each kind."""
+        if "same_as" in schema:
+            return  # the keys of another one, which are described there
         node = self._node(schema, ())
         below, path = (node.item, f"{key}[]") if node.item else (node, key)
         members = [(mapping, "") for mapping in below.mappings]

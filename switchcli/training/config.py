@@ -6,7 +6,7 @@ from pydantic import Field
 
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
-from switchcli.spec import MAX_FEW, Count, Few, PathOrUrl, Spec
+from switchcli.spec import Count, PathOrUrl, Spec
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +60,6 @@ class TrainSpec(Spec):
     """What to do when a number is not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU if there is one."""
-    workers: int = Field(default=1, ge=0, le=MAX_FEW)
-    """Threads on each rank that prepare batches while the model computes, 0 for none; batches do not depend on it."""
-    batches_ahead: Few = 2
-    """Steps whose batches are prepared in advance, at most."""
 
     @property
     def router_dtype(self) -> "torch.dtype":
@@ -111,9 +107,6 @@ class LogSpec(Spec):
 
     every_steps: Count = 10
     """Steps between two log records."""
-    sample_every_steps: Count | None = None
-    """Steps between two samples on the console, in which the model fills in two held-out texts; by default only at the
-    end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers that also get the metrics."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from switchcli.spec import Count, Spec
+from switchcli.spec import Spec
 
 if TYPE_CHECKING:
     from switchcli.training.optimizers import Layouts, NamedParameters, Optimizer
@@ -22,13 +22,13 @@ class Adafactor(Spec):
 
     Update of parameter w from gradient g at step t = 1, 2, ...:
 
-        decay_t = 1 - t**-decay_exponent
+        decay_t = 1 - t**-0.8
         v = decay_t v + (1 - decay_t) (g**2 + epsilon)
         u = g / sqrt(v)
-        u = u / max(1, RMS(u) / clip_threshold)
-        w = w - learning_rate max(scale_epsilon, RMS(w)) u
+        u = u / max(1, RMS(u))
+        w = w - learning_rate max(0.001, RMS(w)) u
 
-    If the last two dims are both >= `min_dim_to_factor`, only the row means R and the column means C of v are stored,
+    If the last two dims are both at least 128, as in T5, only the row means R and the column means C of v are stored,
     and v is approximated by R C / mean(R).
 
     # Deviates: Mesh-TensorFlow factors the two largest dims and takes both RMS over all experts of a stacked weight;
@@ -37,17 +37,8 @@ class Adafactor(Spec):
 
     kind: Literal["adafactor"] = "adafactor"
     """`adafactor` is Adafactor as T5 runs it."""
-    decay_exponent: float = Field(default=0.8, gt=0.0)
-    """Exponent of the decay of second moments; 0.8 as in the Adafactor paper."""
-    clip_threshold: float = Field(default=1.0, gt=0.0)
-    """Largest root mean square of an update before it is scaled; 1 as in the Adafactor paper."""
     epsilon: float = Field(default=1e-30, gt=0.0)
     """Constant added to squared gradients; 1e-30 as in the Adafactor paper."""
-    scale_epsilon: float = Field(default=1e-3, gt=0.0)
-    """Smallest root mean square that a weight is taken to have, so that a weight of 0 moves; 0.001 as in the Adafactor
-    paper."""
-    min_dim_to_factor: Count = 128
-    """Smallest size of the last two dims at which second moments are factored; 128 as in T5."""
     scale_by_parameter: bool = True
     """Multiply updates by the root mean square of the weight; if false, the learning rate is absolute."""
 

@@ -33,6 +33,13 @@ Layouts = Mapping[str, Layout]
 ShardSums = list[tuple[torch.Tensor, Layout]]
 """Sums over this rank's shards. Each must be summed over the ranks of its layout, in place."""
 
+DECAY_EXPONENT = 0.8
+"""Exponent of the decay of Adafactor's second moments (Shazeer and Stern 2018, Algorithm 6)."""
+MIN_SCALE = 1e-3
+"""Smallest root mean square of a weight to which updates are relative, so that a weight of 0 moves (Shazeer and Stern
+2018, Algorithm 6)."""
+MIN_DIM_TO_FACTOR = 128
+"""Smallest size of the last two dims at which Adafactor's second moments are factored, as in T5."""
 CPU_SLICE = 2**21
 """Elements of a stack that Adafactor and Muon update at a time on a CPU: they and a scratch buffer of that size fit
 into the cache."""
@@ -107,7 +114,7 @@ class AdafactorOptimizer(Optimizer):
     def _new_moments(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return zeros for the second moments of this rank's part of a parameter, by slot."""
         shape, full_shape = parameter.shape, LocalPart(parameter, self.layouts.get(name, ())).full_shape
-        if parameter.ndim >= 2 and min(full_shape[-2:]) >= self.spec.min_dim_to_factor:
+        if parameter.ndim >= 2 and min(full_shape[-2:]) >= MIN_DIM_TO_FACTOR:
             # Means over the last dim (one for each row), and over the dim before it (one for each column).
             shapes = {"row": shape[:-1], "column": shape[:-2] + shape[-1:]}
         else:
@@ -121,7 +128,7 @@ class AdafactorOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         self._steps += 1
-        decay = 1.0 - float(self._steps) ** -self.spec.decay_exponent
+        decay = 1.0 - float(self._steps) ** -DECAY_EXPONENT
         new_weight = 1.0 - decay
         shards: list[_ShardUpdate] = []
         for name, parameter in self.parameters.items():
@@ -286,9 +293,9 @@ class _FactoredShard(_ShardUpdate):
 
 
 def _scale(spec: Adafactor, weight_rms: torch.Tensor, update_rms: torch.Tensor, learning_rate: float) -> torch.Tensor:
-    """Return the factor of u: learning_rate max(scale_epsilon, RMS(w)) / max(1, RMS(u) / clip_threshold)."""
-    scale = learning_rate / (update_rms / spec.clip_threshold).clamp_(min=1.0)
-    return scale * weight_rms.clamp_(min=spec.scale_epsilon) if spec.scale_by_parameter else scale
+    """Return the factor of u: learning_rate max(MIN_SCALE, RMS(w)) / max(1, RMS(u))."""
+    scale = learning_rate / update_rms.clamp_(min=1.0)
+    return scale * weight_rms.clamp_(min=MIN_SCALE) if spec.scale_by_parameter else scale
 
 
 def _experts_of_slice(stack: torch.Tensor, numel: int) -> int:
@@ -359,7 +366,7 @@ class AdamWOptimizer(Optimizer):
 
     @torch.no_grad()
     def _scaled_step(self, learning_rate: float) -> None:
-        """Update every parameter by AdamW's step times max(0.001, RMS(w)) of the full weight, or of each expert."""
+        """Update every parameter by AdamW's step times max(MIN_SCALE, RMS(w)) of the full weight, or of each expert."""
         spec = self.spec
         weights, gradients = {}, {}
         for name, parameter in self.parameters.items():
@@ -371,7 +378,7 @@ class AdamWOptimizer(Optimizer):
         sum_over_shards([(total, layouts[name]) for name, total in sums.items()])
         for name, weight in weights.items():
             full = _FullWeight(layouts[name], LocalPart(weight, layouts[name]).full_shape, is_stacked(name))
-            scale = full.rms(sums[name]).clamp_(min=1e-3).view(-1, *[1] * (weight.ndim - 1))
+            scale = full.rms(sums[name]).clamp_(min=MIN_SCALE).view(-1, *[1] * (weight.ndim - 1))
             gradient, state = gradients[name], self._adamw.state[self._local[name]]
             mean, square = state["exp_avg"], state["exp_avg_sq"]
             # float64, because 1 - beta2**step is small at first. A tensor, so that a GPU is not waited for.

@@ -54,7 +54,6 @@ VARIANTS = {
     "recomputed": ("train.activation_checkpointing=blocks",),
     "clipped": ("train.clip_norm=0.5",),
     "checked before updates": ("train.nonfinite.policy=roll_back",),
-    "rows that are made on demand": ("train.workers=0",),
 }
 CASES = {f"{precision}, {name}": (precision, keys) for precision in BOUND for name, keys in ROUTING.items()}
 CASES |= {

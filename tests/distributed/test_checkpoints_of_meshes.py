@@ -11,7 +11,7 @@ import pytest
 import ranks
 import tiny_model
 import torch
-from doubles import NoWarnings
+from doubles import FactoringAdafactor, NoWarnings
 from ranks import model_of, on_ranks, train_on_rows
 from tiny_model import SOURCE, TARGET, rows
 
@@ -31,12 +31,12 @@ from switchcli.system import publish
 from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import cross_entropy
-from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
+from switchcli.training.optimizer_specs import AdamW, Muon, OptimizerSpec
 from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
 DOCUMENTS = {DATA: b'{"tokens_sha256": "one"}'}
-OPTIMIZERS = {"adafactor": Adafactor(min_dim_to_factor=8), "adamw": AdamW(), "muon": Muon()}
+OPTIMIZERS = {"adafactor": FactoringAdafactor(), "adamw": AdamW(), "muon": Muon()}
 LEFT_OUT = ("data 4", "zero3 2")
 MESHES = {"1": (1, ALONE), **{name: mesh for name, mesh in ranks.MESHES.items() if name not in LEFT_OUT}}
 NOISY = tiny_model.NOISY.model_copy(update=tiny_model.TO_DIVIDE)

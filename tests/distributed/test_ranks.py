@@ -17,7 +17,7 @@ import onednn
 import pytest
 import tiny_model
 import torch
-from doubles import Records, a_run
+from doubles import FactoringAdafactor, Records, a_run
 from doubles import trained as trained_to_the_end
 from numpy.typing import NDArray
 from ranks import MESHES, RankMatrix, Row, model_of, train_on_rows
@@ -226,7 +226,7 @@ def trained(spec: OptimizerSpec, parallel: ParallelSpec = ALONE, of: ModelSpec =
     (model, weights), state, log, stop = model_of(of, context), TrainState(), Records(), StopRequest()
     optimizer = spec.build(weights.parameters, weights.layouts)
     batches = Microbatches(rows, BATCH, 2, context.dp_rank, context.dp_size)
-    loader = Loader(batches, 0, 0, context)
+    loader = Loader(batches, context)
 
     texts = {"": HeldOutText(lambda first, count: rows(99, first, count), 7)}
     parts = SPARSE.sparse_layer_names()
@@ -392,12 +392,12 @@ CASES: dict[str, Callable[..., Arrays]] = {
 
 
 RUNS: dict[str, Callable[..., Arrays]] = {
-    "adafactor": partial(trained, Adafactor(min_dim_to_factor=8)),
+    "adafactor": partial(trained, FactoringAdafactor()),
     "adamw": partial(trained, AdamW()),
-    "balanced by the step before": partial(trained, Adafactor(min_dim_to_factor=8), of=BALANCED),
+    "balanced by the step before": partial(trained, FactoringAdafactor(), of=BALANCED),
     "adamw, scaled": partial(trained, SCALED),
     "muon": partial(trained, Muon()),
-    "adafactor, parts of each expert on replicas": partial(trained, Adafactor(min_dim_to_factor=8), of=THREE),
+    "adafactor, parts of each expert on replicas": partial(trained, FactoringAdafactor(), of=THREE),
     "adamw, scaled, parts of each expert on replicas": partial(trained, SCALED, of=THREE),
     "muon, parts of each expert on replicas": partial(trained, Muon(), of=THREE),
 }

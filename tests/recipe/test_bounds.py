@@ -99,7 +99,6 @@ def dry_run(recipe: str) -> None:
         ("model={num_experts: 16384, num_layers: 1024, sparse_every: 1}", "model.num_experts 2048 131,072 64"),
         (f"train.steps={'9' * 400}", f"train.steps {MAX_COUNT}"),
         ("train.batch_tokens=1000000000000000000000", f"train.batch_tokens {MAX_COUNT}"),
-        ("train.workers=100000", "train.workers 1024"),
     ],
 )
 def test_a_number_beyond_its_bound_is_refused_at_once(override: str, words: str) -> None:

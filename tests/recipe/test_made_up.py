@@ -36,7 +36,7 @@ VALUES: list[Any] = [*NUMBERS, *WORDS, None, True, False, [], {}, [[]], [None], 
 SMALL = [
     *("model.vocab_size=512", "model.d_model=32", "model.d_ff=64", "model.d_kv=8", "model.num_heads=4"),
     *("model.num_layers=2", "model.num_decoder_layers=2", "model.num_experts=4", "train.steps=2"),
-    *("train.batch_tokens=256", "train.device=cpu", "train.compile=false", "train.workers=0"),
+    *("train.batch_tokens=256", "train.device=cpu", "train.compile=false"),
 ]
 """What would make a run take long, if it were otherwise."""
 

@@ -66,7 +66,7 @@ class Train(Spec):
 
 class Adafactor(Spec):
     kind: Literal["adafactor"] = "adafactor"
-    decay_exponent: float = 0.8
+    scale_by_parameter: bool = True
     epsilon: float = 1e-30
 
 
@@ -185,9 +185,9 @@ def test_another_kind_keeps_the_keys_that_it_has_too(write, toy):
 
 
 def test_a_kind_over_a_mapping_that_leaves_its_kind_to_the_default_does_the_same(toy):
-    text = "optimizer: {decay_exponent: 0.5, epsilon: 0.1}"
+    text = "optimizer: {scale_by_parameter: false, epsilon: 0.1}"
     assert toy(text, "optimizer.kind=adamw").optimizer == AdamW(epsilon=0.1)
-    assert toy(text, "optimizer.kind=adafactor").optimizer == Adafactor(decay_exponent=0.5, epsilon=0.1)
+    assert toy(text, "optimizer.kind=adafactor").optimizer == Adafactor(scale_by_parameter=False, epsilon=0.1)
 
 
 def test_a_default_of_another_meaning_does_not_carry_over(toy):
@@ -305,9 +305,11 @@ def test_overrides_are_read_as_yaml_and_the_last_wins(toy):
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
     overrides = ["optimizer.weight_decay=0.5", "optimizer.kind=adamw"][::order]
-    assert toy("optimizer: {kind: adafactor, decay_exponent: 0.1}", *overrides).optimizer == AdamW(weight_decay=0.5)
+    assert toy("optimizer: {kind: adafactor, scale_by_parameter: false}", *overrides).optimizer == AdamW(
+        weight_decay=0.5
+    )
     overrides = ["optimizer.beta1=0.5", "optimizer={kind: adamw, weight_decay: 1}"][::order]
-    for text in ("{}", "optimizer: {kind: adafactor, decay_exponent: 0.1}"):
+    for text in ("{}", "optimizer: {kind: adafactor, scale_by_parameter: false}"):
         assert toy(text, *overrides).optimizer == AdamW(weight_decay=1.0, beta1=0.5)
 
 
@@ -324,7 +326,7 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
         ("corpora.2.path=x", "corpora 2 1 0"),
         ("corpora.x=1", "corpora x 1 0"),
         ("model.d_model=-3", "model.d_model 1 -3 512"),
-        ("optimizer.nam=x", "optimizer.nam kind decay_exponent"),
+        ("optimizer.nam=x", "optimizer.nam kind scale_by_parameter"),
         ("steps=3", "steps train.steps"),
         ("train.note='\x1b[2J'", r"'\x1b'"),
     ],
@@ -361,7 +363,7 @@ def test_an_override_may_be_32_keys_deep(errors):
             "model.d_model": st.integers(1),
             "model.num_decoder_layers": st.none() | st.integers(-3, 3),
             "model.router.capacity_factor": st.floats(allow_infinity=False, allow_nan=False) | st.integers(-9, 9),
-            "optimizer": st.sampled_from(["{kind: adamw}", "{kind: adafactor, decay_exponent: 1e-7}"]),
+            "optimizer": st.sampled_from(["{kind: adamw}", "{kind: adafactor, scale_by_parameter: false}"]),
         },
     ),
     st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1),

@@ -28,7 +28,7 @@ def runs(tmp_path: Path, *names: str, **recipes: int) -> list[Run]:
     found = []
     for seed, name in enumerate(names):
         kind = recipes.get(name, len(name.split("-")[0]))
-        recipe = {"model": {"size": kind}, "train": {"seed": seed, "workers": seed}, "log": {"every_steps": seed}}
+        recipe = {"model": {"size": kind}, "train": {"seed": seed}, "log": {"every_steps": seed}}
         found.append(read(a_run(tmp_path / name), recipe))
     return found
 

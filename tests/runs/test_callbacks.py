@@ -174,7 +174,7 @@ def test_steps_that_wait_for_their_batches_in_two_windows_on_end_are_told_of_onc
         ((number, warning),) = told
         assert number == told_after
         share = f"{fractions[number - 1]:.0%}"
-        assert re.search(naming(share, "train.batches_ahead", "train.workers", "data.access=prepared"), warning)
+        assert re.search(naming(share, "$SWITCHCLI_CACHE", "data.access=prepared"), warning)
 
 
 def a_validation(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpointed_run import Parts, assert_equal
-from doubles import Source, trained
+from doubles import FactoringAdafactor, Source, trained
 from tiny_model import NOISY, SPARSE, a_model, rows
 from torch import nn
 
@@ -25,7 +25,6 @@ from switchcli.training.config import NonfiniteSpec, TrainSpec
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
-from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.schedules import Constant
 from switchcli.training.state import TrainState
 
@@ -87,7 +86,7 @@ class Run:
             self.model,
             lambda _: objective,
             Microbatches(source, 4, 2, 0, 1),
-            Adafactor(min_dim_to_factor=8).build(trainable(self.model)),
+            FactoringAdafactor().build(trainable(self.model)),
             Constant(learning_rate=0.01),
             DistributedContext("cpu", "float32"),
             [],
@@ -186,12 +185,12 @@ def test_routers_that_were_balanced_by_the_loss_start_without_bias() -> None:
 
 
 def test_a_resumed_run_has_the_biases_and_the_choices_of_the_last_step(tmp_path: Path) -> None:
-    whole = Parts(tmp_path / "whole", with_router(BOTH), Adafactor(min_dim_to_factor=8), 0)
+    whole = Parts(tmp_path / "whole", with_router(BOTH), FactoringAdafactor(), 0)
     whole.train(4)
-    part = Parts(tmp_path / "part", with_router(BOTH), Adafactor(min_dim_to_factor=8), 0)
+    part = Parts(tmp_path / "part", with_router(BOTH), FactoringAdafactor(), 0)
     part.train(2)
     part.saver.save(part.state)
-    resumed = Parts(tmp_path / "part", with_router(BOTH), Adafactor(min_dim_to_factor=8), 1)
+    resumed = Parts(tmp_path / "part", with_router(BOTH), FactoringAdafactor(), 1)
     resumed.saver.restore(resumed.state, silent())
     resumed.train(4)
     assert_equal(whole, resumed)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpointed_run import DOCUMENTS, Parts, assert_equal
-from doubles import NoWarnings
+from doubles import FactoringAdafactor, NoWarnings
 from messages import naming
 from tiny_model import DENSE, NOISY, SPARSE, a_model
 
@@ -25,7 +25,7 @@ from switchcli.training.state import TrainState
 GEGLU = SPARSE.model_copy(update={"activation": "geglu"})
 
 
-FACTORED = Adafactor(min_dim_to_factor=8)
+FACTORED = FactoringAdafactor()
 
 
 @pytest.mark.parametrize(

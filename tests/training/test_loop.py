@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from doubles import Do, Source, Still, trained
+from doubles import Do, FactoringAdafactor, Source, Still, trained
 from messages import naming
 from tiny_model import NOISY, a_model, rows
 from torch import nn
@@ -27,7 +27,6 @@ from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
 from switchcli.training.nonfinite import ALWAYS_STOP
-from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.schedules import Linear
 from switchcli.training.state import TrainState
@@ -42,7 +41,7 @@ class Run:
     def __init__(self, model: SwitchTransformer | None = None, first: int = 0) -> None:
         self.state = TrainState(step=first)
         self.model = a_model(NOISY) if model is None else model
-        self.optimizer: Optimizer = Adafactor(min_dim_to_factor=8).build(dict(self.model.named_parameters()))
+        self.optimizer: Optimizer = FactoringAdafactor().build(dict(self.model.named_parameters()))
         self.stop = StopRequest()
         self.objective: Callable[[nn.Module, Batch], StepLoss] = cross_entropy
         self.nonfinite = ALWAYS_STOP

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from doubles import FactoringAdafactor
 from messages import naming
 
 from switchcli.errors import OutOfMemory
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 
 def test_weights_gradients_and_two_moments() -> None:
     model = ModelSpec(vocab_size=128, d_model=16, d_ff=32, num_heads=2, num_layers=1)
-    adam, small = training_bytes(model, AdamW()), training_bytes(model, Adafactor(min_dim_to_factor=1))
+    adam, small = training_bytes(model, AdamW()), training_bytes(model, FactoringAdafactor(least=1))
     assert adam % 16 in (0, 8)  # with or without a count of the steps
     assert adam / 2 < small < adam * 0.6
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import Source, Still, trained
+from doubles import FactoringAdafactor, Source, Still, trained
 from tiny_model import SHAPE, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,7 +166,7 @@ def test_packing_does_not_make_a_step_wait(keys: dict[str, Any], monkeypatch: py
 @pytest.mark.parametrize(
     "optimizer",
     [
-        Adafactor(min_dim_to_factor=8),
+        FactoringAdafactor(),
         Adafactor(scale_by_parameter=False),
         AdamW(weight_decay=0.1),
         AdamW(scale_by="rms"),

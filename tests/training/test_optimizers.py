@@ -3,6 +3,7 @@ torch."""
 
 import pytest
 import torch
+from doubles import FactoringAdafactor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
     start, drawn = parameter.detach().clone(), gradients(parameter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.training.optimizers.CPU_SLICE", slice_size)
-        run(Adafactor(min_dim_to_factor=1 if factored else 10).build(named), rates())
+        run(FactoringAdafactor(least=1 if factored else 10).build(named), rates())
     expected = [formula(start[e], [gradient[e] for gradient in drawn], factored) for e in range(experts)]
     torch.testing.assert_close(parameter.detach(), torch.stack(expected), rtol=1e-5, atol=2e-6)
 
@@ -99,7 +100,7 @@ def test_in_slices_of_any_size_each_expert_moves_by_the_formula(
     ("spec", "slice_size"),
     [
         (Adafactor(), 140 * 129),
-        (Adafactor(min_dim_to_factor=999), 140 * 129),
+        (FactoringAdafactor(least=999), 140 * 129),
         (AdamW(weight_decay=0.1), None),
         (SCALED, None),
         (Muon(), None),
@@ -137,7 +138,7 @@ def test_adafactor_equals_transformers(shape: tuple[int, ...]) -> None:
         theirs.grad = gradient.clone()
         their_optimizer.param_groups[0]["lr"] = rate
         their_optimizer.step()
-    run(Adafactor(min_dim_to_factor=1).build({"weight": ours}), rates())  # theirs factors every matrix
+    run(FactoringAdafactor(least=1).build({"weight": ours}), rates())  # theirs factors every matrix
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -151,7 +152,7 @@ def test_moments_are_factored_exactly_when_both_last_dims_reach_the_minimum(
 ) -> None:
     name = "layer.experts.wi" if stacked and len(shape) == 3 else "weight"
     parameter = torch.nn.Parameter(torch.ones(shape))
-    state = Adafactor(min_dim_to_factor=least).build({name: parameter}).state()
+    state = FactoringAdafactor(least=least).build({name: parameter}).state()
     state.pop("optimizer/steps")
     if len(shape) >= 2 and min(shape[-2:]) >= least:
         assert {slot: list(moment.shape) for slot, moment in state.items()} == {

@@ -1,5 +1,6 @@
-"""Loader: the same microbatches in order with any workers, no further ahead than asked, errors at their step."""
+"""Loader: microbatches in the order of the steps, two steps ahead at most, errors at their step."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,9 @@ from tiny_model import rows
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.training.microbatches import Microbatch, Microbatches
-from switchcli.training.prefetch import Loader
+from switchcli.training.prefetch import STEPS_AHEAD, Loader
 
 STEPS = 12
-AHEAD = 3
 make = Microbatches(rows, 8, 2, 0, 1)
 
 
@@ -26,8 +26,8 @@ class Pinning:
         return micro._replace(number=micro.number + 100)
 
 
-def a_loader(workers: int, made: Callable[[int], Iterable[Microbatch]] = make, ahead: int = AHEAD) -> Loader:
-    return Loader(made, workers, ahead, DistributedContext("cpu", "float32"))
+def a_loader(made: Callable[[int], Iterable[Microbatch]] = make) -> Loader:
+    return Loader(made, DistributedContext("cpu", "float32"))
 
 
 class Noted:
@@ -48,9 +48,8 @@ class Noted:
 
 
 @pytest.mark.parametrize("first", [0, 7])
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_any_workers_make_the_same_microbatches_in_order(workers: int, first: int) -> None:
-    with a_loader(workers) as loader:
+def test_microbatches_come_in_order_as_they_are_made(first: int) -> None:
+    with a_loader() as loader:
         steps = []
         for step, micros in loader.from_step(first, STEPS):
             steps.append(step)
@@ -61,38 +60,29 @@ def test_any_workers_make_the_same_microbatches_in_order(workers: int, first: in
 
 
 def test_each_microbatch_is_put_where_the_device_takes_it_from() -> None:
-    for workers in (0, 2):
-        with Loader(make, workers, AHEAD, Pinning()) as loader:
-            assert [micro.number for micro in next(loader.from_step(3, STEPS))[1]] == [100, 101, 102, 103]
+    with Loader(make, Pinning()) as loader:
+        assert [micro.number for micro in next(loader.from_step(3, STEPS))[1]] == [100, 101, 102, 103]
 
 
-def test_one_worker_makes_steps_in_order_as_far_ahead_as_asked_and_no_further_than_the_last() -> None:
+def test_steps_are_made_in_order_two_ahead_and_no_further_than_the_last() -> None:
     noted = Noted()
-    with a_loader(1, noted) as loader:
+    with a_loader(noted) as loader:
         next(loader.from_step(0, STEPS))
-    assert noted.steps == [0, 1, 2, 3][: len(noted.steps)]  # what was not begun when it was closed never is
+    assert noted.steps == [0, 1, 2][: len(noted.steps)]  # what was not begun when it was closed never is
     noted = Noted()
-    with a_loader(1, noted) as loader:
+    with a_loader(noted) as loader:
         for step, _ in loader.from_step(0, STEPS):
-            assert len(noted.steps) <= step + 1 + AHEAD
+            assert len(noted.steps) <= step + 1 + STEPS_AHEAD
     assert noted.steps == list(range(STEPS))
 
 
-def test_without_workers_nothing_is_made_ahead() -> None:
-    noted = Noted()
-    with a_loader(0, noted) as loader:
-        next(loader.from_step(2, STEPS))
-    assert noted.steps == [2]
-
-
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_an_error_comes_out_at_its_step_and_not_before(workers: int) -> None:
+def test_an_error_comes_out_at_its_step_and_not_before() -> None:
     def failing(step: int) -> Iterator[Microbatch]:
         yield from make(step)
         if step >= 5:
             raise DataError(f"step {step}: the file was cut")
 
-    with a_loader(workers, failing) as loader:
+    with a_loader(failing) as loader:
         coming = loader.from_step(0, STEPS)
         for _ in range(5):
             assert len(next(coming)[1]) == 4
@@ -103,7 +93,7 @@ def test_an_error_comes_out_at_its_step_and_not_before(workers: int) -> None:
 def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
     go = threading.Event()
     noted = Noted(go)
-    loader = a_loader(1, noted)
+    loader = a_loader(noted)
 
     def ask() -> None:
         with suppress(RuntimeError):  # where the loader closes before this thread has asked for the step after
@@ -122,17 +112,9 @@ def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
 
 
 def test_the_time_that_steps_wait_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock goes on by a second while the thread of the steps makes a batch, and else stands still."""
-    seconds = 0.0
-    monkeypatch.setattr("switchcli.training.prefetch.time.perf_counter", lambda: seconds)
-
-    def slowly(step: int) -> Iterator[Microbatch]:
-        nonlocal seconds
-        seconds += threading.current_thread() is threading.main_thread()
-        return make(step)
-
-    for workers, waited in ((0, 3.0), (1, 0.0)):
-        with a_loader(workers, slowly) as loader:
-            for _ in loader.from_step(0, 3):
-                seconds += 10.0  # a step
-        assert loader.seconds_waited == waited
+    clock = itertools.count()  # a second at each look
+    monkeypatch.setattr("switchcli.training.prefetch.time.perf_counter", lambda: next(clock))
+    with a_loader() as loader:
+        for _ in loader.from_step(0, 3):
+            next(clock)  # a step
+        assert loader.seconds_waited == 3.0

@@ -33,6 +33,7 @@ from switchcli.report.table import Table
 from switchcli.runs.inputs.train_data import check_same_data
 from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction, warn_of_unknown
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
+from switchcli.training.prefetch import STEPS_AHEAD
 from switchcli.training.validation import HeldOutText
 
 HELD_OUT_SEED = 0
@@ -164,7 +165,7 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
         recipe.train.seed,
         recipe.rows_per_step,
         (context.dp_rank, context.dp_size),
-        kept_steps=recipe.train.batches_ahead + 2,
+        kept_steps=STEPS_AHEAD + 2,
     )
     return TrainRows(source, identity)
 

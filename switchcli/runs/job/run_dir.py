@@ -26,8 +26,6 @@ _SAFE_KEYS = (
     "train.device",
     "train.activation_checkpointing",
     "train.nonfinite.",
-    "train.workers",
-    "train.batches_ahead",
     "log.",
     "eval.every_steps",
     "scoring.draws",

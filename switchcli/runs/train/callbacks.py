@@ -1,4 +1,4 @@
-"""The callbacks of a run: logging, evaluation on held-out text and on tasks, saving, and samples.
+"""The callbacks of a run: logging, evaluation on held-out text and on tasks, and saving.
 
 Each takes the run, and reads from it what it needs.
 """
@@ -23,7 +23,6 @@ from switchcli.metric_names import (
     TASKS_AVERAGE,
     TOKENS_PER_SECOND,
 )
-from switchcli.runs.train.ending import sample
 from switchcli.system.signals import StopRequest
 from switchcli.training import router_health
 from switchcli.training.callback import Callback
@@ -96,9 +95,8 @@ class LogCallback(Callback):
         if self._slow_data_records == 2 and not self._slow_data_warned:
             self._slow_data_warned = True
             self._run.console.warning(
-                f"{fraction:.0%} of a step is spent waiting for its batch: raise train.batches_ahead; for prepared "
-                "text raise train.workers, or put it on a faster disk ($SWITCHCLI_CACHE); for a stream take "
-                "data.access=prepared"
+                f"{fraction:.0%} of a step is spent waiting for its batch: put prepared text on a faster disk "
+                "($SWITCHCLI_CACHE); for a stream take data.access=prepared"
             )
 
 
@@ -205,14 +203,3 @@ class SaveCallback(Callback):
 
     def __call__(self, state: TrainState) -> None:
         self._run.save(state)
-
-
-class SampleCallback(Callback):
-    """Prints the model's answers to a few texts. The end of a run prints them too, so the last step is not due."""
-
-    def __init__(self, run: "Trainer") -> None:
-        super().__init__(run.recipe.log.sample_every_steps or run.recipe.train.steps, at_end=False)
-        self._run = run
-
-    def __call__(self, state: TrainState) -> None:
-        sample(self._run)

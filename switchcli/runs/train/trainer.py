@@ -25,7 +25,6 @@ from switchcli.runs.train import branching, run_messages
 from switchcli.runs.train.callbacks import (
     EvaluationCallback,
     LogCallback,
-    SampleCallback,
     SaveCallback,
     StopAfter,
     TaskEvalCallback,
@@ -196,7 +195,7 @@ class Trainer:
         nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
         with (
             StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
-            self._loader() as loader,
+            Loader(self.microbatches, self.context) as loader,
             self._open_log(on_record, stop) as progress,
         ):
             validation = ValidationCallback(self, stop)
@@ -213,7 +212,7 @@ class Trainer:
                     self.optimizer,
                     self.schedule,
                     self.context,
-                    [log, *evaluations, save, SampleCallback(self), *([StopAfter(until, stop)] if until else [])],
+                    [log, *evaluations, save, *([StopAfter(until, stop)] if until else [])],
                     recipe.train,
                     stop,
                     progress,
@@ -299,8 +298,3 @@ class Trainer:
         """Drop the metrics after `step`, and warn about damaged lines."""
         if damage := self.context.main_only(lambda: self.metrics.rewind(step)):
             self.console.warning(damage)
-
-    def _loader(self) -> Loader:
-        train = self.recipe.train
-        workers = min(train.workers, 1) if self.data.source.is_sequential else train.workers
-        return Loader(self.microbatches, workers, train.batches_ahead, self.context)
