@@ -365,6 +365,7 @@ BAD = {
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),
     "T --out .": (2, "distill.teacher folder --out"),
+    "T verb=x": (2, "verb distill x"),
 }
 """Arguments of `distill`, where `T` is `--teacher SPARSE`, and the exit code and the words of the answer."""
 

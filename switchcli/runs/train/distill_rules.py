@@ -13,7 +13,7 @@ from switchcli.model.flops import count
 from switchcli.model.surgery.student import differing_dimensions, num_joined
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe, schema_of
+from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
@@ -81,9 +81,7 @@ class DistillRules(TrainingTask):
 
     @classmethod
     def schema(cls, tree: Node) -> type[Spec]:
-        schema = schema_of(tree)
-        assert schema is not None, "it names a teacher"
-        return schema
+        return DistillTextRecipe if tree.stated("tasks") is None else DistillTasksRecipe
 
     @classmethod
     def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int:
