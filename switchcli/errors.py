@@ -55,10 +55,6 @@ class CheckpointError(SwitchError):
     exit_code = 4
 
 
-class OtherDataError(CheckpointError):
-    """A checkpoint was trained on other data, or by another teacher, than a recipe gives now."""
-
-
 class NumericsError(SwitchError):
     """A value is NaN or infinite, or training diverged."""
 

@@ -1,7 +1,7 @@
 """The state file of a checkpoint, state.json: everything that resuming needs besides the tensors."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -64,8 +64,6 @@ class RunState(Spec):
     """First and last step of each range whose batches were skipped because a number was not finite."""
     branch: BranchPoint = FROM_BEGINNING
     """Where the run began, if it was branched from another."""
-    machines: list[tuple[Count, dict[str, Any]]] = Field(default_factory=list)
-    """Hardware and versions of the run, each with the number of steps that were taken before it."""
 
 
 class SavedState(RunState):
@@ -99,14 +97,6 @@ class SavedState(RunState):
     def read(cls, text: bytes) -> "SavedState":
         """Return the state in the JSON `text`. Raises ValueError or RecursionError if no run wrote it."""
         return cls.model_validate_json(text)
-
-    def machines_of(self, first: int, last: int) -> list[dict[str, Any]]:
-        """Return the machines that took the steps after `first` up to `last`; empty if they are unknown."""
-        if not self.machines or self.machines[0][0] > first:
-            return []
-        ends = [*(step for step, _ in self.machines[1:]), self.step]
-        spans = zip(self.machines, ends, strict=True)
-        return [machine for (begin, machine), end in spans if max(begin, first) < min(end, last)]
 
     def metrics_at_step(self) -> Mapping[str, float]:
         """Return the evaluation metrics of this checkpoint's weights. Empty if they were not evaluated at its step."""

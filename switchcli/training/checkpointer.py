@@ -12,7 +12,7 @@ import torch
 from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
-from switchcli.errors import CheckpointError, NumericsError, OtherDataError, RankError
+from switchcli.errors import CheckpointError, NumericsError, RankError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.training.config import CheckpointSpec
@@ -191,7 +191,7 @@ class Checkpointer:
             difference = "on other text (or, with data.mixture.max_epochs, for another train.steps)"
         elif before.get(EVALUATION) != now.get(EVALUATION):
             difference = "and scored on other examples of its tasks"
-        raise OtherDataError(
+        raise CheckpointError(
             f"{newest.path} was trained {difference} than the recipe gives now: restore what has changed, give another "
             "folder by --out, or --no-resume to archive this run and start anew"
         )

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from pydantic import ConfigDict, Field
@@ -34,11 +33,6 @@ class TrainState(RunState):
     def num_skipped_steps(self) -> int:
         """Return how many steps the weights have not learned from. A step skipped more than once counts once."""
         return len({step for first, last in self.skipped_steps for step in range(first, last + 1)})
-
-    def record_machine(self, machine: dict[str, Any]) -> None:
-        """Record the hardware and the versions of the steps that follow."""
-        if not self.machines or self.machines[-1][1] != machine:
-            self.machines.append((self.step, machine))
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Record evaluation metrics of the current weights. All calls at one step belong to one evaluation."""

@@ -63,8 +63,6 @@ def test_what_is_no_yaml_of_a_recipe_is_named_by_its_line(file: str, switchcli: 
         *(
             (words.split(), f"{words.split()[-2]} {other}")
             for words, other in {
-                "audit run --steps 1:2 --segments 3": "--steps",
-                "audit run --steps 1:2 --seed 3": "--steps",
                 "convert . there --to switchcli --revision v1": "hub",
                 "report run --quality nan": "0",
             }.items()

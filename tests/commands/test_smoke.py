@@ -33,7 +33,6 @@ WORK = {
     ),
     "generate": (["{trained}", "red", "--max-tokens", "2"], ""),
     "doctor": (["{trained}"], "sound:"),
-    "audit": (["{trained}", "--steps", "0:1"], "not checked"),
     "plan": (["tiny.yaml", "--devices", "2"], "Meshes"),
     "recipes list": ([], "quickstart/switch"),
     "recipes show": (["quickstart/switch"], "num_experts"),

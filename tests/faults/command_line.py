@@ -25,7 +25,6 @@ SOUND: dict[str, str] = {
     "eval": "run text.sequences=4 --out made",
     "generate": "run red --max-tokens 2",
     "doctor": "run",
-    "audit": "run",
     "plan": "tiny.yaml",
     "recipes list": "",
     "recipes show": "quickstart/switch",

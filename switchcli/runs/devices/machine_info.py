@@ -17,7 +17,7 @@ from switchcli.system.user_files import read_regular
 
 
 def machine_info(context: DistributedContext) -> dict[str, Any]:
-    """Return the hardware and the versions, for results and checkpoints."""
+    """Return the hardware and the versions, for results."""
     cuda = context.device.type == "cuda"
     return {
         "hardware": {

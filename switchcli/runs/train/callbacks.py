@@ -100,17 +100,6 @@ class LogCallback(Callback):
             )
 
 
-class StopAfter(Callback):
-    """Requests a stop after a step."""
-
-    def __init__(self, step: int, stop: StopRequest) -> None:
-        super().__init__(step, at_end=False)
-        self._stop = stop
-
-    def __call__(self, state: TrainState) -> None:
-        self._stop.request()
-
-
 class EvaluationCallback(Callback):
     """Records metrics of an evaluation in the state, `metric` among them.
 

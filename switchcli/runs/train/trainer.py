@@ -18,7 +18,6 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import TrainingDisplay
 from switchcli.report.sinks import JsonLines, publish_file
-from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.pins import START
 from switchcli.runs.train import branching, run_messages
@@ -26,7 +25,6 @@ from switchcli.runs.train.callbacks import (
     EvaluationCallback,
     LogCallback,
     SaveCallback,
-    StopAfter,
     TaskEvalCallback,
     ValidationCallback,
 )
@@ -140,7 +138,6 @@ class Trainer:
             )
         else:
             self.task.init_weights(weights, self.optimizer, self.evaluator)
-        state.record_machine(machine_info(self.context))
         if state.step:
             self.data.source.restore_state(state.step, state.position, state.branch.row_offset)
 
@@ -178,11 +175,10 @@ class Trainer:
                 error.add_note(f"after step {self.state.step}")  # read by `training_location`
                 raise
 
-    def train(self, until: int | None = None, on_record: OnRecord | None = None) -> Measurement | None:
+    def train(self, on_record: OnRecord | None = None) -> Measurement | None:
         """Train for the remaining steps. Return the answers to the examples of tasks, if there are some.
 
         Args:
-            until: the step after which to save and return; None: the last one.
             on_record: called on the main rank with each record that is logged. True stops the run as a signal does.
 
         Raises:
@@ -212,7 +208,7 @@ class Trainer:
                     self.optimizer,
                     self.schedule,
                     self.context,
-                    [log, *evaluations, save, *([StopAfter(until, stop)] if until else [])],
+                    [log, *evaluations, save],
                     recipe.train,
                     stop,
                     progress,
@@ -227,7 +223,7 @@ class Trainer:
                 if self.checkpointer.step != state.step:
                     call([save], state, nonfinite)
         self._trackers.close()
-        if is_stopped and state.step != until:
+        if is_stopped:
             raise Interrupted(
                 f"stopped and saved at step {state.step} of {steps} in {self.folder.path}: "
                 f"{self.folder.same_command} goes on from there"
@@ -284,8 +280,7 @@ class Trainer:
     def restore(self, state: TrainState) -> bool:
         """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""
         self.context.reshard(self.model)
-        if is_restored := self.checkpointer.restore(state, self.console):
-            state.record_machine(machine_info(self.context))
+        is_restored = self.checkpointer.restore(state, self.console)
         self._rewind(state.step)
         return is_restored
 
