@@ -23,17 +23,12 @@ Destination = Annotated[Path, typer.Argument(help="The new folder: it must be em
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="A recipe file, or the name of a shipped recipe.",
-        show_default=False,
-        autocompletion=_completion.recipes,
+        help="A recipe file, or the name of a shipped recipe.", show_default=False, autocompletion=_completion.recipes
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE ...]",
-        help="Recipe keys to set, by dotted path.",
-    ),
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Recipe keys to set, by dotted path."),
 ]
 EvalArguments = Annotated[
     list[str] | None,
@@ -111,12 +106,13 @@ def _usage_errors_in_one_line() -> Iterator[None]:
 
 
 def extend_command(command: Any) -> None:
-    """Add checks of values, hints about other tools and short help to a command and its subcommands.
+    """Add checks of values, hints about options and short help to a command and its subcommands.
 
     Only the parsing functions are wrapped. The function of the command then runs without additional stack frames.
     """
     command.parse_args = _with_option_hints(command.parse_args)
-    command.get_params = _simplified(command.get_params)
+    get_params = command.get_params
+    command.get_params = lambda context: [simplify(parameter) for parameter in get_params(context)]
     is_group = isinstance(command, TyperGroup)  # a bool, because mypy refuses to assign to methods of a narrowed type
     if is_group:
         command.resolve_command = _usage_errors_in_one_line()(command.resolve_command)
@@ -125,11 +121,6 @@ def extend_command(command: Any) -> None:
     for parameter in command.params:
         if parameter.name != _TEXTS:
             parameter.process_value = _with_check(parameter, parameter.process_value)
-
-
-def _simplified(get_params: Any) -> Any:
-    """Return a `get_params` whose parameters are short in `--help`. Typer adds `--help` itself when it needs it."""
-    return lambda context: [simplify(parameter) for parameter in get_params(context)]
 
 
 def _with_option_hints(parse_args: Any) -> Any:

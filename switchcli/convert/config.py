@@ -40,7 +40,7 @@ _SIZES: Final = (
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
 )
-"""The keys of config.json that `check_sizes` checks. Others with a bound, such as a trainer's `seed`, are ignored."""
+"""The keys of config.json that `_check_sizes` checks. Others with a bound, such as a trainer's `seed`, are ignored."""
 _CLASSES: Final[Mapping[str, ModelType]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",
@@ -225,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def check_sizes(config: Mapping[str, Any], path: Path) -> None:
+def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError if a size in `config`, the content of the file `path`, is far above any known model."""
     sizes = {key: value for key in _SIZES if type(value := config.get(key)) is int}
     for key, size in sizes.items():
@@ -261,7 +261,7 @@ def read_config(path: Path) -> Config:
             "T5ForConditionalGeneration (t5), MT5ForConditionalGeneration (mt5) and "
             "SwitchTransformersForConditionalGeneration (switch_transformers)"
         )
-    check_sizes(content, path)
+    _check_sizes(content, path)
     try:
         schema = SwitchConfig if model_type == "switch_transformers" else T5Config
         return schema.model_validate(content)

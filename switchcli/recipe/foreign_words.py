@@ -52,7 +52,8 @@ def translated(word: str, names: Collection[str]) -> str | None:
     A key may have a value, as in `train.precision=selective`.
     """
     last = word.rpartition(".")[2]
-    return next((ours for ours, theirs in WORDS.items() if last in theirs.split() and _key(ours) in names), None)
+    found = (ours for ours, theirs in WORDS.items() if last in theirs.split())
+    return next((ours for ours in found if ours.partition("=")[0] in names), None)
 
 
 def nearest(word: str, names: Collection[str]) -> str | None:
@@ -62,10 +63,6 @@ def nearest(word: str, names: Collection[str]) -> str | None:
         by_part[_last_part(name)] = name
     close = difflib.get_close_matches(_last_part(word), by_part, n=1, cutoff=SIMILAR)
     return by_part[close[0]] if close else None
-
-
-def _key(text: str) -> str:
-    return text.partition("=")[0]
 
 
 def _last_part(name: str) -> str:

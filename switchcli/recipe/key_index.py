@@ -35,18 +35,19 @@ class KeyInfo(NamedTuple):
     """Values of a `kind`, such as `optimizer.kind=adamw`: the key exists with any one of these. Empty: always."""
 
 
-_EXTENDS = KeyInfo(
-    "extends",
-    VERBS,
-    "path or text",
-    (),
-    "null",
-    "The recipe that this one changes: a file, relative to this one, or the name of a recipe that ships. Only in a "
-    "file, not on the command line.",
+_OF_ALL_VERBS = (
+    KeyInfo(
+        "extends",
+        VERBS,
+        "path or text",
+        (),
+        "null",
+        "The recipe that this one changes: a file, relative to this one, or the name of a recipe that ships. Only in a "
+        "file, not on the command line.",
+    ),
+    KeyInfo("verb", VERBS, "choice", VERBS, "the verb of the command", "The command that runs this recipe."),
 )
-"""The one key that no schema has: it is gone before a recipe is validated."""
-_DEFAULTS = {"verb": "the verb of the command"}
-"""Defaults that the schema does not say."""
+"""The keys that no schema has, as it is gone before a recipe is validated, or that each has with its own verb."""
 
 
 @cache
@@ -67,18 +68,16 @@ def all_keys() -> tuple[KeyInfo, ...]:
         "eval": schema.EvalRecipe,
     }
     choices = {  # those that the type of a key does not say
-        "verb": VERBS,
         "model.size": (CUSTOM, *SIZES),
         "tasks": (*TASKS, *SUITES),
         "tasks[].metrics": tuple(METRICS),
     }
     verbs: dict[KeyInfo, list[str]] = {}
     for verb, recipe in recipes.items():
-        for found in SchemaNode.root(recipe).infos():
-            key = found.key
-            info = found._replace(choices=choices.get(key, found.choices), default=_DEFAULTS.get(key, found.default))
-            verbs.setdefault(info, []).append(verb)
-    infos = [_EXTENDS, *(info._replace(verbs=_short(names)) for info, names in verbs.items())]
+        for info in SchemaNode.root(recipe).infos():
+            if info.key != "verb":
+                verbs.setdefault(info._replace(choices=choices.get(info.key, info.choices)), []).append(verb)
+    infos = [*_OF_ALL_VERBS, *(info._replace(verbs=_short(names)) for info, names in verbs.items())]
     first = {info.key: place for place, info in reversed([*enumerate(infos)])}
     top = {_top(info.key): place for place, info in reversed([*enumerate(infos)])}
     return tuple(sorted(infos, key=lambda info: (top[_top(info.key)], first[info.key])))
@@ -125,7 +124,7 @@ def kinds(info: KeyInfo) -> tuple[str, ...]:
     return tuple(condition.partition("=")[2] for condition in info.when)
 
 
-EXAMPLES = {
+_EXAMPLES = {
     "extends": "quickstart/switch",
     "model.size": "switch-base-8",
     "train.batch_tokens": "4096",
@@ -146,13 +145,13 @@ def example(info: KeyInfo) -> str:
     A mapping has keys of its own to set: the example is then "", and so is that of `verb`, which no user sets. That of
     `extends` is a line of a file.
     """
-    if info.key == "verb" or (info.key not in EXAMPLES and info.type.startswith(("mapping", "list of mapping"))):
+    if info.key == "verb" or (info.key not in _EXAMPLES and info.type.startswith(("mapping", "list of mapping"))):
         return ""
     if info.key == "extends":
-        return f"extends: {EXAMPLES[info.key]}"
+        return f"extends: {_EXAMPLES[info.key]}"
     path = info.key.replace("[]", ".0")
     kind = f"{info.when[0].replace('[]', '.0')} " if info.when else ""
-    return f"{kind}{path}={_quoted(EXAMPLES.get(info.key) or _example_value(info))}"
+    return f"{kind}{path}={_quoted(_EXAMPLES.get(info.key) or _example_value(info))}"
 
 
 def _example_value(info: KeyInfo) -> str:
