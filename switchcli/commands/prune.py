@@ -26,6 +26,7 @@ app = typer.Typer()
     epilog=epilog(
         "how-to/upcycle-and-prune",
         "switchcli prune runs/quickstart/switch runs/small --experts 4",
+        "switchcli prune runs/quickstart/switch runs/half --experts 4 --json",
     )
 )
 def prune(

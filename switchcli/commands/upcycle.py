@@ -18,6 +18,7 @@ app = typer.Typer()
     epilog=epilog(
         "how-to/upcycle-and-prune",
         "switchcli upcycle runs/quickstart/dense runs/sparse --experts 8",
+        "switchcli upcycle runs/quickstart/dense runs/noisy --experts 8 --noise 0.01",
     )
 )
 def upcycle(
