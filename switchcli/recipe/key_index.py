@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from switchcli.recipe.library import VERBS
 from switchcli.recipe.sizes import CUSTOM, SIZES
-from switchcli.spec import Spec
 
 _ON_TEXT, _ON_TASKS = "distill on text", "distill on tasks"
 
@@ -58,6 +57,7 @@ def all_keys() -> tuple[KeyInfo, ...]:
     """
     from switchcli.recipe import schema
     from switchcli.recipe.schema_walk import SchemaNode
+    from switchcli.spec import Spec
     from switchcli.tasks.registry import METRICS, SUITES, TASKS
 
     recipes: dict[str, type[Spec]] = {
