@@ -59,9 +59,9 @@ def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def reseal(path: Path) -> None:
     """Write a manifest that vouches for the folder's files as they are now."""
-    entries = [
-        Entry(file.name, file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    files = [
+        Entry(bytes=file.stat().st_size, name=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
         for file in sorted(path.iterdir())
         if file.name != manifests.NAME
     ]
-    (path / manifests.NAME).write_bytes(Manifest(manifests.load(path).step, tuple(entries)).encode())
+    (path / manifests.NAME).write_bytes(Manifest(files=tuple(files), step=manifests.load(path).step).encode())

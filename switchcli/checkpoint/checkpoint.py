@@ -1,29 +1,26 @@
-"""Checkpoints: saved complete or not at all, verified before use, with fallback to the one before a damaged one.
+"""Checkpoints: saved complete or not at all, and verified when they are opened.
 
     checkpoints/step-00001000/
       model-00000.safetensors ...       full logical tensors (see tensor_names.py), at most 2 GiB a file
       optimizer-00000.safetensors ...
       recipe.yaml tokenizer.json state.json ...     documents passed to `save`
-      MANIFEST
+      MANIFEST                          SHA-256 sums of these files
 
 Any file of a tensor group may hold any of its tensors: readers go by the headers. Several writers, each with tensors of
 its own, therefore produce a checkpoint that is equivalent to one by a single writer.
 
-A save writes to `.tmp-<step>-<unique>`. It syncs every file, reads it back and verifies it, then the manifest, then the
-folder, and last it renames the folder to `step-<step>`. As verification comes before the rename, every folder with that
-name has been verified, and a good checkpoint is never replaced by a bad one. Hidden names are leftovers of a killed
-process: `.tmp-`, `.old-` (a checkpoint that a second save of its step was to replace), `.del-` (about to be removed).
-
-Only the process that holds the run's lock may save, prune or call `latest`. Other readers use `latest_read_only`.
+A save writes to a temporary folder and syncs every file, then the manifest, then the folder, and last it renames the
+folder to `step-<step>` (see system/publish.py). Only the process that holds the run's lock may save, prune or call
+`recover`.
 """
 
 import errno
-import os
+import json
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
@@ -37,19 +34,15 @@ from switchcli.checkpoint import tensor_file
 from switchcli.checkpoint.manifest import DamagedError, Entry, Manifest
 from switchcli.checkpoint.saved_state import SavedState
 from switchcli.checkpoint.tensor_names import expert_numbers
-from switchcli.errors import CheckpointError, disk_errors
+from switchcli.distributed.collectives import ONE_RANK, HostGroup
+from switchcli.errors import CheckpointError, RankError, disk_errors
 from switchcli.system import publish
 
 TensorGroup = Literal["model", "optimizer"]
 
 STEP: Final = re.compile(r"step-[0-9]{8,}")
 """Folder names that are reserved for the checkpoint of that step."""
-_UNIQUE: Final = "[0-9a-f]{8}"
-_REPLACED: Final = re.compile(rf"\.old-([0-9]{{8,}})-{_UNIQUE}")
-LEFTOVER: Final = re.compile(rf"\.(tmp-(probe|[0-9]{{8,}})|old-[0-9]{{8,}}|del-step-[0-9]{{8,}})-{_UNIQUE}")
-"""Hidden names that a save, a probe or a removal gives to folders. Folders with other names are never removed."""
 _MAX_FILE_BYTES: Final = 1 << 31
-UNIQUE_BITS: Final = 32
 _START_AGAIN: Final = "give another folder by --out to start again"
 _FIX: Final = f"use the recipe.yaml saved with the checkpoint, or {_START_AGAIN}."
 _ALTERNATIVE: Final = "give another folder by --out; checkpoints already saved are untouched."
@@ -65,16 +58,12 @@ class Checkpoint:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path, *, verified: bool = False) -> "Checkpoint":
-        """Verify the files in a folder. Raises DamagedError (a CheckpointError) if a byte differs from what was saved.
-
-        With `verified`, tensor files are not read, because another process has just verified them.
-        """
+    def open(cls, path: Path) -> "Checkpoint":
+        """Verify the files in a folder. Raises DamagedError (a CheckpointError) if one differs from what was saved."""
         manifest = manifests.load(path)
         if STEP.fullmatch(path.name) and path.name != _folder_name(manifest.step):
-            raise DamagedError(path / manifests.NAME, "step", f"is that of step {manifest.step}")
-        if not verified:
-            manifest.verify(path)
+            raise DamagedError(path / manifests.NAME, f"is that of step {manifest.step}")
+        manifest.verify(path)
         _read_state(path, manifest)
         return cls(path, manifest.step, manifest)
 
@@ -118,9 +107,9 @@ class Checkpoint:
                 try:
                     specs = tensor_file.read_tensor_specs(path)
                 except ValueError as error:
-                    raise DamagedError(path, "header", str(error)) from error
+                    raise DamagedError(path, str(error)) from error
                 if duplicates := specs.keys() & tensors.keys():
-                    raise DamagedError(path, "header", f"holds {min(duplicates)}, as another file does")
+                    raise DamagedError(path, f"holds {min(duplicates)}, as another file does")
                 tensors |= {tensor: (path, spec) for tensor, spec in specs.items()}
         return tensors
 
@@ -137,20 +126,59 @@ def save(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     documents: Mapping[str, bytes],
+    ranks: HostGroup = ONE_RANK,
 ) -> Path:
-    """Save a step under `folder`, replacing an earlier save of it, and return the new checkpoint's folder.
+    """Save a step under `folder`, replacing an earlier save of it, and return the new checkpoint's folder. Collective.
 
-    Tensors have their logical names and may be on any device; a tied parameter is given once. The mappings may be lazy:
-    each tensor is read twice, and the tensors of one file are in memory at a time. `documents` holds at least
-    state.json. Raises CheckpointError when the disk refuses; all earlier checkpoints then still exist.
+    Each rank gives tensors of its own, under their logical names; a tied parameter is given once. They may be on any
+    device. The mappings may be lazy: each tensor is read twice, and the tensors of one file are in memory at a time.
+    `documents` holds at least state.json.
+
+    Raises CheckpointError when the disk refuses, and RankError or OtherRankError when it refuses on another rank. All
+    earlier checkpoints then still exist.
     """
-    num_bytes = tensor_file.num_bytes(chain(model.values(), optimizer.values())) + sum(map(len, documents.values()))
-    writer = CheckpointWriter(folder, step, secrets.randbits(UNIQUE_BITS), num_bytes)
+    assert "state.json" in documents
+    (num_bytes,) = ranks.sum([tensor_file.num_bytes(chain(model.values(), optimizer.values()))])
+    num_bytes += sum(map(len, documents.values()))
+    path = checkpoint_path(folder, step)
+    temporary = publish.temporary_path(path, ranks.all_gather_text(secrets.token_hex(8))[0])  # the main rank's
+    built = temporary / "new"
+    refused = disk_errors(folder, _ALTERNATIVE, num_bytes)
+
+    @refused
+    def begin() -> None:
+        publish.check_folder(folder)
+        publish.check_folder(path)
+        publish.make_folder(folder)
+        publish.sync(folder.parent)
+        publish.make_folder(built)
+
+    @refused
+    def write(files: Iterable[tuple[str, bytes | memoryview]]) -> list[Entry]:
+        entries = []
+        for name, content in files:
+            publish.write_new(built / name, content)
+            entries.append(Entry(bytes=len(content), name=name, sha256=sha256(content).hexdigest()))
+        return entries
+
+    @refused
+    def finish(entries: Sequence[Entry]) -> None:
+        manifest = Manifest(files=tuple(sorted(entries, key=lambda file: file.name)), step=step)
+        write([(manifests.NAME, manifest.encode())])
+        publish.sync(built)
+        publish.replace_folder(built, path)
+        publish.remove_temporary(temporary)
+
     try:
-        writer.begin()
-        return writer.finish(writer.write(encode_files(model, optimizer)), documents)
-    finally:
-        writer.clean_up()
+        ranks.main_only(begin)
+        written = ranks.on_all_ranks(lambda: write(encode_files(model, optimizer, ranks.rank, ranks.size)))
+        texts = ranks.all_gather_text(json.dumps([file.model_dump() for file in written]))
+        entries = [Entry(**file) for text in texts for file in json.loads(text)]
+        ranks.main_only(lambda: finish([*entries, *write(documents.items())]))
+    except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
+        publish.remove_temporary(temporary)
+        raise
+    return path
 
 
 def encode_files(
@@ -166,123 +194,50 @@ def encode_files(
             yield f"{group}-{rank + num_ranks * number:05d}.safetensors", tensor_file.encode(shard)
 
 
-@final
-class CheckpointWriter:
-    """The save of one step by one process, or by several that each write other tensors.
-
-    One process calls `begin`; then all call `write`; then one calls `finish` and `clean_up`. `save` does all four.
-    Every method raises CheckpointError when the disk refuses.
-    """
-
-    def __init__(self, folder: Path, step: int, unique: int, num_bytes: int) -> None:
-        """`unique` is a random number of `UNIQUE_BITS` bits, the same in all processes, that no other save has.
-
-        `num_bytes` is the size of the complete checkpoint.
-        """
-        self._folder, self._step, self._num_bytes = folder, step, num_bytes
-        self._unique = f"{unique:08x}"
-        self._temporary = folder / f".tmp-{step:08d}-{self._unique}"
-
-    def begin(self) -> None:
-        """Make the temporary folder."""
-        with self._disk_errors():
-            publish.check_folder(self._folder)
-            publish.check_folder(checkpoint_path(self._folder, self._step))
-            publish.make_folder(self._folder)
-            publish.sync(self._folder.parent)
-            publish.make_folder(self._temporary)
-
-    def write(self, contents: Iterable[tuple[str, memoryview]]) -> list[Entry]:
-        """Write and verify the files of this process, as `encode_files` yields them, and return their entries."""
-        with self._disk_errors():
-            entries = [_write(self._temporary / name, content) for name, content in contents]
-            Manifest(self._step, tuple(entries)).verify(self._temporary)
-        return entries
-
-    def finish(self, entries: Sequence[Entry], documents: Mapping[str, bytes]) -> Path:
-        """Add the documents and a manifest of all files, publish the checkpoint, and return its folder.
-
-        `entries` are those of all processes.
-        """
-        assert "state.json" in documents
-        final_path = checkpoint_path(self._folder, self._step)
-        with self._disk_errors():
-            written = [_write(self._temporary / name, content) for name, content in documents.items()]
-            Manifest(self._step, tuple(written)).verify(self._temporary)
-            manifest = Manifest(self._step, tuple(sorted([*entries, *written], key=lambda entry: entry.name)))
-            _write(self._temporary / manifests.NAME, manifest.encode())
-            publish.sync(self._temporary)
-            manifest.check_sizes(self._temporary)
-            Checkpoint.open(self._temporary, verified=True)
-            if final_path.exists():
-                final_path.rename(self._folder / f".old-{self._step:08d}-{self._unique}")
-            self._temporary.rename(final_path)
-            publish.sync(self._folder)
-        return final_path
-
-    def _disk_errors(self) -> AbstractContextManager[None]:
-        return disk_errors(self._folder, _ALTERNATIVE, self._num_bytes)
-
-    def clean_up(self) -> None:
-        """Restore a checkpoint that was not replaced and remove leftovers, after `finish` or after a failure.
-
-        Call it when no process writes any more. If the disk refuses, `latest` does it later.
-        """
-        with suppress(OSError):
-            _clean_up(self._folder)
-
-
-def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or None if nothing was ever saved here.
-
-    Leftovers of killed saves are removed. A damaged checkpoint is renamed to `step-N.bad-<why>`, with a warning, and
-    the one before it is tried. Raises CheckpointError if none is left: a run never starts from scratch over saved work.
-    """
-
-    def rename_damaged(path: Path, damage: DamagedError) -> None:
-        renamed = path.with_name(f"{path.name}.bad-{damage.why}")
-        renamed = publish.free_name(renamed) if os.path.lexists(renamed) else renamed
-        path.rename(renamed)
-        publish.sync(folder)
-        warn(f"{damage} It is now {renamed.name}; the one before it is tried.")
-
-    recover(folder)
-    with disk_errors(folder, _ALTERNATIVE):
-        return _newest(folder, rename_damaged)
-
-
 def recover(folder: Path) -> None:
-    """Finish what a killed save began: restore a checkpoint that was not replaced, and remove leftovers."""
+    """Finish what a killed save began: restore a checkpoint that was not replaced, and remove temporary folders."""
     with disk_errors(folder, _ALTERNATIVE):
         publish.check_folder(folder)
-        _clean_up(folder)
+        publish.remove_stale_in(folder, age=0)
 
 
-def latest_read_only(folder: Path, warn: Callable[[str], None], alternative: str = _START_AGAIN) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, like `latest`, but without renaming or removing anything.
+def newest(folder: Path, warn: Callable[[str], None], alternative: str = _START_AGAIN) -> Checkpoint | None:
+    """Return the newest checkpoint that verifies, or None if nothing was ever saved here. Nothing on disk changes.
 
-    A run may be saving to the folder and pruning it meanwhile. `alternative` is the second fix that errors offer.
+    `warn` is told of each damaged checkpoint, in one line, and the one before it is tried. A run may be saving to the
+    folder and pruning it meanwhile.
+
+    Raises CheckpointError if all are damaged: a run never starts from scratch over saved work. `alternative` is the
+    second fix that errors offer.
     """
     with disk_errors(folder, alternative):
-        return _newest(folder, lambda path, damage: warn(f"{damage} The one before it is tried."), alternative)
+        while True:
+            listed = saved_checkpoints(folder)
+            for path in listed:
+                try:
+                    return Checkpoint.open(path)
+                except DamagedError as damage:
+                    if not path.exists():  # the run has just pruned it, so that there are newer ones
+                        break
+                    warn(f"{damage} The one before it is tried.")
+            if listed == saved_checkpoints(folder):
+                break
+    if listed:
+        names = ", ".join(sorted(path.name for path in listed))
+        raise CheckpointError(
+            f"{folder}: none of the {len(listed)} checkpoints verifies ({names}): restore one of them, or {alternative}"
+        )
+    return None
 
 
-def verify_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Checkpoint | DamagedError]]:
-    """Yield each path with its checkpoint, or with the damage. A checkpoint is read when it is reached."""
-    for path in paths:
-        try:
-            yield path, Checkpoint.open(path)
-        except DamagedError as damage:
-            yield path, damage
-
-
-def prune(folder: Path, keep_last: int, keep_steps: Collection[int] = (), *, keep_best: bool) -> None:
+def prune(folder: Path, step: int, keep_last: int, keep_steps: Collection[int] = (), *, keep_best: bool) -> None:
     """Remove all checkpoints but the last `keep_last` (>= 1), those of `keep_steps` and, with `keep_best`, the best by
     each metric.
 
-    A checkpoint counts for a metric only if that was evaluated at its step. The recipe keeps two by default: with one,
-    damage to the newest would leave nothing to fall back to. Checkpoints with a damaged manifest or state.json are not
-    counted and stay, as do `.bad-` folders. Tensors are not verified here, to save time.
+    `step` is that of the checkpoint that was just saved. Checkpoints of later steps, which are damaged, are not counted
+    and stay: the run saves those steps again. So do earlier ones with a damaged manifest or state.json; tensors are not
+    verified here, to save time. A checkpoint counts for a metric only if that was evaluated at its step. The recipe
+    keeps two by default: with one, damage to the newest would leave nothing to fall back to.
     """
     assert keep_last >= 1
     with disk_errors(folder, _ALTERNATIVE):
@@ -290,7 +245,8 @@ def prune(folder: Path, keep_last: int, keep_steps: Collection[int] = (), *, kee
         metrics_of: dict[Path, Mapping[str, float]] = {}
         for path in saved_checkpoints(folder):
             with suppress(CheckpointError):
-                metrics_of[path] = _read_state(path, manifests.load(path)).metrics_at_step()
+                if _step_of(path) <= step:
+                    metrics_of[path] = _read_state(path, manifests.load(path)).metrics_at_step()
         best: dict[str, Path] = {}
         for path, metrics in metrics_of.items():
             for name, value in metrics.items():
@@ -301,23 +257,15 @@ def prune(folder: Path, keep_last: int, keep_steps: Collection[int] = (), *, kee
         keep |= {checkpoint_path(folder, step) for step in keep_steps}
         for path in metrics_of:
             if path not in keep and publish.is_folder(path):
-                path.rename(path.with_name(f".del-{path.name}-{secrets.token_hex(4)}"))
-        _clean_up(folder)
+                shutil.rmtree(path.rename(publish.temporary_path(path)))  # never half of it under its name
 
 
-def preflight(folder: Path, bytes_needed: int, alternative: str = _ALTERNATIVE) -> None:
-    """Raise CheckpointError, before training, if `folder` cannot be written to or its disk lacks `bytes_needed`."""
-    probe = folder / f".tmp-probe-{secrets.token_hex(4)}"
-    with disk_errors(folder, alternative, bytes_needed):
-        publish.check_folder(folder)
-        publish.make_folder(probe)
-        try:
-            if shutil.disk_usage(folder).free < bytes_needed:
-                raise OSError(errno.ENOSPC, "not enough space")
-        finally:
-            publish.remove_tree(probe)
-            with suppress(OSError):
-                folder.rmdir()  # unless it holds something
+def preflight(folder: Path, bytes_needed: int) -> None:
+    """Raise CheckpointError, before training, if the disk of `folder`, which need not exist, lacks `bytes_needed`."""
+    with disk_errors(folder, _ALTERNATIVE, bytes_needed):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if shutil.disk_usage(existing).free < bytes_needed:
+            raise OSError(errno.ENOSPC, "not enough space")
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
@@ -337,74 +285,18 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Return the folders that a killed save, probe or removal left."""
-    return sorted(path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name) and publish.is_folder(path))
-
-
 def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _newest(
-    folder: Path, on_damage: Callable[[Path, DamagedError], None], alternative: str = _START_AGAIN
-) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, after `on_damage` was called for each newer one that does not."""
-    listed = saved_checkpoints(folder)
-    for path, checkpoint in verify_all(listed):
-        if isinstance(checkpoint, Checkpoint):
-            return checkpoint
-        if not path.exists():  # the run has just pruned it, so that there are newer ones
-            return _newest(folder, on_damage, alternative)
-        on_damage(path, checkpoint)
-    if not {*listed}.issuperset(saved_checkpoints(folder)):  # a run saves and prunes meanwhile
-        return _newest(folder, on_damage, alternative)
-    if names := sorted(path.name for path in folder.glob("step-*")):
-        raise CheckpointError(
-            f"{folder}: none of the {len(names)} checkpoints verifies ({', '.join(names)}): "
-            f"restore one of them, or {alternative}"
-        )
-    return None
 
 
 def _read_state(path: Path, manifest: Manifest) -> SavedState:
     try:
         state = SavedState.read(manifest.read(path, "state.json"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(path / "state.json", "state", "is not the state of a run") from error
+        raise DamagedError(path / "state.json", "is not the state of a run") from error
     if state.step != manifest.step:
-        raise DamagedError(path / "state.json", "state", f"is that of step {state.step}")
+        raise DamagedError(path / "state.json", f"is that of step {state.step}")
     return state
-
-
-def _write(path: Path, content: bytes | memoryview) -> Entry:
-    """Write and sync a file. The digest is of the bytes in memory, so that verification covers the write itself."""
-    publish.write_new(path, content)
-    publish.sync(path)
-    return Entry(path.name, len(content), sha256(content).hexdigest())
-
-
-def _clean_up(folder: Path) -> None:
-    """Restore a checkpoint that was moved aside but not replaced, and remove all other leftovers.
-
-    Only folders whose names match exactly are touched: no links, and nothing in a folder that is a link itself.
-    """
-    if not publish.is_folder(folder):
-        return
-    for path in leftovers(folder):
-        replaced = _REPLACED.fullmatch(path.name)
-        if replaced and not os.path.lexists(successor := folder / f"step-{replaced[1]}"):
-            path.rename(successor)
-    remaining = leftovers(folder)
-    replaced_checkpoints = [path for path in remaining if _REPLACED.fullmatch(path.name)]
-    for path in remaining:
-        if path not in replaced_checkpoints:
-            publish.remove_tree(path)  # before the sync, which a full disk may refuse
-    if replaced_checkpoints:
-        # A successor may have just been renamed. Its name must be on disk before the checkpoint that it replaced goes.
-        publish.sync(folder)
-    for path in replaced_checkpoints:
-        publish.remove_tree(path)
 
 
 def _first_mismatch(

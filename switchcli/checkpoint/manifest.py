@@ -12,97 +12,75 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Final, final
+from typing import Annotated, Final
+
+from pydantic import Field
 
 from switchcli.errors import CheckpointError
+from switchcli.spec import Spec
 from switchcli.system.user_files import open_regular
 
 NAME: Final = "MANIFEST"
 _FORMAT: Final = "switchcli checkpoint 1"
 """Change this only if older code would misread the files."""
-_PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _MAX_BYTES: Final = 1 << 28
 _DAMAGE: Final = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO)
 """Errors of `open_regular` that mean damage. All others (permission, descriptors, memory) concern the machine."""
 
 
-@final
 class DamagedError(CheckpointError):
-    """A checkpoint differs from what was saved. `why` is one word that fits into a file name."""
+    """A checkpoint differs from what was saved."""
 
-    def __init__(self, path: Path, why: str, detail: str) -> None:
+    def __init__(self, path: Path, detail: str) -> None:
         super().__init__(f"{path}: {detail}: use another checkpoint of the run.")
-        self.why = why
 
 
-@final
-@dataclass(frozen=True)
-class Entry:
-    """One file: its plain name, its length and the SHA-256 of its bytes in hexadecimal."""
+class Entry(Spec):
+    """One file of a checkpoint."""
 
-    name: str
-    num_bytes: int
+    bytes: int
+    """Its length."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    """Its name, without any folder."""
     sha256: str
-
-    def is_valid(self) -> bool:
-        """Return whether the fields, which come from a file, have the right types, and the name no folder in it."""
-        return (
-            isinstance(self.name, str)
-            and _PLAIN_NAME.fullmatch(self.name) is not None
-            and self.name != NAME
-            and type(self.num_bytes) is int
-            and isinstance(self.sha256, str)
-            and _SHA256.fullmatch(self.sha256) is not None
-        )
+    """The SHA-256 of its content, in hexadecimal."""
 
 
-@final
-@dataclass(frozen=True)
-class Manifest:
-    """The step of a checkpoint and its files, sorted by name."""
+class Manifest(Spec):
+    """The files of a checkpoint, sorted by name, and its step."""
 
-    step: int
-    entries: tuple[Entry, ...]
+    files: tuple[Entry, ...]
+    format: str = _FORMAT
+    step: Annotated[int, Field(ge=0)]
 
     def encode(self) -> bytes:
-        """Return the bytes of the file in canonical form: equal manifests have equal bytes."""
-        files = [{"bytes": entry.num_bytes, "name": entry.name, "sha256": entry.sha256} for entry in self.entries]
-        body = {"files": files, "format": _FORMAT, "step": self.step}
-        line = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+        """Return the content of the file MANIFEST."""
+        line = self.model_dump_json().encode()
         return b"%s\n%s\n" % (line, hashlib.sha256(line).hexdigest().encode())
 
     def names(self) -> list[str]:
-        return [entry.name for entry in self.entries]
+        return [file.name for file in self.files]
 
     def verify(self, folder: Path) -> None:
         """Read every file and raise DamagedError at the first that is missing or differs from what was saved."""
-        for entry in self.entries:
-            with _open(folder / entry.name) as (stream, size):
-                digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == entry.num_bytes else ""
-            _check_entry(folder / entry.name, entry, size, digest)
-
-    def check_sizes(self, folder: Path) -> None:
-        """Raise DamagedError at the first file that is missing or has another length, without reading any."""
-        for entry in self.entries:
-            with _open(folder / entry.name) as (_, size):
-                _check_entry(folder / entry.name, entry, size, entry.sha256)
+        for file in self.files:
+            with _open(folder / file.name) as (stream, size):
+                digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == file.bytes else ""
+            _check(folder / file.name, file, size, digest)
 
     def read(self, folder: Path, name: str) -> bytes:
         """Return the bytes of one small file, verified. Raises CheckpointError if the manifest does not list it."""
-        entry = next((entry for entry in self.entries if entry.name == name), None)
-        if entry is None:
+        file = next((file for file in self.files if file.name == name), None)
+        if file is None:
             raise CheckpointError(
                 f"{folder}: does not contain {name}: use a checkpoint that this version of switchcli wrote."
             )
         content = read_small(folder / name)
-        _check_entry(folder / name, entry, len(content), hashlib.sha256(content).hexdigest())
+        _check(folder / name, file, len(content), hashlib.sha256(content).hexdigest())
         return content
 
 
@@ -112,36 +90,26 @@ def load(folder: Path) -> Manifest:
     Raises DamagedError, or CheckpointError for another format.
     """
     path = folder / NAME
-    content = read_small(path)
-    line, _, digest_line = content.partition(b"\n")
+    line, _, digest_line = read_small(path).partition(b"\n")
     if digest_line != hashlib.sha256(line).hexdigest().encode() + b"\n":
-        raise DamagedError(path, "manifest", "its last line is not the SHA-256 of the list before it")
+        raise DamagedError(path, "its last line is not the SHA-256 of the list before it")
     try:
-        body = json.loads(line)
-        file_format = body["format"]
-        entries = tuple(Entry(file["name"], file["bytes"], file["sha256"]) for file in body["files"])
-        manifest = Manifest(body["step"], entries)
+        file_format = json.loads(line)["format"]
+        if file_format == _FORMAT:
+            return Manifest.model_validate_json(line)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(path, "manifest", "is not a list of files") from error
-    if file_format != _FORMAT:
-        raise CheckpointError(
-            f"{path}: in the format {file_format!r}, where this switchcli reads {_FORMAT!r}: "
-            "use the switchcli that wrote it."
-        )
-    names = [entry.name for entry in manifest.entries]
-    is_valid = all(entry.is_valid() for entry in manifest.entries) and type(manifest.step) is int and manifest.step >= 0
-    if not is_valid or sorted(set(names)) != names or manifest.encode() != content:
-        raise DamagedError(
-            path, "manifest", "lists a file twice, or outside the folder, or is not in its one canonical form"
-        )
-    return manifest
+        raise DamagedError(path, "is not a list of files of this folder") from error
+    raise CheckpointError(
+        f"{path}: in the format {file_format!r}, where this switchcli reads {_FORMAT!r}: "
+        "use the switchcli that wrote it."
+    )
 
 
 def read_small(path: Path) -> bytes:
     """Return the content of a file of at most 256 MiB (MANIFEST, JSON, YAML)."""
     with _open(path) as (stream, size):
         if size > _MAX_BYTES:
-            raise DamagedError(path, "size", f"has {size:,} bytes, where {_MAX_BYTES:,} are allowed")
+            raise DamagedError(path, f"has {size:,} bytes, where {_MAX_BYTES:,} are allowed")
         return stream.read()
 
 
@@ -156,16 +124,15 @@ def _open(path: Path) -> Iterator[tuple["BufferedReader[FileIO]", int]]:
         with open_regular(path, follow_links=False) as stream:
             yield stream, os.fstat(stream.fileno()).st_size
     except OSError as error:
-        if error.errno not in _DAMAGE:
-            raise CheckpointError(
-                f"{path}: {error.strerror}: make it readable, then run the same command again."
-            ) from error
-        why = {errno.EINVAL: "link", errno.ELOOP: "link", errno.EIO: "unreadable"}.get(error.errno or 0, "missing")
-        raise DamagedError(path, why, str(error.strerror)) from error
+        if error.errno in _DAMAGE:
+            raise DamagedError(path, str(error.strerror)) from error
+        raise CheckpointError(
+            f"{path}: {error.strerror}: make it readable, then run the same command again."
+        ) from error
 
 
-def _check_entry(path: Path, entry: Entry, size: int, digest: str) -> None:
-    if size != entry.num_bytes:
-        raise DamagedError(path, "size", f"has {size:,} bytes, where {entry.num_bytes:,} were saved")
-    if digest != entry.sha256:
-        raise DamagedError(path, "checksum", "its SHA-256 is not that of what was saved")
+def _check(path: Path, file: Entry, size: int, digest: str) -> None:
+    if size != file.bytes:
+        raise DamagedError(path, f"has {size:,} bytes, where {file.bytes:,} were saved")
+    if digest != file.sha256:
+        raise DamagedError(path, "its SHA-256 is not that of what was saved")

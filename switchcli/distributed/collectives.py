@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast, final
+from typing import Final, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,8 @@ class HostGroup:
             world_size: the number of ranks.
             timeout: how long one call waits for the other ranks.
         """
-        self._rank = rank
-        self._world_size = world_size
+        self.rank = rank
+        self.size = world_size
         self._group: dist.ProcessGroup | None = None
         if world_size > 1:
             with explain_lost_ranks():
@@ -85,7 +85,7 @@ class HostGroup:
 
     def from_main(self, value: int) -> int:
         """Return the main rank's value on every rank."""
-        return self.sum([value if self._rank == 0 else 0])[0]
+        return self.sum([value if self.rank == 0 else 0])[0]
 
     def main_only(self, action: Callable[[], T]) -> T | None:
         """Return what `action` returns on the main rank, and None on the others, which wait until it is done.
@@ -96,7 +96,7 @@ class HostGroup:
         """
         result = None
         try:
-            if self._rank == 0:
+            if self.rank == 0:
                 result = action()
         except SwitchError as error:
             self.from_main(error.exit_code)
@@ -124,7 +124,7 @@ class HostGroup:
         if failed_rank is None:
             return result
         exit_code, message = reports[failed_rank]
-        if self._rank != 0:
+        if self.rank != 0:
             raise OtherRankError(exit_code) from failure
         if failure is not None:
             raise failure
@@ -136,11 +136,15 @@ class HostGroup:
             return [text]
         raw = text.encode()
         # The bytes of each rank's text: every rank adds its own number at its own index, and zeros elsewhere.
-        sizes = self.sum([len(raw) if rank == self._rank else 0 for rank in range(self._world_size)])
+        sizes = self.sum([len(raw) if rank == self.rank else 0 for rank in range(self.size)])
         # all_gather takes tensors of equal length, so each text is padded to the longest one.
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
-        gathered = torch.empty(self._world_size * max(sizes), dtype=torch.uint8)
+        gathered = torch.empty(self.size * max(sizes), dtype=torch.uint8)
         all_gather(gathered, padded, self._group)
-        by_rank = gathered.view(self._world_size, -1)  # [R, longest text]
+        by_rank = gathered.view(self.size, -1)  # [R, longest text]
         return [bytes(row[:size].tolist()).decode() for row, size in zip(by_rank, sizes, strict=True)]
+
+
+ONE_RANK: Final = HostGroup(0, 1, timedelta())
+"""The group of a single process."""

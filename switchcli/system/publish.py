@@ -27,10 +27,10 @@ TEMPORARY: Final = re.compile(r"\.tmp-[0-9a-f]{16}-[0-9a-f]{16}")
 """Names of the temporary files and folders of any target."""
 DAY: Final = 86_400
 """Seconds after which a temporary file or folder is a leftover."""
-Content = str | bytes | Iterable[bytes]
+Content = str | bytes | memoryview | Iterable[bytes]
 """The content of a file: text, which is written as UTF-8, or bytes, in one piece or several."""
 _REPLACED = "old"
-"""Name in a temporary folder of the old folder of the target while it is being replaced."""
+"""Name of the folder in a temporary folder that holds the old folder of the target while that is being replaced."""
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 """Errors of fsync on a folder, where the file system cannot sync one or the user may not read it."""
@@ -52,13 +52,13 @@ def write_file(path: Path, content: Content, *, replace: bool = True) -> None:
 
 def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
     """Publish several files in a folder, each like `write_file`. All are written and synced before one is renamed."""
-    temporary = {folder / name: _temporary(folder / name) for name in contents}
+    temporary = {folder / name: temporary_path(folder / name) for name in contents}
     for target in temporary:
         remove_stale(target)
         check_file(target)
     try:
         for content, (target, path) in zip(contents.values(), temporary.items(), strict=True):
-            _write_and_sync(path, content, target)
+            write_new(path, content, target)
         for target, path in temporary.items():
             path.rename(target)
     finally:
@@ -68,13 +68,14 @@ def write_files(folder: Path, contents: Mapping[str, Content]) -> None:
     _sync_folder(folder)
 
 
-def _write_and_sync(path: Path, content: Content, target: Path) -> None:
-    """Write and sync a new file, with the permissions of the target that it will replace."""
+def write_new(path: Path, content: Content, target: Path | None = None) -> None:
+    """Write and sync a file that must not exist yet, with the permissions of the `target` that it will replace."""
     with os.fdopen(os.open(path, _CREATE, 0o666), "wb") as stream:
-        with suppress(OSError):  # no such target, or a file system without permissions
-            os.fchmod(stream.fileno(), target.lstat().st_mode & 0o777 | 0o600)
+        if target is not None:
+            with suppress(OSError):  # no such target, or a file system without permissions
+                os.fchmod(stream.fileno(), target.lstat().st_mode & 0o777 | 0o600)
         chunks = content.encode() if isinstance(content, str) else content
-        stream.writelines([chunks] if isinstance(chunks, bytes) else chunks)
+        stream.writelines([chunks] if isinstance(chunks, bytes | memoryview) else chunks)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -86,32 +87,58 @@ def _write_and_sync(path: Path, content: Content, target: Path) -> None:
 def temporary_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside the target. Build a folder in it, and pass that to `publish_folder`.
 
-    It is removed at the end. If it holds the old folder of a target that has no new one, that is moved back first.
+    It is removed at the end, as `remove_temporary` does.
     """
     remove_stale(target)
-    folder = _temporary(target)
+    folder = temporary_path(target)
     folder.mkdir(mode=0o700)
     try:
         yield folder
     finally:
-        with suppress(OSError):
-            _restore(folder, target)
-            shutil.rmtree(folder)
+        remove_temporary(folder)
+
+
+def temporary_path(target: Path, unique: str = "") -> Path:
+    """Return a temporary path beside the target: the one with 16 hexadecimal digits `unique`, or a new one."""
+    return target.parent / f"{_prefix(target)}{unique or secrets.token_hex(8)}"
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove a temporary folder if the system allows it.
+
+    If it holds the old folder of a target that has no new one, that is moved back first.
+    """
+    with suppress(OSError):
+        _restore(folder)
+        shutil.rmtree(folder)
 
 
 def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
     """Sync `built`, a child of `temporary_folder(target)`, and rename it to the target.
 
-    The target may be an empty folder. With `replace` it may be any folder. It is moved into the temporary folder first,
-    and moved back if this process fails before the new one has its name; if it dies, by the next publication.
+    The target may be an empty folder. With `replace` it may be any folder, see `replace_folder`.
     """
     check_folder(target)
     for folder, _, names in os.walk(built):
         for name in names:
             sync(Path(folder, name))
         _sync_folder(Path(folder))
-    if replace and target.exists():
-        target.rename(built.parent / _REPLACED)
+    if replace:
+        replace_folder(built, target)
+    else:
+        built.rename(target)
+        _sync_folder(target.parent)
+
+
+def replace_folder(built: Path, target: Path) -> None:
+    """Rename `built`, a synced child of a temporary folder of the target, to the target.
+
+    A folder of that name is moved into the temporary folder first. It is moved back if this process fails before the
+    new one has its name; if it dies, by the next removal of leftovers. It is removed with the temporary folder.
+    """
+    if target.exists():
+        (built.parent / _REPLACED).mkdir()
+        target.rename(built.parent / _REPLACED / target.name)
     built.rename(target)
     _sync_folder(target.parent)
 
@@ -122,25 +149,22 @@ def publish_folder(built: Path, target: Path, *, replace: bool = False) -> None:
 def remove_stale(target: Path, age: float = DAY) -> None:
     """Remove temporary files and folders of `target` that have not changed for `age` seconds.
 
-    Who holds a lock that all writers of the target take may pass 0. A folder that such a process was replacing is moved
-    back. What the system refuses to remove stays.
+    Who holds a lock that all writers of the target take may pass 0.
     """
-    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), target, age)
+    remove_stale_in(target.parent, re.compile(re.escape(_prefix(target)) + "[0-9a-f]{16}"), age)
 
 
-def remove_stale_in(
-    parent: Path, pattern: re.Pattern[str] = TEMPORARY, target: Path | None = None, age: float = DAY
-) -> None:
+def remove_stale_in(parent: Path, pattern: re.Pattern[str] = TEMPORARY, age: float = DAY) -> None:
     """Remove the temporary files and folders in `parent` whose names match and that have not changed for `age` seconds.
 
-    With `target`, a folder that was being replaced is moved back to it first.
+    A folder that a dead process was replacing is moved back first. What the system refuses to remove stays.
     """
     with suppress(OSError):
         for path in sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name)):
             with suppress(OSError):
                 found = path.lstat()
-                if target is not None and stat.S_ISDIR(found.st_mode):
-                    _restore(path, target)
+                if stat.S_ISDIR(found.st_mode):
+                    _restore(path)
                 if time.time() - _last_change(path) < age:
                     continue
                 if stat.S_ISDIR(found.st_mode):
@@ -157,16 +181,17 @@ def _last_change(path: Path) -> float:
     return max(changes)
 
 
-def _restore(folder: Path, target: Path) -> None:
-    """Move a folder that was being replaced back to the target, unless the new one is there."""
-    if is_folder(folder / _REPLACED) and not os.path.lexists(target):
-        (folder / _REPLACED).rename(target)
-        _sync_folder(target.parent)
+def _restore(folder: Path) -> None:
+    """Move the old folder of a target back from a temporary folder, unless the new one is there.
 
-
-def _temporary(target: Path) -> Path:
-    """Return a new temporary name beside the target."""
-    return target.parent / f"{_prefix(target)}{secrets.token_hex(8)}"
+    The name that it then has, or the new folder has, is on the disk before the temporary folder may be removed.
+    """
+    if is_folder(folder / _REPLACED):
+        for old in (folder / _REPLACED).iterdir():
+            target = folder.parent / old.name
+            if not os.path.lexists(target):
+                old.rename(target)
+            _sync_folder(target.parent)
 
 
 def _prefix(target: Path) -> str:
@@ -237,12 +262,6 @@ def open_without_links(path: str, flags: int) -> int:
 # Single operations
 
 
-def write_new(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that must not exist yet, into a folder that is to be published. It is not synced."""
-    with path.open("xb") as stream:
-        stream.write(content)
-
-
 def sync(path: Path) -> None:
     """Return once the bytes of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -258,14 +277,6 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         _sync_folder(folder.parent)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a folder with its content, or a file; a link is removed, not followed."""
-    if is_folder(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,10 +1,8 @@
 """Checkpointer: saves and restores a run's weights, optimizer state and progress, on all ranks together."""
 
 import json
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -12,7 +10,7 @@ import torch
 from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
-from switchcli.errors import CheckpointError, NumericsError, RankError
+from switchcli.errors import CheckpointError, NumericsError
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.training.config import CheckpointSpec
@@ -79,26 +77,14 @@ class Checkpointer:
         self._check_finite(state.step, {**tensors, **metrics})
         model, optimizer = self._tensors_to_write(weights), self._tensors_to_write(optimizer_state)
         documents = {**self._documents, "state.json": state.to_json(reduce(state.metrics_since_log, context))}
-        # One sum over ranks: a random number of the main rank, which names the save, and the bytes of all ranks.
-        random_number = secrets.randbits(checkpoint.UNIQUE_BITS) if context.is_main else 0
-        num_bytes = tensor_file.num_bytes([*model.values(), *optimizer.values()])
-        unique, total_bytes = context.sum_over_ranks([random_number, num_bytes])
-        total_bytes += sum(map(len, documents.values()))
-        writer = checkpoint.CheckpointWriter(self._folder, state.step, unique, total_bytes)
-        ranks = context.saving
-        try:
-            ranks.main_only(writer.begin)
-            contents = checkpoint.encode_files(model, optimizer, context.rank, context.world)
-            entries = ranks.on_all_ranks(lambda: writer.write(contents))
-            entries_of_ranks = ranks.all_gather_text(json.dumps([astuple(entry) for entry in entries]))
-            all_entries = [manifest.Entry(*entry) for text in entries_of_ranks for entry in json.loads(text)]
-            ranks.main_only(lambda: writer.finish(all_entries, documents))
-        except (CheckpointError, RankError):  # raised on the main rank only when all ranks have stopped writing
-            writer.clean_up()
-            raise
+        checkpoint.save(
+            self._folder, state.step, model=model, optimizer=optimizer, documents=documents, ranks=context.saving
+        )
         self.step = state.step
         keep_last, keep_best, keep_steps = settings.keep_last, settings.keep_best, settings.keep_steps
-        ranks.main_only(lambda: checkpoint.prune(self._folder, keep_last, keep_steps, keep_best=keep_best))
+        context.saving.main_only(
+            lambda: checkpoint.prune(self._folder, state.step, keep_last, keep_steps, keep_best=keep_best)
+        )
 
     def _check_finite(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise a NumericsError on all ranks if a number on any rank is not finite.
@@ -148,12 +134,13 @@ class Checkpointer:
             CheckpointError: the checkpoint has another architecture, optimizer, text or teacher, or an optimizer state
                 that no run wrote.
         """
-        newest = self._context.main_only(lambda: checkpoint.latest(self._folder, console.warning))
+        newest = self._context.main_only(lambda: checkpoint.newest(self._folder, console.warning))
         step = self._context.from_main(-1 if newest is None else newest.step)
         if step < 0:
             return False
         if newest is None:  # not the main rank, which has verified the checkpoint
-            newest = checkpoint.Checkpoint.open(checkpoint.checkpoint_path(self._folder, step), verified=True)
+            path = checkpoint.checkpoint_path(self._folder, step)
+            newest = checkpoint.Checkpoint(path, step, manifest.load(path))
         self._check_data(newest)
         weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
         num_experts = self._weights.num_experts

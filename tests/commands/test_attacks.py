@@ -3,6 +3,7 @@
 Mutants (tests/mutants.toml) take the guards out, and these tests fail.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -81,9 +82,11 @@ def torch_file() -> None:
 def named_by_the_manifest() -> None:
     """A manifest, true of itself, that names a file of another folder."""
     secret = OUTSIDE / "recipe.yaml"
-    entries = [*manifest.load(STEP).entries, manifest.Entry("../../../outside/recipe.yaml", secret.stat().st_size, "")]
-    entries.sort(key=lambda entry: entry.name)
-    write(STEP / manifest.NAME, manifest.Manifest(2, tuple(entries)).encode())
+    listed = json.loads((STEP / manifest.NAME).read_text().splitlines()[0])
+    digest = hashlib.sha256(secret.read_bytes()).hexdigest()
+    named = {"bytes": secret.stat().st_size, "name": "../../../outside/recipe.yaml", "sha256": digest}
+    line = json.dumps(listed | {"files": [*listed["files"], named]})
+    write(STEP / manifest.NAME, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
 
 
 def linked(name: str) -> Callable[[], None]:

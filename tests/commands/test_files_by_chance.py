@@ -20,7 +20,7 @@ from pyarrow import parquet
 from tiny_checkpoint import reseal
 
 from switchcli.checkpoint import manifest
-from switchcli.checkpoint.checkpoint import Checkpoint, latest_read_only
+from switchcli.checkpoint.checkpoint import Checkpoint, newest
 from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def use_tokenizer(run: Path) -> None:
 
 
 def use_state(run: Path) -> None:
-    found = latest_read_only(run / "checkpoints", warn=lambda text: None)
+    found = newest(run / "checkpoints", warn=lambda text: None)
     state = TrainState()
     state.restore(found.document("state.json"), CPU, with_metrics=True)
     assert state.step == found.step

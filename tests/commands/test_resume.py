@@ -22,6 +22,7 @@ from switchcli.report.program import command_line, program_name
 from switchcli.runs.inputs import text_sets as verb
 from switchcli.runs.train import ending
 from switchcli.system.lock import lock
+from switchcli.system.publish import temporary_path
 
 INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13
@@ -137,7 +138,9 @@ def test_the_only_checkpoint_that_a_kill_left_under_another_name_is_resumed(reci
     """The second save of a step moves the first one aside before it takes its name."""
     assert switchcli("pretrain", recipe, "--out", "run").code == 0
     (only,) = Path("run/checkpoints").iterdir()
-    only.rename(only.with_name(".old-00000002-0123abcd"))
+    aside = temporary_path(only) / "old"
+    aside.mkdir(parents=True)
+    only.rename(aside / only.name)
     refused = switchcli("pretrain", recipe, "--out", "run", "schedule.learning_rate=0.02")
     assert (refused.code, lacking(refused.err, "run schedule.learning_rate 0.02")) == (2, []), refused.err
     assert only.exists()
@@ -170,15 +173,15 @@ def test_a_folder_in_use_is_refused_by_name(recipe: str, switchcli: SwitchCLI) -
 def test_a_stop_during_the_last_save_counts(
     recipe: str, straight: dict[str, str], switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, saves = checkpoint.CheckpointWriter.write, []
+    encode_files, saves = checkpoint.encode_files, []
 
-    def stopped(writer: checkpoint.CheckpointWriter, contents: Any) -> Any:
-        saves.append(writer)
+    def stopped(*arguments: Any) -> Any:
+        saves.append(arguments)
         if len(saves) == 4:  # after steps 4, 8, 12, and the last one, 13
             os.kill(os.getpid(), signal.SIGTERM)
-        return write(writer, contents)
+        return encode_files(*arguments)
 
-    monkeypatch.setattr(checkpoint.CheckpointWriter, "write", stopped)
+    monkeypatch.setattr(checkpoint, "encode_files", stopped)
     arguments = ("pretrain", recipe, f"train.steps={STEPS}", "--out", "run")
     assert switchcli(*arguments).code == INTERRUPTED
     assert len(saves) == 4

@@ -398,7 +398,7 @@ class Prepared(NamedTuple):
         if done.code > 0 and (not done.errors or (done.code > 1 and len(done.errors) > 1)):
             return f"says not one line of what is wrong: {done.said}"
         if verb.replaces:
-            kept = [Path(verb.output), *(Path().glob(".tmp-*/old") if fault.may_leave else ())]
+            kept = [Path(verb.output), *(Path().glob(".tmp-*/old/*") if fault.may_leave else ())]
             if done.code != 0 and not any(self.wanted.items() <= digests(verb, one).items() for one in kept):
                 return "what was to be replaced is gone"
         for checkpoint in Path(verb.output).glob("checkpoints/step-*"):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 from faults.harness import Prepared, run
 
+from switchcli.system.publish import temporary_path
+
 OUTSIDE = Path("outside")
 """What the links name. No command may change anything in it."""
 FILE, NEW = OUTSIDE / "file", OUTSIDE / "new"
@@ -53,8 +55,7 @@ LINKS = [
     *each(RESUME, CHECKPOINTS, OUTSIDE, NEW),
     *each(f"{RESUME} log.trackers=[tensorboard]", "run/tensorboard", OUTSIDE, NEW),
     *each(RESUME, f"{CHECKPOINTS}/step-00000003", OUTSIDE, NEW),
-    *each(RESUME, f"{CHECKPOINTS}/.tmp-00000003-0123abcd {CHECKPOINTS}/.old-00000003-0123abcd", OUTSIDE),
-    *each(RESUME, f"{CHECKPOINTS}/.del-step-00000001-0123abcd {CHECKPOINTS}/.tmp-mine", OUTSIDE),
+    *each(RESUME, f"{CHECKPOINTS}/{temporary_path(Path('step-00000003'), '0' * 16)} {CHECKPOINTS}/.tmp-mine", OUTSIDE),
     *(Link(f"run/{name}", FILE, RESUME, is_hard=True) for name in ("metrics.jsonl", "run.lock")),
     *(Link(f"new-run/{name}", FILE, BEGIN_ANEW, is_hard=True) for name in ("recipe.yaml", "run.lock")),
     *each(EVAL, "ev/result.json", FILE, NEW),
@@ -70,8 +71,10 @@ LINKS = [
 ]
 """Links in a run folder, among checkpoints, with temporary names of earlier versions, and as outputs."""
 NOT_OURS = [
-    *(Link(f"{CHECKPOINTS}/{name}", OUTSIDE, RESUME) for name in (".del-x", ".old-photos", ".tmp-00000001-notours")),
-    Link(f"{CHECKPOINTS}/.old-00000003-0123abcd-mine", OUTSIDE, RESUME),
+    *(
+        Link(f"{CHECKPOINTS}/{name}", OUTSIDE, RESUME)
+        for name in (".tmp-x", ".tmp-photos", f"{temporary_path(Path('step-00000003'), '0' * 16)}-mine")
+    ),
 ]
 """Names that are nearly ours, each of a folder of the user's."""
 
@@ -86,7 +89,7 @@ def place(prepare: Callable[[str], Prepared]) -> Iterator[Path]:
     """The current folder: a run, texts and recipes, and the folder that links name."""
     verb = prepare("eval")
     with verb.tried():
-        for name in (".tmp-mine", ".del-x", ".old-photos", ".tmp-00000001-0123abcd", "predictions"):
+        for name in (".tmp-mine", ".tmp-x", ".tmp-photos", "predictions"):
             (OUTSIDE / name).mkdir(parents=True)
             (OUTSIDE / name / "picture").write_text("mine")
         FILE.write_text('{"step": 1}\n')

@@ -17,7 +17,7 @@ from drill import newest
 from faults.conftest import Prepare
 from faults.harness import Done, run
 
-from switchcli.checkpoint.checkpoint import CheckpointWriter
+from switchcli.checkpoint import checkpoint
 from switchcli.data.prepare import shards
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.distributed.context import DistributedContext
@@ -52,7 +52,7 @@ PHASES = {
     "a batch is made": Phase("pretrain", PreparedTextSource, "batch", (5, 3, 7)),
     "forward": Phase("pretrain", SwitchTransformer, "forward", (4, 1, 7)),
     "weights change": Phase("pretrain", Optimizer, "zero_grad", (3, 1, 4)),
-    "save": Phase("pretrain", CheckpointWriter, "write", (1, 2)),
+    "save": Phase("pretrain", checkpoint, "encode_files", (1, 2)),
     "evaluation": Phase("pretrain", ValidationCallback, "__call__", (1, 2)),
     "teacher is asked": Phase("distill", Teacher, "predict", (5, 3, 7)),
     "answers to tasks": Phase("finetune", SwitchTransformer, "encode", (2, 5)),

@@ -1,4 +1,4 @@
-"""Promises of SECURITY.md and tests/faults/README.md: each names a test that proves it, exists, and runs by day."""
+"""Promises of pages: each names a test that proves it, exists, and runs by day."""
 
 import importlib
 import re
@@ -22,8 +22,8 @@ BY_NIGHT = {
 def promises(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line number and text of each promise.
 
-    A promise is a bullet below a heading that begins with "What a stranger's file cannot do" or "What is promised", or
-    a row of a table below such a heading. A bullet goes on over its indented lines.
+    A promise is a bullet below a heading that begins with "What is promised", or a row of a table below such a heading.
+    A bullet goes on over its indented lines.
     """
     inside, bullet = False, None
     lines = text.splitlines()
@@ -33,7 +33,7 @@ def promises(text: str) -> Iterator[tuple[int, str]]:
             yield bullet
             bullet = None
         if line.startswith("## "):
-            inside = line.startswith(("## What a stranger's file cannot do", "## What is promised"))
+            inside = line.startswith("## What is promised")
         elif inside and line.startswith("- "):
             bullet = number, line
         elif bullet is not None:
@@ -71,7 +71,10 @@ def is_nightly(test: Callable[..., object]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("name", "at_least"), [("SECURITY.md", 9), ("tests/faults/README.md", 12)])
+@pytest.mark.parametrize(
+    ("name", "at_least"),
+    [("SECURITY.md", 9), ("docs/how-to/resume-and-failures.md", 8), ("tests/faults/README.md", 12)],
+)
 def test_every_promise_names_a_test_that_runs_by_day(name: str, at_least: int) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(list(promises(text))) >= at_least
@@ -89,11 +92,11 @@ PROVED = "`tests/repository/test_promises.py::test_a_promise_without_a_test_is_f
         ("## What is promised\n\n- **Safe.** Always.\n", "3: names no test"),
         ("## What is promised, and how\n| a | b |\n|---|---|\n| safe | by hand |\n", "4: names no test"),
         (
-            "## What a stranger's file cannot do\n\n- Safe: `tests/repository/test_promises.py::test_nothing`",
+            "## What is promised\n\n- Safe: `tests/repository/test_promises.py::test_nothing`",
             "::test_nothing",
         ),
-        ("## What a stranger's file cannot do\n\n- Safe: `tests/repository/test_promises.py::faults`", "is no test"),
-        ("## What a stranger's file cannot do\n\n- Safe: `tests/gone.py::test_it`", "there is no tests/gone.py"),
+        ("## What is promised\n\n- Safe: `tests/repository/test_promises.py::faults`", "is no test"),
+        ("## What is promised\n\n- Safe: `tests/gone.py::test_it`", "there is no tests/gone.py"),
         (
             "## What is promised\n\n- Slow: `tests/faults/test_stop_signals.py::"
             "test_a_stop_by_any_signal_in_any_phase_saves`",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint import checkpoint, manifest
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.text_batches import BatchCorruption
@@ -75,9 +75,13 @@ def verify(name: str) -> dict[str, Any]:
     damage: dict[str, str | None] = {}
     with disk_errors(folder, "name another"):
         paths = [folder] if is_checkpoint else checkpoint.saved_checkpoints(folder)
-        for path, verified in checkpoint.verify_all(paths):
-            if path.exists():  # else the run has just removed it
-                damage[str(path)] = None if isinstance(verified, checkpoint.Checkpoint) else str(verified)
+        for path in paths:
+            try:
+                checkpoint.Checkpoint.open(path)
+                damage[str(path)] = None
+            except manifest.DamagedError as error:
+                if path.exists():  # else the run has just removed it
+                    damage[str(path)] = str(error)
     if not damage:
         # Raises the error if there is no checkpoint, unless the run has saved one in the meantime.
         damage = {str(open_checkpoint(Path(name), silent()).path): None}

@@ -52,7 +52,7 @@ class CheckpointHandle(NamedTuple):
         recipe = self.recipe
         digest = hashlib.sha256(f"{recipe.model.model_dump_json()} {recipe.train.precision}".encode())
         if self.native is not None:
-            model_files = [entry.sha256 for entry in self.native.manifest.entries if "model-" in entry.name]
+            model_files = [entry.sha256 for entry in self.native.manifest.files if "model-" in entry.name]
             digest.update(repr(model_files).encode())
         else:
             for name, weight in self.weights().items():
@@ -157,7 +157,7 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     if is_checkpoint:
         native = checkpoint.Checkpoint.open(folder)
     elif folder.is_dir():
-        native = checkpoint.latest_read_only(folder, console.warning, "name another checkpoint")
+        native = checkpoint.newest(folder, console.warning, "name another checkpoint")
     if native is None:
         hint = on_the_hub(str(path)) or of_another_kind(folder)
         missing = "no checkpoint there" if folder.exists() else "no such folder"

@@ -245,7 +245,7 @@ def _digest(handle: CheckpointHandle) -> str | None:
     """Return the digest of the weights and the optimizer state, or None for a checkpoint of another layout."""
     if handle.native is None:
         return None
-    entries = [entry for entry in handle.native.manifest.entries if entry.name.endswith(".safetensors")]
+    entries = [entry for entry in handle.native.manifest.files if entry.name.endswith(".safetensors")]
     return hashlib.sha256(repr([(entry.name, entry.sha256) for entry in entries]).encode()).hexdigest()
 
 
@@ -266,7 +266,7 @@ def _is_within(path: str, named: str, step: int | None) -> bool:
 
 def run_recipe(out: Path) -> TrainingRecipe | None:
     """Return the recipe of the run in `out`, or None if it has saved no checkpoint."""
-    latest = checkpoint.latest_read_only(out / "checkpoints", warn=lambda damage: None)
+    latest = checkpoint.newest(out / "checkpoints", warn=lambda damage: None)
     return None if latest is None else saved_recipe(latest)
 
 

@@ -74,7 +74,7 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
         if not resume:
             return False
         checkpoint.recover(folder.checkpoints)  # a kill may have left the only checkpoint under another name
-        latest = checkpoint.latest_read_only(folder.checkpoints, warn=lambda damage: None)
+        latest = checkpoint.newest(folder.checkpoints, warn=lambda damage: None)
         if latest is not None:
             # The recipe in the checkpoint, because a user may have edited that of the folder.
             _check_resumable(latest, recipe, out)

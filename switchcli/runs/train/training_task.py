@@ -184,7 +184,7 @@ class TrainingTask:
             return None
         if self.folder.tokenizer.exists():
             return Tokenizer.read(self.folder.tokenizer)
-        latest = checkpoint.latest_read_only(self.folder.checkpoints, warn=lambda damage: None)
+        latest = checkpoint.newest(self.folder.checkpoints, warn=lambda damage: None)
         assert latest is not None, "the run had begun when its recipe was resolved"
         return read_documents(latest)[1]
 

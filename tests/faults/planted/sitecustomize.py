@@ -20,7 +20,7 @@ LATE_SECONDS = 4
 
 
 def plant(fault: str, phase: str, moment: Path) -> None:
-    from switchcli.checkpoint.checkpoint import CheckpointWriter
+    from switchcli.checkpoint import checkpoint
     from switchcli.distributed import expert_parallel
     from switchcli.distributed.context import DistributedContext
     from switchcli.runs.train import ending
@@ -50,7 +50,7 @@ def plant(fault: str, phase: str, moment: Path) -> None:
         "start": (DistributedContext, "__init__", 1),
         "step": (loop, "accumulate_gradients", STEP),
         "all-to-all": (expert_parallel, "_all_to_all", 30),
-        "save": (CheckpointWriter, "write", 1),
+        "save": (checkpoint, "encode_files", 1),
         "evaluation": (ValidationCallback, "__call__", 2),  # the first one comes before the first step
         "end": (ending, "sample", 1),
     }
