@@ -152,7 +152,7 @@ class Trainer:
 
     @contextmanager
     def begun(self) -> Iterator[None]:
-        """Write the first files of the run: a start that fails before leaves the folder as it was. Collective.
+        """Write the first files of the run: a start that fails before leaves those of an earlier run. Collective.
 
         An earlier run that is not resumed is archived, and the new folder locked. An error in this block gets a note
         with the number of the step.
