@@ -136,10 +136,12 @@ def planned(spec: ModelSpec, batch: int, lengths: Lengths, device: torch.device)
         return None
     planner = Planner(spec, Step(batch, *lengths[:2]), lambda weights: Adafactor().build(weights).state(), batch)
     # A step that fits is estimated, whatever the planner says of its memory.
-    (fit,) = planner.plan(Machine.of_gpu(1, gpu)._replace(memory_bytes=2**60)).fits
+    machine = Machine.of_gpu(1, gpu)._replace(memory_bytes=2**60)
+    (fit,), seconds = planner.plan(machine).fits, planner.seconds(machine)
+    assert seconds is not None, "the rates of a known GPU"
     return {
         "gpu": gpu,
-        "tokens_per_second": batch * lengths.source / fit.step_seconds,
+        "tokens_per_second": batch * lengths.source / seconds,
         "gib": fit.bytes.total / gpu_device.GIB,
     }
 

@@ -42,10 +42,10 @@ def sizes_by_machine() -> str:
 def _section(target: Target) -> str:
     headings = ["size", "parameters", "mesh", "sequences", "GiB"]
     if target.machine.gpu:  # the rates of a laptop are not known
-        headings += ["tokens/s", "days"]
+        headings += ["days"]
     lines = [f"## {target.title}\n", f"<!-- not run: as above -->\n```bash\n{target.command}\n```\n"]
     plans = plan_sizes(target.overrides, target.machine)
-    rows = [[*_cells(one, one.meshes.best)][: len(headings)] for one in plans if one.meshes.best]
+    rows = [[*_cells(one, one.meshes.best)] for one in plans if one.meshes.best]
     lines += [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
     too_large = [_too_large(one) for one in plans if not one.meshes.best]
     lines.append(f"\nToo large, with the number of devices that each fits on: {', '.join(too_large) or 'none'}.\n")
@@ -63,9 +63,8 @@ def _cells(plan: RecipePlan, fit: Fit) -> Iterator[str]:
     yield _mesh(fit)
     yield str(fit.microbatch)
     yield f"{fit.bytes.total / GIB:.1f}"
-    yield si(plan.tokens_per_second(fit))
-    days = plan.days(fit)
-    yield f"{days:,.0f}" if days >= 10 else f"{days:.2g}"
+    if plan.days is not None:
+        yield f"{plan.days:,.0f}" if plan.days >= 10 else f"{plan.days:.2g}"
 
 
 def _mesh(fit: Fit) -> str:

@@ -48,7 +48,7 @@ OVERRIDES = ("train.batch_tokens=1048576", "train.precision=selective")  # the p
 
 
 class Mesh(NamedTuple):
-    """A size, and a number of GPUs: the mesh is the fastest of `switchcli plan`."""
+    """A size, a number of GPUs, and the keys of the mesh."""
 
     size: str
     devices: int
@@ -56,16 +56,16 @@ class Mesh(NamedTuple):
 
 
 MESHES = (
-    Mesh("switch-base-128", 8),
-    Mesh("switch-base-128", 64),
-    Mesh("switch-base-128", 256),
-    Mesh("switch-xxl", 256),
-    Mesh("switch-c", 2048),
+    Mesh("switch-base-128", 8, ("parallel.expert=8", "parallel.shard=zero2")),
+    Mesh("switch-base-128", 64, ("parallel.expert=64", "parallel.shard=zero2")),
+    Mesh("switch-base-128", 256, ("parallel.model=2", "parallel.expert=128", "parallel.shard=zero2")),
+    Mesh("switch-xxl", 256, ("parallel.model=4", "parallel.expert=64", "parallel.shard=zero2")),
+    Mesh("switch-c", 2048, ("parallel.model=32", "parallel.expert=64", "parallel.shard=zero2")),
 )
 
 
 def plan_of(mesh: Mesh) -> tuple[RecipePlan, Fit]:
-    """Return the plan, and the fastest mesh that fits."""
+    """Return the plan, and the mesh that divides least of those that fit."""
     plan = plan_recipe(mesh.size, [*OVERRIDES, *mesh.overrides], Machine.of_gpu(mesh.devices, GPU))
     assert plan.meshes.best is not None
     return plan, plan.meshes.best
@@ -149,7 +149,7 @@ def fake_ranks(rank: int, world: int) -> Iterator[None]:
 
 
 def trace_rank(mesh: Mesh, rank: int) -> dict[str, Any]:
-    """Run one step of rank `rank` on the fastest mesh of the plan, and return its bytes beside the plan's."""
+    """Run one step of rank `rank` on the first mesh of the plan, and return its bytes beside the plan's."""
     plan, best = plan_of(mesh)
     recipe = plan.recipe
     of = best.mesh

@@ -1,1 +1,1 @@
-"""Plan a run: parameters, FLOPs, memory, traffic and seconds of each mesh."""
+"""Plan a run: parameters, FLOPs, and the memory of each mesh."""

@@ -1,9 +1,8 @@
 """Known devices by name: their memory and their rates. Nothing here imports torch, because completion reads the names.
 
-`GPUS` has what the data sheets of the manufacturers say: FLOP/s of dense matrix products (without sparsity, and with
-sums in float32), bytes per second of the device's memory, and bytes per second that a device sends to the others of its
-node, which is half of a link's bandwidth where a data sheet adds both directions. The memory is the total that
-nvidia-smi (or rocm-smi) shows, which is less than the name of the device says.
+`GPUS` has what the data sheets of the manufacturers say: FLOP/s of dense matrix products, without sparsity, and with
+sums in float32. The memory is the total that nvidia-smi (or rocm-smi) shows, which is less than the name of the device
+says.
 """
 
 import difflib
@@ -31,10 +30,6 @@ class Gpu(NamedTuple):
     """FLOP/s of products in bfloat16."""
     float32_flops: float
     """FLOP/s of products in float32, without TF32, which switchcli leaves off."""
-    memory_bandwidth: float
-    """Bytes per second between the device and its memory."""
-    bandwidth: float
-    """Bytes per second that the device sends within its node: by NVLink, Infinity Fabric, or 16 lanes of PCIe."""
 
     @property
     def memory_bytes(self) -> int:
@@ -43,21 +38,21 @@ class Gpu(NamedTuple):
 
 # fmt: off
 GPUS: Final[Mapping[str, Gpu]] = MappingProxyType({
-    #                MiB      bfloat16   float32    memory     node
-    "a100-40gb": Gpu(40_960,  312e12,    19.5e12,   1_555e9,   300e9),  # SXM
-    "a100-80gb": Gpu(81_920,  312e12,    19.5e12,   2_039e9,   300e9),  # SXM
-    "h100":      Gpu(81_559,  989e12,    67e12,     3_350e9,   450e9),  # SXM, 80 GB
-    "h200":      Gpu(143_771, 989e12,    67e12,     4_800e9,   450e9),  # SXM
-    "b200":      Gpu(183_359, 2_250e12,  75e12,     7_700e9,   900e9),  # in HGX, 180 GB
-    "l4":        Gpu(23_034,  121e12,    30.3e12,   300e9,     32e9),
-    "l40s":      Gpu(46_068,  362e12,    91.6e12,   864e9,     32e9),
-    "a10g":      Gpu(23_028,  70e12,     35e12,     600e9,     32e9),   # not the A10, which has other rates
-    "rtx-3090":  Gpu(24_576,  71e12,     35.6e12,   936e9,     32e9),
-    "rtx-4090":  Gpu(24_564,  165e12,    82.6e12,   1_008e9,   32e9),
-    "rtx-5090":  Gpu(32_607,  209e12,    104.8e12,  1_792e9,   64e9),
+    #                MiB      bfloat16   float32
+    "a100-40gb": Gpu(40_960,  312e12,    19.5e12),  # SXM
+    "a100-80gb": Gpu(81_920,  312e12,    19.5e12),  # SXM
+    "h100":      Gpu(81_559,  989e12,    67e12),  # SXM, 80 GB
+    "h200":      Gpu(143_771, 989e12,    67e12),  # SXM
+    "b200":      Gpu(183_359, 2_250e12,  75e12),  # in HGX, 180 GB
+    "l4":        Gpu(23_034,  121e12,    30.3e12),
+    "l40s":      Gpu(46_068,  362e12,    91.6e12),
+    "a10g":      Gpu(23_028,  70e12,     35e12),   # not the A10, which has other rates
+    "rtx-3090":  Gpu(24_576,  71e12,     35.6e12),
+    "rtx-4090":  Gpu(24_564,  165e12,    82.6e12),
+    "rtx-5090":  Gpu(32_607,  209e12,    104.8e12),
     # SXM2. It has no products in bfloat16, only in float16, which switchcli does not use: the rate is that of float32.
-    "v100-32gb": Gpu(32_768,  15.7e12,   15.7e12,   900e9,     150e9),
-    "mi300x":    Gpu(196_592, 1_307e12,  163.4e12,  5_300e9,   448e9),
+    "v100-32gb": Gpu(32_768,  15.7e12,   15.7e12),
+    "mi300x":    Gpu(196_592, 1_307e12,  163.4e12),
 })
 # fmt: on
 
@@ -75,6 +70,5 @@ def find(name: str) -> Gpu:
     close = starting or difflib.get_close_matches(name.lower(), GPUS, n=1)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
     raise RecipeError(
-        f"--gpu ({name!r}): no such device. {hint}The devices are {', '.join(GPUS)}; describe another by --memory, "
-        "--flops, --memory-bandwidth and --bandwidth"
+        f"--gpu ({name!r}): no such device. {hint}The devices are {', '.join(GPUS)}; give --memory for another"
     )

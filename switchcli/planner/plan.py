@@ -1,26 +1,23 @@
-"""The plan of a training step: which meshes fit, and how long the step takes on each, by arithmetic alone.
+"""The plan of a training step: which meshes fit on some devices, and the bytes that each device needs.
 
 A mesh is rejected by a rule (sizes that do not divide, a batch that cannot be shared), or by the memory of a device.
-The others are ranked by an estimate of the time of a step: the time of the matrix products or, if longer, of reading
-and writing the weights, plus the time of each collective, which overlaps with nothing and has no latency. The estimate
-is for comparing meshes; it was never compared with the time of a step on a GPU.
+The others are in the order of `Fit.divisions`: those that divide least come first.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from math import ceil
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 
 from switchcli.distributed.parallel_spec import ParallelSpec, Shard, batch_problem, mesh_problems
-from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.config import ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, ModelCounts, count
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner import devices
 from switchcli.planner.memory_use import DeviceBytes, device_bytes
-from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, Tensors, rank_weights, slots
-from switchcli.planner.traffic import Collective, collectives
+from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, Tensors, rank_weights
 
 GIB = 2**30
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -28,93 +25,48 @@ SHARDS: tuple[Shard, ...] = ("none", "zero2", "zero3")
 
 
 class Machine(NamedTuple):
-    """The devices that a step runs on. Rates are those of one device; the defaults are about those of an A100."""
+    """The devices that a step runs on."""
 
     devices: int
     memory_bytes: int
     """Memory of one device, of which a plan fills `usable_bytes`."""
-    flops: float = 312e12
-    """FLOP/s that one device reaches in matrix products."""
-    memory_bandwidth: float = 2e12
-    """Bytes per second of the device's own memory."""
-    bandwidth: float = 300e9
-    """Bytes per second that a device sends to others of its node."""
-    network: float = 25e9
-    """Bytes per second that a device sends to other nodes."""
-    node_devices: int = 8
-    """Devices of a node."""
-    float32_flops: float | None = None
-    """FLOP/s in products of float32; None: `flops`."""
     gpu: str | None = None
-    """The name in planner/devices.py that the memory and the rates are from, as far as options did not state them."""
+    """The name in planner/devices.py; None for devices whose rates are not known."""
 
     @classmethod
     def of_gpu(cls, number: int, name: str) -> Self:
         """Return devices of planner/devices.py, by their name. Raises RecipeError for an unknown one."""
-        gpu = devices.find(name)
-        return cls(
-            number,
-            gpu.memory_bytes,
-            devices.UTILIZATION * gpu.flops,
-            gpu.memory_bandwidth,
-            gpu.bandwidth,
-            float32_flops=devices.UTILIZATION * gpu.float32_flops,
-            gpu=name.lower(),
-        )
+        return cls(number, devices.find(name).memory_bytes, name.lower())
 
     @property
     def usable_bytes(self) -> int:
         """Bytes of one device that a mesh may fill."""
         return int((1 - devices.RESERVED_FRACTION) * self.memory_bytes)
 
-    def product_flops(self, product_bytes: int) -> float:
-        """Return the FLOP/s of matrix products whose elements have so many bytes: 4 for float32, 2 for bfloat16."""
-        return self.float32_flops or self.flops if product_bytes == FLOAT else self.flops
-
-    def utilization(self, product_bytes: int) -> float | None:
-        """Return the share of the data sheet's FLOP/s that products are assumed to reach; None if it has no name."""
+    def flops_per_second(self, product_bytes: int) -> float | None:
+        """Return the FLOP/s that one device is assumed to reach in products of so many bytes an element, if known."""
         if self.gpu is None:
             return None
         gpu = devices.GPUS[self.gpu]
-        return self.product_flops(product_bytes) / (gpu.float32_flops if product_bytes == FLOAT else gpu.flops)
-
-    def to_json(self, product_bytes: int) -> dict[str, Any]:
-        """Return the devices with what a plan assumes of them in products of so many bytes an element."""
-        return {
-            **self._asdict(),
-            "usable_bytes": self.usable_bytes,
-            "reserved_fraction": devices.RESERVED_FRACTION,
-            "utilization": self.utilization(product_bytes),
-        }
-
-    def rate(self, collective: Collective, mesh: Mesh) -> float:
-        """Return the bytes per second of a collective: `bandwidth` if each group of ranks is within a node."""
-        # Neighbors on an axis are so many ranks apart (see distributed/mesh.py), so a group spans ranks * stride.
-        strides = {"model": 1, "expert": mesh.model, "replica": mesh.model * mesh.expert, "data": mesh.model}
-        is_within_node = collective.ranks * strides[collective.axis] <= self.node_devices
-        return self.bandwidth if is_within_node else self.network
+        return devices.UTILIZATION * (gpu.float32_flops if product_bytes == FLOAT else gpu.flops)
 
 
 class Fit(NamedTuple):
-    """A mesh that the step fits on, with its memory and its time."""
+    """A mesh that the step fits on, with its memory."""
 
     mesh: Mesh
     microbatch: int
     """Sequences of a microbatch: as the recipe says, else the most that fit."""
     bytes: DeviceBytes
-    seconds: dict[str, float]
-    """Seconds of `compute`, of `memory`, and of the collectives of each axis (`data_axis`, ...)."""
 
     @property
-    def step_seconds(self) -> float:
-        """Estimated seconds of a step: compute and memory access overlap, collectives do not."""
-        device = max(self.seconds["compute"], self.seconds["memory"])
-        return device + sum(time for name, time in self.seconds.items() if name not in ("compute", "memory"))
+    def divisions(self) -> tuple[int, ...]:
+        """How much the mesh divides: meshes with less are planned first.
 
-    @property
-    def bound_by(self) -> str:
-        """What takes most of the time: a key of `seconds`."""
-        return max(self.seconds, key=lambda name: self.seconds[name])
+        The model axis counts most, then zero3, zero2 and the expert axis; then the larger microbatch goes first.
+        """
+        mesh = self.mesh
+        return (mesh.model, SHARDS.index(mesh.shard), mesh.expert > 1, -self.microbatch, mesh.expert)
 
 
 class Rejection(NamedTuple):
@@ -131,12 +83,12 @@ class Plan(NamedTuple):
     """The meshes of a number of devices, divided into those that fit and those that do not."""
 
     fits: tuple[Fit, ...]
-    """The fastest first."""
+    """Those that divide least first."""
     rejected: tuple[Rejection, ...]
 
     @property
     def best(self) -> Fit | None:
-        """The fastest mesh; None if the step does not fit on the devices."""
+        """The mesh that divides least; None if the step does not fit on the devices."""
         return self.fits[0] if self.fits else None
 
     def reasons(self) -> list[tuple[str, int]]:
@@ -158,7 +110,7 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """A training step of a model: its parameters and FLOPs, and on any devices the meshes, bytes and seconds.
+    """A training step of a model: its parameters and FLOPs, and on any devices the meshes and the bytes.
 
     Weights and optimizer state are made on the meta device, when the first mesh is planned.
     """
@@ -193,7 +145,7 @@ class Planner:
 
     @property
     def flops_per_step(self) -> int:
-        """The model's FLOPs, forward and backward. Recomputation counts only in the seconds of a plan."""
+        """The model's FLOPs, forward and backward, without what activation checkpointing computes again."""
         return FORWARD_AND_BACKWARD * self.step.sequences * self.counts.flops
 
     @property
@@ -219,6 +171,14 @@ class Planner:
         # Two FLOPs for each row and parameter, of rows / E rows each.
         return own.expert_orthogonal_flops / (FORWARD_AND_BACKWARD * 2 * own.expert * rows / spec.num_experts)
 
+    def seconds(self, machine: Machine) -> float | None:
+        """Return the seconds of a step: its FLOPs over those that all devices are assumed to reach, if known.
+
+        Nothing else counts, and it was never compared with a measurement.
+        """
+        rate = machine.flops_per_second(self.step.product_bytes)
+        return None if rate is None else self.flops_per_step / (machine.devices * rate)
+
     @cached_property
     def _weights(self) -> Parameters:
         with torch.device("meta"):
@@ -232,7 +192,7 @@ class Planner:
         """Return which meshes of the machine's devices the step fits on."""
         outcomes = [self._try_mesh(mesh, machine) for mesh in self._meshes(machine.devices)]
         fits = [outcome for outcome in outcomes if isinstance(outcome, Fit)]
-        fits.sort(key=lambda fit: (fit.step_seconds, fit.bytes.total))
+        fits.sort(key=lambda fit: fit.divisions)
         return Plan(tuple(fits), tuple(outcome for outcome in outcomes if isinstance(outcome, Rejection)))
 
     def fewest_devices(self, machine: Machine) -> int | None:
@@ -281,7 +241,7 @@ class Planner:
                 break
         else:
             return _memory_violation(mesh, needed, machine, size)
-        return Fit(mesh, size, needed, _seconds(spec, step, machine, mesh, weights, size))
+        return Fit(mesh, size, needed)
 
     def weights_of_rank(self, model: int) -> RankWeights:
         """Return the weights of a rank on a model axis of this size."""
@@ -319,48 +279,3 @@ def _memory_violation(mesh: Mesh, needed: DeviceBytes, machine: Machine, microba
     available = f"{machine.usable_bytes / GIB:.3g} GiB of its {memory}"
     reason = f"needs {total} a device, which has {available}, with microbatches of {microbatch} sequences: {parts}"
     return Rejection(mesh, "memory", reason, needed.total)
-
-
-def flops_of(spec: ModelSpec, step: Step, mesh: Mesh, microbatch: int) -> float:
-    """Return the FLOPs of a device's matrix products in a step: forward, backward and recomputation.
-
-    They are those of `count`, except that experts compute the rows that they get, where `count` has the experts that a
-    token is meant to pass, and that routers are included.
-    """
-    sequences = step.sequences / mesh.data
-    counts = count(spec, step.source, step.target)
-    forward = counts.flops * sequences
-    num_experts = spec.num_experts * sum(len(spec.sparse_layers(stack)) for stack in STACKS)
-    for stack in spec.sparse_stacks:
-        num_layers = len(spec.sparse_layers(stack))
-        tokens = step.length(stack) * sequences
-        counted_rows = tokens * spec.router_of(stack).experts_per_token
-        computed_rows = slots(spec, stack, step, microbatch, mesh.expert).expert_rows * sequences / microbatch
-        # Two FLOPs for each row and parameter of one expert.
-        forward += 2 * num_layers * (computed_rows - counted_rows) * counts.expert / num_experts
-    # Recomputation repeats the forward pass of the blocks, but not the logits.
-    logits = 2 * spec.vocab_size * spec.d_model * step.target * sequences
-    recomputed = forward - logits if step.recomputed else 0.0
-    routing = counts.router_flops * sequences * (FORWARD_AND_BACKWARD + step.recomputed)
-    # Every rank of the model axis computes all logits of the routers.
-    return (FORWARD_AND_BACKWARD * forward + recomputed) / mesh.model + routing
-
-
-def _seconds(
-    spec: ModelSpec, step: Step, machine: Machine, mesh: Mesh, weights: RankWeights, microbatch: int
-) -> dict[str, float]:
-    """Return the seconds of compute, of access to the device's memory, and of the collectives of each axis."""
-    experts, num_microbatches = weights.expert / mesh.expert, step.num_microbatches(mesh, microbatch)
-    # In each microbatch a weight is read forward (twice if recomputed) and backward, and its gradient is written.
-    accesses = (3 + step.recomputed) * num_microbatches * (weights.dense + experts)
-    # The optimizer reads weight and gradient twice, and writes the weight; each rank updates its shard.
-    accesses += 5 * (experts / weights.expert_shards(mesh) + weights.dense / mesh.dense_shards)
-    seconds = {
-        "compute": flops_of(spec, step, mesh, microbatch) / machine.product_flops(step.product_bytes)
-        + weights.orthogonal_flops(mesh) / machine.product_flops(FLOAT),
-        "memory": FLOAT * accesses / machine.memory_bandwidth,
-    }
-    for call in collectives(spec, step, mesh, weights, microbatch):
-        axis = f"{call.axis}_axis"
-        seconds[axis] = seconds.get(axis, 0.0) + call.network_bytes / machine.rate(call, mesh)
-    return seconds

@@ -107,7 +107,7 @@ class RankWeights(NamedTuple):
     expert_means: int
     """Bytes of it that are means over dim 1 of the stacks."""
     dense_orthogonal_flops: int
-    """FLOPs of a step of Muon in matrices outside the experts, which every rank computes whole; 0 with others."""
+    """FLOPs of a step of Muon in matrices outside the experts; 0 with other optimizers."""
     expert_orthogonal_flops: int
     """FLOPs of a step of Muon in all experts; 0 with other optimizers."""
 
@@ -124,14 +124,6 @@ class RankWeights(NamedTuple):
         if num_shards == 1 or self._expert_dim(mesh) == 0:
             return state // num_shards
         return (state - means) // num_shards + means  # dim 1 is divided: every rank has the means over it
-
-    def orthogonal_flops(self, mesh: Mesh) -> float:
-        """Return the FLOPs of a step of Muon on one rank: all matrices outside the experts, and the experts it has."""
-        return self.dense_orthogonal_flops + self.expert_orthogonal_flops / mesh.expert / self.whole_expert_shards(mesh)
-
-    def whole_expert_shards(self, mesh: Mesh) -> int:
-        """Return the number of shards of whole experts; 1 if each replica has all experts, or a part of each."""
-        return self.expert_shards(mesh) if self._expert_dim(mesh) == 0 else 1
 
     def expert_shards(self, mesh: Mesh) -> int:
         """Return the number of shards into which replicas divide the experts; 1 if every replica has them in full."""
@@ -215,15 +207,11 @@ def rank_weights(weights: Tensors, state: Tensors, model: int) -> RankWeights:
 
 
 class Slots(NamedTuple):
-    """Slots and rows of one sparse layer in one microbatch on one rank."""
+    """Rows of one sparse layer in one microbatch on one rank."""
 
-    capacity: int
-    """C: slots of each expert in a group."""
     sent_rows: int
-    """Rows that a rank sends over the expert axis: E * G * C, since empty slots are sent too; if `is_dropless`, one for
-    each expert that a token chooses."""
-    is_dropless: bool
-    """Whether an expert has a slot for every token of a group. Ranks then tell each other first how many rows come."""
+    """Rows that a rank sends over the expert axis: E * G * C, since empty slots are sent too; without a capacity, one
+    for each expert that a token chooses."""
     expert_rows: int
     """A: rows that the experts of a rank compute."""
 
@@ -237,14 +225,13 @@ def slots(spec: ModelSpec, stack: Stack, step: Step, microbatch: int, expert: in
     num_groups = microbatch // rule.group_sequences
     group_tokens = rule.group_sequences * step.length(stack)
     capacity, max_filled = _slots_of_group(rule, group_tokens, spec.num_experts)
-    is_dropless = capacity >= group_tokens
-    sent_rows = num_groups * (max_filled if is_dropless else spec.num_experts * capacity)
+    sent_rows = num_groups * (max_filled if capacity >= group_tokens else spec.num_experts * capacity)
     # Without an expert axis only filled slots are computed, but in float32 on CUDA all of them (`products_wait`). With
     # one of R ranks, the E / R experts of a rank compute the slots of R ranks: E / R * R * G * C rows. If dropless,
     # they compute as many rows as a rank sends, if the experts have equal loads.
     computes_all = expert > 1 or (step.fused and step.product_bytes == FLOAT)
     expert_rows = sent_rows if computes_all else num_groups * max_filled
-    return Slots(capacity, sent_rows, is_dropless, expert_rows)
+    return Slots(sent_rows, expert_rows)
 
 
 @cache

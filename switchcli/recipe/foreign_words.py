@@ -57,9 +57,14 @@ def translated(word: str, names: Collection[str]) -> str | None:
 
 
 def nearest(word: str, names: Collection[str]) -> str | None:
-    """Return the shortest of the keys and options `names` whose last part is that of `word`, or nearly so, or None."""
+    """Return the shortest of the keys and options `names` whose last part is that of `word`, or nearly so, or None.
+
+    For an option, options come before keys; for a key, keys.
+    """
     by_part: dict[str, str] = {}
-    for name in sorted(names, key=lambda name: (name.count("."), len(name)), reverse=True):
+    option = word.startswith("--")
+    far_first = sorted(names, key=lambda name: (name.startswith("--") == option, -name.count("."), -len(name)))
+    for name in far_first:
         by_part[_last_part(name)] = name
     close = difflib.get_close_matches(_last_part(word), by_part, n=1, cutoff=SIMILAR)
     return by_part[close[0]] if close else None

@@ -299,14 +299,6 @@ def test_a_recipe_can_name_the_run_that_it_continues(begun: str, switchcli: Swit
     assert (start["keep"], start["step"], Path(start["checkpoint"]).parents[1]) == ("run", 2, Path("a"))
 
 
-@pytest.mark.parametrize(
-    ("key", "fix"), [("branch.checkpoint=a", "start.keep=run"), ("start.optimizer=reset", "start.keep=optimizer")]
-)
-def test_keys_that_name_a_start_otherwise_get_the_key(key: str, fix: str, recipe: str, switchcli: SwitchCLI) -> None:
-    done = switchcli("pretrain", recipe, key)
-    assert (done.code, lacking(done.err, f"{key.partition('=')[0].partition('.')[0]} {fix}")) == (2, [])
-
-
 @pytest.mark.integration
 def test_it_resumes_without_the_other_run(
     branch: Callable[..., dict[str, Any]], run: Path, recipe: str, switchcli: SwitchCLI

@@ -254,5 +254,5 @@ def test_a_checkpoint_of_a_device_is_upcycled_pruned_converted_and_examined(
     assert converted[1]["neg_log_perplexity"] == pytest.approx(expected, abs=BOUND["float32"])
     assert switchcli("doctor", "pruned_1").code == 0
     routing = [run("report", "--routing", trained, f"device={where}") for where in ("cpu", device)]
-    loads = [{name: layer["load"] for name, layer in one["routing"]["models"][0]["layers"].items()} for one in routing]
+    loads = [{name: layer["load"] for name, layer in one["routing"]["layers"].items()} for one in routing]
     assert loads[1] == loads[0]

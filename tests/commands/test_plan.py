@@ -1,4 +1,4 @@
-"""`switchcli plan`: for people, for scripts, as a page; and what it refuses."""
+"""`switchcli plan`: for people, for scripts; and what it refuses."""
 
 import json
 import re
@@ -37,8 +37,7 @@ def test_a_size_in_the_papers_batch(switchcli: SwitchCLI) -> None:
     assert best["data"] * best["model"] == 32
     assert best["bytes"]["total"] == sum(size for name, size in best["bytes"].items() if name != "total")
     assert best["bytes"]["total"] <= 36 * 2**30
-    assert best["seconds"]["step"] == min(fit["seconds"]["step"] for fit in found["fits"])
-    assert best["bound_by"] in best["seconds"]
+    assert (found["step_seconds"], found["days"]) == (None, None), "the rates of unnamed devices are not known"
     assert {one["kind"] for one in found["refused"]} <= {"rule", "batch", "memory"}
 
 
@@ -60,11 +59,11 @@ def test_a_recipe_with_keys(recipe: str, switchcli: SwitchCLI) -> None:
 def test_what_people_see(recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli("plan", recipe, "--devices", 4)
     assert (done.code, done.err) == (0, "")
-    for words in ("Meshes", "bound by", "parameters"):
+    for words in ("Meshes", "buffers", "parameters"):
         assert not lacking(done.out, words)
     full = switchcli("plan", recipe, "--devices", 1, "--memory", "1MB")
     assert full.code == 1, "for a script: nothing fits"
-    assert not lacking(full.out, "meshes fit")
+    assert "Meshes" not in full.out
     assert "Refused" in full.out
     assert not lacking(full.out, "GiB device")
 
@@ -73,23 +72,11 @@ def test_muon_is_counted_and_too_much_of_it_is_warned_of(recipe: str, switchcli:
     muon = ("quickstart/switch", "optimizer.kind=muon", "--devices", 1)
     plain, enough, few = (switchcli("plan", *muon, f"train.batch_tokens={size}") for size in (8192, 4096, 2048))
     assert (plain.err, enough.err) == ("", "")  # 0.23 and 0.47 of an expert's training
-    assert not lacking(plain.out, "FLOPs step optimizer")
+    assert not lacking(plain.out, "FLOPs optimizer")
     assert not lacking(few.err, "warning 0.938 train.batch_tokens 2,048 3,840 optimizer.kind=adamw")
     found = json.loads(switchcli("plan", *muon, "--json").out)
     # Products of d = 64 with d_ff = 256, or among the four of an attention: 5 (4 d^2 f + 2 d^3) each.
     assert found["optimizer_flops_per_step"] == 5 * (4 * 8 * 2 * (4 * 64**2 * 256 + 2 * 64**3) + 6 * 4 * 6 * 64**3)
-
-
-def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
-    assert switchcli("plan", recipe, "--devices", 2, "--html", "plan.html").code == 0
-    page = Path("plan.html").read_text(encoding="utf-8")
-    assert page.startswith("<!doctype html>")
-    assert page.count("<table>") == page.count("</table>") == 3
-    assert "script" not in page
-    assert "://" not in page
-    refused = switchcli("plan", recipe, "--devices", 2, "--html", "text.txt/plan.html")
-    assert refused.code == 4
-    assert "text.txt/plan.html" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -103,12 +90,10 @@ def test_a_page(recipe: str, switchcli: SwitchCLI) -> None:
         (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory '-1GiB' size 80GiB"),
         (("tiny", "--gpu", "h10"), "--gpu 'h10' h100 rtx-4090"),
         (("tiny", "--gpu", "a100"), "--gpu 'a100' a100-40gb a100-80gb"),
-        (("--gpu", "toaster"), "--gpu 'toaster' mi300x --memory --flops"),
+        (("--gpu", "toaster"), "--gpu 'toaster' mi300x --memory"),
         (("model.size=tiny", "--gpu", "h100"), "model.size argument"),
         (("train.step=3",), "train.step steps"),
         (("parallel.data=3",), "parallel.data 3 ranks 8"),
-        (("tiny", "--devices", 2, "--flops", 0), "--flops 0 3e11"),
-        (("tiny", "--devices", 2, "--bandwidth", "inf"), "--bandwidth inf finite"),
         (("tiny", "train.batch_tokens=100", "--devices", 2), "train.batch_tokens 100 512"),
     ],
 )
@@ -119,11 +104,10 @@ def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], words: str
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--devices", "--node-devices"])
-def test_there_is_at_least_one_device(option: str, switchcli: SwitchCLI) -> None:
-    done = switchcli("plan", "tiny", option, 0)
+def test_there_is_at_least_one_device(switchcli: SwitchCLI) -> None:
+    done = switchcli("plan", "tiny", "--devices", 0)
     assert (done.code, done.out) == (2, "")
-    assert f"'{option}'" in done.err
+    assert "'--devices'" in done.err
 
 
 def test_what_the_recipe_says_of_the_mesh_is_kept_to(switchcli: SwitchCLI) -> None:
@@ -154,31 +138,20 @@ def test_a_known_device(switchcli: SwitchCLI) -> None:
     assert machine["flops"] == UTILIZATION * h100.flops
     assert machine["utilization"] == UTILIZATION
     assert "measur" in found["times"]
+    assert found["step_seconds"] == pytest.approx(found["flops_per_step"] / (8 * machine["flops"]))
     assert all(fit["bytes"]["total"] <= machine["usable_bytes"] for fit in found["fits"])
 
 
-def test_options_win_over_the_known_device(switchcli: SwitchCLI) -> None:
-    options = {"--memory": "40GiB", "--flops": "1e14", "--memory-bandwidth": "1e12", "--bandwidth": "2e10"}
-    given = [word for option in options.items() for word in option]
-    for precision in ("float32", "selective"):
-        arguments = ("tiny", f"train.precision={precision}", *given)
-        known, other = planned(switchcli, *arguments, "--gpu", "h100"), planned(switchcli, *arguments)
-        assert known["fits"] == other["fits"]
-        assert known["machine"]["utilization"] == pytest.approx(
-            1e14 / (GPUS["h100"].float32_flops if precision == "float32" else GPUS["h100"].flops)
-        )
-        assert (known["machine"]["gpu"], other["machine"]["gpu"]) == ("h100", None)
+def test_the_memory_of_an_option_wins_over_that_of_the_device(switchcli: SwitchCLI) -> None:
+    machine = planned(switchcli, "tiny", "--gpu", "h100", "--memory", "40GiB")["machine"]
+    assert (machine["memory_bytes"], machine["gpu"]) == (40 * 2**30, "h100")
 
 
-def test_tokens_and_days(recipe: str, switchcli: SwitchCLI) -> None:
+def test_days(recipe: str, switchcli: SwitchCLI) -> None:
     found = planned(switchcli, recipe, "train.steps=1000", "--gpu", "l4", "--devices", 2)
-    for fit in found["fits"]:
-        seconds = fit["seconds"]["step"]
-        tokens = found["sequences_per_step"] * found["inputs_length"]
-        assert fit["tokens_per_second"] == pytest.approx(tokens / seconds)
-        assert fit["days"] == pytest.approx(1000 * seconds / 86400)
+    assert found["days"] == pytest.approx(1000 * found["step_seconds"] / 86400)
     shown = switchcli("plan", recipe, "train.steps=1000", "--gpu", "l4", "--devices", 2).out
-    for words in ("tokens/s", "days 1,000", "2 l4", "No measurement GPU"):
+    for words in ("days 1,000", "2 l4", "No measurement GPU"):
         assert not lacking(shown, words), words
 
 
@@ -218,9 +191,9 @@ def test_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:
     assert [row["fits"] for row in rows] == [True, True, False]
     assert rows[0]["devices_needed"] == 1 < rows[1]["devices_needed"] <= 8 < rows[2]["devices_needed"]
     for row in rows[:2]:
-        assert row["days"] == pytest.approx(found["input_tokens"] / row["tokens_per_second"] / 86400)
+        assert row["days"] == pytest.approx(found["steps"] * row["step_seconds"] / 86400)
         check_overrides(row, "l4", 8)
-    unknown = ("mesh", "microbatch_tokens", "device_bytes", "step_seconds", "tokens_per_second", "days")
+    unknown = ("mesh", "microbatch_tokens", "device_bytes")
     assert [rows[2][key] for key in unknown] == [None] * len(unknown)
     assert rows[2]["overrides"] == []
     for devices in (rows[2]["devices_needed"], rows[2]["devices_needed"] // 2):
@@ -236,7 +209,7 @@ def test_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:
         ("parallel.shard=zero3",),
     ],
 )
-def test_the_keys_of_one_recipe_give_its_fastest_mesh(keys: tuple[str, ...], switchcli: SwitchCLI) -> None:
+def test_the_keys_of_one_recipe_give_its_first_mesh(keys: tuple[str, ...], switchcli: SwitchCLI) -> None:
     recipe, devices = "quickstart/switch", ("--gpu", "l4", "--devices", 4)
     found = planned(switchcli, recipe, *keys, *devices)
     assert found["devices_needed"] == 1
@@ -246,25 +219,6 @@ def test_the_keys_of_one_recipe_give_its_fastest_mesh(keys: tuple[str, ...], swi
     assert "switchcli pretrain quickstart/switch --processes 4" in shown
     (line,) = re.findall("^.*parallel.data=.*$", shown, re.MULTILINE)
     assert shlex.split(line) == found["overrides"]
-
-
-@pytest.mark.parametrize(
-    ("keys", "told"),
-    [
-        ((), {"train.precision": "selective", "train.batch_tokens": "65536"}),
-        (("train.batch_tokens=63488", "train.precision=bfloat16"), {"train.batch_tokens": "126976"}),
-        (("train.batch_tokens=65536", "train.precision=bfloat16"), {}),
-        (("train.device=cpu",), {}),
-    ],
-)
-def test_what_suits_a_laptop_is_told_with_a_value_for_gpus(
-    keys: tuple[str, ...], told: dict[str, str], switchcli: SwitchCLI
-) -> None:
-    devices = ("--gpu", "h100", "--devices", 8)
-    found = planned(switchcli, "quickstart/switch", *keys, *devices)["laptop_settings"]
-    assert {setting["key"]: setting["instead"] for setting in found} == told
-    shown = switchcli("plan", "quickstart/switch", *keys, *devices).out
-    assert ("laptop" in shown) == bool(told)
 
 
 def test_nodes_have_equally_many_ranks(few_sizes: list[str], switchcli: SwitchCLI) -> None:
@@ -282,7 +236,6 @@ def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
     for recipe, keys in (("pretrain/base", row["overrides"]), ("quickstart/switch", own), ("pretrain/local", own)):
         (fit,) = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu)).meshes.fits
         assert (fit.mesh._asdict(), fit.bytes.total) == (row["mesh"], row["device_bytes"]), recipe
-        assert fit.step_seconds == row["step_seconds"], recipe
 
 
 @pytest.mark.integration
@@ -298,29 +251,17 @@ def test_every_size_with_keys(few_sizes: list[str], switchcli: SwitchCLI) -> Non
     assert [row["size"] for row in experts] == [size for size in few_sizes if SIZES[size].num_experts > 1]
 
 
-def test_what_people_see_of_every_size(few_sizes: list[str], switchcli: SwitchCLI, tmp_path: Path) -> None:
+def test_what_people_see_of_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:
     done = switchcli("plan", "--gpu", "l4", "--devices", 8)
     assert done.code == 0
     assert done.err == "" or re.fullmatch("planning: .*\n", done.err)
-    for words in (
-        "tiny yes 1",
-        "switch-base-64 yes",
-        "switch-xxl no",
-        "8 l4",
-        "switchcli pretrain RECIPE --processes 8",
-    ):
+    for words in ("tiny 1 8 x 1", "switch-base-64", "switch-xxl 201G -", "8 l4", "switchcli plan SIZE"):
         assert not lacking(done.out, words), words
-    (line,) = re.findall("^model.size=tiny .*$", done.out, re.MULTILINE)
-    planned(switchcli, "pretrain/base", *line.split(), "--gpu", "l4")
-    assert switchcli("plan", "--gpu", "l4", "--html", str(tmp_path / "sizes.html")).code == 0
-    page = (tmp_path / "sizes.html").read_text(encoding="utf-8")
-    assert page.count("<table>") == 3
-    assert all(size in page for size in few_sizes)
-    assert line in page
 
 
 @pytest.mark.integration
-def test_a_terminal_breaks_no_line_of_keys_to_paste(few_sizes: list[str], tmp_path: Path) -> None:
-    shown = switchcli_in_terminal(["plan", "--gpu", "l4"], 40, tmp_path)
+def test_a_terminal_breaks_no_line_of_keys_to_paste(tmp_path: Path) -> None:
+    shown = switchcli_in_terminal(["plan", "tiny", "--gpu", "l4"], 40, tmp_path)
     (line,) = re.findall(r"^model\.size=tiny .*$", shown.text.replace("\r", ""), re.MULTILINE)
     assert len(line) > 40
+    assert switchcli_in_terminal(["plan", "tiny", "--gpu", "l4"], 80, tmp_path).text.count("\n") < 40, "tables"

@@ -1,4 +1,4 @@
-"""Build the ranks of a run as the mesh of its recipe, or with `parallel: auto` as the fastest mesh of the plan.
+"""Build the ranks of a run as the mesh of its recipe, or with `parallel: auto` as the first mesh of the plan.
 
 An evaluation has no mesh: each rank holds the model.
 """
@@ -24,7 +24,7 @@ def build_context(recipe: TrainingRecipe) -> DistributedContext:
         RecipeError: no mesh fits with `parallel: auto`.
         SwitchError: as `DistributedContext` says.
     """
-    choose = (lambda: fastest_mesh(recipe)) if recipe.parallel.auto else None
+    choose = (lambda: least_divided_mesh(recipe)) if recipe.parallel.auto else None
     context = DistributedContext(recipe.device, recipe.precision, recipe.parallel, choose)
     accelerate_settings.warn_about_settings(recipe.precision, context)
     return context
@@ -41,8 +41,8 @@ def build_eval_context(recipe: EvalRecipe) -> DistributedContext:
     return context
 
 
-def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
-    """Return the fastest mesh of the plan for the ranks that a launcher started, by the memory of this rank's device.
+def least_divided_mesh(recipe: TrainingRecipe) -> ParallelSpec:
+    """Return the mesh that divides least, for the ranks that a launcher started, by the memory of this rank's device.
 
     Raises:
         RecipeError: no mesh with this number of ranks fits.
@@ -51,7 +51,7 @@ def fastest_mesh(recipe: TrainingRecipe) -> ParallelSpec:
     cuda = uses_cuda(recipe.train.device)
     # On a CPU, the ranks of a machine share its memory.
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else machine_bytes() // local_ranks
-    candidates = planner_of(recipe, fused=cuda).plan(Machine(ranks, memory, node_devices=local_ranks))
+    candidates = planner_of(recipe, fused=cuda).plan(Machine(ranks, memory))
     # Without train.microbatch_tokens a rank takes its share of a batch at once. A plan may divide it into microbatches.
     at_once = not recipe.train.microbatch_tokens
     for fit in candidates.fits:

@@ -8,29 +8,25 @@ from typing import Any, NamedTuple
 
 from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
-from switchcli.metric_names import TOKENS_PER_SECOND
-from switchcli.planner.plan import Fit, Machine, Parameters, Plan, Planner
+from switchcli.planner import devices
+from switchcli.planner.plan import Machine, Parameters, Plan, Planner
 from switchcli.planner.step import Step, Tensors
 from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, validate_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.units import si
 
 SIZES_RECIPE = "pretrain/base"
 """The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
 paper's pre-training on C4."""
 TIMES = (
-    "Times are arithmetic from these rates, with nothing overlapped and no latency, so small models are slower. No "
-    "estimate was compared with a measurement on a GPU yet."
+    "Times are the FLOPs of a step over 40 % of the FLOP/s of all devices' data sheets. No time was compared with a "
+    "measurement on a GPU yet."
 )
 """The statement of a plan on how far its times are from measurements."""
 _MUON_SHARE = 0.5
 """FLOPs of Muon for an expert, over those of its training, above which a warning is given."""
 _SECONDS_PER_DAY = 24 * 60 * 60
-_BUSY_TOKENS = 8192
-"""Tokens of a step on each device, below which starting the kernels is assumed to take longer than their work. It is an
-assumption: no step was measured on a GPU."""
 
 
 def describe(recipe: TrainingRecipe) -> dict[str, Any]:
@@ -95,15 +91,6 @@ def muon_warning(recipe: TrainingRecipe) -> str | None:
     )
 
 
-class LaptopSetting(NamedTuple):
-    """A key of a recipe whose value suits a laptop, with a value for GPUs."""
-
-    key: str
-    value: str
-    instead: str
-    reason: str
-
-
 class RecipePlan(NamedTuple):
     """The plan of a recipe's step on given devices, with the keys that give it."""
 
@@ -125,7 +112,7 @@ class RecipePlan(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """The KEY=VALUE that give this step on its fastest mesh: behind the planned recipe, or behind any recipe of
+        """The KEY=VALUE that give this step on its first mesh: behind the planned recipe, or behind any recipe of
         `switchcli pretrain` if a size was planned. Empty if it does not fit."""
         best = self.meshes.best
         if best is None:
@@ -152,35 +139,25 @@ class RecipePlan(NamedTuple):
         return [f"{key}={value}" for key, value in keys.items()]
 
     @property
-    def laptop_settings(self) -> list[LaptopSetting]:
-        """The settings of the recipe that suit a laptop and waste these devices."""
-        train, machine, found = self.recipe.train, self.machine, []
-        if train.device == "cpu":
-            return []
-        fast, slow = machine.product_flops(2), machine.product_flops(self.product_bytes)
-        if train.precision == "float32" and (machine.gpu is None or fast > slow):
-            reached = f": {si(slow)} instead of {si(fast)} FLOP/s a device" if fast > slow else ""
-            reason = f"products in float32, not in bfloat16{reached}"
-            found.append(LaptopSetting("train.precision", train.precision, "selective", reason))
-        tokens = train.batch_tokens / machine.devices
-        if tokens < _BUSY_TOKENS:
-            enough = train.batch_tokens * 2 ** math.ceil(math.log2(_BUSY_TOKENS / tokens))
-            reason = f"{tokens:,.0f} tokens a device; {_BUSY_TOKENS:,} keep one busy, by assumption"
-            found.append(LaptopSetting("train.batch_tokens", str(train.batch_tokens), str(enough), reason))
-        return found
+    def step_seconds(self) -> float | None:
+        """The seconds of a step by `Planner.seconds`; None if the rates of the devices are not known."""
+        return self.planner.seconds(self.machine)
 
     @property
-    def product_bytes(self) -> int:
-        """Bytes of an element in the matrix products: 4 for float32, 2 for bfloat16."""
-        return self.planner.step.product_bytes
+    def days(self) -> float | None:
+        """Days of the recipe's steps, without evaluation, checkpoints and stops."""
+        return self.step_seconds and self.recipe.train.steps * self.step_seconds / _SECONDS_PER_DAY
 
-    def tokens_per_second(self, fit: Fit) -> float:
-        """Return the estimated encoder input tokens per second of all devices."""
-        return self.recipe.train.batch_tokens / fit.step_seconds
-
-    def days(self, fit: Fit) -> float:
-        """Return the estimated days of the recipe's steps, without evaluation, checkpoints and stops."""
-        return self.recipe.train.steps * fit.step_seconds / _SECONDS_PER_DAY
+    def machine_to_json(self) -> dict[str, Any]:
+        """Return the devices with what a plan assumes of them."""
+        machine = self.machine
+        return {
+            **machine._asdict(),
+            "usable_bytes": machine.usable_bytes,
+            "reserved_fraction": devices.RESERVED_FRACTION,
+            "flops": machine.flops_per_second(self.planner.step.product_bytes),
+            "utilization": devices.UTILIZATION,
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -189,27 +166,24 @@ class RecipePlan(NamedTuple):
             "flops_per_step": self.planner.flops_per_step,
             "optimizer_flops_per_step": self.planner.optimizer_flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
-            "machine": self.machine.to_json(self.product_bytes),
+            "machine": self.machine_to_json(),
+            "step_seconds": self.step_seconds,
+            "days": self.days,
             "times": TIMES,
             "devices_needed": self.devices_needed,
             "overrides": self.overrides,
-            "laptop_settings": [setting._asdict() for setting in self.laptop_settings],
-            "fits": [self._fit_to_json(fit) for fit in self.meshes.fits],
+            "fits": [
+                {
+                    **fit.mesh._asdict(),
+                    "microbatch_tokens": fit.microbatch * self.recipe.inputs_length,
+                    "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
+                }
+                for fit in self.meshes.fits
+            ],
             "refused": [
                 {**rejection.mesh._asdict(), "kind": rejection.kind, "reason": rejection.reason}
                 for rejection in self.meshes.rejected
             ],
-        }
-
-    def _fit_to_json(self, fit: Fit) -> dict[str, Any]:
-        return {
-            **fit.mesh._asdict(),
-            "microbatch_tokens": fit.microbatch * self.recipe.inputs_length,
-            "bytes": {**fit.bytes._asdict(), "total": fit.bytes.total},
-            "seconds": {**fit.seconds, "step": fit.step_seconds},
-            TOKENS_PER_SECOND: self.tokens_per_second(fit),
-            "days": self.days(fit),
-            "bound_by": fit.bound_by,
         }
 
 
@@ -259,7 +233,7 @@ def sizes_to_json(plans: Sequence[RecipePlan]) -> dict[str, Any]:
         "recipe": SIZES_RECIPE,
         "steps": first.about["steps"],
         "input_tokens": first.about["input_tokens"],
-        "machine": first.machine.to_json(first.product_bytes),
+        "machine": first.machine_to_json(),
         "times": TIMES,
         "sizes": [_size_to_json(plan) for plan in plans],
     }
@@ -276,9 +250,8 @@ def _size_to_json(plan: RecipePlan) -> dict[str, Any]:
         "mesh": best and best.mesh._asdict(),
         "microbatch_tokens": best and best.microbatch * plan.recipe.inputs_length,
         "device_bytes": best and best.bytes.total,
-        "step_seconds": best and best.step_seconds,
-        TOKENS_PER_SECOND: best and plan.tokens_per_second(best),
-        "days": best and plan.days(best),
+        "step_seconds": plan.step_seconds,
+        "days": plan.days,
         "overrides": plan.overrides,
     }
 
