@@ -39,7 +39,7 @@ def file(recipe: str, switchcli: SwitchCLI) -> str:
 def test_training_writes_a_file_that_a_recipe_can_use(recipe: str, switchcli: SwitchCLI) -> None:
     done = switchcli(*TRAIN, recipe, "data.tokenizer.vocab_size=300", "--out", "mine.json")
     assert (done.code, done.err) == (0, "")
-    for words in ("vocab size", "300", "197", "0.9995"):
+    for words in ("vocab size", "300", "197"):
         assert words in done.out
     assert [path.name for path in Path().iterdir() if "mine" in path.name] == ["mine.json"]
     tokenizer = Tokenizer.read(Path("mine.json"))
@@ -65,7 +65,7 @@ def test_training_sees_no_held_out_document(recipe: str, switchcli: SwitchCLI) -
     assert len(marked) > len(texts) / 2
     Path("text.txt").unlink()
     Path("text.txt").write_text("\n".join(marked) + "\n")
-    assert switchcli(*TRAIN, recipe, "--out", "mine.json", "data.tokenizer.character_coverage=1.0").code == 0
+    assert switchcli(*TRAIN, recipe, "--out", "mine.json").code == 0
     tokenizer = Tokenizer.read(Path("mine.json"))
     assert tokenizer.unknown in tokenizer.encode("q")
     assert tokenizer.unknown not in tokenizer.encode("x")
@@ -131,7 +131,7 @@ def test_show_refuses_what_is_none(tmp_path: Path, switchcli: SwitchCLI) -> None
 
 
 @pytest.mark.integration
-def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
+def test_a_run_with_a_spiece_model_goes_on_and_answers_without_transformers(
     recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = io.BytesIO()
@@ -142,7 +142,7 @@ def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
     Path("spiece.model").write_bytes(model.getvalue())
     pretrain = ("pretrain", recipe, "data.tokenizer={kind: file, path: spiece.model}", "--quiet")
     assert switchcli(*pretrain, "--out", "run").code == 0
-    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.setitem(sys.modules, "transformers.convert_slow_tokenizer", None)
     assert switchcli(*pretrain, "train.steps=3", "--out", "run").code == 0
     assert json.loads(Path("run/result.json").read_text())["step"] == 3
     assert switchcli("eval", "run", "device=cpu", "--out", "scores", "--json").code == 0
@@ -153,4 +153,4 @@ def test_a_run_with_a_spiece_model_goes_on_and_answers_without_the_extra(
     ):
         done = switchcli(*refused)
         assert done.code == 2
-        assert not lacking(done.err, "spiece.model pip install 'switchcli[sentencepiece]'")
+        assert not lacking(done.err, "spiece.model pip install transformers protobuf")

@@ -5,16 +5,18 @@ import os
 import shutil
 import string
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import theirs
+from messages import lacking
 from typer.testing import CliRunner
 
 from switchcli.cli import app
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.errors import DataError
+from switchcli.errors import DataError, RecipeError
 
 REPOSITORY = "google/some-model"
 
@@ -28,7 +30,8 @@ def spiece() -> bytes:
     pieces = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), ("\u2581", -1.0, 1)]
     pieces += [((string.ascii_letters + string.digits)[index], -2.0 - index, 1) for index in range(36)]
     pieces += [(f"<extra_id_{index}>", 0.0, 4) for index in (2, 1, 0)]
-    return b"".join(
+    trainer = field(2, b"\xc0\x02\x02")  # its unk_id is 2
+    return trainer + b"".join(
         field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind]))
         for text, score, kind in pieces
     )
@@ -140,6 +143,17 @@ def test_a_folder_that_has_or_names_its_tokenizer_is_used_as_it_is(give: Callabl
     wanted = Tokenizer.from_bytes(spiece(), "spiece.model")
     (converted,) = Path("ours").rglob("tokenizer.json")
     assert Tokenizer.read(converted).sha256 == wanted.sha256
+
+
+def test_without_transformers_a_folder_with_a_spiece_model_alone_is_refused_with_the_command_that_helps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_spiece(folder)
+    monkeypatch.setitem(sys.modules, "transformers.convert_slow_tokenizer", None)
+    done = CliRunner().invoke(app, ["generate", "theirs", "ab"])
+    assert isinstance(done.exception, RecipeError), done.exception
+    words = "theirs/spiece.model tokenizer.json pip install transformers protobuf switchcli convert --to switchcli"
+    assert not lacking(str(done.exception), words)
 
 
 @pytest.mark.usefixtures("own_hub_cache")

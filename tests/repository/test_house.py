@@ -53,7 +53,7 @@ PACKAGES_OF_ONE_FILE = {
     "switchcli/data/sources/parquet.py": "pyarrow",
     "switchcli/data/sources/paths.py": "fsspec pyarrow",
     "switchcli/data/sources/io_errors.py": "huggingface_hub",
-    "switchcli/data/tokenizer/sentencepiece.py": "google sentencepiece",
+    "switchcli/data/tokenizer/sentencepiece.py": "transformers",
     "switchcli/data/tokenizer/tokenizer.py": "huggingface_hub",
     "switchcli/convert/hub.py": "huggingface_hub",
     "switchcli/distributed/launch.py": "psutil",

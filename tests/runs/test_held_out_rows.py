@@ -31,7 +31,9 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(train_unigram(DOCUMENTS, VocabSize(1500), character_coverage=1.0), "trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("switchcli.data.tokenizer.train.COVERAGE", 1.0)  # no character is unknown
+        return Tokenizer(train_unigram(DOCUMENTS, VocabSize(1500)), "trained")
 
 
 def bytes_in_context(inputs: list[int], targets: list[int], tokenizer: Tokenizer) -> int:

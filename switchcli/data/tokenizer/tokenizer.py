@@ -189,9 +189,6 @@ class TrainedTokenizer(Spec):
     """Size in characters of the sample of documents to train on."""
     byte_fallback: bool = False
     """Whether a character without a piece becomes its UTF-8 bytes, which have 256 ids, instead of `<unk>`."""
-    character_coverage: float = Field(default=0.9995, gt=0.0, le=1.0)
-    """Fraction of the sample's characters, by frequency, that have a piece. Rarer characters become `<unk>` or
-    bytes."""
     num_sentinels: Size = NUM_SENTINELS
     """Number of sentinels. T5 has 100."""
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
@@ -220,7 +217,7 @@ class TrainedTokenizer(Spec):
         texts = sample_texts(documents(), self.max_characters, self.alpha)
         characters = sum(map(len, texts))
         with wait(f"training a vocabulary of {self.vocab_size:,} ids on {characters:,} characters"):
-            return Tokenizer(train_unigram(texts, self._size, self.character_coverage), "data.tokenizer")
+            return Tokenizer(train_unigram(texts, self._size), "data.tokenizer")
 
 
 class TokenizerFile(Spec):

@@ -20,6 +20,8 @@ from switchcli.errors import DataError
 NUM_SENTINELS = 100
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's mark for a space."""
+COVERAGE = 0.9995
+"""Fraction of the characters of a text, by frequency, that have a piece."""
 SPECIAL = ("<pad>", "</s>", "<unk>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """Pieces that stand for a byte, as SentencePiece names them."""
@@ -57,8 +59,8 @@ class VocabSize(NamedTuple):
         return len(SPECIAL) + self.num_sentinels + len(BYTES) * self.byte_fallback
 
 
-def train_unigram(texts: list[str], size: VocabSize, character_coverage: float = 0.9995) -> Tokenizer:
-    """Train a tokenizer of exactly `size.vocab_size` ids. Characters beyond the coverage become bytes or `<unk>`.
+def train_unigram(texts: list[str], size: VocabSize) -> Tokenizer:
+    """Train a tokenizer of exactly `size.vocab_size` ids. Characters beyond `COVERAGE` become bytes or `<unk>`.
 
     Raises DataError if there is no text, or if its distinct characters alone outnumber the pieces.
     """
@@ -67,13 +69,13 @@ def train_unigram(texts: list[str], size: VocabSize, character_coverage: float =
             "data.corpora: no document to train a vocabulary on: add text, loosen data.filters, or take a smaller "
             "held_out_fraction or smaller documents (sample_by: line)"
         )
-    blank_rare, alphabet = _alphabet(texts, character_coverage)
+    blank_rare, alphabet = _alphabet(texts)
     # With as many pieces as characters the trainer does not stop there: one more is the least that works.
     if (min_size := len(alphabet) + size.num_reserved + 1) > size.vocab_size:
         raise DataError(
             f"data.tokenizer.vocab_size ({size.vocab_size}) must hold {len(SPECIAL)} special ids, {size.num_sentinels} "
             f"sentinels{f', {len(BYTES)} bytes' * size.byte_fallback} and the text's {len(alphabet)} characters: take "
-            f"{min_size} or more, or a smaller character_coverage"
+            f"{min_size} or more"
         )
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
@@ -123,16 +125,16 @@ def _complete(tokenizer: Tokenizer, num_pieces: int, size: VocabSize) -> None:
     tokenizer.add_special_tokens(sentinel_tokens(map(sentinel, reversed(range(size.num_sentinels)))))
 
 
-def _alphabet(texts: list[str], coverage: float) -> tuple[dict[int, str], set[str]]:
+def _alphabet(texts: list[str]) -> tuple[dict[int, str], set[str]]:
     """Return a table for `str.translate` that blanks rare characters, and the characters that NFKC then makes."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     by_count = sorted(counts, key=lambda character: (-counts[character], character))
     # Number of characters of text before each distinct character in `by_count`. A distinct character is common if the
-    # ones before it do not reach the coverage yet.
+    # ones before it do not reach `COVERAGE` yet.
     preceding = accumulate((counts[character] for character in by_count), initial=0)
-    wanted = sum(counts.values()) * coverage
+    wanted = sum(counts.values()) * COVERAGE
     num_common = sum(number < wanted for number in preceding)
     blank_rare = {ord(character): " " for character in by_count[num_common:]}
     # Of the whole texts, as letters and accents that stand side by side become one character.

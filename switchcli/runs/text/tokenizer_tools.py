@@ -74,4 +74,4 @@ def train(recipe: str, overrides: Sequence[str], out: Path, console: Console) ->
     with disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     publish_file(out, tokenizer.to_json())
-    return {**tokenizer_facts(out, tokenizer), "character_coverage": data.tokenizer.character_coverage}
+    return tokenizer_facts(out, tokenizer)
