@@ -17,8 +17,8 @@ class ParallelSpec(Spec):
     """The mesh that a run uses; what the run learns does not depend on it. `parallel: auto` stands for `auto: true`."""
 
     auto: bool = False
-    """Take the first mesh of `switchcli plan` for these ranks and the main rank's memory, instead of the keys below: the
-    one that divides the model least."""
+    """Take the first mesh of `switchcli plan` for these ranks and the main rank's memory, the one that divides the
+    model least, instead of the keys below."""
     data: Size | None = None
     """Number of ranks that share the batch; absent: all ranks that are started, divided by `model`."""
     model: Size = 1

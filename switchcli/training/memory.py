@@ -11,6 +11,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import trainable_members
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.report.units import binary
 from switchcli.training.optimizer_specs import OptimizerSpec
 
 
@@ -36,14 +37,17 @@ def explain_out_of_memory(
 ) -> Iterator[None]:
     """Raise OutOfMemory, with the sizes and a fix, where training in this context runs out of memory."""
 
-    def explanation() -> str:
-        fix = "lower train.microbatch_tokens, or take a smaller model (--dry-run shows its number of parameters)"
-        teacher_bytes = ""
+    def explanation(total_bytes: int) -> str:
+        needed = training_bytes(spec, optimizer, trainable_set)
+        parts = f"weights, gradients and optimizer take {binary(needed)} in all"
         if teacher is not None:
-            teacher_bytes = f"those of the teacher {_weight_bytes(teacher):,}, "
-        fix += "; or share it among ranks (parallel: `switchcli plan` shows how)"
-        total = f"weights, gradients and optimizer take {training_bytes(spec, optimizer, trainable_set):,} bytes in all"
-        return f"{total}, {teacher_bytes}a microbatch comes on top: {fix}"
+            teacher_bytes = _weight_bytes(teacher)
+            needed += teacher_bytes
+            parts += f", those of the teacher {binary(teacher_bytes)}"
+        divide = "divide it among ranks (parallel: `switchcli plan` shows how)"
+        if needed > total_bytes:
+            return f"{parts}: the model does not fit into one device: take a smaller one, or {divide}"
+        return f"{parts}, a microbatch comes on top: lower train.microbatch_tokens, take a smaller model, or {divide}"
 
     with _explained(device, explanation):
         yield
@@ -58,12 +62,12 @@ def _weight_bytes(spec: ModelSpec) -> int:
 def explain_out_of_memory_in_evaluation(device: torch.device) -> Iterator[None]:
     """Raise OutOfMemory, with a fix, where an evaluation in this context runs out of memory."""
     fix = "lower scoring.batch_examples, scoring.decoding.max_tokens or beams, or data.inputs_length"
-    with _explained(device, lambda: fix):
+    with _explained(device, lambda _: fix):
         yield
 
 
 @contextmanager
-def _explained(device: torch.device, explanation: Callable[[], str]) -> Iterator[None]:
+def _explained(device: torch.device, explanation: Callable[[int], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -73,4 +77,5 @@ def _explained(device: torch.device, explanation: Callable[[], str]) -> Iterator
         total_bytes = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else machine_bytes()
         location = training_location(error)
         when = "" if location == OUTSIDE else f", {location}"
-        raise OutOfMemory(f"out of memory{when}: {device} has {total_bytes:,} bytes in all; {explanation()}") from error
+        message = f"out of memory{when}: {device} has {binary(total_bytes)} in all; {explanation(total_bytes)}"
+        raise OutOfMemory(message) from error

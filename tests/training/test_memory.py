@@ -32,19 +32,25 @@ def test_what_does_not_learn_has_neither_gradient_nor_moments() -> None:
 
 def test_a_machine_without_room_says_what_is_needed() -> None:
     with (
-        pytest.raises(OutOfMemory, match=r"\bcpu\b.* [\d,]+ bytes.* [\d,]+ bytes.*train\.microbatch_tokens"),
+        pytest.raises(OutOfMemory, match=r"\bcpu\b.* [\d.]+ GiB.* [\d.]+ MiB.*train\.microbatch_tokens"),
         explain_out_of_memory(ModelSpec(), Adafactor(), CPU),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
-def test_a_device_without_room_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, 1000))
+@pytest.mark.parametrize("room", [-1, 0])
+def test_a_smaller_microbatch_is_not_advised_where_the_weights_do_not_fit(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, teacher = ModelSpec(), ModelSpec(num_experts=2)
+    needed = training_bytes(model, Adafactor()) + 4 * count(teacher).parameters
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (0, needed + room))
     with (
-        pytest.raises(OutOfMemory, match=naming("cuda:0", "1,000 bytes", "train.microbatch_tokens")),
-        explain_out_of_memory(ModelSpec(), Adafactor(), torch.device("cuda:0")),
+        pytest.raises(OutOfMemory, match=naming("cuda:0", "MiB", "parallel")) as error,
+        explain_out_of_memory(model, Adafactor(), torch.device("cuda:0"), teacher=teacher),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    assert ("train.microbatch_tokens" in str(error.value)) == (room == 0)
 
 
 def test_other_errors_pass() -> None:
