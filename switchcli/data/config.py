@@ -1,6 +1,5 @@
 """DataSpec: the `data:` section of a recipe, which says what a run reads. It opens no file; `data.prepare` does."""
 
-from abc import ABC
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
@@ -20,12 +19,13 @@ TextObjective = SpanCorruption | PrefixLanguageModel
 """The objectives that a recipe can name by `kind`."""
 RowObjective = TextObjective | WholeDocumentObjective
 """An objective that turns raw rows into the rows of a batch."""
+Corpora = Annotated[tuple[Corpus, ...], Field(min_length=1)]
 
 
-class TextsSpec(Spec, ABC):
-    """The text that is read, and how it is filtered and divided before it is encoded."""
+class DataSpec(Spec):
+    """The text of a run, the tokenizer that encodes it, and the objective that makes examples of it."""
 
-    corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)] = (PythonStdlib(),)
+    corpora: Corpora = (PythonStdlib(),)
     """Where the text comes from: corpora, each chosen by its `kind`."""
     mixture: TextMixtureSpec = JoinedTexts()
     """How the corpora are mixed, chosen by `kind`. `joined` makes one text of them; mixed texts are also evaluated
@@ -38,9 +38,18 @@ class TextsSpec(Spec, ABC):
     access: Literal["prepared", "stream"] = "prepared"
     """`prepared` encodes all text before the first step; `stream` reads it during training, for text of which a run
     sees only a part. A stream is evaluated on the beginning of its held-out documents."""
-    held_out_fraction: float = Field(default=0.02, gt=0.0, le=1.0)
-    """Fraction of the documents that is kept for evaluation, chosen by a hash of each document alone. 1 is only for
-    text to evaluate on."""
+    held_out_fraction: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Fraction of the documents that is kept for evaluation, chosen by a hash of each document alone."""
+    tokenizer: TokenizerSpec = TrainedTokenizer()
+    """The tokenizer, chosen by `kind`: train, file or hub."""
+    objective: TextObjective = Field(default=SpanCorruption(), discriminator="kind")
+    """The objective, chosen by `kind`: what the model sees of a text, and what it has to predict."""
+    packing: Literal["windows", "documents"] = "windows"
+    """`windows` joins documents end to end and cuts rows from them; `documents` packs whole documents into rows, masked
+    from each other."""
+    stream_shards: Size = 8
+    """Number of parts of a batch that a stream reads independently. It is the largest number of ranks that can share a
+    batch."""
 
     def texts(self) -> dict[str, tuple[Corpus, ...]]:
         """Return the corpora of each text by its label: a language, or the number of a corpus without one.
@@ -76,21 +85,6 @@ class TextsSpec(Spec, ABC):
                 f"{self.mixture.kind}: take mixture.kind=weighted, or leave the weight out"
             )
         return self
-
-
-class DataSpec(TextsSpec):
-    """The text of a run, the tokenizer that encodes it, and the objective that makes examples of it."""
-
-    tokenizer: TokenizerSpec = TrainedTokenizer()
-    """The tokenizer, chosen by `kind`: train, file or hub."""
-    objective: TextObjective = Field(default=SpanCorruption(), discriminator="kind")
-    """The objective, chosen by `kind`: what the model sees of a text, and what it has to predict."""
-    packing: Literal["windows", "documents"] = "windows"
-    """`windows` joins documents end to end and cuts rows from them; `documents` packs whole documents into rows, masked
-    from each other."""
-    stream_shards: Size = 8
-    """Number of parts of a batch that a stream reads independently. It is the largest number of ranks that can share a
-    batch."""
 
     @property
     def rows(self) -> RowObjective:
@@ -138,8 +132,12 @@ class DataSpec(TextsSpec):
         return self
 
 
-class TextSpec(TextsSpec):
-    """Text to evaluate a model on: its held-out documents, encoded by the model's own tokenizer."""
+class TextSpec(Spec):
+    """Text to evaluate a model on: its held-out documents, read, mixed and encoded as the text of the model's run."""
 
+    corpora: Corpora = (PythonStdlib(),)
+    """Where the text comes from: corpora, each chosen by its `kind`."""
+    held_out_fraction: float = Field(default=0.02, gt=0.0, le=1.0)
+    """Fraction of the documents that is evaluated, chosen by a hash of each document alone. 1 is all of them."""
     sequences: Count = 512
     """Rows of each text to evaluate, or all if there are fewer."""

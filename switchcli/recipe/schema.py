@@ -58,8 +58,6 @@ class TextRecipe(TrainingRecipe, ABC):
         return self.data.objective.targets_length
 
     def _data_rules(self) -> Iterator[str]:
-        if self.data.held_out_fraction == 1.0:
-            yield "data.held_out_fraction (1.0): leaves nothing to train on: it must be below 1"
         tokenizer, model_vocab_size = self.data.tokenizer, self.model.vocab_size
         if tokenizer.kind == "train" and tokenizer.vocab_size > model_vocab_size:
             yield (

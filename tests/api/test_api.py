@@ -101,7 +101,7 @@ def test_the_verb_can_be_given_and_values_may_be_paths_and_any_text(tmp_path: Pa
         ("quickstart/swich", None, "quickstart/switch"),
         ("quickstart/switch", {"model.num_expert": 4}, "model.num_expert num_experts"),
         ("quickstart/switch", {"train.steps": "many"}, "train.steps many"),
-        ("quickstart/switch", {"data.held_out_fraction": 1.0}, "data.held_out_fraction train"),
+        ("quickstart/switch", {"data.held_out_fraction": 1.0}, "data.held_out_fraction 1"),
         ("quickstart/switch", {"train.steps": object()}, "train.steps number"),
         ("quickstart/switch", {"train.seed": float("nan")}, "train.seed number"),
         ("quickstart/switch", "train.steps=1", "overrides mapping"),

@@ -1,11 +1,11 @@
 """The data of an evaluation: the texts and the tasks of its recipe, as a loaded model was trained to read them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from switchcli.data.config import DataSpec, TextObjective, TextSpec, TextsSpec
+from switchcli.data.config import DataSpec, TextObjective, TextSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepared_text import HELD_OUT
@@ -28,7 +28,6 @@ from switchcli.training.validation import HeldOutText
 
 BATCH_ROWS = 16
 """Minimum rows of a batch for the cross-entropy. They are rounded up to whole routing groups."""
-TEXT_KEYS = tuple(TextsSpec.model_fields)
 
 
 class EvalData(NamedTuple):
@@ -96,9 +95,9 @@ def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: Pr
     None if the recipe names other text than that of the model's own recipe.
     """
     trained, text = handle.recipe, recipe.text
-    if prepared is None or not isinstance(trained, TextRecipe):
+    if prepared is None or text is None or not isinstance(trained, TextRecipe):
         return None
-    if any(getattr(trained.text, key) != getattr(text, key) for key in TEXT_KEYS):
+    if (text.corpora, text.held_out_fraction) != (trained.data.corpora, trained.data.held_out_fraction):
         return None
     try:
         return text_sets.training_identity(trained, prepared)
@@ -107,16 +106,13 @@ def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: Pr
 
 
 def _data_spec(handle: CheckpointHandle, text: TextSpec, inputs_length: int) -> DataSpec:
-    """Return the text with the objective and the packing of the model's training, in rows of `inputs_length`."""
-    trained = handle.recipe.text
-    objective: TextObjective = SpanCorruption(inputs_length=inputs_length)
-    packing: dict[str, Any] = {}
-    # A converted checkpoint has a recipe too, with the default objective.
-    if trained is not None:
-        objective, packing = trained.objective, {"packing": trained.packing}
-        if inputs_length != objective.inputs_length:
-            objective = _with_length(objective, inputs_length)
-    return DataSpec(**{key: getattr(text, key) for key in TEXT_KEYS}, objective=objective, **packing)
+    """Return the data of the model's run with this text, in rows of `inputs_length`."""
+    data = handle.recipe.text or DataSpec(objective=SpanCorruption(inputs_length=inputs_length))
+    objective = data.objective
+    if inputs_length != objective.inputs_length:
+        objective = _with_length(objective, inputs_length)
+    changes = {"corpora": text.corpora, "held_out_fraction": text.held_out_fraction, "objective": objective}
+    return data.model_copy(update=changes)
 
 
 def _warn_about_new_tasks(handle: CheckpointHandle, names: Sequence[str], console: Console) -> None:

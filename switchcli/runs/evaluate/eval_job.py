@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.data.config import TextSpec
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve
@@ -16,7 +15,7 @@ from switchcli.report.program import command_words
 from switchcli.report.sinks import read_object, to_json
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
-from switchcli.runs.evaluate.eval_data import TEXT_KEYS, build_eval_data, training_identity
+from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_malformed
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.new_folder import data_document
@@ -95,8 +94,8 @@ def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
     lengths = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
     if not handle.has_training_recipe or trained.text is None:
         return {"data": lengths}
-    text = TextSpec(**{key: getattr(trained.text, key) for key in TEXT_KEYS}, sequences=trained.eval.sequences)
-    return {"data": lengths, "text": text.model_dump(mode="json")}
+    text = trained.text.model_dump(mode="json", include={"corpora", "held_out_fraction"})
+    return {"data": lengths, "text": {**text, "sequences": trained.eval.sequences}}
 
 
 def default_out(checkpoint: Path) -> Path:
