@@ -127,7 +127,7 @@ def a_run(
         evaluator=text_evaluator(context, texts),
         data=SimpleNamespace(source=source),
         state=state or TrainState(),
-        task=SimpleNamespace(flops_at=lambda step: flops_per_step),
+        task=SimpleNamespace(flops_per_step=flops_per_step),
         context=context,
         console=console,
         log=log,

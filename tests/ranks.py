@@ -152,7 +152,7 @@ def train_on_rows(
     fit(
         state or TrainState(),
         context.wrap(model),
-        lambda _: objective,
+        objective,
         Microbatches(rows, batch, microbatch or batch // context.dp_size, context.dp_rank, context.dp_size),
         optimizer,
         InverseSquareRoot(),

@@ -39,7 +39,7 @@ train: {steps: 4, batch_tokens: 256, microbatch_tokens: 128, device: cpu}
 schedule: {kind: constant, learning_rate: 0.01}
 log: {every_steps: 3}
 eval: {every_steps: 4, sequences: 8}
-scoring: {batch_examples: 4, draws: 20, decoding: {max_tokens: 6}}
+scoring: {batch_examples: 4, decoding: {max_tokens: 6}}
 checkpoint: {save_every_steps: 2}
 """
 

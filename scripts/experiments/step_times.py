@@ -67,7 +67,7 @@ class Arm:
         fit(
             self._state,
             self._model,
-            lambda _: cross_entropy,
+            cross_entropy,
             self._microbatches,
             self._optimizer,
             self._recipe.schedule,

@@ -180,7 +180,7 @@ def trace_rank(mesh: Mesh, rank: int) -> dict[str, Any]:
                 fit(
                     TrainState(),
                     wrapped,
-                    lambda _: objective,
+                    objective,
                     OneStep(batches),  # type: ignore[arg-type]
                     optimizer,
                     recipe.schedule,

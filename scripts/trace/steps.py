@@ -238,7 +238,7 @@ def _step(
     fit(
         TrainState(),
         context.wrap(model),
-        lambda _: objective,
+        objective,
         OneStep(batches),  # type: ignore[arg-type]
         checked,  # type: ignore[arg-type]
         InverseSquareRoot(),

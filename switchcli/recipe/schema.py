@@ -148,7 +148,7 @@ class DistillRecipe(TrainingRecipe, ABC):
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        keys = {"soft_fraction", "temperature", "loss", "beta", "targets", "student_fraction"}
+        keys = {"soft_fraction", "temperature", "loss", "beta", "targets"}
         distillation = self.distill.model_dump(include=keys, exclude_none=True)
         student = self.student.model_dump(exclude={"path"})
         return {**super().summary, "distillation": distillation, "student": student}
@@ -159,9 +159,6 @@ class DistillRecipe(TrainingRecipe, ABC):
                 f"start.keep ({self.start.keep}): `student` says what a student begins with: take start.keep=run to "
                 "continue a distillation, or student.kind=checkpoint"
             )
-        start, steps = self.distill.start_step, self.train.steps
-        if start >= steps:
-            yield f"distill.start_step ({start}) must be less than train.steps ({steps}): the teacher is never used."
 
 
 class DistillTextRecipe(TextRecipe, DistillRecipe):

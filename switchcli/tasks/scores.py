@@ -15,6 +15,8 @@ from switchcli.tasks.label_metrics import counted_target, number_in
 from switchcli.tasks.task import AnsweredExample, Metric, Task
 
 PERCENTILES: Final = (2.5, 97.5)
+DRAWS: Final = 1000
+"""Bootstrap resamples of an interval."""
 
 
 class Score(NamedTuple):
@@ -80,7 +82,7 @@ class Scores(NamedTuple):
         return fields
 
 
-def score(task: Task, answered: Sequence[AnsweredExample], draws: int = 1000, seed: int = 0) -> Scores:
+def score(task: Task, answered: Sequence[AnsweredExample], draws: int = DRAWS, seed: int = 0) -> Scores:
     """Return the scores of a task's answers. They depend only on the arguments.
 
     Args:

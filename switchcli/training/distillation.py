@@ -108,10 +108,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, batch: Batch, packed: bool, temperature: float) -> TeacherProbs:
-        """Return the probabilities of the targets of a batch at a temperature.
-
-        Call it after the student's forward pass: a teacher in training mode draws from the same random generator.
-        """
+        """Return the probabilities of the targets of a batch at a temperature."""
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
             output = self.model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed))
             return TeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, temperature)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, SupportsFloat
 
 import torch
@@ -45,7 +45,7 @@ class StepResult(NamedTuple):
 def fit(
     state: TrainState,
     model: nn.Module,
-    loss_at: Callable[[int], Objective],
+    objective: Objective,
     loader: Loader | Microbatches,
     optimizer: Optimizer,
     schedule: Schedule,
@@ -61,7 +61,7 @@ def fit(
     Args:
         state: the progress of the run.
         model: the model as `context.wrap` returns it.
-        loss_at: returns the loss that a step, counted from 0, minimizes.
+        objective: the loss that each step minimizes.
         loader: this rank's microbatches of each step.
         optimizer: updates the weights.
         schedule: the learning rate of each step.
@@ -80,6 +80,7 @@ def fit(
     """
     model.train()
     balance = RouterBalance(model, context)
+    objective = balance.counting(objective)
     unchecked: list[StepResult] = []
     started = time.perf_counter()
     for step, microbatches in loader.from_step(state.step, settings.steps):
@@ -96,7 +97,6 @@ def fit(
         learning_rate = schedule(step, settings.steps)
         seed = f"{settings.seed}/{step}"
         balance.begin_step(state)
-        objective = balance.counting(loss_at(step))
         metrics = accumulate_gradients(model, objective, microbatches, real, context, seed)
         norm = _clip_gradients(optimizer, settings.clip_norm, context)
         result = StepResult(step + 1, norm, context.to_host(norm.total), metrics)

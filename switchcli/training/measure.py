@@ -19,7 +19,7 @@ from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.system.signals import NEVER, StopRequest, StopTraining
-from switchcli.tasks.scores import Scores, score
+from switchcli.tasks.scores import DRAWS, Scores, score
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training import router_health
@@ -163,8 +163,8 @@ class Evaluator(NamedTuple):
         return Measurement(capacity, texts, targets, self._scores(answers, 0), answers, layers, text_seconds)
 
     def with_intervals(self, measured: Measurement) -> Measurement:
-        """Return the measurement with the intervals of scores, from the draws of `scoring`."""
-        return measured._replace(scores=self._scores(measured.answers, self.scoring.draws))
+        """Return the measurement with the intervals of scores."""
+        return measured._replace(scores=self._scores(measured.answers, DRAWS))
 
     def batches(self, model: SwitchTransformer, text: HeldOutText) -> list[Batch]:
         """Return this rank's batches of a text, of whole routing groups of the model: equally many on each rank."""

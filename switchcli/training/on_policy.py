@@ -7,6 +7,7 @@ Legend: B rows, S source, T target, X examples of all rows, L longest inputs of 
 """
 
 from itertools import count
+from typing import Final
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import StepLoss
 
+_SAMPLING: Final = Decoding(temperature=1.0)
+"""How a student answers."""
+
 
 class OnPolicyLoss:
     """The soft part of the distillation loss, on answers that the student generates in the step.
@@ -35,11 +39,11 @@ class OnPolicyLoss:
     def __init__(self, settings: DistillSpec, teacher: Teacher, context: DistributedContext) -> None:
         """The rows of a batch hold one example or several, each with inputs and targets that end in EOS."""
         self._soft = DistillationLoss(settings.model_copy(update={"soft_fraction": 1.0}), teacher, packed=True)
-        self._decoding, self._context = settings.answer_decoding, context
+        self._context = context
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepLoss:
         student = next(module for module in model.modules() if isinstance(module, SwitchTransformer))
-        answered = answered_by(student, batch, self._decoding, self._context)
+        answered = answered_by(student, batch, self._context)
         loss = self._soft(model, answered)
         metrics = {name: mean for name, mean in loss.metrics.items() if name != NEG_LOG_PERPLEXITY}
         scale = (batch.targets_BT != PAD).sum() / (answered.targets_BT != PAD).sum()
@@ -50,12 +54,12 @@ class OnPolicyLoss:
         return loss._replace(target_sum=loss.target_sum * scale, auxiliary=auxiliary, metrics=metrics)
 
 
-def answered_by(student: SwitchTransformer, batch: Batch, decoding: Decoding, context: DistributedContext) -> Batch:
+def answered_by(student: SwitchTransformer, batch: Batch, context: DistributedContext) -> Batch:
     """Return the batch with the student's answer to each example in the place of its target. Collective.
 
-    An answer may be as long as the target and an equal share of the row's padding. One that does not end within that,
-    or within the decoding's `max_tokens`, is cut off by an EOS. The draws follow from torch's seed, which the loop sets
-    for each microbatch: the answers of a step are the same when it is repeated.
+    Answers are sampled at a temperature of 1. One may be as long as the target and an equal share of the row's padding,
+    and at most 128 tokens; an answer that does not end within that is cut off by an EOS. The draws follow from torch's
+    seed, which the loop sets for each microbatch: the answers of a step are the same when it is repeated.
     """
     inputs_XL, row_X = _unpacked(batch.inputs_BS)
     targets_XT, target_row_X = _unpacked(batch.targets_BT)
@@ -63,8 +67,8 @@ def answered_by(student: SwitchTransformer, batch: Batch, decoding: Decoding, co
     B, T = batch.targets_BT.shape
     padding_B = (batch.targets_BT == PAD).sum(1)
     length_X = (targets_XT != PAD).sum(1)
-    limit_X = (length_X + (padding_B // row_X.bincount(minlength=B).clamp(min=1))[row_X]).clamp(max=decoding.max_tokens)
-    answers_XA = _generate(student, inputs_XL, limit_X, decoding, context)
+    limit_X = length_X + (padding_B // row_X.bincount(minlength=B).clamp(min=1))[row_X]
+    answers_XA = _generate(student, inputs_XL, limit_X, context)
 
     # The length up to EOS: its position and 1, or the length of all, and never above the limit.
     position_A = torch.arange(answers_XA.shape[1], device=answers_XA.device)
@@ -84,11 +88,7 @@ def answered_by(student: SwitchTransformer, batch: Batch, decoding: Decoding, co
 
 
 def _generate(
-    student: SwitchTransformer,
-    inputs_XL: torch.Tensor,
-    limit_X: torch.Tensor,
-    decoding: Decoding,
-    context: DistributedContext,
+    student: SwitchTransformer, inputs_XL: torch.Tensor, limit_X: torch.Tensor, context: DistributedContext
 ) -> torch.Tensor:
     """Return the answers [X, A]; decoding ends when each on every rank has ended or reached its limit.
 
@@ -101,7 +101,7 @@ def _generate(
         is_unfinished = (~done_X[: len(limit_X)] & (limit_X > length)).any()
         return not context.any_rank(bool(is_unfinished))
 
-    decoding = decoding.model_copy(update={"seed": torch.initial_seed()})
+    decoding = _SAMPLING.model_copy(update={"seed": torch.initial_seed()})
     with evaluating(student, "dropless"), context.eager():
         return generate(student, inputs_XL, decoding, all_done=all_done, may_pad=False)
 

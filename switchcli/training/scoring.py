@@ -76,7 +76,8 @@ class TaskPredictor:
     ) -> tuple[AnsweredExample, ...]:
         """Return every example with a decoded answer."""
         # Each rank fills the rows of its own examples. The others stay 0, so a sum over ranks completes the table.
-        shape = (len(examples.examples), self._settings.decoding.max_tokens)
+        decoding = Decoding(**self._settings.decoding.model_dump())
+        shape = (len(examples.examples), decoding.max_tokens)
         tokens_XT = torch.zeros(shape, dtype=torch.int32, device=self._context.device)
         # A stop leaves the loop early; closing the generator then restores the mode of the model.
         with closing(self._batches(examples, stop, show)) as batches:
@@ -84,7 +85,7 @@ class TaskPredictor:
                 answers_BT = generate(
                     self._model,
                     batch.inputs_BS,
-                    self._settings.decoding,
+                    decoding,
                     all_done=lambda done_B: self._ends(done_B, stop),
                 )
                 if self._context.any_rank(stop.requested):

@@ -1,12 +1,10 @@
 """Settings of the scoring of tasks, which scoring.py does."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import model_validator
-
-from switchcli.model.decoding import Decoding
+from switchcli.model.decoding import Search
 from switchcli.model.moe.router import Policy
-from switchcli.spec import Count, Size, Spec
+from switchcli.spec import Count, Spec
 
 
 class ScoringSpec(Spec):
@@ -23,18 +21,7 @@ class ScoringSpec(Spec):
     """`generation` decodes an answer. `likelihood` answers with the label of the task that has the highest probability,
     the first one of equals, so no answer is malformed; each task must have labels. The probability of a label is that
     of all its tokens and its EOS, without a correction for its length; `decoding` does not apply."""
-    decoding: Decoding = Decoding()
+    decoding: Search = Search()
     """How answers are decoded."""
     capacity: Policy = "dropless"
     """How routers count capacity in evaluations during training: `dropless`, `paper`, or a factor."""
-    draws: Size = 1000
-    """Bootstrap samples for the confidence intervals."""
-
-    @model_validator(mode="after")
-    def _repeats(self) -> Self:
-        if self.decoding.temperature:
-            raise ValueError(
-                f"decoding.temperature ({self.decoding.temperature}) draws answers at random, and a score is that of "
-                "the most probable answers: leave it out"
-            )
-        return self

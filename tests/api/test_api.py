@@ -361,7 +361,7 @@ def test_an_evaluation_writes_nothing_unless_asked(
         **{"kind": "files", "name": "color", "validation": ["rows.jsonl"], "input": "color: {text}", "target": "label"},
         **{"labels": ["red", "blue"], "metrics": ["accuracy"]},
     }
-    found = model.evaluate([task], {"scoring.draws": 10}, quiet=True)
+    found = model.evaluate([task], quiet=True)
     score = found.scores["color"].score
     assert score is not None
     assert 0 <= score.value <= 100

@@ -331,5 +331,5 @@ def test_what_the_best_checkpoint_is_chosen_by_does_not_change_within_a_run(
     assert refused.code == 4
     assert "examples" in refused.err
     path.write_text(rows)
-    free = ("scoring.draws=10", "log.every_steps=1", "checkpoint.keep_last=1")
+    free = ("log.every_steps=1", "checkpoint.keep_last=1")
     assert switchcli(*command, "train.steps=3", *free).code == 0

@@ -28,7 +28,7 @@ WORK = {
         "teacher's gain",
     ),
     "eval": (
-        ["{trained}", f"tasks={TASKS}", "scoring.draws=9", "scoring.decoding.max_tokens=4", "--out", "made"],
+        ["{trained}", f"tasks={TASKS}", "scoring.decoding.max_tokens=4", "--out", "made"],
         "macro_f1",
     ),
     "generate": (["{trained}", "red", "--max-tokens", "2"], ""),

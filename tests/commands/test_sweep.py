@@ -170,7 +170,7 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a finetune quickstart/finetune --model nowhere\n", "a: nowhere"),
         ("a finetune quickstart/finetune --model . --branch-from nowhere@3\n", "a: branch-from nowhere@3"),
         ("a distill --teacher . --baseline nowhere\n", "a: baseline nowhere"),
-        ("a eval . scorin.draws=1\n", "a: scorin scoring"),
+        ("a eval . scorin.examples=1\n", "a: scorin scoring"),
         ("a pretrain quickstart/dense train.seed=0,1\n---\nb eval {out}/a\n", "b: out/a"),
         (f"a pretrain quickstart/dense train.seed={','.join(map(str, range(1001)))}\n", "runs:1 1,001 1,000"),
         ("#" * 2**20 + "\n", "runs 1,048,576"),

@@ -45,7 +45,7 @@ def trained(parallel: ParallelSpec, no_experts: bool, no_ranks: bool) -> tuple[i
     fit(
         state,
         context.wrap(model),
-        lambda _: cross_entropy,
+        cross_entropy,
         Microbatches(Source(given), 8, 8 // context.dp_size, context.dp_rank, context.dp_size),
         Adafactor().build(weights.parameters, weights.layouts),
         InverseSquareRoot(),

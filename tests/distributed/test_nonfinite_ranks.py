@@ -192,7 +192,7 @@ class Run:
         fit(
             self.state,
             context.wrap(self.model),
-            lambda _: self.objective,
+            self.objective,
             Microbatches(Source(sequences), BATCH, 2, context.dp_rank, context.dp_size),
             self.optimizer,
             InverseSquareRoot(),

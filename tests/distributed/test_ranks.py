@@ -316,7 +316,7 @@ def ended(stop_on: int | None, poison_on: int | None, parallel: ParallelSpec = A
         trained_to_the_end(
             state,
             context.wrap(model),
-            lambda _: objective,
+            objective,
             Microbatches(rows, BATCH, BATCH // context.dp_size, context.dp_rank, context.dp_size),
             Adafactor().build(weights.parameters, weights.layouts),
             InverseSquareRoot(),

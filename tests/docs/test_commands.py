@@ -43,7 +43,7 @@ SMALL = {
         "train.steps=4 log.every_steps=2 eval.every_steps=2 eval.sequences=8 checkpoint.save_every_steps=2 "
         "schedule.warmup_steps=2",
     ),
-    "eval": "scoring.examples=4 scoring.draws=10",
+    "eval": "scoring.examples=4",
 }
 """The overrides that the tests add to the commands of each verb."""
 SMALL["finetune"] += f" {SMALL['eval']} scoring.decoding.max_tokens=8"

@@ -125,7 +125,7 @@ def losses(spec: ModelSpec, precision: str, seed: int = 0) -> list[float]:
     fit(
         state,
         model,
-        lambda _: cross_entropy,
+        cross_entropy,
         Microbatches(Source(lambda step, first, count: rows(step % 2, first, count)), 8, 8, 0, 1),
         Adafactor().build(dict(model.named_parameters())),
         InverseSquareRoot(learning_rate=0.005),

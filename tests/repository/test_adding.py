@@ -132,7 +132,7 @@ class Fork:
 
     def scores(self, checkpoint: Path, *overrides: str) -> dict[str, Any]:
         """Evaluate a checkpoint, and return what is said of each task."""
-        done = self("eval", checkpoint, *overrides, "scoring.draws=10", "--out", f"{self.out}-eval", "--json")
+        done = self("eval", checkpoint, *overrides, "--out", f"{self.out}-eval", "--json")
         return done.json["passes"][0]["tasks"]
 
     def records(self) -> list[dict[str, Any]]:
@@ -709,7 +709,7 @@ tasks:
 data: {inputs_length: 32, targets_length: 32}
 train: {steps: 2, batch_tokens: 128, device: cpu}
 eval: {every_steps: 2, sequences: 4}
-scoring: {batch_examples: 8, draws: 10, decoding: {max_tokens: 4}}
+scoring: {batch_examples: 8, decoding: {max_tokens: 4}}
 checkpoint: {save_every_steps: 2}
 """
 

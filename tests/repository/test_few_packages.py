@@ -71,7 +71,7 @@ data: {inputs_length: 32, targets_length: 8}
 train: {steps: 2, batch_tokens: 128, device: cpu}
 schedule: {kind: constant, learning_rate: 0.01}
 eval: {every_steps: 2, sequences: 2}
-scoring: {batch_examples: 4, draws: 5, decoding: {max_tokens: 4}}
+scoring: {batch_examples: 4, decoding: {max_tokens: 4}}
 checkpoint: {save_every_steps: 2}
 """
 GENERATE = ["generate", "runs/a", "the red <extra_id_0>", "--max-tokens", "3", "--device", "cpu"]

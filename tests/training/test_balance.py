@@ -84,7 +84,7 @@ class Run:
         trained(
             self.state,
             self.model,
-            lambda _: objective,
+            objective,
             Microbatches(source, 4, 2, 0, 1),
             FactoringAdafactor().build(trainable(self.model)),
             Constant(learning_rate=0.01),

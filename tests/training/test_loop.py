@@ -55,7 +55,7 @@ class Run:
         return trained(
             self.state,
             self.model,
-            lambda _: self.objective,
+            self.objective,
             Microbatches(Source(noted), 4, 2, 0, 1),
             self.optimizer,
             SCHEDULE,

@@ -110,7 +110,7 @@ def train(
         assert trained(
             state,
             model,
-            lambda _: objective,
+            objective,
             Microbatches(batches or Source(rows), 4, 4 // microbatches, 0, 1),
             built,
             Constant(learning_rate=0.01),

@@ -19,6 +19,7 @@ from switchcli.training.on_policy import OnPolicyLoss, answered_by
 LENGTHS = [[(5, 2), (3, 3), (4, 1)], [(7, 4)], [(1, 1), (6, 5)], [(2, 12), (9, 2)], [(12, 14)]]
 """The tokens of inputs and targets, EOS included, of the examples of each row. The last row has no padding."""
 SOURCE, TARGET = 14, 14
+CPU = DistributedContext("cpu", "float32")
 
 
 def packed(number: int = 0) -> tuple[Batch, list[list[list[int]]]]:
@@ -47,19 +48,12 @@ def student() -> SwitchTransformer:
     return model
 
 
-@pytest.mark.parametrize(
-    "decoding",
-    [
-        *(Decoding(temperature=1.0), Decoding(temperature=1.0, max_tokens=2), Decoding()),
-        Decoding(beams=3, max_tokens=TARGET),
-    ],
-)
 def test_each_answer_is_the_one_it_has_alone_cut_off_where_its_share_of_the_row_ends(
-    decoding: Decoding, student: SwitchTransformer
+    student: SwitchTransformer,
 ) -> None:
     batch, inputs = packed()
     torch.manual_seed(7)
-    answered = answered_by(student, batch, decoding, DistributedContext("cpu", "float32"))
+    answered = answered_by(student, batch, CPU)
     assert student.training
     assert torch.equal(answered.inputs_BS, batch.inputs_BS)
     cut = number = 0
@@ -68,26 +62,24 @@ def test_each_answer_is_the_one_it_has_alone_cut_off_where_its_share_of_the_row_
         share = (TARGET - sum(target for _, target in lengths)) // len(lengths)
         for example, (_, target) in zip(examples, lengths, strict=True):
             with evaluating(student, "dropless"):
-                seeded = decoding.model_copy(update={"seed": 7, "max_tokens": TARGET})
+                seeded = Decoding(temperature=1.0, seed=7, max_tokens=TARGET)
                 example_1S = torch.tensor([example])
                 answer = generate(student, example_1S, seeded, first=number, may_pad=False)[0].tolist()
             number += 1
-            limit = min(target + share, decoding.max_tokens)
+            limit = target + share
             if EOS not in answer[:limit]:
                 answer, cut = [*answer[: limit - 1], EOS], cut + 1
             expected += answer[: answer.index(EOS) + 1]
         assert answered.targets_BT[row].tolist() == expected + [PAD] * (TARGET - len(expected))
-    if decoding.max_tokens > 2:
-        assert 0 < cut < number, "answers of both kinds"
+    assert 0 < cut < number, "answers of both kinds"
 
 
-@pytest.mark.parametrize("decoding", [Decoding(temperature=1.0), Decoding(), Decoding(beams=2)])
-def test_a_student_that_prefers_padding_answers_with_tokens(decoding: Decoding, student: SwitchTransformer) -> None:
+def test_a_student_that_prefers_padding_answers_with_tokens(student: SwitchTransformer) -> None:
     """The decoder starts with padding: with tied embeddings a fresh student repeats it."""
     with torch.no_grad():
         student.embedding[PAD] *= 30
     batch, _ = packed()
-    answered = answered_by(student, batch, decoding, DistributedContext("cpu", "float32"))
+    answered = answered_by(student, batch, CPU)
     for row in answered.targets_BT.tolist():
         end = len(row) - row[::-1].index(EOS)
         assert PAD not in row[:end]
@@ -98,9 +90,7 @@ def test_answers_follow_from_the_seed_of_the_step(student: SwitchTransformer) ->
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(
-            answered_by(student, batch, Decoding(temperature=1.0), DistributedContext("cpu", "float32")).targets_BT
-        )
+        found.append(answered_by(student, batch, CPU).targets_BT)
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
@@ -112,9 +102,9 @@ def test_the_loss_is_the_teachers_alone_on_the_answers_weighed_as_the_batchs_own
     evaluate_by(model, "dropless")
     batch, _ = packed(3)
     torch.manual_seed(5)
-    answered = answered_by(student, batch, spec.answer_decoding, DistributedContext("cpu", "float32"))
+    answered = answered_by(student, batch, CPU)
     torch.manual_seed(5)
-    found = OnPolicyLoss(spec, Teacher(model, "float32"), DistributedContext("cpu", "float32"))(student, batch)
+    found = OnPolicyLoss(spec, Teacher(model, "float32"), CPU)(student, batch)
     gradients = torch.autograd.grad(found.target_sum, [*student.parameters()])
 
     segments = segment_ids(*answered)
@@ -131,25 +121,6 @@ def test_the_loss_is_the_teachers_alone_on_the_answers_weighed_as_the_batchs_own
     assert found.metrics["teacher_divergence"].value().item() == pytest.approx(divergence.item(), rel=1e-4)
 
 
-def test_what_has_no_meaning_with_a_students_answers_is_refused() -> None:
-    for settings, key in (
-        ({"targets": "student", "soft_fraction": 0.0}, r"targets \(student\)[^\[]*soft_fraction"),
-        ({"targets": "student", "student_fraction": 0.0}, "student_fraction"),
-        ({"targets": "student", "decoding": {"seed": 1}}, r"decoding\.seed[^\[]*train\.seed"),
-        ({"student_fraction": 0.5}, r"student_fraction[^\[]*targets=data[^\[]*targets=student"),
-        ({"decoding": {"max_tokens": 2}}, r"decoding[^\[]*targets=data"),
-    ):
-        with pytest.raises(ValueError, match=key):
-            DistillSpec(teacher="t", **settings)
-
-
-def test_a_decoding_that_is_named_in_part_keeps_the_rest_of_its_roles() -> None:
-    for given, beams, temperature in (
-        (None, 1, 1.0),
-        ({"max_tokens": 7}, 1, 1.0),
-        ({"temperature": 0.0}, 1, 0.0),
-    ):
-        spec = DistillSpec(teacher="t", targets="student", decoding=given)
-        assert (spec.answer_decoding.beams, spec.answer_decoding.temperature) == (beams, temperature)
-        again = DistillSpec.model_validate(spec.model_dump(mode="json"))
-        assert again.answer_decoding == spec.answer_decoding
+def test_answers_that_the_teacher_does_not_score_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"targets \(student\)[^\[]*soft_fraction"):
+        DistillSpec(teacher="t", targets="student", soft_fraction=0.0)

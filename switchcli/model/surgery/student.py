@@ -96,7 +96,7 @@ def plan_init(student: SwitchTransformer, teacher: SwitchTransformer, settings: 
     teacher_shapes = {name: weight.shape for name, weight in teacher.named_parameters()}
     parts = (part for layer in sparse_layers(student).values() for part in (layer.router, layer.experts))
     routed = {id(weight) for part in parts for weight in part.parameters()}
-    joins = settings.experts == "concat" and student.spec.d_model == teacher.spec.d_model
+    joins = settings.experts == "concat"
     copied, from_experts, random_init, widened = [], {}, [], []
     shared: dict[str, str] = {}
     for name, weight in student.named_parameters():

@@ -28,7 +28,6 @@ _SAFE_KEYS = (
     "train.nonfinite.",
     "log.",
     "eval.every_steps",
-    "scoring.draws",
     "checkpoint.",
     "distill.baseline",
     "parallel.",

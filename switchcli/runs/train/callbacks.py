@@ -82,7 +82,7 @@ class LogCallback(Callback):
                 INPUT_TOKENS: state.input_tokens(batch_tokens),
                 "seconds": state.seconds,
                 TOKENS_PER_SECOND: batch_tokens / seconds_per_step,
-                FLOPS_PER_SECOND: run.task.flops_at(state.step - 1) / seconds_per_step,
+                FLOPS_PER_SECOND: run.task.flops_per_step / seconds_per_step,
                 "data_wait_fraction": waiting,
                 "seconds_left": (total_steps - state.step) * seconds_per_step + evaluation_seconds,
                 **run.data.source.record(state.step),

@@ -247,10 +247,9 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
     if student.experts == "concat" and (student_spec.d_ff > teacher_spec.d_ff or not _has_dense_blocks(teacher_spec)):
         # A wider dense feed-forward begins with the teacher's; without dense ones, only experts have to fit.
         differing = [dimension for dimension in differing if dimension[0] != "d_ff"]
-    if differing and student.on_shape_mismatch == "error":
+    if differing:
         dimensions = ", ".join(f"{name} {own} (the teacher's is {other})" for name, own, other in differing)
         raise RecipeError(
-            f"model: the teacher's weights do not fit a student of {dimensions}: "
-            "student.on_shape_mismatch=random_init copies those that do, "
-            "student.kind=random_init starts from initial weights"
+            f"model: the teacher's weights do not fit a student of {dimensions}: student.kind=random_init starts from "
+            "initial weights"
         )

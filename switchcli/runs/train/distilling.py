@@ -13,7 +13,7 @@ from switchcli.distributed.layout import ModelWeights
 from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.init import initial_weights, keyed_generator
+from switchcli.model.init import initial_weights
 from switchcli.model.surgery.student import ExpertUse, StudentInit, gate_sums, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
@@ -50,35 +50,23 @@ class Distillation(DistillRules):
         self._teacher = RunTeacher(self._handle, self._recipe, context, console)
         self.identity = {"teacher_sha256": self._teacher.sha256}
         if self._settings.soft_fraction:
-            self.teacher, self.teacher_from = self._handle.recipe.model, self._settings.start_step
-        self._losses: tuple[DistillationLoss, OnPolicyLoss | None] | None = None
-        """The loss on the data's targets, and that on the student's with `distill.targets: student`."""
+            self.teacher = self._handle.recipe.model
 
     def build_data(self) -> TrainData:
         data = super().build_data()
-        if self.teacher is not None and self._settings.start_step == 0:  # a later start loads it when it is needed
+        if self.teacher is not None:
             self._teacher.load()
         return data
 
-    def loss_at(self, step: int) -> Objective:
-        """Return the loss with the teacher's probabilities, from the start step on if there is a soft fraction.
-
-        Before it, the loss is the cross-entropy of the targets.
-        """
-        if step < self._settings.start_step or not self._settings.soft_fraction:
-            return self.validation_loss
-        if self._losses is None:
-            teacher = self._teacher.in_training()
-            on_data = DistillationLoss(self._settings, teacher, self.validation_loss is packed_cross_entropy)
-            on_policy = None
-            if self._settings.targets == "student":
-                on_policy = OnPolicyLoss(self._settings, teacher, self.context)
-            self._losses = on_data, on_policy
-        on_data, on_policy = self._losses
-        if on_policy is None:
-            return on_data
-        draw = torch.rand((), generator=keyed_generator(self._recipe.train.seed, f"targets of step {step}"))
-        return on_policy if draw < self._settings.on_policy_fraction else on_data
+    def training_loss(self) -> Objective:
+        """Return the loss with the teacher's probabilities; with a soft fraction of 0 that of the targets alone."""
+        objective, settings = super().training_loss(), self._settings
+        if self.teacher is None:
+            return objective
+        teacher = self._teacher.in_training()
+        if settings.targets == "student":
+            return OnPolicyLoss(settings, teacher, self.context)
+        return DistillationLoss(settings, teacher, packed=objective is packed_cross_entropy)
 
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
@@ -110,8 +98,6 @@ class Distillation(DistillRules):
         )
         if plan.widened:
             self.console.message(f"{len(plan.widened)} of wider dense feed-forwards begin with the teacher's")
-        if recipe.student.on_shape_mismatch == "random_init":
-            self.console.message(f"from random values: {', '.join(plan.random_init)}")
 
     def _expert_use(self, evaluator: Evaluator, with_gates: bool) -> ExpertUse:
         """Measure how the teacher uses its experts on held-out text. Collective."""
@@ -130,7 +116,6 @@ class Distillation(DistillRules):
         recipe, teacher, baseline = self._recipe, self._handle, self.job.handle(BASELINE)
         metric = trainer.evaluator.metric
         teacher_measured = _measure(self._teacher.load(), trainer.evaluator)
-        self._losses = None
         self._teacher.unload()  # frees the memory of the teacher for the baseline
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
         speed = _measure(trainer.model, trainer.evaluator._replace(tasks=()))

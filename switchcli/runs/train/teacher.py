@@ -37,21 +37,17 @@ class RunTeacher:
         """Raise RecipeError if the teacher cannot divide the rows of a microbatch into whole routing groups."""
         rows = self._recipe.microbatch_rows(self._context.dp_size)
         spec, settings = self._handle.recipe.model, self._settings
-        is_training = settings.mode == "training"
-        mode = "training" if is_training else settings.capacity
         # Encoder and decoder may have groups of different sizes. The rows must be a multiple of both.
         group, free = (
             math.lcm(*(spec.router_of(stack).group_size(by) for stack in spec.sparse_stacks))
-            for by in (mode, "dropless")
+            for by in (settings.capacity, "dropless")
         )
         if settings.soft_fraction and rows % group:
-            key = "mode (training)" if is_training else f"capacity ({settings.capacity})"
             # Experts that choose their tokens count in groups in any mode.
-            fix = "mode=evaluation" if is_training else "capacity=dropless"
-            fix = f"take distill.{fix}, or" if rows % free == 0 else "take"
+            fix = "take distill.capacity=dropless, or" if rows % free == 0 else "take"
             raise RecipeError(
-                f"distill.{key}: the teacher's routers count capacity over {group} sequences, and a microbatch "
-                f"on {self._context.dp_size} ranks has {rows}: {fix} microbatches of a multiple of "
+                f"distill.capacity ({settings.capacity}): the teacher's routers count capacity over {group} sequences, "
+                f"and a microbatch on {self._context.dp_size} ranks has {rows}: {fix} microbatches of a multiple of "
                 f"{group * self._recipe.inputs_length} tokens"
             )
 
@@ -68,10 +64,7 @@ class RunTeacher:
         self._model = None
 
     def in_training(self) -> Teacher:
-        """Return the teacher in the mode that the recipe says: `training` with dropout and noise, or `evaluation`."""
+        """Return the teacher as it runs in each step: without dropout and noise."""
         model = self.load()
-        if self._settings.mode == "training":
-            model.train()
-        else:
-            evaluate_by(model, self._settings.capacity)
+        evaluate_by(model, self._settings.capacity)
         return Teacher(model, self._handle.recipe.train.precision)

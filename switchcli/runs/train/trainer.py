@@ -203,7 +203,7 @@ class Trainer:
                 fit(
                     state,
                     self.context.wrap(self.model),
-                    self.task.loss_at,
+                    self.task.training_loss(),
                     loader,
                     self.optimizer,
                     self.schedule,

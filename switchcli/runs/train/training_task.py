@@ -53,8 +53,7 @@ class TrainingTask:
     update: TrainableSet = "all"
     """The weights that are trained."""
     teacher: ModelSpec | None = None
-    """The model whose forward pass is part of every step from `teacher_from` on, if there is one."""
-    teacher_from: int = 0
+    """The model whose forward pass is part of every step, if there is one."""
     identity: Mapping[str, str] = MappingProxyType({})
     """Digests of everything besides the text that must not change when the run is resumed, by name."""
 
@@ -154,18 +153,14 @@ class TrainingTask:
         self.run_data = data_type(job.recipe)(job.recipe, context, console)
 
     @property
-    def validation_loss(self) -> Objective:
-        """The loss on held-out text. It is also the training loss, unless `loss_at` is overridden."""
-        return self.run_data.objective
-
-    def flops_at(self, step: int) -> int:
-        """Return the FLOPs of `step`, counted from 0, over all ranks: of the model, and of a teacher's forward pass.
+    def flops_per_step(self) -> int:
+        """The FLOPs of a step over all ranks: of the model, and of a teacher's forward pass.
 
         What activation checkpointing computes again does not count.
         """
         recipe: TrainingRecipe = self.job.recipe
         flops = planner_of(recipe).flops_per_step
-        if self.teacher is not None and step >= self.teacher_from:
+        if self.teacher is not None:
             flops += recipe.rows_per_step * count(self.teacher, recipe.inputs_length, recipe.targets_length).flops
         return flops
 
@@ -205,9 +200,9 @@ class TrainingTask:
             assert start.native is not None, "refused when the recipe was resolved"
             load_optimizer_state(optimizer, start.native, weights.experts)
 
-    def loss_at(self, step: int) -> Objective:
-        """Return the loss that `step`, counted from 0, minimizes."""
-        return self.validation_loss
+    def training_loss(self) -> Objective:
+        """Return the loss that a step minimizes. By default it is that of held-out data."""
+        return self.run_data.objective
 
     def results(self, trainer: "Trainer") -> dict[str, Any]:
         """Return additional keys of result.json, after training. Called on every rank."""
