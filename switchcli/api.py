@@ -31,7 +31,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import messages, resolve
-from switchcli.recipe.schema import EvalRecipe, validate_standalone
+from switchcli.recipe.schema import validate_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import main_console
 from switchcli.runs.evaluate import eval_job, text_generation, text_routing
@@ -387,9 +387,9 @@ class Model:
         texts = _override_texts(overrides)
         if tasks is not None:
             texts.append(_override("tasks", _as_list(tasks)))
-        resolved = resolve_evaluation(self, recipe, texts)
+        job = resolve_evaluation(self, recipe, texts)
         exact = self._model if self._precision == "float32" else None  # else the weights are read again
-        return eval_job.measure(self._handle, resolved, None if out is None else Path(out), quiet, exact)
+        return eval_job.measure(job, None if out is None else Path(out), quiet, exact)
 
     def routing(self, texts: Sequence[str], *, capacity: Policy = "dropless") -> list[TextRouting]:
         """Return which experts each token of each text goes to, in each sparse layer of the encoder.
@@ -476,10 +476,13 @@ def read_recipe(source: str | None, overrides: Sequence[str], verb: str) -> Reci
     return Recipe(source, tuple(overrides), verb, resolve.read(source, overrides))
 
 
-def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> EvalRecipe:
-    """Return the resolved settings of an evaluation. Raises like `Model.evaluate`."""
+def resolve_evaluation(model: Model, recipe: PathLike | None, overrides: Sequence[str]) -> Job:
+    """Return the resolved settings of an evaluation with the checkpoint: on all ranks those of rank 0.
+
+    Raises like `Model.evaluate`.
+    """
     prepare_rank()
-    return eval_job.resolve_recipe(model._handle, _as_text(recipe), overrides)
+    return eval_job.resolve_job(model._handle, resolve.read(_as_text(recipe), overrides))
 
 
 def make_decoding(settings: Mapping[str, Any]) -> Decoding:

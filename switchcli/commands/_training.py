@@ -1,7 +1,6 @@
 """Functions that the verbs share which train or evaluate: a common command, the dry run, the ranks, the result."""
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -61,7 +60,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
             if dry_run:
                 print_dry_run(job, processes, as_json)
                 return
-            start_ranks(processes, job.recipe, job.checkpoints(), quiet)
+            start_ranks(processes, job.recipe, quiet)
         result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
         finish(result.record, as_json)
 
@@ -94,10 +93,8 @@ def starts_ranks(processes: int) -> bool:
     return not is_rank()
 
 
-def start_ranks(
-    processes: int, recipe: "TrainingRecipe | EvalRecipe", checkpoints: Mapping[str, str], quiet: bool
-) -> NoReturn:
-    """Run this command as several ranks, which take these checkpoints, and exit with their exit code."""
+def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", quiet: bool) -> NoReturn:
+    """Run this command as several ranks, and exit with their exit code."""
     from switchcli.runs.job import ranks
 
-    _exit.exit_with(ranks.launch_ranks(processes, recipe, checkpoints, Console(quiet=quiet)))
+    _exit.exit_with(ranks.launch_ranks(processes, recipe, Console(quiet=quiet)))

@@ -90,6 +90,6 @@ def distill(
         if dry_run:
             _training.print_dry_run(job, processes, as_json)
             return
-        _training.start_ranks(processes, job.recipe, job.checkpoints(), quiet)
+        _training.start_ranks(processes, job.recipe, quiet)
     result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
     finish(result.record, as_json)

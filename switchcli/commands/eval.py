@@ -56,13 +56,11 @@ def evaluate(
     """Measure a checkpoint: task scores with intervals, held-out loss, and routing health."""
     from switchcli import api
     from switchcli.runs.evaluate import eval_job
-    from switchcli.runs.job.pins import handed_over
 
     recipe, overrides = split_arguments(arguments or [])
-    model = api.open_checkpoint(handed_over().get(eval_job.CHECKPOINT, checkpoint))
+    model = api.open_checkpoint(checkpoint)
     if _training.starts_ranks(processes):
-        resolved = api.resolve_evaluation(model, recipe, overrides)
-        _training.start_ranks(processes, resolved, {eval_job.CHECKPOINT: str(model.path)}, quiet)
+        _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides).recipe, quiet)
     out = out or eval_job.default_out(checkpoint)
     evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))

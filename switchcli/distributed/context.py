@@ -93,6 +93,40 @@ def uses_cuda(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available() and not is_left_to_accelerate
 
 
+def join_ranks(device: str) -> HostGroup:
+    """Meet the ranks that a launcher started, and return a group of them that waits however long the main rank works.
+
+    `device` is the `train.device` of a recipe. The first call creates the default process group, which accelerate then
+    uses. It does so in a thread, so that a signal can end a rank that waits for the others.
+
+    If torchrun has restarted the ranks, they meet under a new prefix in the store. The store of torchrun's agent
+    survives a restart, and torch 2.13 would find there the addresses of the ranks that ended. The prefix is the number
+    of restarts, which the agents of several machines need not count alike: there the ranks must have their own store.
+
+    Raises:
+        DistributedError: the ranks do not find one another.
+    """
+    if is_rank() and os.environ["WORLD_SIZE"] != "1" and not dist.is_initialized():
+        os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
+        backend = "nccl" if uses_cuda(device) else "gloo"
+        init_process_group = partial(dist.init_process_group, backend, timeout=STEP_TIMEOUT)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        with explain_lost_ranks(), warn_of_waiting():
+            if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                if os.environ.get("GROUP_WORLD_SIZE") != "1":
+                    raise DistributedError(
+                        "started again by torchrun on several machines, the ranks would look for those that ended: set "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
+                    )
+                store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
+                new_store = PrefixStore(f"restart {restarts}", store)
+                init_process_group = partial(init_process_group, store=new_store, rank=rank, world_size=world)
+            run_interruptibly(init_process_group)
+    if not dist.is_initialized():
+        return HostGroup(0, 1, MAIN_TIMEOUT)
+    return HostGroup(dist.get_rank(), dist.get_world_size(), MAIN_TIMEOUT)
+
+
 class DistributedContext:
     """This process as rank `rank` of `world`, with its device, its precision and its process groups.
 
@@ -124,8 +158,8 @@ class DistributedContext:
         on_cpu = not uses_cuda(device)
         if on_cpu:
             keep_freed_memory()
-        with explain_lost_ranks(), warn_of_waiting():
-            _init_process_group("gloo" if on_cpu else "nccl")
+        self._patient = join_ranks(device)
+        with explain_lost_ranks():
             self._accelerator = _create_accelerator(on_cpu)
         limit_threads()  # after accelerate, which gives ranks on a CPU all cores of the machine
         self.rank: int = self._accelerator.process_index
@@ -140,7 +174,6 @@ class DistributedContext:
         self._use_autocast = precision != "float32"
         self._is_compiled = False
         self._control = HostGroup(self.rank, self.world, STEP_TIMEOUT)
-        self._patient = HostGroup(self.rank, self.world, MAIN_TIMEOUT)
         self.saving = HostGroup(self.rank, self.world, WRITE_TIMEOUT)
         """For saves, in which a rank may take longer than in a step."""
         if choose is not None:
@@ -148,12 +181,9 @@ class DistributedContext:
             texts = self._patient.all_gather_text(chosen.model_dump_json() if chosen else "")
             parallel = ParallelSpec.model_validate_json(texts[0])
         self.groups, self.parallel = MeshGroups(), parallel
-        # Ranks with different recipes could not form groups. No error is raised here: the command compares the recipes
-        # of all ranks next, and says what differs.
-        if self.all_equal(repr(parallel)):
-            self.main_only(lambda: check_world(parallel, self.world))
-            with explain_lost_ranks():
-                self.groups = build_groups(parallel, self.rank, self.world, STEP_TIMEOUT)
+        self.main_only(lambda: check_world(parallel, self.world))
+        with explain_lost_ranks():
+            self.groups = build_groups(parallel, self.rank, self.world, STEP_TIMEOUT)
         self._expert_gradients: ExpertGradients | None = None
 
     @property
@@ -421,32 +451,6 @@ def _create_accelerator(on_cpu: bool) -> "Accelerator":
 def is_set(environment: Mapping[str, str], name: str) -> bool:
     """Return whether a flag of accelerate has one of the values that accelerate reads as true."""
     return environment.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on")
-
-
-def _init_process_group(backend: str) -> None:
-    """Create the default process group of several ranks, which accelerate then uses.
-
-    It runs in a thread, so that a signal can end a rank that waits for the others.
-
-    If torchrun has restarted the ranks, they meet under a new prefix in the store. The store of torchrun's agent
-    survives a restart, and torch 2.13 would find there the addresses of the ranks that ended. The prefix is the number
-    of restarts, which the agents of several machines need not count alike: there the ranks must have their own store.
-    """
-    if not is_rank() or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
-        return
-    os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
-    init_process_group = partial(dist.init_process_group, backend, timeout=STEP_TIMEOUT)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        if os.environ.get("GROUP_WORLD_SIZE") != "1":
-            raise DistributedError(
-                "started again by torchrun on several machines, the ranks would look for those that ended: set "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts"
-            )
-        store, rank, world = next(rendezvous("env://", timeout=STEP_TIMEOUT))
-        new_store = PrefixStore(f"restart {restarts}", store)
-        init_process_group = partial(init_process_group, store=new_store, rank=rank, world_size=world)
-    run_interruptibly(init_process_group)
 
 
 def _exclude_from_ddp(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -17,7 +17,6 @@ from switchcli.report.safe_text import one_line
 IGNORED_KEYS = (
     *("description", "log", "checkpoint"),
     *("train.seed", "train.device"),
-    "start.sha256",  # each seed's run may start from another checkpoint
 )
 """Keys of a recipe in which runs of one series may differ: they change no metric, or differ with the seed."""
 

@@ -131,8 +131,8 @@ class Checkpointer:
         """Restore weights, optimizer state and `state` from the newest sound checkpoint. Return False if there is none.
 
         Raises:
-            CheckpointError: the checkpoint has another architecture, optimizer, text or teacher, or an optimizer state
-                that no run wrote.
+            CheckpointError: the checkpoint has another architecture, optimizer or text, or an optimizer state that no
+                run wrote.
         """
         newest = self._context.main_only(lambda: checkpoint.newest(self._folder, console.warning))
         step = self._context.from_main(-1 if newest is None else newest.step)
@@ -168,7 +168,7 @@ class Checkpointer:
         before, now = self._identities(newest)
         if before == now:
             return
-        difference = "by another teacher"
+        difference = "and scored on other examples of its tasks"
         if before.get(TEXT) != now[TEXT]:
             if newest.document(TOKENIZER) != self._documents[TOKENIZER]:  # the run's own, as it is read at each start
                 raise CheckpointError(
@@ -176,8 +176,6 @@ class Checkpointer:
                     f"copy {newest.path / TOKENIZER} over it, or --no-resume to archive this run and start anew"
                 )
             difference = "on other text (or, with data.mixture.max_epochs, for another train.steps)"
-        elif before.get(EVALUATION) != now.get(EVALUATION):
-            difference = "and scored on other examples of its tasks"
         raise CheckpointError(
             f"{newest.path} was trained {difference} than the recipe gives now: restore what has changed, give another "
             "folder by --out, or --no-resume to archive this run and start anew"

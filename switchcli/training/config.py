@@ -75,8 +75,6 @@ class StartSpec(Spec):
     checkpoint: PathOrUrl
     """A run's folder (its newest checkpoint), one checkpoint, or a folder in the Hugging Face layout; `--model`. With
     `keep: run` also RUN@STEP; `--branch-from`."""
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """A digest of its weights and optimizer state, which the run records; a checkpoint with another one is refused."""
     keep: Literal["weights", "optimizer", "run"] = "optimizer"
     """`weights` begins with a new optimizer. `optimizer` continues with the optimizer state too, as T5 does; a
     converted checkpoint has none, and a folder in the Hugging Face layout has the default `weights`. `run` continues

@@ -255,15 +255,9 @@ def test_a_run_that_has_begun_keeps_its_teacher(trained: Path, here: Path, switc
     assert more.code == 0, more.err
     done = switchcli(*command, "train.steps=3")
     assert done.code == 0, done.err
-    assert not lacking(done.err, "warning: distill.teacher --teacher teacher 3 2 --no-resume")
+    assert done.err == ""
     assert "teacher: teacher/checkpoints/step-00000002" in Path("a/recipe.yaml").read_text()
-    anew = ("train.steps=2", "train.seed=1", "--no-resume", "--out", "teacher", "-q")
-    again = switchcli("pretrain", "teacher/recipe.yaml", *anew)
-    assert again.code == 0, again.err
-    refused = switchcli(*command, "train.steps=4", "train.seed=0")
-    assert (refused.code, lacking(refused.err, "a/checkpoints/step-00000003 another teacher --no-resume")) == (4, [])
-    weights_of_it = Path("teacher/checkpoints/step-00000002/model-00000.safetensors")
-    shutil.rmtree(weights_of_it.parent)
+    shutil.rmtree("teacher/checkpoints/step-00000002")
     gone = switchcli(*command, "train.steps=4")
     assert gone.code == 4
     assert not lacking(gone.err, "teacher/checkpoints/step-00000002 checkpoint.keep_last --no-resume")

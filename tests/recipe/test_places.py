@@ -15,7 +15,6 @@ from switchcli.system import credentials
 NO_PLACES = {
     "TrainingRecipe.description",
     "EvalRecipe.description",
-    "StartSpec.sha256",
     "ModelSpec.size",
     "CorpusSpec.language",
     "CorpusSpec.languages",

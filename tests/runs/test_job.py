@@ -1,12 +1,13 @@
 """A job: which checkpoint each name of a command line or a recipe means, as long as the run lasts."""
 
-import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from messages import lacking, naming_words
+from ranks import on_ranks
 from shared_runs import switchcli
 from tiny_run import lay_out_tuning
 
@@ -15,9 +16,8 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe import resolve as recipes
 from switchcli.recipe.resolve import dump
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, hand_over
+from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, Pin
 from switchcli.runs.train.distill_rules import DistillRules
-from switchcli.system.startup import LAUNCHER
 
 pytestmark = pytest.mark.integration
 FIRST = "checkpoints/step-00000001"
@@ -63,11 +63,13 @@ def resolve(
 
 
 def paths(job: Job) -> dict[str, str]:
-    return {key: pin.path for key, pin in job.pins.items()}
+    """The checkpoints that the recipe of a job names, by key."""
+    tree = recipes.layer(job.recipe.model_dump(mode="json"), "job")
+    return {key: path for key in (START, TEACHER, STUDENT) if (path := tree.stated(key)) is not None}
 
 
 def opened(job: Job) -> set[str]:
-    return {key for key, pin in job.pins.items() if pin.handle is not None}
+    return {*job.handles}
 
 
 def test_a_new_run_starts_from_the_newest_checkpoint_and_one_that_has_begun_from_its_own(here: Path) -> None:
@@ -76,8 +78,6 @@ def test_a_new_run_starts_from_the_newest_checkpoint_and_one_that_has_begun_from
     assert (paths(new), opened(new)) == ({START: f"a/{LAST}"}, {START})
     begun = resolve("finetune", "tuned", recipe="tune.yaml", model="a")
     assert (paths(begun), opened(begun)) == ({START: f"a/{FIRST}"}, set())
-    assert None not in (begun.recipe.start.sha256, new.recipe.start.sha256)
-    assert begun.recipe.start.sha256 != new.recipe.start.sha256
     over = resolve("finetune", "tuned", recipe="tune.yaml", model="a", resume=False)
     assert paths(over) == {START: f"a/{LAST}"}
 
@@ -106,7 +106,7 @@ def test_a_run_that_has_begun_needs_neither_its_start_nor_the_start_of_its_stude
     assert paths(again)[STUDENT] == f"d/{FIRST}"
 
 
-def test_a_run_that_saved_nothing_keeps_what_its_recipe_records(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_saved_nothing_keeps_what_its_recipe_records(here: Path) -> None:
     for run in ("tuned", "student"):
         shutil.rmtree(f"{run}/checkpoints")
     goes_on("a")
@@ -116,25 +116,24 @@ def test_a_run_that_saved_nothing_keeps_what_its_recipe_records(here: Path, caps
     assert paths(distilled) == {TEACHER: f"a/{FIRST}", STUDENT: f"d/{FIRST}"}
     assert opened(distilled) == {TEACHER, STUDENT}
     shutil.rmtree(f"a/{FIRST}")
-    capsys.readouterr()
-    gone = resolve("finetune", "tuned", recipe="tune.yaml", model="a")
-    assert paths(gone) == {START: f"a/{LAST}"}
-    assert not lacking(capsys.readouterr().err, f"warning tuned/recipe.yaml a/{FIRST} gone")
+    with pytest.raises(
+        CheckpointError, match=naming_words(f"tuned/recipe.yaml start.checkpoint a/{FIRST} --no-resume")
+    ):
+        resolve("finetune", "tuned", recipe="tune.yaml", model="a")
 
 
-def test_a_branch_of_a_distillation_keeps_teacher_and_student(here: Path) -> None:
+def test_a_branch_of_a_distillation_begins_with_its_checkpoint(here: Path) -> None:
     goes_on("a")
-    goes_on("d")
     keys = ("distill.temperature=2.0", "train.steps=3")
     branch = resolve("distill", "new", keys, teacher="a", student="d", branch_from="student@1")
-    assert paths(branch) == {START: f"student/{FIRST}", TEACHER: f"a/{FIRST}", STUDENT: f"d/{FIRST}"}
-    assert opened(branch) == {START, TEACHER}, "the branch has the weights of the student"
+    assert paths(branch) == {START: f"student/{FIRST}", TEACHER: f"a/{LAST}", STUDENT: f"d/{FIRST}"}
     assert (branch.recipe.start.keep, branch.recipe.distill.temperature) == ("run", 2.0)
-    assert branch.recipe.model == branch.pins[START].model
+    assert branch.recipe.model == branch.handles[START].recipe.model
 
 
 def test_a_branch_of_a_distillation_takes_the_shape_of_its_student(here: Path) -> None:
-    teacher = resolve("distill", "new", teacher="a").pins[TEACHER]
+    handle = resolve("distill", "new", teacher="a").handles[TEACHER]
+    teacher = Pin(str(handle.path), handle.recipe.model, handle)
     smaller = teacher.model.model_copy(update={"d_ff": 16})
     tree = recipes.load(None)
     for pins, d_ff in (({}, teacher.model.d_ff), ({START: teacher._replace(model=smaller, handle=None)}, 16)):
@@ -150,8 +149,6 @@ def test_a_branch_of_a_tuned_run_takes_its_model_and_its_recipe_names_the_step(h
     goes_on("tuned")
     again = resolve("finetune", "again", recipe="branch.yaml")
     assert (paths(again), again.recipe) == (paths(branch), branch.recipe)
-    with pytest.raises(CheckpointError, match=naming_words(f"tuned/{LAST} start.sha256 null")):
-        resolve("finetune", "again", (f"start.checkpoint=tuned/{LAST}",), recipe="branch.yaml")
 
 
 def test_a_branch_of_a_branch_names_the_branch(here: Path) -> None:
@@ -187,7 +184,7 @@ def test_a_student_may_be_a_size_and_a_baseline_a_number(here: Path) -> None:
 
 def test_a_baseline_is_not_pinned(here: Path) -> None:
     job = resolve("distill", "new", teacher="a", baseline="d")
-    assert (job.pins[BASELINE].path, job.recipe.distill.baseline) == ("d", "d")
+    assert job.recipe.distill.baseline == "d"
     assert opened(job) == {TEACHER, BASELINE}
 
 
@@ -215,12 +212,18 @@ def test_names_that_contradict_one_another_are_refused(
         resolve(verb, "new", overrides, **options)
 
 
-def test_ranks_take_the_checkpoints_of_their_launcher(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = resolve("distill", "new", teacher="a", student="d")
-    goes_on("a")
-    with hand_over(launched.checkpoints()):
-        monkeypatch.setenv(LAUNCHER, "1")
-        rank = resolve("distill", "new", teacher="a", student="d")
-        assert paths(rank) == paths(launched)
-        assert json.loads(rank.recipe.model_dump_json()) == json.loads(launched.recipe.model_dump_json())
-    assert paths(resolve("distill", "new", teacher="a", student="d"))[TEACHER] == f"a/{LAST}"
+def resolved_on_rank(folders: Sequence[Path]) -> tuple[dict[str, str], dict[str, str]]:
+    """What a rank starts from that sees the runs in a folder of its own, and the checkpoints that it opens."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    job = resolve("distill", "new", teacher="a", student="d", baseline="d")
+    return paths(job), {key: str(handle.path) for key, handle in job.handles.items()}
+
+
+def test_all_ranks_take_the_checkpoints_of_rank_0(here: Path, tmp_path: Path) -> None:
+    """Between their starts a run has saved another one."""
+    later = tmp_path / "later"
+    shutil.copytree(here, later)
+    shutil.move(later / "a-later", later / "a" / LAST)
+    named, opened = on_ranks(2, resolved_on_rank, [here, later])[1]
+    assert named == {TEACHER: f"a/{FIRST}", STUDENT: f"d/{FIRST}"}
+    assert opened == {**named, BASELINE: f"d/{FIRST}"}

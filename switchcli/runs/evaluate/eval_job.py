@@ -19,7 +19,8 @@ from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_malformed
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.new_folder import data_document
-from switchcli.runs.job.ranks import check_ranks_agree
+from switchcli.runs.job.job import Job
+from switchcli.runs.job.ranks import resolve_on_main
 from switchcli.runs.job.run_dir import run_name
 from switchcli.system import publish
 from switchcli.tasks import reading, tokens
@@ -32,18 +33,22 @@ from switchcli.training.checkpointer import DATA, TEXT
 from switchcli.training.measure import Measurement
 
 CHECKPOINT = "checkpoint"
-"""The name under which ranks of `--processes` find the checkpoint to evaluate. It is no key of the recipe."""
+"""The key of the checkpoint to evaluate in a job. It is no key of the recipe."""
 
 
-def resolve_recipe(handle: CheckpointHandle, name: str | None, overrides: Sequence[str]) -> EvalRecipe:
-    """Resolve the recipe `name` with `overrides` for an open checkpoint, whose run provides what is left out.
+def resolve_job(handle: CheckpointHandle, source: resolve.Source) -> Job:
+    """Return the recipe and the checkpoint of an evaluation, resolved on rank 0. Raises like `resolve_recipe`."""
+    return resolve_on_main(source.merge(), lambda: Job(resolve_recipe(handle, source), {CHECKPOINT: handle}))
+
+
+def resolve_recipe(handle: CheckpointHandle, source: resolve.Source) -> EvalRecipe:
+    """Resolve a recipe for an open checkpoint, whose run provides what is left out.
 
     Raises:
         RecipeError: the recipe breaks a rule, there is nothing to measure on, or a package of a metric is missing.
         DataError: `data.folder` lacks files of tasks.
     """
-    source, defaults = resolve.read(name, overrides), _defaults(handle)
-    tree = source.merge()
+    defaults, tree = _defaults(handle), source.merge()
     resolve.check_verb(tree, EvalRecipe)
     if isinstance(named := tree.stated("tasks"), list):
         assert isinstance(tree.value, dict), "it states tasks"
@@ -130,9 +135,7 @@ class Evaluation(NamedTuple):
         return self.passes[0].target_records()
 
 
-def measure(
-    handle: CheckpointHandle, recipe: EvalRecipe, out: Path | None, quiet: bool, model: SwitchTransformer | None = None
-) -> Evaluation:
+def measure(job: Job, out: Path | None, quiet: bool, model: SwitchTransformer | None = None) -> Evaluation:
     """Measure the checkpoint on the data of the recipe, and write the result folder `out` unless it is None.
 
     `model` is the checkpoint's model where it is loaded already. It stays on its device, whose type `device: auto` then
@@ -144,8 +147,8 @@ def measure(
         DataError: the tasks or the text cannot be used.
         OutOfMemory: the device has not enough memory.
     """
+    recipe, handle = job.recipe, job.handles[CHECKPOINT]
     context = build_eval_context(recipe if model is None else _on_device_of(recipe, model))
-    check_ranks_agree(recipe, context)
     console = Console(quiet=quiet or not context.is_main)
     console.message(f"evaluating {handle.path}")
     if out is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from switchcli.analysis.routing_counts import count_routing
 from switchcli.analysis.specialization import MIN_COUNT, specialization_metrics
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.recipe import resolve
 from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
@@ -36,7 +37,7 @@ def survey_routing(paths: Sequence[Path], overrides: Sequence[str], console: Con
     if len(handles) != 1:
         raise RecipeError(f"--routing takes one checkpoint with experts, and {len(handles)} are named")
     (handle,) = handles
-    recipe = resolve_recipe(handle, None, overrides)
+    recipe = resolve_recipe(handle, resolve.read(None, overrides))
     if recipe.capacities is not None and len(recipe.capacities) > 1:
         raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
     policy = recipe.capacities[0] if recipe.capacities else handle.recipe.eval.capacity

@@ -4,7 +4,6 @@ It is the folder of a run, whose newest checkpoint is taken, the folder of one c
 Face layout.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -46,19 +45,6 @@ class CheckpointHandle(NamedTuple):
     def has_training_recipe(self) -> bool:
         """Return whether the recipe describes the training. That of a converted checkpoint does not."""
         return self.native is not None and DATA in self.native.manifest.names()
-
-    def identity(self) -> str:
-        """Return a SHA-256 of all that the model's outputs depend on: its shape, routing, precision and weights."""
-        recipe = self.recipe
-        digest = hashlib.sha256(f"{recipe.model.model_dump_json()} {recipe.train.precision}".encode())
-        if self.native is not None:
-            model_files = [entry.sha256 for entry in self.native.manifest.files if "model-" in entry.name]
-            digest.update(repr(model_files).encode())
-        else:
-            for name, weight in self.weights().items():
-                digest.update(name.encode())
-                digest.update(weight.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 LoadPrecision = Literal["float32", "selective"]

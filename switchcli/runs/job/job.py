@@ -1,25 +1,34 @@
-"""Job: the resolved command line of a verb that trains."""
+"""Job: the resolved command line of a verb that trains or evaluates."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.job.pins import Pin
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import schema_of
+from switchcli.report.console import main_console
+from switchcli.runs.inputs.loading import CheckpointHandle, open_model
 
 
 class Job(NamedTuple):
     """A recipe with every key, and the checkpoints that it names."""
 
     recipe: Any
-    """A TrainingRecipe, of the class of the verb."""
-    pins: Mapping[str, Pin]
-    """The checkpoints that the recipe names, by key."""
+    """A recipe of the class of the verb."""
+    handles: Mapping[str, CheckpointHandle]
+    """The open checkpoints, by key; without those that a run which has begun needs no more."""
 
-    def handle(self, key: str) -> CheckpointHandle | None:
-        """Return the open checkpoint of a key; None if the recipe names none, or the run needs it no more."""
-        pin = self.pins.get(key)
-        return pin and pin.handle
+    def to_text(self) -> str:
+        """Return the recipe and the paths of the checkpoints as text, for the other ranks."""
+        return json.dumps([resolve.dump(self.recipe), {key: str(handle.path) for key, handle in self.handles.items()}])
 
-    def checkpoints(self) -> dict[str, str]:
-        """Return the path of each checkpoint, by key."""
-        return {key: str(pin.handle.path) if pin.handle else pin.path for key, pin in self.pins.items()}
+    @classmethod
+    def from_text(cls, text: str) -> "Job":
+        """Open the job that `to_text` has described. Raises CheckpointError and DataError like `open_model`."""
+        document, paths = json.loads(text)
+        tree = resolve.parse_saved(document.encode(), "the recipe of rank 0")
+        schema = schema_of(tree)
+        assert schema is not None, "it was resolved"
+        handles = {key: open_model(Path(path), main_console()) for key, path in paths.items()}
+        return cls(resolve.validate(tree, schema), handles)

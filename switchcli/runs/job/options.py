@@ -51,7 +51,6 @@ class Options(NamedTuple):
             )
         if self.model is not None or self.branch_from is not None:
             yield START, self.model or self.branch_from
-            yield "start.sha256", None
         if self.branch_from is not None:
             yield "start.keep", "run"
         if self.teacher is not None:

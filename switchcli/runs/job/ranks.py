@@ -1,26 +1,27 @@
-"""The ranks of a job: start those of `--processes`, and check that all do the same."""
+"""The ranks of a job: start those of `--processes`, and give all of them the job of rank 0."""
 
+import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 
 from switchcli import __version__
-from switchcli.distributed.context import DistributedContext, uses_cuda
+from switchcli.distributed.context import join_ranks, uses_cuda
 from switchcli.distributed.launch import launch
+from switchcli.distributed.rendezvous import is_rank
 from switchcli.errors import RecipeError
+from switchcli.recipe import yaml_nodes
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
+from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import source_digest
-from switchcli.runs.job.pins import hand_over
-from switchcli.spec import Spec
+from switchcli.runs.job.job import Job
 
 
-def launch_ranks(
-    processes: int, recipe: TrainingRecipe | EvalRecipe, checkpoints: Mapping[str, str], console: Console
-) -> int:
-    """Run this command again as `processes` ranks, which take these checkpoints, and return its exit code.
+def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> int:
+    """Run this command again as `processes` ranks, and return its exit code.
 
     Raises:
         RecipeError: there are more ranks than CUDA devices, or the recipe needs another number of ranks.
@@ -38,20 +39,38 @@ def launch_ranks(
     if isinstance(recipe, TrainingRecipe):
         recipe.check_ranks(processes)
     console.message(f"starting {processes} ranks on {devices}")
-    # The ranks read the recipe again, and a run that it names may have saved a newer checkpoint by then.
-    with hand_over(checkpoints):
-        return launch(processes, sys.argv[1:])
+    return launch(processes, sys.argv[1:])
 
 
-def check_ranks_agree(recipe: Spec, context: DistributedContext) -> None:
-    """Raise RecipeError if the ranks have different recipes or versions. They would wait for each other forever."""
-    versions = f"switchcli {__version__} ({source_digest()}), torch {torch.__version__}"
-    if not context.all_equal(f"{versions}\n{recipe.model_dump_json()}"):
-        context.main_only(_raise_ranks_differ)
+def resolve_on_main(given: Node, resolve: Callable[[], Job]) -> Job:
+    """Return on every rank the job that `resolve` returns on rank 0.
+
+    The name of a run means its newest checkpoint, and the run may save another one meanwhile.
+
+    Args:
+        given: the recipe that this rank was given, not yet resolved.
+        resolve: resolves it. It is called on rank 0 alone.
+
+    Raises:
+        RecipeError: the ranks were given different recipes, or have different versions.
+        SwitchError: as `resolve` says. OtherRankError on ranks other than the main one.
+    """
+    if not is_rank():
+        return resolve()
+    device = given.stated("train.device") or given.stated("device") or "auto"
+    ranks = join_ranks(str(device))
+    words = f"{__version__} {source_digest()} {torch.__version__} {yaml_nodes.plain(given)}"
+    digests = ranks.all_gather_text(hashlib.sha256(words.encode()).hexdigest())
+    ranks.main_only(lambda: _check_equal(digests))
+    job = ranks.main_only(resolve)
+    text, *_ = ranks.all_gather_text("" if job is None else job.to_text())
+    return ranks.on_all_ranks(lambda: job or Job.from_text(text))
 
 
-def _raise_ranks_differ() -> None:
-    raise RecipeError(
-        "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with the same code "
-        f"of switchcli ({__version__} here) and one version of torch ({torch.__version__})"
-    )
+def _check_equal(digests: list[str]) -> None:
+    """Raise RecipeError if the ranks do not do the same: they would wait for each other forever."""
+    if len({*digests}) > 1:
+        raise RecipeError(
+            "the ranks do not run the same: each must be given the same recipe and the same KEY=VALUE, with the same "
+            f"code of switchcli ({__version__} here) and one version of torch ({torch.__version__})"
+        )

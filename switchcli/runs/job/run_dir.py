@@ -15,7 +15,6 @@ from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
-from switchcli.runs.job.ranks import check_ranks_agree
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
 from switchcli.spec import Spec
 from switchcli.system.lock import lock
@@ -60,9 +59,8 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
 
     Raises:
         CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
-        RecipeError: the folder holds a run of another recipe or no run, or the ranks have different recipes.
+        RecipeError: the folder holds a run of another recipe or no run.
     """
-    check_ranks_agree(recipe, context)
     folder = RunFolder(out, resume)
 
     def lock_and_check() -> bool:

@@ -11,6 +11,7 @@ from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery import prune as pruning
+from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
 from switchcli.runs.devices.mesh_choice import build_eval_context
@@ -51,7 +52,7 @@ def prune(
         OutOfMemory: the device has not enough memory.
     """
     handle = open_model(checkpoint, console)
-    recipe = resolve_recipe(handle, name, overrides)
+    recipe = resolve_recipe(handle, resolve.read(name, overrides))
     spec = handle.recipe.model
     _check_experts(spec, handle.path, experts, console)
     policy = _capacity(recipe)

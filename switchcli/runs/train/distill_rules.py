@@ -17,7 +17,6 @@ from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, OPTIONS, START, STUDENT, TEACHER, Pin, PinFinder
 from switchcli.runs.job.same_model import check_shape, check_tokenizer, check_trained_tokenizer
 from switchcli.runs.train.training_task import TrainingTask
@@ -44,7 +43,7 @@ class DistillRules(TrainingTask):
         if not isinstance(named, str):
             raise RecipeError(f"{TEACHER}: missing: name the model to learn from by --teacher CHECKPOINT")
         pins = super().pins(tree, finder)
-        pins[TEACHER] = finder.find(TEACHER, named, is_needed=True)
+        pins[TEACHER] = finder.find(TEACHER, named)
         if (student := resolve.stated_path(tree, STUDENT)) is not None:
             try:
                 pins[STUDENT] = finder.find(STUDENT, student)
@@ -57,7 +56,7 @@ class DistillRules(TrainingTask):
                 ) from error
         if isinstance(baseline := resolve.stated_path(tree, BASELINE), str):
             # It is measured at the end, so the recipe keeps the name, which may be a run that goes on.
-            handle = finder.open(BASELINE, finder.given(BASELINE, baseline))
+            handle = finder.open(BASELINE, baseline)
             pins[BASELINE] = Pin(baseline, handle.recipe.model, handle)
         return pins
 
@@ -88,12 +87,12 @@ class DistillRules(TrainingTask):
         return pins[TEACHER].model.vocab_size
 
     @classmethod
-    def check(cls, job: Job) -> None:
-        super().check(job)
-        _check_models(job)
+    def check(cls, recipe: Recipe, pins: Mapping[str, Pin]) -> None:
+        super().check(recipe, pins)
+        _check_models(recipe, pins)
 
     def tokenizer(self) -> Tokenizer:
-        return teacher_of(self.job.pins).tokenizer
+        return self.job.handles[TEACHER].tokenizer
 
 
 def teacher_of(pins: Mapping[str, Pin]) -> CheckpointHandle:
@@ -136,20 +135,20 @@ def _tokenizer_path(teacher: CheckpointHandle) -> str:
     return str((find_tokenizer(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
-def _check_models(job: Job) -> None:
+def _check_models(recipe: Recipe, pins: Mapping[str, Pin]) -> None:
     """Check that the student can learn from the teacher, and be compared with the baseline.
 
     Raises:
         RecipeError: their vocabularies differ, or the student is larger than or equal to the teacher.
     """
-    recipe, teacher = job.recipe, teacher_of(job.pins)
+    teacher = teacher_of(pins)
     check_tokenizer(recipe, teacher.tokenizer)
     student_spec, teacher_spec = recipe.model, teacher.recipe.model
-    if (student := job.handle(STUDENT)) is not None:
+    others = {key: pin.handle for key, pin in pins.items() if key in (STUDENT, BASELINE) and pin.handle is not None}
+    if (student := others.get(STUDENT)) is not None:
         check_shape(student.recipe.model, student_spec, str(student.path))
-    for key in (STUDENT, BASELINE):
-        other = job.handle(key)
-        if other is not None and other.tokenizer.sha256 != teacher.tokenizer.sha256:
+    for key, other in others.items():
+        if other.tokenizer.sha256 != teacher.tokenizer.sha256:
             raise RecipeError(
                 f"{OPTIONS[key]} {other.path}: has another tokenizer than the teacher {teacher.path}, so their "
                 "probabilities cannot be compared: take models that were trained with the same tokenizer.json"

@@ -26,8 +26,8 @@ from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import load_model
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.pins import BASELINE, STUDENT
-from switchcli.runs.train.distill_rules import DistillRules, Recipe, teacher_of
+from switchcli.runs.job.pins import BASELINE, STUDENT, TEACHER
+from switchcli.runs.train.distill_rules import DistillRules, Recipe
 from switchcli.runs.train.teacher import RunTeacher
 from switchcli.runs.train.trainer import Trainer
 from switchcli.training.checkpointer import load_weights
@@ -46,9 +46,8 @@ class Distillation(DistillRules):
         super().__init__(job, folder, context, console)
         self._recipe: Recipe = job.recipe
         self._settings = self._recipe.distill
-        self._handle = teacher_of(job.pins)
+        self._handle = job.handles[TEACHER]
         self._teacher = RunTeacher(self._handle, self._recipe, context, console)
-        self.identity = {"teacher_sha256": self._teacher.sha256}
         if self._settings.soft_fraction:
             self.teacher = self._handle.recipe.model
 
@@ -71,10 +70,8 @@ class Distillation(DistillRules):
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
         recipe, teacher = self._recipe, self._handle
-        start = self.job.handle(STUDENT)
         if isinstance(recipe.student, FromCheckpoint):
-            assert start is not None, "a run that has begun restores its own checkpoint"
-            load_weights(student, start.weights())
+            load_weights(student, self.job.handles[STUDENT].weights())
             return
         student.load_full(initial_weights(recipe.model, recipe.train.seed, student.experts))
         plan = student_init(recipe, teacher.recipe.model)
@@ -113,7 +110,7 @@ class Distillation(DistillRules):
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
-        recipe, teacher, baseline = self._recipe, self._handle, self.job.handle(BASELINE)
+        recipe, teacher, baseline = self._recipe, self._handle, self.job.handles.get(BASELINE)
         metric = trainer.evaluator.metric
         teacher_measured = _measure(self._teacher.load(), trainer.evaluator)
         self._teacher.unload()  # frees the memory of the teacher for the baseline

@@ -14,6 +14,7 @@ from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.options import Options
 from switchcli.runs.job.pins import PinFinder
+from switchcli.runs.job.ranks import resolve_on_main
 from switchcli.runs.job.run_dir import lock_run_dir
 from switchcli.runs.train.distilling import Distillation
 from switchcli.runs.train.finetuning import Finetuning
@@ -27,7 +28,7 @@ TASKS: Mapping[str, type[TrainingTask]] = {task.verb: task for task in (Pretrain
 
 
 def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: bool) -> Job:
-    """Return the resolved settings of a run in the folder `out`, with its open checkpoints.
+    """Return the settings of a run in the folder `out`, resolved on rank 0, with its open checkpoints.
 
     Raises:
         RecipeError, CheckpointError, DataError: as `TrainingTask.resolve_job` says.
@@ -37,7 +38,11 @@ def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: 
         raise RecipeError("model: distill has none: name the checkpoint that learns by student=")
     if verb != "distill" and (options.teacher, options.student, options.baseline) != (None, None, None):
         raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {verb}")
-    return TASKS[verb].resolve_job(options.write(source), PinFinder(out, resume, main_console()))
+    source = options.write(source)
+    return resolve_on_main(
+        source.merge(),
+        lambda: TASKS[verb].resolve_job(source, PinFinder(out, resume, main_console())),
+    )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import math
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.errors import DistributedError, RecipeError
+from switchcli.errors import RecipeError
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
@@ -19,17 +19,10 @@ class RunTeacher:
         """`handle` is its open checkpoint.
 
         Raises:
-            DistributedError: the ranks found different checkpoints.
             RecipeError: the teacher cannot divide the rows of a microbatch into whole routing groups.
         """
         self._handle, self._recipe, self._context, self._console = handle, recipe, context, console
         self._settings = recipe.distill
-        self.sha256 = handle.identity()
-        if not context.all_equal(self.sha256):
-            raise DistributedError(
-                f"the ranks found different checkpoints of the teacher at {self._settings.teacher}: name one by its "
-                "step"
-            )
         context.main_first(self._check_microbatch_rows)
         self._model: SwitchTransformer | None = None
 

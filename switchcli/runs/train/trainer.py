@@ -55,7 +55,7 @@ class Trainer:
         folder, context, console = task.folder, task.context, task.console
         self.recipe, self.task, self.folder, self.context, self.console = recipe, task, folder, context, console
         self.metrics = JsonLines(folder.metrics)
-        branch = task.job.handle(START) if recipe.parent is not None else None
+        branch = task.job.handles.get(START) if recipe.parent is not None else None
         # Cheap checks come first. The data comes last, because preparing it may take hours.
         rows = context.main_first(lambda: recipe.microbatch_rows(context.dp_size))
         context.main_only(lambda: check_usable(recipe.log.trackers))
@@ -98,7 +98,7 @@ class Trainer:
 
     def _build_checkpointer(self, weights: ModelWeights) -> Checkpointer:
         """Return the checkpointer, whose checkpoints can be used without the run: they hold recipe and tokenizer."""
-        identities = {TEXT: self.data.identity, **self.task.identity, **self._examples_identity()}
+        identities = {TEXT: self.data.identity, **self._examples_identity()}
         documents = {
             "recipe.yaml": dump(self.recipe).encode(),
             TOKENIZER: self.data.tokenizer.to_json().encode(),

@@ -5,7 +5,6 @@ Its class methods resolve the recipe, before there is a run.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from switchcli.checkpoint import checkpoint, manifest
@@ -54,8 +53,6 @@ class TrainingTask:
     """The weights that are trained."""
     teacher: ModelSpec | None = None
     """The model whose forward pass is part of every step, if there is one."""
-    identity: Mapping[str, str] = MappingProxyType({})
-    """Digests of everything besides the text that must not change when the run is resumed, by name."""
 
     # The recipe
 
@@ -80,9 +77,9 @@ class TrainingTask:
         fixed = {**{key: pin.path for key, pin in pins.items()}, **cls.fixed(tree, pins)}
         source = source.overridden(*(resolve.override(key, value) for key, value in fixed.items()))
         tree = source.merge(cls.defaults(tree, pins))
-        job = Job(resolve.validate(tree, cls.schema(tree), cls.vocab_size(tree, pins, finder)), pins)
-        cls.check(job)
-        return job
+        recipe = resolve.validate(tree, cls.schema(tree), cls.vocab_size(tree, pins, finder))
+        cls.check(recipe, pins)
+        return Job(recipe, {key: pin.handle for key, pin in pins.items() if pin.handle is not None})
 
     @classmethod
     def check_verb(cls, tree: Node) -> None:
@@ -106,9 +103,7 @@ class TrainingTask:
             check_num_experts(tree, pins[START].model.num_experts, pins[START].path)
             if (handle := pins[START].handle) is not None:
                 check_trained_tokenizer(tree, handle)
-        if START not in pins or tree.stated("start.sha256") is not None:
-            return {}
-        return {"start.sha256": pins[START].sha256}
+        return {}
 
     @classmethod
     def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node | None:
@@ -116,9 +111,7 @@ class TrainingTask:
         if START not in pins:
             return None
         start = pins[START]
-        keys: dict[str, Any] = {"model": start.model.model_dump(mode="json")}
-        if start.sha256 is None:  # a folder of transformers, which never holds an optimizer state
-            keys["start"] = {"keep": "weights"}
+        keys = {"model": start.model.model_dump(mode="json"), "start": {"keep": start.keep}}
         return resolve.layer(keys, f"the checkpoint {start.path}")
 
     @classmethod
@@ -132,17 +125,16 @@ class TrainingTask:
         return pins[START].model.vocab_size if START in pins else None
 
     @classmethod
-    def check(cls, job: Job) -> None:
+    def check(cls, recipe: Any, pins: Mapping[str, Pin]) -> None:
         """Raise an error if the job cannot run."""
-        recipe: TrainingRecipe = job.recipe
-        if START in job.pins:
-            _check_start(recipe, job.pins[START])
+        if START in pins:
+            _check_start(recipe, pins[START])
         data_type(recipe).check(recipe)
 
     @classmethod
     def open_inputs(cls, job: Job) -> None:
         """Open what the recipe names besides checkpoints, for a dry run. Raises like `RunData.open_inputs`."""
-        handle = next((pin.handle for pin in job.pins.values() if pin.handle is not None), None)
+        handle = next(iter(job.handles.values()), None)
         data_type(job.recipe).open_inputs(job.recipe, handle and handle.tokenizer)
 
     # The run
@@ -173,7 +165,7 @@ class TrainingTask:
 
         A vocabulary that is trained again may differ.
         """
-        if (start := self.job.handle(START)) is not None:
+        if (start := self.job.handles.get(START)) is not None:
             return start.tokenizer
         if not self.folder.is_resumed:
             return None
@@ -191,8 +183,7 @@ class TrainingTask:
         Raises:
             CheckpointError: as `load_optimizer_state` says.
         """
-        start = self.job.handle(START)
-        assert start is not None, "a run that has begun restores its own checkpoint"
+        start = self.job.handles[START]  # a run that has begun restores its own checkpoint
         without = "" if start.native else ", which holds no optimizer state: start.keep is weights"
         self.console.message(f"starting from {start.path}{without}")
         load_weights(weights, start.weights())
