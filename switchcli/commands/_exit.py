@@ -28,7 +28,7 @@ from switchcli.report.safe_text import one_line
 from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER, is_main_rank
 
-FORCED = "stopped at once, without saving: the same command goes on from the last save"
+FORCED = "stopped at once, without saving: the same command goes on from the last save, or begins anew if there is none"
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """The exit code where the reader of a pipe has closed it, such as `head`: that of a process which the signal ends."""

@@ -23,7 +23,7 @@ class DistillSpec(Spec):
     of p from q, or `jsd`, the mean of those of both from their mixture, weighted by beta."""
     beta: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Weight of the teacher in the mixture of `jsd`; towards 0 it is like forward KL, towards 1 like reverse KL; 0.5 if
-    absent."""
+    absent. Near the teacher the gradient is beta (1 - beta) times that of forward KL, a quarter at 0.5."""
     targets: Literal["data", "student"] = "data"
     """Targets to learn from: those of the `data`, or on tasks what the `student` itself answers in each step, which has
     no hard loss."""

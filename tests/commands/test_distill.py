@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from doubles import NoWarnings
 from messages import lacking
 from safetensors.torch import load_file
@@ -70,6 +71,7 @@ def test_without_a_recipe_the_dense_student_is_trained_as_its_teacher_was(
     assert f"teacher: {trained}/checkpoints/step-00000002" in recipe
     for words in ("distilled: held-out loss", "compression", "teacher's gain"):
         assert not lacking(done.err, words)
+    assert ("distill.soft_fraction=0" in done.err) == (student > teacher)
 
 
 @pytest.mark.unit("default")
@@ -367,6 +369,17 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, here: Path, switchcli: 
     assert done.code == 0, done.err
     assert json.loads(done.out)["recipe"]["model"]["num_experts"] == 1
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_another_dropout_than_its_teachers_is_told(
+    differs: bool, trained: Path, here: Path, switchcli: SwitchCLI
+) -> None:
+    teachers = yaml.safe_load((trained / "recipe.yaml").read_text())["model"].get("dropout", 0.0)
+    key = f"model.dropout={teachers + differs / 4}"
+    done = switchcli("distill", "--teacher", trained, "train.steps=1", key, "--out", "a")
+    assert done.code == 0, done.err
+    assert ("dropout" in done.err) == differs
 
 
 def test_by_default_its_folder_is_named_after_the_teacher(trained: Path, here: Path, switchcli: SwitchCLI) -> None:

@@ -70,6 +70,11 @@ class Distillation(DistillRules):
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
         recipe, teacher = self._recipe, self._handle
+        own, others = (
+            f"{spec.dropout}, in experts {spec.experts_dropout}" for spec in (recipe.model, teacher.recipe.model)
+        )
+        if own != others:
+            self.console.message(f"dropout of the student: {own}; of its teacher: {others}")
         if isinstance(recipe.student, FromCheckpoint):
             load_weights(student, self.job.handles[STUDENT].weights())
             return
@@ -164,11 +169,15 @@ class Distillation(DistillRules):
         rows["compression"] = f"{distillation['compression']:.1%}"
         if "gain_kept" in distillation:
             fraction = distillation["gain_kept"]
-            text = "the teacher has none" if fraction is None else f"{fraction:.1%}"
-            if fraction is not None and fraction > 1:
-                text += ", as it is better than its teacher"
-            rows["of the teacher's gain over the baseline kept"] = text
+            rows["of the teacher's gain over the baseline kept"] = (
+                "the teacher has none" if fraction is None else f"{fraction:.1%}"
+            )
         self.console.show(Table(("", ""), [*rows.items()], f"distilled: {label}"))
+        if distillation["student"]["metrics"][metric] > distillation["teacher"]["metrics"][metric]:
+            self.console.message(
+                "the student is ahead of its teacher: compare it with distill.soft_fraction=0, which trains it as long "
+                "without the teacher"
+            )
 
     def next_commands(self, trainer: Trainer, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         out = trainer.folder.path
