@@ -68,10 +68,8 @@ class Parts:
             for name, mean in self.state.metrics_since_log.items()
             for i, part in enumerate(mean)
         }
-        last = self.state.last_choices
-        choices = {} if last is None else {"last choices": last}
         tensors = unsharded_weights(self.model).tensors
-        return {**tensors, **self.optimizer.state(), **window, **choices}
+        return {**tensors, **self.optimizer.state(), **window}
 
 
 def idle(optimizer: Optimizer, state: TrainState, steps: Container[int]) -> None:

@@ -3,7 +3,7 @@
     python scripts/experiments/balance_alone.py FOLDER RUN [RUN ...]
 
 Each RUN was trained with a recipe like quickstart/switch. From its newest checkpoint 50 steps are taken in which the
-cross-entropy has no gradient, with f and P over each scope, by biases, and with nothing that balances. FOLDER gets
+cross-entropy has no gradient: with the loss over groups, with biases, and with nothing that balances. FOLDER gets
 RUN.csv, RUN.svg and RUN.png.
 """
 
@@ -25,9 +25,7 @@ from switchcli.training import loss
 STEPS = 50
 ARMS: dict[str, dict[str, Any]] = {
     "nothing": {"balance_loss_coef": 0.0},
-    "sequence": {"balance_scope": "sequence"},
-    "group": {"balance_scope": "group"},
-    "step": {"balance_scope": "step"},
+    "group": {},
     "bias": {"balance": "bias", "balance_loss_coef": 0.0},
 }
 

@@ -61,7 +61,7 @@ ROUTERS: Mapping[str, Callable[..., Router]] = {
     "no_token_left_behind": NoTokenLeftBehindRouter,
     "expert_choice": ExpertChoiceRouter,
     # By the loads of the step before, with finer experts beside a shared path.
-    "balanced": partial(TopKRouter, k=4, gate="sigmoid", balance="bias", balance_scope="step"),
+    "balanced": partial(TopKRouter, k=4, gate="sigmoid", balance="bias"),
 }
 OPTIMIZERS: Mapping[str, OptimizerSpec] = {"adafactor": Adafactor(), "adamw": AdamW(), "muon": Muon()}
 

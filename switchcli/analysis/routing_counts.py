@@ -207,7 +207,7 @@ def expert_choices(layer: SwitchLayer, logits_GNE: torch.Tensor, real_BS: torch.
 
     def slots_AE(mode: Policy) -> torch.Tensor:
         # Entries are token numbers 0..N-1 of a group, and N for an empty slot. Column N collects the empty slots.
-        token_GEC = layer.assign(logits_GNE, real_GN, mode).token_GEC
+        token_GEC = layer.router_spec.assign(logits_GNE, real_GN, mode, layer.router.bias).token_GEC
         in_slot_GEN = token_GEC.new_zeros(*token_GEC.shape[:2], N + 1, dtype=torch.bool).scatter_(2, token_GEC, True)
         return in_slot_GEN[..., :N].mT[real_GN]
 

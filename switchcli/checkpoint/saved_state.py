@@ -74,8 +74,6 @@ class SavedState(RunState):
     step: Count
     targets_seen: Count
     seconds: Annotated[float, Field(ge=0.0, lt=1e10)]
-    last_choices: list[list[Count]] = Field(default_factory=list)
-    """Choices of each expert in the last step, for each sparse layer; empty if no router needs them."""
     metrics_since_log: dict[str, tuple[_Sums, _Sums]] = Field(default_factory=dict)
     """Total and weight of each training metric since the last log record, summed over ranks."""
 
@@ -89,8 +87,6 @@ class SavedState(RunState):
             shape, weight_shape = _shape(total), _shape(weight)
             if weight_shape not in ((), shape):
                 raise ValueError("the weight of a metric has neither one number nor the shape of its total")
-        if len({len(choices) for choices in self.last_choices}) > 1:
-            raise ValueError("layers with different numbers of experts")
         return self
 
     @classmethod

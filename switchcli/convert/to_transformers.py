@@ -158,8 +158,6 @@ def _training_differences(spec: ModelSpec, routers: Mapping[Stack, SwitchRouter]
     if any(router != first for router in routers.values()):
         labeled = {f"the {stack}'s router": router for stack, router in routers.items()}
     for label, router in labeled.items():
-        if router.balance_scope != "group":
-            yield f"{label}'s balance_scope ({router.balance_scope}): transformers' is group (training alone)"
         noise = [name for name in ("input_dropout", "sample_temperature") if getattr(router, name) not in (0.0, None)]
         if noise:
             yield f"{' and '.join(noise)} of {label}: transformers has no such noise (training alone)"

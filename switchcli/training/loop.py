@@ -96,7 +96,7 @@ def fit(
             raise StopTraining
         learning_rate = schedule(step, settings.steps)
         seed = f"{settings.seed}/{step}"
-        balance.begin_step(state)
+        balance.begin_step()
         metrics = accumulate_gradients(model, objective, microbatches, real, context, seed)
         norm = _clip_gradients(optimizer, settings.clip_norm, context)
         result = StepResult(step + 1, norm, context.to_host(norm.total), metrics)
@@ -105,7 +105,7 @@ def fit(
             nonfinite(error, state, step + 1, updated=False)
         else:
             optimizer.step(learning_rate)
-            balance.end_step(state)
+            balance.end_step()
             _record_step(state, result, real.targets, context)
             unchecked.append(result)
         optimizer.zero_grad()

@@ -17,9 +17,6 @@ class TrainState(RunState):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     metrics_since_log: Metrics = Field(default_factory=dict)
     """This rank's metrics since the last logged step, in float64, which JSON stores exactly."""
-    last_choices: torch.Tensor | None = None
-    """int64 [L, E]: choices of each expert in the last step over all ranks, for each sparse layer. None before the
-    first step, and if no router needs them."""
 
     @property
     def is_at_start(self) -> bool:
@@ -56,7 +53,6 @@ class TrainState(RunState):
             ValueError: a number is not finite, which JSON cannot store.
         """
         state = {name: getattr(self, name) for name in RunState.model_fields}
-        state["last_choices"] = [] if self.last_choices is None else self.last_choices.tolist()
         state["metrics_since_log"] = {
             name: [tensor.tolist() for tensor in mean] for name, mean in metrics_since_log.items()
         }
@@ -71,7 +67,6 @@ class TrainState(RunState):
         saved = SavedState.read(text)
         for name in RunState.model_fields:
             setattr(self, name, getattr(saved, name))
-        self.last_choices = torch.tensor(saved.last_choices, device=device) if saved.last_choices else None
         self.metrics_since_log = {}
         for name, (total, weight) in saved.metrics_since_log.items():
             tensors = (torch.tensor(values, dtype=torch.float64, device=device) for values in (total, weight))

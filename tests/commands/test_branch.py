@@ -21,9 +21,7 @@ from switchcli.data.text_batches import PreparedTextSource
 from switchcli.training.schedules import Constant
 
 KEPT = "checkpoint.keep_last=10"
-RATE = ("schedule.kind=constant", "schedule.learning_rate=0.01")
-CONSTANT = (*RATE, "model.router.balance_scope=step")
-"""With a balance that needs the choices of the step before, as a branch does."""
+CONSTANT = ("schedule.kind=constant", "schedule.learning_rate=0.01")
 STEPS = 8
 
 
@@ -145,7 +143,7 @@ def test_branches_of_one_constant_run_each_fall_over_their_own_steps(
     straight = {step: 0.005 if step == 0 else 0.01 for step in range(3)} | {3: 0.01, 4: 0.005}
     with monkeypatch.context() as patch:
         patch.setattr(Constant, "__call__", lambda schedule, step, total: straight[step])
-        done = switchcli("pretrain", recipe, "train.steps=5", *RATE, "--out", "straight", "-q")
+        done = switchcli("pretrain", recipe, "train.steps=5", *CONSTANT, "--out", "straight", "-q")
         assert done.code == 0, done.err
     assert weights_of(Path("short")) == weights_of(Path("straight"))
     # A branch that was stopped after its fourth step goes on with the same rates.

@@ -59,7 +59,6 @@ WARNED = {
     "sampling": (spec(router=SwitchRouter(**DROPLESS, sample_temperature=1.0)), ("sample_temperature",), 512),
     "dropout": (spec(router=SwitchRouter(**DROPLESS, input_dropout=0.1)), ("input_dropout",), 512),
     "expert dropout": (spec(expert_dropout=0.4), ("expert_dropout", "0.4", " dropout (0.0)"), 512),
-    "scope": (spec(router=SwitchRouter(**DROPLESS, balance_scope="step")), ("balance_scope", "(step)"), 512),
     "sum": (spec(balance_reduction="sum"), ("balance_reduction", "(sum)"), 512),
     "two routers": (spec(decoder_router=SwitchRouter(**DROPLESS, jitter=0.1)), ("jitter", "decoder"), 512),
 }

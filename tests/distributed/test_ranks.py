@@ -342,13 +342,11 @@ FINE = TOP_2.model_copy(update={"dropout": 0.1, "expert_d_ff": 8, "shared_d_ff":
 """Small experts beside a path for every token."""
 BALANCED = NOISY.model_copy(
     update={
-        "router": TopKRouter(
-            gate="sigmoid", balance="bias", bias_rate=0.01, balance_loss_coef=0.1, balance_scope="step"
-        ),
-        "decoder_router": SwitchRouter(balance_scope="sequence", group_sequences=2),
+        "router": TopKRouter(gate="sigmoid", balance="bias", bias_rate=0.01, balance_loss_coef=0.1),
+        "decoder_router": SwitchRouter(group_sequences=2),
     }
 )
-"""Routers that change by the loads of all ranks in the step before."""
+"""Routers with biases, which change by the loads of all ranks."""
 DROPLESS = NOISY.model_copy(update={"router": SwitchRouter(capacity_factor="dropless")})
 EVERY_SPARSE = NOISY.model_copy(update={"sparse_every": 1})
 WIDE = SPARSE.model_copy(
@@ -394,7 +392,7 @@ CASES: dict[str, Callable[..., Arrays]] = {
 RUNS: dict[str, Callable[..., Arrays]] = {
     "adafactor": partial(trained, FactoringAdafactor()),
     "adamw": partial(trained, AdamW()),
-    "balanced by the step before": partial(trained, FactoringAdafactor(), of=BALANCED),
+    "balanced by biases": partial(trained, FactoringAdafactor(), of=BALANCED),
     "adamw, scaled": partial(trained, SCALED),
     "muon": partial(trained, Muon()),
     "adafactor, parts of each expert on replicas": partial(trained, FactoringAdafactor(), of=THREE),
@@ -415,7 +413,7 @@ UNIT = {"expert 2": ("accumulated and clipped", "dropout and jitter"), "model 2"
 INTEGRATION = {
     "data 2": (
         *("groups of two sequences", "dropout and jitter", "evaluation", "the experts alone"),
-        *("rounded", "stopped", "poisoned", "adafactor", "balanced by the step before"),
+        *("rounded", "stopped", "poisoned", "adafactor", "balanced by biases"),
     ),
     "expert 2": (
         *("top-2 of experts with GEGLU", "no token left behind", "experts that choose", "a Switch attention"),
@@ -426,7 +424,7 @@ INTEGRATION = {
     "model 2": (
         *("dense", "dropout and jitter", "a slot for every token", "computed again, noisy", "distillation", "answers"),
         *("evaluation", "products of oneDNN", "experts one at a time", "rounded", "adafactor"),
-        *("balanced by the step before", "muon", "fine experts beside a shared path"),
+        *("balanced by biases", "muon", "fine experts beside a shared path"),
         *("distillation by jsd", "distillation on own answers"),
     ),
     "zero2 2": (

@@ -112,12 +112,9 @@ def layer(
             y_N = [y_D + _expert(shared, 0, x_D) for y_D, x_D in zip(y_N, x_ND, strict=True)]
         outputs.append(torch.stack(y_N))
         groups.append(group)
-        length = S if getattr(rule, "balance_scope", "group") == "sequence" else len(real_N)
-        for start in range(0, len(real_N), length):
-            inside = [token for token in real if start <= token < start + length]
-            fractions.append(_fraction(group, inside, logits_NE.shape[1]))
-            means.append(probability_NE[inside].sum(0) / max(1, len(inside)))
-            counts.append(len(inside))
+        fractions.append(_fraction(group, real, logits_NE.shape[1]))
+        means.append(probability_NE[real].sum(0) / max(1, len(real)))
+        counts.append(len(real))
         tokens += len(real)
         dropped += len(set(real) - {place.token for place in group.places})
         total = torch.zeros((), dtype=x_BSD.dtype)

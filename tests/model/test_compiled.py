@@ -46,9 +46,7 @@ SPECS = {
     "dropless": spec_of(router=FREE),
     "random overflow": spec_of(router=SwitchRouter(**BARE, overflow="random", sample_temperature=1.0)),
     "top_k": spec_of(router=TopKRouter(**BARE)),
-    "balanced": spec_of(
-        router=TopKRouter(**BARE, gate="sigmoid", balance="bias", balance_scope="step"), expert_d_ff=8, shared_d_ff=8
-    ),
+    "balanced": spec_of(router=TopKRouter(**BARE, gate="sigmoid", balance="bias"), expert_d_ff=8, shared_d_ff=8),
     "no_token_left_behind": spec_of(router=NoTokenLeftBehindRouter(**BARE)),
     "expert_choice": spec_of(router=ExpertChoiceRouter(), decoder_router=FREE),
     "switch attention": spec_of(sparse="both"),

@@ -29,7 +29,6 @@ queued = {
     "overflow": st.sampled_from(["position", "probability"]),
     "gate": st.sampled_from(["softmax", "sigmoid"]),
     "balance": st.sampled_from(["loss", "bias"]),
-    "balance_scope": st.sampled_from(["sequence", "group"]),
 }
 ROUTERS = {
     "switch": st.builds(SwitchRouter, **queued),

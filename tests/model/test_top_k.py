@@ -6,7 +6,6 @@ from hand import one_row, route
 from pydantic import ValidationError
 
 from switchcli.model.moe.router import Mode, TopKRouter
-from switchcli.model.moe.stats import BalanceHistory
 
 KEEP = TopKRouter(capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1, jitter=0.0, keep_threshold=0.0)
 
@@ -133,8 +132,8 @@ def test_biased_sigmoid_gates_are_those_of_deepseek_v3_in_transformers(renormali
         theirs.e_score_correction_bias.uniform_(-0.5, 0.5, generator=generator)
         logits_NE, weight_NK, expert_NK = theirs(torch.randn(20, 6, generator=generator))
     router = TopKRouter(k=3, renormalize=renormalize, gate="sigmoid", balance="bias")
-    history = BalanceHistory(theirs.e_score_correction_bias)
-    routing = router.assign(logits_NE[None], torch.ones(1, 20, dtype=torch.bool), "dropless", history)
+    real_1N = torch.ones(1, 20, dtype=torch.bool)
+    routing = router.assign(logits_NE[None], real_1N, "dropless", theirs.e_score_correction_bias)
     expected_EN = torch.zeros(20, 8).scatter(1, expert_NK, weight_NK).mT
     found_EN = torch.zeros(8, 21).scatter_add(1, routing.token_GEC[0], routing.weight_GEC[0])[:, :20]
     torch.testing.assert_close(found_EN, expected_EN)

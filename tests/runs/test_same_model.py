@@ -13,7 +13,7 @@ def spec(**router: object) -> ModelSpec:
     return SPARSE.model_copy(update={"router": SwitchRouter(**router)})
 
 
-@pytest.mark.parametrize("after", [spec(balance="bias"), spec(balance_scope="step"), spec(capacity_factor="dropless")])
+@pytest.mark.parametrize("after", [spec(balance="bias"), spec(capacity_factor="dropless")])
 def test_another_balance_keeps_the_meaning_of_the_weights(after: ModelSpec) -> None:
     check_shape(spec(), after, "runs/a")
     check_shape(spec(), SPARSE.model_copy(update={"router": TopKRouter()}), "runs/a")

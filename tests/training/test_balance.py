@@ -1,9 +1,8 @@
-"""What one step's choices change in the next: biases of choices, and f of the load-balancing loss."""
+"""The biases of choices, which the choices of each step change."""
 
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from checkpointed_run import Parts, assert_equal
 from doubles import FactoringAdafactor, Source, trained
@@ -16,7 +15,7 @@ from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, sparse_layers
-from switchcli.model.moe.router import SwitchRouter, TopKRouter
+from switchcli.model.moe.router import TopKRouter
 from switchcli.model.trainable import freeze, trainable
 from switchcli.report.console import silent
 from switchcli.system.signals import StopRequest
@@ -29,8 +28,6 @@ from switchcli.training.schedules import Constant
 from switchcli.training.state import TrainState
 
 BIASED = TopKRouter(k=2, gate="sigmoid", balance="bias", bias_rate=0.01, keep_threshold=0.9, min_capacity=1)
-BY_STEP = SwitchRouter(balance_scope="step", balance_loss_coef=0.5, jitter=0.0)
-BOTH = BIASED.model_copy(update={"balance_scope": "step", "balance_loss_coef": 0.1})
 
 
 class Choices:
@@ -54,12 +51,10 @@ class Choices:
         self._logits[name] = logits.detach().flatten(0, 1)
 
     def _count(self, name: str, layer: SwitchLayer, real_BS: torch.Tensor) -> None:
-        router = layer.router_spec
         count_E = self.steps[-1].setdefault(name, torch.zeros(SPARSE.num_experts, dtype=torch.int64))
         for logits_E, real in zip(self._logits[name], real_BS.flatten().tolist(), strict=True):
-            score_E = logits_E.sigmoid() if router.gate == "sigmoid" else logits_E.softmax(-1)
-            score_E = score_E if layer.router.bias is None else score_E + layer.router.bias
-            for expert in score_E.topk(router.experts_per_token).indices.tolist() if real else []:
+            score_E = logits_E.sigmoid() + layer.router.bias
+            for expert in score_E.topk(layer.router_spec.k).indices.tolist() if real else []:
                 count_E[expert] += 1
 
 
@@ -71,14 +66,12 @@ class Run:
         if recomputed:
             recompute_blocks(self.model)
         self.state = TrainState()
-        self.losses: list[StepLoss] = []
 
     def fit(
         self, steps: int, source: BatchSource = rows, nonfinite: Any = ALWAYS_STOP, poison: int | None = None
     ) -> None:
         def objective(model: nn.Module, batch: Batch) -> StepLoss:
             loss = cross_entropy(model, batch)
-            self.losses.append(loss)
             return loss._replace(target_sum=loss.target_sum * (torch.nan if self.state.step == poison else 1.0))
 
         trained(
@@ -119,33 +112,11 @@ def test_a_bias_follows_the_sign_of_the_distance_from_the_mean_load() -> None:
 
 
 def test_a_bias_has_no_gradient_and_recomputed_blocks_do_not_count_twice() -> None:
-    run, again = Run(BOTH), Run(BOTH, recomputed=True)
+    run, again = Run(BIASED), Run(BIASED, recomputed=True)
     run.fit(3)
     again.fit(3)
     torch.testing.assert_close(run.biases(), again.biases(), rtol=0, atol=0)
-    assert run.state.last_choices.equal(again.state.last_choices)
     assert not any(bias_E.requires_grad for bias_E in run.biases().values())
-
-
-def test_f_of_the_loss_is_that_of_the_step_before_over_all_microbatches() -> None:
-    run = Run(BY_STEP)
-    choices = Choices(run.model)
-
-    stats = []
-    run.model.register_forward_hook(lambda module, inputs, output: stats.append(output.router_stats))
-    run.fit(2, choices.source)
-    names, E = SPARSE.sparse_layer_names(), SPARSE.num_experts
-    for step in range(2):
-        for loss, layers in list(zip(run.losses, stats, strict=True))[2 * step : 2 * step + 2]:
-            expected = 0.0
-            for name, layer in zip(names, layers, strict=True):
-                last_E = choices.steps[0][name].double() if step else torch.ones(E, dtype=torch.float64)
-                for probability_E, tokens in zip(
-                    layer.probability_GE.detach().double(), layer.tokens_G.tolist(), strict=True
-                ):
-                    expected += 0.5 * E * float((last_E / last_E.sum() * probability_E).sum()) * tokens
-            found = float((loss.auxiliary.encoder.total + loss.auxiliary.decoder.total).detach())
-            assert found == pytest.approx(expected, rel=1e-6)
 
 
 class Nothing:
@@ -158,19 +129,18 @@ class Nothing:
 
 
 def test_a_skipped_step_balances_nothing() -> None:
-    run = Run(BOTH)
+    run = Run(BIASED)
     run.fit(1)
-    before, choices = run.biases(), run.state.last_choices.clone()
+    before = run.biases()
     run.fit(2, nonfinite=NonFiniteHandler(NonfiniteSpec(policy="skip"), Nothing()), poison=1)
     assert run.state.skipped_steps == [(2, 2)]
     torch.testing.assert_close(run.biases(), before, rtol=0, atol=0)
-    assert run.state.last_choices.equal(choices)
     run.fit(3)
     assert any(not bias_E.equal(before[name]) for name, bias_E in run.biases().items())
 
 
 def test_a_router_that_is_not_trained_keeps_its_biases() -> None:
-    run = Run(BOTH)
+    run = Run(BIASED)
     freeze(run.model, "non_expert")
     run.fit(2)
     assert not any(bias_E.any() for bias_E in run.biases().values())
@@ -184,24 +154,14 @@ def test_routers_that_were_balanced_by_the_loss_start_without_bias() -> None:
     assert not any(bias_E.any() for bias_E in run.biases().values())
 
 
-def test_a_resumed_run_has_the_biases_and_the_choices_of_the_last_step(tmp_path: Path) -> None:
-    whole = Parts(tmp_path / "whole", with_router(BOTH), FactoringAdafactor(), 0)
+def test_a_resumed_run_has_the_biases(tmp_path: Path) -> None:
+    whole = Parts(tmp_path / "whole", with_router(BIASED), FactoringAdafactor(), 0)
     whole.train(4)
-    part = Parts(tmp_path / "part", with_router(BOTH), FactoringAdafactor(), 0)
+    part = Parts(tmp_path / "part", with_router(BIASED), FactoringAdafactor(), 0)
     part.train(2)
     part.saver.save(part.state)
-    resumed = Parts(tmp_path / "part", with_router(BOTH), FactoringAdafactor(), 1)
+    resumed = Parts(tmp_path / "part", with_router(BIASED), FactoringAdafactor(), 1)
     resumed.saver.restore(resumed.state, silent())
     resumed.train(4)
     assert_equal(whole, resumed)
     assert any(name.endswith("router.bias") and tensor.any() for name, tensor in whole.everything().items())
-    assert "last choices" in whole.everything()
-
-
-def test_choices_of_another_number_of_experts_count_as_none() -> None:
-    run, other = Run(BY_STEP), Run(BY_STEP)
-    other.state.last_choices = torch.tensor([[5, 3]] * 2)
-    run.fit(1)
-    other.fit(1)
-    for one, two in zip(run.model.parameters(), other.model.parameters(), strict=True):
-        assert one.equal(two)

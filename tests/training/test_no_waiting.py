@@ -133,8 +133,8 @@ def sparse(**keys: Any) -> ModelSpec:
 
 
 MODELS = {
-    "balanced by the step before": sparse(
-        router=TopKRouter(**BARE, gate="sigmoid", balance="bias", balance_scope="step"), expert_d_ff=8, shared_d_ff=8
+    "balanced by biases": sparse(
+        router=TopKRouter(**BARE, gate="sigmoid", balance="bias"), expert_d_ff=8, shared_d_ff=8
     ),
     "switch, top_k": sparse(
         router=SwitchRouter(**BARE, group_sequences=2, overflow="random", z_loss_coef=0.1),

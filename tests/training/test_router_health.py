@@ -31,7 +31,6 @@ def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = Non
     uniform, count = torch.full((1, len(load)), 1 / len(load)), sum(load) if tokens is None else tokens
     return RouterStats(
         fraction_GE=uniform,
-        loss_fraction_GE=uniform,
         probability_GE=uniform,
         tokens_G=torch.tensor([count]),
         z_sum=torch.tensor(count * fields.get("z", 0.0)),

@@ -100,7 +100,6 @@ def test_the_text_is_json_that_any_program_reads() -> None:
     state.record_evaluation({HELD_OUT: -1.5})
     text = state.to_json({})
     assert json.loads(text) == {
-        "last_choices": [],
         "step": 3,
         "targets_seen": 0,
         "seconds": 0.0,

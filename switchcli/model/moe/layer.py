@@ -21,7 +21,7 @@ from switchcli.model.layers import FeedForward
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.router import Mode, Policy, Routing
-from switchcli.model.moe.stats import BalanceHistory, RouterStats
+from switchcli.model.moe.stats import RouterStats
 
 
 class RouterWeights(nn.Module):
@@ -37,8 +37,6 @@ class RouterWeights(nn.Module):
         self.dtype = torch.float32
         """bfloat16 in the paper's ablation (Table 2)."""
         self.register_buffer("bias", torch.empty(spec.num_experts) if self.router_spec.choice_bias_rate else None)
-        self.last_fraction_E: torch.Tensor | None = None
-        """f of the step before (`balance_scope: step`), which training sets."""
 
     def forward(self, x_GND: torch.Tensor) -> torch.Tensor:
         """Return the logits [G, N, E]. Jitter and dropout apply to a copy: the experts get the clean x (Appendix C)."""
@@ -88,17 +86,13 @@ class SwitchLayer(nn.Module):
     def mode(self) -> Mode:
         return "training" if self.training else self.policy
 
-    def assign(self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode) -> Routing:
-        """Assign tokens to slots by the router's logits, and by what earlier steps left for the balance."""
-        last_fraction_E = self.router.last_fraction_E if mode == "training" else None
-        return self.router_spec.assign(logits_GNE, real_GN, mode, BalanceHistory(self.router.bias, last_fraction_E))
-
     def route(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """Return the tokens by group, [G, N, D], and their slots with the weights of the experts' outputs."""
         # A group is that many full sequences, one after another: G = B / group_size, N = group_size * S.
         x_GND = x_BSD.reshape(x_BSD.shape[0] // self.router_spec.group_size(self.mode), -1, x_BSD.shape[2])
         with torch.autocast(x_BSD.device.type, enabled=False):  # autocast would choose the precision of the softmax
-            routing = self.assign(self.router(x_GND), real_BS.reshape(x_GND.shape[:2]), self.mode)
+            logits_GNE, real_GN = self.router(x_GND), real_BS.reshape(x_GND.shape[:2])
+            routing = self.router_spec.assign(logits_GNE, real_GN, self.mode, self.router.bias)
             if self.scale != 1.0:
                 routing = routing._replace(weight_GEC=routing.weight_GEC * self.scale)
         return x_GND, routing

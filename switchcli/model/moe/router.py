@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from switchcli.model.moe.stats import (
-    NO_HISTORY,
-    BalanceHistory,
     RouterStats,
     choice_counts,
     choice_fraction,
@@ -126,11 +124,6 @@ class Router(Spec, ABC):
         """Change of the biases of choices in a step; None without biases."""
         return None
 
-    @property
-    def needs_last_loads(self) -> bool:
-        """Whether the load-balancing loss of a step uses the loads of the step before."""
-        return False
-
     def dense_equivalent_scale(self, num_experts: int) -> float:
         """Return 1 over the sum of a token's weights when all experts are equally probable.
 
@@ -153,7 +146,7 @@ class Router(Spec, ABC):
 
     @abstractmethod
     def assign(
-        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, history: BalanceHistory = NO_HISTORY
+        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, bias_E: torch.Tensor | None = None
     ) -> Routing:
         """Assign tokens to slots.
 
@@ -161,7 +154,7 @@ class Router(Spec, ABC):
             logits_GNE: the router's output h(x): float32, or bfloat16 in the paper's ablation (Table 2).
             real_GN: bool, False for padding, which takes no slot and is left out of all means.
             mode: which capacity applies, and whether the random choices of training are drawn.
-            history: what earlier steps left for the balance of this layer.
+            bias_E: float32, added to the gates where experts are chosen (`TokenChoiceRouter.balance`).
         """
 
     @abstractmethod
@@ -207,10 +200,6 @@ class TokenChoiceRouter(Router, ABC):
     """Change of an expert's bias in a step, with `balance: bias`; 0.001 as in DeepSeek-V3."""
     balance_loss_coef: float | None = Field(default=None, ge=0.0)
     """Coefficient alpha of the load-balancing loss (eq. 4); absent: the paper's 0.01, or 0 with `balance: bias`."""
-    balance_scope: Literal["sequence", "group", "step"] = "group"
-    """Tokens over which the load-balancing loss takes f and P: those of a `sequence`, or of a `group`
-    (`group_sequences`). With `step`, f is that of all choices of the previous step, over all ranks, and P that of a
-    group; f is uniform in the first step."""
 
     @model_validator(mode="after")
     def _bias_chooses_by_gates(self) -> Self:
@@ -242,14 +231,6 @@ class TokenChoiceRouter(Router, ABC):
     @property
     def choice_bias_rate(self) -> float | None:
         return self.bias_rate if self.balance == "bias" else None
-
-    @property
-    def needs_last_loads(self) -> bool:
-        return self.balance_scope == "step"
-
-    @property
-    def _counts_choices(self) -> bool:
-        return self.balance == "bias" or self.needs_last_loads
 
     def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
         return logits_GNE.sigmoid() if self.gate == "sigmoid" else super().gates(logits_GNE)
@@ -304,10 +285,11 @@ class TokenChoiceRouter(Router, ABC):
         return self._slots_for_factor(factor, num_tokens, num_experts)
 
     def assign(
-        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, history: BalanceHistory = NO_HISTORY
+        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, bias_E: torch.Tensor | None = None
     ) -> Routing:
         """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
         import torch
+        import torch.nn.functional as F
 
         G, N, E = logits_GNE.shape
         training = mode == "training"
@@ -315,11 +297,11 @@ class TokenChoiceRouter(Router, ABC):
         probability_GNE = self.gates(logits_GNE)
         # Logits choose as their gates do. Noise in bfloat16 would make ties, and the first expert wins a tie.
         score_GNE = logits_GNE.detach().float()
-        if history.bias_E is not None:
-            score_GNE = probability_GNE.detach().float() + history.bias_E
+        if bias_E is not None:
+            score_GNE = probability_GNE.detach().float() + bias_E
         expert_GNK = self._choices(score_GNE, K, training)
         probability_GNK = probability_GNE.gather(-1, expert_GNK)  # of each choice
-        if history.bias_E is not None and K > 1:  # biases choose the experts; they queue in the order of their gates
+        if bias_E is not None and K > 1:  # biases choose the experts; they queue in the order of their gates
             order_GNK = probability_GNK.detach().argsort(dim=-1, descending=True, stable=True)
             expert_GNK, probability_GNK = expert_GNK.gather(-1, order_GNK), probability_GNK.gather(-1, order_GNK)
         gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
@@ -348,42 +330,20 @@ class TokenChoiceRouter(Router, ABC):
         token_GS = slot_GA.new_full((G, E * C + 1), N).scatter_(1, slot_GA, token_A.expand(G, -1))
         weight_GA = gate_GNK.transpose(1, 2).flatten(1)  # in the column order of slot_GA
         weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, slot_GA, weight_GA)
-        if self.balance_scope == "sequence":  # the groups of f and P; without a capacity a group is a sequence already
-            sequences = G * self.group_size(mode)
-            logits_GNE, real_GN, expert_GNK, assigned_GN = (
-                tokens.reshape(sequences, -1, *tokens.shape[2:])
-                for tokens in (logits_GNE, real_GN, expert_GNK, assigned_GN)
-            )
-        stats = self._stats(logits_GNE, real_GN, expert_GNK, assigned_GN, load_GE, history)
-        return Routing(
-            token_GEC=token_GS[:, :-1].view(G, E, C),
-            weight_GEC=weight_GS[:, :-1].view(G, E, C),
-            max_filled_slots=G * min(E * C, N * self._max_slots_per_token(K)),
-            stats=stats,
-        )
-
-    def _stats(
-        self,
-        logits_GNE: torch.Tensor,
-        real_GN: torch.Tensor,
-        expert_GNK: torch.Tensor,
-        assigned_GN: torch.Tensor,
-        load_GE: torch.Tensor,
-        history: BalanceHistory,
-    ) -> RouterStats:
-        """Return the statistics of the choices `expert_GNK`, over the groups of f and P."""
-        import torch.nn.functional as F
-
-        E, K = logits_GNE.shape[-1], expert_GNK.shape[-1]
-        return router_stats(
+        stats = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
             load_GE=load_GE,
             assigned_GN=assigned_GN,
-            choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 and self._counts_choices else None,
+            choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 and self.balance == "bias" else None,
             log_gate_GNE=F.logsigmoid(logits_GNE.float()) if self.gate == "sigmoid" else None,
-            last_fraction_E=history.last_fraction_E,
+        )
+        return Routing(
+            token_GEC=token_GS[:, :-1].view(G, E, C),
+            weight_GEC=weight_GS[:, :-1].view(G, E, C),
+            max_filled_slots=G * min(E * C, N * self._max_slots_per_token(K)),
+            stats=stats,
         )
 
     def _choices(self, score_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
@@ -590,7 +550,7 @@ class ExpertChoiceRouter(Router):
         return "kind: expert_choice lets each expert choose among all positions, including later ones"
 
     def assign(
-        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, history: BalanceHistory = NO_HISTORY
+        self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, bias_E: torch.Tensor | None = None
     ) -> Routing:
         """Give each expert its most probable tokens, the most probable first."""
         import torch

@@ -11,18 +11,6 @@ if TYPE_CHECKING:
     import torch
 
 
-class BalanceHistory(NamedTuple):
-    """What earlier steps left for the balance of a layer."""
-
-    bias_E: torch.Tensor | None = None
-    """float32: added to the gates where experts are chosen (`TokenChoiceRouter.balance`)."""
-    last_fraction_E: torch.Tensor | None = None
-    """float32: f of the step before, for the loss of this one (`TokenChoiceRouter.balance_scope`)."""
-
-
-NO_HISTORY = BalanceHistory()
-
-
 class RouterStats(NamedTuple):
     """Statistics of one sparse layer in one forward pass. `probability_GE` and `z_sum` carry gradients."""
 
@@ -34,8 +22,6 @@ class RouterStats(NamedTuple):
     """P of eq. 6: the mean probability of each expert over real tokens."""
     tokens_G: torch.Tensor
     """float32: number of real tokens of each group. Padding is not routed."""
-    loss_fraction_GE: torch.Tensor
-    """f in the load-balancing loss: `fraction_GE`, or that of the step before."""
     z_sum: torch.Tensor
     """float32 scalar: sum over real tokens of logsumexp(h)**2, the router z-loss (ST-MoE, beyond the paper)."""
     load_E: torch.Tensor
@@ -46,7 +32,7 @@ class RouterStats(NamedTuple):
     router gives it only one (`no_token_left_behind`)."""
     choice_E: torch.Tensor
     """float32: number of choices of each expert by real tokens, all k of a token, whether they queued or not; `load_E`
-    where the balance of the next step does not need them."""
+    where no biases need them."""
     dropped: torch.Tensor
     """float32 scalar: number of real tokens in no slot."""
     entropy: torch.Tensor
@@ -66,7 +52,7 @@ class RouterStats(NamedTuple):
         It is a sum over tokens, as the cross-entropy is. Divided by the real tokens of all microbatches and ranks it
         depends on neither, and a group of two tokens counts as two.
         """
-        balance_G = self.probability_GE.shape[1] * (self.loss_fraction_GE * self.probability_GE).sum(1)
+        balance_G = self.probability_GE.shape[1] * (self.fraction_GE * self.probability_GE).sum(1)
         return (balance_G * self.tokens_G).sum()
 
     @property
@@ -92,7 +78,6 @@ def router_stats(
     assigned_GN: torch.Tensor,
     choice_E: torch.Tensor | None = None,
     log_gate_GNE: torch.Tensor | None = None,
-    last_fraction_E: torch.Tensor | None = None,
 ) -> RouterStats:
     """Return the statistics of one assignment.
 
@@ -104,7 +89,6 @@ def router_stats(
         assigned_GN: bool, tokens that are in a slot.
         choice_E: see `RouterStats`; None where every choice queues.
         log_gate_GNE: logarithms of gates that do not add up to 1 over the experts. Probabilities are their shares.
-        last_fraction_E: f of the loss; None: `fraction_GE`.
     """
     log_probability_GNE = log_softmax_over_experts(logits_GNE.float() if log_gate_GNE is None else log_gate_GNE)
     probability_GNE = log_probability_GNE.exp()
@@ -118,7 +102,6 @@ def router_stats(
     entropy_GN = -(probability_GNE.detach() * log_probability_GNE.detach()).sum(-1)
     return RouterStats(
         fraction_GE=fraction_GE,
-        loss_fraction_GE=fraction_GE if last_fraction_E is None else last_fraction_E.expand_as(fraction_GE),
         probability_GE=(probability_GNE * real_GN.unsqueeze(-1)).sum(1) / tokens_G1.clamp(min=1),
         tokens_G=tokens_G1.squeeze(1).float(),
         z_sum=(logsumexp_GN.square() * real_GN).sum(),

@@ -71,7 +71,6 @@ def begin(state: TrainState, handle: CheckpointHandle, recipe: TrainingRecipe, s
     saved.restore(handle.native.document("state.json"), torch.device("cpu"), with_metrics=False)
     state.step, state.seconds = saved.step, saved.seconds
     state.targets_seen, state.skipped_steps = saved.targets_seen, saved.skipped_steps
-    state.last_choices = saved.last_choices
     changed = _first_data_change(differences(handle.recipe, recipe)) or ("" if same_text else "its text")
     rows, rows_before = recipe.rows_per_step, handle.recipe.rows_per_step
     input_tokens = saved.input_tokens(handle.recipe.train.batch_tokens)
