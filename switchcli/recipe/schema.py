@@ -183,6 +183,22 @@ class DistillTasksRecipe(TaskRecipe, DistillRecipe):
     """The command that runs this recipe."""
 
 
+class CapacitySpec(Spec):
+    """With which capacity of the experts a checkpoint is evaluated."""
+
+    capacity: Policy | Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
+    """How routers count capacity: `paper` is the router's eval_capacity_factor, `dropless` a slot for every token, a
+    number replaces the factor; of several values each is taken in turn. Absent: that of the run, and without one
+    `paper` for text, `dropless` for answers and prune, and for losses on tasks of a model that no run trained."""
+
+    @property
+    def capacities(self) -> tuple[Policy, ...]:
+        """The values to take in turn; none if the key is absent."""
+        if self.capacity is None:
+            return ()
+        return self.capacity if isinstance(self.capacity, tuple) else (self.capacity,)
+
+
 class EvalRecipe(Spec):
     """A run of `switchcli eval`: what a checkpoint is evaluated on, and how its answers are decoded.
 
@@ -204,10 +220,8 @@ class EvalRecipe(Spec):
     """Held-out text to measure the loss on; absent: if `tasks` is too, the text of the run."""
     scoring: ScoringSpec = ScoringSpec()
     """How answers are generated and scored, on how many examples."""
-    capacities: Annotated[tuple[Policy, ...], Field(min_length=1)] | None = None
-    """Expert capacities to evaluate with, each in turn: `paper` (the routers' eval_capacity_factor), `dropless`, or a
-    factor; absent: `scoring.capacity` for answers, and for losses the capacity with which the run evaluated; without a
-    run `dropless` if there are tasks."""
+    eval: CapacitySpec = CapacitySpec()
+    """With which capacity of the experts the checkpoint is evaluated."""
     precision: Precision = "float32"
     """Precision of the matrix products; the default is the most accurate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

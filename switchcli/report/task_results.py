@@ -41,7 +41,7 @@ def differing_settings(evaluations: Sequence[Run]) -> list[str]:
             if metrics_of(run) and (recipe := as_mapping(run.result.get("recipe"))):
                 capacities = [as_mapping(one.get("capacity")).get(capacity) for one in _passes(run)]
                 chosen = {key: value for key, value in flatten(recipe).items() if _is_within(key, decisive)}
-                settings.append({**chosen, "capacities": capacities})
+                settings.append({**chosen, "eval.capacity": capacities})
         keys |= dict.fromkeys(differing(settings))
     return [*keys]
 

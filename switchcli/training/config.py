@@ -116,9 +116,10 @@ class EvalSpec(Spec):
     """Steps between two evaluations."""
     sequences: Count = 64
     """Held-out sequences of each evaluation, the same ones each time; all of them if there are fewer."""
-    capacity: Policy = "paper"
-    """`paper` gives experts the capacity of the router's eval_capacity_factor, and `dropless` a slot for every token
-    (expert_choice keeps its own capacity); a number replaces the factor."""
+    capacity: Policy | None = None
+    """How routers count capacity outside training: `paper` is the router's eval_capacity_factor, `dropless` a slot for
+    every token (expert_choice keeps its own capacity), a number replaces the factor. Absent: `paper` for held-out text,
+    `dropless` for answers to tasks and for a teacher."""
 
 
 class CheckpointSpec(Spec):

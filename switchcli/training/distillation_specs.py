@@ -4,7 +4,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.model.moe.router import Policy
 from switchcli.spec import PathOrUrl, Spec
 
 
@@ -27,8 +26,6 @@ class DistillSpec(Spec):
     targets: Literal["data", "student"] = "data"
     """Targets to learn from: those of the `data`, or on tasks what the `student` itself answers in each step, which has
     no hard loss."""
-    capacity: Policy = "dropless"
-    """How the teacher's routers count capacity: `dropless`, `paper`, or a factor."""
     baseline: float | PathOrUrl | None = None
     """The dense model that student and teacher are compared with: its checkpoint, or its neg. log perplexity, on tasks
     its score; `--baseline`."""

@@ -127,8 +127,8 @@ class Evaluator(NamedTuple):
     """The examples to answer, one item for each task."""
     scoring: ScoringSpec
     """How examples are answered and answers scored."""
-    capacity: Policy
-    """How routers count capacity on texts and targets. `scoring` says it for answers."""
+    capacity: Policy | None
+    """How routers count capacity. None: `paper` on texts and targets, `dropless` for answers."""
     rows_each: int
     """Rows of a batch of text on each rank, at most. They are rounded up to whole routing groups of the model."""
     context: DistributedContext
@@ -152,13 +152,14 @@ class Evaluator(NamedTuple):
             NumericsError: the loss on held-out text is not finite.
             StopTraining: a stop was requested. All ranks raise it.
         """
+        on_text, on_tasks = self.capacity or "paper", self.capacity or "dropless"
         started = time.perf_counter()
-        texts = {label: self._measure_text(model, text, stop) for label, text in self.texts.items()}
+        texts = {label: self._measure_text(model, text, on_text, stop) for label, text in self.texts.items()}
         text_seconds = time.perf_counter() - started
-        targets = {name: self._measure_text(model, text, stop) for name, text in self.targets.items()}
-        predictor = TaskPredictor(model, self.tokenizer, self.context, self.scoring)
+        targets = {name: self._measure_text(model, text, on_text, stop) for name, text in self.targets.items()}
+        predictor = TaskPredictor(model, self.tokenizer, self.context, self.scoring, on_tasks)
         answers = predictor.answer_all(self.tasks, self.console, stop) if self.tasks else {}
-        capacity = {"text": self.capacity, "tasks": self.scoring.capacity}
+        capacity: dict[str, Policy] = {"text": on_text, "tasks": on_tasks}
         layers = tuple(model.spec.sparse_layer_names())
         return Measurement(capacity, texts, targets, self._scores(answers, 0), answers, layers, text_seconds)
 
@@ -176,9 +177,11 @@ class Evaluator(NamedTuple):
         tasks = (examples.task for examples in self.tasks)
         return {task.name: score(task, answers[task.name], draws) for task in tasks}
 
-    def _measure_text(self, model: SwitchTransformer, text: HeldOutText, stop: StopRequest) -> TextMetrics:
+    def _measure_text(
+        self, model: SwitchTransformer, text: HeldOutText, capacity: Policy, stop: StopRequest
+    ) -> TextMetrics:
         batches = _until_stopped(self.batches(model, text), stop, self.context)
-        metrics = evaluate(model, text.objective, batches, self.context, self.capacity)
+        metrics = evaluate(model, text.objective, batches, self.context, capacity)
         loss = -float(metrics[NEG_LOG_PERPLEXITY].value())
         if not math.isfinite(loss):
             raise NumericsError(f"the held-out loss is {loss}", "take an older checkpoint")

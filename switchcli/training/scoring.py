@@ -19,6 +19,7 @@ from switchcli.metric_names import TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import AllDone, all_done_locally, generate, label_log_likelihoods
 from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.report.console import Console
 from switchcli.spec import EOS
@@ -35,12 +36,18 @@ class TaskPredictor:
     """A model that answers the examples of tasks, on all ranks together."""
 
     def __init__(
-        self, model: SwitchTransformer, tokenizer: Tokenizer, context: DistributedContext, settings: ScoringSpec
+        self,
+        model: SwitchTransformer,
+        tokenizer: Tokenizer,
+        context: DistributedContext,
+        settings: ScoringSpec,
+        capacity: Policy = "dropless",
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._context = context
         self._settings = settings
+        self._capacity = capacity
 
     def answer_all(
         self, task_sets: Sequence[ScoredExamples], console: Console, stop: StopRequest = NEVER
@@ -127,7 +134,7 @@ class TaskPredictor:
         batches = list(examples.batches(self._settings.batch_examples))
         if context.any_rank(stop.requested):
             raise StopTraining
-        with evaluating(self._model, self._settings.capacity), context.eager(), context.autocast():
+        with evaluating(self._model, self._capacity), context.eager(), context.autocast():
             # The number of rounds is rounded up.
             for round_index in range(-(-len(batches) // context.dp_size)):
                 index = round_index * context.dp_size + context.dp_rank

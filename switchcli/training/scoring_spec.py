@@ -3,7 +3,6 @@
 from typing import Literal
 
 from switchcli.model.decoding import Search
-from switchcli.model.moe.router import Policy
 from switchcli.spec import Count, Spec
 
 
@@ -23,5 +22,3 @@ class ScoringSpec(Spec):
     of all its tokens and its EOS, without a correction for its length; `decoding` does not apply."""
     decoding: Search = Search()
     """How answers are decoded."""
-    capacity: Policy = "dropless"
-    """How routers count capacity in evaluations during training: `dropless`, `paper`, or a factor."""

@@ -276,9 +276,9 @@ def test_a_teacher_with_groups_is_measured_in_whole_ones(trained: Path, here: Pa
     figure = "held_out/neg_log_perplexity"
     expected = json.loads(Path("teacher/result.json").read_text())[figure]
     assert json.loads(done.out)["distillation"]["teacher"]["metrics"][figure] == pytest.approx(expected, abs=1e-5)
-    refused = switchcli(*small, "distill.capacity=paper", "--no-resume")
+    refused = switchcli(*small, "eval.capacity=paper", "--no-resume")
     assert refused.code == 2
-    assert not lacking(refused.err, "distill.capacity paper 4 distill.capacity=dropless")
+    assert not lacking(refused.err, "eval.capacity paper 4 eval.capacity=dropless")
 
 
 @pytest.mark.integration

@@ -60,7 +60,7 @@ def test_a_fine_tuned_run_is_scored_on_its_tasks_as_in_training(
 
 
 def test_a_sweep_over_capacities(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
-    done = switchcli("eval", "tuned", "capacities=[0.5, paper, dropless]", "--out", tmp_path / "a", "--json")
+    done = switchcli("eval", "tuned", "eval.capacity=[0.5, paper, dropless]", "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
     passes = json.loads(done.out)["passes"]
     assert [one["capacity"] for one in passes] == [{"text": c, "tasks": c} for c in (0.5, "paper", "dropless")]
@@ -182,7 +182,7 @@ def test_rows_of_text_have_the_length_that_is_asked_for(
     corpus = f"text={{corpora: [{{kind: files, paths: [{text}], sample_by: line}}], held_out_fraction: 0.1}}"
     losses = []
     for length in (32, 64):
-        keys = [corpus, "text.sequences=4", "capacities=[dropless]", f"data.inputs_length={length}"]
+        keys = [corpus, "text.sequences=4", "eval.capacity=[dropless]", f"data.inputs_length={length}"]
         for folder in ("theirs", trained):
             done = switchcli("eval", folder, *keys, "--json", "--out", f"e{length}")
             assert done.code == 0, done.err
@@ -272,7 +272,7 @@ def test_control_characters_of_a_prediction_stay_harmless(
 
 
 def test_the_runs_settings_hold_unless_others_are_given(here: Path, switchcli: SwitchCLI, tmp_path: Path) -> None:
-    overrides = ("scoring.decoding.max_tokens=3", "scoring.capacity=paper", "tasks=[last]")
+    overrides = ("scoring.decoding.max_tokens=3", "eval.capacity=paper", "tasks=[last]")
     done = switchcli("eval", "tuned", *overrides, "--out", tmp_path / "a", "--json")
     assert done.code == 0, done.err
     result = json.loads(done.out)
@@ -288,12 +288,12 @@ def test_a_task_of_the_runs_own_by_its_name(here: Path, switchcli: SwitchCLI, tm
     assert done.code == 0, done.err
     assert json.loads(done.out)["passes"][0]["tasks"].keys() == {"last", "other"}
     assert not lacking(done.err, "warning: tuned/checkpoints/step-00000002 trained other switchcli finetune")
-    again = switchcli("eval", "tuned", *keys, "capacities=[paper, 1.0]", "--out", tmp_path / "a")
+    again = switchcli("eval", "tuned", *keys, "eval.capacity=[paper, 1.0]", "--out", tmp_path / "a")
     assert again.code == 0
     assert not (tmp_path / "a/predictions").exists()
     assert (tmp_path / "a.before-1/predictions/last.jsonl").exists()  # another evaluation is set aside
     assert not lacking(again.err, f"{tmp_path}/a {tmp_path}/a.before-1")
-    assert switchcli("eval", "tuned", *keys, "capacities=[paper, 1.0]", "--out", tmp_path / "a").code == 0
+    assert switchcli("eval", "tuned", *keys, "eval.capacity=[paper, 1.0]", "--out", tmp_path / "a").code == 0
     assert not (tmp_path / "a.before-2").exists()  # the same one is replaced
 
 

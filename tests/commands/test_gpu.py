@@ -172,7 +172,7 @@ def test_fine_tuning_and_its_scores_are_those_of_the_cpu(
         train = (f"train.device={where}", f"train.precision={precision}", "--model", trained)
         run("finetune", tuning, *keys, *train, "--out", out)
         found = run("eval", "on_cpu", f"device={where}", f"precision={precision}", "scoring.decoding.beams=2",
-                    "capacities=[paper, dropless]", "--out", f"eval_{out}")  # fmt: skip
+                    "eval.capacity=[paper, dropless]", "--out", f"eval_{out}")  # fmt: skip
         scored[out] = found["passes"]
     assert_same_course("on_device", "on_cpu", BOUND[precision])
     for ours, theirs in zip(scored["on_device"], scored["on_cpu"], strict=True):
@@ -232,7 +232,7 @@ def test_a_checkpoint_of_a_device_is_upcycled_pruned_converted_and_examined(
     """
     run("pretrain", recipe, *QUIET[1:], "model.num_experts=1", f"train.device={device}", "--out", "dense")
     run("upcycle", "dense", "sparse", "--experts", 4)
-    wanted = ("capacities=[dropless]", "text.sequences=8")
+    wanted = ("eval.capacity=[dropless]", "text.sequences=8")
     figures = {}
     for model in ("dense", "sparse"):
         for where in ("cpu", device):

@@ -43,7 +43,7 @@ def test_what_it_says_is_what_eval_finds(trained: Path, switchcli: SwitchCLI) ->
         assert layer["lost_fraction"] == pytest.approx(sum(gone) / sum(layer["load"]))
         rows_ED = whole.model.get_parameter(f"{name}.layer.router.weight")
         assert torch.equal(small.model.get_parameter(f"{name}.layer.router.weight"), rows_ED[layer["kept"]])
-    done = switchcli("eval", "small", "capacities=[dropless]", "text.sequences=8", "--json")
+    done = switchcli("eval", "small", "eval.capacity=[dropless]", "text.sequences=8", "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]
     assert one["held_out"]["text"]["neg_log_perplexity"] == pytest.approx(result["held_out"]["text"]["after"], rel=1e-6)
@@ -51,7 +51,7 @@ def test_what_it_says_is_what_eval_finds(trained: Path, switchcli: SwitchCLI) ->
 
 @pytest.mark.integration
 def test_a_fine_tuned_run_on_its_tasks(tuned: Path, switchcli: SwitchCLI) -> None:
-    result = result_of(switchcli, tuned, "small", "--experts", 2, "capacities=[paper]", "scoring.examples=3")
+    result = result_of(switchcli, tuned, "small", "--experts", 2, "eval.capacity=[paper]", "scoring.examples=3")
     assert {name: task["sequences"] for name, task in result["held_out"].items()} == {"colour": 3, "last": 3}
     assert result["capacity"] == "paper"
     assert switchcli("generate", "small", "which colour: red").code == 0
@@ -98,7 +98,7 @@ def test_every_kind_of_layer_and_router(keys: list[str], recipe: str, switchcli:
         (["--experts", "4"], 2, "--experts 4 2"),
         (["--experts", "5"], 2, "--experts 5 4 2"),
         (["--experts", "1"], 2, "--experts 1 2 switchcli distill"),
-        (["--experts", "2", "capacities=[paper, dropless]"], 2, "capacities 2 one"),
+        (["--experts", "2", "eval.capacity=[paper, dropless]"], 2, "eval.capacity paper dropless one"),
         (["--experts", "2", "text.sequnces=3"], 2, "text.sequnces sequences"),
         ([], 2, "--experts"),
     ],

@@ -253,7 +253,7 @@ def test_texts_are_compared_by_tokens_where_the_tokens_are_the_same(
         ({"data": {"inputs_length": 512, "folder": "here"}}, "data.inputs_length"),
         ({"text": {"held_out_fraction": 0.1}}, "text.held_out_fraction"),
         ({"scoring": {"examples": 9}}, "scoring.examples"),
-        ({"capacities": [0.5]}, "capacities"),
+        ({"eval": {"capacity": 0.5}}, "eval.capacity"),
         ({"data": {"inputs_length": 64, "folder": "there"}, "device": "cuda"}, None),
     ],
 )
@@ -266,7 +266,7 @@ def test_evaluations_with_other_settings_are_not_side_by_side_without_a_word(
         file = Path(an_evaluation(folder, "one"), "result.json")
         result = json.loads(file.read_text())
         result["recipe"] = {**recipe, "scoring": {"examples": 8}, **changes}
-        capacity = changes.get("capacities", ["paper"])[0]
+        capacity = changes.get("eval", {"capacity": "paper"})["capacity"]
         result["passes"][0]["capacity"] = {"text": capacity, "tasks": capacity}
         file.write_text(json.dumps(result))
     done = switchcli("report", "a", "b", "--json")

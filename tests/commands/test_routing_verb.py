@@ -70,7 +70,7 @@ def test_it_is_a_section_of_the_report_of_the_runs_dense_ones_included(
 
 
 def test_what_is_measured_can_be_named(trained: Path, switchcli: SwitchCLI) -> None:
-    found = survey(switchcli, trained, "text.sequences=3", "capacities=[dropless]")
+    found = survey(switchcli, trained, "text.sequences=3", "eval.capacity=[dropless]")
     assert found["sequences"] == {"text": 3}
     assert found["capacity"] == "dropless"
     assert {layer["dropped_fraction"] for layer in found["layers"].values()} == {0.0}
@@ -119,7 +119,7 @@ def test_a_folder_in_the_hugging_face_layout_is_shown_on_text_that_is_named(
     alone = switchcli("report", "--routing", theirs)
     assert (alone.code, lacking(alone.err, f"{theirs} tasks=[rte] text.corpora=[...]")) == (2, [])
     named = (f"text.corpora=[{{kind: files, paths: [{text}], sample_by: line}}]", "text.held_out_fraction=0.1")
-    keys = (*named, "text.sequences=8", "data.inputs_length=32", "capacities=[dropless]")
+    keys = (*named, "text.sequences=8", "data.inputs_length=32", "eval.capacity=[dropless]")
     assert json.loads(switchcli("report", "--routing", theirs, *keys, "--json").out)["series"] == []
     assert survey(switchcli, theirs, *keys)["layers"] == survey(switchcli, trained, *keys)["layers"]
 
@@ -132,7 +132,7 @@ def test_what_has_no_routing_is_refused_in_one_line(trained: Path, dense: Path, 
         ([trained, trained], 2, "--routing 2"),
         (["text.sequences=3"], 2, "--routing 0"),
         ([trained, "text.sequencs=3"], 2, "text.sequencs sequences"),
-        ([trained, "capacities=[paper, dropless]"], 2, "capacities 'paper' 'dropless' one"),
+        ([trained, "eval.capacity=[paper, dropless]"], 2, "eval.capacity paper dropless one"),
         ([trained, "--baseline", dense], 2, f"--baseline {dense} none"),
         ([trained, "text.sequences=1", "--html", trained / "recipe.yaml/page.html"], 4, "page.html file --html"),
         ([trained, "text.sequences=1", "--figures", trained / "recipe.yaml"], 4, "recipe.yaml folder --figures"),

@@ -28,7 +28,7 @@ def here(dense: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 
 
 def measured(switchcli: SwitchCLI, checkpoint: Path | str, out: Path) -> dict[str, Any]:
-    done = switchcli("eval", checkpoint, "capacities=[dropless]", "--out", out, "--json")
+    done = switchcli("eval", checkpoint, "eval.capacity=[dropless]", "--out", out, "--json")
     assert done.code == 0, done.err
     (one,) = json.loads(done.out)["passes"]
     figures: dict[str, Any] = one["held_out"]["text"]

@@ -21,7 +21,7 @@ def test_every_meaning_of_a_key_is_complete() -> None:
 
 
 def test_a_verb_has_its_keys() -> None:
-    assert {info.key for info in key_index.keys("eval")} > {"verb", "tasks", "text.corpora[].kind", "capacities"}
+    assert {info.key for info in key_index.keys("eval")} > {"verb", "tasks", "text.corpora[].kind", "eval.capacity"}
     distill = {info.key for info in key_index.keys("distill")}
     assert distill > {"distill.teacher", "data.corpora[].path", "data.folder"}
     assert "distill.teacher" not in {info.key for info in key_index.keys("pretrain")}

@@ -193,7 +193,7 @@ def test_the_schema_is_for_completion(verb):
     for kind in kinds:
         assert {"extends", "verb"} <= kind["properties"].keys()
         if verb == "eval":
-            assert {"tasks", "capacities"} <= kind["properties"].keys()
+            assert {"tasks", "eval"} <= kind["properties"].keys()
         else:
             assert {"model", "train"} <= kind["properties"].keys()
         assert kind["additionalProperties"] is False

@@ -136,9 +136,9 @@ def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() 
 
 def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
     """Loss and gradients of every weight are autograd's on both models' logits; the teacher has none, and no noise."""
-    spec = settings(soft_fraction=0.4, temperature=2.0, capacity="paper")
+    spec = settings(soft_fraction=0.4, temperature=2.0)
     student, model = a_model(DENSE, seed=1), a_model(SPARSE, seed=2)
-    evaluate_by(model, spec.capacity)
+    evaluate_by(model, "paper")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     batch = rows(0, 0, 4)
     loss = DistillationLoss(spec, Teacher(model, "float32"), packed=False)(student, batch)

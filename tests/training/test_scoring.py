@@ -86,8 +86,12 @@ def test_each_answer_is_the_one_it_has_alone(
         assert one.prediction == tokenizer.decode(alone.tolist())
 
 
-@pytest.mark.parametrize(("text", "tasks"), [("dropless", 0.01), (0.01, "dropless")])
-def test_texts_and_answers_have_each_their_own_capacity(
+@pytest.mark.parametrize(
+    ("capacity", "text", "tasks"),
+    [(None, "paper", "dropless"), ("dropless", "dropless", "dropless"), (0.01, 0.01, 0.01)],
+)
+def test_a_capacity_is_that_of_texts_and_answers_and_without_one_answers_are_dropless(
+    capacity: Policy | None,
     text: Policy,
     tasks: Policy,
     model: SwitchTransformer,
@@ -102,8 +106,8 @@ def test_texts_and_answers_have_each_their_own_capacity(
         return torch.full((len(inputs_BS), 1), EOS)
 
     monkeypatch.setattr(scoring, "generate", answered)
-    settings, targets = ScoringSpec(capacity=tasks), {"mine": labeled_rows(exam)}
-    found = Evaluator(tokenizer, {}, (exam,), settings, text, 2, on_cpu(), silent(), targets)(model)
+    settings, targets = ScoringSpec(), {"mine": labeled_rows(exam)}
+    found = Evaluator(tokenizer, {}, (exam,), settings, capacity, 2, on_cpu(), silent(), targets)(model)
     assert answered_by == {tasks}
     assert (found.target_records()["mine"]["dropped_fraction"] > 0) == (text != "dropless")
     assert found.capacity == {"text": text, "tasks": tasks}

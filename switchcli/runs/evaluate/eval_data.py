@@ -23,7 +23,6 @@ from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.training.loss import packed_cross_entropy
 from switchcli.training.measure import Evaluator
-from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.validation import HeldOutText
 
 BATCH_ROWS = 16
@@ -34,7 +33,7 @@ class EvalData(NamedTuple):
     """What an evaluation measures a model on."""
 
     evaluators: tuple[Evaluator, ...]
-    """One for each pair of capacities to measure with. They differ in nothing else."""
+    """One for each capacity to measure with. They differ in nothing else."""
     prepared: PreparedTexts | None
     """The text, tokenized; None without one."""
 
@@ -68,8 +67,8 @@ def build_eval_data(
     context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, handle.tokenizer, console))
     labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
     evaluators = tuple(
-        Evaluator(handle.tokenizer, texts, scored, scoring, capacity, BATCH_ROWS, context, console, labeled)
-        for capacity, scoring in _capacities(handle, recipe)
+        Evaluator(handle.tokenizer, texts, scored, recipe.scoring, capacity, BATCH_ROWS, context, console, labeled)
+        for capacity in _capacities(handle, recipe)
     )
     return EvalData(evaluators, prepared)
 
@@ -80,13 +79,11 @@ def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
     return HeldOutText(rows, examples.packed.num_rows, objective=packed_cross_entropy)
 
 
-def _capacities(handle: CheckpointHandle, recipe: EvalRecipe) -> list[tuple[Policy, ScoringSpec]]:
-    """Return the capacities to measure text with, each with the settings that score tasks."""
-    if recipe.capacities is None:
-        # transformers gives each example its own slots, where examples that are packed into a row share them.
-        is_packed = bool(recipe.tasks) and not handle.has_training_recipe
-        return [("dropless" if is_packed else handle.recipe.eval.capacity, recipe.scoring)]
-    return [(capacity, recipe.scoring.model_copy(update={"capacity": capacity})) for capacity in recipe.capacities]
+def _capacities(handle: CheckpointHandle, recipe: EvalRecipe) -> tuple[Policy | None, ...]:
+    """Return the capacities to measure with, in turn; None as an `Evaluator` takes it."""
+    # transformers gives each example its own slots, where examples that are packed into a row share them.
+    is_packed = bool(recipe.tasks) and not handle.has_training_recipe
+    return recipe.eval.capacities or ("dropless" if is_packed else None,)
 
 
 def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: PreparedTexts | None) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
+from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe
@@ -94,13 +95,22 @@ def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
 def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
     """Return the keys of an evaluation that the recipe of the checkpoint provides."""
     trained = handle.recipe
+    defaults: dict[str, Any] = {"eval": {"capacity": trained.eval.capacity}}
     if trained.named_tasks:
-        return trained.model_dump(mode="json", include={"tasks", "data", "scoring"})
-    lengths = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
-    if not handle.has_training_recipe or trained.text is None:
-        return {"data": lengths}
-    text = trained.text.model_dump(mode="json", include={"corpora", "held_out_fraction"})
-    return {"data": lengths, "text": {**text, "sequences": trained.eval.sequences}}
+        return {**defaults, **trained.model_dump(mode="json", include={"tasks", "data", "scoring"})}
+    defaults["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+    if handle.has_training_recipe and trained.text is not None:
+        text = trained.text.model_dump(mode="json", include={"corpora", "held_out_fraction"})
+        defaults["text"] = {**text, "sequences": trained.eval.sequences}
+    return defaults
+
+
+def only_capacity(recipe: EvalRecipe, default: Policy) -> Policy:
+    """Return the one capacity to measure with, `default` if the recipe has none. Raises RecipeError for several."""
+    capacities = recipe.eval.capacities or (default,)
+    if len(capacities) > 1:
+        raise RecipeError(f"eval.capacity ({', '.join(map(str, capacities))}): only one can be used here: name one")
+    return capacities[0]
 
 
 def default_out(checkpoint: Path) -> Path:

@@ -12,7 +12,7 @@ from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import BATCH_ROWS, build_eval_data
-from switchcli.runs.evaluate.eval_job import resolve_recipe
+from switchcli.runs.evaluate.eval_job import only_capacity, resolve_recipe
 from switchcli.runs.inputs.loading import load_model, open_model
 from switchcli.training import memory
 from switchcli.training.measure import named_texts
@@ -38,9 +38,7 @@ def survey_routing(paths: Sequence[Path], overrides: Sequence[str], console: Con
         raise RecipeError(f"--routing takes one checkpoint with experts, and {len(handles)} are named")
     (handle,) = handles
     recipe = resolve_recipe(handle, resolve.read(None, overrides))
-    if recipe.capacities is not None and len(recipe.capacities) > 1:
-        raise RecipeError(f"capacities ({list(recipe.capacities)}): routing is measured by one: name only one")
-    policy = recipe.capacities[0] if recipe.capacities else handle.recipe.eval.capacity
+    policy = only_capacity(recipe, "paper")
     context = build_eval_context(recipe)
     console.message(f"measuring {handle.path}")
     with memory.explain_out_of_memory_in_evaluation(context.device):

@@ -9,14 +9,12 @@ from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
-from switchcli.model.moe.router import Policy
 from switchcli.model.surgery import prune as pruning
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import EvalRecipe
 from switchcli.report.console import Console
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data
-from switchcli.runs.evaluate.eval_job import resolve_recipe
+from switchcli.runs.evaluate.eval_job import only_capacity, resolve_recipe
 from switchcli.runs.inputs.loading import empty_model, load_model, open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
@@ -55,7 +53,7 @@ def prune(
     recipe = resolve_recipe(handle, resolve.read(name, overrides))
     spec = handle.recipe.model
     _check_experts(spec, handle.path, experts, console)
-    policy = _capacity(recipe)
+    policy = only_capacity(recipe, "dropless")  # as a pruned model is served
     path = check_checkpoint_destination(checkpoint, destination)
     pruned_recipe = with_experts(handle, experts)
     context = build_eval_context(recipe)
@@ -126,19 +124,6 @@ def _check_experts(spec: ModelSpec, path: Path, experts: int, console: Console) 
         )
     if any(spec.sparse_layers(stack) and spec.router_of(stack).experts_choose for stack in STACKS):
         console.warning("expert_choice gives all experts of a layer the same load: the first ones are kept")
-
-
-def _capacity(recipe: EvalRecipe) -> Policy:
-    """Return the capacity to measure with. The default is dropless, as a pruned model is served.
-
-    Raises:
-        RecipeError: the recipe has several capacities.
-    """
-    if recipe.capacities is None:
-        return "dropless"
-    if len(recipe.capacities) > 1:
-        raise RecipeError(f"capacities ({len(recipe.capacities)}): only one can decide which experts stay: name one")
-    return recipe.capacities[0]
 
 
 def _num_bytes(spec: ModelSpec) -> int:

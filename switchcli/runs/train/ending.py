@@ -50,7 +50,7 @@ def conclude(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:
             run.model,
             next(iter(run.evaluator.texts.values())),
             run.microbatches.microbatch,
-            run.recipe.eval.capacity,
+            run.recipe.eval.capacity or "paper",
             run.data.tokenizer,
             run.context,
         )

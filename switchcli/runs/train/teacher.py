@@ -22,24 +22,24 @@ class RunTeacher:
             RecipeError: the teacher cannot divide the rows of a microbatch into whole routing groups.
         """
         self._handle, self._recipe, self._context, self._console = handle, recipe, context, console
-        self._settings = recipe.distill
+        self._settings, self._capacity = recipe.distill, recipe.eval.capacity or "dropless"
         context.main_first(self._check_microbatch_rows)
         self._model: SwitchTransformer | None = None
 
     def _check_microbatch_rows(self) -> None:
         """Raise RecipeError if the teacher cannot divide the rows of a microbatch into whole routing groups."""
         rows = self._recipe.microbatch_rows(self._context.dp_size)
-        spec, settings = self._handle.recipe.model, self._settings
+        spec = self._handle.recipe.model
         # Encoder and decoder may have groups of different sizes. The rows must be a multiple of both.
         group, free = (
             math.lcm(*(spec.router_of(stack).group_size(by) for stack in spec.sparse_stacks))
-            for by in (settings.capacity, "dropless")
+            for by in (self._capacity, "dropless")
         )
-        if settings.soft_fraction and rows % group:
+        if self._settings.soft_fraction and rows % group:
             # Experts that choose their tokens count in groups in any mode.
-            fix = "take distill.capacity=dropless, or" if rows % free == 0 else "take"
+            fix = "take eval.capacity=dropless, or" if rows % free == 0 else "take"
             raise RecipeError(
-                f"distill.capacity ({settings.capacity}): the teacher's routers count capacity over {group} sequences, "
+                f"eval.capacity ({self._capacity}): the teacher's routers count capacity over {group} sequences, "
                 f"and a microbatch on {self._context.dp_size} ranks has {rows}: {fix} microbatches of a multiple of "
                 f"{group * self._recipe.inputs_length} tokens"
             )
@@ -59,5 +59,5 @@ class RunTeacher:
     def in_training(self) -> Teacher:
         """Return the teacher as it runs in each step: without dropout and noise."""
         model = self.load()
-        evaluate_by(model, self._settings.capacity)
+        evaluate_by(model, self._capacity)
         return Teacher(model, self._handle.recipe.train.precision)
