@@ -1,7 +1,10 @@
 """Every recipe that ships resolves, describes itself, and builds its model, on the meta device."""
 
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,3 +75,19 @@ def test_a_table_of_the_paper_has_its_runs_at_full_scale_its_results_and_a_line_
     results = (RESULTS / f"{folder.name}.md").read_text(encoding="utf-8")
     assert f"paper/{folder.name}/" in results
     assert f"({folder.name}.md)" in (RESULTS / "index.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("shared", [0, 160, 178, 200])
+def test_the_corpus_of_the_paper_finds_near_duplicates_at_the_stated_rate(shared):
+    """Pairs of texts of 200 words, of which the first ones are shared."""
+    loader = SourceFileLoader("make", str(ROOT / "recipes/paper/corpus/make"))
+    make = module_from_spec(spec_from_loader("make", loader))
+    loader.exec_module(make)
+    draw, pairs = np.random.default_rng(7), 200
+    first, second = draw.integers(1000, 10000, (2, pairs, 200))
+    second[:, :shared] = first[:, :shared]
+    found = [*make.near_duplicates(" ".join(map(str, words)) for words in (*first, *second))]
+    assert not any(found[:pairs])
+    grams = max(shared - 4, 0)
+    rate = 1 - (1 - (grams / (2 * 196 - grams)) ** 8) ** 14
+    assert abs(np.mean(found[pairs:]) - rate) <= 4 * np.sqrt(rate * (1 - rate) / pairs)

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from switchcli.data.objectives.packed_documents import WholeDocumentObjective
 from switchcli.data.objectives.prefix_lm import PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
-from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.sources.corpus import Corpus, PythonStdlib
 from switchcli.data.text_mixture import JoinedTexts, TextMixture, TextMixtureSpec
@@ -32,9 +31,9 @@ class DataSpec(Spec):
     separately."""
     filters: Filters = Filters()
     """Which documents, and which of their lines, are left out."""
-    duplicates: Duplicates | None = None
-    """Whether documents are left out that equal, or nearly equal, an earlier one. Only for prepared text. If several
-    texts of a mixture hold the same document, the first text keeps it."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Whether a document that repeats an earlier one token by token is kept. Only prepared text can drop them. If
+    several texts of a mixture hold the same document, the first text keeps it."""
     access: Literal["prepared", "stream"] = "prepared"
     """`prepared` encodes all text before the first step; `stream` reads it during training, for text of which a run
     sees only a part. A stream is evaluated on the beginning of its held-out documents."""
@@ -69,8 +68,8 @@ class DataSpec(Spec):
     def _check_stream(self) -> Self:
         if self.access == "prepared":
             return self
-        if self.duplicates is not None:
-            raise ValueError("duplicates are found only in prepared text: leave them out, or take access=prepared")
+        if self.duplicates == "drop":
+            raise ValueError("duplicates are found only in prepared text: keep them, or take access=prepared")
         if self.mixture.kind != "joined" and self.mixture.max_epochs is not None:
             raise ValueError(
                 "mixture.max_epochs: the size of a stream is not known: leave it out, or take access=prepared"

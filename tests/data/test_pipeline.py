@@ -21,14 +21,12 @@ import numpy as np
 import pytest
 import tokenizers
 from messages import naming, naming_words
-from numpy.typing import NDArray
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import shards, store
 from switchcli.data.prepare.cache import build_atomically, default_cache
-from switchcli.data.prepare.dedup import Duplicates
 from switchcli.data.prepare.filters import Filters
 from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepare_context import PrepareContext, Track
@@ -232,8 +230,7 @@ def test_whatever_matters_makes_another_folder_and_labels_and_weights_do_not(cor
         ({"held_out_fraction": 0.2}, used),
         ({"filters": Filters(min_characters=5)}, used),
         ({"corpora": (one(update={"sample_by": "paragraph"}), *spec.corpora[1:])}, used),
-        ({"duplicates": Duplicates(kind="exact")}, used),
-        ({"duplicates": Duplicates(kind="near")}, used),
+        ({"duplicates": "drop"}, used),
     ]
     same: list[dict[str, object]] = [
         {"corpora": (one(update={"weight": 3.0, "language": "en"}), *spec.corpora[1:])},
@@ -522,7 +519,7 @@ def test_a_damaged_piece_is_made_anew_and_no_other(corpus: Corpus, damage: str) 
 def test_no_flipped_bit_of_the_cache_changes_what_is_read(corpus: Corpus, number_of_starts: int) -> None:
     """Whether files have been compared before or not, and whether the run has a tokenizer or takes the recipe's own."""
     trained = TrainedTokenizer(vocab_size=150)
-    spec = corpus.spec.model_copy(update={"tokenizer": trained, "duplicates": Duplicates(kind="exact")})
+    spec = corpus.spec.model_copy(update={"tokenizer": trained, "duplicates": "drop"})
 
     def read(tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, list[list[int]]]:
         prepared = module.prepare(spec, corpus.context(), tokenizer)
@@ -717,90 +714,60 @@ def test_filters_that_leave_nothing_say_what_they_left_out(corpus: Corpus) -> No
     assert not any(reason in str(raised.value) for reason in ("UTF-8", "min_characters"))
 
 
-@pytest.mark.parametrize("kind", ["exact", "near"])
-def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus, kind: str) -> None:
-    def text(number: int) -> str:
-        draw = np.random.default_rng(number)
-        return " ".join("".join(draw.choice([*CHARACTERS[11:]], 5)) for _ in range(30))
-
-    first, second = (f"{text(number)}\n" for number in range(200)), (f"{text(number)}\n" for number in range(150, 300))
-    Path("0.txt").write_text("".join(first))
-    Path("1.txt").write_text("".join(second))
-    corpora = corpus.spec.corpora[:2]
-    spec = corpus.spec.model_copy(update={"corpora": corpora, "duplicates": Duplicates(kind=kind)})
-    if kind == "near":  # where one in a hundred letters is another, equal texts can be on two sides
-        changed = Path("1.txt").read_text().splitlines()
-        Path("1.txt").write_text("".join(f"{line[:75]}x{line[76:]}\n" for line in changed))
-    whole = corpus._replace(spec=spec.model_copy(update={"duplicates": None})).prepare()
-    found = corpus._replace(spec=spec).prepare()
-    assert found.dropped == {f"{kind} duplicates": 50}
-    trained, held_out = (documents(found.shards[part]) for part in (TRAIN, HELD_OUT))
-    assert len(trained) + len(held_out) == 300
-    assert {part: len(documents(found.shards[part])) for part in SPLITS} == {
-        part: found.counts[part].documents for part in SPLITS
-    }
-    beginnings = [tuple(ids[:75]) for ids in (*trained, *held_out)]
-    assert len({*beginnings}) == 300
-    all_held_out = {tuple(ids[:75]) for ids in documents(whole.shards[HELD_OUT])}
-    assert {tuple(ids[:75]) for ids in held_out} == all_held_out
-    in_training = {tuple(ids[:75]) for ids in documents(whole.shards[TRAIN])}
-    assert (in_training & all_held_out != set()) is (kind == "near"), "the case that matters is there"
-    assert not {tuple(ids[:75]) for ids in trained} & all_held_out
-    assert sum(counts.tokens for counts in found.counts.values()) == sum(map(len, (*trained, *held_out)))
+def test_duplicates_go_and_none_of_a_held_out_text_is_trained_on(corpus: Corpus) -> None:
+    """Letters that the vocabulary lacks have one id: texts that differ in them alone are duplicates, on any side."""
+    Path("0.txt").write_text("".join(f"\u00e9 is line {number}\n" for number in range(200)))
+    Path("1.txt").write_text("".join(f"\u00fc is line {number}\n" for number in range(150, 300)))
+    spec = corpus.spec.model_copy(update={"corpora": corpus.spec.corpora[:2]})
+    whole = corpus._replace(spec=spec).prepare()
+    found = corpus._replace(spec=spec.model_copy(update={"duplicates": "drop"})).prepare()
+    assert found.dropped == {"exact duplicates": 50}
+    before, after = (
+        {part: [tuple(ids) for ids in documents(text.shards[part])] for part in SPLITS} for text in (whole, found)
+    )
+    assert {*before[TRAIN]} & {*before[HELD_OUT]}, "the case that matters is there"
+    assert {*after[HELD_OUT]} == {*before[HELD_OUT]}
+    assert {*after[TRAIN]} == {*before[TRAIN]} - {*before[HELD_OUT]}
+    assert len(after[TRAIN]) + len(after[HELD_OUT]) == 300
+    for part, all_ids in after.items():
+        size = sum(map(len, all_ids))
+        assert found.counts[part][:2] == (len(all_ids), size)
+        assert size < found.counts[part].bytes <= size + 2 * len(all_ids)
 
 
 @pytest.fixture
 def mixture(corpus: Corpus) -> Corpus:
-    """Three texts of two files each that share lines, and repeat some of their own. Other lines are nearly the same."""
+    """Three texts of two files each that share lines, and repeat some of their own."""
     draw = np.random.default_rng(3)
-    lines = [" ".join("".join(draw.choice([*CHARACTERS[11:]], 5)) for _ in range(30)) for _ in range(300)]
     for number in range(NUM_FILES):
-        chosen = [lines[index] for index in 80 * (number // 2) + draw.integers(0, 140, 60)]
-        chosen[::7] = [f"{line[:75]}x{line[76:]}" for line in chosen[::7]]
-        Path(f"{number}.txt").write_text("".join(f"{line}\n" for line in chosen))
+        chosen = 80 * (number // 2) + draw.integers(0, 140, 60)
+        Path(f"{number}.txt").write_text("".join(f"this is line {index}\n" for index in chosen))
     corpora = tuple(
         one.model_copy(update={"language": "abc"[number // 2]}) for number, one in enumerate(corpus.spec.corpora)
     )
     return corpus._replace(spec=corpus.spec.model_copy(update={"corpora": corpora, "mixture": WeightedMixing()}))
 
 
-@pytest.mark.parametrize("kind", ["exact", "near"])
-def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_each(
-    mixture: Corpus, kind: str
-) -> None:
-    duplicates = Duplicates.model_validate({"kind": kind})
+def test_the_first_text_of_a_mixture_keeps_a_document_as_by_comparing_each_with_each(mixture: Corpus) -> None:
     whole = module.prepare(mixture.spec, mixture.context()).texts
-    labels: list[tuple[str, int | None]] = []
-
-    def track(items: Iterable[object], label: str, total: int | None) -> Iterator[object]:
-        if label != "reading sources":
-            labels.append((label, total))
-        return iter(items)
-
-    spec = mixture.spec.model_copy(update={"duplicates": duplicates})
-    found = module.prepare(spec, mixture.context(track=track)).texts
-    earlier: list[NDArray[np.uint64]] = []
+    spec = mixture.spec.model_copy(update={"duplicates": "drop"})
+    found = module.prepare(spec, mixture.context()).texts
+    earlier: list[list[int]] = []
     for label, text in whole.items():
         dropped = 0
-        alone = {tuple(ids) for part in SPLITS for ids in documents(text.shards[part])}
         for part in (HELD_OUT, TRAIN):
             wanted = []
             for ids in documents(text.shards[part]):
-                (keys,) = duplicates.signatures(np.array(ids, dtype=np.uint16), np.array([0, len(ids)]))
-                if any((keys == other).any() for other in earlier):
+                if ids in earlier:
                     dropped += 1
                 else:
                     wanted.append(ids)
-                earlier.append(keys)
+                earlier.append(ids)
             assert [ids for ids in documents(found[label].shards[part]) if ids] == wanted
-        assert found[label].dropped == {f"{kind} duplicates": dropped}
-        assert (dropped > 120 - len(alone)) is (kind == "near" or label != "a"), "the case that matters is there"
-    assert [total for _, total in labels] == [12, 14 if kind == "near" else 1, 4, 4, 4]
+        assert found[label].dropped == {"exact duplicates": dropped}
+        assert dropped > 0, "the case that matters is there"
     first = spec.model_copy(update={"corpora": spec.corpora[:2]})
     assert module.prepare(first, mixture.context()).texts["a"].identity == found["a"].identity
-    labels.clear()
-    assert module.prepare(spec, mixture.context(track=track)).texts.keys() == found.keys()
-    assert labels == [], "all is there"
 
 
 @contextmanager
@@ -815,7 +782,7 @@ def few_files(number: int) -> Iterator[None]:
 
 
 def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus) -> None:
-    spec = mixture.spec.model_copy(update={"duplicates": Duplicates()})
+    spec = mixture.spec.model_copy(update={"duplicates": "drop"})
     expected = module.prepare(spec, mixture.context()).identity
     shutil.rmtree(mixture.cache)
     module.prepare(mixture.spec, mixture.context())
@@ -824,7 +791,7 @@ def test_the_search_for_duplicates_keeps_few_files_open(mixture: Corpus) -> None
 
 
 def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Corpus) -> None:
-    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    spec = mixture.spec.model_copy(update={"duplicates": "drop"})
     first = module.prepare(spec, mixture.context()).texts
     swapped = spec.model_copy(update={"corpora": (*spec.corpora[2:4], *spec.corpora[:2], *spec.corpora[4:])})
     second = module.prepare(swapped, mixture.context()).texts
@@ -835,7 +802,7 @@ def test_what_a_text_of_a_mixture_keeps_hangs_on_the_texts_before_it(mixture: Co
 
 
 def test_of_a_mixture_without_duplicates_the_damaged_text_alone_is_made_anew(mixture: Corpus) -> None:
-    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    spec = mixture.spec.model_copy(update={"duplicates": "drop"})
     first = module.prepare(spec, mixture.context())
     before = {label: contents(text.folder) for label, text in first.texts.items()}
     inodes = [first.texts[label].folder.stat().st_ino for label in "ac"]
@@ -852,7 +819,7 @@ def test_of_a_mixture_without_duplicates_the_damaged_text_alone_is_made_anew(mix
 def test_a_text_of_a_mixture_that_holds_nothing_new_is_told_of(mixture: Corpus) -> None:
     for number in (2, 3):
         Path(f"{number}.txt").write_text(Path(f"{number - 2}.txt").read_text())
-    spec = mixture.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})
+    spec = mixture.spec.model_copy(update={"duplicates": "drop"})
     with pytest.raises(DataError, match=naming_words("data b 120 exact duplicates")):
         module.prepare(spec, mixture.context())
 
@@ -860,7 +827,7 @@ def test_a_text_of_a_mixture_that_holds_nothing_new_is_told_of(mixture: Corpus) 
 def test_shards_of_duplicates_alone_are_empty_and_can_be_read(corpus: Corpus) -> None:
     for number in range(1, NUM_FILES):
         Path(f"{number}.txt").write_text(Path("0.txt").read_text())
-    text = corpus._replace(spec=corpus.spec.model_copy(update={"duplicates": Duplicates(kind="exact")})).prepare()
+    text = corpus._replace(spec=corpus.spec.model_copy(update={"duplicates": "drop"})).prepare()
     assert text.counts[TRAIN].documents + text.counts[HELD_OUT].documents == 60
     assert [shard.num_tokens for shard in text.shards[TRAIN]][1:] == [0] * (NUM_FILES - 1)
     assert all(len(shard.open().tokens) == shard.num_tokens for part in SPLITS for shard in text.shards[part])

@@ -149,7 +149,7 @@ def test_another_kind_of_objective_replaces_the_first(recipe):
         ),
         ("data.objective.kind=ul2", "data.objective.kind span_corruption prefix_lm ul2"),
         ("data={tokenizer: {alpha: 0.3}}", "data.tokenizer.alpha 0.3 mixture.kind=temperature"),
-        ("data={access: stream, duplicates: {kind: exact}}", "data.duplicates access=prepared"),
+        ("data={access: stream, duplicates: drop}", "data.duplicates access=prepared"),
     ],
 )
 def test_objectives_that_cannot_be(recipe, override, words):

@@ -94,7 +94,7 @@ def prepare_share(
     context.accept(used)
     with get_or_build(_tokenizer_folder(used, context), lambda built: _write_tokenizer(built, used)):
         texts = {label: _prepare_text(label, spec, used, context) for label in spec.texts()}
-    if spec.duplicates is None:
+    if spec.duplicates == "keep":
         return used, texts
 
     complete: dict[str, PreparedText] = {}
@@ -104,7 +104,7 @@ def prepare_share(
         if found is None:
             break
         complete[label] = found
-    distinct = distinct_texts(complete, spec.duplicates, used, context)
+    distinct = distinct_texts(complete, used, context)
     for label, text in distinct.items():
         _check_text(label, text, spec, context.needed)
     return used, {label: distinct.get(label) for label in texts}
