@@ -191,7 +191,8 @@ def _restore(folder: Path) -> None:
             target = folder.parent / old.name
             if not os.path.lexists(target):
                 old.rename(target)
-            _sync_folder(target.parent)
+            with suppress(OSError):  # a full disk may refuse it, and needs the room of the temporary folder
+                _sync_folder(target.parent)
 
 
 def _prefix(target: Path) -> str:

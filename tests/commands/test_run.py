@@ -66,8 +66,8 @@ def test_memory_is_asked_for_before_text_is_read(
     monkeypatch.setattr("switchcli.runs.inputs.text_sets.prepare", None)
     done = switchcli("pretrain", recipe, "model.d_ff=1048576", "model.d_model=131072", "--out", "a")
     assert (done.code, done.out) == (1, "")
-    assert re.match(r"error: out of memory: cpu .*\b[\d,]+ bytes\b.*\b[\d,]{18,}\b", done.err)
-    assert not lacking(done.err, "train.microbatch_tokens switchcli plan")
+    assert re.match(r"error: out of memory: cpu .*\b[\d.]+ GiB\b.*\b[\d.]+ TiB\b", done.err)
+    assert not lacking(done.err, "fit switchcli plan")
     assert done.err.count("\n") == 1
 
 

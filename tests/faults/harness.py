@@ -206,7 +206,6 @@ VERBS = {
     "prune": Verb("prune run out --experts 2 text.sequences=4"),
     "data prepare": Verb(f"data prepare tiny.yaml {TOKENIZER}", output="cache", is_remade=True),
     "data tokenizer train": Verb("data tokenizer train tiny.yaml --out out --force", replaces=True),
-    "plan --html": Verb("plan tiny.yaml --devices 2 --html out", replaces=True),
     "report --html": Verb("report run --html out", replaces=True),
     "report --routing --html": Verb("report run --routing --html out", replaces=True),
     "report --figures": Verb("report run --figures out", replaces=True, within=draw_no_charts),

@@ -23,7 +23,6 @@ CODES = (0, 2, 4)
 RESUME = "pretrain run/recipe.yaml train.steps=3 --out run --quiet"
 BEGIN_ANEW = "pretrain tiny.yaml train.steps=1 --out new-run --quiet"
 EVAL = "eval run --out ev --quiet"
-PLAN = "plan tiny.yaml --devices 2 --html page.html"
 REPORT = "report run --html page.html"
 FIGURES = "report run --figures figures"
 ROUTING = "report run --routing --html page.html"
@@ -60,7 +59,6 @@ LINKS = [
     *(Link(f"new-run/{name}", FILE, BEGIN_ANEW, is_hard=True) for name in ("recipe.yaml", "run.lock")),
     *each(EVAL, "ev/result.json", FILE, NEW),
     *each(EVAL, "ev ev/predictions", OUTSIDE),
-    *each(PLAN, "page.html", FILE, NEW),
     *each(REPORT, "page.html", FILE, NEW),
     *each(ROUTING, "page.html", FILE),
     *each(FIGURES, "figures/runs.csv"),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from switchcli.errors import DataError, SwitchError
 
@@ -23,6 +23,7 @@ def reason(error: Exception) -> str:
     from huggingface_hub import get_token
 
     line = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-    if token := get_token():
-        line = line.replace(token, "[token]")
+    with suppress(OSError):  # where no file can be opened, the token's cannot either
+        if token := get_token():
+            line = line.replace(token, "[token]")
     return re.sub(r"\b(hf|api_org)_\w{6,}", "[token]", line)
