@@ -30,7 +30,7 @@ app.add_typer(_tokenizers.group)
     epilog=epilog(
         "how-to/own-text",
         "switchcli data prepare quickstart/switch",
-        "switchcli data prepare pretrain/wikipedia --share 2/4",
+        "switchcli data prepare pretrain/wikipedia --processes 4",
     )
 )
 @_exit.interruptible()
@@ -52,10 +52,6 @@ def prepare(
             help="Number of processes on this machine. Default: one per processor; for less than 8 MiB, one.",
         ),
     ] = None,
-    share: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Prepare the I-th of N parts, for N machines that share one cache."),
-    ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Compare prepared text with its checksums, and prepare damaged text again."),
@@ -72,17 +68,16 @@ def prepare(
         Console(quiet=quiet),
         model=model,
         processes=processes,
-        share=share,
         check=check,
     )
     finish(result, as_json, _shown(result))
 
 
 def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
-    """Yield the size and the folder of each text that is completely prepared."""
+    """Yield the size and the folder of each text."""
     from switchcli.data.prepare.prepared_text import SPLITS
 
-    texts = {label or "text": text for label, text in result["texts"].items() if text is not None}
+    texts = {label or "text": text for label, text in result["texts"].items()}
     rows = []
     for label, text in texts.items():
         train, held_out = (text[part] for part in SPLITS)

@@ -42,8 +42,8 @@ def test_what_is_prepared_is_what_the_run_reads(
     assert done.code == 0, done.err
     assert done.out.count("\n") == 1
     result = json.loads(done.out)
-    assert result.keys() == {"recipe", "tokenizer", "complete", "texts", "seconds"}
-    assert (result["recipe"], result["complete"], result["tokenizer"]["vocab_size"]) == ("tiny.yaml", True, 512)
+    assert result.keys() == {"recipe", "tokenizer", "texts", "seconds"}
+    assert (result["recipe"], result["tokenizer"]["vocab_size"]) == ("tiny.yaml", 512)
     assert [*result["texts"]] == ["de", "fr"]
     for label, found in result["texts"].items():
         assert found.keys() == {"train", "held_out", "dropped", "identity", "folder"}
@@ -63,22 +63,6 @@ def test_what_is_prepared_is_what_the_run_reads(
     assert switchcli("data", "prepare", *languages, "--quiet") == shown
     monkeypatch.setattr("switchcli.data.prepare.pipeline.tokenize_shards", None)  # the run finds it made
     assert switchcli("pretrain", *languages, "--out", "run").code == 0
-
-
-def test_machines_share_the_work_and_the_last_says_that_it_is_whole(
-    languages: tuple[str, ...], switchcli: SwitchCLI
-) -> None:
-    corpora = ", ".join(f"{{kind: files, paths: [{label}.txt], sample_by: line}}" for label in ("de", "fr"))
-    command = ("data", "prepare", languages[0], f"data.corpora=[{corpora}]")
-    first = switchcli(*command, "--share", "1/2", "--json")
-    assert first.code == 0, first.err
-    assert (json.loads(first.out)["complete"], json.loads(first.out)["texts"]) == (False, {"": None})
-    assert not lacking(first.err, "share 1 2 other machines")
-    second = switchcli(*command, "--share", "2/2", "--json")
-    assert json.loads(second.out)["complete"] is True
-    assert lacking(second.err, "share other machines")
-    alone = switchcli(*command, "--json")
-    assert json.loads(alone.out)["texts"] == json.loads(second.out)["texts"]
 
 
 @pytest.mark.integration
@@ -138,8 +122,6 @@ def test_by_the_vocabulary_of_a_model(recipe: str, trained: Path, switchcli: Swi
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--share", "0/2"], 2, "--share 0/2 1/4 4/4"),
-        (["--share", "one"], 2, "--share one 1/4 4/4"),
         (["--processes", "0"], 2, "'--processes' 1"),
         (["data.corpora=[{kind: files, paths: [none.txt]}]"], 3, "data.corpora none.txt no such"),
     ],

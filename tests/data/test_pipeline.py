@@ -1,4 +1,4 @@
-"""Preparation: the same ids as encoding each document, by any processes and machines; what is whole stays whole."""
+"""Preparation: the same ids as encoding each document, by any number of processes; what is whole stays whole."""
 
 import errno
 import json
@@ -385,36 +385,7 @@ def test_killed_it_leaves_whole_pieces_and_no_worker_behind(corpus: Corpus) -> N
     assert all(is_complete(folder) for folder in corpus.folders)
 
 
-# Machines
-
-
-def test_machines_with_one_cache_make_a_share_each_and_the_last_puts_them_together(corpus: Corpus) -> None:
-    shows = [Shows() for _ in range(3)]
-    contexts = [corpus.context(show)._replace(share=(number, 3)) for number, show in enumerate(shows)]
-    for number in (1, 0):
-        _, texts = module.prepare_share(corpus.spec, contexts[number])
-        assert texts == {"": None}
-    assert [folder.name[-1] for folder in corpus.folders] == ["0", "1", "3", "4"]
-    _, texts = module.prepare_share(corpus.spec, contexts[2])
-    assert [show.num_pieces for show in shows] == [2, 2, 2]
-    alone = corpus._replace(cache=corpus.cache.with_name("alone"))
-    assert texts[""] is not None
-    assert texts[""].identity == alone.prepare().identity
-    assert contents(corpus.cache / "tokens") == contents(alone.cache / "tokens")
-    again = Shows()
-    assert module.prepare_share(corpus.spec, corpus.context(again)._replace(share=(0, 3)))[1][""] is not None
-    assert again.told == []
-
-
-def test_machines_may_name_the_files_in_different_ways(corpus: Corpus) -> None:
-    absolute = tuple(
-        FilesCorpus(paths=(str(Path(f"{number}.txt").absolute()),), sample_by="line") for number in range(NUM_FILES)
-    )
-    assert module.prepare_share(corpus.spec, corpus.context()._replace(share=(0, 2)))[1] == {"": None}
-    spec = corpus.spec.model_copy(update={"corpora": absolute})
-    _, texts = module.prepare_share(spec, corpus.context()._replace(share=(1, 2)))
-    assert texts[""] is not None
-    assert texts[""].identity == corpus.prepare().identity
+# Two processes
 
 
 def test_two_at_once_agree(corpus: Corpus) -> None:

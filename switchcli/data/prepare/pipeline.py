@@ -2,7 +2,7 @@
 
 A prepared text is a folder of the cache, named by a digest of everything that its ids depend on. It holds a folder for
 each source shard, which appears when it is complete, and a manifest of all of them, written when the last one is there.
-Preparation can therefore go on after a stop, and machines that see the same cache can divide the source shards.
+Preparation can therefore go on after a stop.
 """
 
 import shutil
@@ -76,38 +76,15 @@ def prepare(spec: DataSpec, context: PrepareContext, tokenizer: Tokenizer | None
         DataError: a text or the tokenizer cannot be used, or all documents or none are held out.
         CheckpointError: the cache cannot be written.
     """
-    used, texts = prepare_share(spec, context, tokenizer)
-    complete = {label: text for label, text in texts.items() if text is not None}
-    assert len(complete) == len(texts), "this machine's share is everything"
-    return PreparedTexts(used, complete)
-
-
-def prepare_share(
-    spec: DataSpec, context: PrepareContext, tokenizer: Tokenizer | None = None
-) -> tuple[Tokenizer, dict[str, PreparedText | None]]:
-    """Prepare this machine's share of the source shards; return the tokenizer and the texts, see `prepare`.
-
-    A text is None while source shards of other machines are missing. With `data.duplicates` a text depends on those
-    before it, and is None while one of them is.
-    """
     used = tokenizer or load_tokenizer(spec, context)
     context.accept(used)
     with get_or_build(_tokenizer_folder(used, context), lambda built: _write_tokenizer(built, used)):
         texts = {label: _prepare_text(label, spec, used, context) for label in spec.texts()}
-    if spec.duplicates == "keep":
-        return used, texts
-
-    complete: dict[str, PreparedText] = {}
-    for label, text in texts.items():
-        # Another machine may have completed the text meanwhile. If it was the last one, nobody else would go on.
-        found = text or _prepare_text(label, spec, used, context)
-        if found is None:
-            break
-        complete[label] = found
-    distinct = distinct_texts(complete, used, context)
-    for label, text in distinct.items():
-        _check_text(label, text, spec, context.needed)
-    return used, {label: distinct.get(label) for label in texts}
+    if spec.duplicates == "drop":
+        texts = distinct_texts(texts, used, context)
+        for label, text in texts.items():
+            _check_text(label, text, spec, context.needed)
+    return PreparedTexts(used, texts)
 
 
 def load_tokenizer(spec: DataSpec, context: PrepareContext) -> Tokenizer:
@@ -161,8 +138,8 @@ def _all_corpora(spec: DataSpec) -> Iterator[Corpus]:
 # One text
 
 
-def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> PreparedText | None:
-    """Return one text, built if it is missing or damaged; None if source shards of other machines are missing."""
+def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: PrepareContext) -> PreparedText:
+    """Return one text, built if it is missing or damaged."""
     corpora = spec.texts()[label]
     key = _digest_of_corpora(spec, corpora, tokenizer)
     folder = context.cache / "tokens" / key
@@ -177,8 +154,7 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
                 TokenizeJob(corpus, source_shard, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
                 for number, (corpus, source_shard) in enumerate(source_shards)
             ]
-            number, count = context.share
-            missing = [job for job in jobs[number::count] if not _is_built(job, context)]
+            missing = [job for job in jobs if not _is_built(job, context)]
             _tokenize(missing, label, tokenizer, context)
             if missing and _digest_of_corpora(spec, corpora, tokenizer) != key:
                 for job in missing:  # each may hold the old content or the new
@@ -187,8 +163,6 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
                     f"data.corpora{_suffix(label)}: files changed while they were prepared: run the same command again "
                     "when no other program writes to them"
                 )
-            if not all(_is_built(job, context) for job in jobs):  # including those of other machines
-                return None
             _write_merged_manifest(folder, jobs, tokenizer)
         text = open_prepared_text(folder)
     _check_text(label, text, spec, context.needed)

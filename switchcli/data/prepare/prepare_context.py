@@ -31,8 +31,6 @@ class PrepareContext(NamedTuple):
     show: ShowProgress
     processes: int | None = None
     """Number of processes; None: one for each processor, or a single one if the text is small."""
-    share: tuple[int, int] = (0, 1)
-    """Number of this machine, from 0, and the count of machines that divide the source shards among them."""
     check: bool = False
     """Whether to compare all data in the cache with its digests, whatever was compared before."""
     warn: Callable[[str], None] = lambda text: None

@@ -1,7 +1,7 @@
 """Tokenize source shards: read, filter, split and encode their documents, and write the ids as shards.
 
-The files are the same, byte for byte, for any number of processes on any machines. A pool of processes gets the source
-shards one by one. Each becomes a folder that appears when it is complete, so finished folders outlive a stop.
+The files are the same, byte for byte, for any number of processes. A pool of processes gets the source shards one by
+one. Each becomes a folder that appears when it is complete, so finished folders outlive a stop.
 """
 
 import multiprocessing
