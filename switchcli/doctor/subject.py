@@ -77,7 +77,11 @@ class Subject:
         routers = [spec.router_of(stack) for stack in spec.sparse_stacks]
         self.experts_choose = any(router.experts_choose for router in routers)
         """Whether the experts of a layer choose their tokens, so that the sequences of a group depend on each other."""
-        coefs = [router.balance_coef for router in routers if router.needs_balance_loss or router.balance_coef]
+        coefs = [
+            router.balance_coef
+            for router in routers
+            if router.balance_coef or not (router.experts_choose or router.choice_bias_rate)
+        ]
         self.balance_coef = min(coefs, default=None)
         """alpha of eq. 4; None for routing that is balanced by construction or by biases, and for a dense model."""
 

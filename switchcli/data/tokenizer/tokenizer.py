@@ -109,7 +109,14 @@ class Tokenizer:
     @classmethod
     def read(cls, path: Path, key: str = "") -> Self:
         """Read a `tokenizer.json` or a `spiece.model`. Raises DataError, naming the recipe's `key`, for others."""
-        return cls.from_bytes(read_file(path, key), str(path))
+        try:
+            data = read_regular(expanded(path), MAX_BYTES)
+        except OSError as error:
+            where = f"{key}: {path}" if key else str(path)
+            raise DataError(
+                f"{where}: cannot be read ({error.strerror}): name a tokenizer.json or a spiece.model"
+            ) from error
+        return cls.from_bytes(data, str(path))
 
     def to_json(self) -> str:
         return str(self._inner.to_str())
@@ -161,17 +168,6 @@ def _library_errors(where: str, fault: str) -> Iterator[None]:
         ):
             raise DataError(f"{where}: {fault} ({error}): {_FIX}") from error
         raise
-
-
-def read_file(path: Path, key: str = "") -> bytes:
-    """Return the content of a tokenizer's file. Raises DataError, naming the recipe's `key`, if it cannot be read."""
-    where = f"{key}: {path}" if key else str(path)
-    try:
-        return read_regular(expanded(path), MAX_BYTES)
-    except OSError as error:
-        raise DataError(
-            f"{where}: cannot be read ({error.strerror}): name a tokenizer.json or a spiece.model"
-        ) from error
 
 
 class TrainedTokenizer(Spec):

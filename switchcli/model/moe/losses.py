@@ -64,11 +64,9 @@ def auxiliary_loss(stacks: Sequence[tuple[RouterSpec, StackStats]], reduction: R
 
 def _stack_loss(router: RouterSpec, stats: StackStats, reduction: Reduction, num_layers: int) -> StackLoss:
     """Return the loss of one stack; `num_layers` is the number of sparse layers of both stacks."""
-    reduced = _mean_over_layers(stats) if reduction == "pooled" else stats
+    reduced = stats
+    if reduction == "pooled":
+        reduced = (RouterStats(*(torch.stack(field).mean(0) for field in zip(*stats, strict=True))),)
     losses = [router.balance_coef * layer.load_balancing_sum + router.z_loss_coef * layer.z_sum for layer in reduced]
     total = torch.stack(losses).sum()
     return StackLoss(total / num_layers if reduction == "mean" else total, stats[0].tokens)
-
-
-def _mean_over_layers(stats: StackStats) -> StackStats:
-    return (RouterStats(*(torch.stack(field).mean(0) for field in zip(*stats, strict=True))),)

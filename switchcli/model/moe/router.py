@@ -102,7 +102,7 @@ class Router(Spec, ABC):
     @property
     def gates_are_independent(self) -> bool:
         """Whether the weight of an expert depends on its own logit only."""
-        return False
+        return self.has_sigmoid_gates and not self.gates_sum_to_one
 
     @property
     def has_sigmoid_gates(self) -> bool:
@@ -115,11 +115,6 @@ class Router(Spec, ABC):
         return 0.0
 
     @property
-    def needs_balance_loss(self) -> bool:
-        """Whether nothing but the load-balancing loss makes loads equal."""
-        return False
-
-    @property
     def choice_bias_rate(self) -> float | None:
         """Change of the biases of choices in a step; None without biases."""
         return None
@@ -130,6 +125,8 @@ class Router(Spec, ABC):
         Identical experts, with their output multiplied by this factor, are equal to one dense layer. Under expert
         choice this holds for the mean over the tokens only.
         """
+        if self.gates_are_independent:  # experts are equally probable at logits of 0, where a sigmoid is 1/2
+            return 2 / self.experts_per_token
         return 1.0 if self.gates_sum_to_one else num_experts / self.experts_per_token
 
     def incompatibility(self, num_experts: int) -> str | None:
@@ -138,11 +135,14 @@ class Router(Spec, ABC):
 
     def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
         """Return the gate of every expert, in the dtype and shape of the logits."""
-        return softmax_over_experts(logits_GNE)
+        return logits_GNE.sigmoid() if self.has_sigmoid_gates else softmax_over_experts(logits_GNE)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the probability of each expert over the last dim: its gate's share of the sum over the experts."""
-        return logits.softmax(-1)
+        if not self.has_sigmoid_gates:
+            return logits.softmax(-1)
+        gate = logits.sigmoid()
+        return gate / gate.sum(-1, keepdim=True)
 
     @abstractmethod
     def assign(
@@ -215,35 +215,14 @@ class TokenChoiceRouter(Router, ABC):
         return self.gate == "sigmoid"
 
     @property
-    def gates_are_independent(self) -> bool:
-        return self.has_sigmoid_gates and not self.gates_sum_to_one
-
-    @property
     def balance_coef(self) -> float:
         if self.balance_loss_coef is not None:
             return self.balance_loss_coef
         return 0.0 if self.balance == "bias" else 0.01
 
     @property
-    def needs_balance_loss(self) -> bool:
-        return self.balance == "loss"
-
-    @property
     def choice_bias_rate(self) -> float | None:
         return self.bias_rate if self.balance == "bias" else None
-
-    def gates(self, logits_GNE: torch.Tensor) -> torch.Tensor:
-        return logits_GNE.sigmoid() if self.gate == "sigmoid" else super().gates(logits_GNE)
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.gate == "softmax":
-            return super().probabilities(logits)
-        gate = logits.sigmoid()
-        return gate / gate.sum(-1, keepdim=True)
-
-    def dense_equivalent_scale(self, num_experts: int) -> float:
-        # Experts are equally probable at logits of 0, where a sigmoid is 1/2.
-        return 2 / self.experts_per_token if self.gates_are_independent else super().dense_equivalent_scale(num_experts)
 
     @abstractmethod
     def num_choices(self, num_experts: int) -> int:
