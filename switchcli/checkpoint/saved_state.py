@@ -60,8 +60,8 @@ class RunState(Spec):
     """Bits per byte over all held-out texts at the last evaluation. Lower is better. None if unknown."""
     position: list[Count] = Field(default_factory=list)
     """The position in a stream of text; empty if the step alone determines the batch."""
-    skipped_steps: list[tuple[Count, Count]] = Field(default_factory=list)
-    """First and last step of each range whose batches were skipped because a number was not finite."""
+    skipped_steps: list[Count] = Field(default_factory=list)
+    """Steps whose batches were skipped because a gradient was not finite."""
     branch: BranchPoint = FROM_BEGINNING
     """Where the run began, if it was branched from another."""
 
@@ -80,8 +80,9 @@ class SavedState(RunState):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Raise ValueError for what happened after the step, and for sums that are no tensors."""
-        past = [self.branch.step, self.evaluated_step or 0, *(best.step for best in self.best.values())]
-        if max(past) > self.step or any(first > last for first, last in self.skipped_steps):
+        past = [self.branch.step, self.evaluated_step or 0, *self.skipped_steps]
+        past += [best.step for best in self.best.values()]
+        if max(past) > self.step:
             raise ValueError("a step after the last one")
         for total, weight in self.metrics_since_log.values():
             shape, weight_shape = _shape(total), _shape(weight)

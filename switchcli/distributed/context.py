@@ -274,14 +274,6 @@ class DistributedContext:
                 model, device_ids=devices, process_group=data.group, gradient_as_bucket_view=True
             )
 
-    def reshard(self, model: nn.Module) -> None:
-        """Free the gathered weights of a sharded model. Call it before the shards are changed."""
-        if self._uses_fsdp:
-            from switchcli.distributed import fsdp
-
-            for unit in fsdp.fsdp_units(model):
-                unit.reshard()
-
     def compile(self, model: SwitchTransformer) -> None:
         """Compile the blocks of `model` in place, see `compile_blocks`. Call it before `wrap`.
 

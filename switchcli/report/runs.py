@@ -254,13 +254,9 @@ class _Points:
             reasons.append(f"line {first:,}: {reason}{more}")
         if reasons:
             yield f"{folder / 'metrics.jsonl'}: left out: {'; '.join(reasons)}"
-        spans = []
-        for span in self._skipped if isinstance(self._skipped, list) else ():
-            if isinstance(span, list) and len(span) == 2 and all(map(is_count, span)):
-                first, last = span
-                spans.append(f"step {first:,}" if first == last else f"steps {first:,} to {last:,}")
-        if spans:
-            yield f"{folder}: skipped the batches of {', '.join(spans)}: not finite (train.nonfinite)"
+        skipped = self._skipped if isinstance(self._skipped, list) else []
+        if steps := [f"{step:,}" for step in skipped if is_count(step)]:
+            yield f"{folder}: skipped the batches of steps {', '.join(steps)}: not finite (train.nonfinite)"
 
     def curves(self) -> dict[str, Curve]:
         """Return the curve of every metric. Curves of losses are made here, since older runs logged no losses."""

@@ -8,9 +8,6 @@ from switchcli.training.state import TrainState
 class Callback(ABC):
     """Called with the state after every `every_steps`-th step and after the last."""
 
-    depends_on_weights = True
-    """Whether its result depends on the weights: it is called again after a roll-back."""
-
     def __init__(self, every_steps: int) -> None:
         self.every_steps = every_steps
 

@@ -14,18 +14,6 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "bfloat16", "selective"]
 
 
-class NonfiniteSpec(Spec):
-    """What a run does when a number is not finite: a gradient, a held-out metric, or a value about to be saved."""
-
-    policy: Literal["stop", "skip", "roll_back"] = "stop"
-    """`stop` ends the run, `skip` drops the update of the step, and `roll_back` restores the newest checkpoint and
-    skips all batches since then. With `skip`, a number that becomes non-finite after the update still ends the run.
-    With `roll_back`, the skipped batches depend on where the run was stopped and saved. Both check each gradient before
-    it is used, so every step waits for the GPU."""
-    at_most: Count = 10
-    """Number of times a run may skip or roll back; the next non-finite number ends it."""
-
-
 class TrainSpec(Spec):
     """Length, batch size, precision and seed of a training run."""
 
@@ -56,8 +44,10 @@ class TrainSpec(Spec):
     far less memory for activations, a quarter to a third more time, the same gradients."""
     clip_norm: float | None = Field(default=None, gt=0.0)
     """Largest global gradient norm; no clipping by default, as in T5."""
-    nonfinite: NonfiniteSpec = NonfiniteSpec()
-    """What to do when a number is not finite."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a gradient is not finite: `stop` ends the run, `skip` leaves the step out, at most 10 times in a
+    run. With `skip` each gradient is checked before it is used, so every step waits for the GPU. A held-out metric or a
+    value about to be saved that is not finite always ends the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU if there is one."""
 

@@ -3,8 +3,8 @@
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from typing import NamedTuple, SupportsFloat
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, SupportsFloat
 
 import torch
 from torch import nn
@@ -22,13 +22,15 @@ from switchcli.training.config import TrainSpec
 from switchcli.training.loss import Objective
 from switchcli.training.metrics import Mean, Metrics, merge
 from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
-from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.prefetch import Loader
 from switchcli.training.router_health import NONFINITE_FIX, first_nonfinite_backward, first_nonfinite_forward
 from switchcli.training.schedules import Schedule
 from switchcli.training.state import TrainState
 from switchcli.training.validation import exact
+
+MAX_SKIPPED: Final = 10
+"""Steps that a run leaves out with `train.nonfinite: skip`; the next gradient that is not finite ends it."""
 
 
 class StepResult(NamedTuple):
@@ -54,7 +56,7 @@ def fit(
     settings: TrainSpec,
     stop: StopRequest,
     progress: TrainingDisplay | None = None,
-    nonfinite: NonFiniteHandler = ALWAYS_STOP,
+    on_skip: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Train from `state.step` to `settings.steps`. Changes state, weights and optimizer state in place.
 
@@ -67,15 +69,15 @@ def fit(
         schedule: the learning rate of each step.
         context: the device, the precision and the other ranks.
         callbacks: called in order after the steps at which they are due. After a stop the caller saves the run.
-        settings: length, seed and gradient clipping.
+        settings: length, seed, gradient clipping, and what to do when a gradient is not finite.
         stop: ends training after a step.
         progress: shows each step.
-        nonfinite: decides whether to continue where a number is not finite. A skipped step counts as one taken.
+        on_skip: called with a message after a step is left out, which counts as one taken.
 
     Raises:
         StopTraining: `stop` was requested on some rank. All ranks raise it after the same step.
-        NumericsError: the gradient is not finite. All ranks raise it, and no callback has seen the step. Or a callback
-            raises it.
+        NumericsError: the gradient is not finite, and the step is not left out. All ranks raise it, and no callback has
+            seen the step. Or a callback raises it.
         DistributedError: another rank is lost.
     """
     model.train()
@@ -100,9 +102,14 @@ def fit(
         metrics = accumulate_gradients(model, objective, microbatches, real, context, seed)
         norm = _clip_gradients(optimizer, settings.clip_norm, context)
         result = StepResult(step + 1, norm, context.to_host(norm.total), metrics)
-        error = _nonfinite_error(result, model, context) if nonfinite.before_updates else None
+        # Otherwise the check runs one step late, which avoids a wait for the device.
+        error = _nonfinite_error(result, model, context) if settings.nonfinite == "skip" else None
         if error:
-            nonfinite(error, state, step + 1, updated=False)
+            _skip_step(state, error)
+            on_skip(
+                f"{error.problem}: going on without the batch of step {state.step} (time {len(state.skipped_steps)} of "
+                f"at most {MAX_SKIPPED}: train.nonfinite)"
+            )
         else:
             optimizer.step(learning_rate)
             balance.end_step()
@@ -119,7 +126,8 @@ def fit(
         state.seconds += time.perf_counter() - started
         if progress is not None:
             progress.advance(state.step)
-        call(due, state, nonfinite)
+        for callback in due:
+            callback(state)
         started = time.perf_counter()
     _check_finite(unchecked, model, context)
 
@@ -134,20 +142,16 @@ def _record_step(state: TrainState, result: StepResult, num_targets: int, contex
     state.metrics_since_log = merge(state.metrics_since_log, exact(metrics))
 
 
-def call(callbacks: Sequence[Callback], state: TrainState, nonfinite: NonFiniteHandler) -> None:
-    """Call the callbacks in order.
-
-    If one finds a number that is not finite and `nonfinite` lets the run continue, the weights have changed: all
-    callbacks that depend on them are called again.
-    """
-    try:
-        for callback in callbacks:
-            callback(state)
-    except NumericsError as error:
-        nonfinite(error, state, state.step, updated=True)
-        for callback in callbacks:
-            if callback.depends_on_weights:
-                callback(state)
+def _skip_step(state: TrainState, error: NumericsError) -> None:
+    """Count the next step as taken without an update. Raises NumericsError after `MAX_SKIPPED` such steps."""
+    num_skipped = len(state.skipped_steps)
+    if num_skipped >= MAX_SKIPPED:
+        raise NumericsError(
+            f"{error.problem}, after {num_skipped} steps that this run left out, the most for train.nonfinite=skip",
+            NONFINITE_FIX,
+        )
+    state.step += 1
+    state.skipped_steps = [*state.skipped_steps, state.step]
 
 
 def accumulate_gradients(
@@ -224,4 +228,6 @@ def _nonfinite_error(result: StepResult, model: nn.Module, context: DistributedC
         causes = context.all_gather_text(first_nonfinite_backward(result.norm.local, local_experts(model)))
     ranks = [rank for rank, cause in enumerate(causes) if cause]
     where = f" (first in {causes[ranks[0]]}, on rank {', '.join(map(str, ranks))})" if ranks else ""
-    return NumericsError(f"step {result.step}: the gradient norm is {total}{where}", f"{NONFINITE_FIX} or skip")
+    return NumericsError(
+        f"step {result.step}: the gradient norm is {total}{where}", f"{NONFINITE_FIX}, or go on by train.nonfinite=skip"
+    )

@@ -30,8 +30,8 @@ DEAD_STEPS = 100
 """Steps without a token, since the run started or resumed, after which an expert is dead. An expert that has none in a
 few steps mostly gets some again."""
 NONFINITE_FIX = (
-    "checkpoints saved before it are sound. Lower schedule.learning_rate, set train.clip_norm, take "
-    "train.precision=float32, or go on by train.nonfinite.policy=roll_back"
+    "checkpoints saved before it are sound. Lower schedule.learning_rate, set train.clip_norm, or take "
+    "train.precision=float32"
 )
 """The fix named by errors about numbers that are not finite."""
 AUXILIARY = "auxiliary_loss/"

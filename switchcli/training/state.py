@@ -27,10 +27,6 @@ class TrainState(RunState):
         """Return the input tokens of all steps, padding included, if a step of this run has `batch_tokens`."""
         return self.branch.input_tokens + (self.step - self.branch.step) * batch_tokens
 
-    def num_skipped_steps(self) -> int:
-        """Return how many steps the weights have not learned from. A step skipped more than once counts once."""
-        return len({step for first, last in self.skipped_steps for step in range(first, last + 1)})
-
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Record evaluation metrics of the current weights. All calls at one step belong to one evaluation."""
         if self.evaluated_step != self.step:

@@ -53,7 +53,7 @@ VARIANTS = {
     "packed dropless": ("data.packing=documents", *DROPLESS),
     "recomputed": ("train.activation_checkpointing=blocks",),
     "clipped": ("train.clip_norm=0.5",),
-    "checked before updates": ("train.nonfinite.policy=roll_back",),
+    "checked before updates": ("train.nonfinite=skip",),
 }
 CASES = {f"{precision}, {name}": (precision, keys) for precision in BOUND for name, keys in ROUTING.items()}
 CASES |= {

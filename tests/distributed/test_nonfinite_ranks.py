@@ -2,18 +2,18 @@
 
 Each trial is a run of its own that saves as it goes. No checkpoint may hold such a number, and all ranks must do the
 same at the same step, with the same words, which name step, place and rank. A run that is to stop must end so, and what
-goes on from its last checkpoint must end as the run that never met the number. One that is to skip the step, or to roll
-back, must end with the weights of a run in which the steps that it leaves out change nothing. A number that is large
-but finite, which bfloat16 makes infinite, may also do no harm.
+goes on from its last checkpoint must end as the run that never met the number. One that is to skip the step must end
+with the weights of a run in which the steps that it leaves out change nothing. A number that is large but finite, which
+bfloat16 makes infinite, may also do no harm.
 """
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ import ranks as ranks_of_tests
 import safetensors.numpy
 import torch
 from checkpointed_run import DOCUMENTS, idle
-from doubles import KeepingConsole, NoWarnings, Records, SaveEvery, Source, a_run
+from doubles import NoWarnings, Records, SaveEvery, Source, a_run
 from drill import ROUNDING, apart
 from ranks import on_ranks
 from tiny_model import SPARSE, a_model
@@ -39,13 +39,12 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.runs.train.callbacks import ValidationCallback
 from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import Checkpointer
-from switchcli.training.config import CheckpointSpec, NonfiniteSpec, TrainSpec
+from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import Objective, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
-from switchcli.training.nonfinite import NonFiniteHandler
 from switchcli.training.optimizer_specs import Adafactor
 from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
@@ -78,7 +77,7 @@ EVALUATED = r"\bheld-out\b"
 """What an evaluation says, which is of all ranks together."""
 
 
-Policy = Literal["stop", "skip", "roll_back"]
+Policy = Literal["stop", "skip"]
 
 
 class Fault(NamedTuple):
@@ -96,7 +95,7 @@ class Ended(NamedTuple):
     words: str
     """Its error, or its warning."""
     code: int
-    left_out: list[tuple[int, int]]
+    left_out: list[int]
     expert: int
     """The last of those whose weights are here."""
     apart: float
@@ -128,12 +127,8 @@ class Run:
             asked = Teacher(self.teacher, "float32")
             self.objective = DistillationLoss(DistillSpec(teacher="teacher"), asked, packed=False)
         self.saver.restore(self.state, NoWarnings())
-        console = KeepingConsole()
-        self.warnings = console.warnings
-        self.nonfinite = NonFiniteHandler(NonfiniteSpec(policy=policy), self, console)
+        self.nonfinite, self.warnings = policy, list[str]()
         idle(self.optimizer, self.state, without)
-        if policy == "roll_back":
-            self.saver.save(self.state)
         self._put(fault)
 
     def everything(self) -> dict[str, np.ndarray]:
@@ -143,14 +138,6 @@ class Run:
             f"{kind}/{name}": one for kind, each in (("model", weights), ("optimizer", state)) for name, one in each
         }
         return {name: local_values(tensor).double().numpy() for name, tensor in tensors.items()}
-
-    def note_skipped(self, record: Mapping[str, Any]) -> None:
-        """The state has it too."""
-
-    def restore(self, state: TrainState) -> bool:
-        """Restore the newest checkpoint as a training verb does."""
-        self.context.reshard(self.model)
-        return self.saver.restore(state, NoWarnings())
 
     def _put(self, fault: Fault) -> None:
         number, inner = NUMBERS[fault.number], self.objective
@@ -198,9 +185,9 @@ class Run:
             InverseSquareRoot(),
             context,
             [evaluation, SaveEvery(SAVE_EVERY, self.saver)],
-            TrainSpec(steps=STEPS, batch_tokens=1),
+            TrainSpec(steps=STEPS, batch_tokens=1, nonfinite=self.nonfinite),
             StopRequest(),
-            nonfinite=self.nonfinite,
+            on_skip=self.warnings.append,
         )
 
 
@@ -225,8 +212,7 @@ def ended(folder: Path, faults: list[Fault], parallel: ParallelSpec, policy: Pol
                 run.train()
         left_out = run.state.skipped_steps
         if left_out or kind not in straight:
-            without = [step for first, last in left_out for step in range(first, last + 1)]
-            like = Run(folder / f"like {number}", context, none, without=without)
+            like = Run(folder / f"like {number}", context, none, without=left_out)
             like.train()
         if not left_out:
             like = straight.setdefault(kind, like)
@@ -268,12 +254,11 @@ def done_wrong(fault: Fault, parallel: ParallelSpec, ended: Ended, policy: Polic
     wanted = wanted.format(rank=fault.rank, expert=ended.expert)
     if not any(f"step {step}:" in ended.words for step in steps) or not re.search(wanted, ended.words):
         return f"not told of {wanted}: {ended.words}"
-    saved = (fault.step - 1) // SAVE_EVERY * SAVE_EVERY
     may_end = policy == "stop" or (policy == "skip" and saving)
     if ended.code:
         return "" if may_end and ended.code == 5 else f"exit code {ended.code}: {ended.words}"
-    left_out = [[(saved + 1 if policy == "roll_back" else step, step)] for step in steps]
-    return "" if ended.left_out in left_out and policy != "stop" else f"left out {ended.left_out}"
+    is_left_out = policy == "skip" and ended.left_out in [[step] for step in steps]
+    return "" if is_left_out else f"left out {ended.left_out}"
 
 
 def assert_nothing_is_saved(
@@ -295,12 +280,11 @@ def test_no_number_that_is_none_is_saved_and_it_is_told_where_it_was(policy: Pol
 
 @pytest.mark.integration
 def test_two_ranks_do_the_same_about_a_number_that_one_of_them_meets(tmp_path: Path) -> None:
-    """In roll_back the evaluation before the save has gathered the weights of zero3."""
     state, gradient, embedding = (Fault(*found) for found in (
         ("state", "infinity", 1, 2), ("gradient", "NaN", 1, 4), ("embedding", "NaN", 1, 4)
     ))  # fmt: skip
     assert_nothing_is_saved("stop", 2, ParallelSpec(expert=2), [state, gradient], tmp_path / "stop")
-    assert_nothing_is_saved("roll_back", 2, ParallelSpec(shard="zero3"), [state, embedding], tmp_path / "roll_back")
+    assert_nothing_is_saved("skip", 2, ParallelSpec(shard="zero3"), [state, embedding], tmp_path / "skip")
 
 
 @pytest.mark.nightly

@@ -59,11 +59,11 @@ def test_a_torn_line_is_left_out_with_its_place(tmp_path: Path, line: int) -> No
 def test_steps_that_were_left_out_are_told(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("a") as file:
-        for left_out in ([[5, 8]], [[5, 8], [12, 12]]):  # the last says all
+        for left_out in ([5], [5, 8, 12]):  # the last says all
             file.write(json.dumps({"step": 60, "skipped_steps": left_out}) + "\n")
     (note,) = read(folder, RECIPE).notes
     assert not lacking(note, f"{folder} batches 5 8 12 train.nonfinite")
-    for strange in ({"a": 1}, [[1]], [["1", "\x1b"]], None, "12"):
+    for strange in ({"a": 1}, [[1]], ["1", "\x1b"], None, "12"):
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": 61, "skipped_steps": strange}) + "\n")
         assert read(folder, RECIPE).notes == ()

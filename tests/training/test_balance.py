@@ -20,10 +20,9 @@ from switchcli.model.trainable import freeze, trainable
 from switchcli.report.console import silent
 from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import load_weights, logical_tensors
-from switchcli.training.config import NonfiniteSpec, TrainSpec
+from switchcli.training.config import TrainSpec
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches
-from switchcli.training.nonfinite import ALWAYS_STOP, NonFiniteHandler
 from switchcli.training.schedules import Constant
 from switchcli.training.state import TrainState
 
@@ -67,9 +66,7 @@ class Run:
             recompute_blocks(self.model)
         self.state = TrainState()
 
-    def fit(
-        self, steps: int, source: BatchSource = rows, nonfinite: Any = ALWAYS_STOP, poison: int | None = None
-    ) -> None:
+    def fit(self, steps: int, source: BatchSource = rows, poison: int | None = None) -> None:
         def objective(model: nn.Module, batch: Batch) -> StepLoss:
             loss = cross_entropy(model, batch)
             return loss._replace(target_sum=loss.target_sum * (torch.nan if self.state.step == poison else 1.0))
@@ -83,9 +80,8 @@ class Run:
             Constant(learning_rate=0.01),
             DistributedContext("cpu", "float32"),
             [],
-            TrainSpec(steps=steps, batch_tokens=1),
+            TrainSpec(steps=steps, batch_tokens=1, nonfinite="skip"),
             StopRequest(),
-            nonfinite=nonfinite,
         )
 
     def biases(self) -> dict[str, torch.Tensor]:
@@ -119,21 +115,12 @@ def test_a_bias_has_no_gradient_and_recomputed_blocks_do_not_count_twice() -> No
     assert not any(bias_E.requires_grad for bias_E in run.biases().values())
 
 
-class Nothing:
-    """A run without checkpoints."""
-
-    def restore(self, state: TrainState) -> bool:
-        return False
-
-    def note_skipped(self, record: object) -> None: ...
-
-
 def test_a_skipped_step_balances_nothing() -> None:
     run = Run(BIASED)
     run.fit(1)
     before = run.biases()
-    run.fit(2, nonfinite=NonFiniteHandler(NonfiniteSpec(policy="skip"), Nothing()), poison=1)
-    assert run.state.skipped_steps == [(2, 2)]
+    run.fit(2, poison=1)
+    assert run.state.skipped_steps == [2]
     torch.testing.assert_close(run.biases(), before, rtol=0, atol=0)
     run.fit(3)
     assert any(not bias_E.equal(before[name]) for name, bias_E in run.biases().items())

@@ -6,6 +6,7 @@ That its gradient is the one meant, on any number of ranks, is in tests/distribu
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from switchcli.training.config import TrainSpec
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
-from switchcli.training.nonfinite import ALWAYS_STOP
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.schedules import Linear
 from switchcli.training.state import TrainState
@@ -44,7 +44,8 @@ class Run:
         self.optimizer: Optimizer = FactoringAdafactor().build(dict(self.model.named_parameters()))
         self.stop = StopRequest()
         self.objective: Callable[[nn.Module, Batch], StepLoss] = cross_entropy
-        self.nonfinite = ALWAYS_STOP
+        self.nonfinite: Literal["stop", "skip"] = "stop"
+        self.said: list[str] = []
         self.steps_seen: list[int] = []
 
     def fit(self, *callbacks: Callback, steps: int = STEPS, seed: int = 3, clip_norm: float | None = 1.0) -> bool:
@@ -61,9 +62,9 @@ class Run:
             SCHEDULE,
             DistributedContext("cpu", "float32"),
             callbacks,
-            TrainSpec(steps=steps, batch_tokens=1, seed=seed, clip_norm=clip_norm),
+            TrainSpec(steps=steps, batch_tokens=1, seed=seed, clip_norm=clip_norm, nonfinite=self.nonfinite),
             self.stop,
-            nonfinite=self.nonfinite,
+            on_skip=self.said.append,
         )
 
 

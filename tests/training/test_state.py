@@ -121,8 +121,3 @@ def test_a_number_that_json_does_not_know_is_not_written() -> None:
     state.eval_metrics[HELD_OUT] = math.nan
     with pytest.raises(ValueError, match="JSON"):
         state.to_json({})
-
-
-def test_a_step_that_is_left_out_twice_counts_once() -> None:
-    assert TrainState(step=9).num_skipped_steps() == 0
-    assert TrainState(step=9, skipped_steps=[(1, 2), (1, 4), (8, 8)]).num_skipped_steps() == 5

@@ -24,7 +24,7 @@ _SAFE_KEYS = (
     "train.steps",
     "train.device",
     "train.activation_checkpointing",
-    "train.nonfinite.",
+    "train.nonfinite",
     "log.",
     "eval.every_steps",
     "checkpoint.",

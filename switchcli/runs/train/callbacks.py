@@ -43,8 +43,6 @@ REPORTED = (NEG_LOG_PERPLEXITY, DROPPED_FRACTION)
 class LogCallback(Callback):
     """Writes the metrics since the last log, rates and times to the log, and warns about bad routing and slow data."""
 
-    depends_on_weights = False
-
     def __init__(self, run: "Trainer", loader: Loader, evaluations: Sequence["EvaluationCallback"]) -> None:
         """`loader` is what steps wait for. The time that is left includes the `evaluations`."""
         super().__init__(run.recipe.log.every_steps)

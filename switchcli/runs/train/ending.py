@@ -157,7 +157,7 @@ def _show(
 
 def _show_numbers(result: Mapping[str, Any], state: TrainState, console: Console) -> None:
     """Print the main numbers of result.json."""
-    num_skipped = state.num_skipped_steps()
+    num_skipped = len(state.skipped_steps)
     first = f"at step {state.branch.step:,}, before the branch" if state.branch.step else "before training"
     rows = {
         "held-out loss": f"{result[HELD_OUT_LOSS]:.4f}",

@@ -32,10 +32,9 @@ from switchcli.runs.train.training_task import TrainingTask
 from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
-from switchcli.training.loop import call, fit
+from switchcli.training.loop import fit
 from switchcli.training.measure import Measurement
 from switchcli.training.microbatches import Microbatches
-from switchcli.training.nonfinite import NonFiniteHandler
 from switchcli.training.prefetch import Loader
 from switchcli.training.schedules import Schedule
 from switchcli.training.state import TrainState
@@ -186,9 +185,10 @@ class Trainer:
         """
         recipe, state, steps = self.recipe, self.state, self.recipe.train.steps
         # A run that resumes at its start repeats the evaluation before the first step: its record is dropped too.
-        self._rewind(state.step - state.is_at_start)
+        kept = state.step - state.is_at_start
+        if damage := self.context.main_only(lambda: self.metrics.rewind(kept)):
+            self.console.warning(damage)
         run_messages.announce(self)
-        nonfinite = NonFiniteHandler(recipe.train.nonfinite, self, self.console)
         with (
             StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
             Loader(self.microbatches, self.context) as loader,
@@ -199,7 +199,7 @@ class Trainer:
             evaluations: list[EvaluationCallback] = [validation, *([task_eval] if task_eval else [])]
             save, log = SaveCallback(self), LogCallback(self, loader, evaluations)
             try:
-                self._evaluate_before_training(validation, evaluations, save, nonfinite)
+                self._evaluate_before_training(validation, evaluations, save)
                 fit(
                     state,
                     self.context.wrap(self.model),
@@ -212,7 +212,7 @@ class Trainer:
                     recipe.train,
                     stop,
                     progress,
-                    nonfinite,
+                    self._note_skipped,
                 )
                 if task_eval and task_eval.measured is None:  # a complete run was resumed
                     task_eval.measure()
@@ -221,7 +221,7 @@ class Trainer:
             except StopTraining:
                 is_stopped = True
                 if self.checkpointer.step != state.step:
-                    call([save], state, nonfinite)
+                    save(state)
         self._trackers.close()
         if is_stopped:
             raise Interrupted(
@@ -235,18 +235,16 @@ class Trainer:
         validation: ValidationCallback,
         evaluations: list[EvaluationCallback],
         save: SaveCallback,
-        nonfinite: NonFiniteHandler,
     ) -> None:
         """Evaluate a new run, and make up for evaluations that a stop interrupted."""
         state, is_at_start = self.state, self.state.is_at_start
         if is_at_start:
             validation(state)
         pending = [evaluation for evaluation in evaluations if evaluation.is_pending(state, self.recipe.train.steps)]
-        # Results of pending evaluations belong in a checkpoint. A run that rolls back needs a checkpoint of step 0 to
-        # return to, and a branch one to resume without the other run.
-        needs_start = self.recipe.parent is not None or self.recipe.train.nonfinite.policy == "roll_back"
-        if pending or (is_at_start and needs_start):
-            call([*pending, save], state, nonfinite)
+        # Results of pending evaluations belong in a checkpoint. A branch needs one to resume without the other run.
+        if pending or (is_at_start and self.recipe.parent is not None):
+            for callback in (*pending, save):
+                callback(state)
 
     @contextmanager
     def _open_log(self, on_record: OnRecord | None, stop: StopRequest) -> Iterator[TrainingDisplay]:
@@ -277,19 +275,8 @@ class Trainer:
         self.context.main_only(self.metrics.sync)
         self.checkpointer.save(state)
 
-    def restore(self, state: TrainState) -> bool:
-        """Return to the newest checkpoint, and drop later metrics. Return whether there is a checkpoint."""
-        self.context.reshard(self.model)
-        is_restored = self.checkpointer.restore(state, self.console)
-        self._rewind(state.step)
-        return is_restored
-
-    def note_skipped(self, record: Mapping[str, Any]) -> None:
-        """Write the record of skipped steps."""
+    def _note_skipped(self, message: str) -> None:
+        """Record the steps that were left out so far, and warn of the last one."""
         if self.context.is_main:
-            self.metrics.write(record)
-
-    def _rewind(self, step: int) -> None:
-        """Drop the metrics after `step`, and warn about damaged lines."""
-        if damage := self.context.main_only(lambda: self.metrics.rewind(step)):
-            self.console.warning(damage)
+            self.metrics.write({"step": self.state.step, "skipped_steps": self.state.skipped_steps})
+        self.console.warning(message)
