@@ -54,8 +54,12 @@ class Checkpoint:
     """A checkpoint whose files were verified when it was opened."""
 
     path: Path
-    step: int
     manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that were taken."""
+        return self.manifest.step
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -65,7 +69,7 @@ class Checkpoint:
             raise DamagedError(path / manifests.NAME, f"is that of step {manifest.step}")
         manifest.verify(path)
         _read_state(path, manifest)
-        return cls(path, manifest.step, manifest)
+        return cls(path, manifest)
 
     def document(self, name: str) -> bytes:
         """Return the content of a document that was passed to `save`."""

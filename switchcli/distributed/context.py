@@ -8,7 +8,6 @@ Methods import accelerate and torch's fully_shard: a dry run needs neither, and 
 as importing torch.
 """
 
-import hashlib
 import json
 import os
 import warnings
@@ -346,12 +345,6 @@ class DistributedContext:
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on some rank; the same answer on all ranks."""
         return self.sum_over_ranks([int(flag)]) != [0]
-
-    def all_equal(self, value: str) -> bool:
-        """Return whether all ranks have the same text; the same answer on all ranks."""
-        # 56 bits of a digest, which fit into the int64 of the collective.
-        digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
-        return not self.any_rank(digest != self.from_main(digest))
 
     def first_difference(self, values: Mapping[str, str]) -> tuple[str, int] | None:
         """Return the first name whose value is not the main rank's on some rank, and the lowest such rank.

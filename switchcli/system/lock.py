@@ -18,8 +18,6 @@ from pathlib import Path
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.system import publish
 
-_ALTERNATIVE = "give another folder by --out"
-
 
 @contextmanager
 def lock(run_folder: Path) -> Iterator[None]:
@@ -30,13 +28,13 @@ def lock(run_folder: Path) -> Iterator[None]:
     """
     path = run_folder / "run.lock"
     if run_folder.exists() and not run_folder.is_dir():
-        raise RecipeError(f"{run_folder}: is a file, and a folder is needed: {_ALTERNATIVE}")
-    with disk_errors(path, _ALTERNATIVE):
+        raise RecipeError(f"{run_folder}: is a file, and a folder is needed: give another folder by --out")
+    with disk_errors(path):
         publish.make_folder(run_folder.resolve())
         publish.check_file(path)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
-        with disk_errors(path, _ALTERNATIVE):
+        with disk_errors(path):
             if os.fstat(descriptor).st_nlink > 1:  # its content, which is replaced, may belong to somebody else
                 raise OSError(errno.ELOOP, "is a hard link, through which nothing is written")
             try:
@@ -44,7 +42,7 @@ def lock(run_folder: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 raise CheckpointError(
                     f"{run_folder}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or "
-                    f"{_ALTERNATIVE}."
+                    "give another folder by --out."
                 ) from None
             started = datetime.now(UTC).isoformat(timespec="seconds")
             holder = {"host": platform.node(), "pid": os.getpid(), "started": started}

@@ -140,7 +140,7 @@ class Checkpointer:
             return False
         if newest is None:  # not the main rank, which has verified the checkpoint
             path = checkpoint.checkpoint_path(self._folder, step)
-            newest = checkpoint.Checkpoint(path, step, manifest.load(path))
+            newest = checkpoint.Checkpoint(path, manifest.load(path))
         self._check_data(newest)
         weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
         num_experts = self._weights.num_experts

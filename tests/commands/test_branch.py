@@ -255,7 +255,7 @@ def test_a_branch_cannot_change_a_shape_and_so_the_refusal_names_none(
         ("run@4", "model.d_model=64", 2, "model.d_model 64 32"),
         ("run@4", "optimizer.kind=adamw", 4, "optimizer --model start.keep=weights"),
         ("run@4", "train.steps=4", 2, "train.steps 4 8"),
-        ("run@5", "train.steps=20", 4, "run 5 4 8 RUN@STEP"),
+        ("run@5", "train.steps=20", 4, "run/checkpoints/step-00000005 4 8"),
         ("nowhere", "train.steps=20", 4, "nowhere checkpoint"),
         ("run@4", "data.tokenizer={kind: file, path: other.json}", 2, "data.tokenizer other.json"),
     ],

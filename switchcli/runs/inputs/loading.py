@@ -146,6 +146,8 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
         native = checkpoint.newest(folder, console.warning, "name another checkpoint")
     if native is None:
         hint = on_the_hub(str(path)) or of_another_kind(folder)
+        if path.parent.is_dir() and (steps := checkpoint.saved_steps(path.parent)):
+            hint = f"there are steps {', '.join(map(str, reversed(steps)))}"
         missing = "no checkpoint there" if folder.exists() else "no such folder"
         raise CheckpointError(
             f"{path}: {missing}: name the folder of a run or of a checkpoint, checkpoints/step-*{hint and f'; {hint}'}"

@@ -69,8 +69,8 @@ class PinFinder:
             return None
         if tree.stated("start.keep") != "run":
             return self.find(START, named)
-        run, step = split_step(named)
-        pin = self._recorded_pin(START, run, step) or _pin(self._open_step(run, step))
+        path = _step_path(named)
+        pin = self._recorded_pin(START, path) or _pin(self._open(f"{START} ({BRANCH_FROM})", path))
         if pin.handle is not None and not pin.handle.has_training_recipe:
             raise CheckpointError(
                 f"{START} ({BRANCH_FROM}): {named}: not a checkpoint of a training run, so there is no run to branch "
@@ -90,9 +90,9 @@ class PinFinder:
             RecipeError: it lies in the folder of the run.
             CheckpointError: there is no such checkpoint, or it is needed and gone.
         """
-        return self._recorded_pin(key, named, None) or _pin(self.open(key, named))
+        return self._recorded_pin(key, Path(named)) or _pin(self.open(key, named))
 
-    def _recorded_pin(self, key: str, named: str, step: int | None) -> Pin | None:
+    def _recorded_pin(self, key: str, named: Path) -> Pin | None:
         """Return the checkpoint that the run in `out` began with, if `named` may mean it; else None.
 
         That is the checkpoint itself, or a folder that holds it.
@@ -101,9 +101,7 @@ class PinFinder:
             return None
         tree = resolve.layer(self._recorded.model_dump(mode="json"), str(self._out))
         path = tree.stated(key)
-        if not isinstance(path, str) or not Path(path).resolve().is_relative_to(Path(named).resolve()):
-            return None
-        if step is not None and Path(path).resolve().name != checkpoint.checkpoint_path(Path(), step).name:
+        if not isinstance(path, str) or not Path(path).resolve().is_relative_to(named.resolve()):
             return None
         if self.begun is not None and key != TEACHER:
             return Pin(path, self.begun.model, None, tree.stated("start.keep"))
@@ -137,24 +135,6 @@ class PinFinder:
             )
         return handle
 
-    def _open_step(self, run: str, step: int | None) -> CheckpointHandle:
-        """Open the checkpoint of a step of a run; without a step, the newest. `run` may also be one checkpoint."""
-        path = Path(run)
-        folder, is_checkpoint = locate(path)
-        name = f"{START} ({BRANCH_FROM})"
-        if step is not None and not is_checkpoint and folder.is_dir():
-            path = checkpoint.checkpoint_path(folder, step)
-            if not path.is_dir():
-                steps = ", ".join(map(str, reversed(checkpoint.saved_steps(folder))))
-                raise CheckpointError(
-                    f"{name}: {run}: no checkpoint of step {step}, it has {steps or 'none'}: name one of them as "
-                    "RUN@STEP, and keep others by checkpoint.keep_steps"
-                )
-        handle = self._open(name, path)
-        if step not in (None, handle.step):
-            raise CheckpointError(f"{name}: {path}: holds step {handle.step}, not {step}: leave the step out")
-        return handle
-
 
 def _pin(handle: CheckpointHandle) -> Pin:
     # A folder of transformers holds no optimizer state.
@@ -162,9 +142,10 @@ def _pin(handle: CheckpointHandle) -> Pin:
     return Pin(str(handle.path), handle.recipe.model, handle, keep)
 
 
-def split_step(name: str) -> tuple[str, int | None]:
-    """Return the path and the step of RUN[@STEP]. A path that exists as a whole has no step."""
-    path, at, step = name.rpartition("@")
-    if at and path and step.isascii() and step.isdecimal() and not Path(name).exists():
-        return path, int(step)
-    return name, None
+def _step_path(name: str) -> Path:
+    """Return the folder that RUN[@STEP] names, which need not exist. A path that exists as a whole has no step."""
+    run, at, step = name.rpartition("@")
+    if at and run and step.isascii() and step.isdecimal() and not Path(name).exists():
+        folder = locate(Path(run))[0] if Path(run).is_dir() else Path(run, "checkpoints")
+        return checkpoint.checkpoint_path(folder, int(step))
+    return Path(name)

@@ -10,13 +10,12 @@ from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.recipe.resolve import Difference, differences
+from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
 from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
-from switchcli.spec import Spec
 from switchcli.system.lock import lock
 
 _SAFE_KEYS = (
@@ -92,25 +91,20 @@ def _check_shared(out: Path) -> None:
         )
 
 
-def unsafe_changes(before: Spec, after: Spec) -> list[Difference]:
-    """Return the keys that differ between two recipes and must not change when a run is resumed."""
-    return [
-        difference
-        for difference in differences(before, after)
-        # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
-        if not difference.key.startswith(_SAFE_KEYS)
-        and not difference.key.endswith(".unreadable")
-        and not PLACE_OF_DATA.match(difference.key)
-    ]
-
-
 def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out: Path) -> None:
     """Raise RecipeError if the recipe changes a key of the saved one that must not change when a run is resumed.
 
     `latest` is the newest checkpoint in the folder `out`.
     """
     saved = saved_recipe(latest)
-    changed = unsafe_changes(saved, recipe)
+    changed = [
+        difference
+        for difference in differences(saved, recipe)
+        # A stream may skip rows that it could not read before. Preparation reads all text before the first step.
+        if not difference.key.startswith(_SAFE_KEYS)
+        and not difference.key.endswith(".unreadable")
+        and not PLACE_OF_DATA.match(difference.key)
+    ]
     changed.sort(key=lambda difference: difference.key == "model.vocab_size")  # it may follow from the tokenizer
     if changed:
         key, old, new = changed[0]
