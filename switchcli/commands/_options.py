@@ -133,8 +133,8 @@ def _with_option_hints(parse_args: Any) -> Any:
         except USAGE_ERROR as error:
             if type(error).__name__ == "NoSuchOption":  # a class that typer does not export
                 option = str(getattr(error, "option_name", ""))
-                word, names = option.lstrip("-").replace("-", "_"), accepted_names(context)
-                if meant := foreign_words.translated(word, names) or foreign_words.nearest(option, names):
+                names = accepted_names(context)
+                if meant := foreign_words.translated(option, names) or foreign_words.nearest(option, names):
                     value = "" if meant.startswith("--") or "=" in meant else "=VALUE"
                     raise RecipeError(f"{option}: no such option of {context.info_name}: use {meant}{value}") from None
             raise

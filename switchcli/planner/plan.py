@@ -83,7 +83,7 @@ class Plan(NamedTuple):
     """The meshes of a number of devices, divided into those that fit and those that do not."""
 
     fits: tuple[Fit, ...]
-    """Those that divide least first."""
+    """In the order of `Fit.divisions`."""
     rejected: tuple[Rejection, ...]
 
     @property

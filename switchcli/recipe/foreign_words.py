@@ -51,8 +51,7 @@ def translated(word: str, names: Collection[str]) -> str | None:
 
     A key may have a value, as in `train.precision=selective`.
     """
-    last = word.rpartition(".")[2]
-    found = (ours for ours, theirs in WORDS.items() if last in theirs.split())
+    found = (ours for ours, theirs in WORDS.items() if _last_part(word) in theirs.split())
     return next((ours for ours in found if ours.partition("=")[0] in names), None)
 
 

@@ -20,8 +20,8 @@ SIZES_RECIPE = "pretrain/base"
 """The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
 paper's pre-training on C4."""
 TIMES = (
-    "Times are the FLOPs of a step over 40 % of the FLOP/s of all devices' data sheets. No time was compared with a "
-    "measurement on a GPU yet."
+    f"Times are the FLOPs of a step over {devices.UTILIZATION:.0%} of the FLOP/s of all devices' data sheets. No time "
+    "was compared with a measurement on a GPU yet."
 )
 """The statement of a plan on how far its times are from measurements."""
 _MUON_SHARE = 0.5
