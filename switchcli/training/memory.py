@@ -41,7 +41,8 @@ def explain_out_of_memory(
         needed = training_bytes(spec, optimizer, trainable_set)
         parts = f"weights, gradients and optimizer take {binary(needed)} in all"
         if teacher is not None:
-            teacher_bytes = _weight_bytes(teacher)
+            with torch.device("meta"):
+                teacher_bytes = num_bytes(SwitchTransformer(teacher).parameters())
             needed += teacher_bytes
             parts += f", those of the teacher {binary(teacher_bytes)}"
         divide = "divide it among ranks (parallel: `switchcli plan` shows how)"
@@ -51,11 +52,6 @@ def explain_out_of_memory(
 
     with _explained(device, explanation):
         yield
-
-
-def _weight_bytes(spec: ModelSpec) -> int:
-    with torch.device("meta"):
-        return num_bytes(SwitchTransformer(spec).parameters())
 
 
 @contextmanager
