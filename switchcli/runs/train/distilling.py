@@ -173,7 +173,8 @@ class Distillation(DistillRules):
                 "the teacher has none" if fraction is None else f"{fraction:.1%}"
             )
         self.console.show(Table(("", ""), [*rows.items()], f"distilled: {label}"))
-        if distillation["student"]["metrics"][metric] > distillation["teacher"]["metrics"][metric]:
+        student, teacher = (distillation[role]["metrics"][metric] for role in ("student", "teacher"))
+        if self.teacher is not None and student > teacher:
             self.console.message(
                 "the student is ahead of its teacher: compare it with distill.soft_fraction=0, which trains it as long "
                 "without the teacher"
