@@ -42,7 +42,6 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     if not is_thread_count_set():
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_processors() // processes))
     os.environ[LAUNCHER] = str(os.getpid())
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     stop = _Stop()
     with tempfile.TemporaryDirectory() as logs, handling(stop):
         options = [
