@@ -1,11 +1,14 @@
 """The layout of a run's folder, and the writing of its small files."""
 
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from switchcli.checkpoint import checkpoint
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
+from switchcli.system.user_files import expanded
 
 
 class RunFolder:
@@ -30,12 +33,12 @@ class RunFolder:
         """The command that resumes the run, for a message. `--no-resume` again would archive the run."""
         return "the same command" if self.resume else "the same command without --no-resume"
 
-    def check_free(self) -> None:
-        """Check that a run may be here.
+    def check_free(self, sources: Iterable[str]) -> None:
+        """Check that a run may be here. `sources` are the paths, URLs and globs of what it reads.
 
         Raises:
-            RecipeError: the folder holds a name that a run writes and no run, so it is somebody else's; or the run that
-                is to be archived lies around the current folder.
+            RecipeError: the folder holds one of the sources; it holds a name that a run writes and no run, so it is
+                somebody else's; or the run that is to be archived lies around the current folder.
         """
         lock = self.path / "run.lock"
         with disk_errors(self.path):
@@ -50,6 +53,12 @@ class RunFolder:
             raise RecipeError(
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
+        for source in sources:
+            before_stars = Path(re.split("[*?[]", source)[0])
+            if "://" not in source and expanded(before_stars).resolve().is_relative_to(self.path.resolve()):
+                raise RecipeError(
+                    f"--out {self.path}: holds {source}, which the run reads: give another folder by --out"
+                )
 
     def check_links(self) -> None:
         """Raise CheckpointError if a link, or another file that no run makes, is where the run would write."""

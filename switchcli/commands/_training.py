@@ -68,15 +68,18 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
 
 
 def print_dry_run(job: "Job", processes: int, as_json: bool) -> None:
-    """Open what the recipe names, and print the recipe with its model size, FLOPs and tokens, as YAML or as JSON."""
+    """Open what the recipe names, and print the recipe with its size, FLOPs, tokens and epochs, as YAML or as JSON."""
     from switchcli.runs.devices import planning
     from switchcli.runs.train.start import TASKS
 
     if processes > 1:
         job.recipe.check_ranks(processes)
-    TASKS[job.recipe.verb].open_inputs(job)
+    epochs = TASKS[job.recipe.verb].open_inputs(job)
+    about = planning.describe(job.recipe)
     lines = planning.describe_as_yaml(job.recipe).splitlines()
-    result = {**planning.describe(job.recipe), "recipe": job.recipe.model_dump(mode="json")}
+    if epochs is not None:
+        lines.insert(len(about), f"# epochs: about {epochs:.3g}")
+    result = {**about, "epochs": epochs, "recipe": job.recipe.model_dump(mode="json")}
     finish(result, as_json, [Line(line, wrap=False) for line in lines])
 
 

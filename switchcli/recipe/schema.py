@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from switchcli.data.config import DataSpec, TextSpec
+from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.errors import RecipeError
@@ -21,7 +23,7 @@ from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import VOCAB_SIZE, Spec
-from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names, tasks_of
+from switchcli.tasks.config import CustomTask, TaskDataSpec, TaskSpec, duplicate_names, tasks_of
 from switchcli.tasks.task import Task
 from switchcli.training.config import Precision, StartSpec, StudentSpec
 from switchcli.training.distillation_specs import DistillSpec
@@ -40,6 +42,10 @@ class TextRecipe(TrainingRecipe, ABC):
     @property
     def text(self) -> DataSpec:
         return self.data
+
+    @property
+    def sources(self) -> Iterable[str]:
+        return chain.from_iterable(corpus.paths for corpus in self.data.corpora if isinstance(corpus, FilesCorpus))
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
@@ -88,6 +94,11 @@ class TaskRecipe(TrainingRecipe, ABC):
     @property
     def named_tasks(self) -> Mapping[str, Task]:
         return tasks_of(self.tasks)
+
+    @property
+    def sources(self) -> Iterable[str]:
+        own = [task for task in self.tasks if isinstance(task, CustomTask)]
+        return chain.from_iterable((*task.train, *task.validation, *task.test) for task in own)
 
     @property
     def inputs_length(self) -> int:

@@ -49,3 +49,27 @@ def test_validation_sets_keys_in_each_file(recipe: str, switchcli: SwitchCLI) ->
     assert wrong.code == 2
     assert not lacking(wrong.err, "train.batch_tokens 100 32")
     assert switchcli("recipes", "validate", "train.steps=20").code == 2
+
+
+def test_epochs_are_told_and_a_step_of_more_than_one_warns(recipe: str, switchcli: SwitchCLI) -> None:
+    Path("own.txt").write_text("A line of text.\n" * 512)  # 8,192 bytes
+    own = ("data.corpora=[{kind: files, paths: [own.txt], sample_by: line}]", "train.steps=3", "--dry-run", "--json")
+    just = switchcli("pretrain", recipe, *own, "train.batch_tokens=2048")
+    assert json.loads(just.out)["epochs"] == 3.0
+    assert "warning" not in just.err
+    more = switchcli("pretrain", recipe, *own, "train.batch_tokens=2176")
+    assert not lacking(more.err, "warning: train.batch_tokens 2,176 1.06")
+
+
+@pytest.mark.parametrize(("out", "paths"), [("own", "own/deep/a.txt"), (".", "*.txt"), ("own/deep", "own/deep/*")])
+def test_a_run_is_not_written_into_a_folder_that_it_reads(
+    out: str, paths: str, recipe: str, switchcli: SwitchCLI
+) -> None:
+    Path("own/deep").mkdir(parents=True)
+    Path("own/deep/a.txt").write_text("A line of text.\n" * 512)
+    before = sorted(Path().rglob("*"))
+    own = f"data.corpora=[{{kind: files, paths: ['{paths}'], sample_by: line}}]"
+    for option in ((), ("--no-resume",)):
+        done = switchcli("pretrain", recipe, own, "--out", out, *option)
+        assert (done.code, sorted(Path().rglob("*"))) == (2, before)
+        assert not lacking(done.err, f"error: --out {out} {paths}")

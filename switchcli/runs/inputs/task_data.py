@@ -47,11 +47,12 @@ class TaskRunData(RunData):
             raise RecipeError(f"tasks: none of {names} has a split to train on: name one that has")
 
     @classmethod
-    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> None:
+    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> float | None:
         for task in tasks_of(recipe.tasks).values():
             for split in ("train", recipe.scoring.split):
                 if reading.has_split(task, split):
                     reading.check_readable(task, split, recipe.data.folder)
+        return None
 
     def build(self, tokenizer: Tokenizer | None) -> TrainData:
         assert tokenizer is not None, "that of the checkpoint that the run starts from"

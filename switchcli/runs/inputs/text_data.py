@@ -5,12 +5,13 @@ from typing import Any
 
 from switchcli.data.batch import Batch
 from switchcli.data.prepare.pipeline import PreparedTexts
+from switchcli.data.streaming import source_shards_of
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
 from switchcli.model.packing import segment_ids
 from switchcli.recipe.schema import TextRecipe
-from switchcli.report.console import Console
+from switchcli.report.console import Console, main_console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.train_data import NUM_SAMPLES, RunData, TrainData, check_same_data
 from switchcli.spec import PAD
@@ -24,15 +25,20 @@ class TextRunData(RunData):
         self.objective = text_sets.text_loss(recipe.data)
 
     @classmethod
-    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> None:
+    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> float | None:
         named = recipe.data.tokenizer
         if tokenizer is None and named.kind != "train":
             tokenizer = named.load()
         if tokenizer is not None:
             check_tokenizer_fits(recipe, tokenizer)
-        for corpora in recipe.data.texts().values():
-            for corpus in corpora:
-                next(corpus.documents())  # raises an error if there is none
+        for corpus in recipe.data.corpora:
+            next(corpus.documents())  # raises an error if there is none
+        sizes = [shard.size for _, shard in source_shards_of(recipe.data.corpora)]
+        if None in sizes:
+            return None
+        epochs_per_step = recipe.train.batch_tokens * text_sets.BYTES_PER_TOKEN / sum(filter(None, sizes))
+        text_sets.warn_of_large_step("about ", epochs_per_step, recipe, main_console())
+        return float(recipe.train.steps * epochs_per_step)
 
     def build(self, tokenizer: Tokenizer | None) -> TrainData:
         recipe, context, console = self._recipe, self._context, self._console

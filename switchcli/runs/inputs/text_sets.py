@@ -36,6 +36,8 @@ from switchcli.training.loss import Objective, cross_entropy, packed_cross_entro
 from switchcli.training.prefetch import STEPS_AHEAD
 from switchcli.training.validation import HeldOutText
 
+BYTES_PER_TOKEN = 4
+"""Of English text, with a vocabulary of 32,000 pieces: for text that is not tokenized yet."""
 HELD_OUT_SEED = 0
 """The seed of held-out batches. It differs from the run's seed, so that all runs are measured on the same batches."""
 
@@ -125,7 +127,7 @@ def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
     datasets = _datasets(text, TRAIN, data.rows, seed)
     mixture = _prepared_mixture(recipe, text, datasets)
     if context.is_main:
-        _report_training_text(text, datasets, mixture, recipe.train.steps * batch_rows, console)
+        _report_training_text(text, datasets, mixture, recipe, console)
     source = PreparedTextSource([*datasets.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
     return TrainRows(source, _prepared_identity(text, mixture))
 
@@ -246,15 +248,29 @@ def held_out_rows(text: PreparedTexts, data: DataSpec, sequences: int, console: 
     return texts
 
 
+def warn_of_large_step(about: str, epochs: float, recipe: TextRecipe, console: Console) -> None:
+    """Print a warning if a step is more than one epoch of the text. `about` stands before the number."""
+    if epochs > 1:
+        console.warning(
+            f"train.batch_tokens ({recipe.train.batch_tokens:,}): each step reads the text {about}{epochs:.3g} times: "
+            "lower it, or name more text"
+        )
+
+
 def _report_training_text(
     text: PreparedTexts,
     datasets: Mapping[str, TokenDataset],
     mixture: TextMixture | None,
-    num_rows: int,
+    recipe: TextRecipe,
     console: Console,
 ) -> None:
-    """Print the size of each text, its share of the rows, and its epochs in a run of `num_rows` rows."""
-    epochs = {label: num_rows / dataset.rows_per_epoch for label, dataset in datasets.items()}  # as the only text
+    """Print the size of each text, its share of the rows, and its epochs in the run."""
+    steps, rows_per_step = recipe.train.steps, recipe.rows_per_step
+    warn_of_large_step(
+        "", rows_per_step / sum(dataset.rows_per_epoch for dataset in datasets.values()), recipe, console
+    )
+    # As if each were the only text.
+    epochs = {label: steps * rows_per_step / dataset.rows_per_epoch for label, dataset in datasets.items()}
     if mixture is None:
         ((label, prepared),) = text.texts.items()
         documents, tokens, _ = prepared.counts[TRAIN]

@@ -61,10 +61,13 @@ class RunData(ABC):
 
     @classmethod
     @abstractmethod
-    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> None:
+    def open_inputs(cls, recipe: Any, tokenizer: Tokenizer | None) -> float | None:
         """Open what the recipe names, for a dry run: the first document of each corpus, the first example of each task.
 
         Tasks of a hub are left out: reading one would download it.
+
+        Returns:
+            How many epochs the run is, by the bytes of its text; None if they are not known before it is read.
 
         Raises:
             RecipeError: the tokenizer does not fit the model.

@@ -132,10 +132,10 @@ class TrainingTask:
         data_type(recipe).check(recipe)
 
     @classmethod
-    def open_inputs(cls, job: Job) -> None:
-        """Open what the recipe names besides checkpoints, for a dry run. Raises like `RunData.open_inputs`."""
+    def open_inputs(cls, job: Job) -> float | None:
+        """Open what the recipe names besides checkpoints, for a dry run. Returns and raises like `RunData`'s."""
         handle = next(iter(job.handles.values()), None)
-        data_type(job.recipe).open_inputs(job.recipe, handle and handle.tokenizer)
+        return data_type(job.recipe).open_inputs(job.recipe, handle and handle.tokenizer)
 
     # The run
 
