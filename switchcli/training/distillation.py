@@ -50,33 +50,34 @@ class SoftLoss(NamedTuple):
 
 
 class TeacherProbs:
-    """A teacher's probabilities q at temperature T of N targets, float32 or float64.
+    """A teacher's probabilities q at temperature T of N targets, float32 or float64, and the loss against them.
 
     They are computed from its hidden states chunk by chunk, so [N, V] is never in memory.
     """
 
-    def __init__(self, hidden_ND: torch.Tensor, vocabulary: VocabularyShard, temperature: float) -> None:
-        """`vocabulary` must have all rows: a teacher is not sharded."""
+    def __init__(
+        self, hidden_ND: torch.Tensor, vocabulary: VocabularyShard, temperature: float, beta: float = 0.0
+    ) -> None:
+        """`vocabulary` must have all rows: a teacher is not sharded. `beta` is the b of the soft part."""
         dtype = compute_dtype(hidden_ND)
-        self._hidden_ND, self._temperature = hidden_ND.to(dtype), temperature
+        self._hidden_ND, self.temperature, self._beta = hidden_ND.to(dtype), temperature, beta
         self._vocabulary = VocabularyShard(vocabulary.weight_VD.to(dtype))
 
     @torch.no_grad()
     def log_probs(self, chunk: slice) -> torch.Tensor:
         """Return log q of the whole vocabulary for the targets `chunk`: [C, V], float32 or float64."""
         logits_CV = matmul(self._hidden_ND[chunk], self._vocabulary.weight_VD.mT)
-        return self._vocabulary.log_softmax(logits_CV, self._temperature)
+        return self._vocabulary.log_softmax(logits_CV, self.temperature)
 
-    def soft(
-        self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, beta: float, needs_gradient: bool
-    ) -> SoftLoss:
+    def soft(self, log_p_CV: torch.Tensor, chunk: slice, vocabulary: VocabularyShard, needs_gradient: bool) -> SoftLoss:
         """Return the soft part of the loss for the targets `chunk`, over this rank's rows of the vocabulary.
 
-        `log_p_CV` is the student's log p at temperature T, [C, V], and `beta` the b of the soft part.
+        `log_p_CV` is the student's log p at temperature T, [C, V].
 
         The gradient is p - q for beta = 0. Otherwise it is w p (log(p / m) - sum p log(p / m)), with w = 1 - beta, or
         m = q and w = 1 for beta = 1.
         """
+        beta = self._beta
         log_q_CV = local_slice(self.log_probs(chunk), vocabulary.axis, 1)
         q_CV, p_CV = log_q_CV.exp(), log_p_CV.exp()
         cross_entropy_C, entropy_C = -_dot(q_CV, log_p_CV), -_dot(q_CV, log_q_CV)
@@ -107,11 +108,13 @@ class Teacher:
         self._precision = precision
 
     @torch.no_grad()
-    def predict(self, batch: Batch, packed: bool, temperature: float) -> TeacherProbs:
-        """Return the probabilities of the targets of a batch at a temperature."""
+    def predict(self, batch: Batch, packed: bool, settings: DistillSpec) -> TeacherProbs:
+        """Return the probabilities of the targets of a batch at the temperature of `settings`."""
         with torch.autocast(batch.inputs_BS.device.type, torch.bfloat16, enabled=self._precision != "float32"):
             output = self.model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, packed))
-            return TeacherProbs(output.hidden_BTD.flatten(0, 1), output.vocabulary, temperature)
+            return TeacherProbs(
+                output.hidden_BTD.flatten(0, 1), output.vocabulary, settings.temperature, settings.mixture
+            )
 
 
 class DistillationLoss:
@@ -123,15 +126,12 @@ class DistillationLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepLoss:
         output = model(batch.inputs_BS, batch.targets_BT, batch_segment_ids(batch, self._packed))
-        settings = self._settings
         sums_M = distilled_cross_entropy(
             output.hidden_BTD.flatten(0, 1),
             output.vocabulary,
             batch.targets_BT.flatten(),
-            self._teacher.predict(batch, self._packed, settings.temperature),
-            settings.soft_fraction,
-            settings.temperature,
-            settings.mixture,
+            self._teacher.predict(batch, self._packed, self._settings),
+            self._settings.soft_fraction,
         )
         target_sum = sums_M[0]
         _, hard, soft, divergence = sums_M.detach()
@@ -145,19 +145,17 @@ def distilled_cross_entropy(
     targets_N: torch.Tensor,
     teacher: TeacherProbs,
     soft_fraction: float,
-    temperature: float,
-    beta: float = 0.0,
 ) -> torch.Tensor:
     """Return four sums over real targets, [4], in nats, float32 or float64, computed in chunks; see `sum_in_chunks`.
 
     They are the loss, its hard part, and, whichever soft part is minimized, the cross-entropy of the student with its
-    teacher and its forward Kullback-Leibler divergence, both at temperature T. `beta` is the b of the soft part. Only
+    teacher and its forward Kullback-Leibler divergence, both at temperature T. Only
     the loss has a gradient, which can be taken only once. Where the vocabulary is sharded, the sums are over all ranks.
     """
 
     def loss(logits_CV: torch.Tensor, chunk: slice) -> torch.Tensor:
         sums_M: torch.Tensor = _DistillationLoss.apply(
-            logits_CV, targets_N[chunk], teacher, chunk, soft_fraction, temperature, beta, vocabulary
+            logits_CV, targets_N[chunk], teacher, chunk, soft_fraction, vocabulary
         )
         return sums_M
 
@@ -185,19 +183,17 @@ class _DistillationLoss(torch.autograd.Function):
         teacher: TeacherProbs,
         chunk: slice,
         soft_fraction: float,
-        temperature: float,
-        beta: float,
         vocabulary: VocabularyShard,
     ) -> torch.Tensor:
         real_C1 = (targets_C != PAD).unsqueeze(1)
         # [C, 1]: the row of each target among this rank's rows, or any row for a target on another rank.
         target = vocabulary.locate(targets_C.unsqueeze(1))
-        needs_gradient = ctx.needs_input_grad[0]
+        temperature = teacher.temperature
 
         log_p_CV = vocabulary.log_softmax(logits_CV)
         hard = -(target.zero_others(log_p_CV.gather(1, target.row)) * real_C1).sum()
         tempered_CV = log_p_CV if temperature == 1.0 else vocabulary.log_softmax(logits_CV, temperature)
-        soft = teacher.soft(tempered_CV, chunk, vocabulary, beta, needs_gradient)
+        soft = teacher.soft(tempered_CV, chunk, vocabulary, needs_gradient=ctx.needs_input_grad[0])
         real_C = real_C1.squeeze(1)
         sums = ((values_C * real_C).sum() for values_C in (soft.loss_C, soft.cross_entropy_C, soft.entropy_C))
         soft_loss, cross_entropy, entropy = sums
@@ -218,7 +214,7 @@ class _DistillationLoss(torch.autograd.Function):
         gradient_CV, ctx.gradient_CV = ctx.gradient_CV, None  # overwritten below: no second backward pass
         assert gradient_CV is not None, "the gradient can be taken once"
         # The gradient is 0 for padding.
-        return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None, None, None
+        return gradient_CV.mul_(ctx.real_C1 * scale_M[0]), None, None, None, None, None
 
 
 def _dot(x_CV: torch.Tensor, y_CV: torch.Tensor) -> torch.Tensor:

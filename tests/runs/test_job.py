@@ -17,7 +17,7 @@ from switchcli.recipe import resolve as recipes
 from switchcli.recipe.resolve import dump
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, Pin
-from switchcli.runs.train.distill_rules import DistillRules
+from switchcli.runs.train.distilling import Distillation
 
 pytestmark = pytest.mark.integration
 FIRST = "checkpoints/step-00000001"
@@ -137,7 +137,7 @@ def test_a_branch_of_a_distillation_takes_the_shape_of_its_student(here: Path) -
     smaller = teacher.model.model_copy(update={"d_ff": 16})
     tree = recipes.load(None)
     for pins, d_ff in (({}, teacher.model.d_ff), ({START: teacher._replace(model=smaller, handle=None)}, 16)):
-        defaults = DistillRules.defaults(tree, {TEACHER: teacher, **pins})
+        defaults = Distillation.defaults(tree, {TEACHER: teacher, **pins})
         assert defaults.stated("model.d_ff") == d_ff
 
 

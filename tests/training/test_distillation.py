@@ -86,8 +86,8 @@ def test_loss_and_gradients_are_those_of_the_formula(
     expected = naive(student, log_q_NV, targets_N, f, T, beta)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("switchcli.training.loss.CHUNK", chunk)
-        soft_targets = TeacherProbs(*factors(teacher), T)
-        found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, f, T, beta)
+        soft_targets = TeacherProbs(*factors(teacher), T, beta)
+        found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, f)
     torch.testing.assert_close(found[0], expected)
     gradients = (torch.autograd.grad(0.3 * loss, student) for loss in (found[0], expected))
     torch.testing.assert_close(*gradients)
@@ -105,8 +105,8 @@ def test_tokens_that_both_models_exclude_leave_jsd_and_its_gradient_finite() -> 
 
     def loss(student_CV: torch.Tensor) -> torch.Tensor:
         vocabulary = VocabularyShard(torch.eye(4, dtype=student_CV.dtype))
-        teacher = TeacherProbs(of_teacher_CV.to(student_CV.dtype), vocabulary, 1.0)
-        return distilled_cross_entropy(student_CV, vocabulary, torch.tensor([1]), teacher, 1.0, 1.0, 0.5)[0]
+        teacher = TeacherProbs(of_teacher_CV.to(student_CV.dtype), vocabulary, 1.0, 0.5)
+        return distilled_cross_entropy(student_CV, vocabulary, torch.tensor([1]), teacher, 1.0)[0]
 
     found, expected = (logits_CV.to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
     pairs = [(loss(x), torch.autograd.grad(loss(x), x)[0]) for x in (found, expected)]
@@ -123,7 +123,7 @@ def test_a_student_in_bfloat16_and_a_teacher_in_float32_keep_their_precisions() 
     soft_targets = TeacherProbs(*factors(teacher), 1.0)
     for enabled, tolerance in ((False, 1e-5), (True, 2**-6)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, 0.25, 1.0)
+            found = distilled_cross_entropy(*factors(student), targets_N, soft_targets, 0.25)
         assert found.dtype == torch.float32
         assert found[0].item() == pytest.approx(expected.item(), rel=tolerance)
         rights = torch.autograd.grad(expected, exact, retain_graph=True)
@@ -167,7 +167,7 @@ def test_a_model_learns_from_a_teacher_that_stays_as_it_is() -> None:
 def test_a_teacher_is_asked_in_its_own_precision() -> None:
     model, batch = a_model(DENSE, seed=2).eval(), rows(0, 0, 4)
     exact, rounded = (
-        Teacher(model, precision).predict(batch, packed=False, temperature=1.0).log_probs(slice(None))
+        Teacher(model, precision).predict(batch, packed=False, settings=settings()).log_probs(slice(None))
         for precision in ("float32", "selective")
     )
     assert 2**-12 < (rounded - exact).abs().max() < 2**-4
@@ -196,7 +196,7 @@ def test_the_teacher_costs_its_forward_pass_and_its_products_with_the_vocabulary
     num_targets, V = batch.targets_BT.numel(), DENSE.vocab_size
     alone, both = flops(cross_entropy), flops(DistillationLoss(settings(), teacher, packed=False))
     with FlopCounterMode(display=False) as counter:
-        teacher.predict(batch, packed=False, temperature=1.0).log_probs(slice(None))
+        teacher.predict(batch, packed=False, settings=settings()).log_probs(slice(None))
     forward = counter.get_total_flops()
     dots = 2 * 2 * num_targets * V  # the cross-entropy's and the entropy's sums over the vocabulary
     assert both == alone + forward + dots

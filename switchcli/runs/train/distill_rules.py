@@ -1,98 +1,25 @@
 """The recipe of `switchcli distill`: the teacher provides what it leaves out, and the student must fit the teacher."""
 
-import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from switchcli.convert.tokenizer_files import find_tokenizer
-from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.errors import CheckpointError, RecipeError
+from switchcli.errors import RecipeError
 from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.surgery.student import differing_dimensions, num_joined
 from switchcli.model.surgery.student_spec import FromTeacherInit
-from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
-from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.job.pins import BASELINE, OPTIONS, START, STUDENT, TEACHER, Pin, PinFinder
-from switchcli.runs.job.same_model import check_shape, check_tokenizer, check_trained_tokenizer
-from switchcli.runs.train.training_task import TrainingTask
-from switchcli.spec import Spec
+from switchcli.runs.job.pins import BASELINE, OPTIONS, STUDENT, TEACHER, Pin
+from switchcli.runs.job.same_model import check_shape, check_tokenizer
 
 Recipe = DistillTextRecipe | DistillTasksRecipe
 _TRAINING_SECTIONS = {"train", "optimizer", "schedule", "eval", "checkpoint"}
 """Sections that a recipe may leave out if the teacher was trained on the same type of data. The teacher's are taken."""
-
-
-class DistillRules(TrainingTask):
-    """How a recipe of `distill` is resolved. `start` can only name a distillation to continue."""
-
-    verb = "distill"
-
-    @classmethod
-    def check_verb(cls, tree: Node) -> None:
-        if tree.stated("verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
-            super().check_verb(tree)
-
-    @classmethod
-    def pins(cls, tree: Node, finder: PinFinder) -> dict[str, Pin]:
-        named = resolve.stated_path(tree, TEACHER)
-        if not isinstance(named, str):
-            raise RecipeError(f"{TEACHER}: missing: name the model to learn from by --teacher CHECKPOINT")
-        pins = super().pins(tree, finder)
-        pins[TEACHER] = finder.find(TEACHER, named)
-        if (student := resolve.stated_path(tree, STUDENT)) is not None:
-            try:
-                pins[STUDENT] = finder.find(STUDENT, student)
-            except CheckpointError as error:
-                if Path(student).exists() or not (close := difflib.get_close_matches(student, SIZES, n=1)):
-                    raise
-                raise RecipeError(
-                    f"{STUDENT} (--student) {student}: no checkpoint there, and no size of that name. Did you mean "
-                    f"{close[0]}?"
-                ) from error
-        if isinstance(baseline := resolve.stated_path(tree, BASELINE), str):
-            # It is measured at the end, so the recipe keeps the name, which may be a run that goes on.
-            handle = finder.open(BASELINE, baseline)
-            pins[BASELINE] = Pin(baseline, handle.recipe.model, handle)
-        return pins
-
-    @classmethod
-    def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
-        fixed = dict(super().fixed(tree, pins))
-        if STUDENT in pins:
-            fixed["student.kind"] = "checkpoint"
-        if tree.stated("data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
-            teacher = teacher_of(pins)
-            check_trained_tokenizer(tree, teacher)
-            fixed["data.tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
-        return fixed
-
-    @classmethod
-    def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node:
-        teacher = teacher_of(pins)
-        student = pins.get(START) or pins.get(STUDENT)
-        spec = student.model if student else dense_spec(teacher.recipe.model)
-        return resolve.layer(_defaults(teacher, spec, tree), f"the teacher {teacher.path}")
-
-    @classmethod
-    def schema(cls, tree: Node) -> type[Spec]:
-        return DistillTextRecipe if tree.stated("tasks") is None else DistillTasksRecipe
-
-    @classmethod
-    def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int:
-        return pins[TEACHER].model.vocab_size
-
-    @classmethod
-    def check(cls, recipe: Recipe, pins: Mapping[str, Pin]) -> None:
-        super().check(recipe, pins)
-        _check_models(recipe, pins)
-
-    def tokenizer(self) -> Tokenizer:
-        return self.job.handles[TEACHER].tokenizer
 
 
 def teacher_of(pins: Mapping[str, Pin]) -> CheckpointHandle:
@@ -108,7 +35,7 @@ def dense_spec(teacher: ModelSpec) -> ModelSpec:
     return teacher.model_copy(update={"size": "custom", "num_experts": 1, "shared_d_ff": 0, **dict.fromkeys(unset)})
 
 
-def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
+def defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
     """Return the values for keys that the recipe `tree` leaves out: the student's shape, and the teacher's training."""
     trained = teacher.recipe
     is_tasks_named = tree.stated("tasks") is not None
@@ -118,24 +45,25 @@ def _defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict
             f"{TEACHER} ({teacher.path}): has no record of its training: name a RECIPE, or what to train on "
             "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
         )
-    defaults: dict[str, Any] = {"model": student.model_dump(mode="json")}
+    values: dict[str, Any] = {"model": student.model_dump(mode="json")}
     names_other_data = is_text_named if trained.named_tasks else is_tasks_named
     if teacher.has_training_recipe and not names_other_data:
         # A recipe on text has no tasks and no scoring.
-        defaults |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "tasks", "data", "scoring"})
+        values |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "tasks", "data", "scoring"})
     elif is_tasks_named:
-        defaults["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
-    defaults.get("train", {}).pop("device", None)  # belongs to the machine that trained the teacher
-    if "tasks" not in defaults and not is_tasks_named:
-        defaults.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": _tokenizer_path(teacher)}
-    return defaults
+        values["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+    values.get("train", {}).pop("device", None)  # belongs to the machine that trained the teacher
+    if "tasks" not in values and not is_tasks_named:
+        values.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": tokenizer_path(teacher)}
+    return values
 
 
-def _tokenizer_path(teacher: CheckpointHandle) -> str:
+def tokenizer_path(teacher: CheckpointHandle) -> str:
+    """Return the path of the tokenizer of the teacher."""
     return str((find_tokenizer(teacher.path) or teacher.path / "tokenizer.json").absolute())
 
 
-def _check_models(recipe: Recipe, pins: Mapping[str, Pin]) -> None:
+def check_models(recipe: Recipe, pins: Mapping[str, Pin]) -> None:
     """Check that the student can learn from the teacher, and be compared with the baseline.
 
     Raises:
@@ -251,4 +179,22 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
         raise RecipeError(
             f"model: the teacher's weights do not fit a student of {dimensions}: student.kind=random_init starts from "
             "initial weights"
+        )
+
+
+def check_microbatch_rows(recipe: Recipe, teacher: ModelSpec, dp_size: int) -> None:
+    """Raise RecipeError if the teacher cannot divide the rows of a microbatch into whole routing groups."""
+    rows, capacity = recipe.microbatch_rows(dp_size), recipe.eval.capacity or "dropless"
+    # Encoder and decoder may have groups of different sizes. The rows must be a multiple of both.
+    group, free = (
+        math.lcm(*(teacher.router_of(stack).group_size(by) for stack in teacher.sparse_stacks))
+        for by in (capacity, "dropless")
+    )
+    if recipe.distill.soft_fraction and rows % group:
+        # Experts that choose their tokens count in groups in any mode.
+        fix = "take eval.capacity=dropless, or" if rows % free == 0 else "take"
+        raise RecipeError(
+            f"eval.capacity ({capacity}): the teacher's routers count capacity over {group} sequences, and a "
+            f"microbatch on {dp_size} ranks has {rows}: {fix} microbatches of a multiple of "
+            f"{group * recipe.inputs_length} tokens"
         )

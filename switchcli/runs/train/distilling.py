@@ -1,22 +1,31 @@
 """Distillation: the training task of `switchcli distill`. The teacher runs in every step."""
 
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from switchcli.checkpoint import tensor_names
 from switchcli.checkpoint.run_folder import RunFolder
+from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
+from switchcli.errors import CheckpointError, RecipeError
 from switchcli.metric_names import TOKENS_PER_SECOND
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.init import initial_weights
+from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.surgery.student import ExpertUse, StudentInit, gate_sums, init_weights, plan_init
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.recipe import resolve
+from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
+from switchcli.recipe.sizes import SIZES
+from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.table import Table
@@ -26,43 +35,132 @@ from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import load_model
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.pins import BASELINE, STUDENT, TEACHER
-from switchcli.runs.train.distill_rules import DistillRules, Recipe
-from switchcli.runs.train.teacher import RunTeacher
+from switchcli.runs.job.pins import BASELINE, START, STUDENT, TEACHER, Pin, PinFinder
+from switchcli.runs.job.same_model import check_trained_tokenizer
+from switchcli.runs.train.distill_rules import (
+    Recipe,
+    check_microbatch_rows,
+    check_models,
+    defaults,
+    dense_spec,
+    teacher_of,
+    tokenizer_path,
+)
 from switchcli.runs.train.trainer import Trainer
+from switchcli.runs.train.training_task import TrainingTask
+from switchcli.spec import Spec
 from switchcli.training.checkpointer import load_weights
 from switchcli.training.config import FromCheckpoint
-from switchcli.training.distillation import DistillationLoss, compression, gain_kept
+from switchcli.training.distillation import DistillationLoss, Teacher, compression, gain_kept
 from switchcli.training.loss import Objective, packed_cross_entropy
 from switchcli.training.measure import Evaluator, Measurement
 from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizers import Optimizer
 
 
-class Distillation(DistillRules):
-    """Train a student on the probabilities of a teacher, on text or on tasks (section 4.2)."""
+class Distillation(TrainingTask):
+    """Train a student on the probabilities of a teacher, on text or on tasks (section 4.2).
+
+    `start` can only name a distillation to continue.
+    """
+
+    verb = "distill"
+
+    @classmethod
+    def check_verb(cls, tree: Node) -> None:
+        if tree.stated("verb") is not None:  # a recipe without a verb may also be one of pretrain or finetune
+            super().check_verb(tree)
+
+    @classmethod
+    def pins(cls, tree: Node, finder: PinFinder) -> dict[str, Pin]:
+        named = resolve.stated_path(tree, TEACHER)
+        if not isinstance(named, str):
+            raise RecipeError(f"{TEACHER}: missing: name the model to learn from by --teacher CHECKPOINT")
+        pins = super().pins(tree, finder)
+        pins[TEACHER] = finder.find(TEACHER, named)
+        if (student := resolve.stated_path(tree, STUDENT)) is not None:
+            try:
+                pins[STUDENT] = finder.find(STUDENT, student)
+            except CheckpointError as error:
+                if Path(student).exists() or not (close := difflib.get_close_matches(student, SIZES, n=1)):
+                    raise
+                raise RecipeError(
+                    f"{STUDENT} (--student) {student}: no checkpoint there, and no size of that name. Did you mean "
+                    f"{close[0]}?"
+                ) from error
+        if isinstance(baseline := resolve.stated_path(tree, BASELINE), str):
+            # It is measured at the end, so the recipe keeps the name, which may be a run that goes on.
+            handle = finder.open(BASELINE, baseline)
+            pins[BASELINE] = Pin(baseline, handle.recipe.model, handle)
+        return pins
+
+    @classmethod
+    def fixed(cls, tree: Node, pins: Mapping[str, Pin]) -> Mapping[str, Any]:
+        fixed = dict(super().fixed(tree, pins))
+        if STUDENT in pins:
+            fixed["student.kind"] = "checkpoint"
+        if tree.stated("data.tokenizer.kind") == "train":  # a student shares the vocabulary of its teacher
+            teacher = teacher_of(pins)
+            check_trained_tokenizer(tree, teacher)
+            fixed["data.tokenizer"] = {"kind": "file", "path": tokenizer_path(teacher)}
+        return fixed
+
+    @classmethod
+    def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node:
+        teacher = teacher_of(pins)
+        student = pins.get(START) or pins.get(STUDENT)
+        spec = student.model if student else dense_spec(teacher.recipe.model)
+        return resolve.layer(defaults(teacher, spec, tree), f"the teacher {teacher.path}")
+
+    @classmethod
+    def schema(cls, tree: Node) -> type[Spec]:
+        return DistillTextRecipe if tree.stated("tasks") is None else DistillTasksRecipe
+
+    @classmethod
+    def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int:
+        return pins[TEACHER].model.vocab_size
+
+    @classmethod
+    def check(cls, recipe: Recipe, pins: Mapping[str, Pin]) -> None:
+        super().check(recipe, pins)
+        check_models(recipe, pins)
 
     def __init__(self, job: Job, folder: RunFolder, context: DistributedContext, console: Console) -> None:
         super().__init__(job, folder, context, console)
         self._recipe: Recipe = job.recipe
         self._settings = self._recipe.distill
         self._handle = job.handles[TEACHER]
-        self._teacher = RunTeacher(self._handle, self._recipe, context, console)
+        self._teacher: SwitchTransformer | None = None
+        spec = self._handle.recipe.model
+        context.main_first(lambda: check_microbatch_rows(self._recipe, spec, context.dp_size))
         if self._settings.soft_fraction:
-            self.teacher = self._handle.recipe.model
+            self.teacher = spec
+
+    def tokenizer(self) -> Tokenizer:
+        return self._handle.tokenizer
 
     def build_data(self) -> TrainData:
         data = super().build_data()
         if self.teacher is not None:
-            self._teacher.load()
+            self._load_teacher()
         return data
+
+    def _load_teacher(self) -> SwitchTransformer:
+        """Return the teacher, which is loaded on the first call."""
+        if self._teacher is None:
+            self._teacher = load_model(self._handle, self.context.device)
+            if self._recipe.train.compile:
+                self.context.compile(self._teacher)
+        return self._teacher
 
     def training_loss(self) -> Objective:
         """Return the loss with the teacher's probabilities; with a soft fraction of 0 that of the targets alone."""
         objective, settings = super().training_loss(), self._settings
         if self.teacher is None:
             return objective
-        teacher = self._teacher.in_training()
+        model = self._load_teacher()
+        evaluate_by(model, self._recipe.eval.capacity or "dropless")  # without dropout and noise
+        teacher = Teacher(model, self._handle.recipe.train.precision)
         if settings.targets == "student":
             return OnPolicyLoss(settings, teacher, self.context)
         return DistillationLoss(settings, teacher, packed=objective is packed_cross_entropy)
@@ -104,21 +202,21 @@ class Distillation(DistillRules):
     def _expert_use(self, evaluator: Evaluator, with_gates: bool) -> ExpertUse:
         """Measure how the teacher uses its experts on held-out text. Collective."""
         gate: dict[str, torch.Tensor] = {}
-        with gate_sums(self._teacher.load()) if with_gates else nullcontext(dict[str, torch.Tensor]()) as sums:
-            measured = _measure(self._teacher.load(), evaluator._replace(tasks=()))
+        with gate_sums(self._load_teacher()) if with_gates else nullcontext(dict[str, torch.Tensor]()) as sums:
+            measured = _measure(self._load_teacher(), evaluator._replace(tasks=()))
         for layer, local in sums.items():
             total_E, tokens_E = self.context.all_reduce(local).cpu()
             gate[layer] = total_E / tokens_E.clamp(min=1)
         if self.teacher is None:  # training does not need it
-            self._teacher.unload()
+            self._teacher = None
         return ExpertUse({layer: torch.tensor(tokens) for layer, tokens in measured.load().items()}, gate)
 
     def results(self, trainer: Trainer) -> dict[str, Any]:
         """Return the columns of the paper's Tables 6 to 8: teacher, student, dense baseline, and the gain kept."""
         recipe, teacher, baseline = self._recipe, self._handle, self.job.handles.get(BASELINE)
         metric = trainer.evaluator.metric
-        teacher_measured = _measure(self._teacher.load(), trainer.evaluator)
-        self._teacher.unload()  # frees the memory of the teacher for the baseline
+        teacher_measured = _measure(self._load_teacher(), trainer.evaluator)
+        self._teacher = None  # frees the memory of the teacher for the baseline
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
         speed = _measure(trainer.model, trainer.evaluator._replace(tasks=()))
         teacher_row = {"checkpoint": str(teacher.path), **_row(teacher.recipe.model, recipe, teacher_measured)}
