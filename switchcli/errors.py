@@ -123,6 +123,7 @@ _DISK_FIX: Final = {
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
     **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),
+    errno.ENOTEMPTY: "another command has written there: look at what it wrote",
 }
 _FEW_INODES: Final = 64
 """More than the files of a checkpoint or a run that are written together."""
@@ -139,7 +140,7 @@ def disk_errors(
     """Raise an OSError of the `with` block as a CheckpointError that says where, why, and how to fix it.
 
     `alternative` is the second fix that the message offers. With `bytes_needed` the message compares it with the free
-    space, whatever the error is.
+    space, whatever the disk refuses: some report a full disk as another error.
     """
     try:
         yield
@@ -147,7 +148,7 @@ def disk_errors(
         space, fix = "", _DISK_FIX.get(error.errno or 0, "check the disk")
         if error.errno == errno.ENOSPC and _lacks_inodes(path, bytes_needed or _SOME_BYTES):
             space, fix = f": no inodes are left for new files ({_free_bytes(path)} bytes free)", "remove some files"
-        elif bytes_needed is not None:
+        elif bytes_needed is not None and error.errno != errno.ENOTEMPTY:
             space = f" ({bytes_needed:,} bytes needed, {_free_bytes(path)} free)"
         elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             space = f" ({_free_bytes(path)} bytes free)"

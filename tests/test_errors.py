@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from messages import lacking
 
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.runs.inputs.new_folder import publish_new_folder
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,17 @@ def test_another_refusal_says_nothing_of_inodes(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(CheckpointError, match="Read-only") as raised, disk_errors(tmp_path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     assert "no inodes" not in str(raised.value)
+
+
+def test_a_command_that_comes_second_to_a_new_folder_speaks_of_the_other(tmp_path: Path) -> None:
+    def write(temporary: Path) -> Path:
+        built = temporary / "built"
+        built.mkdir()
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "theirs").touch()
+        return built
+
+    with pytest.raises(CheckpointError) as raised:
+        publish_new_folder(tmp_path / "new", 10, write)
+    assert not lacking(str(raised.value), f"{tmp_path / 'new'} another command DESTINATION")
+    assert "bytes" not in str(raised.value)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from switchcli.checkpoint import checkpoint
@@ -54,11 +55,12 @@ class RunFolder:
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
         for source in sources:
-            before_stars = Path(re.split("[*?[]", source)[0])
-            if "://" not in source and expanded(before_stars).resolve().is_relative_to(self.path.resolve()):
-                raise RecipeError(
-                    f"--out {self.path}: holds {source}, which the run reads: give another folder by --out"
-                )
+            with suppress(OSError):  # of a path that cannot be read, as its reader says
+                before_stars = Path(re.split("[*?[]", source)[0])
+                if "://" not in source and expanded(before_stars).resolve().is_relative_to(self.path.resolve()):
+                    raise RecipeError(
+                        f"--out {self.path}: holds {source}, which the run reads: give another folder by --out"
+                    )
 
     def check_links(self) -> None:
         """Raise CheckpointError if a link, or another file that no run makes, is where the run would write."""

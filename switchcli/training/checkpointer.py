@@ -19,7 +19,6 @@ from switchcli.training.router_health import NONFINITE_FIX
 from switchcli.training.state import TrainState
 from switchcli.training.validation import reduce
 
-TOKENIZER = "tokenizer.json"
 DATA = "data.json"
 """The document that identifies what a run learns from: its text and its teacher. A run resumes only with the same."""
 TEXT = "tokens_sha256"
@@ -170,11 +169,6 @@ class Checkpointer:
             return
         difference = "and scored on other examples of its tasks"
         if before.get(TEXT) != now[TEXT]:
-            if newest.document(TOKENIZER) != self._documents[TOKENIZER]:  # the run's own, as it is read at each start
-                raise CheckpointError(
-                    f"{newest.path} was trained with another tokenizer than {self._folder.parent / TOKENIZER} is now: "
-                    f"copy {newest.path / TOKENIZER} over it, or --no-resume to archive this run and start anew"
-                )
             difference = "on other text (or, with data.mixture.max_epochs, for another train.steps)"
         raise CheckpointError(
             f"{newest.path} was trained {difference} than the recipe gives now: restore what has changed, give another "

@@ -31,7 +31,7 @@ from switchcli.runs.train.callbacks import (
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
-from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, TOKENIZER, Checkpointer, preflight
+from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, Checkpointer, preflight
 from switchcli.training.loop import fit
 from switchcli.training.measure import Measurement
 from switchcli.training.microbatches import Microbatches
@@ -100,7 +100,7 @@ class Trainer:
         identities = {TEXT: self.data.identity, **self._examples_identity()}
         documents = {
             "recipe.yaml": dump(self.recipe).encode(),
-            TOKENIZER: self.data.tokenizer.to_json().encode(),
+            "tokenizer.json": self.data.tokenizer.to_json().encode(),
             DATA: json.dumps(identities).encode(),
         }
         return Checkpointer(

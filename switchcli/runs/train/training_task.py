@@ -169,8 +169,6 @@ class TrainingTask:
             return start.tokenizer
         if not self.folder.is_resumed:
             return None
-        if self.folder.tokenizer.exists():
-            return Tokenizer.read(self.folder.tokenizer)
         latest = checkpoint.newest(self.folder.checkpoints, warn=lambda damage: None)
         assert latest is not None, "the run had begun when its recipe was resolved"
         return read_documents(latest)[1]
