@@ -4,6 +4,7 @@ Sources: paper sections 2 and 5.6 (Table 9), Appendix A; T5 for the rest. Named 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -93,81 +94,85 @@ class ModelSpec(Spec):
     or pooled over the tokens of a stack's layers (transformers); each needs other coefficients."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.d_kv is None and self.d_model % self.num_heads:
-            nearest = max(self.num_heads, round(self.d_model / self.num_heads) * self.num_heads)
-            raise ValueError(
-                f"d_model ({self.d_model}) must be a multiple of num_heads ({self.num_heads}) where d_kv is not set: "
-                f"try d_model: {nearest}, or set d_kv, the width of a head"
-            )
+    def _check_rules(self) -> Self:
+        rules = (
+            self._heads_divide,
+            self._experts_have_a_layer,
+            self._shared_path_has_experts_beside_it,
+            self._experts_are_bounded,
+            self._routers_fit,
+            self._max_distance_exceeds_exact_buckets,
+        )
+        # All errors at once: a user fixes them in one pass.
+        if errors := dict.fromkeys(line for rule in rules for line in rule()):
+            raise ValueError(*errors)
         return self
 
-    @model_validator(mode="after")
-    def _experts_have_a_layer(self) -> Self:
+    def _heads_divide(self) -> Iterator[str]:
+        if self.d_kv is None and self.d_model % self.num_heads:
+            divisors = (heads for heads in range(1, min(self.d_model, 1024) + 1) if self.d_model % heads == 0)
+            nearest = min(divisors, key=lambda heads: abs(heads - self.num_heads))
+            yield (
+                f"num_heads ({self.num_heads}) must divide d_model ({self.d_model}) where d_kv is not set: "
+                f"try num_heads: {nearest}, or set d_kv, the width of a head"
+            )
+
+    def _experts_have_a_layer(self) -> Iterator[str]:
         for stack in STACKS:
             layers, blocks = self._listed_layers(stack), self.num_blocks(stack)
             if layers is not None and (list(layers) != sorted(set(layers)) or max(layers, default=0) >= blocks):
-                raise ValueError(
+                yield (
                     f"sparse_{stack}_layers ({list(layers)}) must name blocks from 0 to {blocks - 1} in order, "
                     "once each"
                 )
             if self.num_experts > 1 and layers is None and self.sparse_every > blocks:
-                raise ValueError(
+                yield (
                     f"sparse_every ({self.sparse_every}) is more than the {blocks} blocks of a stack, so no layer "
                     f"would be sparse: set sparse_every <= {blocks}, name the layers, or num_experts: 1 for a dense "
                     "model"
                 )
-        if self.num_experts > 1 and not any(self.sparse_layers(stack) for stack in STACKS):
-            raise ValueError(
+        if self.num_experts > 1 and all(self._listed_layers(stack) == () for stack in STACKS):
+            yield (
                 "sparse_encoder_layers and sparse_decoder_layers name no block: set num_experts: 1 for a dense model"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _shared_path_has_experts_beside_it(self) -> Self:
+    def _shared_path_has_experts_beside_it(self) -> Iterator[str]:
         if self.shared_d_ff and self.sparse == "attention":
-            raise ValueError(
+            yield (
                 f"shared_d_ff ({self.shared_d_ff}) stands beside the experts of feed-forwards, and sparse: attention "
                 "has none: leave it out, or set sparse: feed_forward or both"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _experts_are_bounded(self) -> Self:
+    def _experts_are_bounded(self) -> Iterator[str]:
         layers = sum(len(self.sparse_layers(stack)) for stack in STACKS)
         total, max_total = layers * self.num_experts, MAX_EXPERTS_IN_ALL
         if total > max_total:
-            raise ValueError(
+            yield (
                 f"num_experts ({self.num_experts}) in {layers} sparse layers is {total:,} in all, and at most "
                 f"{max_total:,} are allowed: set {max_total // layers} or fewer"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _routers_fit(self) -> Self:
+    def _routers_fit(self) -> Iterator[str]:
         for stack in STACKS:
             router = self.router_of(stack)
             key = "decoder_router" if stack == "decoder" and self.decoder_router else "router"
             if self.sparse_layers(stack) and (reason := router.incompatibility(self.num_experts)):
-                raise ValueError(f"{key}.{reason}")
+                yield f"{key}.{reason}"
         reason = self.router_of("decoder").causality_violation()
         if self.sparse_layers("decoder") and reason:
-            raise ValueError(
+            yield (
                 f"the decoder is causal, and {reason}: set decoder_router: {{kind: switch}}, or "
                 "sparse_decoder_layers: [] to have experts in the encoder only"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _max_distance_exceeds_exact_buckets(self) -> Self:
+    def _max_distance_exceeds_exact_buckets(self) -> Iterator[str]:
         num_exact = self.relative_attention_num_buckets // 2  # the decoder's buckets of one distance each
         if self.relative_attention_max_distance <= num_exact:
-            raise ValueError(
+            yield (
                 f"relative_attention_max_distance ({self.relative_attention_max_distance}) must be more than "
                 f"{num_exact}, half of relative_attention_num_buckets ({self.relative_attention_num_buckets}): try "
                 f"{4 * num_exact}"
             )
-        return self
 
     @property
     def decoder_layers(self) -> int:

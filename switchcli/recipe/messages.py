@@ -82,7 +82,7 @@ def plain_lines(error: ValidationError) -> list[str]:
 
 def _plain_line(details: ErrorDetails) -> str:
     if details["type"] == "value_error":
-        return str(details["ctx"]["error"])
+        return "; ".join(details["ctx"]["error"].args)
     return f"{dotted(details['loc'])}: {_rule(details)} (got {display_value(details['input'])})"
 
 

@@ -125,6 +125,15 @@ def validate(tree: Node, schema: type[S], vocab_size: int | None = None) -> S:
     return value
 
 
+def unknown_keys(tree: Node, schema: type[Spec]) -> tuple[str, ...]:
+    """Return one line for each key of `tree` that `schema` does not have."""
+    try:
+        validate(tree, schema)
+    except RecipeError as error:
+        return tuple(line for line in error.args if isinstance(line, messages.UnknownKey))
+    return ()
+
+
 def dump(spec: Spec) -> str:
     """Return YAML text of a resolved recipe with every key, in the schema's order. It resolves to an equal value.
 

@@ -69,3 +69,13 @@ def test_no_checkpoint_no_run(switchcli, recipe):
     assert done.code == CheckpointError.exit_code
     assert not lacking(done.err, "nowhere checkpoint checkpoints/step-*")
     assert not Path("on").exists()
+
+
+@pytest.mark.parametrize(("verb", "option"), [("pretrain", "--model"), ("distill", "--teacher")])
+def test_a_missing_checkpoint_hides_no_misspelt_key(verb, option, switchcli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = switchcli(verb, "quickstart/dense", option, "none", "train.steps=2", "--out", "on")
+    assert (missing.code, missing.err.count("\n")) == (4, 1), missing.err
+    misspelt = switchcli(verb, "quickstart/dense", option, "none", "train.step=2", "--out", "on")
+    assert (misspelt.code, misspelt.err.count("\n")) == (2, 2), misspelt.err
+    assert not lacking(misspelt.err, "train.step steps none")

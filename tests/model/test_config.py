@@ -68,6 +68,8 @@ def test_the_routed_parts_are_the_modules_of_the_model_in_the_order_of_their_rep
         ({"sparse": "cross_attention"}, r"'feed_forward', 'attention' or 'both'"),
         ({"balance_reduction": "max"}, r"'sum', 'mean' or 'pooled'"),
         ({"sparse": "attention", "shared_d_ff": 4}, r"shared_d_ff \(4\).*sparse: feed_forward"),
+        ({"d_model": 64, "num_heads": 12}, r"num_heads \(12\)[^{]*\bnum_heads: (8|16)\b"),
+        ({"num_heads": 3, "sparse_every": 4}, r"num_heads \(3\).*sparse_every \(4\)"),
     ],
 )
 def test_layers_that_are_refused(changes: dict[str, object], message: str) -> None:

@@ -517,14 +517,14 @@ def test_a_rule_of_two_keys_names_the_one_that_is_nearest_to_the_user() -> None:
     """d_model and num_heads are stated by the recipe that ships, and each layer above it may break their rule."""
     with pytest.raises(RecipeError) as error:
         resolve("quickstart/switch", ["model.num_heads=5"], PretrainRecipe)
-    assert_line(error.value.lines[0], "override model.num_heads", "model.d_model (64) num_heads (5)")
+    assert_line(error.value.lines[0], "override model.num_heads", "model.num_heads (5) d_model (64) num_heads: 4")
 
 
 def test_a_rule_of_two_keys_names_the_file_that_breaks_it(write) -> None:
     write("mine.yaml", "extends: quickstart/switch\n\nmodel: {num_heads: 5}")
     with pytest.raises(RecipeError) as error:
         resolve("mine.yaml", [], PretrainRecipe)
-    assert_line(error.value.lines[0], "mine.yaml:3", "model.d_model (64) num_heads (5)")
+    assert_line(error.value.lines[0], "mine.yaml:3", "model.num_heads (5) d_model (64) num_heads: 4")
 
 
 def test_a_recipe_of_another_verb_is_named_with_the_command_that_runs_it(write) -> None:

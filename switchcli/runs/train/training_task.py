@@ -73,7 +73,12 @@ class TrainingTask:
         _check_describes_training(source, cls.verb)
         tree = source.merge()
         cls.check_verb(tree)
-        pins = cls.pins(tree, finder)
+        try:
+            pins = cls.pins(tree, finder)
+        except CheckpointError as error:
+            if unknown := resolve.unknown_keys(tree, cls.schema(tree)):
+                raise RecipeError(*unknown, str(error)) from error
+            raise
         fixed = {**{key: pin.path for key, pin in pins.items()}, **cls.fixed(tree, pins)}
         source = source.overridden(*(resolve.override(key, value) for key, value in fixed.items()))
         tree = source.merge(cls.defaults(tree, pins))
