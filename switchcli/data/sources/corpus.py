@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 from glob import glob
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -25,7 +25,7 @@ from switchcli.data.sources.paths import block_references
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError
-from switchcli.spec import Count, PathOrUrl
+from switchcli.spec import PathOrUrl
 from switchcli.system.user_files import is_within_folder, read_regular
 
 if TYPE_CHECKING:
@@ -55,16 +55,12 @@ class HubCorpus(RowCorpus):
     """Files of the dataset, or globs of them, instead of a subset: `en/*.json.gz`."""
     revision: str | None = None
     """Commit or tag. Default: the latest commit when the dataset is opened."""
-    max_documents: Count | None = None
-    """Rows to read, from the first. They are one source shard. Default: all."""
 
     def source_shards(self) -> tuple[SourceShard, ...]:
         """Return the dataset's shards, usually its files, or groups of them if there are more than MAX_SHARDS.
 
         Raises DataError for no network, an unknown or closed dataset, and a split or files that do not exist.
         """
-        if self.max_documents is not None:
-            return (SourceShard("first rows", None),)
         _open_dataset.cache_clear()  # the dataset may have changed since
         with self._dataset_errors():
             return tuple(SourceShard(name, None) for name in _group_names(self._dataset().num_shards))
@@ -75,19 +71,14 @@ class HubCorpus(RowCorpus):
         Rows before `start` are fetched but not parsed.
         """
         dataset = self._dataset()
-        count = None
-        if self.max_documents is None:
-            names = _group_names(dataset.num_shards)
-            if shard.name not in names:
-                raise DataError(
-                    f"data.corpora: {self.path}: {shard.name} is not there any more: give the `revision` that "
-                    "was read before"
-                )
-            index = names.index(shard.name)
-            dataset = dataset.shard(num_shards=len(names), index=index, contiguous=True)
-        else:
-            count = max(self.max_documents - start, 0)
-        rows = self._rows(dataset.skip(start), shard, start, count)
+        names = _group_names(dataset.num_shards)
+        if shard.name not in names:
+            raise DataError(
+                f"data.corpora: {self.path}: {shard.name} is not there any more: give the `revision` that "
+                "was read before"
+            )
+        dataset = dataset.shard(num_shards=len(names), index=names.index(shard.name), contiguous=True)
+        rows = self._rows(dataset.skip(start), shard, start)
         return self.select(enumerate(rows, start), dropped)
 
     def fingerprint(self) -> str:
@@ -115,11 +106,11 @@ class HubCorpus(RowCorpus):
     def empty_error(self) -> DataError:
         return DataError(f"data.corpora: {self.path}: no text in column {self.field!r} of split {self.split}")
 
-    def _rows(self, dataset: "IterableDataset", shard: SourceShard, start: int, count: int | None) -> Iterator[RawRow]:
-        """Yield the records of a dataset, or the first `count` of them, as rows that are numbered from `start`."""
+    def _rows(self, dataset: "IterableDataset", shard: SourceShard, start: int) -> Iterator[RawRow]:
+        """Yield the records of a dataset as rows that are numbered from `start`."""
         dataset_name = "/".join(filter(None, (self.path, self.name, self.split)))
         with self._dataset_errors():
-            for number, fields in enumerate(islice(dataset, count), start):
+            for number, fields in enumerate(dataset, start):
                 name = f"{dataset_name}, {shard.name}:{number}"
                 yield RawRow(name, partial(str, name), partial(dict, fields))
 
