@@ -17,7 +17,7 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import TASKS_AVERAGE, suite_score, task_score
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import AllDone, all_done_locally, generate, label_log_likelihoods
+from switchcli.model.generation import generate, label_log_likelihoods
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -201,19 +201,6 @@ def task_results(scores: Mapping[str, Scores], best: Mapping[str, Best] | None =
     average = {"score": score_metrics(scores).get(TASKS_AVERAGE), **_best(best, TASKS_AVERAGE)}
     suites = {name: {"score": mean, **_best(best, suite_score(name))} for name, mean in suite_scores(scores).items()}
     return {"tasks": tasks, "average": average, "suites": suites}
-
-
-def answer_texts(
-    model: SwitchTransformer,
-    tokenizer: Tokenizer,
-    inputs_BS: torch.Tensor,
-    max_tokens: int,
-    all_done: AllDone = all_done_locally,
-) -> list[str]:
-    """Return the model's greedy answer to each row of token ids, as text in which sentinels are readable."""
-    with evaluating(model, "dropless"):
-        answers_BT = generate(model, inputs_BS, Decoding(max_tokens=max_tokens), all_done=all_done)
-    return [tokenizer.decode(answer) for answer in answers_BT.tolist()]
 
 
 def _best(best: Mapping[str, Best], name: str) -> dict[str, float | int]:

@@ -34,12 +34,6 @@ def check(handle: CheckpointHandle, recipe: TrainingRecipe) -> None:
         )
 
 
-def reads_other_rows(handle: CheckpointHandle, recipe: TrainingRecipe) -> bool:
-    """Return whether the recipes alone tell that the branch has other rows in its steps than the checkpoint's run."""
-    is_changed = _first_data_change(differences(handle.recipe, recipe)) is not None
-    return is_changed or recipe.rows_per_step != handle.recipe.rows_per_step
-
-
 def load(handle: CheckpointHandle, weights: ModelWeights, optimizer: Optimizer) -> None:
     """Load the weights and the optimizer state of the checkpoint into a new run.
 

@@ -14,7 +14,9 @@ from switchcli.metric_names import (
     INPUT_TOKENS,
     TOKENS_PER_SECOND,
 )
-from switchcli.model.generation import all_done_locally
+from switchcli.model.decoding import Decoding
+from switchcli.model.generation import all_done_locally, generate
+from switchcli.model.moe.layer import evaluating
 from switchcli.report.console import Console
 from switchcli.report.program import command_words, program_name
 from switchcli.report.safe_text import shell_words, shorten
@@ -28,7 +30,7 @@ from switchcli.runs.train import learned
 from switchcli.runs.train.learned import Learned
 from switchcli.training.config import StartSpec
 from switchcli.training.measure import Measurement
-from switchcli.training.scoring import answer_texts, task_results
+from switchcli.training.scoring import task_results
 from switchcli.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -78,13 +80,13 @@ def sample(run: "Trainer", is_shown: bool = True) -> list[dict[str, str]]:
         return []
     decode = run.data.tokenizer.decode
     batch = run.context.to_device(run.data.samples)
-    with run.context.eager():
-        max_tokens = batch.targets_BT.shape[1]
+    with run.context.eager(), evaluating(run.model, "dropless"):
+        decoding = Decoding(max_tokens=batch.targets_BT.shape[1])
         all_done = run.context.all_done if run.context.forward_is_collective else all_done_locally
-        answers = answer_texts(run.model, run.data.tokenizer, batch.inputs_BS, max_tokens, all_done=all_done)
+        answers_BT = generate(run.model, batch.inputs_BS, decoding, all_done=all_done)
     samples = [
-        {"input": decode(inputs), "target": decode(targets), "prediction": answer}
-        for inputs, targets, answer in zip(batch.inputs_BS.tolist(), batch.targets_BT.tolist(), answers, strict=True)
+        {"input": decode(inputs), "target": decode(target), "prediction": decode(answer)}
+        for inputs, target, answer in zip(*(ids.tolist() for ids in (*batch, answers_BT)), strict=True)
     ]
     if is_shown:
         for one in samples:
