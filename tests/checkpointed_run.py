@@ -4,9 +4,10 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 
 import torch
-from doubles import trained
+from doubles import NoWarnings, trained
 from tiny_model import a_model, rows
 
+from switchcli.checkpoint import checkpoint
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec
@@ -36,7 +37,7 @@ class Parts:
         data: bytes = b'{"tokens_sha256": "one"}',
         group: TrainableSet = "all",
     ) -> None:
-        self.model = a_model(spec, seed)
+        self.folder, self.model = folder, a_model(spec, seed)
         freeze(self.model, group)
         self.optimizer = optimizer.build(trainable(self.model))
         self.context = DistributedContext("cpu", "float32")
@@ -47,6 +48,12 @@ class Parts:
         self.saver = Checkpointer(
             folder, unsharded_weights(self.model), self.optimizer, self.context, documents, settings
         )
+
+    def restore(self) -> None:
+        """Restore the newest checkpoint in the folder of the run, which all are complete."""
+        newest = checkpoint.newest(self.folder, NoWarnings().warning)
+        assert newest is not None
+        self.saver.restore(self.state, newest)
 
     def train(self, steps: int, callbacks: Sequence[Callback] = ()) -> bool:
         return trained(

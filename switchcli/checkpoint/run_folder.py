@@ -19,8 +19,8 @@ class RunFolder:
         """`resume`: a run that is in the folder is resumed, else it is archived."""
         self.path = path
         self.resume = resume
-        self.is_resumed = False
-        """Whether this start goes on from a checkpoint in the folder."""
+        self.newest: checkpoint.Checkpoint | None = None
+        """The checkpoint in the folder that this start goes on from."""
         self.recipe = path / "recipe.yaml"
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"

@@ -383,10 +383,6 @@ class DistributedContext:
         """
         return self._patient.main_only(action)
 
-    def main_decides(self, question: Callable[[], bool]) -> bool:
-        """Return on every rank what `question` returns on the main rank. Raises as `main_only`."""
-        return bool(self.from_main(int(self.main_only(question) or 0)))
-
     def main_first(self, action: Callable[[], T]) -> T:
         """Return what `action` returns on this rank, once it has returned on all ranks. The main rank calls it first.
 

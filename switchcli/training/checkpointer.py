@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from switchcli.checkpoint import checkpoint, manifest, tensor_file, tensor_names
+from switchcli.checkpoint import checkpoint, tensor_file, tensor_names
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
 from switchcli.errors import CheckpointError, NumericsError
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import Console
 from switchcli.training.config import CheckpointSpec
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.router_health import NONFINITE_FIX
@@ -126,20 +125,13 @@ class Checkpointer:
             counts[is_expert] += 1
         return to_write
 
-    def restore(self, state: TrainState, console: Console) -> bool:
-        """Restore weights, optimizer state and `state` from the newest sound checkpoint. Return False if there is none.
+    def restore(self, state: TrainState, newest: checkpoint.Checkpoint) -> None:
+        """Restore weights, optimizer state and `state` from the newest sound checkpoint of the run.
 
         Raises:
             CheckpointError: the checkpoint has another architecture, optimizer or text, or an optimizer state that no
                 run wrote.
         """
-        newest = self._context.main_only(lambda: checkpoint.newest(self._folder, console.warning))
-        step = self._context.from_main(-1 if newest is None else newest.step)
-        if step < 0:
-            return False
-        if newest is None:  # not the main rank, which has verified the checkpoint
-            path = checkpoint.checkpoint_path(self._folder, step)
-            newest = checkpoint.Checkpoint(path, manifest.load(path))
         self._check_data(newest)
         weights, optimizer_state = weight_parts(self._weights), self._optimizer_parts()
         num_experts = self._weights.num_experts
@@ -148,7 +140,6 @@ class Checkpointer:
         _check_optimizer_state(self._optimizer, optimizer_state, newest)
         state.restore(newest.document("state.json"), self._context.device, with_metrics=self._context.dp_rank == 0)
         self.step = state.step
-        return True
 
     def has_same_text(self, other: checkpoint.Checkpoint) -> bool:
         """Return whether a checkpoint of any run was trained on the text or the examples of this run."""

@@ -57,7 +57,9 @@ def going_on(
     state, built = TrainState(), optimizer.build(weights.parameters, weights.layouts)
     settings = CheckpointSpec(save_every_steps=1, keep_last=99, keep_best=False)
     saver = Checkpointer(folder, weights, built, context, DOCUMENTS, settings)
-    saver.restore(state, NoWarnings())
+    newest = checkpoint.newest(folder, NoWarnings().warning)
+    if newest is not None:
+        saver.restore(state, newest)
     held_out = rank_batches(
         HeldOutText(lambda first, count: rows(99, first, count), 8), 2, context.dp_rank, context.dp_size
     )

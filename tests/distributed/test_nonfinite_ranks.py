@@ -28,6 +28,7 @@ from tiny_model import SPARSE, a_model
 from tiny_model import rows as sequences
 from torch import nn
 
+from switchcli.checkpoint import checkpoint
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
@@ -126,7 +127,9 @@ class Run:
         if fault.place == "teacher":
             asked = Teacher(self.teacher, "float32")
             self.objective = DistillationLoss(DistillSpec(teacher="teacher"), asked, packed=False)
-        self.saver.restore(self.state, NoWarnings())
+        newest = checkpoint.newest(folder, NoWarnings().warning)
+        if newest is not None:
+            self.saver.restore(self.state, newest)
         self.nonfinite, self.warnings = policy, list[str]()
         idle(self.optimizer, self.state, without)
         self._put(fault)

@@ -17,7 +17,6 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import SwitchLayer, sparse_layers
 from switchcli.model.moe.router import TopKRouter
 from switchcli.model.trainable import freeze, trainable
-from switchcli.report.console import silent
 from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import load_weights, logical_tensors
 from switchcli.training.config import TrainSpec
@@ -148,7 +147,7 @@ def test_a_resumed_run_has_the_biases(tmp_path: Path) -> None:
     part.train(2)
     part.saver.save(part.state)
     resumed = Parts(tmp_path / "part", with_router(BIASED), FactoringAdafactor(), 1)
-    resumed.saver.restore(resumed.state, silent())
+    resumed.restore()
     resumed.train(4)
     assert_equal(whole, resumed)
     assert any(name.endswith("router.bias") and tensor.any() for name, tensor in whole.everything().items())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpointed_run import DOCUMENTS, Parts, assert_equal
-from doubles import FactoringAdafactor, NoWarnings
+from doubles import FactoringAdafactor
 from messages import naming
 from tiny_model import DENSE, NOISY, SPARSE, a_model
 
@@ -46,7 +46,7 @@ def test_what_is_saved_comes_back_and_goes_on_as_if_never_left(
     before.state.record_evaluation({"cola": -1.25, "rte": 81.0})
     before.saver.save(before.state)
     after = Parts(tmp_path, spec, optimizer, seed=1, group=group)
-    assert after.saver.restore(after.state, NoWarnings())
+    after.restore()
     assert_equal(before, after)
     assert after.state.seconds == before.state.seconds
     before.train(2)
@@ -94,7 +94,7 @@ def test_a_checkpoint_has_every_weight_its_documents_and_the_optimizer_of_the_we
     assert {name.rpartition("/")[0] for name in parts.optimizer.state()} == learning.keys()
     other = Parts(tmp_path, NOISY, AdamW(), seed=0)
     with pytest.raises(CheckpointError, match=r"\boptimizer\b.*/step\b.*--out"):
-        other.saver.restore(other.state, NoWarnings())
+        other.restore()
 
 
 def saved(folder: Path, optimizer: OptimizerSpec, group: TrainableSet = "all") -> tuple[Parts, checkpoint.Checkpoint]:
@@ -167,7 +167,7 @@ def test_an_optimizer_state_that_no_run_wrote_is_refused(
     before.saver.save(before.state)
     saved = checkpoint.Checkpoint.open(tmp_path / "step-00000001")
     restores = (
-        lambda: after.saver.restore(after.state, NoWarnings()),
+        after.restore,
         lambda: load_optimizer_state(after.optimizer, saved, range(NOISY.num_experts)),
     )
     for restore in restores:
@@ -176,12 +176,6 @@ def test_an_optimizer_state_that_no_run_wrote_is_refused(
             continue
         with pytest.raises(CheckpointError, match=naming("step-00000001", slot, "-1")):
             restore()
-
-
-def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, SPARSE, Adafactor(), seed=0)
-    assert parts.saver.restore(parts.state, NoWarnings()) is False
-    assert parts.state == TrainState()
 
 
 def test_the_last_few_are_kept(tmp_path: Path) -> None:
@@ -197,7 +191,7 @@ def test_a_run_does_not_go_on_with_other_text(tmp_path: Path) -> None:
     parts.saver.save(parts.state)
     other = Parts(tmp_path, SPARSE, Adafactor(), seed=1, data=b'{"tokens_sha256": "other"}')
     with pytest.raises(CheckpointError, match=naming("step-00000000", "text", "--out", "--no-resume")):
-        other.saver.restore(other.state, NoWarnings())
+        other.restore()
 
 
 def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint import checkpoint, manifest
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
+from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
@@ -53,8 +54,12 @@ def run_name(checkpoint: Path) -> Path:
 
 
 @contextmanager
-def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext) -> Iterator[RunFolder]:
+def lock_run_dir(
+    out: Path, resume: bool, recipe: TrainingRecipe, context: DistributedContext, console: Console
+) -> Iterator[RunFolder]:
     """Lock the run's folder, and check that its run can be resumed. Nothing is written into it. Collective.
+
+    The `console` is told of damaged checkpoints.
 
     Raises:
         CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
@@ -62,23 +67,27 @@ def lock_run_dir(out: Path, resume: bool, recipe: TrainingRecipe, context: Distr
     """
     folder = RunFolder(out, resume)
 
-    def lock_and_check() -> bool:
+    def lock_and_check() -> checkpoint.Checkpoint | None:
         folder.check_free(recipe.sources)  # first: a folder with the lock's file looks like that of a run
         locks.enter_context(lock(out))
         if not folder.is_to_archive():
             folder.check_links()
         if not resume:
-            return False
+            return None
         checkpoint.recover(folder.checkpoints)  # a kill may have left the only checkpoint under another name
-        latest = checkpoint.newest(folder.checkpoints, warn=lambda damage: None)
+        latest = checkpoint.newest(folder.checkpoints, console.warning)
         if latest is not None:
             # The recipe in the checkpoint, because a user may have edited that of the folder.
             _check_resumable(latest, recipe, out)
-        return latest is not None
+        return latest
 
     with ExitStack() as locks:
-        folder.is_resumed = context.main_decides(lock_and_check)
+        folder.newest = context.main_only(lock_and_check)
+        step = context.from_main(-1 if folder.newest is None else folder.newest.step)
         context.on_all_ranks(lambda: _check_shared(out))
+        if folder.newest is None and step >= 0:  # not the main rank, which has verified the checkpoint
+            path = checkpoint.checkpoint_path(folder.checkpoints, step)
+            folder.newest = checkpoint.Checkpoint(path, manifest.load(path))
         yield folder
 
 

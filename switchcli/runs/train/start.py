@@ -59,7 +59,7 @@ def open_trainer(job: Job, out: Path, resume: bool, quiet: bool) -> Iterator[Tra
     context = build_context(recipe)
     console = Console(quiet=quiet or not context.is_main)
     devices = [context.device] if context.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), lock_run_dir(out, resume, recipe, context) as folder:
+    with torch.random.fork_rng(devices), lock_run_dir(out, resume, recipe, context, console) as folder:
         task = TASKS[recipe.verb](job, folder, context, console)
         with memory.explain_out_of_memory(recipe.model, recipe.optimizer, context.device, task.update, task.teacher):
             yield Trainer(task)

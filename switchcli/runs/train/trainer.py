@@ -63,7 +63,7 @@ class Trainer:
         weights = context.parallelize(self.model)
         freeze(self.model, task.update)
         self.optimizer = recipe.optimizer.build(trainable(self.model), weights.layouts)
-        saved = checkpoint.saved_steps(folder.checkpoints) if folder.is_resumed else []
+        saved = checkpoint.saved_steps(folder.checkpoints) if folder.newest else []
         first_step = max(saved, default=0 if branch is None else branch.step)
         keep_steps = recipe.checkpoint.keep_steps
         named = {step for step in keep_steps if first_step < step <= recipe.train.steps}
@@ -125,7 +125,8 @@ class Trainer:
         if recipe.parallel.auto:
             mesh = ", ".join(f"{name} {size}" for name, size in self.context.mesh.items())
             console.message(f"parallel: auto is {mesh}")
-        if self.folder.is_resumed and self.checkpointer.restore(state, console):
+        if self.folder.newest is not None:
+            self.checkpointer.restore(state, self.folder.newest)
             self.context.main_only(self._check_steps)
             console.message(f"going on from step {state.step} of {recipe.train.steps}")
         elif branch is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from switchcli.checkpoint import checkpoint, manifest
+from switchcli.checkpoint import manifest
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -172,11 +172,7 @@ class TrainingTask:
         """
         if (start := self.job.handles.get(START)) is not None:
             return start.tokenizer
-        if not self.folder.is_resumed:
-            return None
-        latest = checkpoint.newest(self.folder.checkpoints, warn=lambda damage: None)
-        assert latest is not None, "the run had begun when its recipe was resolved"
-        return read_documents(latest)[1]
+        return None if self.folder.newest is None else read_documents(self.folder.newest)[1]
 
     def init_weights(self, weights: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize the weights, and with `keep: optimizer` the optimizer state, of a new run.
