@@ -10,7 +10,7 @@ sharded parameter are those of the full tensor, so an update does not depend on 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -130,7 +130,7 @@ class AdafactorOptimizer(Optimizer):
         self._steps += 1
         decay = 1.0 - float(self._steps) ** -DECAY_EXPONENT
         new_weight = 1.0 - decay
-        shards: list[_ShardUpdate] = []
+        shards: list[Iterator[ShardSums]] = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -142,15 +142,16 @@ class AdafactorOptimizer(Optimizer):
             if name in self.layouts:
                 layout = self.layouts[name]
                 full = _FullWeight(layout, LocalPart(local_values(parameter), layout).full_shape, is_stacked(name))
-                shards.append((_FactoredShard if factored else _UnfactoredShard)(self.spec, full, tensors))
+                update_shard = _update_factored_shard if factored else _update_unfactored_shard
+                shards.append(update_shard(self.spec, full, tensors, new_weight, learning_rate))
             else:
                 update = self._update_factored if factored else self._update_unfactored
                 update(tensors, new_weight, learning_rate)
         # The sums of all shards go into the same few collectives, which put the totals in their place.
-        sum_over_shards([local for shard in shards for local in shard.first_sums(new_weight)])
-        sum_over_shards([local for shard in shards for local in shard.second_sums(new_weight)])
+        for _ in range(2):
+            sum_over_shards([local for shard in shards for local in next(shard)])
         for shard in shards:
-            shard.update(learning_rate)
+            next(shard, None)
 
     def _update_unfactored(self, tensors: list[torch.Tensor], new_weight: float, learning_rate: float) -> None:
         """Update a parameter with a second moment for each entry. `tensors`: parameter, gradient, moment."""
@@ -201,11 +202,28 @@ class _FullWeight(NamedTuple):
         return (square_sum / math.prod(self.shape[self.stacked :])).sqrt_()
 
 
-class _ShardUpdate(ABC):
-    """Adafactor's update of a shard by the statistics of the full weight: three stages, with sums over ranks between.
+def _update_unfactored_shard(
+    spec: Adafactor, full: _FullWeight, tensors: list[torch.Tensor], new_weight: float, learning_rate: float
+) -> Iterator[ShardSums]:
+    """Update a shard like `AdafactorOptimizer._update_unfactored`, by one round of sums; see the factored update."""
+    parameter, gradient, moment = tensors
+    moment.lerp_(gradient.square().add_(spec.epsilon), new_weight)
+    update_sum, weight_sum = _square_sum(gradient * moment.rsqrt()), _square_sum(parameter)
+    yield [(update_sum, full.layout), (weight_sum, full.layout)]
+    yield []
+    scale = _scale(spec, full.rms(weight_sum), full.rms(update_sum), learning_rate)
+    scale = scale.view(-1, *[1] * (parameter.ndim - 1))  # [E] to [E, 1, ..., 1], for the dims of an expert
+    parameter.addcmul_(gradient * moment.rsqrt(), scale, value=-1.0)
 
-    `first_sums` and `second_sums` return sums over this shard. The caller adds each up over the ranks of its layout, in
-    place, so the next stage reads totals in the same tensors.
+
+def _update_factored_shard(
+    spec: Adafactor, full: _FullWeight, tensors: list[torch.Tensor], new_weight: float, learning_rate: float
+) -> Iterator[ShardSums]:
+    """Update a shard like `AdafactorOptimizer._update_factored`, by the statistics of the full weight.
+
+    It yields sums over this shard, twice. The caller adds each up over the ranks of its layout, in place, before the
+    update goes on: then the same tensors are totals. Parameter and gradient are [E, I, J], row [E, I], column [E, J],
+    of this shard.
 
     Example: the columns of a weight [4, 6] are divided between two ranks, so a shard is [4, 3].
 
@@ -215,81 +233,23 @@ class _ShardUpdate(ABC):
        the twelve entries of a shard: added up it is over all 24.
     3. Each rank updates its twelve entries by the same RMS of u and of the weight.
     """
-
-    def __init__(self, spec: Adafactor, full: "_FullWeight", tensors: list[torch.Tensor]) -> None:
-        """Update in stages. `tensors`: the shards of parameter, gradient and moments, with a leading dim E."""
-        self.spec, self.full = spec, full
-        self.parameter, self.gradient, *self.moments = tensors
-
-    @abstractmethod
-    def first_sums(self, new_weight: float) -> ShardSums: ...
-
-    @abstractmethod
-    def second_sums(self, new_weight: float) -> ShardSums: ...
-
-    @abstractmethod
-    def update(self, learning_rate: float) -> None: ...
-
-
-class _UnfactoredShard(_ShardUpdate):
-    """The update of `AdafactorOptimizer._update_unfactored`, which needs one round of sums."""
-
-    def first_sums(self, new_weight: float) -> ShardSums:
-        (self.moment,) = self.moments
-        self.moment.lerp_(self.gradient.square().add_(self.spec.epsilon), new_weight)
-        self.update_sum = _square_sum(self.gradient * self.moment.rsqrt())
-        self.weight_sum = _square_sum(self.parameter)
-        return [(self.update_sum, self.full.layout), (self.weight_sum, self.full.layout)]
-
-    def second_sums(self, new_weight: float) -> ShardSums:
-        return []
-
-    def update(self, learning_rate: float) -> None:
-        full = self.full
-        scale = _scale(self.spec, full.rms(self.weight_sum), full.rms(self.update_sum), learning_rate)
-        scale = scale.view(-1, *[1] * (self.parameter.ndim - 1))  # [E] to [E, 1, ..., 1], for the dims of an expert
-        self.parameter.addcmul_(self.gradient * self.moment.rsqrt(), scale, value=-1.0)
-
-
-class _FactoredShard(_ShardUpdate):
-    """The update of `AdafactorOptimizer._update_factored`.
-
-    Parameter and gradient are [E, I, J], row [E, I], column [E, J], of this shard. The squares are computed in both
-    rounds: keeping them for all parameters would take as much memory as the gradients.
-    """
-
-    def first_sums(self, new_weight: float) -> ShardSums:
-        square = self.gradient.square()
-        self.weight_sum = _square_sum(self.parameter)
-        self.row_sum, self.column_sum = square.sum(-1), square.sum(-2)
-        # A row's sum over columns is complete once it is summed over the ranks that share dim -1, and vice versa.
-        full = self.full
-        return [
-            (self.row_sum, full.layout_of(-1)),
-            (self.column_sum, full.layout_of(-2)),
-            (self.weight_sum, full.layout),
-        ]
-
-    def second_sums(self, new_weight: float) -> ShardSums:
-        row, column = self.moments
-        full = self.full
-        row.lerp_(self.row_sum.div_(full.shape[-1]).add_(self.spec.epsilon), new_weight)
-        column.lerp_(self.column_sum.div_(full.shape[-2]).add_(self.spec.epsilon), new_weight)
-        # The local sum of R, [E, 1], and that of u**2 / mean(R), [E].
-        self.row_total = row.sum(-1, keepdim=True)
-        weighted = (self.gradient.square() @ column.reciprocal().unsqueeze(-1)).squeeze(-1)
-        self.update_sum = (weighted / row).sum(-1)
-        return [(self.row_total, full.layout_of(-2)), (self.update_sum, full.layout)]
-
-    def update(self, learning_rate: float) -> None:
-        row, column = self.moments
-        full = self.full
-        row_mean = self.row_total.div_(full.shape[-2])
-        row_factor = row_mean / row
-        update_sum = self.update_sum * row_mean.squeeze(-1)
-        scale = _scale(self.spec, full.rms(self.weight_sum), full.rms(update_sum), learning_rate)
-        factor = row_factor.sqrt_().mul_(scale.unsqueeze(-1)).unsqueeze(-1)  # [E, I, 1]
-        self.parameter.addcmul_(self.gradient, factor * column.rsqrt().unsqueeze(-2), value=-1.0)
+    parameter, gradient, row, column = tensors
+    square = gradient.square()
+    weight_sum, row_sum, column_sum = _square_sum(parameter), square.sum(-1), square.sum(-2)
+    del square  # computed again below: the squares of all parameters would take as much memory as the gradients
+    # A row's sum over columns is complete once it is summed over the ranks that share dim -1, and vice versa.
+    yield [(row_sum, full.layout_of(-1)), (column_sum, full.layout_of(-2)), (weight_sum, full.layout)]
+    row.lerp_(row_sum.div_(full.shape[-1]).add_(spec.epsilon), new_weight)
+    column.lerp_(column_sum.div_(full.shape[-2]).add_(spec.epsilon), new_weight)
+    # The local sum of R, [E, 1], and that of u**2 / mean(R), [E].
+    row_total = row.sum(-1, keepdim=True)
+    weighted = (gradient.square() @ column.reciprocal().unsqueeze(-1)).squeeze(-1)
+    update_sum = (weighted / row).sum(-1)
+    yield [(row_total, full.layout_of(-2)), (update_sum, full.layout)]
+    row_mean = row_total.div_(full.shape[-2])
+    scale = _scale(spec, full.rms(weight_sum), full.rms(update_sum * row_mean.squeeze(-1)), learning_rate)
+    factor = (row_mean / row).sqrt_().mul_(scale.unsqueeze(-1)).unsqueeze(-1)  # [E, I, 1]
+    parameter.addcmul_(gradient, factor * column.rsqrt().unsqueeze(-2), value=-1.0)
 
 
 def _scale(spec: Adafactor, weight_rms: torch.Tensor, update_rms: torch.Tensor, learning_rate: float) -> torch.Tensor:
