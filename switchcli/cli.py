@@ -19,7 +19,7 @@ from typer.main import get_group
 from switchcli import __version__, commands
 from switchcli.commands import _exit
 from switchcli.commands._help import epilog
-from switchcli.commands._options import USAGE_ERROR, CheckedGroup, extend_command
+from switchcli.commands._options import CheckedGroup, extend_command
 from switchcli.errors import CheckpointError, RecipeError, SwitchError, memory_error, path_error
 from switchcli.system import credentials, startup
 
@@ -127,8 +127,6 @@ def main() -> None:
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):  # as typer ends a command whose output nobody reads
             _exit.exit_with(_exit.CLOSED_PIPE)
-        if isinstance(ended.__context__, USAGE_ERROR):  # which typer has just printed
-            _exit.print_json_error(ended.__context__.format_message(), RecipeError.exit_code)
         _exit.exit_rank(ended.code)
         raise
     except SwitchError as error:

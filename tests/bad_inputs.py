@@ -46,7 +46,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "no capacity": (["model.router.capacity_factor=0"], RECIPE, "model.router.capacity_factor 0"),
     "empty batch": (["train.batch_tokens=0"], RECIPE, "train.batch_tokens 1 0"),
     "no value": (["train.steps"], RECIPE, "KEY=VALUE train.steps=1000"),
-    "heads": (["model={d_model: 30, num_heads: 4, d_kv: null}"], RECIPE, "model.d_model 30 num_heads 4 d_kv 32"),
+    "heads": (["model={d_model: 30, num_heads: 4, d_kv: null}"], RECIPE, "model.num_heads 4 d_model 30 d_kv 3"),
     "no experts": (["model.num_experts=0"], RECIPE, "model.num_experts 1 0"),
     "ranks that do not divide": (["parallel.expert=3"], RECIPE, "parallel.expert 3 4 model.num_experts 1 2"),
     "part of a sequence": (["train.batch_tokens=250"], RECIPE, "train.batch_tokens 250 32 256"),

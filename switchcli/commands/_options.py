@@ -1,8 +1,7 @@
 """Arguments and options that several verbs share, and the checks that apply to the values of every verb."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
@@ -13,7 +12,6 @@ from switchcli.commands import _completion
 from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, library
-from switchcli.report.safe_text import one_line
 from switchcli.system import credentials
 from switchcli.system.user_files import expanded
 
@@ -79,15 +77,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings 
 
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
-USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+_USAGE_ERROR: Final = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 """click's UsageError, the base class of errors in the syntax of a command line, which typer does not export."""
 
 
 class CheckedGroup(TyperGroup):
     """The root of the command line, which checks each value that is typed for any option or argument of any verb.
 
-    Empty values and values with credentials are refused. Messages about wrong usage repeat what was typed, so they are
-    reduced to one safe line. An option of another tool is answered by what to type instead.
+    Empty values and values with credentials are refused. A message about wrong usage is one line. An option of another
+    tool is answered by what to type instead.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -95,14 +93,18 @@ class CheckedGroup(TyperGroup):
         extend_command(self)
 
 
-@contextmanager
-def _usage_errors_in_one_line() -> Iterator[None]:
-    """Reduce the message of a usage error in this block, or in the decorated function, to one safe line."""
-    try:
-        yield
-    except USAGE_ERROR as error:
-        error.message = one_line(error.message)
-        raise
+def _in_one_line(parse: Any) -> Any:
+    """Return `parse`, a method of click, that raises a usage error as a RecipeError, which names the help."""
+
+    def parse_or_refuse(context: Any, arguments: list[str]) -> Any:
+        try:
+            return parse(context, arguments)
+        except _USAGE_ERROR as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # which prints the help
+                raise
+            raise RecipeError(f"{error.format_message().rstrip('.')}: see `{context.command_path} -h`") from error
+
+    return parse_or_refuse
 
 
 def extend_command(command: Any) -> None:
@@ -110,12 +112,12 @@ def extend_command(command: Any) -> None:
 
     Only the parsing functions are wrapped. The function of the command then runs without additional stack frames.
     """
-    command.parse_args = _with_option_hints(command.parse_args)
+    command.parse_args = _in_one_line(_with_option_hints(command.parse_args))
     get_params = command.get_params
     command.get_params = lambda context: [simplify(parameter) for parameter in get_params(context)]
     is_group = isinstance(command, TyperGroup)  # a bool, because mypy refuses to assign to methods of a narrowed type
     if is_group:
-        command.resolve_command = _usage_errors_in_one_line()(command.resolve_command)
+        command.resolve_command = _in_one_line(command.resolve_command)
         for subcommand in command.commands.values():
             extend_command(subcommand)
     for parameter in command.params:
@@ -128,9 +130,8 @@ def _with_option_hints(parse_args: Any) -> Any:
 
     def parse(context: Any, arguments: list[str]) -> Any:
         try:
-            with _usage_errors_in_one_line():
-                return parse_args(context, arguments)
-        except USAGE_ERROR as error:
+            return parse_args(context, arguments)
+        except _USAGE_ERROR as error:
             if type(error).__name__ == "NoSuchOption":  # a class that typer does not export
                 option = str(getattr(error, "option_name", ""))
                 names = accepted_names(context)

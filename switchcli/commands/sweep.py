@@ -12,7 +12,6 @@ from switchcli.commands import _completion, _exit, distill, finetune, pretrain
 from switchcli.commands import eval as evaluate
 from switchcli.commands._help import epilog
 from switchcli.commands._options import (
-    USAGE_ERROR,
     Json,
     Quiet,
     check_folder,
@@ -158,10 +157,7 @@ def _parse(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options and arguments of a command by name. Raises RecipeError for wrong usage."""
     (command,) = get_group(_APPS[verb]).commands.values()
     extend_command(command)
-    try:
-        return command.make_context(f"switchcli {verb}", list(arguments)).params
-    except USAGE_ERROR as error:
-        raise RecipeError(error.format_message()) from error
+    return command.make_context(f"switchcli {verb}", list(arguments)).params
 
 
 def _with_fix(line: str, overrides: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""DistributedContext: the rank, device, precision and mesh of this process. The only file that imports accelerate.
+"""DistributedContext: the rank, device, precision and mesh of this process.
 
 accelerate finds the device, and the ranks of any launcher. The rest of the package uses only this interface, which
 reads the same on one process and on many. Control values, such as counts and stop requests, go over groups of their own

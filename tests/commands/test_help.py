@@ -1,6 +1,7 @@
 """Help of every verb, and the version."""
 
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from messages import lacking
 from terminal import ELLIPSIS
 from tiny_run import SwitchCLI
 
@@ -125,6 +127,24 @@ def test_defaults_shown_in_help_are_the_defaults() -> None:
 
 def test_version(switchcli: SwitchCLI) -> None:
     assert switchcli("--version") == (0, f"switchcli {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("plan --bogus --json", "--bogus plan -h"),
+        ("pretrain quickstart/dense --processes x", "--processes pretrain -h"),
+        ("pretrain quickstart/dense --json --out", "--out pretrain -h"),
+        ("bogus", "bogus switchcli -h"),
+        ("data bogus", "bogus data -h"),
+        ("convert a", "DESTINATION convert -h"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(words: str, told: str, switchcli: SwitchCLI) -> None:
+    done = switchcli(*words.split())
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert not lacking(done.err, told)
+    assert "--json" not in words or json.loads(done.out)["exit_code"] == 2
 
 
 def test_no_verb_shows_the_help(switchcli: SwitchCLI) -> None:

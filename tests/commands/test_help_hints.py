@@ -1,6 +1,5 @@
 """Options and keys of other tools, and misspelt ones: the answer is what to type instead."""
 
-import json
 import re
 from pathlib import Path
 
@@ -89,16 +88,6 @@ def test_json_has_the_answer_too(switchcli: SwitchCLI) -> None:
     done = switchcli("pretrain", "a", "--steps", "10", "--json")
     assert done.code == 2
     assert "train.steps=VALUE" in done.out
-
-
-@pytest.mark.parametrize("words", ["pretrain --xyzzy a --json", "train a --json"])
-def test_json_has_an_error_of_usage(words: str, switchcli: SwitchCLI) -> None:
-    done = switchcli(*words.split())
-    assert done.code == 2
-    found = json.loads(done.out)
-    assert found["exit_code"] == 2
-    assert found["error"]
-    assert "Usage" in done.err
 
 
 def test_every_key_and_option_of_the_table_is_one_of_some_verb() -> None:

@@ -35,7 +35,6 @@ SHELL = ("bash", "sh", "shell", "console")
 PAGES = pages()
 RECIPE_VERBS = ("pretrain", "finetune", "distill", "eval")
 EAGER = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
-USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 """An error in the syntax of a command line."""
 SMALL = {
     **dict.fromkeys(
@@ -77,8 +76,8 @@ def faults_of(command: Command) -> list[str]:
         verb, values = parse(command.words)
     except SystemExit:
         return []
-    except (SwitchError, USAGE_ERROR) as error:
-        return [str(getattr(error, "message", error))]
+    except SwitchError as error:
+        return [str(error)]
     words = list(command.words)
     if verb[0] == "sweep":
         rest = list(values.get("arguments") or [])

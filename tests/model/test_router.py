@@ -1,5 +1,7 @@
 """What all routers that queue share, by hand: order, capacity, padding, noise, and who is first in a queue."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hand import one_row, route
@@ -9,6 +11,7 @@ from switchcli.model.moe.router import (
     Mode,
     NoTokenLeftBehindRouter,
     Router,
+    RouterSpec,
     SwitchRouter,
     TopKRouter,
 )
@@ -22,6 +25,8 @@ EVERY = [
     ExpertChoiceRouter(),
 ]
 MODES: tuple[Mode, ...] = ("training", "paper", "dropless")
+NAMED = get_args(get_args(RouterSpec)[0])
+"""The class of each router that a recipe can name."""
 IN_EVERY_MODE = [(rule, mode) for rule in EVERY for mode in MODES]
 
 
@@ -46,6 +51,18 @@ def test_padding_takes_no_slot_on_either_side(real: list[bool], first: int) -> N
     assert found.queues == [[], [(first, 0.8), (first + 1, 0.8)]]
     assert (found.report.tokens, found.report.dropped) == (2, 0)
     assert found.report.fraction_GE.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize("named", NAMED)
+@pytest.mark.parametrize("mode", ["paper", "dropless"])
+def test_what_stands_at_padding_moves_no_token(named: type[Router], mode: Mode) -> None:
+    logits_GNE, real_GN = torch.randn(3, 24, 4), torch.rand(3, 24) < 0.7
+    found, other = (
+        named().assign(logits_GNE.where(real_GN.unsqueeze(-1), padding), real_GN, mode)
+        for padding in (torch.randn(3, 24, 4), 9 * torch.randn(3, 24, 4))
+    )
+    assert found.token_GEC.equal(other.token_GEC)
+    assert found.weight_GEC.equal(other.weight_GEC)
 
 
 @pytest.mark.parametrize("rule", EVERY, ids=lambda rule: rule.kind)

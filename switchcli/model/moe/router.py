@@ -278,7 +278,7 @@ class TokenChoiceRouter(Router, ABC):
         score_GNE = logits_GNE.detach().float()
         if bias_E is not None:
             score_GNE = probability_GNE.detach().float() + bias_E
-        expert_GNK = self._choices(score_GNE, K, training)
+        expert_GNK = self._choices(score_GNE, real_GN, K, training)
         probability_GNK = probability_GNE.gather(-1, expert_GNK)  # of each choice
         if bias_E is not None and K > 1:  # biases choose the experts; they queue in the order of their gates
             order_GNK = probability_GNK.detach().argsort(dim=-1, descending=True, stable=True)
@@ -325,8 +325,13 @@ class TokenChoiceRouter(Router, ABC):
             stats=stats,
         )
 
-    def _choices(self, score_GNE: torch.Tensor, num_choices: int, training: bool) -> torch.Tensor:
-        """Return the experts with the largest scores for each token, the first choice first: int64 [G, N, K]."""
+    def _choices(
+        self, score_GNE: torch.Tensor, real_GN: torch.Tensor, num_choices: int, training: bool
+    ) -> torch.Tensor:
+        """Return the experts with the largest scores for each token, the first choice first: int64 [G, N, K].
+
+        `real_GN` is False for padding, which must not affect the choices of other tokens.
+        """
         import torch
 
         if training and self.sample_temperature is not None:
