@@ -65,23 +65,28 @@ class DataSpec(Spec):
         return texts
 
     @model_validator(mode="after")
-    def _check_stream(self) -> Self:
-        if self.access == "prepared":
-            return self
-        if self.duplicates == "drop":
+    def _check(self) -> Self:
+        if self.access == "stream" and self.duplicates == "drop":
             raise ValueError("duplicates are found only in prepared text: keep them, or take access=prepared")
-        if self.mixture.kind != "joined" and self.mixture.max_epochs is not None:
+        if self.access == "stream" and self.mixture.kind != "joined" and self.mixture.max_epochs is not None:
             raise ValueError(
                 "mixture.max_epochs: the size of a stream is not known: leave it out, or take access=prepared"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> Self:
         if not self.mixture.uses_weights and any(corpus.weight != 1.0 for corpus in self.corpora):
             raise ValueError(
                 "the weight of a corpus counts only in a mixture of kind weighted, and this one is of kind "
                 f"{self.mixture.kind}: take mixture.kind=weighted, or leave the weight out"
+            )
+        if self.packing == "documents" and not isinstance(self.objective, SpanCorruption):
+            raise ValueError(
+                f"packing (documents) needs objective.kind=span_corruption, and it is {self.objective.kind}: take "
+                "packing=windows"
+            )
+        alpha = self.tokenizer.alpha if isinstance(self.tokenizer, TrainedTokenizer) else None
+        if alpha is not None and self.mixture.kind == "joined":
+            raise ValueError(
+                f"tokenizer.alpha ({alpha:g}): has no effect on corpora that are joined into one text: "
+                "leave it out, or take mixture.kind=temperature or another mixture"
             )
         return self
 
@@ -110,25 +115,6 @@ class DataSpec(Spec):
         fractions = self.mixture.row_fractions(sizes, weights, rows_per_epoch, num_rows)
         stream_shards = self.stream_shards if self.access == "stream" else 1
         return TextMixture(dict(zip(texts, fractions.tolist(), strict=True)), seed, stream_shards)
-
-    @model_validator(mode="after")
-    def _check_packing(self) -> Self:
-        if self.packing == "documents" and not isinstance(self.objective, SpanCorruption):
-            raise ValueError(
-                f"packing (documents) needs objective.kind=span_corruption, and it is {self.objective.kind}: take "
-                "packing=windows"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_alpha(self) -> Self:
-        alpha = self.tokenizer.alpha if isinstance(self.tokenizer, TrainedTokenizer) else None
-        if alpha is not None and self.mixture.kind == "joined":
-            raise ValueError(
-                f"tokenizer.alpha ({alpha:g}): has no effect on corpora that are joined into one text: "
-                "leave it out, or take mixture.kind=temperature or another mixture"
-            )
-        return self
 
 
 class TextSpec(Spec):

@@ -414,16 +414,12 @@ class TopKRouter(TokenChoiceRouter):
         return {"capacity_factor": 1.25 * k, "eval_capacity_factor": 2.0 * k, "keep_threshold": 0.0, **keys}
 
     @model_validator(mode="after")
-    def _can_learn(self) -> Self:
+    def _choices_fit(self) -> Self:
         if self.k == 1 and self.renormalize:
             raise ValueError(
                 "k: 1 with renormalize: true cannot learn: the only gate is always 1, and no gradient reaches the "
                 "router; use kind: switch, which keeps the raw probability, or k: 2"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _keeps_choices(self) -> Self:
         if self.k > FEW_CHOICES and self.keep_threshold > 1 / self.k:
             raise ValueError(
                 f"keep_threshold ({self.keep_threshold:g}) is above 1 / k: training would skip many of the {self.k} "
