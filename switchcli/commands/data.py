@@ -1,15 +1,18 @@
 """`switchcli data`: prepare text before a run, and work with tokenizers. Imports torch only when it reads a recipe."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands import _exit, _tokenizers
+from switchcli.commands import _exit
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.commands._result import Line, finish
+from switchcli.recipe import yaml_nodes
 from switchcli.report.console import Console
+from switchcli.report.safe_text import shell_words
 from switchcli.report.table import Table
 from switchcli.report.units import binary
 
@@ -23,7 +26,19 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
 )
-app.add_typer(_tokenizers.group)
+tokenizers = typer.Typer(
+    name="tokenizer",
+    help="Train and show tokenizers.",
+    epilog=epilog(
+        "how-to/tokenizers",
+        "switchcli data tokenizer train quickstart/switch --out tokenizer.json",
+        "switchcli data tokenizer show tokenizer.json",
+    ),
+    no_args_is_help=True,
+)
+app.add_typer(tokenizers)
+
+A_TOKENIZER = "A tokenizer.json, a spiece.model, or the folder of a run, a checkpoint or a Hugging Face model."
 
 
 @app.command(
@@ -88,3 +103,69 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
         if dropped := ", ".join(f"{count:,} {reason}" for reason, count in text["dropped"].items() if count):
             yield Line(f"left out of {label}: {dropped}")
         yield Line(f"{label}: {text['folder']}")
+
+
+@tokenizers.command(
+    epilog=epilog(
+        "how-to/tokenizers",
+        "switchcli data tokenizer train quickstart/switch --out tokenizer.json",
+        "switchcli data tokenizer train pretrain/wikipedia --out wiki.json --force",
+    )
+)
+def train(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The new file.")],
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the tokenizer of a recipe (data.tokenizer, kind: train) on its training documents, and write a file."""
+    from switchcli.runs.text import tokenizer_tools
+
+    tokenizer_tools.check_free(out, replace=force)
+    facts = tokenizer_tools.train(recipe, overrides or [], out, Console(quiet=quiet))
+    value = yaml_nodes.write({"kind": "file", "path": str(out)}, in_one_line=True).strip()
+    use = [Line(""), Line("to use it:"), Line(f"  {shell_words(f'data.tokenizer={value}')}")]
+    finish(facts, as_json, [_facts_table(facts), *use])
+
+
+@tokenizers.command(
+    epilog=epilog(
+        "how-to/tokenizers",
+        "switchcli data tokenizer show runs/quickstart/switch",
+        'switchcli data tokenizer show tokenizer.json "Guten Morgen, <extra_id_0>"',
+    )
+)
+def show(
+    name: Annotated[Path, typer.Argument(metavar="TOKENIZER", help=A_TOKENIZER)],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT ...]", help="Texts to tokenize, in which <extra_id_0> is a sentinel."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the numbers of pieces and sentinels of a tokenizer, and the pieces of each TEXT."""
+    from switchcli.runs.text import tokenizer_tools
+
+    tokenizer = tokenizer_tools.open_tokenizer(name)
+    facts = tokenizer_tools.tokenizer_facts(name, tokenizer)
+    tokenized = tokenizer_tools.encode_texts(tokenizer, texts or [])
+    finish({**facts, "texts": tokenized}, as_json, [_facts_table(facts), *_tokenized_lines(tokenized)])
+
+
+def _facts_table(facts: Mapping[str, Any]) -> Table:
+    rows = [
+        (key.replace("_", " "), ("no", "yes")[value] if isinstance(value, bool) else value)
+        for key, value in facts.items()
+        if key != "tokenizer"
+    ]
+    return Table(("", ""), rows, facts["tokenizer"])
+
+
+def _tokenized_lines(texts: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
+    for text in texts:
+        yield Line("")
+        yield Line(text["text"])
+        yield Line(f"pieces  {' '.join(text['pieces'])}")
+        yield Line(f"ids     {' '.join(map(str, text['ids']))}")
