@@ -78,7 +78,7 @@ def batch_problem(rows: int, ranks: int, microbatch: int | None, group: int, len
     A sequence has `length` tokens. A rank takes equal microbatches of `microbatch` sequences, or all its sequences at
     once (None). A microbatch consists of whole routing groups of `group` sequences.
     """
-    whole_batch = _round_up(rows, ranks * group) * length
+    whole_batch = -(-rows // (ranks * group)) * ranks * group * length  # rounded up
     if rows % ranks:
         return (
             f"train.batch_tokens ({rows * length}) holds {rows} sequences, which {ranks} ranks cannot share evenly: "
@@ -98,10 +98,6 @@ def batch_problem(rows: int, ranks: int, microbatch: int | None, group: int, len
         fitting = next(number for number in range(largest, 0, -group) if rank_rows % number == 0)
         return f"train.microbatch_tokens ({each * length}) {rule}: try {fitting * length}"
     return None
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def even_dim(shapes: Collection[Sequence[int]], num_shards: int) -> int | None:

@@ -172,7 +172,7 @@ class DecoderBlock(nn.Module):
         encoded: EncoderOutput,
         cache: LayerKVCache | None,
     ) -> tuple[torch.Tensor, StackStats]:
-        source = self._cross_key_value(encoded) if cache is None else cache.source
+        source = self.cross_attention.attention.key_value(encoded.hidden_BSD) if cache is None else cache.source
         x_BTD, attention_stats = self.self_attention(x_BTD, real_BT, bias_BHTS, cache)
         x_BTD = self.cross_attention(x_BTD, source, encoded.bias_B1TS)
         x_BTD, feed_forward_stats = self.feed_forward(x_BTD, real_BT)
@@ -183,9 +183,6 @@ class DecoderBlock(nn.Module):
 
         `forward` does not call it: sharded weights are gathered around either method, which must not happen twice.
         """
-        return self._cross_key_value(encoded)
-
-    def _cross_key_value(self, encoded: EncoderOutput) -> KeyValue:
         return self.cross_attention.attention.key_value(encoded.hidden_BSD)
 
 

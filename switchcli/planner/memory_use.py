@@ -61,7 +61,7 @@ def device_bytes(spec: ModelSpec, step: Step, mesh: Mesh, weights: RankWeights, 
 
     `weights` are `rank_weights` for the model axis of `mesh`.
     """
-    accumulates = step.num_microbatches(mesh, microbatch) > 1
+    accumulates = step.sequences // mesh.data // microbatch > 1  # microbatches of a rank
     dense = _dense_bytes(mesh, weights, accumulates)
     experts = _expert_bytes(mesh, weights, accumulates)
     dense_gradients, expert_gradients = dense.gradients, experts.gradients

@@ -68,10 +68,6 @@ class Step(NamedTuple):
     recomputed: bool = False
     """Whether blocks keep only their inputs and run again in the backward pass (`train.activation_checkpointing`)."""
 
-    def num_microbatches(self, mesh: Mesh, microbatch: int) -> int:
-        """Return the number of microbatches of `microbatch` sequences that a rank computes."""
-        return self.sequences // mesh.data // microbatch
-
     def length(self, stack: Stack) -> int:
         """Return the number of tokens of one sequence in a stack."""
         return self.source if stack == "encoder" else self.target

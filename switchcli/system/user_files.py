@@ -18,15 +18,8 @@ _KINDS = {
 }
 
 
-def other_kind(path: Path) -> str:
-    """Return what `path` is instead of a regular file, such as "a pipe"; an empty string for a regular file.
-
-    Raises OSError if nothing has that path.
-    """
-    return _other_kind(path.stat().st_mode)
-
-
-def _other_kind(mode: int) -> str:
+def other_kind(mode: int) -> str:
+    """Return what a file of this mode is instead of a regular one, such as "a pipe"; "" for a regular file."""
     kind = stat.S_IFMT(mode)
     return "" if kind == stat.S_IFREG else _KINDS.get(kind, "a special file")
 
@@ -90,7 +83,7 @@ def to_utf8(data: bytes) -> str:
 
 def _check_regular(mode: int, path: Path) -> None:
     """Raise OSError if `mode` is not that of a regular file."""
-    kind = _other_kind(mode)
+    kind = other_kind(mode)
     if kind == "a folder":
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if kind:

@@ -121,7 +121,7 @@ def expand_paths(patterns: Iterable[str], key: str) -> list[SourceFile]:
 def _expand_path(pattern: str, key: str) -> list[SourceFile]:
     try:
         path = expanded(Path(pattern))
-        kind = other_kind(path) if path.exists() else None
+        kind = other_kind(path.stat().st_mode) if path.exists() else None
     except OSError as error:
         raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the path") from error
     if kind == "a folder":

@@ -47,11 +47,11 @@ class TextRunData(RunData):
         else:
             prepared = context.main_first(lambda: _prepare(tokenizer, recipe, console))
         check_same_data(prepared.digests(), context)
-        rows = text_sets.train_rows(recipe, prepared, context, console)
+        source, identity = text_sets.train_rows(recipe, prepared, context, console)
         held_out = text_sets.held_out_rows(prepared, recipe.data, recipe.eval.sequences, console)
         first_text = next(iter(held_out.values()))
         evaluator = self._evaluator(prepared.tokenizer, held_out)
-        return TrainData(rows.identity, rows.source, evaluator, _first_segments(first_text.rows(0, NUM_SAMPLES)))
+        return TrainData(identity, source, evaluator, _first_segments(first_text.rows(0, NUM_SAMPLES)))
 
     def _prepare_with_own_tokenizer(self) -> PreparedTexts:
         """Return the text, tokenized by the tokenizer that the recipe names or trains."""

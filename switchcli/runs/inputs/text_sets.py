@@ -4,7 +4,6 @@ import resource
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
 
 from switchcli.data.batch import BatchSource
 from switchcli.data.config import DataSpec, RowObjective
@@ -47,12 +46,8 @@ def prepare_context(console: Console) -> PrepareContext:
     return PrepareContext(default_cache(), console.track, console.counting, warn=console.warning, wait=console.waiting)
 
 
-class TrainRows(NamedTuple):
-    """The source of a run's training rows, with its identity."""
-
-    source: BatchSource
-    identity: str
-    """A digest of all that the rows depend on."""
+TrainRows = tuple[BatchSource, str]
+"""The source of a run's training rows, and a digest of all that they depend on."""
 
 
 def prepare_texts(
@@ -129,7 +124,7 @@ def _prepared_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
     if context.is_main:
         _report_training_text(text, datasets, mixture, recipe, console)
     source = PreparedTextSource([*datasets.values()], text.tokenizer, data.rows, seed, batch_rows, mixture)
-    return TrainRows(source, _prepared_identity(text, mixture))
+    return source, _prepared_identity(text, mixture)
 
 
 def _prepared_mixture(
@@ -169,7 +164,7 @@ def _streamed_rows(recipe: TextRecipe, text: PreparedTexts, context: Distributed
         (context.dp_rank, context.dp_size),
         kept_steps=STEPS_AHEAD + 2,
     )
-    return TrainRows(source, identity)
+    return source, identity
 
 
 def _stream_source_shards(data: DataSpec) -> dict[str, CorpusShards]:

@@ -139,11 +139,6 @@ def _check_concat(student: ModelSpec, teacher: ModelSpec, path: Path) -> None:
         )
 
 
-def _has_dense_blocks(spec: ModelSpec) -> bool:
-    """Return whether the feed-forward of some block has no experts."""
-    return any(len(spec.sparse_layers(stack)) < spec.num_blocks(stack) for stack in STACKS)
-
-
 def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
     """Raise RecipeError if the student is to copy weights that the teacher does not have."""
     student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.recipe.model
@@ -171,7 +166,8 @@ def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
             f"{teacher_spec.num_experts}: take fewer, or student.experts=mean"
         )
     differing = differing_dimensions(student_spec, teacher_spec)
-    if student.experts == "concat" and (student_spec.d_ff > teacher_spec.d_ff or not _has_dense_blocks(teacher_spec)):
+    has_dense = any(len(teacher_spec.sparse_layers(stack)) < teacher_spec.num_blocks(stack) for stack in STACKS)
+    if student.experts == "concat" and (student_spec.d_ff > teacher_spec.d_ff or not has_dense):
         # A wider dense feed-forward begins with the teacher's; without dense ones, only experts have to fit.
         differing = [dimension for dimension in differing if dimension[0] != "d_ff"]
     if differing:
