@@ -58,8 +58,8 @@ class LoadedModel(NamedTuple):
     model: SwitchTransformer
 
 
-def open_model(path: Path, console: Console) -> CheckpointHandle:
-    """Open and verify the checkpoint at `path`.
+def open_model(path: Path, console: Console, verify: bool = True) -> CheckpointHandle:
+    """Open the checkpoint at `path`, and verify it, unless another rank has done so.
 
     Raises:
         CheckpointError: there is no checkpoint, or no complete one.
@@ -70,7 +70,7 @@ def open_model(path: Path, console: Console) -> CheckpointHandle:
         for warning in warnings:
             console.warning(warning)
         return CheckpointHandle(path, 0, recipe, tokenizer, lambda: hugging_face_weights, None)
-    native = open_checkpoint(path, console)
+    native = open_checkpoint(path, console, verify)
     try:
         native_recipe, tokenizer = read_documents(native)
         weights = native.read("model", logical_tensors(transformers_checkpoint.meta_model(native_recipe.model)))
@@ -78,7 +78,7 @@ def open_model(path: Path, console: Console) -> CheckpointHandle:
         if native.path.exists():
             raise
         # An active run has just removed this checkpoint, so it has saved newer ones.
-        return open_model(path, console)
+        return open_model(path, console, verify)
     return CheckpointHandle(native.path, native.step, native_recipe, tokenizer, lambda: weights, native)
 
 
@@ -132,7 +132,7 @@ def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransform
     return model.to_empty(device=device).eval()
 
 
-def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
+def open_checkpoint(path: Path, console: Console, verify: bool = True) -> checkpoint.Checkpoint:
     """Open a checkpoint in our layout: the one at `path`, or the newest complete one of the run at `path`.
 
     Raises:
@@ -141,7 +141,7 @@ def open_checkpoint(path: Path, console: Console) -> checkpoint.Checkpoint:
     folder, is_checkpoint = locate(path)
     native = None
     if is_checkpoint:
-        native = checkpoint.Checkpoint.open(folder)
+        native = checkpoint.Checkpoint.open(folder, verify)
     elif folder.is_dir():
         native = checkpoint.newest(folder, console.warning, "name another checkpoint")
     if native is None:

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from switchcli.checkpoint import checkpoint, manifest
+from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
@@ -87,7 +87,7 @@ def lock_run_dir(
         context.on_all_ranks(lambda: _check_shared(out))
         if folder.newest is None and step >= 0:  # not the main rank, which has verified the checkpoint
             path = checkpoint.checkpoint_path(folder.checkpoints, step)
-            folder.newest = checkpoint.Checkpoint(path, manifest.load(path))
+            folder.newest = checkpoint.Checkpoint.open(path, verify=False)
         yield folder
 
 
