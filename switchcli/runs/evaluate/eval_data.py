@@ -12,7 +12,6 @@ from switchcli.data.prepare.prepared_text import HELD_OUT
 from switchcli.data.task_batches import InterleavedRows
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError, RecipeError
-from switchcli.model.moe.router import Policy
 from switchcli.recipe.schema import EvalRecipe, TextRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs import text_sets
@@ -66,9 +65,11 @@ def build_eval_data(
         texts = text_sets.held_out_rows(prepared, data, sequences, console)
     context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, handle.tokenizer, console))
     labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
+    # transformers gives each example its own slots, where examples that are packed into a row share them.
+    is_packed = bool(recipe.tasks) and not handle.has_training_recipe
     evaluators = tuple(
         Evaluator(handle.tokenizer, texts, scored, recipe.scoring, capacity, BATCH_ROWS, context, console, labeled)
-        for capacity in _capacities(handle, recipe)
+        for capacity in recipe.eval.capacities or ("dropless" if is_packed else None,)
     )
     return EvalData(evaluators, prepared)
 
@@ -77,13 +78,6 @@ def labeled_rows(examples: tokens.ScoredExamples) -> HeldOutText:
     """Return the labeled examples of a task, packed into rows, as a text to measure the cross-entropy on."""
     rows = InterleavedRows([examples.packed]).rows
     return HeldOutText(rows, examples.packed.num_rows, objective=packed_cross_entropy)
-
-
-def _capacities(handle: CheckpointHandle, recipe: EvalRecipe) -> tuple[Policy | None, ...]:
-    """Return the capacities to measure with, in turn; None as an `Evaluator` takes it."""
-    # transformers gives each example its own slots, where examples that are packed into a row share them.
-    is_packed = bool(recipe.tasks) and not handle.has_training_recipe
-    return recipe.eval.capacities or ("dropless" if is_packed else None,)
 
 
 def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: PreparedTexts | None) -> str | None:

@@ -172,7 +172,11 @@ def expand_grid(
             if word.is_in_name:
                 name_parts.append(re.sub(r"[^\w.-]+", "_", value).strip("_"))
         run_name = "-".join(part for part in name_parts if part) or Path(arguments[1]).stem
-        _check_name(run_name, out)
+        if "/" in run_name or run_name in ("", ".", "..", "run.lock") or run_name.endswith(".log"):
+            raise RecipeError(
+                f"{run_name!r} must be the name of a new folder in {out}, without a /: run.lock and names that end in "
+                ".log are files of the sweep"
+            )
         yield SweepRun(run_name, tuple(_substitute(argument, known) for argument in arguments), stage)
 
 
@@ -206,14 +210,6 @@ def _override(words: Sequence[_Word], overrides: Sequence[_Word]) -> list[_Word]
         override = by_key.pop(word.key, word) if word.key is not None else word
         result.append(override._replace(is_in_name=word.is_in_name or override.is_in_name))
     return result + [word for word in overrides if word.key is None or word.key in by_key]
-
-
-def _check_name(name: str, out: Path) -> None:
-    if "/" in name or name in ("", ".", "..", "run.lock") or name.endswith(".log"):
-        raise RecipeError(
-            f"{name!r} must be the name of a new folder in {out}, without a /: run.lock and names that end in .log are "
-            "files of the sweep"
-        )
 
 
 def _check_given_once(arguments: Sequence[str]) -> None:

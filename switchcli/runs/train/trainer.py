@@ -97,7 +97,10 @@ class Trainer:
 
     def _build_checkpointer(self, weights: ModelWeights) -> Checkpointer:
         """Return the checkpointer, whose checkpoints can be used without the run: they hold recipe and tokenizer."""
-        identities = {TEXT: self.data.identity, **self._examples_identity()}
+        identities = {TEXT: self.data.identity}
+        if self.evaluator.tasks:  # held-out text is part of the data's identity
+            examples = json.dumps([(scored.task.name, scored.examples) for scored in self.evaluator.tasks])
+            identities[EVALUATION] = hashlib.sha256(examples.encode()).hexdigest()
         documents = {
             "recipe.yaml": dump(self.recipe).encode(),
             "tokenizer.json": self.data.tokenizer.to_json().encode(),
@@ -111,13 +114,6 @@ class Trainer:
             documents,
             self.recipe.checkpoint,
         )
-
-    def _examples_identity(self) -> dict[str, str]:
-        """Return a digest of the examples to score, if there are some. Held-out text is part of the data's identity."""
-        if not self.evaluator.tasks:
-            return {}
-        examples = json.dumps([(scored.task.name, scored.examples) for scored in self.evaluator.tasks])
-        return {EVALUATION: hashlib.sha256(examples.encode()).hexdigest()}
 
     def _restore_or_begin(self, weights: ModelWeights, branch: CheckpointHandle | None) -> None:
         """Restore the newest checkpoint of the run; else continue another run, or initialize the weights."""
