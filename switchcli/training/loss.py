@@ -5,7 +5,7 @@ chunk, M sums.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,10 +39,8 @@ class StepLoss(NamedTuple):
     """float32 [E] for each sparse layer: `RouterStats.choice_E`."""
 
 
-class Objective(Protocol):
-    """A function that computes the loss of a model on a batch."""
-
-    def __call__(self, model: nn.Module, batch: Batch) -> StepLoss: ...
+Objective = Callable[[nn.Module, Batch], StepLoss]
+"""A function that computes the loss of a model on a batch."""
 
 
 def batch_segment_ids(batch: Batch, packed: bool) -> SegmentIds | None:
