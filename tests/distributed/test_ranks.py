@@ -409,11 +409,18 @@ CONTROL: dict[str, Callable[..., Any]] = {
 EVERY_CASE = {**CASES, **RUNS, **CONTROL}
 
 
-UNIT = {"expert 2": ("accumulated and clipped", "dropout and jitter"), "model 2": ("accumulated and clipped",)}
+UNIT = {
+    "data 2": ("balanced by biases",),
+    "expert 2": ("accumulated and clipped", "dropout and jitter"),
+    "model 2": ("accumulated and clipped",),
+    "zero2 2": ("adafactor",),
+    "expert 2, twice": ("accumulated and clipped",),
+    "zero2 4, expert 2": ("accumulated and clipped",),
+}
 INTEGRATION = {
     "data 2": (
         *("groups of two sequences", "dropout and jitter", "evaluation", "the experts alone"),
-        *("rounded", "stopped", "poisoned", "adafactor", "balanced by biases"),
+        *("rounded", "stopped", "poisoned", "adafactor"),
     ),
     "expert 2": (
         *("top-2 of experts with GEGLU", "no token left behind", "experts that choose", "a Switch attention"),
@@ -429,7 +436,7 @@ INTEGRATION = {
     ),
     "zero2 2": (
         *("accumulated and clipped", "parts of each expert on replicas", "products of oneDNN"),
-        *("experts one at a time", "adafactor", "muon, parts of each expert on replicas"),
+        *("experts one at a time", "muon, parts of each expert on replicas"),
     ),
     "zero3 2": (
         *("dropout and jitter", "all but the experts", "computed again, distillation", "answers", "evaluation"),
@@ -438,10 +445,8 @@ INTEGRATION = {
         *("adafactor, parts of each expert on replicas", "adamw, scaled, parts of each expert on replicas"),
     ),
     "data 4": ("at once", "poisoned"),
-    "expert 2, twice": ("accumulated and clipped",),
     "expert 4": ("a slot for every token",),
     "expert 2 x model 2": ("accumulated and clipped", "dropout and jitter", "adamw"),
-    "zero2 4, expert 2": ("accumulated and clipped",),
     "zero3 4, expert 2": ("accumulated and clipped", "adafactor"),
     "zero3 2 x model 2": ("dropout and jitter",),
 }
