@@ -3,7 +3,9 @@
 import errno
 import os
 import re
+from collections import Counter
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import tiny_model
 import torch
 from doubles import FactoringAdafactor, NoWarnings
 from ranks import model_of, on_ranks, train_on_rows
+from safetensors import safe_open
 from tiny_model import SOURCE, TARGET, rows
 
 from switchcli.checkpoint import checkpoint, tensor_file
@@ -134,9 +137,11 @@ def test_a_run_goes_from_mesh_to_mesh(optimizer: str, meshes: Collection[str], t
 SOME = ("expert 2", "model 2", "zero3 4, expert 2")
 
 
-@pytest.mark.integration
+@pytest.mark.unit("a mesh")
 @pytest.mark.parametrize(
-    "meshes", [SOME, pytest.param([*MESHES], marks=pytest.mark.nightly)], ids=["some meshes", "all meshes"]
+    "meshes",
+    [("model 2",), SOME, pytest.param([*MESHES], marks=pytest.mark.nightly)],
+    ids=["a mesh", "some meshes", "all meshes"],
 )
 def test_what_is_read_and_written_again_at_another_mesh_is_the_same(meshes: Collection[str], tmp_path: Path) -> None:
     going_on(tmp_path, 2, ALONE, OPTIMIZERS["adafactor"])
@@ -159,6 +164,10 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(meshes: Coll
         assert all(torch.equal(before[name], again[name]) for name in before)
         assert exported(tmp_path, 2) == export
         assert len([*tmp_path.glob("step-00000002/model-*")]) == world  # each wrote its share
+        files = [safe_open(file, "pt") for file in tmp_path.glob("step-00000002/*.safetensors")]
+        assert Counter(chain.from_iterable(file.keys() for file in files)) == Counter(
+            {*before}
+        )  # none was written twice
     opened = logical_tensors(SwitchTransformer(NOISY))
     assert opened.keys() == {name for name in before if "/" not in name}
 

@@ -6,6 +6,9 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,6 +17,7 @@ from ranks import model_of, on_ranks
 from tiny_model import SPARSE, a_model, rows
 
 from switchcli.data.batch import Batch
+from switchcli.distributed import context as contexts
 from switchcli.distributed.context import DistributedContext, HostCopy
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import CheckpointError, DistributedError, RecipeError, SwitchError
@@ -132,6 +136,7 @@ def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
     script = """
 import resource
 import torch
+from switchcli.distributed import context as contexts
 from switchcli.distributed.context import DistributedContext
 DistributedContext("cpu", "float32")
 def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -194,3 +199,26 @@ def steps_of_shards() -> list[int]:
 @pytest.mark.integration
 def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
     assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2
+
+
+def without_an_answer(folder: Path) -> str:
+    """What the first rank raises if the second does not answer: within the time of a step, before that one gives up."""
+    contexts.STEP_TIMEOUT = timedelta(seconds=10)
+    context = DistributedContext("cpu", "float32")
+    if context.rank:
+        for _ in range(1200):
+            if (folder / "said").exists():
+                return ""
+            time.sleep(0.1)
+        context.any_rank(False)
+        return ""
+    try:
+        context.any_rank(False)
+    except SwitchError as error:
+        (folder / "said").touch()
+        return type(error).__name__
+    return "nothing"
+
+
+def test_a_rank_that_does_not_answer_is_given_up_after_the_time_of_a_step(tmp_path: Path) -> None:
+    assert on_ranks(2, without_an_answer, tmp_path) == ["LostRankError", ""]

@@ -4,6 +4,7 @@ Each rank holds three experts, so that the number of ranks and the number of exp
 swaps the two gives other outputs.
 """
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from ranks import on_ranks
 
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.expert_parallel import SplitSizes, exchange, shard_experts
+from switchcli.distributed.expert_parallel import ExpertGradients, SplitSizes, exchange, shard_experts
 from switchcli.distributed.mesh import RankGroup
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
@@ -141,3 +142,16 @@ def test_an_exchange_takes_tensors_of_any_strides(answers: list[Answer]) -> None
             found = answer.exchanged[number]
             np.testing.assert_array_equal(found[0], np.concatenate(received[rank]))
             np.testing.assert_array_equal(found[1], np.tile(np.array(gradient[rank]), (3, 1)))
+
+
+def test_what_a_failed_step_left_is_not_averaged_by_the_next() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    gradients = ExpertGradients([weight], None, data_size=2)
+    with suppress(ValueError), gradients.averaging():
+        (3 * weight).sum().backward()
+        raise ValueError
+    left, weight.grad = weight.grad, None
+    with gradients.averaging():
+        (3 * weight).sum().backward()
+    assert left is not None
+    assert (left.tolist(), weight.grad.tolist()) == ([3.0, 3.0], [1.5, 1.5])

@@ -379,6 +379,15 @@ def test_the_model_axis_divides_all_but_norms_and_routers() -> None:
     assert eight.dense == (one.dense - norms - routers) // 8 + norms + routers
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("product_bytes", [2, FLOAT])
+def test_a_gpu_computes_empty_slots_in_float32_alone(product_bytes: int, fused: bool) -> None:
+    """A group of 64 tokens fills 64 of the 8 * 16 slots that a capacity factor of 2 gives."""
+    spec = ModelSpec(**SMALL | SPARSE | {"router": SwitchRouter(capacity_factor=2.0, group_sequences=1)})
+    found = slots(spec, "encoder", Step(4, 64, 24, product_bytes=product_bytes, fused=fused), 4, 1)
+    assert found.expert_rows == 4 * (8 * 16 if fused and product_bytes == FLOAT else 64)
+
+
 def test_the_expert_axis_divides_the_experts_alone() -> None:
     own = held_by(1)
     one, eight = (device_bytes(XXL, STEP, Mesh(64, expert), own, 4) for expert in (1, 8))

@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from itertools import permutations
 from typing import Annotated, Literal
 
 import pytest
@@ -525,6 +526,12 @@ def test_a_rule_of_two_keys_names_the_file_that_breaks_it(write) -> None:
     with pytest.raises(RecipeError) as error:
         resolve("mine.yaml", [], PretrainRecipe)
     assert_line(error.value.lines[0], "mine.yaml:3", "model.num_heads (5) d_model (64) num_heads: 4")
+
+
+@pytest.mark.parametrize("overrides", [*permutations(("optimizer.kind=adamw", "optimizer.epsilon=1e-30"))])
+def test_a_kind_takes_nothing_of_what_stands_beside_it(overrides: tuple[str, ...]) -> None:
+    """The epsilon is the default of the kind below, which a recipe with another kind drops."""
+    assert resolve("quickstart/switch", [*overrides], PretrainRecipe).optimizer.epsilon == 1e-30
 
 
 def test_a_recipe_of_another_verb_is_named_with_the_command_that_runs_it(write) -> None:
