@@ -10,6 +10,18 @@ import yaml
 STEPS, EVERY, TOKENS, FLOPS = 100, 10, 1000, 5000
 LAYERS = ("encoder.blocks.1.feed_forward", "decoder.blocks.0.feed_forward")
 Quality = Callable[[int], float]
+HOSTILE = (
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 1</script>",
+    '"><img src=x onerror="window.hacked = 1">',
+    "<svg onload=window.hacked=1>",
+    "javascript:window.hacked=1",
+    "'); window.hacked = 1; ('",
+    "<!--<script>",
+    "\u2028window.hacked = 1\u2029",
+    "]]></style><script>window.hacked = 1</script>",
+)
+"""Text that a browser would act on if it were not escaped."""
 
 
 def a_run(

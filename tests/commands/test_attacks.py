@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from report_folders import a_run
+from report_folders import HOSTILE, a_run
 from tiny_checkpoint import reseal
 from tiny_run import Done, SwitchCLI
 
@@ -251,15 +251,6 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
-MARKUP = [
-    "<script>window.hacked = 1</script>",
-    "</script><script>window.hacked = 1</script>",
-    '"><img src=x onerror="window.hacked = 1">',
-    "<svg onload=window.hacked=1>",
-    "</style><script>window.hacked = 1</script>",
-    "<!--<script>",
-    '<a href="javascript:window.hacked=1">x</a>',
-]
 WHOLE_DAY = [
     "pretrain tiny.yaml --out other --quiet",
     "eval other --out measured --quiet",
@@ -363,7 +354,7 @@ def test_a_page_of_harmful_runs_has_the_elements_of_one_of_harmless_runs(
     """What a browser does with it is in tests/report/test_page.py."""
     monkeypatch.chdir(tmp_path)
     pages = []
-    for number, words in enumerate((MARKUP, [f"harmless {place}" for place in range(len(MARKUP))])):
+    for number, words in enumerate((HOSTILE, [f"harmless {place}" for place in range(len(HOSTILE))])):
         runs = [a_harmful_run(f"{number}-{word.replace('/', '')}", word) for word in words]
         assert switchcli("report", *runs, "--html", f"{number}.html").code == 0
         pages.append(Elements(Path(f"{number}.html").read_text(encoding="utf-8")).found)

@@ -15,7 +15,6 @@ from bad_inputs import CASES, CHECKPOINT, FILES, RECIPE, corpus, lay_out_bad
 from messages import lacking
 from tiny_run import SwitchCLI
 
-from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.recipe import library
 
 
@@ -184,33 +183,7 @@ def test_too_small_a_disk_is_seen_before_training(
     assert re.fullmatch(r"error: a/checkpoints: .*\b[\d,]+ bytes\b.*\b1,000 free\b.*--out.*\n", done.err)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="rights do not bind root")
-def test_a_read_only_folder(recipe: str, switchcli: SwitchCLI) -> None:
-    Path("shut").mkdir(mode=0o555)
-    done = switchcli("pretrain", recipe, "--out", "shut/run")
-    assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"error: shut/run.*Permission denied.*--out.*\n", done.err)
-
-
-def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
-    done = switchcli("pretrain", recipe)
-    assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"reading text .*\nerror: text\.txt/cache: Not a directory.*\bSWITCHCLI_CACHE\b.*\n", done.err)
-
-
 # Checkpoints that do not fit
-
-
-def test_a_checkpoint_of_another_architecture(begun: str, switchcli: SwitchCLI) -> None:
-    assert switchcli("pretrain", begun, "model.d_ff=128", "train.steps=1", "--out", "b").code == 0
-    shutil.rmtree("b/checkpoints")
-    shutil.copytree("a/checkpoints", "b/checkpoints")
-    done = switchcli("pretrain", begun, "model.d_ff=128", "--out", "b")
-    assert (done.code, done.out) == (RECIPE, "")
-    assert re.fullmatch(r"error: .*\n", done.err)
-    assert not lacking(done.err, "b model.d_ff 64 128 --out --no-resume")
-    assert Checkpoint.open(Path("b/checkpoints/step-00000002")).step == 2
 
 
 def test_a_recipe_edited_in_the_runs_folder_does_not_change_the_run(begun: str, switchcli: SwitchCLI) -> None:
@@ -225,20 +198,6 @@ def test_a_recipe_edited_in_the_runs_folder_does_not_change_the_run(begun: str, 
     assert Path("a.before-1/checkpoints").is_dir()
 
 
-@pytest.mark.integration
-def test_a_run_does_not_go_on_with_other_text(recipe: str, switchcli: SwitchCLI) -> None:
-    text = Path("text.txt")
-    content = text.read_text()
-    text.unlink()  # the file behind it is that of other tests
-    text.write_text(content)
-    assert switchcli("pretrain", recipe, "train.steps=1", "--out", "a").code == 0
-    text.write_text(content + "one more line of the words that were there before\n" * 9)
-    done = switchcli("pretrain", recipe, "train.steps=2", "--out", "a")
-    assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.search(r"error: a/checkpoints/step-00000001 .*\btext\b.*--out.*--no-resume.*\n\Z", done.err)
-    assert Checkpoint.open(Path("a/checkpoints/step-00000001")).step == 1
-
-
 def test_fewer_steps_than_were_taken_are_refused(begun: str, switchcli: SwitchCLI) -> None:
     before = Path("a/result.json").read_text()
     done = switchcli("pretrain", begun, "train.steps=1", "--out", "a", "--quiet")
@@ -246,29 +205,3 @@ def test_fewer_steps_than_were_taken_are_refused(begun: str, switchcli: SwitchCL
     assert re.fullmatch(r"error: .*\n", done.err)
     assert not lacking(done.err, "train.steps 1 2 --no-resume")
     assert Path("a/result.json").read_text() == before
-
-
-@pytest.mark.integration
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(begun: str, switchcli: SwitchCLI) -> None:
-    command = ("pretrain", begun, "train.steps=3", "--out", "a")
-    assert switchcli(*command).code == 0
-    path = Path("a/checkpoints/step-00000003/optimizer-00000.safetensors")
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    done = switchcli(*command)
-    assert done.code == 0
-    lines = done.err.splitlines()
-    (number,) = [number for number, line in enumerate(lines) if line.startswith("warning: ")]
-    warning, going_on = lines[number : number + 2]
-    assert "optimizer-00000.safetensors" in warning
-    assert not lacking(going_on, "2 3")
-    assert Checkpoint.open(Path("a/checkpoints/step-00000003")).step == 3
-
-
-def test_every_checkpoint_damaged_never_begins_anew(begun: str, switchcli: SwitchCLI) -> None:
-    Path("a/checkpoints/step-00000002/model-00000.safetensors").unlink()
-    for _ in range(2):
-        done = switchcli("pretrain", begun, "--out", "a", "--quiet")
-        assert (done.code, done.out) == (CHECKPOINT, "")
-        assert not lacking(done.err, "a/checkpoints step-00000002 --out")

@@ -339,17 +339,6 @@ def test_its_recipe_repeats_it_though_the_run_has_gone_on(
 
 
 @pytest.mark.integration
-def test_a_fine_tuned_run_is_continued(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
-    tune = ("finetune", tuning, "--json")
-    assert switchcli(*tune, "--model", trained, "--out", "run").code == 0
-    changed = (*tune, "schedule.learning_rate=0.001", "train.steps=8", "--branch-from", "run@2", "--out")
-    done = switchcli(*changed, "new")
-    assert done.code == 0, done.err
-    result = json.loads(done.out)
-    assert (result["start"]["step"], result["step"], result["start"]["data"]) == (2, 8, "continued")
-
-
-@pytest.mark.integration
 def test_distill_with_another_temperature(trained: Path, recipe: str, switchcli: SwitchCLI) -> None:
     distill = ("distill", "--teacher", trained, "checkpoint.save_every_steps=1", "train.steps=2", "--json", "--out")
     assert switchcli(*distill, "run").code == 0

@@ -23,13 +23,6 @@ def two_ranks(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_bad_recipe_starts_no_rank(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.runs.job.ranks.launch", None)
-    done = switchcli("pretrain", "none.yaml", "--processes", 2)
-    assert done.code == 2
-    assert done.err.count("\n") == 1
-
-
 @pytest.mark.parametrize(("processes", "code", "words"), [(2, 0, ""), (3, 2, "train.batch_tokens 256 8 3 ranks try")])
 def test_a_dry_run_says_whether_the_ranks_can_share_the_batch(
     processes: int, code: int, words: str, recipe: str, switchcli: SwitchCLI

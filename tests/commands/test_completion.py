@@ -52,16 +52,12 @@ CASES: dict[str, Callable[[list[str]], bool]] = {
     "pretrain quick": lambda found: found == ["quickstart/dense", "quickstart/switch"],
     "pretrain ": lambda found: "quickstart/switch" in found and "quickstart/finetune" not in found,
     "finetune quickstart/": lambda found: found == ["quickstart/finetune"],
-    "distill quickstart/": lambda found: found == ["quickstart/distill"],
-    "plan quickstart/sw": lambda found: found == ["quickstart/switch"],
     "sweep pretrain quickstart/sw": lambda found: found == ["quickstart/switch"],
     "recipes show quickstart/sw": lambda found: found == ["quickstart/switch"],
     "convert a b --to h": lambda found: found == ["huggingface", "hf"],
     "pretrain fine": lambda found: not found,
     "pretrain mine.yaml quick": lambda found: not found,
-    "eval runs/": lambda found: not found,
     "pretrain a --model runs/": lambda found: not found,
-    "pretrain ./mine": lambda found: not found,
 }
 """What is typed, and a check of the candidates. Where there are none, the shell completes paths."""
 OF_ALL_SHELLS = ("pre", "pretrain quick")

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from doubles import NoWarnings
+from drill import tensors
 from messages import lacking
-from safetensors.torch import load_file
 from tiny_run import RECIPE, TUNING, SwitchCLI, records, write_text
 
 from switchcli.model.config import STACKS
@@ -25,13 +26,8 @@ tasks:
 """
 
 
-def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
-    files = Path(run, f"checkpoints/step-{step:08d}").glob("model-*.safetensors")  # a rank's share in each
-    return {name: weight for file in files for name, weight in load_file(file).items()}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture
@@ -93,9 +89,9 @@ def test_without_the_teachers_share_it_is_pretraining_bit_for_bit(
         "-q",
     )
     assert switchcli(*command, "distill.soft_fraction=0", "--out", "none").code == 0
-    assert equal(weights("none", 2), weights(dense, 2))
+    assert equal(tensors(Path("none"), "model"), tensors(dense, "model"))
     assert switchcli(*command, "--out", "some").code == 0
-    assert not equal(weights("some", 2), weights("none", 2))
+    assert not equal(tensors(Path("some"), "model"), tensors(Path("none"), "model"))
     without, with_teacher = (
         record["flops_per_second"] / record["tokens_per_second"]
         for out in ("none", "some")
@@ -151,7 +147,7 @@ def test_a_student_that_learns_from_its_own_answers_goes_on_as_if_it_had_not_sto
     keys = ("schedule.kind=constant", "eval.every_steps=4")
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         assert switchcli(*command, *keys, f"train.steps={steps}", "--out", out).code == 0
-    assert equal(weights("whole", 4), weights("parts", 4))
+    assert equal(tensors(Path("whole"), "model"), tensors(Path("parts"), "model"))
     logged = [record for record in records("whole") if "gradient_norm" in record]
     assert ["loss" in record for record in logged] == [False] * 4
     assert all(record["teacher_divergence"] > 0 for record in logged)
@@ -201,16 +197,8 @@ def test_ranks_join_the_experts_that_one_process_does(
     assert done.code == 0, done.err
     command = [sys.executable, "-m", "switchcli", *map(str, wide), "many", "--processes", str(ranks)]
     assert subprocess.run(command, check=False).returncode == 0
-    for name, weight in weights("one", 1).items():
-        torch.testing.assert_close(weights("many", 1)[name], weight, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.integration
-def test_experts_side_by_side_of_a_teacher_of_tasks(tuned: Path, here: Path, switchcli: SwitchCLI) -> None:
-    wide = ("student.experts=concat", "model.d_ff=128", "train.steps=1")
-    done = switchcli("distill", "--teacher", tuned, *wide, "--out", "a", "--json")
-    assert done.code == 0, done.err
-    assert len(json.loads(done.out)["distillation"]["student_init"]["from_experts"]) == 4
+    many, one = (tensors(Path(run), "model") for run in ("many", "one"))
+    torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.integration
@@ -299,16 +287,13 @@ BAD = {
     "T model.num_experts=8": (2, "larger teacher --student model.num_experts"),
     "T student.experts=concat model.d_ff=320": (2, "model.d_ff 320 5 experts 4 256 or less"),
     "T student.experts=concat model.d_ff=100": (2, "model.d_ff 100 concat multiple 64 try 64"),
-    "T student.experts=concat model.d_ff=32": (2, "model.d_ff 32 concat multiple 64 try 64"),
     "T student.experts=concat model.num_experts=2": (2, "concat 2 experts model.num_experts=1"),
     "--teacher DENSE student.experts=concat": (2, "concat DENSE no experts"),
     "T student.experts=concat model.d_ff=128 model.num_layers=1": (2, "num_layers 1 2 student.kind"),
     "T model.vocab_size=640": (2, "model.vocab_size 640 512 --student"),
     "T data.tokenizer.kind=file data.tokenizer.path=other.json": (2, "data.tokenizer tokenizer"),
     "tiny.yaml T data.tokenizer.vocab_size=480": (2, "data.tokenizer.vocab_size 480 512"),
-    "tiny.yaml T data.tokenizer.byte_fallback=true": (2, "data.tokenizer.byte_fallback true"),
     "T --student OTHER": (2, "--student tokenizer tokenizer.json"),
-    "T --student tiny student.kind=random_init": (2, "larger teacher model.num_experts"),
     "T --student t5-bse": (2, "--student t5-bse size t5-base"),
     "T --student tiny student.path=DENSE": (2, "--student tiny size student.path"),
     "T --student nowhere": (4, "--student nowhere checkpoint"),
@@ -362,13 +347,6 @@ def test_the_tokenizer_of_the_teacher_may_be_named(
     done = switchcli("distill", "tiny.yaml", "--teacher", trained, "--dry-run", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["recipe"]["data"]["tokenizer"]["kind"] == "file"
-
-
-def test_a_dry_run_tells_what_it_comes_to(trained: Path, here: Path, switchcli: SwitchCLI) -> None:
-    done = switchcli("distill", "--teacher", trained, "--dry-run", "--json")
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["recipe"]["model"]["num_experts"] == 1
-    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("differs", [False, True])

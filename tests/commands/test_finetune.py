@@ -8,23 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 import yaml
-from drill import fingerprint
+from drill import fingerprint, tensors
 from messages import lacking
 from safetensors.torch import load_file
 from tiny_run import SwitchCLI, records
 
-from switchcli.checkpoint import checkpoint
 from switchcli.training import scoring
 
 INTERRUPTED = 75
-
-
-def weights(run: str | Path, step: int) -> dict[str, torch.Tensor]:
-    files = Path(run, f"checkpoints/step-{step:08d}").glob("model-*.safetensors")  # a rank's share in each
-    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def test_a_run_end_to_end(trained: Path, tuned: Path) -> None:
@@ -56,8 +50,8 @@ def test_only_the_named_weights_learn(trained: Path, tuning: str, switchcli: Swi
     keys = ("update=expert", "train.steps=2", "eval.every_steps=2")
     done = switchcli("finetune", tuning, "--model", trained, *keys, "--out", "a", "--quiet")
     assert done.code == 0, done.err
-    before, after = weights(trained, 2), weights("a", 2)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    before, after = tensors(trained, "model"), tensors(Path("a"), "model")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if ".experts." in name or ".router." in name}
 
 
@@ -102,25 +96,11 @@ def test_a_started_run_keeps_its_start(trained: Path, tuning: str, switchcli: Sw
     assert not lacking(other.err, "start.checkpoint --no-resume")
 
 
-def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
-    """A key of the schedule leaves its kind."""
-    keys = ("schedule.learning_rate=0.02", "--dry-run", "--json")
-    done = switchcli("finetune", tuning, "--model", trained, *keys)
-    assert done.code == 0, done.err
-    described = json.loads(done.out)
-    assert described["sequences_per_step"] == 4
-    assert described["recipe"]["model"]["num_experts"] == 4
-    schedule = described["recipe"]["schedule"]
-    assert (schedule["kind"], schedule["learning_rate"]) == ("constant", 0.02)
-    assert not Path("runs").exists()
-
-
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
         (["tasks=[rtee]"], 2, "tasks.0.name rtee rte"),
         (["model.d_model=64"], 2, "model.d_model 64 32"),
-        (["model.num_experts=800"], 2, "model.num_experts 800 4"),
         (["model.num_experts=2"], 2, "model.num_experts 2 4 prune --experts"),
         (["update=experts"], 2, "update 'experts' 'expert'"),
         (["tasks.0.target=labels"], 3, "colour.train.jsonl:1 tasks colour column 'labels'"),
@@ -128,7 +108,6 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
         (["tasks=[rte, sst2, squad]", "data.folder=sets"], 3, "data.folder rte sst2 squad sets/glue/rte/train.jsonl"),
         (["tasks.0.train=[nothing.jsonl]"], 3, "tasks colour nothing.jsonl file"),
         (["tasks.0.train=[table.csv]"], 3, "table.csv JSON Lines"),
-        (["tasks.0.train=[table.parquet]"], 3, "table.parquet JSON Lines"),
         (["tasks.0.metrics=[accuracies]"], 2, "tasks.0.metrics accuracies accuracy"),
         (["tasks.0.metrics=[exact_match]", "tasks.1.name=colour"], 2, "tune.yaml:2 tasks colour two name"),
         (["tasks.0.labels=[red, green, red]"], 2, "tasks.0.labels 'red' 'green' differ"),
@@ -140,8 +119,7 @@ def test_a_dry_run_tells_what_it_comes_to(trained: Path, tuning: str, switchcli:
 def test_bad_input_is_told_with_its_place_and_way_out(
     overrides: list[str], code: int, words: str, trained: Path, tuning: str, switchcli: SwitchCLI
 ) -> None:
-    for table in ("table.csv", "table.parquet"):
-        Path(table).write_text("text,label,word\nred,0,red\n")
+    Path("table.csv").write_text("text,label,word\nred,0,red\n")
     done = switchcli("finetune", tuning, "--model", trained, *overrides, "--out", "a")
     assert done.code == code, done.err
     assert not lacking(done.err, words)
@@ -246,48 +224,11 @@ def test_a_task_that_is_only_scored_is_told(trained: Path, tuning: str, switchcl
     assert re.search(r"^colour: 14 .*\b\d inputs.*\b64 tokens.*cut$", done.err, re.M)
 
 
-def test_a_checkpoint_of_another_vocabulary(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
-    """One whose tokenizer has more pieces than the model has rows, with a manifest that vouches for it."""
-    found = checkpoint.Checkpoint.open(trained / "checkpoints/step-00000002")
-    recipe = found.document("recipe.yaml").replace(b"vocab_size: 512", b"vocab_size: 300")
-    documents = {name: found.document(name) for name in ("state.json", "tokenizer.json")}
-    saved = checkpoint.save(Path("odd"), 2, model={}, optimizer={}, documents={**documents, "recipe.yaml": recipe})
-    done = switchcli("finetune", tuning, "--model", saved, "--out", "a")
-    assert done.code == 4
-    assert not lacking(done.err, "error: tokenizer 512 300")
-
-
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ('{"text": "a \\ud800 b", "label": 0, "word": "b"}', "surrogate"),
-        ('{"text": "a", "label": null, "word": "b"}', "label no answer"),
-        ('{"text": "a", "label": [], "word": "b"}', "label no answer"),
-    ],
-)
-def test_a_bad_row_has_its_place(row: str, words: str, trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
-    with Path("colour.train.jsonl").open("a") as file:
-        file.write(row + "\n")
-    for how in (("--out", "a"), ("--dry-run",)):
-        done = switchcli("finetune", tuning, "--model", trained, *how)
-        assert done.code == 3
-        assert not lacking(done.err, f"error: colour.train.jsonl:61 tasks colour {words}")
-
-
 def test_a_start_within_the_runs_own_folder(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
     shutil.copytree(trained, "pre")
     done = switchcli("finetune", tuning, "--model", "pre", "--out", "pre", "--no-resume")
     assert (done.code, lacking(done.err, "start.checkpoint pre folder --out")) == (2, [])
     assert Path("pre/checkpoints").is_dir()
-
-
-def test_a_recipe_of_another_verb(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:
-    done = switchcli("finetune", "quickstart/switch", "verb=pretrain", "--model", trained, "--out", "a")
-    assert (done.code, lacking(done.err, "recipe switchcli pretrain finetune")) == (2, [])
-    done = switchcli("pretrain", "finetune/glue")
-    assert (done.code, lacking(done.err, "recipe switchcli finetune pretrain")) == (2, [])
-    done = switchcli("doctor", "finetune/glue")
-    assert (done.code, done.err.count("\n")) == (2, 1)
 
 
 @pytest.mark.integration

@@ -64,14 +64,6 @@ def test_every_verb_refuses_a_weight_that_is_not_finite(verb: str, bad: Path, sw
     assert not list(Path().glob("cache/steps-*"))
 
 
-@pytest.mark.integration
-def test_upcycling_refuses_a_weight_that_is_not_finite(dense: Path, bad: Path, switchcli: SwitchCLI) -> None:
-    shutil.copytree(dense, "dense")
-    spoil(Path("dense"), "embedding", float("inf"))
-    assert switchcli("upcycle", "dense", "new", "--experts", "2").code == 5
-    assert not Path("new").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "value", "code"),
     [("optimizer/steps", -1, 4), ("embedding/moment", -1.0, 4), ("embedding/moment", float("nan"), 5)],

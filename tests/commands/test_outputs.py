@@ -8,26 +8,11 @@ import pytest
 from messages import lacking
 from tiny_run import SwitchCLI
 
-from switchcli.system.publish import temporary_path
-
 
 @pytest.fixture
 def run(recipe: str, trained: Path) -> Path:
     """A copy of a run in the current folder, beside tiny.yaml."""
     return Path(shutil.copytree(trained, "run"))
-
-
-RESUME = ("pretrain", "run/recipe.yaml", "train.steps=3", "--out", "run", "--quiet")
-
-
-def test_folders_with_names_of_the_users_stay_among_checkpoints(run: Path, switchcli: SwitchCLI) -> None:
-    mine = [run / "checkpoints" / name for name in (".tmp-mine", ".tmp-photos", ".tmp-0123456789abcdef")]
-    for folder in mine:
-        folder.mkdir()
-    dead = temporary_path(run / "checkpoints" / "step-00000003")
-    dead.mkdir()
-    assert switchcli(*RESUME).code == 0
-    assert [folder.exists() for folder in [*mine, dead]] == [True, True, True, False]
 
 
 def test_a_run_that_begins_anew_at_a_link_sets_aside_what_the_link_names(run: Path, switchcli: SwitchCLI) -> None:

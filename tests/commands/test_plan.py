@@ -41,13 +41,6 @@ def test_a_size_in_the_papers_batch(switchcli: SwitchCLI) -> None:
     assert {one["kind"] for one in found["refused"]} <= {"rule", "batch", "memory"}
 
 
-def test_a_trillion_parameters_take_no_memory(switchcli: SwitchCLI) -> None:
-    found = planned(switchcli, "switch-c", "--devices", 2048)
-    assert found["parameters"] == 1_571_308_972_448
-    assert found["fits"]
-    assert all(fit["bytes"]["total"] <= 80 * 2**30 for fit in found["fits"])
-
-
 def test_a_recipe_with_keys(recipe: str, switchcli: SwitchCLI) -> None:
     found = planned(switchcli, recipe, "train.batch_tokens=512", "--devices", 2)
     assert (found["sequences_per_step"], found["inputs_length"]) == (16, 32)
@@ -102,12 +95,6 @@ def test_what_is_wrong_is_said_at_once(arguments: tuple[object, ...], words: str
     assert (done.code, done.out) == (2, "")
     assert not lacking(done.err, words)
     assert done.err.count("\n") == 1
-
-
-def test_there_is_at_least_one_device(switchcli: SwitchCLI) -> None:
-    done = switchcli("plan", "tiny", "--devices", 0)
-    assert (done.code, done.out) == (2, "")
-    assert "'--devices'" in done.err
 
 
 def test_what_the_recipe_says_of_the_mesh_is_kept_to(switchcli: SwitchCLI) -> None:
@@ -236,19 +223,6 @@ def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
     for recipe, keys in (("pretrain/base", row["overrides"]), ("quickstart/switch", own), ("pretrain/local", own)):
         (fit,) = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu)).meshes.fits
         assert (fit.mesh._asdict(), fit.bytes.total) == (row["mesh"], row["device_bytes"]), recipe
-
-
-@pytest.mark.integration
-def test_every_size_with_keys(few_sizes: list[str], switchcli: SwitchCLI) -> None:
-    keys = ("train.precision=float32", "parallel.shard=zero3", "train.batch_tokens=524288")
-    rows = planned(switchcli, *keys, "--gpu", "h100", "--devices", 4)["sizes"]
-    for row in rows[:2]:
-        assert {*keys} <= {*row["overrides"]}
-        check_overrides(row, "h100", 4)
-    auto = planned(switchcli, "parallel=auto", "--gpu", "h100", "--devices", 4)["sizes"]
-    assert auto == planned(switchcli, "--gpu", "h100", "--devices", 4)["sizes"]
-    experts = planned(switchcli, "parallel.expert=8", "--gpu", "h100")["sizes"]
-    assert [row["size"] for row in experts] == [size for size in few_sizes if SIZES[size].num_experts > 1]
 
 
 def test_what_people_see_of_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:

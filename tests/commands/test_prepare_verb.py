@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from drill import fingerprint
 from messages import lacking
 from tiny_run import SwitchCLI, records
 
@@ -92,16 +91,6 @@ def test_a_vocabulary_larger_than_the_models_is_refused_before_any_text_is_cut(
     assert not lacking(done.err, "error: model.vocab_size 400 512")
     assert "tokenizing" not in done.err
     assert not (own_cache / "tokens").exists()
-
-
-def test_the_vocabulary_of_another_model_is_refused_before_any_text_is_cut_by_it(
-    recipe: str, trained: Path, own_cache: Path, switchcli: SwitchCLI
-) -> None:
-    keys = ("model.vocab_size=400", "data.tokenizer.vocab_size=400")
-    done = switchcli("data", "prepare", recipe, *keys, "--model", trained)
-    assert (done.code, done.out) == (2, "")
-    assert not lacking(done.err, "error: model.vocab_size 400 512")
-    assert not own_cache.exists()
 
 
 def test_what_is_prepared_for_a_stream_is_for_others(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
@@ -205,21 +194,6 @@ def test_languages_are_mixed_measured_and_evaluated_apart(
         assert not lacking(shown.out, "expert most tokens")
 
 
-@pytest.mark.integration
-@pytest.mark.usefixtures("small_windows")
-def test_a_stream_goes_on_the_same(languages: tuple[str, ...], switchcli: SwitchCLI) -> None:
-    command = ("pretrain", *stream(languages), "--out")
-    assert switchcli(*command, "run", "train.steps=5").code == 0
-    again = switchcli(*command, "run")
-    assert not lacking(again.err, "step 5 9")
-    assert switchcli(*command, "straight").code == 0
-    position = json.loads((Path("run/checkpoints/step-00000009/state.json")).read_text())["position"]
-    assert len(position) == 4 * 2 * 5
-    assert any(position)
-    ours, theirs = fingerprint(Path("run")), fingerprint(Path("straight"))
-    assert {**ours, "metrics": ""} == {**theirs, "metrics": ""}, "but for the lines of the first end"
-
-
 @pytest.fixture
 def own_text(recipe: str, text: Path) -> Path:
     """A copy of the text that a test may change."""
@@ -249,21 +223,6 @@ def test_a_text_that_changes_and_keeps_its_size_and_time_is_prepared_anew(
     after = switchcli(*command, *check)
     assert after.code == 0, after.err
     assert json.loads(after.out)["texts"][""]["identity"] != json.loads(before.out)["texts"][""]["identity"]
-
-
-@pytest.mark.integration
-def test_a_run_is_not_resumed_on_a_text_that_changed_and_kept_its_size_and_time(
-    recipe: str, own_text: Path, switchcli: SwitchCLI
-) -> None:
-    command = ("pretrain", recipe, "--out", "run")
-    assert switchcli(*command, "train.steps=2").code == 0
-    content = own_text.read_bytes()
-    change_quietly(own_text)
-    refused = switchcli(*command, "train.steps=3")
-    assert refused.code == 4
-    assert "Traceback" not in refused.err
-    own_text.write_bytes(content)
-    assert switchcli(*command, "train.steps=3").code == 0, "the former text is there again, with another time"
 
 
 @pytest.mark.integration

@@ -64,13 +64,6 @@ def test_what_is_not_the_checkpoints_is_refused(switchcli, recipe, trained, chan
     assert not lacking(done.err, words)
 
 
-def test_no_checkpoint_no_run(switchcli, recipe):
-    done = switchcli("pretrain", recipe, "--model", "nowhere", "--out", "on")
-    assert done.code == CheckpointError.exit_code
-    assert not lacking(done.err, "nowhere checkpoint checkpoints/step-*")
-    assert not Path("on").exists()
-
-
 @pytest.mark.parametrize(("verb", "option"), [("pretrain", "--model"), ("distill", "--teacher")])
 def test_a_missing_checkpoint_hides_no_misspelt_key(verb, option, switchcli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -119,13 +119,6 @@ def test_a_dense_model_and_too_few_experts_for_the_router(dense: Path, recipe: s
     assert (done.code, lacking(done.err, "router.k 3 num_experts 2")) == (2, []), done.err
 
 
-def test_a_destination_that_is_not_free(trained: Path, switchcli: SwitchCLI) -> None:
-    Path("small").mkdir()
-    Path("small/mine").touch()
-    done = switchcli("prune", trained, "small", "--experts", 2)
-    assert (done.code, lacking(done.err, "small already DESTINATION")) == (4, [])
-
-
 @pytest.mark.integration
 def test_a_converted_model_is_not_told_what_it_was_not_trained_on(tuned: Path, switchcli: SwitchCLI) -> None:
     """Neither the whole one nor the smaller one: how they were trained is not known."""

@@ -129,20 +129,6 @@ def test_a_list_has_stages_and_fills_in_what_its_runs_know(tmp_path):
     assert runs[4].arguments == ("eval", "runs/t/teacher-0")
 
 
-def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
-    path = tmp_path / "runs"
-    path.write_text(
-        "teacher pretrain quickstart/switch train.seed=0,1\n---\n"
-        "student distill r --teacher {out}/teacher-{train.seed} train.seed=0,1\nscores eval {out}/teacher-2\n"
-    )
-    runs = sweep_list.parse_sweep([str(path), "train.seed=2", "train.steps=5"], Path("out"))
-    assert [(run.name, *run.arguments) for run in runs] == [
-        ("teacher-2", "pretrain", "quickstart/switch", "train.seed=2", "train.steps=5"),
-        ("student-2", "distill", "r", "--teacher", "out/teacher-2", "train.seed=2", "train.steps=5"),
-        ("scores", "eval", "out/teacher-2"),
-    ]
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -154,9 +140,7 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretrain\n", "runs:1 'a pretrain' RECIPE"),
         ("a pretrain x schedule.learning_rate=0.2,0.1,0.10,1e-1\n", "runs:1 schedule.learning_rate 0.1 0.10 1e-1"),
         ("a/b pretrain x\n", "runs:1 'a/b' folder"),
-        ("a pretrain x\na.log pretrain x\n", "runs:2 'a.log' log"),
         ("run.lock pretrain x\n", "runs:1 'run.lock' folder"),
-        ("a pretrain x description=1.log,b\n", "runs:1 'a-1.log' log"),
         ("a pretrain x train.seed=0,\n", "runs:1 train.seed= value"),
         ("a pretrain quickstart/dense train.seed=0 train.seed=1\n", "runs:1 train.seed=0,1"),
         ("a pretrain quickstart/dense train.sed=0\n", "a: train.sed seed"),
@@ -164,14 +148,14 @@ def test_keys_after_a_list_take_the_place_of_its_own(tmp_path):
         ("a pretrain quickstart/dense --modle x\n", "a: --modle --model"),
         ("a pretrain quickstart/dense --no-resume\n", "runs:1 --no-resume archive --out"),
         ("a pretrain quickstart/dense --out b\n", "runs:1 --out sweep"),
-        ("a pretrain quickstart/dense --out=b\n", "--out=b sweep"),
         ("a pretrain quickstart/dense --dry-run\n", "runs:1 --dry-run --print"),
         ("b pretrain quickstart/dense\n---\na finetune quickstart/dense --model {out}/b\n", "a: pretrain finetune"),
         ("a finetune quickstart/finetune --model nowhere\n", "a: nowhere"),
         ("a finetune quickstart/finetune --model . --branch-from nowhere@3\n", "a: branch-from nowhere@3"),
-        ("a distill --teacher . --baseline nowhere\n", "a: baseline nowhere"),
         ("a eval . scorin.examples=1\n", "a: scorin scoring"),
         ("a pretrain quickstart/dense train.seed=0,1\n---\nb eval {out}/a\n", "b: out/a"),
+        ("a distill x --teacher {out}/b-{train.sed} train.seed=0\n", "runs:1 {train.sed} {out} {train.seed}"),
+        ("a eval {out}/b-{seed}\n", "runs:1 {seed} {out}"),
         (f"a pretrain quickstart/dense train.seed={','.join(map(str, range(1001)))}\n", "runs:1 1,001 1,000"),
         ("#" * 2**20 + "\n", "runs 1,048,576"),
     ],
@@ -210,23 +194,6 @@ def test_a_run_may_name_one_of_an_earlier_stage_a_size_or_a_metric(
     assert not [*sweep_list.missing_runs(sweep_list.parse_sweep(["runs"], Path("out")), Path("out"))]
 
 
-def test_a_sweep_in_the_current_folder_knows_its_runs_by_their_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for argument, name in (("./one", "one"), (f"{tmp_path}/one@3", "one"), ("quickstart/dense", None), ("one", None)):
-        assert sweep_list.named_run(argument, Path()) == name
-    needy = sweep_list.SweepRun("two", ("finetune", "x", "--model", f"{tmp_path}/one"))
-    assert sweep_list.needed_runs(needy, Path()) == ["one"]
-
-
-def test_keys_of_a_command_that_the_shell_repeats_are_refused(switchcli):
-    """bash makes three words of train.seed={0..2}."""
-    done = switchcli("sweep", "pretrain", "quickstart/dense", "train.seed=0", "train.seed=1", "train.seed=2", "--print")
-    assert done.code == 2
-    assert not lacking(done.err, "train.seed=0,1,2")
-
-
 def swept(switchcli: SwitchCLI, lines: str, *options: object) -> Any:
     """Sweep the runs of a list into `out`, one at a time."""
     Path("runs").write_text(lines)
@@ -263,16 +230,6 @@ def test_the_progress_of_a_run_with_more_steps_begins_with_its_first_new_record(
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("stub")
-def test_a_run_whose_log_cannot_be_written_stops_no_other(switchcli: SwitchCLI) -> None:
-    Path("out/blocked.log").mkdir(parents=True)
-    ended = swept(switchcli, f"blocked pretrain quickstart/dense\nother pretrain quickstart/dense {FAILS}\n")
-    assert ended.code == 1
-    assert not lacking(ended.err, "failed: blocked: blocked.log --out")
-    assert not lacking(ended.err, "failed: other: code 3")
-
-
-@pytest.mark.integration
-@pytest.mark.usefixtures("stub")
 def test_what_needs_a_run_that_failed_is_not_begun(switchcli: SwitchCLI) -> None:
     """The folder of the failed run exists already, as on a second attempt."""
     Path("out/one").mkdir(parents=True)
@@ -290,16 +247,6 @@ def test_what_needs_a_run_that_failed_is_not_begun(switchcli: SwitchCLI) -> None
         assert re.search(rf"failed: {name}: .*\bneeds {needed}$", ended.err, re.M)
         assert not Path(f"out/{name}.log").exists()
     assert not lacking(ended.err, "failed: other: code")
-
-
-def test_a_run_that_none_makes_is_asked_for_before_any_begins(
-    tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    ended = swept(switchcli, "one pretrain quickstart/dense\n---\ntuned eval {out}/one-0\n")
-    assert ended.code == 2
-    assert not lacking(ended.err, "error: tuned: out/one-0")
-    assert not Path("out").exists()
 
 
 @pytest.fixture
@@ -493,22 +440,6 @@ def test_the_commands_of_a_sweep_are_printed_for_a_shell_and_for_scripts(
     assert done.out == f"switchcli pretrain quickstart/dense {words} --out out/a --quiet\n"
     done = switchcli("sweep", "pretrain", "quickstart/dense", "train.seed=0,1", "--print", "--json")
     assert [run["name"] for run in json.loads(done.out)["runs"]] == ["0", "1"]
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("distill x --teacher {out}/b-{train.sed} train.seed=0", "runs:1 {train.sed} {out} {train.seed}"),
-        ("eval {out}/b-{seed}", "runs:1 {seed} {out}"),
-        ("pretrain x start.checkpoint={out}/b-{train.seed}", "runs:1 {train.seed} {out}"),
-    ],
-)
-def test_no_command_is_printed_with_a_name_in_braces_that_has_no_value(
-    command: str, words: str, tmp_path: Path, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = swept(switchcli, f"a {command}\n", "--print")
-    assert (done.code, done.out, lacking(done.err, words)) == (2, "", [])
 
 
 @pytest.mark.parametrize("name", ["paper/table1/small.runs", "recipes/paper/table1/small.runs"])

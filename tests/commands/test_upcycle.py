@@ -104,7 +104,6 @@ REFUSED = {
     "sparse": (["runs", "--experts", "8"], 4, "4 dense"),
     "one expert": (["dense", "--experts", "1"], 2, "--experts 1 2"),
     "shape": (["dense", "--experts", "4", "model.d_model=64"], 2, "model.d_model 32 dense"),
-    "size": (["dense", "--experts", "4", "model.size=small"], 2, "model.size custom dense"),
     "attention": (["dense", "--experts", "4", "model.sparse=both"], 2, "model.sparse both model.sparse=feed_forward"),
     "part of a part": (
         ["dense", "--experts", "4", "model.expert_d_ff=60"],

@@ -89,11 +89,3 @@ def test_a_checkpoint_keeps_its_number(auto: str, switchcli: SwitchCLI) -> None:
     done = switchcli("distill", stated, "--teacher", "old", "train.steps=1", "--out", "student", "-q")
     assert done.code == 0, done.err
     assert rows("student") == 1000
-
-
-def test_preparing_text_takes_any_tokenizer(auto: str, trained: Path, switchcli: SwitchCLI) -> None:
-    tokenizer = f"data.tokenizer={{kind: file, path: {trained / 'tokenizer.json'}}}"
-    assert switchcli("data", "prepare", auto, tokenizer).code == 0
-    refused = switchcli("data", "prepare", auto, tokenizer, "model.vocab_size=256")
-    assert refused.code == 2
-    assert not lacking(refused.err, "model.vocab_size 256 512")

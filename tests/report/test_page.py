@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from browser import chromium, needs_chromium
-from report_folders import a_run
+from report_folders import HOSTILE, a_run
 
 from switchcli.report import html_page
 from switchcli.report.charts import Axis, lines
@@ -29,17 +29,6 @@ if TYPE_CHECKING:
 
 pytestmark = needs_chromium
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-HOSTILE = (
-    "<script>window.hacked = 1</script>",
-    "</script><script>window.hacked = 1</script>",
-    '"><img src=x onerror="window.hacked = 1">',
-    "<svg onload=window.hacked=1>",
-    "javascript:window.hacked=1",
-    "'); window.hacked = 1; ('",
-    "<!--<script>",
-    "\u2028window.hacked = 1\u2029",
-    "]]></style><script>window.hacked = 1</script>",
-)
 
 
 class Seen:
