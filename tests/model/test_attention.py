@@ -187,18 +187,6 @@ def test_attention_in_chunks_and_its_gradients_are_those_of_the_formula(
         torch.testing.assert_close(one, other, **close)
 
 
-def test_a_mask_beside_a_learned_bias_drops_the_same_keys_as_their_sum() -> None:
-    query, key, value, bias, mask = operands(torch.float32)
-    apart, summed = [], []
-    for found, biases in ((apart, (bias, mask)), (summed, (bias.detach() + mask, None))):
-        torch.manual_seed(1)
-        found.append(attend(query, KeyValue(key, value), SplitBias(*biases), 0.4))
-    torch.testing.assert_close(apart, summed)
-    torch.manual_seed(1)
-    dropped = F.dropout(torch.ones(3, 4, 7, 1), 0.4) * value
-    torch.testing.assert_close(apart[0], in_one(query, key, dropped, bias + mask))
-
-
 # The position bias in bfloat16
 
 

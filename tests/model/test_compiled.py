@@ -179,19 +179,6 @@ def test_weights_keep_their_names() -> None:
     assert [name for name, _ in model.named_parameters()] == names
 
 
-def test_blocks_that_communicate_are_compiled_in_part() -> None:
-    model = a_model(SPECS["switch"])
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        if hasattr(block.feed_forward.layer, "dispatcher"):
-            block.feed_forward.layer.dispatcher = object()
-    compile_blocks(model)
-    for block in [*model.encoder.blocks, *model.decoder.blocks]:
-        is_sparse = hasattr(block.feed_forward.layer, "dispatcher")
-        assert ("forward" in vars(block)) != is_sparse
-        assert ("forward" in vars(block.self_attention)) == is_sparse
-        assert "forward" not in vars(block.feed_forward)
-
-
 def test_drawn_bits_are_the_same_compiled_and_never_shared() -> None:
     @torch.compile(backend="aot_eager", fullgraph=True)
     def twice() -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,6 @@ from tiny_model import SPARSE, a_model
 
 from switchcli.model import generation
 from switchcli.model.attention import KeyValue, attend
-from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.decoding import Decoding
 from switchcli.model.kernels import cpu_products
@@ -69,35 +68,6 @@ def test_a_linear_layer_has_the_values_and_gradients_of_float64(
         torch.testing.assert_close(layer(x), y)
 
 
-def test_only_the_gradients_that_are_needed_are_computed(calls: onednn.Calls) -> None:
-    layer, x = Linear(64, 64), torch.randn(128, 64)
-    layer(x).sum().backward()
-    assert x.grad is None
-    assert layer.weight.grad is not None
-    layer.weight.requires_grad_(False).grad = None
-    layer(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
-    assert layer.weight.grad is None
-
-
-def test_autocast_float64_and_small_products_are_those_of_torch(calls: onednn.Calls) -> None:
-    x, layer = torch.randn(512, 64), Linear(64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), F.linear(x, layer.weight))
-    few = torch.randn(2, 64)
-    assert torch.equal(layer(few), F.linear(few, layer.weight))
-    layer, x = layer.double(), x.double()
-    assert torch.equal(layer(x), F.linear(x, layer.weight))
-
-
-def test_the_result_of_a_linear_layer_may_be_overwritten(calls: onednn.Calls) -> None:
-    layer, x = Linear(64, 64), torch.randn(16, 8, 64)
-    layer(x).relu_().sum().backward()
-    found, layer.weight.grad = layer.weight.grad, None
-    layer(x).relu().sum().backward()
-    torch.testing.assert_close(found, layer.weight.grad)
-
-
 @pytest.mark.parametrize(
     ("inputs", "hidden", "activation"), [(64, 96, "relu"), (MIN_WIDTH_OVER_ROWS, 160, "geglu"), (200, 40, "relu")]
 )
@@ -128,29 +98,6 @@ def test_experts_with_any_number_of_rows_have_the_values_and_gradients_of_float6
     for tensor, exact_tensor, sizes in found:
         for expert, expected in zip(tensor.split(sizes), exact_tensor.split(sizes), strict=True):
             _assert_equals_float64(expert, expected)
-
-
-@pytest.mark.parametrize(
-    ("rows", "left", "right", "is_onednn"),
-    [
-        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 128, True),
-        (ROW_BLOCK, 128, MIN_WIDTH_OVER_ROWS, True),
-        (2 * ROW_BLOCK - 1, MIN_WIDTH_OVER_ROWS, 128, True),
-        (ROW_BLOCK, MIN_WIDTH_OVER_ROWS, 127, False),  # too little work
-        (ROW_BLOCK - 1, 2 * MIN_WIDTH_OVER_ROWS, 128, False),
-        (2 * ROW_BLOCK, MIN_WIDTH_OVER_ROWS - 1, MIN_WIDTH_OVER_ROWS - 1, False),
-    ],
-)
-def test_onednn_sums_over_a_block_of_rows_or_more_where_a_width_is_large(
-    calls: onednn.Calls, rows: int, left: int, right: int, is_onednn: bool
-) -> None:
-    assert MIN_WORK == ROW_BLOCK * MIN_WIDTH_OVER_ROWS * 128
-    left_NF, right_ND, out_FD = torch.randn(rows, left), torch.randn(rows, right), torch.full((left, right), torch.nan)
-    product_FD = cpu_products.matmul_over_rows(left_NF, right_ND)
-    cpu_products.write_matmul_over_rows(left_NF, right_ND, out_FD)
-    assert len(calls.shapes) == (2 if is_onednn else 0)
-    for found in (product_FD, out_FD):
-        _assert_equals_float64(found, left_NF.double().mT @ right_ND.double())
 
 
 @pytest.mark.parametrize(
@@ -275,23 +222,6 @@ def test_greedy_tokens_in_bfloat16_are_those_of_a_full_pass() -> None:
     torch.testing.assert_close(chosen_BT[is_real_BT], logits_BTV.max(2).values[is_real_BT], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "add", "transposed"),
-    [(48, False, True), (MIN_WIDTH_OVER_ROWS, True, False), (MIN_WIDTH_OVER_ROWS, False, True)],
-)
-def test_batches_of_products(
-    calls: onednn.Calls, outputs: int, add: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu_products, "MIN_WORK_IN_BATCH", MIN_WORK)
-    left, right = torch.randn(3, 64, 161), torch.randn(3, 161, outputs)
-    if transposed:
-        left = left.mT.contiguous().mT
-    out = torch.randn(3, 64, outputs)
-    expected = left.double() @ right.double() + (out.double() if add else 0.0)
-    cpu_products.write_bmm(left, right, out, add=add)
-    _assert_equals_float64(out, expected)
-
-
 def test_attention_with_a_learned_bias_has_the_gradients_of_float64(
     calls: onednn.Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,19 +250,6 @@ def test_the_gradients_of_experts_are_float32_under_autocast(calls: onednn.Calls
         y_AD.sum().backward()
     for found, rows in zip(layer.wo.grad, x_AD.double().split(counts), strict=True):
         _assert_equals_float64(found, rows.sum().expand(48, 160))
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
-def test_a_sparse_model_of_large_products_compiles_to_whole_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
-    shape = {"vocab_size": 64, "d_model": 64, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_experts": 4}
-    model = a_model(ModelSpec(**shape, sparse_every=1)).train()
-    inputs_BS, targets_BT = torch.randint(2, 64, (32, 32)), torch.randint(2, 64, (32, 8))
-    torch.compiler.reset()  # what other tests of this process have compiled changes how it traces
-    compile_blocks(model, "eager", fullgraph=True)
-    hidden_BTD = model(inputs_BS, targets_BT).hidden_BTD
-    hidden_BTD.sum().backward()
-    assert hidden_BTD.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # torch's own, which sets all flags

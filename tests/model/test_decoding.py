@@ -11,7 +11,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.model.sampling import UniformDraws, pick
+from switchcli.model.sampling import pick
 from switchcli.spec import PAD
 
 
@@ -88,19 +88,6 @@ def test_temperature_sharpens_and_flattens() -> None:
         found_V = pick(Decoding(temperature=temperature), logits_BV, draws).bincount(minlength=5) / 10_000
         sharpened_V = PROBABILITY.double() ** (1 / temperature)
         torch.testing.assert_close(found_V.double(), sharpened_V / sharpened_V.sum(), rtol=0.0, atol=2e-4)
-
-
-def test_the_draws_are_uniform_and_each_rows_own() -> None:
-    draws = UniformDraws(3, 0, 300)
-    drawn_TB = torch.stack([draws.next() for _ in range(100)])
-    assert drawn_TB.min() >= 0.0
-    assert drawn_TB.max() < 1.0
-    share_10 = (drawn_TB * 10).long().flatten().bincount(minlength=10) / drawn_TB.numel()
-    assert (share_10 - 0.1).abs().max() < 0.01  # six sigma
-    assert (torch.corrcoef(drawn_TB[:, :20].T) - torch.eye(20)).abs().max() < 0.5
-    assert len(drawn_TB.unique()) == drawn_TB.numel()
-    later = UniformDraws(3, 7, 2)
-    assert torch.equal(later.next(), drawn_TB[0, 7:9])
 
 
 def test_answers_are_drawn_by_the_models_probabilities() -> None:

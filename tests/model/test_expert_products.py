@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe import experts
-from switchcli.model.moe.experts import Experts, grouped_product
+from switchcli.model.moe.experts import Experts
 
 DTYPES = [torch.float32, torch.bfloat16]
 WAYS = {"one expert at a time": 0, "all at once": 2**62}
@@ -131,54 +131,6 @@ def test_gradients_are_added_in_the_memory_of_the_first(dtype: torch.dtype, monk
     assert seen == [(seen[0][0], 8.0), (seen[0][0], 16.0), (seen[0][0], 24.0)]
 
 
-def test_unless_told_to_add_it_leaves_a_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "CPU_CACHE", 0)
-    layer = a_stack(2)
-    with torch.no_grad():
-        layer.wi.fill_(1.0)
-    layer.wo.grad = torch.full_like(layer.wo, 5.0)
-    (gradient_EOF,) = torch.autograd.grad(layer(torch.ones(4, 8), ends([1, 3]), None).sum(), layer.wo)
-    assert torch.equal(gradient_EOF[:, 0, 0], torch.tensor([8.0, 24.0]))
-    assert (layer.wo.grad == 5.0).all()
-
-
-@pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("cache", WAYS.values(), ids=WAYS)
-def test_the_rows_of_frozen_experts_are_not_kept(learns: bool, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "CPU_CACHE", cache)
-    layer = a_stack(2).requires_grad_(learns)
-    x_AD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        y_AD = layer(x_AD, ends([2, 4]), None)
-    assert any(tensor.shape == x_AD.shape for tensor in kept) == learns
-    y_AD.sum().backward()
-    assert x_AD.grad is not None
-    assert all((weight.grad is not None) == learns for weight in layer.parameters())
-
-
-@pytest.mark.parametrize("frozen", ["wi", "wo"])
-def test_one_of_the_matrices_may_be_frozen(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "CPU_CACHE", 0)
-    x_AD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    found = []
-    for is_frozen in (False, True):
-        layer = a_stack(2)
-        layer.get_parameter(frozen).requires_grad_(not is_frozen)
-        layer(x_AD, ends([2, 4]), None).sum().backward()
-        found.append({name: weight.grad for name, weight in layer.named_parameters()})
-    assert found[1].pop(frozen) is None
-    assert all(torch.equal(gradient, found[0][name]) for name, gradient in found[1].items())
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
-def test_compiled_code_computes_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "CPU_CACHE", 0)
-    layer, arguments = a_stack(2), (torch.randn(6, 8), ends([2, 4]), None)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(*arguments), layer(*arguments))
-
-
 @pytest.mark.parametrize(("D", "F"), [(7, 5), (700, 600)])
 @pytest.mark.parametrize("activation", ["relu", "geglu"])
 def test_float64_is_computed_in_float64_on_a_cpu(D: int, F: int, activation: Literal["relu", "geglu"]) -> None:
@@ -199,9 +151,3 @@ def test_float64_is_computed_in_float64_on_a_cpu(D: int, F: int, activation: Lit
     expected = y_AD, *torch.autograd.grad(y_AD.square().sum(), needed)
     y_AD = layer(x_AD, ends(counts), None)
     torch.testing.assert_close((y_AD, *torch.autograd.grad(y_AD.square().sum(), needed)), expected)
-
-
-def test_the_grouped_product_is_one_product_per_expert() -> None:
-    x_AD, weight_EFD = torch.randn(6, 8), torch.randn(2, 4, 8)
-    y_AF = grouped_product(x_AD, weight_EFD, ends([2, 4]))
-    torch.testing.assert_close(y_AF, torch.cat([x_AD[:2] @ weight_EFD[0].mT, x_AD[2:] @ weight_EFD[1].mT]))

@@ -14,8 +14,6 @@ from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention import flex_attention as torch_flex
 
 from switchcli.data.batch import Batch
-from switchcli.distributed.context import DistributedContext
-from switchcli.model import block_execution
 from switchcli.model.attention import KeyValue, RelativePositionBias, attend, padding_bias
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
@@ -112,37 +110,6 @@ def unfused_attention(
     return math_attention(query, key, value, score_mod, block_mask.as_tuple(), scale, {})[0]
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_the_bias_of_a_distance_is_that_of_its_bucket(bidirectional: bool) -> None:
-    position = table(bidirectional)
-    by_distance_HR = position.by_distance(7, LENGTH)
-    assert by_distance_HR.shape == (H, 7 + LENGTH - 1)
-    # Queries of `forward` are the last 7 of 20 positions; those of flex_attention are the first.
-    bias_1HTS = position(LENGTH, LENGTH)
-    for query in range(7):
-        for key in range(LENGTH):
-            if bidirectional or key <= query:
-                assert torch.equal(by_distance_HR[:, key - query + 6], bias_1HTS[0, :, query, key])
-
-
-def test_a_slice_of_the_heads_has_its_slice_of_the_bias() -> None:
-    """The model axis divides the columns of the table."""
-    position, query_key_value = table(True), heads()
-    whole = flex_attend(
-        *query_key_value, FlexBias(position.by_distance(LENGTH, LENGTH).detach(), visible(LENGTH, REAL))
-    )
-    position.weight = torch.nn.Parameter(position.weight[:, 1:].detach())
-    local = FlexBias(position.by_distance(LENGTH, LENGTH).detach(), visible(LENGTH, REAL))
-    torch.testing.assert_close(flex_attend(*(x[:, 1:] for x in query_key_value), local), whole[:, 1:])
-
-
-def test_masks_are_built_without_waiting_for_the_device() -> None:
-    """Tensors on `meta` have no content to wait for."""
-    real, segment = REAL.to("meta"), SEGMENT.to("meta")
-    for mask in (visible(9, real), visible(LENGTH, real, segment, segment), causal(9, None, real.device)):
-        assert mask.kv_num_blocks.device.type == "meta"
-
-
 def pack(one_BL: torch.Tensor, other_BL: torch.Tensor) -> torch.Tensor:
     joined = [torch.cat([one[one != 0], other[other != 0]]) for one, other in zip(one_BL, other_BL, strict=True)]
     return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True)
@@ -183,31 +150,3 @@ def test_a_compiled_model_with_flex_attention_has_the_gradients_of_the_other(
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert float(fast.encoder.position_bias.weight.grad.abs().max()) > 0.001
         assert int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == 4
-
-
-def test_only_compiled_training_on_cuda_that_need_not_repeat_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[bool] = []
-    monkeypatch.setattr("switchcli.distributed.context.compile_blocks", lambda model, flex: chosen.append(flex))
-    monkeypatch.setattr(torch, "compile", lambda function: lambda *arguments: None)
-    model = a_model(WIDE)
-    for device in ("cpu", "cuda"):
-        context = DistributedContext("cpu", "float32")
-        monkeypatch.setattr(torch, "ones", lambda *arguments, **keywords: None)
-        context.device = torch.device(device)
-        context.compile(model)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    context.compile(model)
-    assert chosen == [False, True, False]
-
-
-def test_blocks_that_are_not_compiled_whole_and_small_heads_do_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_execution.torch, "compile", lambda forward, **keywords: forward)
-    whole, small, divided = a_model(WIDE), a_model(ModelSpec(**SHAPE)), a_model(WIDE)
-    layer = next(
-        block.feed_forward.layer for block in divided.encoder.blocks if hasattr(block.feed_forward.layer, "router")
-    )
-    layer.dispatcher = object()
-    for model in (whole, small, divided):
-        compile_blocks(model, flex=True)
-    assert [model.encoder.uses_flex for model in (whole, small, divided)] == [True, False, False]
-    assert not a_model(WIDE).encoder.uses_flex

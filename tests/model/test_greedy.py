@@ -145,14 +145,6 @@ def test_the_caller_may_say_when_to_stop(beams: int) -> None:
     assert all((before_B <= after_B).all() for before_B, after_B in pairwise(seen))
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_of_no_inputs_there_is_no_answer(beams: int) -> None:
-    grouped = ROOMY.model_copy(update={"group_sequences": 3})
-    model = a_model(SPEC.model_copy(update={"router": grouped}), 7)
-    found = generate(model, some_inputs(0, 0), Decoding(max_tokens=5, beams=beams))
-    assert (len(found), found.dtype) == (0, torch.int64)
-
-
 def test_without_a_capacity_one_sequence_is_decoded_alone_whatever_the_groups() -> None:
     grouped = ROOMY.model_copy(update={"group_sequences": 3})
     model = a_model(SPEC.model_copy(update={"router": grouped}), 7)

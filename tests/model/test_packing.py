@@ -115,19 +115,6 @@ def test_packed_examples_are_the_examples_alone(name: str, rows: list[list[Examp
     assert_packed_is_alone(a_model({**MODELS[name], "activation": "geglu"}, seed), rows, tail)
 
 
-@pytest.mark.parametrize("name", ["untied", "feed_forward", "both by no_token_left_behind"])
-@pytest.mark.parametrize(
-    ("rows", "tail"),
-    [
-        ([[(9, 3), (2, 5), (1, 1)], []], 0),
-        ([[(1, 1)] * 6, [(12, 8), (12, 8)]], 1),
-    ],
-    ids=["a row of padding", "short and full"],
-)
-def test_so_they_are_in_full_rows_and_beside_empty_ones(name: str, rows: list[list[Example]], tail: int) -> None:
-    assert_packed_is_alone(a_model(MODELS[name]), rows, tail)
-
-
 def test_a_student_and_its_teacher_see_packed_examples_alone() -> None:
     student, teacher = a_model(MODELS["dense"]), Teacher(a_model(MODELS["dense"], seed=4).eval(), "float32")
     rows = texts([[(7, 4), (5, 3)], [(4, 6)]])

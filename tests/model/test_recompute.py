@@ -12,7 +12,6 @@ from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.packing import SegmentIds
-from switchcli.model.trainable import freeze
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
 
 NOISE = {"dropout": 0.2, "expert_dropout": 0.4, "sparse_every": 1}
@@ -71,33 +70,6 @@ def test_outputs_reports_and_gradients_are_the_same_bit_for_bit(name: str, bfloa
 def test_of_packed_rows_too() -> None:
     segments, spec = SegmentIds(torch.arange(12).expand(4, 12) // 5, torch.arange(9).expand(4, 9) // 3), NOISY
     assert_equal(*(a_step(a_model(spec), again, segments=segments) for again in (True, False)))
-
-
-@pytest.mark.parametrize("group", ["expert", "non_expert", "dense_feed_forward"])
-def test_of_weights_that_learn_apart(group: str) -> None:
-    models = a_model(NOISY), a_model(NOISY)
-    for model in models:
-        freeze(model, group)  # type: ignore[arg-type]
-    assert_equal(a_step(models[0], True), a_step(models[1], False))
-
-
-def test_names_stay_and_each_block_runs_twice_in_training_alone() -> None:
-    model = a_model(NOISY)
-    names = list(model.state_dict())
-    calls: list[str] = []
-    for name, module in model.named_modules():
-        if name.endswith((".self_attention", ".cross_attention")):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    once = {name for name, _ in model.named_modules() if name.endswith((".self_attention", ".cross_attention"))}
-    a_step(model, True)
-    assert list(model.state_dict()) == names
-    assert sorted(calls) == sorted([*once, *once])
-    calls.clear()
-    model.eval()(*rows(0, 0, 4)).logits_BTV.sum().backward()
-    assert sorted(calls) == sorted(once)
-    with torch.no_grad():
-        plain = a_model(NOISY).eval()(*rows(0, 0, 4)).logits_BTV
-        assert torch.equal(model(*rows(0, 0, 4)).logits_BTV, plain)
 
 
 @pytest.mark.nightly

@@ -184,15 +184,6 @@ def test_without_noise_training_is_the_argmax() -> None:
 
 
 @pytest.mark.parametrize(("rule", "mode"), IN_EVERY_MODE, ids=lambda value: getattr(value, "kind", value))
-def test_routing_waits_for_no_number(rule: Router, mode: Mode) -> None:
-    """On the meta device there is none: whatever asks for one, as `.item()` and boolean indices do, fails."""
-    logits_GNE = torch.empty(2, 9, 5, device="meta")
-    routing = rule.assign(logits_GNE, torch.empty(2, 9, device="meta", dtype=torch.bool), mode)
-    assert routing.token_GEC.shape == routing.weight_GEC.shape
-    assert routing.stats.load_balancing_loss.shape == ()
-
-
-@pytest.mark.parametrize(("rule", "mode"), IN_EVERY_MODE, ids=lambda value: getattr(value, "kind", value))
 def test_gradients_flow_through_weights_probabilities_and_z_alone(rule: Router, mode: Mode) -> None:
     logits_GNE = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     routing = rule.assign(logits_GNE, torch.ones(2, 9, dtype=torch.bool), mode)

@@ -114,14 +114,6 @@ def test_a_sparse_student_with_the_mean_has_it_in_each_expert_and_a_router_of_it
         assert torch.equal(named[f"{part}.router.weight"], initial[f"{part}.router.weight"])
 
 
-def test_experts_are_fresh_in_a_sparse_student_too_unless_asked_for() -> None:
-    student, _ = taught(SPARSE, FromTeacherInit())
-    named, initial = dict(student.named_parameters()), dict(a_model(SPARSE, seed=2).named_parameters())
-    for part in PARTS:
-        for name in ("experts.wi", "experts.wo", "router.weight"):
-            assert torch.equal(named[f"{part}.{name}"], initial[f"{part}.{name}"])
-
-
 def test_dimensions_that_differ_are_named() -> None:
     narrow = DENSE.model_copy(update={"d_ff": 8, "num_layers": 1})
     assert differing_dimensions(narrow, SPARSE) == [("d_ff", 8, 24), ("num_layers", 1, 2), ("decoder_layers", 1, 2)]
@@ -205,14 +197,6 @@ def test_a_wider_dense_feed_forward_gives_what_the_teachers_does_and_its_new_uni
         assert not ours.wo.weight[:, 24:].any()
         ours(x_BSD).square().sum().backward()
         assert ours.wo.weight.grad[:, 24:].any()
-
-
-def test_of_fewer_hidden_units_nothing_is_widened() -> None:
-    sparse = SPARSE.model_copy(update={"expert_d_ff": 6})
-    plan = plan_init(a_model(DENSE.model_copy(update={"d_ff": 12})), a_model(sparse), CONCAT)
-    assert plan.from_experts
-    assert not plan.widened
-    assert {f"encoder.blocks.0.feed_forward.layer.{matrix}.weight" for matrix in ("wi", "wo")} <= set(plan.random_init)
 
 
 def test_one_expert_with_its_gate_is_the_teacher_where_all_tokens_go_to_it() -> None:
