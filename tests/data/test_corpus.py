@@ -1,8 +1,6 @@
 """The embedded corpus."""
 
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -71,20 +69,6 @@ def test_the_fingerprint_follows_options_and_files(library: Path) -> None:
     assert first == PythonStdlib().fingerprint() != PythonStdlib(sources=True).fingerprint()
     (library / "more.py").write_text("'''More.'''")
     assert first != PythonStdlib().fingerprint()
-
-
-def test_what_is_left_out_is_not_walked(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    visited: list[str] = []
-    scan = os.scandir
-
-    def scandir(path: str | os.PathLike[str]) -> Any:
-        visited.append(Path(path).name)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    PythonStdlib().fingerprint()
-    assert "pydoc_data" in visited
-    assert not python_stdlib.SKIPPED_FOLDERS & set(visited)
 
 
 def test_the_running_python_has_text() -> None:

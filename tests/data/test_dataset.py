@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from cpu_ratio import cpu_ratio
 from hypothesis import given
 from hypothesis import strategies as st
 from messages import naming_words
@@ -184,14 +183,6 @@ def test_no_more_than_two_windows_are_held() -> None:
     assert len(opened.opened) == 3 * 11, "once an epoch each"
 
 
-def test_rows_of_whole_documents_are_counted_with_one_shard_open_at_a_time() -> None:
-    opened = Opened(5, [40, 90, 130])
-    found = TokenDataset(opened.shards, WHOLE, 0)
-    assert (sorted(opened.opened), opened.held()) == ([0, 1, 2, 3, 4], 0)
-    found.raw_rows(np.arange(found.rows_per_epoch))
-    assert sorted(opened.opened) == sorted(2 * [0, 1, 2, 3, 4])
-
-
 def test_small_shards_together_show_what_each_alone_would_leave_over() -> None:
     rows, documents = SpanCorruption(inputs_length=512), [120, 1, 379]
     text = [TokenShard.of(store(documents, 100 + 500 * number)) for number in range(1000)]
@@ -223,28 +214,6 @@ def test_shards_put_together_are_the_same_documents_in_order_and_a_large_one_sta
         assert any(one is shard for shard in shards) or one.num_tokens < 2 * small
     assert all(any(one is shard for one in found) for shard in shards if shard.num_tokens >= small)
     assert all(first.num_tokens + second.num_tokens >= small for first, second in pairwise(found))
-
-
-def test_one_shard_stays_itself_and_shards_put_together_are_opened_when_they_are_read() -> None:
-    opened = Opened(6, [40, 90, 130])
-    assert group_small_shards(opened.shards[:1])[0] is opened.shards[0]
-    assert group_small_shards([]) == []
-    (one,) = group_small_shards(opened.shards)
-    found = TokenDataset([one], CORRUPTION, 0)
-    assert opened.opened == []
-    assert found.rows_per_epoch == 6 * 260 // LENGTH
-    found.raw_rows(np.arange(1))
-    assert opened.opened == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:
-    def read(epoch: int) -> None:
-        opened = Opened(2000, [40] * 25)
-        found = TokenDataset(opened.shards, CORRUPTION, 0)
-        found.raw_rows(epoch * found.rows_per_epoch + np.arange(8))
-        assert 1 <= len(opened.opened) <= 2, "of its window alone"
-
-    assert cpu_ratio(lambda: read(10**6), lambda: read(0)) < 5
 
 
 @pytest.mark.unit("rows0")

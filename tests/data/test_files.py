@@ -9,14 +9,12 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.reduction import ForkingPickler  # by which corpora travel to the processes that prepare them
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow
 import pytest
-from cpu_ratio import cpu_ratio
 from hypothesis import example, given
 from hypothesis import strategies as st
 from messages import lacking, naming_words
@@ -24,7 +22,7 @@ from pyarrow import parquet
 
 from switchcli import spec
 from switchcli.data.sources import files
-from switchcli.data.sources.document import SourceShard, is_held_out
+from switchcli.data.sources.document import is_held_out
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.paths import SourceFile
 from switchcli.errors import DataError
@@ -219,43 +217,6 @@ def test_a_later_piece_names_bytes_and_its_faults_lines(tmp_path: Path, monkeypa
     assert [document.name for document in corpus.read(second)] == [f"{path}@14"]
     with pytest.raises(DataError, match=naming_words("x.jsonl:4 JSON")):
         [list(corpus.read(piece)) for piece in later]
-
-
-def test_small_files_are_one_piece_and_large_ones_stay_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(files, "SHARD_BYTES", 10)
-    for name, size in (("a", 4), ("b", 6), ("c", 0), ("d", 1), ("e", 25), ("f", 3)):
-        (tmp_path / f"{name}.txt").write_text(name * size)
-    corpus = ForkingPickler.loads(ForkingPickler.dumps(FilesCorpus(paths=(f"{tmp_path}/*.txt",))))
-    pieces = corpus.source_shards()
-    names = [(piece.name.removeprefix(f"{tmp_path}/"), piece.size) for piece in pieces]
-    assert names == [
-        ("a.txt and 2 more", 10), ("d.txt", 1), ("e.txt#0", 10), ("e.txt#1", 10), ("e.txt#2", 5), ("f.txt", 3)
-    ]  # fmt: skip
-    assert [[one.text[:1] for one in corpus.read(piece)] for piece in pieces] == [
-        ["a", "b"],
-        ["d"],
-        ["e"],
-        [],
-        [],
-        ["f"],
-    ]
-    assert [one.row for one in corpus.read(pieces[0])] == [0, 1]
-    (tmp_path / "a.txt").write_text("longer")
-    with pytest.raises(DataError, match=naming_words(f"data.corpora {tmp_path}/none.txt again")):
-        list(corpus.read(SourceShard(f"{tmp_path}/none.txt", 3)))
-
-
-def test_many_small_files_are_listed_in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times as many take ten times as long: quadratic in the files of a piece, it would be a hundred times."""
-
-    def listed(count: int) -> None:
-        many = [SourceFile(f"{number}.txt", 1, "") for number in range(count)]
-        monkeypatch.setattr(files, "expand_paths", lambda *_: many)
-        assert FilesCorpus(paths=("*.txt",)).source_shards() == (SourceShard(f"0.txt and {count - 1} more", count),)
-
-    assert cpu_ratio(lambda: listed(20_000), lambda: listed(2_000)) < 30
 
 
 # Compression, other places

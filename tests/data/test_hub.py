@@ -236,17 +236,12 @@ def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path: Path) -> None:
     "card",
     [
         "configs: [{config_name: default, data_files: ../outside.jsonl}]",
-        "configs: [{config_name: default, data_files: [train.jsonl, ../outside.jsonl]}]",
-        "configs: [{config_name: default, data_files: [{split: train, path: ../*.jsonl}]}]",
         "configs: [{config_name: default, data_files: [{split: train, path: [train.jsonl, en/../../*.jsonl]}]}]",
         "configs: [{config_name: default, data_files: FOLDER/outside.jsonl}]",
         "configs: [{config_name: default, data_files: 'file://FOLDER/outside.jsonl'}]",
-        "configs: [{config_name: default, data_files: 'file:FOLDER/outside.jsonl'}]",
-        "configs: [{config_name: default, data_files: 'local:FOLDER/outside.jsonl'}]",
         "configs: [{config_name: default, data_files: 'https://localhost:1/outside.jsonl'}]",
         "configs: [{config_name: default, data_files: 'zip://outside.jsonl::FOLDER/outside.zip'}]",
         "configs: [{config_name: a, data_files: train.jsonl}, {config_name: b, data_dir: ..}]",
-        "configs: [{config_name: default, data_dir: FOLDER}]",
     ],
 )
 def test_a_folder_whose_card_names_files_elsewhere_is_refused(card: str, tmp_path: Path) -> None:
@@ -267,27 +262,16 @@ def test_a_folder_whose_card_names_files_elsewhere_is_refused(card: str, tmp_pat
     "card",
     [
         "configs: 5",
-        "configs: true",
         "configs: [3]",
         "configs: [{config_name: default, data_files: [{split: train, path: [3]}]}]",
-        "configs: [{config_name: default, data_dir: 3}]",
-        "dataset_info: [3]",
-        "dataset_info: {splits: 3}",
         "dataset_info: {features: 3}",
         "dataset_info: {features: [{name: text, dtype: nonsense}]}",
-        "dataset_info: {features: [{dtype: string}]}",
-        "configs: [{config_name: [1], data_files: train.jsonl}]",
-        "configs: [{config_name: default, data_files: {a: {b: c}}}]",
         "configs: [{config_name: default, data_files: {split: train}}]",
         "configs: {a: [",
-        "configs: *x",
         "a: &a [*a]\n<<: [1]",
         "a: !!python/object/apply:os.system ['true']",
         "? {a: b}\n: c",
-        "tags: !!binary x",
         "a: \0",
-        "- a",
-        "5: 5",
     ],
 )
 def test_a_card_with_values_of_other_types_is_an_error_of_the_data(card: str, tmp_path: Path) -> None:
@@ -298,19 +282,7 @@ def test_a_card_with_values_of_other_types_is_an_error_of_the_data(card: str, tm
 
 
 SUFFIXES = (
-    *(
-        ".h5",
-        ".hdf5",
-        ".lance",
-        ".vortex",
-        ".tsfile",
-        ".arrow",
-        ".parquet",
-        ".geoparquet",
-        ".json",
-        ".jsonl.gz",
-        ".csv.gz",
-    ),
+    *(".h5", ".lance", ".arrow", ".parquet", ".geoparquet", ".json", ".jsonl.gz", ".csv.gz", ".tsfile"),
     *(".pdb", ".cif", ".fa", ".gbk", ".nii", ".glb", ".pdf", ".mp4", ".avi", ".wav", ".eval", ".toml", ".xml"),
     *(".tar", ".tar.gz", ".zip", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar", ".py", ".nothing"),
 )
@@ -334,33 +306,10 @@ def test_a_file_that_no_library_can_read_is_an_error_of_the_data(content: bytes,
 @pytest.mark.parametrize(
     "address",
     [
-        *("zip://a.txt::archive", "zip://a.txt::none.zip", "zip://none.txt::./archive", "zip://*::./folder", "zip://"),
-        *(
-            "gzip://a.txt::./text",
-            "xz://a.txt::./text",
-            "zst://a.txt::./text",
-            "bz2://a.txt::./text",
-            "hf://",
-            "hf://a",
-        ),
-        *(
-            "hf://datasets/a/b/c.txt",
-            "http://localhost:1/a.txt",
-            "https://localhost:1/*.txt",
-            "s3://a/b.txt",
-            "gs://a/b",
-        ),
-        *(
-            "az://a/b",
-            "abfs://a@b/c",
-            "file://none.txt",
-            "file://",
-            "http://",
-            "::",
-            "zip::zip",
-            "zip://::./text",
-            "zip://[",
-        ),
+        *("zip://a.txt::archive", "zip://a.txt::none.zip", "zip://none.txt::./archive", "zip://*::./folder"),
+        *("gzip://a.txt::./text", "xz://a.txt::./text", "zst://a.txt::./text", "hf://", "hf://datasets/a/b/c.txt"),
+        *("http://localhost:1/a.txt", "https://localhost:1/*.txt", "s3://a/b.txt", "gs://a/b", "abfs://a@b/c"),
+        *("file://none.txt", "file://", "http://", "::", "zip::zip", "zip://::./text", "zip://["),
     ],
 )
 def test_an_address_that_cannot_be_opened_is_an_error(
@@ -385,8 +334,6 @@ def test_an_address_that_cannot_be_opened_is_an_error(
         "../outside.jsonl",
         "FOLDER/outside.jsonl",
         "file://FOLDER/outside.jsonl",
-        "file:FOLDER/outside.jsonl",
-        "local:FOLDER/outside.jsonl",
     ],
 )
 def test_files_that_a_recipe_names_elsewhere_are_in_the_fingerprint(data_files: str, tmp_path: Path) -> None:

@@ -20,15 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tokenizers
-from messages import naming, naming_words
+from messages import naming_words
 from tokenizers import models
 
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import shards, store
-from switchcli.data.prepare.cache import build_atomically, default_cache
+from switchcli.data.prepare.cache import default_cache
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.prepare.prepare_context import PrepareContext, Track
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
 from switchcli.data.prepare.store import (
@@ -38,14 +37,12 @@ from switchcli.data.prepare.store import (
     TokenStore,
     is_complete,
 )
-from switchcli.data.sources import files
 from switchcli.data.sources.corpus import FilesCorpus
 from switchcli.data.sources.digests import stamp
 from switchcli.data.sources.document import is_held_out
 from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer, Wait
 from switchcli.errors import CheckpointError, DataError, OutOfMemory
-from switchcli.system import publish
 
 NUM_FILES = 6
 FRACTION = 0.1
@@ -278,22 +275,6 @@ def test_what_is_whole_stays_whole_after_a_stop_and_is_not_made_again(corpus: Co
     assert text.identity == corpus._replace(cache=corpus.cache.with_name("straight")).prepare().identity
 
 
-def test_after_a_stop_a_damaged_piece_and_a_copy_of_another_are_made_again(corpus: Corpus) -> None:
-    """A folder copied over another's has a manifest that is valid for its own files."""
-    straight = corpus._replace(cache=corpus.cache.with_name("straight")).prepare()
-    with pytest.raises(KeyboardInterrupt):
-        corpus.prepare(stop_after(4, interrupt))
-    first, second, third = corpus.folders[:3]
-    cut(first / f"train-000{TOKENS}")
-    shutil.rmtree(second)
-    shutil.copytree(third, second)
-    assert is_complete(second)
-    shows = Shows()
-    text = corpus.prepare(shows)
-    assert shows.num_pieces == 2 + NUM_FILES - 4
-    assert contents(text.folder) == contents(straight.folder)
-
-
 def test_what_is_wrong_with_a_tokenizer_is_told_before_any_text_is_cut(corpus: Corpus) -> None:
     def refuse(tokenizer: Tokenizer) -> None:
         raise DataError(f"of {tokenizer.vocab_size} pieces")
@@ -399,42 +380,6 @@ def test_two_at_once_agree(corpus: Corpus) -> None:
     }
 
 
-@pytest.mark.integration
-def test_what_another_process_builds_is_left_alone(tmp_path: Path) -> None:
-    with making(tmp_path / "text") as child:
-        publish.remove_stale_in(tmp_path)
-        build_atomically(tmp_path / "other", lambda folder: (folder.mkdir(), store.write_manifest(folder, {})))
-        child.communicate("go on\n")
-    assert child.returncode == 0
-    assert (tmp_path / "text" / "ids").read_text() == "first"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "text"]
-
-
-MAKE = """
-import sys
-from pathlib import Path
-from switchcli.data.prepare.cache import build_atomically
-from switchcli.data.prepare.store import write_manifest
-def build(folder):
-    folder.mkdir()
-    print("building", flush=True)
-    sys.stdin.readline()
-    (folder / "ids").write_text("first")
-    write_manifest(folder, {})
-build_atomically(Path(sys.argv[1]), build)
-"""
-
-
-@contextmanager
-def making(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that builds a folder, and waits for a line on its stdin in the middle."""
-    command = [sys.executable, "-c", MAKE, str(folder)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "building\n"
-        yield child
-
-
 # Damage
 
 
@@ -524,14 +469,6 @@ def test_damage_that_shows_in_no_time_is_found_by_a_check(corpus: Corpus) -> Non
     assert contents(text.folder) == before
 
 
-def test_offsets_that_do_not_rise_to_the_number_of_tokens_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / f"a{TOKENS}", np.arange(5, dtype=np.uint16))
-    for offsets in ([0, 2, 2, 5], [0, 3, 2, 5], [0, 2, 4], [0, 2, 6], [1, 5], []):
-        np.save(tmp_path / f"a{OFFSETS}", np.array(offsets, dtype=np.int64))
-        with pytest.raises(DataError, match=naming("--check")):
-            store.TokenStore.open(tmp_path, "a")
-
-
 @pytest.mark.parametrize("damage", MANIFESTS)
 def test_a_lost_or_foreign_manifest_is_written_anew(corpus: Corpus, damage: str) -> None:
     text = corpus.prepare()
@@ -542,15 +479,6 @@ def test_a_lost_or_foreign_manifest_is_written_anew(corpus: Corpus, damage: str)
     assert corpus.prepare(shows).identity == text.identity
     assert shows.num_pieces == 1
     assert contents(text.folder) == before
-
-
-def test_a_tokenizer_of_the_cache_that_is_damaged_and_keeps_its_size_is_made_anew(corpus: Corpus) -> None:
-    text = corpus.prepare()
-    (kept,) = corpus.cache.glob("tokenizers/*/tokenizer.json")
-    before = kept.read_bytes()
-    flip(kept)
-    assert corpus.prepare().identity == text.identity
-    assert kept.read_bytes() == before
 
 
 # Disks
@@ -617,21 +545,6 @@ def test_a_cut_at_a_space_changes_no_id_of_a_trained_vocabulary(
     monkeypatch.setattr(shards, "CHUNK_CHARACTERS", 64)
     other = corpus._replace(cache=corpus.cache.with_name("parts"))
     assert module.prepare(trained, other.context(), whole.tokenizer).identity == whole.identity
-
-
-def test_full_shards_are_closed_and_a_document_is_in_one(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = corpus.prepare()
-    monkeypatch.setattr(store, "SHARD_TOKENS", 400)
-    monkeypatch.setattr(shards, "PART_CHARACTERS", 16)  # at a space, which is left out
-    small = corpus._replace(cache=corpus.cache.with_name("small")).prepare()
-    assert len(small.shards[TRAIN]) > 3 * NUM_FILES
-    space = letters().encode(" ")[0]
-    for part in SPLITS:
-        found, wanted = documents(small.shards[part]), documents(whole.shards[part])
-        assert [[ids for ids in one if ids != space] for one in found] == [
-            [ids for ids in one if ids != space] for one in wanted
-        ]
-    assert all(shard.num_tokens < 400 + 60 for shard in small.shards[TRAIN])
 
 
 def test_languages_are_texts_of_their_own(corpus: Corpus) -> None:
@@ -823,23 +736,6 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
     assert (found.tokens.dtype, found.tokens.tolist()) == (np.uint32, [2**16, 5, 7, 8])
     assert found.offsets.tolist() == [0, 2, 4]
     assert (found.num_documents, found.num_tokens) == (2, 4)
-
-
-def test_pieces_of_one_large_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They hold its lines in order, wherever it is cut."""
-    Path("text.txt").write_text("".join(f"line {index} tells of {index**3}\n" for index in range(300)))
-    spec = DataSpec(corpora=(FilesCorpus(paths=("text.txt",), sample_by="line"),), held_out_fraction=FRACTION)
-    tokenizer = letters()
-
-    def prepared(name: str) -> PreparedTexts:
-        return module.prepare(spec, PrepareContext(here / name, untracked, Shows(), 1), tokenizer)
-
-    whole = prepared("whole").texts[""]
-    monkeypatch.setattr(files, "SHARD_BYTES", 1000)
-    cut_up = prepared("cut").texts[""]
-    assert len(cut_up.shards[TRAIN]) == -(-Path("text.txt").stat().st_size // 1000)
-    for part in SPLITS:
-        assert documents(cut_up.shards[part]) == documents(whole.shards[part])
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,28 +38,12 @@ def test_it_is_bounded_and_independent_of_order() -> None:
     assert sample_texts({"": [named("long", "y" * 5000)]}, 1000) == ["y" * 1000]
 
 
-def test_no_text_gives_no_sample() -> None:
-    assert sample_texts({}, 10) == sample_texts({"a": [], "b": []}, 10, alpha=0.3) == sample_texts({"a": []}, 10) == []
-
-
 @pytest.mark.parametrize(("alpha", "shares"), [(1.0, (0.9, 0.1)), (0.5, (0.75, 0.25)), (0.0, (0.5, 0.5))])
 def test_shares_are_a_power_of_the_sizes(alpha: float, shares: tuple[float, float]) -> None:
     texts = sample_texts({"a": corpus("a", 900), "b": corpus("b", 100)}, 2000, alpha)
     counts = characters(texts)
     assert sum(counts.values()) <= 2000
     assert (counts["a"] / 2000, counts["b"] / 2000) == pytest.approx(shares, abs=0.01)
-
-
-def test_a_small_component_comes_again_and_again() -> None:
-    texts = sample_texts({"a": corpus("a", 997), "b": [named("b:0", "bc"), named("b:1", "de")]}, 1000, alpha=0.0)
-    counts = characters(texts)
-    assert counts["a"] == 500
-    assert counts["b"] == counts["c"] == counts["d"] == counts["e"] == 125
-
-
-def test_a_document_longer_than_its_share_is_cut() -> None:
-    texts = sample_texts({"a": [named("a", "a" * 1000)], "b": corpus("b", 100)}, 200, alpha=1.0)
-    assert characters(texts) == {"a": 100, "b": 100}
 
 
 @given(sizes=SIZES, max_characters=st.integers(1, 500), alpha=st.none() | st.floats(0, 1))

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from switchcli.data.config import DataSpec
 from switchcli.data.objectives.span_corruption import SpanCorruption
 from switchcli.data.prepare import shards
 from switchcli.data.sources.corpus import FilesCorpus
-from switchcli.data.sources.document import Document, SourceShard, is_held_out
+from switchcli.data.sources.document import is_held_out
 from switchcli.data.streaming import StreamedTextSource, source_shards_of
 from switchcli.data.text_mixture import TextMixture, WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -265,61 +264,6 @@ def test_rows_are_mixed_as_intended(straight: Straight) -> None:
     assert shown / len(rows) == pytest.approx(0.3, abs=0.01)
 
 
-class Reads:
-    """What was asked of corpora: pieces with the row from which, and the rows that were looked at."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun: list[tuple[str, int]] = []
-        self.rows: list[tuple[str, int]] = []
-        read = FilesCorpus.read
-
-        def noted(corpus: FilesCorpus, piece: SourceShard, start: int = 0, dropped: Any = None) -> Iterator[Document]:
-            self.begun.append((piece.name, start))
-            for document in read(corpus, piece, start, dropped):
-                self.rows.append((piece.name, document.row))
-                yield document
-
-        monkeypatch.setattr(FilesCorpus, "read", noted)
-
-
-def test_going_on_reads_from_the_window_that_it_stands_in(
-    folder: Path, straight: Straight, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec, step = a_spec(folder), 40
-    run, reads = Run(spec), Reads(monkeypatch)
-    assert reads.begun == []
-    run.restore_state(step, straight[1][step])
-    assert reads.begun == []
-    assert equal(run.step(step), straight[0][step])
-    begins = {0, *np.array(straight[1][step]).reshape(LANES, 2, -1)[:, :, 2].ravel().tolist()}
-    assert {start for _, start in reads.begun} <= begins
-    assert any(start for _, start in reads.begun)
-    # Two windows of WINDOW characters a lane and text at most, of documents of some 80.
-    assert len(reads.rows) <= LANES * 2 * 2 * (WINDOW // 60 + 2) * 2
-
-
-def test_a_rank_reads_its_own_lanes_alone_which_have_other_pieces_in_other_epochs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads = Reads(monkeypatch)
-    run = Run(a_spec(folder), world=2, labels=("a",))
-    of_rank: list[set[str]] = []
-    for rank, stream in enumerate(run.streams):
-        reads.begun.clear()
-        mine = slice(rank * LANES // 2, (rank + 1) * LANES // 2)
-        step = 0
-        while not np.array(stream.state(step)).reshape(LANES, -1)[mine, 0].any():
-            of_rank[rank:] = [{name for name, _ in reads.begun}]
-            stream.batch(step, rank * BATCH // 2, BATCH // 2)
-            step += 1
-        for later in range(step, 400):
-            stream.batch(later, rank * BATCH // 2, BATCH // 2)
-        assert {Path(name).stem for name, _ in reads.begun} == {f"a{number}" for number in range(FILES["a"])}
-    assert not of_rank[0] & of_rank[1]
-    assert of_rank[0], "in the first epoch"
-    assert of_rank[1]
-
-
 def test_a_mixture_goes_on_at_the_next_row_in_branches_with_other_batches(folder: Path) -> None:
     """And in a branch of a branch. Each stream shard makes its rows in the order of a run that is never branched."""
     spec = a_spec(folder)
@@ -417,45 +361,6 @@ def test_no_lane_shows_its_documents_twice_as_often_as_another_where_one_piece_i
     of_others = [shown[word] for word in range(5 * sum(files[:3]))]
     assert max(of_small) <= 2 * np.mean(of_others)
     assert max(of_others) <= 2 * min(of_others)
-
-
-class Rows:
-    """A corpus of documents that notes how many rows were gone through, those before the first asked for too."""
-
-    def __init__(self, documents: int) -> None:
-        self.documents, self.passed = documents, 0
-        self.begun: list[str] = []
-
-    def read(self, piece: SourceShard, start: int = 0, dropped: Any = None) -> Iterator[Document]:
-        self.begun.append(piece.name)
-        for row in range(self.documents):
-            self.passed += 1
-            if row >= start:
-                text = " ".join(str((row * 20 + word) % NUM_WORDS) for word in range(20))
-                yield Document(f"{piece.name}:{row}", text, f"{piece.name}:{row}", row)
-
-
-def test_a_stream_goes_through_each_row_of_a_piece_once_while_it_goes_on(folder: Path) -> None:
-    spec, rows = a_spec(folder, lanes=1), Rows(600)
-    pieces = [(cast("FilesCorpus", rows), SourceShard(f"piece {number}", None)) for number in range(4)]
-    reader = a_reader(spec, 0, "a", pieces)
-    stood, passed = [reader.position], [0]
-    while reader.position.epoch == 0:
-        reader.raw_rows(1)
-        stood.append(reader.position)
-        passed.append(rows.passed)
-    assert reader.position.window > 200, "windows of an epoch"
-    assert passed[-1] <= 4 * 600 + 2 * WINDOW // 20
-    middle = next(number for number, one in enumerate(stood) if one.shard == 2 and one.row > 300)
-    wanted = reader = a_reader(spec, 0, "a", pieces)
-    wanted.raw_rows(middle)
-    following = wanted.raw_rows(3)
-    rows.passed, rows.begun = 0, []
-    reader = a_reader(spec, 0, "a", pieces)
-    reader.seek(stood[middle])
-    np.testing.assert_array_equal(reader.raw_rows(3), following)
-    assert len(rows.begun) == 1, "the piece that it stands in"
-    assert rows.passed <= stood[middle].row + 2 * WINDOW // 20
 
 
 def test_a_document_of_many_parts_is_one_in_a_window(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
