@@ -65,12 +65,6 @@ def test_the_library_reads_the_files_and_nothing_else_is_in_the_folder(tmp_path:
     ]
 
 
-def test_an_empty_optimizer_has_no_file(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model=MODEL, optimizer={}, documents={"state.json": state_json(step=1)})
-    assert Checkpoint.open(path).read("optimizer", {}) == {}
-    assert not list(path.glob("optimizer-*"))
-
-
 DTYPES = st.sampled_from(
     [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8]
 )
@@ -95,12 +89,6 @@ def test_any_tensors_are_encoded_as_by_the_library(named: dict[str, Tensor]) -> 
     assert tensor_file.encode(named, {"format": "pt"}) == safetensors.torch.save(contiguous, {"format": "pt"})
 
 
-def test_the_smallest_and_the_largest_numbers_are_kept_bit_for_bit(tmp_path: Path) -> None:
-    odd = {"a": torch.tensor([1, -(1 << 31), 0x7F7FFFFF], dtype=torch.int32).view(torch.float32)}  # 1e-45, -0.0, 3e38
-    path = save(tmp_path, 1, model=odd, optimizer={}, documents={"state.json": state_json(step=1)})
-    assert torch.equal(Checkpoint.open(path).read("model", odd)["a"].view(torch.int32), odd["a"].view(torch.int32))
-
-
 def test_tensors_are_spread_over_files_of_bounded_size() -> None:
     named = {
         name: torch.zeros(size, dtype=torch.uint8) for name, size in {"a": 3, "b": 9, "c": 2, "d": 2, "e": 1}.items()
@@ -115,15 +103,6 @@ def test_files_of_several_ranks_have_different_names(monkeypatch: pytest.MonkeyP
     tensors = {name: torch.zeros(3, dtype=torch.uint8) for name in "abc"}
     names = [name for rank in range(2) for name, _ in checkpoints.encode_files(tensors, {}, rank, 2)]
     assert sorted(names) == [f"model-{number:05}.safetensors" for number in range(6)]
-
-
-def test_files_may_be_written_by_several(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, model={"a": torch.ones(2)}, optimizer={}, documents={"state.json": state_json(step=1)})
-    safetensors.torch.save_file({"experts.3.wi": torch.zeros(3)}, path / "model-00007.safetensors")
-    reseal(path)
-    read = Checkpoint.open(path).read("model", {"experts.3.wi": torch.empty(3), "a": torch.empty(2)})
-    assert list(read) == ["experts.3.wi", "a"]
-    assert torch.equal(read["a"], torch.ones(2))
 
 
 def test_a_step_is_saved_again_in_place_of_the_first(tmp_path: Path) -> None:
@@ -198,11 +177,6 @@ def test_a_file_that_is_removed_while_it_is_opened_is_read_to_its_end(
     assert [*tensor_file.read_tensor_specs(path)] == ["weight"]
     with pytest.raises(FileNotFoundError):
         tensor_file.read_tensor_specs(path)
-
-
-def test_nothing_saved_is_none(tmp_path: Path) -> None:
-    assert newest(tmp_path / "absent", fail) is None
-    assert newest(tmp_path, fail) is None
 
 
 def test_a_reader_leaves_a_run_at_work_alone(tmp_path: Path) -> None:

@@ -252,24 +252,6 @@ def test_damage_to_any_file_is_detected(tmp_path: Path) -> None:
     assert count_damage_detected(tmp_path, 5) == 5 * 13
 
 
-def test_swapped_files_and_steps_are_detected(tmp_path: Path) -> None:
-    one, two = save_step(tmp_path, 4), save_step(tmp_path, 8)
-    swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
-    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
-        newest(tmp_path, ignore)
-    swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
-    swap(one, two)
-    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
-        newest(tmp_path, ignore)
-
-
-def swap(one: Path, two: Path) -> None:
-    aside = one.with_name("aside")
-    one.rename(aside)
-    two.rename(one)
-    aside.rename(two)
-
-
 def test_a_damaged_checkpoint_is_named_in_one_line_and_replaced_when_its_step_is_saved_again(tmp_path: Path) -> None:
     for step in (4, 8):
         save_step(tmp_path, step)
@@ -281,14 +263,6 @@ def test_a_damaged_checkpoint_is_named_in_one_line_and_replaced_when_its_step_is
     assert "\n" not in warning
     save_step(tmp_path, 8)
     assert is_intact(newest(tmp_path, pytest.fail), 8)
-
-
-def test_no_run_starts_from_scratch_over_what_was_saved(tmp_path: Path) -> None:
-    for step in (4, 8):
-        damage(save_step(tmp_path, step))
-    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")) as caught:
-        newest(tmp_path, ignore)
-    assert caught.value.exit_code == 4
 
 
 def test_a_save_takes_no_place_that_is_filled_meanwhile(tmp_path: Path) -> None:

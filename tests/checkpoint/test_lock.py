@@ -33,17 +33,6 @@ def holding(run: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_folder_is_made_and_the_file_says_by_whom(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "a"
-    with lock(run):
-        said = json.loads((run / "run.lock").read_text())
-        assert (said["host"], said["pid"]) == (platform.node(), os.getpid())
-        (run / "recipe.yaml").touch()
-    assert (run / "run.lock").read_text() == ""
-    with lock(run):
-        pass
-
-
 @pytest.mark.integration
 def test_a_second_run_is_refused_by_name_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     process = holding(tmp_path)

@@ -31,13 +31,6 @@ def test_an_expert_weight_is_named_by_its_global_number() -> None:
     assert expert_numbers(logical) == [6, 7]
 
 
-def test_splitting_copies_nothing() -> None:
-    stacked = torch.randn(4, 3, 2)
-    parts = split_experts({"experts.wi": stacked}, range(4))
-    assert all(part.is_contiguous() for part in parts.values())
-    assert {part.untyped_storage().data_ptr() for part in parts.values()} == {stacked.untyped_storage().data_ptr()}
-
-
 def test_a_slot_that_is_not_stacked_keeps_the_stacked_name() -> None:
     state = {"a.experts.wi/step": torch.tensor(3), "a.experts.wi/other": torch.ones(5)}
     assert split_experts(state, range(4)) == state

@@ -1,6 +1,5 @@
 """The planner's bytes: against what autograd keeps, what the optimizer builds, and the paper's table of parameters."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -16,15 +15,13 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.model.block_execution import recompute_blocks
 from switchcli.model.config import ModelSpec
-from switchcli.model.flops import count
 from switchcli.model.init import initialize
 from switchcli.model.kernels import cpu_products
 from switchcli.model.moe import experts
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.transformer import EncoderOutput, SwitchTransformer
 from switchcli.planner import memory_use
-from switchcli.planner.memory_use import DeviceBytes, activation_bytes, device_bytes
-from switchcli.planner.plan import divisors
+from switchcli.planner.memory_use import activation_bytes, device_bytes
 from switchcli.planner.step import FLOAT, Mesh, RankWeights, Step, rank_weights, slots
 from switchcli.recipe.sizes import SIZES
 from switchcli.training.loop import accumulate_gradients
@@ -165,23 +162,6 @@ def test_the_peak_of_a_step_is_within_the_plan(name: str, product_bytes: int, mi
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("product_bytes", "microbatch"), [pytest.param(4, 4, marks=pytest.mark.nightly), (2, 8)])
-def test_large_stacks_need_no_copies_on_a_cpu(
-    product_bytes: int, microbatch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An expert at a time is cast, and its gradient added: the peak is lower, and within the plan."""
-    spec, step = ModelSpec(**{**SHALLOW, **SPARSE}), EIGHT._replace(product_bytes=product_bytes)
-    peaks, planned = [], []
-    for large in (2**62, 0):
-        monkeypatch.setattr(experts, "CPU_CACHE", large)
-        monkeypatch.setattr(memory_use, "CPU_CACHE", large)
-        planned.append(device_bytes(spec, step, Mesh(1), held_of(spec), microbatch).total)
-        peaks.append(share_of_plan(spec, step, microbatch) * planned[-1])
-    assert peaks[1] <= peaks[0]
-    assert planned[1] < planned[0]
-
-
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "most", "product_bytes"), [("dense", 0.6, 4), pytest.param("top_k", 0.85, 2, marks=pytest.mark.nightly)]
 )
@@ -299,44 +279,6 @@ def test_experts_of_large_stacks_keep_what_their_activations_get(
     assert planned[1] < planned[0] if activation == "geglu" or dropout else planned[1] == planned[0]
 
 
-AGAIN = {"dense": "float32", "top_k": "bfloat16", "switch that drops": "float32", "experts in both": "bfloat16"}
-
-
-@pytest.mark.parametrize(
-    ("model", "shape", "bfloat16"),
-    [
-        kept("expert choice", SHORT, "float32"),
-        *(kept(model, SHORT, dtype, pytest.mark.integration) for model, dtype in AGAIN.items()),
-        *(
-            kept(model, SHORT, dtype, pytest.mark.nightly)
-            for model in MODELS
-            for dtype in ("float32", "bfloat16")
-            if AGAIN.get(model) != dtype and (model, dtype) != ("expert choice", "float32")
-        ),
-    ],
-)
-def test_of_blocks_that_are_computed_again_it_keeps_the_inputs_and_one_whole(
-    model: str, shape: tuple[int, int, int], bfloat16: bool
-) -> None:
-    """One that is not computed again stands for the one that just is: the largest of them."""
-    spec = ModelSpec(**(SMALL | MODELS[model] | {"num_layers": 3}))
-    batch, seen = drawn(spec, shape), []
-    for stack, layers in (("encoder", spec.num_layers), ("decoder", spec.decoder_layers)):
-        for layer in range(layers):
-            whole = a_model(spec)
-            recompute_blocks(whole)
-            block = whole.get_submodule(f"{stack}.blocks.{layer}")
-            del block.forward  # the class has its own
-            weights = {f"{stack}.blocks.0.{name}": weight for name, weight in block.named_parameters()}
-            copies = 2 * rank_weights(weights, {}, 1).products if bfloat16 else 0
-            seen.append(kept_by_autograd(whole, batch, bfloat16, recomputed=True) - copies)
-    step = Step(*shape, product_bytes=2 if bfloat16 else 4, fused=False, recomputed=True)
-    plain = activation_bytes(spec, step._replace(recomputed=False), Mesh(1), shape[0])
-    foreseen = activation_bytes(spec, step, Mesh(1), shape[0])
-    assert foreseen < plain
-    assert foreseen + 4 * spec.vocab_size * spec.d_model == pytest.approx(max(seen), rel=TOLERANCE)
-
-
 def held_of(spec: ModelSpec, model: int = 1, optimizer: OptimizerSpec | None = None) -> RankWeights:
     with torch.device("meta"):
         weights = dict(SwitchTransformer(spec).named_parameters())
@@ -350,16 +292,6 @@ def test_on_one_device_it_is_what_training_says_that_it_needs(size: str, optimiz
     own = held_of(spec, optimizer=optimizer)
     there = device_bytes(spec, Step(32, 512, 114), Mesh(1), own, 32)
     assert there.weights + there.gradients + there.optimizer == training_bytes(spec, optimizer)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_parameters_are_those_of_the_formula(size: str) -> None:
-    spec = ModelSpec(**SIZES[size]._asdict())
-    own = held_of(spec)
-    counted = count(spec)
-    assert (own.dense, own.expert) == (counted.dense, counted.expert)
-    assert sum(own.units) == own.dense
-    assert len(own.units) == 1 + spec.num_layers + spec.decoder_layers
 
 
 XXL = ModelSpec(**SIZES["switch-xxl-128"]._asdict())
@@ -438,38 +370,3 @@ def test_a_region_of_the_model_axis_keeps_one_copy_of_what_its_products_read() -
     step = Step(rows, inputs, targets)
     copies = 2 * spec.d_model * rows * (2 * inputs + 2 * targets + inputs)
     assert activation_bytes(spec, step, Mesh(1, model=2), rows) == activation_bytes(half, step, Mesh(1), rows) - copies
-
-
-@pytest.mark.parametrize("shard", ["zero2", "zero3"])
-def test_more_data_ranks_never_take_more(shard: Any) -> None:
-    own = held_by(1)
-    sizes = [device_bytes(XXL, STEP, Mesh(data, 1, 1, shard), own, 2) for data in (2, 4, 8, 64, 512)]
-    for fewer, more in itertools.pairwise(sizes):
-        assert sum(more) < sum(fewer)
-        # From 64 ranks on, they divide d_ff of the experts, and no longer the experts: each has all means over d_ff.
-        assert all(b <= a for name, a, b in zip(fewer._fields, fewer, more, strict=True) if name != "optimizer")
-
-
-def test_more_experts_apart_and_more_model_ranks_never_take_more() -> None:
-    own = {model: held_by(model) for model in divisors(64)}
-    for field in ("weights", "gradients", "optimizer"):
-        by_expert = [getattr(device_bytes(XXL, STEP, Mesh(128, e), own[1], 2), field) for e in divisors(128)]
-        assert by_expert == sorted(by_expert, reverse=True)
-    for field in DeviceBytes._fields:
-        by_model = [getattr(device_bytes(XXL, STEP, Mesh(128, 8, m), own[m], 2), field) for m in divisors(64)]
-        assert by_model == sorted(by_model, reverse=True)
-
-
-@pytest.mark.parametrize("optimizer", [Adafactor(), AdamW(), Muon()], ids=["adafactor", "adamw", "muon"])
-def test_the_model_axis_divides_the_optimizers_state_as_its_weights(optimizer: OptimizerSpec) -> None:
-    one, eight = held_of(XXL, 1, optimizer), held_of(XXL, 8, optimizer)
-    if optimizer.kind == "adamw":
-        counts = 4 * 24 * 3  # of steps, one for each of three stacked weights of 24 layers
-        assert eight.expert_state - counts == 2 * 4 * eight.expert
-        return
-    if optimizer.kind == "muon":
-        assert eight.expert_state == 4 * eight.expert
-        return
-    hidden, width = XXL.d_ff, XXL.d_model  # of [F, D] the rows are divided, of [D, F] the columns
-    assert eight.expert_state == 4 * 24 * XXL.num_experts * 3 * (hidden // 8 + width)
-    assert one.expert_state == 4 * 24 * XXL.num_experts * 3 * (hidden + width)

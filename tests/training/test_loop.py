@@ -5,7 +5,6 @@ That its gradient is the one meant, on any number of ranks, is in tests/distribu
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import pytest
@@ -157,18 +156,6 @@ def test_a_run_that_is_left_and_taken_up_again_is_bit_equal_to_one_that_is_not()
     assert second.state.metrics_since_log.keys() == straight.state.metrics_since_log.keys()
     for name, mean in straight.state.metrics_since_log.items():
         assert all(torch.equal(*pair) for pair in zip(second.state.metrics_since_log[name], mean, strict=True)), name
-
-
-def test_ranks_are_told_the_last_microbatch_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    are_last: list[bool] = []
-
-    def noted(context: DistributedContext, model: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-        are_last.append(is_last)
-        return nullcontext()
-
-    monkeypatch.setattr(DistributedContext, "synchronize_gradients", noted)
-    Run().fit(steps=2)
-    assert are_last == [False, True] * 2
 
 
 def test_noise_depends_on_the_seed() -> None:

@@ -1,10 +1,7 @@
 """Loader: microbatches in the order of the steps, two steps ahead at most, errors at their step."""
 
-import itertools
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 
 import pytest
 import torch
@@ -17,13 +14,6 @@ from switchcli.training.prefetch import STEPS_AHEAD, Loader
 
 STEPS = 12
 make = Microbatches(rows, 8, 2, 0, 1)
-
-
-class Pinning:
-    """A runtime that marks what it puts where a device copies it from."""
-
-    def pin_memory(self, micro: Microbatch) -> Microbatch:
-        return micro._replace(number=micro.number + 100)
 
 
 def a_loader(made: Callable[[int], Iterable[Microbatch]] = make) -> Loader:
@@ -59,11 +49,6 @@ def test_microbatches_come_in_order_as_they_are_made(first: int) -> None:
         assert steps == list(range(first, STEPS))
 
 
-def test_each_microbatch_is_put_where_the_device_takes_it_from() -> None:
-    with Loader(make, Pinning()) as loader:
-        assert [micro.number for micro in next(loader.from_step(3, STEPS))[1]] == [100, 101, 102, 103]
-
-
 def test_steps_are_made_in_order_two_ahead_and_no_further_than_the_last() -> None:
     noted = Noted()
     with a_loader(noted) as loader:
@@ -88,33 +73,3 @@ def test_an_error_comes_out_at_its_step_and_not_before() -> None:
             assert len(next(coming)[1]) == 4
         with pytest.raises(DataError, match="step 5: the file was cut"):
             next(coming)
-
-
-def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
-    go = threading.Event()
-    noted = Noted(go)
-    loader = a_loader(noted)
-
-    def ask() -> None:
-        with suppress(RuntimeError):  # where the loader closes before this thread has asked for the step after
-            next(loader.from_step(0, STEPS))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    while not noted.steps:
-        time.sleep(0.001)
-    threading.Timer(0.05, go.set).start()
-    loader.__exit__(None, None, None)
-    assert noted.made == [0]
-    asking.join(30)
-    assert noted.steps == [0]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-def test_the_time_that_steps_wait_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = itertools.count()  # a second at each look
-    monkeypatch.setattr("switchcli.training.prefetch.time.perf_counter", lambda: next(clock))
-    with a_loader() as loader:
-        for _ in loader.from_step(0, 3):
-            next(clock)  # a step
-        assert loader.seconds_waited == 3.0

@@ -63,15 +63,6 @@ def test_a_state_comes_back_bit_by_bit(
     assert after.to_json(after.metrics_since_log) == before.to_json(window)
 
 
-def test_one_rank_takes_the_window_and_the_others_start_from_zero() -> None:
-    window = {"load": Mean(double([1.0, 2.0]), double(4.0))}
-    text = TrainState().to_json(window)
-    assert torch.equal(restored(text).metrics_since_log["load"].total, double([1.0, 2.0]))
-    other = restored(text, with_metrics=False).metrics_since_log["load"]
-    assert torch.equal(other.total, double([0.0, 0.0]))
-    assert other.weight == 0
-
-
 def test_the_first_figures_the_last_and_the_best_are_kept_with_their_steps() -> None:
     state = TrainState()
     for step, cola, rte in ((0, -5.0, 50.0), (100, -2.0, 60.0), (200, -3.0, 60.0)):
@@ -93,27 +84,6 @@ def test_a_state_from_before_texts_and_streams_is_read() -> None:
     state = json.loads(TrainState(step=5).to_json({}))
     del state["texts"], state["bits_per_byte"], state["position"], state["skipped_steps"]
     assert restored(json.dumps(state).encode()) == TrainState(step=5)
-
-
-def test_the_text_is_json_that_any_program_reads() -> None:
-    state = TrainState(step=3)
-    state.record_evaluation({HELD_OUT: -1.5})
-    text = state.to_json({})
-    assert json.loads(text) == {
-        "step": 3,
-        "targets_seen": 0,
-        "seconds": 0.0,
-        "eval_metrics": {HELD_OUT: -1.5},
-        "evaluated_step": 3,
-        "first_eval_metrics": {HELD_OUT: -1.5},
-        "best": {HELD_OUT: [-1.5, 3]},
-        "texts": {},
-        "bits_per_byte": None,
-        "position": [],
-        "skipped_steps": [],
-        "metrics_since_log": {},
-        "branch": [0, 0, 0, True],
-    }
 
 
 def test_a_number_that_json_does_not_know_is_not_written() -> None:
