@@ -62,18 +62,5 @@ def test_a_key_is_found_as_it_is_written(written: str, key: str) -> None:
     assert key_index.meanings(key)
 
 
-@pytest.mark.parametrize(
-    ("written", "key"),
-    [
-        ("steps", "train.steps"),
-        ("train.step", "train.steps"),
-        ("capasity_factor", "model.router.capacity_factor"),
-        ("optimizer.learning_rate", "schedule.learning_rate"),
-    ],
-)
-def test_the_nearest_key_is_found(written: str, key: str) -> None:
-    assert foreign_words.nearest(written, NAMES) == key
-
-
 def test_nothing_is_near_to_nonsense() -> None:
     assert foreign_words.nearest("xyzzy", NAMES) is None

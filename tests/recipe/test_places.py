@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from schemas import RECIPES, fields
 
 from switchcli.data.tokenizer.tokenizer import HubTokenizer, TokenizerFile
-from switchcli.spec import PathOrUrl, Spec
+from switchcli.spec import PathOrUrl
 from switchcli.system import credentials
 
 NO_PLACES = {
@@ -62,18 +62,6 @@ def faults(*models: type[BaseModel]) -> set[str]:
 def test_every_key_that_names_a_place_has_the_type_place() -> None:
     assert faults(*RECIPES) == set()
     assert sum(is_place for _, is_place in text_keys(*RECIPES)) >= 10
-
-
-def test_a_new_key_of_plain_text_is_found() -> None:
-    class Inner(Spec):
-        folders: tuple[str, ...] = ()
-        file: PathOrUrl | None = None
-        both: float | PathOrUrl | None = None
-
-    class Outer(Spec):
-        inner: Inner = Inner()
-
-    assert faults(Outer) == {"Inner.folders"}
 
 
 @pytest.mark.parametrize("place", ["", "a\0b", "https://u:ss@h/x", "s3://b/x?X-Amz-Signature=1", "tar://x::y"])

@@ -19,23 +19,16 @@ def read(source):
     ("source", "value"),
     [
         ("1e-4", 1e-4),
-        ("1E3", 1000.0),
         (".5", 0.5),
-        ("3.", 3.0),
         ("-.inf", float("-inf")),
         ("012", 12),
         ("0o17", 15),
         ("0x1F", 31),
-        ("+7", 7),
         ("no", "no"),
         ("on", "on"),
-        ("Yes", "Yes"),
         ("1_000", "1_000"),
         ("12:30:45", "12:30:45"),
-        ("2001-01-01", "2001-01-01"),
-        ("0b1", "0b1"),
         ("True", True),
-        ("false", False),
         ("tRue", "tRue"),
         ("~", None),
         ("", None),
@@ -78,38 +71,27 @@ def test_an_alias_stands_for_its_anchors_value(source, value):
     [
         ("a: 1\nb: 2\na: 3", "f:3", "a f:1"),
         ("a: *x", "f:1", "alias 'x' &NAME quotes"),
-        ("? *x\n: 1", "f:1", "alias 'x' &NAME quotes"),
         ("a: &x [*x]", "f:1", "32"),
-        ("a: &x {b: *x}", "f:1", "32"),
         ("&x [&y [*x, *y]]", "f:1", "32"),
         (f"a: &x {'[' * 20}{']' * 20}\nb: {'[' * 13}*x{']' * 13}", "f:1", "32"),
         (many(99), "f:1", "10000"),
         ("a: !!str 3", "f:1", "tags tag:yaml.org,2002:str"),
         ("a: !python/object:os.system {}", "f:1", "tags !python/object:os.system"),
-        ("!x a: 1", "f:1", "tags !x"),
         ("a: 1\n2: 3", "f:2", "key quotes"),
-        ("no: 1\nnull: 2", "f:2", "key quotes"),
         ("? [a]\n: 1", "f:1", "key quotes"),
         ("a: 1\n---\nb: 1", "f:2", "'---'"),
         ("[" * 33, "f:1", "32"),
-        ("[" * 3000, "f:1", "32"),
-        ("{a: " * 3000, "f:1", "32"),
         ("a: 1\nb: [1", "f:2", "YAML ']'"),
         ("a: b: c", "f:1", "YAML mapping quotes column"),
         ("a: 1\n\tb: 2", "f:2", r"YAML '\t' spaces"),
-        ("a:\n\tb: 2", "f:2", r"YAML '\t' spaces"),
         ("a:\n  b: 1\n\t c: 2", "f:3", r"YAML '\t' spaces"),
         ("a: 1\n  b: 2", "f:2", "YAML mapping column"),
         ("a:\n  b: 1\n c: 2", "f:3", "YAML column"),
-        ("  a: 1\nb: 2", "f:2", "YAML column"),
-        ("a:\n  - 1\n - 2", "f:3", "YAML column"),
-        ("a: [1]\n- 2", "f:2", "YAML column"),
         ("a: 1\nb\nc: 2", "f:3", "YAML colon"),
         ("a: \x01", "f:1", r"'\x01'"),
         ("a: 1\nb: \ud800", "f:2", r"'\ud800'"),
         ('a: "\\ud800"', "f:1", "surrogate"),
         ('a: "\\U00110000"', "f:1", "YAML escape"),
-        ('a: "\\UFFFFFFFF"', "f:1", "YAML escape"),
         ("- " * 3000, "f:1", "32"),
         ("a:\n" + "- 1\n" * 10_000, "f:9999", "10000"),
     ],
@@ -119,14 +101,6 @@ def test_what_a_recipe_needs_not_is_refused_by_line(source, where, words):
         read(source)
     assert "\n" not in str(raised.value)
     assert_line(str(raised.value), where, words)
-
-
-def test_a_node_knows_the_line_of_its_key():
-    root = read("# first\na:\n  b:\n    - 1\n    - c: 2\n")
-    assert root.value["a"].where == "f:2"
-    items = root.value["a"].value["b"]
-    assert items.where == "f:3"
-    assert [item.where for item in items.value] == ["f:4", "f:5"]
 
 
 def test_as_many_values_as_there_may_be_are_read():
@@ -183,23 +157,14 @@ scalars = (
             "\x85",
             "a\u2028b",
             "\n",
-            "\r\n",
-            "\ufeff",
             "\0",
             "1e-4",
             "no",
-            "012",
-            "~",
             "null",
-            ".inf",
-            "<<",
             "=",
-            "0x1",
             "- a",
             "a: b",
             "#",
-            " a",
-            "1_0",
             "%",
         ]
     )
