@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from messages import lacking
@@ -193,17 +193,6 @@ def test_no_number_of_a_table_is_folded(terminal: Terminal) -> None:
     assert sum(not lacking(line, "series verdict loss steps") for line in lines) == (columns > 120)
 
 
-@pytest.mark.parametrize(("terminal", "align"), [(200, "left"), (20, "right")], indirect=["terminal"])
-def test_a_row_may_lack_cells_in_a_terminal_as_without_one(terminal: Terminal, align: Literal["left", "right"]) -> None:
-    rows = [("colour", "12.50", "3 to 25"), ("  accuracy", "12.50"), ("last",), ()]
-    without, plain_stream = plain()
-    for console in (terminal.console, without, plain(quiet=True)[0]):
-        console.show(Table(("task", "score", "95 % interval"), rows, "scores", align=align))
-    words = Counter(word for row in rows for cell in row for word in cell.split())
-    assert not words - Counter(terminal.shown().split())
-    assert not words - Counter(plain_stream.getvalue().split())
-
-
 def test_a_held_out_figure_has_its_own_line() -> None:
     (line,) = logged({"step": 500.0, "held_out/neg_log_perplexity": -5.25, "held_out/loss": 5.25})
     assert line.split() == ["500/1000", "held-out", "loss", "5.2500"]
@@ -325,19 +314,6 @@ def test_tokens_are_counted_with_their_rate_beside_the_time_left(monkeypatch: py
     going, done = stream.getvalue().splitlines()
     assert not lacking(going, "tokenizing: 2.00M 50.0k tokens/s 1 4 0:02:00")
     assert not lacking(done, "tokenizing: 8.00M tokens 133k tokens/s 4 0:01:00")
-
-
-def test_a_rate_of_tokens_stands_beside_the_bar(terminal: Terminal) -> None:
-    with terminal.console.counting("tokenizing", 4) as show:
-        show(1, 2_000_000)
-        terminal.wait_for(r"tokenizing: 2.00M tokens, \S+ tokens/s .*1/4")
-
-
-@pytest.mark.parametrize(("total", "is_shown"), [(0, False), (1, True), (None, True)])
-def test_a_bar_over_nothing_is_not_shown(terminal: Terminal, total: int | None, is_shown: bool) -> None:
-    with terminal.console.counting("answering examples", total):
-        pass
-    assert ("answering examples" in terminal.output()) == is_shown
 
 
 def test_a_bar_is_taken_down_when_the_run_fails(terminal: Terminal) -> None:

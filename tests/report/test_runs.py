@@ -138,14 +138,6 @@ def test_a_damaged_file_is_told_of_once(tmp_path: Path) -> None:
     assert not lacking(finite, f"523 {HELD_OUT} finite")
 
 
-def test_a_tokenizer_that_the_disk_does_not_give(tmp_path: Path) -> None:
-    folder = a_run(tmp_path / "a")
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json").symlink_to("/proc/self/mem")  # a file whose start cannot be read
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: Input/output error"):
-        read(folder, RECIPE)
-
-
 @pytest.mark.parametrize("name", ["result.json", "tokenizer.json"])
 def test_a_file_of_terabytes_is_not_read_to_its_end(tmp_path: Path, name: str) -> None:
     folder = a_run(tmp_path / "a", experts=2)

@@ -44,17 +44,6 @@ def test_by_hand(tmp_path: Path) -> None:
     assert never.over.spread == pytest.approx((-0.5, -0.5, -0.5))
 
 
-def test_a_run_that_was_repeated_with_its_seed_counts_once(tmp_path: Path) -> None:
-    dense = [a_seed(tmp_path, "dense", seed, 0.01) for seed in (0, 1)]
-    fast = [
-        a_seed(tmp_path / part, "fast", seed, 0.01 * rate)
-        for part, seed, rate in (("a", 0, 2), ("b", 0, 2), ("c", 1, 4))
-    ]
-    quick = compare(group_by_recipe([*dense, *fast]), None, None, 1).rows[1]
-    assert (quick.seeds, quick.speed.reached) == (2, 2)
-    assert quick.speed.factors[0].spread == pytest.approx((8**0.5, 2, 4))  # the geometric mean
-
-
 def test_a_quality_of_ones_own_and_another_baseline(tmp_path: Path) -> None:
     dense, fast = a_seed(tmp_path, "dense", 0, 0.01), a_seed(tmp_path, "fast", 0, 0.02)
     found = compare(group_by_recipe([dense, fast]), fast.name, 4.5, 1)
