@@ -93,14 +93,6 @@ def write(file: str, content: bytes) -> Callable[[Path], None]:
     return act
 
 
-def cut(count: int) -> Callable[[Path], None]:
-    def act(folder: Path) -> None:
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:count])
-
-    return act
-
-
 def claim_more(folder: Path) -> None:
     """A header longer than the file."""
     path = folder / "model.safetensors"
@@ -145,15 +137,14 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         change(WI.replace("expert_1", "expert_3"), torch.zeros(40, 24)),
         ("model.safetensors", WI.replace("expert_1", "expert_3"), "config.json"),
     ),
-    "other shape": (change(WI, torch.zeros(41, 24)), (WI, "[41, 24]", "[40, 24]", "config.json")),
     "other type": (change(WI, torch.zeros(40, 24, dtype=torch.int8)), (WI, "I8", "float32, bfloat16")),
+    "other shape": (change(WI, torch.zeros(41, 24)), (WI, "[41, 24]", "[40, 24]", "config.json")),
     "unknown tensor": (change("encoder.extra.weight", torch.zeros(1)), ("encoder.extra.weight", "config.json")),
     "head that is not tied": (change("lm_head.weight", torch.zeros(61, 24)), ("lm_head.weight", "shared.weight")),
     "biased router": (configure(router_bias=True), ("config.json", "router_bias", "False", "True")),
     "gated experts": (configure(dense_act_fn="gated-gelu"), ("dense_act_fn", "'relu'", "'gated-gelu'")),
     "router in bfloat16": (configure(router_dtype="bfloat16"), ("router_dtype", "'float32'", "'bfloat16'")),
     "one expert": (configure(num_experts=1), ("num_experts", "2", "1")),
-    "other padding": (configure(pad_token_id=5), ("pad_token_id", "0", "5")),
     "buckets": (configure(relative_attention_num_buckets=30), ("relative_attention_num_buckets", "4", "30")),
     "far buckets": (
         configure(relative_attention_max_distance=9),
@@ -162,7 +153,6 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "wrong type": (configure(d_model="24"), ("config.json", "d_model", "integer", "'24'")),
     "not finite": (configure(layer_norm_epsilon=float("nan")), ("layer_norm_epsilon", "finite", "nan")),
     "experts": (configure(num_experts=10**7), ("config.json", "num_experts", "1,048,576", "10000000")),
-    "layers": (configure(num_layers=10**6), ("config.json", "num_layers", "1,024", "1000000")),
     "capacity": (
         configure(expert_capacity=10**400),
         ("config.json", "expert_capacity", "1,048,576", "save_pretrained"),
@@ -178,9 +168,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing key": (without("d_ff"), ("config.json", "d_ff", "save_pretrained")),
     "other model": (configure(model_type="bert"), ("model_type", "'bert'", "T5ForConditionalGeneration")),
     "umT5": (configure(model_type="umt5"), ("model_type", "'umt5'", "position bias", "google/mt5-small")),
-    "list": (write("config.json", b"[1]"), ("config.json", "model_type", "None")),
     "not JSON": (write("config.json", b"{"), ("config.json", "JSON")),
-    "cut tensor": (cut(-100), ("model.safetensors", "copy")),
     "long header": (claim_more, ("model.safetensors", "copy")),
     "git-lfs": (
         write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
@@ -194,7 +182,6 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         shard(lambda files: {**files, WI: "../outside.safetensors"}),
         ("model.safetensors.index.json", "'../outside.safetensors'"),
     ),
-    "number in index": (shard(lambda files: {**files, WI: 3}), ("model.safetensors.index.json", "3")),
     "device in index": (
         special(lambda path: path.symlink_to("/dev/zero")),
         ("model-00002-of-00002.safetensors", "device", "save_pretrained"),
@@ -211,7 +198,6 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         shard(lambda files: {**files, "shared.weight": min({*files.values()} - {files["shared.weight"]})}),
         ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "shared.weight", "save_pretrained"),
     ),
-    "index of nothing": (shard(lambda files: [*files]), ("model.safetensors.index.json", "weight_map")),
     "pickle": (pickled, ("pickle", "pytorch_model.bin", "switchcli convert", "--to switchcli --unpickle")),
     "large tokenizer": (
         write("tokenizer.json", theirs.tokenizer(60).encode()),

@@ -15,7 +15,6 @@ from switchcli.convert.to_transformers import transformers_config
 from switchcli.model.config import STACKS
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.runs.inputs.loading import load_checkpoint
-from switchcli.runs.inputs.transformers_checkpoint import recipe_from_config
 
 HERE = Path("config.json")
 SHAPE = {"vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_heads": 4, "tie_word_embeddings": True}
@@ -128,15 +127,6 @@ def test_what_is_read_is_said_again(
     )
     told = {name: getattr(before, name) for name in sparse_keys} | {"decoder_start_token_id": None}
     assert after.model_copy(update=told) == before
-
-
-@pytest.mark.parametrize("experts", [2, 8, 128, 256, 2048])
-@pytest.mark.parametrize("capacity", [1, 4, 64])
-def test_every_capacity_makes_a_recipe(experts: int, capacity: int) -> None:
-    recipe = recipe_from_config(config(num_experts=experts, expert_capacity=capacity), HERE, Path("tokenizer.json"))
-    for router in (recipe.model.router_of("encoder"), recipe.model.router_of("decoder")):
-        assert isinstance(router, SwitchRouter)
-        assert router.capacity(100, experts, "paper") == capacity
 
 
 def test_a_slot_is_not_lost_by_rounding() -> None:

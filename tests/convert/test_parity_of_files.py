@@ -1,10 +1,8 @@
 """What transformers saved computes the same here; what is saved here computes the same there; weights bit for bit."""
 
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +13,7 @@ from messages import lacking
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from switchcli.checkpoint import checkpoint, tensor_file
+from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.cli import app
 from switchcli.data.config import DataSpec
@@ -29,7 +27,6 @@ from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
 from switchcli.runs.models import conversion
-from switchcli.system import publish
 from switchcli.training.checkpointer import logical_tensors
 from switchcli.training.config import TrainSpec
 from switchcli.training.state import TrainState
@@ -180,29 +177,6 @@ def test_shards_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 3
     theirs.assert_same_logits(opened(tmp_path / "back").model, model)
     theirs.assert_same_logits(opened(tmp_path / "ours").model, from_pretrained(tmp_path / "back"))
-
-
-def test_one_shard_is_encoded_at_a_time_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-    before: list[weakref.ref[torch.Tensor]] = []
-
-    def encode(named: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-        assert not any(tensor() for tensor in before), "the shard before is still held"
-        before[:] = map(weakref.ref, named.values())
-        done.append("encode")
-        return tensor_file.encode(named, metadata)
-
-    def write(path: Path, content: bytes) -> None:
-        done.append("write")
-        path.write_bytes(content)
-
-    source = ours(tmp_path, SPECS["sparse"])
-    monkeypatch.setattr(conversion, "_MAX_FILE_BYTES", 20_000)
-    monkeypatch.setattr(conversion, "tensor_file", SimpleNamespace(**{**vars(tensor_file), "encode": encode}))
-    monkeypatch.setattr(publish, "write_new", write)
-    run(source, tmp_path / "theirs", "--to", "huggingface")
-    assert done.count("encode") > 3
-    assert done[done.index("encode") :] == ["encode", "write"] * done.count("encode")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

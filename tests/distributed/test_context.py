@@ -2,10 +2,7 @@
 
 import itertools
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,17 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import model_of, on_ranks
-from tiny_model import SPARSE, a_model, rows
+from ranks import on_ranks
+from tiny_model import a_model
 
-from switchcli.data.batch import Batch
 from switchcli.distributed import context as contexts
-from switchcli.distributed.context import DistributedContext, HostCopy
-from switchcli.distributed.parallel_spec import ParallelSpec
-from switchcli.errors import CheckpointError, DistributedError, RecipeError, SwitchError
-from switchcli.training.loop import accumulate_gradients
-from switchcli.training.loss import cross_entropy
-from switchcli.training.microbatches import Microbatch, RealTokens
+from switchcli.distributed.context import DistributedContext
+from switchcli.errors import CheckpointError, DistributedError, SwitchError
 
 
 def two_ranks() -> dict[str, Any]:
@@ -92,75 +84,12 @@ def test_what_a_rank_fails_with_is_said_by_the_main_one(main_and_other: list[dic
         assert other[method, 0][:2] == ("OtherRankError", 4)  # the main rank's exit code, and no words
 
 
-def test_one_process_alone() -> None:
-    context = DistributedContext("auto", "float32")
-    assert (context.rank, context.world, context.is_main) == (0, 1, True)
-    assert context.sum_over_ranks([3, 4]) == [3, 4]
-    assert context.from_main(5) == 5
-    assert context.main_only(lambda: "done") == "done"
-    assert outcome(context, "main_only", 0).error == "CheckpointError"
-    batch = Batch(torch.ones(1, 2), torch.zeros(1, 3))
-    assert isinstance(context.to_device(batch), Batch)
-
-
-def test_a_number_on_its_way_to_the_host_is_read_once_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for a CUDA scalar: the event is recorded behind the copy, and waited for before it is read."""
-    calls: list[str] = []
-
-    class Event:
-        def record(self) -> None:
-            calls.append("record")
-
-        def synchronize(self) -> None:
-            calls.append("wait")
-
-    class Scalar:
-        is_cuda = True
-
-        def to(self, device: str, non_blocking: bool) -> torch.Tensor:
-            calls.append(f"copy to {device}{', without a wait' * non_blocking}")
-            return torch.tensor(0.5)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    copy = HostCopy(Scalar())  # type: ignore[arg-type]
-    assert calls == ["copy to cpu, without a wait", "record"]
-    assert float(copy) == 0.5
-    assert calls[2:] == ["wait"]
-    assert float(HostCopy(torch.tensor(0.25))) == 0.25
-
-
-@pytest.mark.integration
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
-def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
-    """In the main thread of a process of its own, as in a run: of other threads' memory glibc keeps less."""
-    script = """
-import resource
-import torch
-from switchcli.distributed import context as contexts
-from switchcli.distributed.context import DistributedContext
-DistributedContext("cpu", "float32")
-def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(2**24)
-before = faults()
-for _ in range(10): torch.ones(2**24)
-print(faults() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2**14  # 64 MiB: the pages of one of them
-
-
 def test_autocast_is_bfloat16_only_when_the_recipe_says_so() -> None:
     x = torch.ones(2, 2)
     with DistributedContext("cpu", "float32").autocast():
         assert (x @ x).dtype == torch.float32
     with DistributedContext("cpu", "bfloat16").autocast():
         assert (x @ x).dtype == torch.bfloat16
-
-
-def test_cuda_is_not_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=r"train\.device\b.*\bcuda\b.*\bauto\b.*\bcpu\b"):
-        DistributedContext("cuda", "float32")
 
 
 def test_ranks_that_do_not_see_one_another_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,25 +109,6 @@ def test_the_first_difference_among_ranks_has_its_name_and_its_lowest_rank() -> 
     values = {"a": "1", "b": "2", "c": "3"}
     others = [{**values, "c": "4"}, {**values, "b": "4", "c": "4"}]
     assert on_ranks(3, differences_of_ranks, values, *others) == [[("b", 2), None]] * 3
-
-
-def steps_of_shards() -> list[int]:
-    """Hooks on the weight that a sharded model returns with its output, after each of three steps."""
-    torch.set_num_threads(1)
-    context = DistributedContext("cpu", "float32", ParallelSpec(shard="zero3"))
-    model, found = model_of(SPARSE, context)[0], []
-    for step in range(3):
-        batch = rows(step, 0, 2)
-        microbatches = [Microbatch(0, batch, RealTokens.of(batch))]
-        accumulate_gradients(model.train(), cross_entropy, microbatches, microbatches[0].real, context, "")
-        with torch.no_grad():
-            found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
-    return found
-
-
-@pytest.mark.integration
-def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
-    assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2
 
 
 def without_an_answer(folder: Path) -> str:

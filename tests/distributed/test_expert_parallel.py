@@ -133,17 +133,6 @@ def test_what_travels_in_bfloat16_is_bit_for_bit_that_of_one_process(answers: li
             np.testing.assert_array_equal(found[name], alone[name], err_msg=name)
 
 
-def test_an_exchange_takes_tensors_of_any_strides(answers: list[Answer]) -> None:
-    first, second = np.arange(12.0).reshape(3, 4).T, np.arange(12.0).reshape(3, 4).T + 100
-    equal = ([first[:2], second[:2]], [first[2:], second[2:]]), ([1, 1, 2, 2], [1, 1, 2, 2])
-    unequal = ([first[:1], second[:2]], [first[1:], second[2:]]), ([1, 2, 2, 2], [1, 1, 2, 2])
-    for number, (received, gradient) in enumerate((equal, unequal)):
-        for rank, answer in enumerate(answers):
-            found = answer.exchanged[number]
-            np.testing.assert_array_equal(found[0], np.concatenate(received[rank]))
-            np.testing.assert_array_equal(found[1], np.tile(np.array(gradient[rank]), (3, 1)))
-
-
 def test_what_a_failed_step_left_is_not_averaged_by_the_next() -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     gradients = ExpertGradients([weight], None, data_size=2)

@@ -6,17 +6,8 @@ import pytest
 from messages import lacking
 
 from switchcli.distributed import rendezvous
-from switchcli.distributed.rendezvous import is_rank, join_srun, warn_of_waiting
+from switchcli.distributed.rendezvous import join_srun, warn_of_waiting
 from switchcli.errors import DistributedError
-
-
-def test_a_rank_knows_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    assert not is_rank()
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert is_rank()
-
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
 

@@ -65,15 +65,6 @@ def test_a_ctrl_c_is_acknowledged_once_and_from_another_thread() -> None:
     assert signal.set_wakeup_fd(-1) == before == -1
 
 
-@pytest.mark.parametrize("numbers", [(), (signal.SIGTERM,), (signal.SIGHUP, signal.SIGTERM)])
-def test_only_a_ctrl_c_is_acknowledged(numbers: tuple[signal.Signals, ...]) -> None:
-    calls: list[None] = []
-    with StopRequest(lambda: calls.append(None)):
-        for number in numbers:
-            signal.raise_signal(number)
-    assert calls == []
-
-
 def test_a_second_sigterm_is_patient() -> None:
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)

@@ -28,10 +28,3 @@ def test_a_missing_package_is_a_recipe_error_with_the_way_out(name: str, monkeyp
     with pytest.raises(RecipeError, match=rf"log.trackers: {name} .*pip install 'switchcli\[{name}\]'") as raised:
         check_usable((name,))
     assert raised.value.exit_code == 2
-
-
-def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
-    none = Trackers((), tmp_path)
-    none.log({"step": 1, "loss": 2.0})
-    none.close()
-    assert not list(tmp_path.iterdir())

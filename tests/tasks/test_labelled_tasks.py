@@ -171,26 +171,6 @@ def test_a_row_becomes_texts(case: Case, purpose: Purpose) -> None:
     assert (example.input, example.targets[0]) == (case.input, case.target)
 
 
-class Reads(dict[str, Any]):
-    """A row that knows which of its columns were read."""
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.read: set[str] = set()
-
-    def __getitem__(self, column: str) -> Any:
-        self.read.add(column)
-        return super().__getitem__(column)
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_the_columns_are_those_that_are_read(name: str) -> None:
-    row = Reads(ROWS[name])
-    made(name, row)
-    assert row.read == set(TASKS[name].columns)
-    assert len(set(TASKS[name].columns)) == len(TASKS[name].columns)
-
-
 @pytest.mark.parametrize("name", TASKS)
 def test_each_label_has_its_word(name: str) -> None:
     labels = TASKS[name].labels

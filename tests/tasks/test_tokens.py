@@ -57,18 +57,6 @@ def test_training_examples_come_from_the_cache(
     np.testing.assert_array_equal(again.packed.example_X, first.packed.example_X)
 
 
-def test_progress_is_counted_in_examples(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    counted = {}
-
-    def count(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
-        listed = [*items]
-        counted[label] = (len(listed), total)
-        return iter(listed)
-
-    tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", count)
-    assert counted["tokenizing examples of mine"] == (40, 40)
-
-
 def test_other_rows_are_another_cache(task: Task, tokenizer: Tokenizer, tmp_path: Path) -> None:
     first = tokens.packed_task(task, None, tokenizer, LENGTHS, 0, tmp_path / "cache", quietly)
     path = tmp_path / "train.jsonl"
