@@ -196,24 +196,11 @@ def test_every_verb_that_reads_a_damaged_model_says_which_file(
 
 NO_RECORDS = {
     "half a record": b'{"step": 2, "neg_log',
-    "an array": b"[1, 2]",
-    "a number": b"12",
     "nothing": b"",
-    "spaces": b" \t ",
     "no step": b'{"loss": 1.0}',
-    "a step as text": b'{"step": "2", "loss": 1.0}',
-    "a list for a step": b'{"step": [2]}',
-    "a step with a fraction": b'{"step": 1.5}',
-    "a step of true": b'{"step": true}',
-    "a negative step": b'{"step": -1}',
-    "an infinite step": b'{"step": 1e999}',
     "a step of 5,000 digits": b'{"step": ' + b"9" * 5000 + b"}",
-    "5,000 digits elsewhere": b'{"step": 2, "loss": ' + b"9" * 5000 + b"}",
-    "nested lists": b'{"step": 2, "a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "bytes that are not UTF-8": b'{"step": 2, "a": "\xff\xfe"}',
     "NUL bytes": b"\0" * 4096,
     "control characters": bytes(range(1, 10)) + b"\x1b[2J",
-    "two records in a line": b'{"step": 1}{"step": 2}',
     "a line of 20 MB": b"x" * 20_000_000,
 }
 """Lines that hold no record of a step, by what they are."""

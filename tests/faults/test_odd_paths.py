@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from faults.command_line import KEYS, NO_PLACES, SOUND, Parameter, parameters, set_key
+from faults.command_line import KEYS, SOUND, Parameter, parameters, set_key
 from faults.harness import Done, Prepared, at_home_in, run
 
 FORGED = "error: forged"
@@ -161,12 +161,3 @@ def test_no_verb_prints_lines_that_the_name_of_a_folder_forges(sound: Path, tmp_
         for command in commands:
             absolute = [str(evil / word) if (evil / word).exists() or word == "made" else word for word in command]
             assert not (fault := wrong(run(*absolute))), f"{command}: {fault}"
-
-
-def test_every_verb_with_a_place_is_tried() -> None:
-    tried = {one.verb for one in parameters()}
-    assert tried == {verb for verb in SOUND if verb not in ("recipes list", "recipes explain")}
-    named = {str(one) for one in parameters()}
-    assert {"pretrain --out", "eval checkpoint", "report --html"} <= named
-    assert not NO_PLACES & {one.name for one in parameters()}
-    assert len(named) >= 45
