@@ -21,7 +21,7 @@ from typing import Any
 import fork_server
 import pytest
 import typer
-from blocks import ROOT, Block, Command, blocks_in, blocks_of, commands_of, overrides_in, pages
+from blocks import ROOT, Block, Command, blocks_of, commands_of, overrides_in, pages
 from terminal import in_terminal
 
 from switchcli.cli import app
@@ -166,26 +166,6 @@ def test_shell_blocks_have_the_language_bash() -> None:
             assert block.language not in ("sh", "shell", "console", "zsh"), f"{name}: write bash"
             assert block.language or "switchcli " not in block.text, f"{name}: write bash, or text for output"
             assert not re.search(r"^\$ ", block.text, re.MULTILINE) or block.language != "bash", f"{name}: no prompts"
-
-
-PAGE = """\
-# A page
-
-```bash
-switchcli pretrain quickstart/switch train.step=3   # a comment
-for e in 2 4; do switchcli pretrain quickstart/switch model.num_experts=$e --out runs/e$e --quiet; done
-switchcli recipes list | head -3 && switchcli plan switch-c --device 4 > plan.txt 2>&1
-torchrun -m switchcli pretrain quickstart/swich \\
-    train.seed=x
-```
-"""
-
-
-def test_faults_are_found() -> None:
-    (block,) = blocks_in(PAGE, "page.md")
-    commands = [*commands_of(block)]
-    assert [command.line for command in commands] == [4, 5, 6, 6, 7]
-    assert [bool(faults_of(command)) for command in commands] == [True, False, False, True, True]
 
 
 def test_the_page_for_users_of_other_tools_names_keys_that_exist_here_and_there() -> None:

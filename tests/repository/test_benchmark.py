@@ -51,21 +51,6 @@ def bench(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_every_verb_has_its_work_next_to_busy_processes(benchmark: Import, monkeypatch: pytest.MonkeyPatch) -> None:
-    busy = benchmark("busy")
-    monkeypatch.setattr(busy, "SECONDS", 0)
-    monkeypatch.setattr(busy, "ROWS", 16)
-    for work in set(busy.WORK) - {"pretrain --processes 2"}:  # which makes process groups
-        job = {**TINY, "section": "busy", "who": "switchcli", "work": work}
-        assert said(benchmark, busy.busy_contestant, job)[-1]["done"] == 1, work
-
-
-def test_two_ranks_take_turns_as_one_contestant(benchmark: Import) -> None:
-    job = {**TINY, "section": "busy", "who": "switchcli", "work": "pretrain --processes 2", "threads": 2}
-    with benchmark("turns").Live(job) as ranks:
-        assert ranks.turn()["done"] >= 1
-
-
 @pytest.mark.nightly
 @pytest.mark.skipif(find_spec("datasets") is None, reason="it compares with datasets")
 def test_texts_are_prepared_and_loaded_with_equal_numbers_of_tokens(benchmark: Import, tmp_path: Path) -> None:
@@ -123,17 +108,6 @@ def test_an_implementation_that_is_refused_or_not_read_gives_a_reason(benchmark:
             assert "\n" not in first["refused"]
     sdpa = said(benchmark, build, {**STEP, "experts": 1, "who": "transformers", "attention": "sdpa"})
     assert "refused" not in sdpa[0]
-
-
-def test_a_fault_of_our_own_is_not_a_refused_row(benchmark: Import) -> None:
-    def broken(job: dict[str, Any]) -> None:
-        raise ValueError("a bug")
-
-    assert said(benchmark, broken, {**STEP, "who": "transformers"}) == [
-        {"contestant": "transformers", "refused": "ValueError: a bug"}
-    ]
-    with pytest.raises(ValueError, match="a bug"):
-        said(benchmark, broken, {**STEP, "who": "switchcli"})
 
 
 def uneven_layer(benchmark: Import) -> dict[str, Any]:

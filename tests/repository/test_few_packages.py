@@ -142,13 +142,3 @@ def test_the_tests_for_a_gpu_run_where_few_packages_are_installed(file: str, few
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.mark.integration
-def test_pytest_reads_the_configuration_without_the_plugin_for_timeouts() -> None:
-    """`timeout` in pyproject.toml and its marker are pytest-timeout's; without it a test simply has no limit."""
-    file = "tests/training/test_schedules.py"
-    command = [sys.executable, "-m", "pytest", "-p", "no:timeout", "-p", "no:cacheprovider", "--collect-only", file]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_schedules.py" in done.stdout

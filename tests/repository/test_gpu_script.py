@@ -36,14 +36,6 @@ def test_the_list_names_every_row_of_the_table_with_minutes(tmp_path: Path) -> N
 
 
 @pytest.mark.integration
-def test_it_says_which_calls_there_are_none_of_and_that_there_is_no_gpu(tmp_path: Path) -> None:
-    assert script(tmp_path, "--dry-run", "--only", "nothing").returncode == 2
-    nothing_fits = script(tmp_path, *TINY, "--minutes", "0.1")
-    assert nothing_fits.returncode == 0, nothing_fits.stderr
-    assert not list((tmp_path / "results").glob("*.json"))
-
-
-@pytest.mark.integration
 def test_a_try_on_the_cpu_does_not_count_as_a_result_of_the_gpu(tmp_path: Path) -> None:
     only = ("--out", "results", "--only", "layer-8", "--dry-run")
     (tmp_path / "results").mkdir()
@@ -125,41 +117,3 @@ def test_its_tests_run_without_plugins_and_failures_have_a_reason(tmp_path: Path
         failed = json.loads((tmp_path / "none/all.json").read_text())
         assert {one["status"] for one in failed.values()} == {"failed"}
         assert "no CUDA device" in failed["layer-8"]["reason"]
-
-
-def test_the_largest_batch_is_found_whatever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is within an eighth, never above what fits, and 0 where even one unit does not fit."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
-    import gpu_device
-
-    for room in (0, 15, 16, 17, 100, 1000, 5000):
-        tried: list[int] = []
-
-        def fits(batch: int, room: int = room, tried: list[int] = tried) -> bool:
-            tried.append(batch)
-            return batch <= room
-
-        found = gpu_device.largest(fits, 16, 2048)
-        best = min(room, 2048) // 16 * 16
-        assert found % 16 == 0
-        assert found <= best
-        assert found >= best - max(16, best // 8)
-        assert len(tried) < 15
-
-
-def test_running_out_of_memory_is_told_from_other_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts/benchmarks"))
-    import gpu_device
-
-    cleaned: list[int] = []
-
-    def raising(error: RuntimeError) -> None:
-        raise error
-
-    cpu = torch.device("cpu")
-    for error in (torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
-        assert not gpu_device.attempt(lambda error=error: raising(error), lambda: cleaned.append(1), cpu)
-    assert gpu_device.attempt(lambda: None, lambda: cleaned.append(1), cpu)
-    assert len(cleaned) == 3
-    with pytest.raises(RuntimeError, match="a bug"):
-        gpu_device.attempt(lambda: raising(RuntimeError("a bug")), lambda: None, cpu)

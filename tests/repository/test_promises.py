@@ -1,7 +1,6 @@
 """Promises of pages: each names a test that proves it, exists, and runs by day."""
 
 import importlib
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,33 +78,3 @@ def test_every_promise_names_a_test_that_runs_by_day(name: str, at_least: int) -
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(list(promises(text))) >= at_least
     assert not list(faults(text))
-
-
-PROVED = "`tests/repository/test_promises.py::test_a_promise_without_a_test_is_found`"
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        (f"## What is promised\n\n- **Safe.** Always,\n  {PROVED}.\n- Sound: {PROVED}\n\n## Else\n\n- free", None),
-        (f"## What is promised\n| a | b |\n|---|---|\n| safe | {PROVED} |\n", None),
-        ("## What is promised\n\n- **Safe.** Always.\n", "3: names no test"),
-        ("## What is promised, and how\n| a | b |\n|---|---|\n| safe | by hand |\n", "4: names no test"),
-        (
-            "## What is promised\n\n- Safe: `tests/repository/test_promises.py::test_nothing`",
-            "::test_nothing",
-        ),
-        ("## What is promised\n\n- Safe: `tests/repository/test_promises.py::faults`", "is no test"),
-        ("## What is promised\n\n- Safe: `tests/gone.py::test_it`", "there is no tests/gone.py"),
-        (
-            "## What is promised\n\n- Slow: `tests/faults/test_stop_signals.py::"
-            "test_a_stop_by_any_signal_in_any_phase_saves`",
-            "are nightly",
-        ),
-    ],
-)
-def test_a_promise_without_a_test_is_found(text: str, fault: str | None) -> None:
-    found = list(faults(text))
-    assert [fault is not None and re.search(re.escape(fault), one) is not None for one in found] == (
-        [] if fault is None else [True]
-    )
