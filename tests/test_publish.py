@@ -85,25 +85,6 @@ def test_a_name_of_the_longest_kind_can_be_published(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
-def test_what_a_process_still_builds_stays(tmp_path: Path) -> None:
-    """The temporary folder itself may be older than a day, when a file deep in it is new."""
-    with publish.temporary_folder(tmp_path / "target") as folder:
-        (folder / "new").mkdir()
-        (folder / "new" / "file").write_text("begun")
-        pass_a_day(tmp_path)
-        (folder / "new" / "file").write_text("going on")
-        publish.remove_stale(tmp_path / "target")
-        assert (folder / "new" / "file").exists()
-
-
-def test_the_holder_of_a_lock_removes_what_a_kill_left_at_once(tmp_path: Path) -> None:
-    leave_behind(tmp_path / "target")
-    publish.remove_stale(tmp_path / "other", age=0)
-    assert len(names(tmp_path)) == 1
-    publish.remove_stale(tmp_path / "target", age=0)
-    assert names(tmp_path) == []
-
-
 def test_what_is_being_written_stays_and_what_a_kill_left_goes(tmp_path: Path) -> None:
     target, disk = tmp_path / "target", Disk(tmp_path)
 
@@ -205,18 +186,6 @@ def test_a_file_is_replaced_on_a_file_system_without_permissions(
     for text in ("old", "new"):
         publish.write_file(tmp_path / "page", text)
     assert (tmp_path / "page").read_text() == "new"
-
-
-def test_a_new_file_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "file"
-    publish.make_folder(path.parent)
-    publish.make_folder(path.parent)
-    publish.write_new(path, b"one")
-    publish.sync(path)
-    publish.sync(path.parent)
-    with pytest.raises(FileExistsError):
-        publish.write_new(path, b"two")
-    assert path.read_bytes() == b"one"
 
 
 def write_a_file(target: Path) -> None:
