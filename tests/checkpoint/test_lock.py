@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from messages import naming
 
-from switchcli.errors import CheckpointError, RecipeError
+from switchcli.errors import CheckpointError
 from switchcli.system.lock import lock
 
 HOLD = """
@@ -76,14 +76,6 @@ def test_a_holder_that_has_not_written_its_name_is_refused_all_the_same(tmp_path
         (tmp_path / "run.lock").write_text("{}\n")
         with pytest.raises(CheckpointError, match=naming("run.lock", "wait", "--out")), lock(tmp_path):
             pass
-
-
-def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").touch()
-    with pytest.raises(RecipeError, match=r"mine\.yaml: .*file.*--out"), lock(tmp_path / "mine.yaml"):
-        pass
-    with pytest.raises(CheckpointError, match="--out"), lock(tmp_path / "mine.yaml" / "run"):
-        pass
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

@@ -42,7 +42,6 @@ def warnings(
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, [], "4 train.microbatch_tokens"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, [], "1.0 train.clip_norm"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, [], "INDUCTOR train.compile"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "1"}, [], "train.precision parallel.shard"),
     ],
 )
 def test_what_accelerate_asks_for_and_the_recipe_does_not_is_said_in_one_line(
@@ -62,7 +61,6 @@ def test_what_accelerate_asks_for_and_the_recipe_does_not_is_said_in_one_line(
     [
         ({}, []),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["train.precision=selective"]),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["train.precision=bfloat16"]),
         ({"ACCELERATE_USE_FSDP": "true"}, ["parallel.shard=zero3"]),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}, []),
     ],

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from switchcli.errors import RecipeError
-from switchcli.training.trackers import Trackers, check_usable
+from switchcli.training.trackers import Trackers
 
 
 def test_tensorboard_writes_each_figure_at_its_step(tmp_path: Path) -> None:
@@ -20,11 +17,3 @@ def test_tensorboard_writes_each_figure_at_its_step(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"neg_log_perplexity", "held_out/neg_log_perplexity"}
     assert [(one.step, one.value) for one in events.Scalars("neg_log_perplexity")] == [(10, -1.0), (20, -2.0)]
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_package_is_a_recipe_error_with_the_way_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"accelerate.utils.is_{name}_available", lambda: False)
-    with pytest.raises(RecipeError, match=rf"log.trackers: {name} .*pip install 'switchcli\[{name}\]'") as raised:
-        check_usable((name,))
-    assert raised.value.exit_code == 2

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate, generate_columns
+from switchcli.model.generation import generate
 from switchcli.model.kv_cache import INITIAL_CAPACITY
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.transformer import SwitchTransformer
@@ -112,19 +112,6 @@ def test_the_cache_grows() -> None:
     assert generate(model, inputs_BS, Decoding(max_tokens=length)).tolist() == [
         uncached(model, inputs_S, length) for inputs_S in inputs_BS
     ]
-
-
-def test_the_steps_are_the_columns_of_the_answer_and_are_made_when_they_are_asked_for() -> None:
-    model = a_model(SPEC, 7)
-    made: list[int] = []
-    model.decoder.register_forward_hook(lambda *_: made.append(1))
-    inputs_BS = some_inputs(4, 7)
-    columns = []
-    for number, column_B in enumerate(generate_columns(model, inputs_BS, Decoding(max_tokens=9)), start=1):
-        columns.append(column_B)
-        assert len(made) == number
-        assert torch.is_grad_enabled()
-    assert torch.equal(torch.stack(columns, dim=1), generate(model, inputs_BS, Decoding(max_tokens=9)))
 
 
 @pytest.mark.parametrize("beams", [1, 3])

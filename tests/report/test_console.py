@@ -124,11 +124,6 @@ def test_lines_fit_the_plain_width_and_stay_in_column() -> None:
     assert nan[-1].split() == ["4/1000", "1.0000", *"-----"]
 
 
-def test_the_heading_comes_again() -> None:
-    lines = logged(*({**DENSE, "step": float(step)} for step in range(1, 42)))
-    assert [index for index, line in enumerate(lines) if "grad norm" in line] == [1, 22, 43]
-
-
 def test_the_time_of_the_run_is_estimated_once_it_is_measured() -> None:
     unknown = {**DENSE, "step": 1.0, "seconds_left": float("nan")}
     lines = logged(unknown, {**DENSE, "step": 2.0}, {**DENSE, "step": 3.0})
