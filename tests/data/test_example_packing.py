@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switchcli.data.objectives import example_packing
 from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, pack_as_given, store_from_texts
 from switchcli.spec import EOS, PAD
 
@@ -61,6 +62,13 @@ def test_short_examples_fill_the_rows(length: int) -> None:
     whole = packed([(length, 0)] * 300)
     inputs, _ = whole.rows(np.arange(whole.num_rows))
     assert (inputs != PAD).mean() > 0.95
+
+
+def test_of_too_many_open_rows_the_fullest_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example_packing, "OPEN_ROWS", 4)
+    whole = packed([(7, 0), (3, 0)] * 200)
+    inputs, _ = whole.rows(np.arange(whole.num_rows))
+    assert (inputs != PAD).mean() > 0.9, "0.87 if it were the emptiest"
 
 
 def test_another_seed_packs_otherwise_and_the_same_seed_the_same() -> None:

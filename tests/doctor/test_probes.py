@@ -389,3 +389,16 @@ def test_the_figures_are_those_of_a_direct_measurement() -> None:
     assert found.value == pytest.approx(confidence, rel=1e-5)
     assert f"entropy {entropy:.2f}" in found.measured
     assert result(subject, "router balance").value == pytest.approx(balance, rel=1e-5)
+
+
+@pytest.mark.parametrize("kept_from", range(8))
+def test_a_crowded_text_crowds_the_expert_that_biases_choose(kept_from: int) -> None:
+    """Its tokens choose one expert, also where the gates of another are larger, from which a bias keeps all tokens."""
+    subject = ours(num_experts=8, router={"gate": "sigmoid", "balance": "bias"})
+    bias_E = -10.0 * F.one_hot(torch.tensor(kept_from), 8)
+    for router in subject.routers:
+        assert isinstance(router, RouterWeights)
+        assert router.bias is not None
+        router.bias.copy_(bias_E)
+    gates_GNE = subject.forward(texts.crowded_source(subject)).calls[0].logits_GNE.sigmoid()
+    assert len((gates_GNE + bias_E).argmax(-1).unique()) == 1

@@ -11,7 +11,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.moe import dispatch
 from switchcli.model.moe.dispatch import LocalDispatcher, filled_slots
 from switchcli.model.moe.layer import SwitchLayer
-from switchcli.model.moe.router import SwitchRouter
+from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
 
 NUM_GROUPS, NUM_TOKENS, NUM_EXPERTS, WIDTH, HIDDEN = 3, 10, 4, 6, 7
 
@@ -87,3 +87,29 @@ def test_empty_slots_are_not_sent_and_tokens_travel_in_the_precision_of_the_prod
     assert rounded_AD.dtype == y_GND.dtype == torch.bfloat16
     assert rows.weight_A.dtype == torch.float32
     assert torch.equal(rounded_AD, sent_AD.bfloat16())
+
+
+def test_rows_beyond_the_filled_slots_belong_to_the_last_expert_and_have_no_weight() -> None:
+    """Off the CPU the filled slots are not counted. A grouped product leaves rows of no expert uninitialized."""
+    layer, x_GND = a_layer(1.25), some_tokens().view(NUM_GROUPS, NUM_TOKENS, WIDTH)
+    routing = layer.router_spec.assign(
+        layer.router(x_GND), torch.ones(NUM_GROUPS, NUM_TOKENS, dtype=torch.bool), "training"
+    )
+    counted, foreseen = (filled_slots(routing, NUM_TOKENS, exact=exact) for exact in (True, False))
+    num_rows = len(counted.source_A)
+    assert num_rows < len(foreseen.source_A) == foreseen.end_E[-1]
+    assert torch.equal(foreseen.end_E[:-1], counted.end_E[:-1])
+    assert torch.equal(foreseen.weight_A[:num_rows], counted.weight_A)
+    assert not foreseen.weight_A[num_rows:].any()
+
+
+@pytest.mark.parametrize(
+    ("router", "places"), [(SwitchRouter(), 1), (TopKRouter(k=2), 2), (NoTokenLeftBehindRouter(k=4), 1)], ids=str
+)
+def test_no_more_rows_are_foreseen_than_tokens_can_fill(router: RouterSpec, places: int) -> None:
+    """Where rows are not counted, those foreseen are computed."""
+    logits_GNE, real_GN = torch.randn(3, 20, 8), torch.ones(3, 20, dtype=torch.bool)
+    for mode in ("training", "paper", "dropless"):
+        routing = router.assign(logits_GNE, real_GN, mode)
+        assert routing.max_filled_slots == 3 * min(8 * routing.token_GEC.shape[2], 20 * places)
+        assert (routing.token_GEC < 20).sum() <= routing.max_filled_slots
