@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from messages import lacking
@@ -11,7 +12,6 @@ from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
-from switchcli.report.console import Console
 from switchcli.report.program import program_name
 from switchcli.runs.inputs import loading
 
@@ -79,12 +79,12 @@ def test_a_reader_takes_a_newer_checkpoint_where_the_run_has_just_removed_the_on
     shutil.copytree(trained, run)
     monkeypatch.chdir(tmp_path)
 
-    def found(path: Path, console: Console) -> Checkpoint:
+    def found(*place: Any) -> Checkpoint:
         """The first time it is gone as soon as it was found; then there is one again."""
         if aside.exists():
             shutil.move(aside, run / "checkpoints" / "step-00000002")
-            return find(path, console)
-        gone = find(path, console)
+            return find(*place)
+        gone = find(*place)
         shutil.move(gone.path, aside)
         return gone
 

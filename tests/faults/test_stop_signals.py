@@ -56,7 +56,7 @@ PHASES = {
     "evaluation": Phase("pretrain", ValidationCallback, "__call__", (1, 2)),
     "teacher is asked": Phase("distill", Teacher, "predict", (5, 3, 7)),
     "answers to tasks": Phase("finetune", SwitchTransformer, "encode", (2, 5)),
-    "samples at the end": Phase("pretrain", ending, "answer_texts", (1,), NOTHING),
+    "samples at the end": Phase("pretrain", ending, "generate", (1,), NOTHING),
 }
 
 
