@@ -55,9 +55,9 @@ class RunFolder:
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
         for source in sources:
-            with suppress(OSError):  # of a path that cannot be read, as its reader says
-                before_stars = Path(re.split("[*?[]", source)[0])
-                if "://" not in source and expanded(before_stars).resolve().is_relative_to(self.path.resolve()):
+            with suppress(OSError, RuntimeError):  # its reader explains a path that cannot be resolved
+                folder = Path(re.split("[*?[]", source)[0] + "*").parent  # of the first part with a star
+                if "://" not in source and expanded(folder).resolve().is_relative_to(self.path.resolve()):
                     raise RecipeError(
                         f"--out {self.path}: holds {source}, which the run reads: give another folder by --out"
                     )

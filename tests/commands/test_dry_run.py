@@ -73,3 +73,19 @@ def test_a_run_is_not_written_into_a_folder_that_it_reads(
         done = switchcli("pretrain", recipe, own, "--out", out, *option)
         assert (done.code, sorted(Path().rglob("*"))) == (2, before)
         assert not lacking(done.err, f"error: --out {out} {paths}")
+
+
+def test_each_language_of_a_corpus_is_opened(recipe: str, switchcli: SwitchCLI) -> None:
+    Path("de.txt").write_text("Eine Zeile.\n" * 99)
+    corpus = "data.corpora=[{kind: files, paths: ['{language}.txt'], languages: [de, fr]}]"
+    missing = switchcli("pretrain", recipe, corpus, "--dry-run")
+    assert (missing.code, lacking(missing.err, "fr.txt")) == (3, []), missing.err
+    Path("fr.txt").write_text("Une ligne.\n" * 99)
+    assert switchcli("pretrain", recipe, corpus, "data.mixture.kind=weighted", "--dry-run").code == 0
+
+
+def test_a_run_may_lie_beside_files_that_begin_with_its_name(recipe: str, switchcli: SwitchCLI) -> None:
+    Path("wiki1.txt").write_text("".join(f"A line of text, number {n}.\n" for n in range(512)))
+    corpus = "data.corpora=[{kind: files, paths: ['wiki*.txt'], sample_by: line}]"
+    done = switchcli("pretrain", recipe, corpus, "train.steps=1", "--out", "wiki", "-q")
+    assert done.code == 0, done.err

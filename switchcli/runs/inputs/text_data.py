@@ -1,6 +1,7 @@
 """The data of a run on plain text. With a stream, only its held-out text is prepared."""
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from switchcli.data.batch import Batch
@@ -31,9 +32,10 @@ class TextRunData(RunData):
             tokenizer = named.load()
         if tokenizer is not None:
             check_tokenizer_fits(recipe, tokenizer)
-        for corpus in recipe.data.corpora:
+        corpora = [*chain.from_iterable(recipe.data.texts().values())]
+        for corpus in corpora:
             next(corpus.documents())  # raises an error if there is none
-        sizes = [shard.size for _, shard in source_shards_of(recipe.data.corpora)]
+        sizes = [shard.size for _, shard in source_shards_of(corpora)]
         if None in sizes:
             return None
         epochs_per_step = recipe.train.batch_tokens * text_sets.BYTES_PER_TOKEN / sum(filter(None, sizes))
