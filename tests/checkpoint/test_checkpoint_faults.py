@@ -286,3 +286,21 @@ def test_a_folder_that_may_not_be_written_to(tmp_path: Path) -> None:
     finally:
         tmp_path.chmod(0o755)
     assert is_intact(newest(tmp_path, pytest.fail), 4)
+
+
+def swap(one: Path, two: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    two.rename(one)
+    aside.rename(two)
+
+
+def test_swapped_files_and_steps_are_detected(tmp_path: Path) -> None:
+    one, two = save_step(tmp_path, 4), save_step(tmp_path, 8)
+    swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
+        newest(tmp_path, ignore)
+    swap(one / "model-00000.safetensors", two / "model-00000.safetensors")
+    swap(one, two)
+    with pytest.raises(CheckpointError, match=naming("step-00000004", "step-00000008", "--out")):
+        newest(tmp_path, ignore)

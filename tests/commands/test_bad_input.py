@@ -15,6 +15,7 @@ from bad_inputs import CASES, CHECKPOINT, FILES, RECIPE, corpus, lay_out_bad
 from messages import lacking
 from tiny_run import SwitchCLI
 
+from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.recipe import library
 
 
@@ -205,3 +206,27 @@ def test_fewer_steps_than_were_taken_are_refused(begun: str, switchcli: SwitchCL
     assert re.fullmatch(r"error: .*\n", done.err)
     assert not lacking(done.err, "train.steps 1 2 --no-resume")
     assert Path("a/result.json").read_text() == before
+
+
+def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
+    done = switchcli("pretrain", recipe)
+    assert (done.code, done.out) == (CHECKPOINT, "")
+    assert re.fullmatch(r"reading text .*\nerror: text\.txt/cache: Not a directory.*\bSWITCHCLI_CACHE\b.*\n", done.err)
+
+
+@pytest.mark.integration
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(begun: str, switchcli: SwitchCLI) -> None:
+    command = ("pretrain", begun, "train.steps=3", "--out", "a")
+    assert switchcli(*command).code == 0
+    path = Path("a/checkpoints/step-00000003/optimizer-00000.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = switchcli(*command)
+    assert done.code == 0
+    lines = done.err.splitlines()
+    (number,) = [number for number, line in enumerate(lines) if line.startswith("warning: ")]
+    assert "optimizer-00000.safetensors" in lines[number]
+    assert not lacking("\n".join(lines[number + 1 :]), "2 3")
+    assert Checkpoint.open(Path("a/checkpoints/step-00000003")).step == 3

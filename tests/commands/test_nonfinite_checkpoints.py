@@ -86,3 +86,11 @@ def test_weights_whose_products_overflow_give_no_score(bad: Path, switchcli: Swi
     assert (done.code, json.loads(done.out, parse_constant=pytest.fail)["exit_code"]) == (5, 5), done.err
     assert not lacking(done.err, "held-out loss nan")
     assert not Path("new").exists()
+
+
+@pytest.mark.integration
+def test_upcycling_refuses_a_weight_that_is_not_finite(dense: Path, bad: Path, switchcli: SwitchCLI) -> None:
+    shutil.copytree(dense, "dense")
+    spoil(Path("dense"), "embedding", float("inf"))
+    assert switchcli("upcycle", "dense", "new", "--experts", "2").code == 5
+    assert not Path("new").exists()

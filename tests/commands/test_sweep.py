@@ -451,3 +451,13 @@ def test_a_list_that_ships_is_found_by_its_name_from_any_folder(
     assert done.code == 0, done.err
     assert done.out.count("\n") >= 2
     assert switchcli("sweep", "paper/table1/smal.runs", "--print").code == 2
+
+
+def test_a_sweep_in_the_current_folder_knows_its_runs_by_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for argument, name in (("./one", "one"), (f"{tmp_path}/one@3", "one"), ("quickstart/dense", None), ("one", None)):
+        assert sweep_list.named_run(argument, Path()) == name
+    needy = sweep_list.SweepRun("two", ("finetune", "x", "--model", f"{tmp_path}/one"))
+    assert sweep_list.needed_runs(needy, Path()) == ["one"]

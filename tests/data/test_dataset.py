@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from cpu_ratio import cpu_ratio
 from hypothesis import given
 from hypothesis import strategies as st
 from messages import naming_words
@@ -240,3 +241,13 @@ def test_less_than_a_row_is_refused_by_name(
 ) -> None:
     with pytest.raises(DataError, match=naming_words(words)):
         TokenDataset([*map(TokenShard.of, stores(text))], rows, 0, "de")
+
+
+def test_a_row_of_the_millionth_epoch_is_had_as_soon_as_the_first() -> None:
+    def read(epoch: int) -> None:
+        opened = Opened(2000, [40] * 25)
+        found = TokenDataset(opened.shards, CORRUPTION, 0)
+        found.raw_rows(epoch * found.rows_per_epoch + np.arange(8))
+        assert 1 <= len(opened.opened) <= 2, "of its window alone"
+
+    assert cpu_ratio(lambda: read(10**6), lambda: read(0)) < 5

@@ -2,7 +2,10 @@
 
 import itertools
 import os
+import platform
 import re
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,12 +13,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import on_ranks
-from tiny_model import a_model
+from ranks import model_of, on_ranks
+from tiny_model import SPARSE, a_model, rows
 
 from switchcli.distributed import context as contexts
-from switchcli.distributed.context import DistributedContext
+from switchcli.distributed.context import DistributedContext, HostCopy
+from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import CheckpointError, DistributedError, SwitchError
+from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loss import cross_entropy
+from switchcli.training.microbatches import Microbatch, RealTokens
 
 
 def two_ranks() -> dict[str, Any]:
@@ -113,6 +120,7 @@ def test_the_first_difference_among_ranks_has_its_name_and_its_lowest_rank() -> 
 
 def without_an_answer(folder: Path) -> str:
     """What the first rank raises if the second does not answer: within the time of a step, before that one gives up."""
+    contexts.join_ranks("cpu")
     contexts.STEP_TIMEOUT = timedelta(seconds=10)
     context = DistributedContext("cpu", "float32")
     if context.rank:
@@ -132,3 +140,67 @@ def without_an_answer(folder: Path) -> str:
 
 def test_a_rank_that_does_not_answer_is_given_up_after_the_time_of_a_step(tmp_path: Path) -> None:
     assert on_ranks(2, without_an_answer, tmp_path) == ["LostRankError", ""]
+
+
+def test_a_number_on_its_way_to_the_host_is_read_once_it_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a CUDA scalar: the event is recorded behind the copy, and waited for before it is read."""
+    calls: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+    class Scalar:
+        is_cuda = True
+
+        def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+            calls.append(f"copy to {device}{', without a wait' * non_blocking}")
+            return torch.tensor(0.5)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    copy = HostCopy(Scalar())  # type: ignore[arg-type]
+    assert calls == ["copy to cpu, without a wait", "record"]
+    assert float(copy) == 0.5
+    assert calls[2:] == ["wait"]
+    assert float(HostCopy(torch.tensor(0.25))) == 0.25
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_freed_tensors_memory_serves_the_next_without_new_pages() -> None:
+    """In the main thread of a process of its own, as in a run: of other threads' memory glibc keeps less."""
+    script = """
+import resource
+import torch
+from switchcli.distributed.context import DistributedContext
+DistributedContext("cpu", "float32")
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**24)
+before = faults()
+for _ in range(10): torch.ones(2**24)
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2**14  # 64 MiB: the pages of one of them
+
+
+def steps_of_shards() -> list[int]:
+    """Hooks on the weight that a sharded model returns with its output, after each of three steps."""
+    torch.set_num_threads(1)
+    context = DistributedContext("cpu", "float32", ParallelSpec(shard="zero3"))
+    model, found = model_of(SPARSE, context)[0], []
+    for step in range(3):
+        batch = rows(step, 0, 2)
+        microbatches = [Microbatch(0, batch, RealTokens.of(batch))]
+        accumulate_gradients(model.train(), cross_entropy, microbatches, microbatches[0].real, context, "")
+        with torch.no_grad():
+            found.append(len(model(*rows(step, 0, 2)[:2]).vocabulary.weight_VD._backward_hooks or ()))
+    return found
+
+
+@pytest.mark.integration
+def test_no_hooks_pile_up_on_the_weight_of_the_softmax() -> None:
+    assert on_ranks(2, steps_of_shards) == [[0, 0, 0]] * 2

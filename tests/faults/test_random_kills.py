@@ -1,6 +1,7 @@
 """Kills at random moments, one and several in a row, of a run of one process and of one of two ranks: the run ends as
 if there had been none."""
 
+import itertools
 import os
 import random
 import signal
@@ -61,9 +62,10 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
         done = run(*words, straight := tmp_path / "straight")
         seconds = time.monotonic() - began
         assert done.code == 0, done.said
-        struck = 0
-        for trial in range(row.trials):
-            out = tmp_path / str(trial)
+        folders = itertools.count()
+        trials = 0
+        while trials < row.trials:  # only a run that was struck counts: a busy machine may have been slower at first
+            out, struck = tmp_path / str(next(folders)), 0
             for _ in range(row.kills):
                 done = run(*words, out, within=kill_after(draw.uniform(0, seconds), row.ranks, out, draw.choice))
                 assert done.code in (0, KILLED if row.ranks == 1 else DEAD_RANK), done.said
@@ -73,4 +75,4 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(
             assert done.code == 0, done.said
             assert fingerprint(out) == fingerprint(straight)
             assert not leftovers(out)
-        assert struck
+            trials += struck > 0

@@ -11,7 +11,7 @@ from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.model.sampling import pick
+from switchcli.model.sampling import UniformDraws, pick
 from switchcli.spec import PAD
 
 
@@ -130,3 +130,16 @@ def test_nearly_no_temperature_is_greedy() -> None:
     model, inputs_BS = a_model(SPEC, 7), some_inputs(7, 3)
     coldest = Decoding(max_tokens=9, temperature=1e-30, top_p=0.5)
     assert torch.equal(generate(model, inputs_BS, coldest), generate(model, inputs_BS, Decoding(max_tokens=9)))
+
+
+def test_the_draws_are_uniform_and_each_rows_own() -> None:
+    draws = UniformDraws(3, 0, 300)
+    drawn_TB = torch.stack([draws.next() for _ in range(100)])
+    assert drawn_TB.min() >= 0.0
+    assert drawn_TB.max() < 1.0
+    share_10 = (drawn_TB * 10).long().flatten().bincount(minlength=10) / drawn_TB.numel()
+    assert (share_10 - 0.1).abs().max() < 0.01  # six sigma
+    assert (torch.corrcoef(drawn_TB[:, :20].T) - torch.eye(20)).abs().max() < 0.5
+    assert len(drawn_TB.unique()) == drawn_TB.numel()
+    later = UniformDraws(3, 7, 2)
+    assert torch.equal(later.next(), drawn_TB[0, 7:9])

@@ -151,3 +151,18 @@ def test_float64_is_computed_in_float64_on_a_cpu(D: int, F: int, activation: Lit
     expected = y_AD, *torch.autograd.grad(y_AD.square().sum(), needed)
     y_AD = layer(x_AD, ends(counts), None)
     torch.testing.assert_close((y_AD, *torch.autograd.grad(y_AD.square().sum(), needed)), expected)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("cache", WAYS.values(), ids=WAYS)
+def test_the_rows_of_frozen_experts_are_not_kept(learns: bool, cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "CPU_CACHE", cache)
+    layer = a_stack(2).requires_grad_(learns)
+    x_AD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y_AD = layer(x_AD, ends([2, 4]), None)
+    assert any(tensor.shape == x_AD.shape for tensor in kept) == learns
+    y_AD.sum().backward()
+    assert x_AD.grad is not None
+    assert all((weight.grad is not None) == learns for weight in layer.parameters())

@@ -14,6 +14,7 @@ from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention import flex_attention as torch_flex
 
 from switchcli.data.batch import Batch
+from switchcli.distributed.context import DistributedContext
 from switchcli.model.attention import KeyValue, RelativePositionBias, attend, padding_bias
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
@@ -150,3 +151,18 @@ def test_a_compiled_model_with_flex_attention_has_the_gradients_of_the_other(
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert float(fast.encoder.position_bias.weight.grad.abs().max()) > 0.001
         assert int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == 4
+
+
+def test_only_compiled_training_on_cuda_that_need_not_repeat_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[bool] = []
+    monkeypatch.setattr("switchcli.distributed.context.compile_blocks", lambda model, flex: chosen.append(flex))
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *arguments: None)
+    model = a_model(WIDE)
+    for device in ("cpu", "cuda"):
+        context = DistributedContext("cpu", "float32")
+        monkeypatch.setattr(torch, "ones", lambda *arguments, **keywords: None)
+        context.device = torch.device(device)
+        context.compile(model)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    context.compile(model)
+    assert chosen == [False, True, False]

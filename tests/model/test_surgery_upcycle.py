@@ -129,3 +129,14 @@ def test_noise_is_relative_and_each_experts_own() -> None:
         assert torch.equal(weight[0], weight[1])
         assert not torch.equal(added[0], added[1])
         assert float(added[0].std() / weight[0].square().mean().sqrt()) == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_seed_is_that_of_the_routers() -> None:
+    spec = ModelSpec(**LARGE, num_experts=3, router=TopKRouter())
+    first, again, other = (logical_tensors(upcycled(spec, seed=seed)) for seed in (0, 0, 1))
+    differing = {name for name, weight in first.items() if not torch.equal(weight, other[name])}
+    assert differing == {name for name in first if name.endswith("router.weight")}
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    fresh = SwitchTransformer(spec)
+    initialize(fresh, 0)
+    assert all(torch.equal(logical_tensors(fresh)[name], first[name]) for name in differing)

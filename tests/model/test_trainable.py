@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from test_flops import on_meta, shapes
 from tiny_model import DENSE, SPARSE, a_model, rows, step_total
@@ -95,3 +96,15 @@ def test_frozen_weights_have_no_products_for_their_gradients() -> None:
     vocabulary = 2 * 8 * rows(0, 0, 8).targets_BT.shape[1] * SPARSE.d_model * SPARSE.vocab_size
     assert flops("all") - flops("dense_feed_forward") > vocabulary
     assert flops("all") - flops("expert") > vocabulary
+
+
+@pytest.mark.parametrize(("group", "fused"), [("all", 2), ("non_expert", 2), ("expert", 6), ("dense_feed_forward", 6)])
+def test_attention_is_fused_where_positions_do_not_learn(
+    group: TrainableSet, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or attention(*a, **k))
+    model = a_model(SPARSE)
+    freeze(model, group)
+    model(*rows(0, 0, 2))
+    assert len(calls) == fused  # of 2 blocks a stack: all six, or cross-attention alone

@@ -15,7 +15,7 @@ from switchcli.report.comparison import compare
 from switchcli.report.run_report import Report, quality_table, tables, to_json
 from switchcli.report.runs import Curve, Run
 from switchcli.report.series import by_seed, group_by_recipe
-from switchcli.report.significance import Verdict, gain
+from switchcli.report.significance import Verdict, gain, t_95
 
 
 def a_made_run(
@@ -332,3 +332,16 @@ def test_smoothed_values_are_of_the_same_evaluations() -> None:
     found = compare(group_by_recipe([even, uneven]), None, None, 2)
     assert (found.window, found.common_step) == ((40, 60), 50), "(70, 90) has the mean step of (60, 100), not its steps"
     assert compare(group_by_recipe([even, uneven]), None, None, 3).rows[1].verdict == Verdict.NO_COMMON_STEP
+
+
+@pytest.mark.parametrize("freedom", [1, 1.5, 2, 5, 20, 21, 40, 1000])
+def test_the_bounds_of_students_t_hold_95_percent(freedom: float) -> None:
+    """Integrate the density, with t = tan(angle): the integrand is cos(angle) ** (freedom - 1)."""
+    bound = np.arctan(t_95(freedom) / freedom**0.5)
+    weights = np.array([1, *([4, 2] * 2000)[:-1], 1])
+
+    def integral(end: float) -> float:
+        angles = np.linspace(0, end, len(weights))
+        return float((np.cos(angles) ** (freedom - 1) * weights).sum() * end)
+
+    assert integral(bound) / integral(np.pi / 2) == pytest.approx(0.95, abs=5e-5)

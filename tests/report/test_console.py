@@ -354,3 +354,8 @@ def test_a_terminal_has_a_bar_for_each_run_of_several_threads(terminal: Terminal
         terminal.wait_for("run 0: loss 1.5000", "run 1: loss 1.5000", "5/10")
         seen.set()
         list(runs)
+
+
+def test_the_heading_comes_again() -> None:
+    lines = logged(*({**DENSE, "step": float(step)} for step in range(1, 42)))
+    assert [index for index, line in enumerate(lines) if "grad norm" in line] == [1, 22, 43]

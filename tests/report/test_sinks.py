@@ -1,6 +1,7 @@
 import math
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +179,20 @@ def test_records_are_not_appended_to_a_file_that_has_another_name_too(tmp_path: 
     sink.write({"step": 2})
     assert victim.read_text() == '{"step": 1}\n'
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.integration
+def test_the_memory_of_a_rewind_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with path.open("wb") as file:
+        for step in range(1, 10_001):
+            file.write(b'{"step": %d, "note": "%s"}\n' % (step, b"x" * 2000))
+        file.write(b"\0" * 1_000_000)
+    tracemalloc.start()
+    try:
+        JsonLines(path).rewind(9_999)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(records_of(path)) == 9_999
+    assert peak < 8 * 10**6  # a few copies of the longest line; the file has 20 MB

@@ -568,3 +568,26 @@ def test_what_the_table_says_is_to_be_touched_is_enough(
     assert len(tree.touched) == row.num_files
     assert [path for path in tree.touched if not any(fnmatch(path, pattern) for pattern in row.patterns)] == []
     perform(tree, use, here)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("switchcli/tasks/other.py", "from switchcli.tasks.glue import TASKS\n"),
+        ("switchcli/tasks/other.py", "from switchcli.tasks.text_metrics import METRICS\n"),
+        (
+            "switchcli/tasks/other.py",
+            'from switchcli.tasks.suites import Suite\n\nSUITES = (Suite("rte", ("rte",)),)\n',
+        ),
+    ],
+    ids=["task", "metric", "suite"],
+)
+def test_two_definitions_of_one_name_are_an_error(path: str, text: str, here: Path, tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    tree.create(path, text)
+
+    def use(run: Fork) -> None:
+        with pytest.raises(AssertionError, match="name"):
+            importlib.import_module("switchcli.tasks.registry")
+
+    perform(tree, use, here)

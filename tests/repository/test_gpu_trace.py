@@ -68,3 +68,14 @@ def test_the_trace_finds_what_is_planted_and_nothing_else(tmp_path: Path) -> Non
     planted = json.loads((tmp_path / "planted.json").read_text())["figures"]
     assert len(planted) == 8
     assert all(planted.values())
+
+
+PAGE = ROOT / "docs/concepts/gpu-trace.md"
+
+
+def test_the_page_lists_what_is_replaced() -> None:
+    from fake_gpu import REPLACED
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert all(f"| {' | '.join(replaced)} |" in text for replaced in REPLACED)
+    assert len(text.splitlines()) <= 120

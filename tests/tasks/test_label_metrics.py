@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cpu_ratio import cpu_ratio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -200,3 +201,19 @@ def test_any_text_has_a_score_within_bounds(metric: Metric, data: st.DataObject)
     # Units drawn again, each as often as the others and in any order, are the same answers.
     again = np.random.default_rng(0).permutation(np.repeat(units, 3, axis=0))
     assert metric.combine(again) == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("metric", ALL, ids=lambda metric: metric.name)
+def test_a_bootstrap_takes_seconds(metric: Metric) -> None:
+    rng = np.random.default_rng(1)
+    numbers = metric in (PEARSON, SPEARMAN)
+    said = [f"{value:.1f}" if numbers else "np"[int(value > 0)] for value in rng.normal(size=5000)]
+    units = metric.measure(
+        [AnsweredExample(Example("", (said[place - 7],), label="True"), said[place]) for place in range(5000)]
+    )
+    assert len(units) == 5000
+    drawn = [units[rng.integers(5000, size=5000)] for _ in range(50)]
+    assert np.std([*map(metric.combine, drawn)]) < 5
+    # A thousand draws take seconds if one takes as long as a few sorts, and not as long as a loop over its answers.
+    ratio = cpu_ratio(lambda: [*map(metric.combine, drawn)], lambda: [np.sort(one, axis=0) for one in drawn])
+    assert ratio < 10

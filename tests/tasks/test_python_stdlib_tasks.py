@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -158,3 +160,12 @@ def test_the_functions_of_this_python() -> None:
         [function] = ast.parse(row["source"]).body
         assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         assert row["summary"] not in row["source"]
+
+
+@pytest.mark.integration
+def test_naming_the_tasks_is_fast() -> None:
+    """No metric library is imported, and no file of the library is read, before the first answer or row."""
+    names = "stdlib_tasks, question_answering, summarization_translation, scores, suites"
+    script = f"import sys\nfrom switchcli.tasks import {names}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"sacrebleu", "rouge_score", "nltk", "torch", "datasets", "tokenizers"} & set(done.stdout.split())

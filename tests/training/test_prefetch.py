@@ -1,7 +1,9 @@
 """Loader: microbatches in the order of the steps, two steps ahead at most, errors at their step."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -73,3 +75,24 @@ def test_an_error_comes_out_at_its_step_and_not_before() -> None:
             assert len(next(coming)[1]) == 4
         with pytest.raises(DataError, match="step 5: the file was cut"):
             next(coming)
+
+
+def test_closing_waits_for_what_is_under_way_and_begins_no_more() -> None:
+    go = threading.Event()
+    noted = Noted(go)
+    loader = a_loader(noted)
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # where the loader closes before this thread has asked for the step after
+            next(loader.from_step(0, STEPS))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not noted.steps:
+        time.sleep(0.001)
+    threading.Timer(0.05, go.set).start()
+    loader.__exit__(None, None, None)
+    assert noted.made == [0]
+    asking.join(30)
+    assert noted.steps == [0]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]

@@ -22,6 +22,14 @@ from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import sparse_layers
+from switchcli.model.moe.router import (
+    ExpertChoiceRouter,
+    NoTokenLeftBehindRouter,
+    Policy,
+    Router,
+    SwitchRouter,
+    TopKRouter,
+)
 from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
@@ -155,3 +163,48 @@ def test_the_model_is_as_it_was_and_nobody_watches_it_afterwards(context: Distri
     assert seen == list(BOTH.sparse_layer_names())
     assert torch.equal(model(*batch).logits_BTV, alone)
     assert len(seen) == 4  # not told of the pass that nobody watched
+
+
+ROUTERS: dict[str, tuple[Router, Router | None]] = {
+    "switch": (SwitchRouter(eval_capacity_factor=0.5, min_capacity=1), None),
+    "batch-prioritised": (
+        SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, overflow="probability"),
+        SwitchRouter(),
+    ),
+    "grouped": (SwitchRouter(eval_capacity_factor=0.5, min_capacity=1, group_sequences=2), None),
+    "top_k": (TopKRouter(eval_capacity_factor=0.5, min_capacity=1), None),
+    "no_token_left_behind": (NoTokenLeftBehindRouter(eval_capacity_factor=0.5, min_capacity=1, k=2), None),
+    "expert_choice": (ExpertChoiceRouter(min_capacity=1, group_sequences=4), SwitchRouter()),
+}
+
+
+def routed_by(router: Router, decoder: Router | None, sparse: str = "both") -> ModelSpec:
+    changes = {"router": router, "decoder_router": decoder, "sparse": sparse, "sparse_every": 1}
+    return ModelSpec(**{**SPARSE.model_dump(exclude={"router", "decoder_router"}), **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [*((kind, "paper") for kind in ROUTERS), ("top_k", "dropless"), ("no_token_left_behind", 0.7)],
+)
+def test_the_counts_are_those_of_the_reports(kind: str, policy: Policy, context: DistributedContext) -> None:
+    model, batch = a_model(routed_by(*ROUTERS[kind])).eval(), rows(0, 0, 8)
+    found = count_routing(model, [batch], False, context, policy)
+    for layer in sparse_layers(model).values():
+        layer.policy = policy
+    with torch.no_grad():
+        reports = dict(zip(model.spec.sparse_layer_names(), model(*batch).router_stats, strict=True))
+    assert list(found) == list(reports)
+    assert len(found) == 8
+    for name, report in reports.items():
+        counts = found[name]
+        assert int(counts.num_tokens) == int(report.tokens)
+        assert int(counts.dropped) == int(report.dropped)
+        assert float(counts.confidence) == pytest.approx(float(report.confidence), rel=1e-5)
+        assert float(counts.entropy) == pytest.approx(float(report.entropy), rel=1e-5)
+        if kind != "no_token_left_behind":  # whose report counts the tries after the first
+            assert counts.chosen_E.tolist() == report.load_E.tolist()
+        assert int(counts.tokens.count_X.sum()) == int(counts.chosen_E.sum())
+        if policy == "dropless":
+            assert int(counts.turned_away_E.sum()) == 0
+    assert policy == "dropless" or kind == "expert_choice" or any(int(one.dropped) for one in found.values())

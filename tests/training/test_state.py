@@ -91,3 +91,12 @@ def test_a_number_that_json_does_not_know_is_not_written() -> None:
     state.eval_metrics[HELD_OUT] = math.nan
     with pytest.raises(ValueError, match="JSON"):
         state.to_json({})
+
+
+def test_one_rank_takes_the_window_and_the_others_start_from_zero() -> None:
+    window = {"load": Mean(double([1.0, 2.0]), double(4.0))}
+    text = TrainState().to_json(window)
+    assert torch.equal(restored(text).metrics_since_log["load"].total, double([1.0, 2.0]))
+    other = restored(text, with_metrics=False).metrics_since_log["load"]
+    assert torch.equal(other.total, double([0.0, 0.0]))
+    assert other.weight == 0
