@@ -123,7 +123,7 @@ _DISK_FIX: Final = {
     errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
     **dict.fromkeys((errno.ELOOP, errno.ENXIO), "remove it"),
-    errno.ENOTEMPTY: "another command has written there: look at what it wrote",
+    errno.ENOTEMPTY: "another command has written there: use what it wrote",
 }
 _FEW_INODES: Final = 64
 """More than the files of a checkpoint or a run that are written together."""

@@ -6,6 +6,8 @@ the object that is used.
 """
 
 import re
+from collections.abc import Iterable
+from itertools import chain
 from types import MappingProxyType
 from typing import Annotated, Final
 
@@ -100,3 +102,9 @@ class Spec(BaseModel):
         use_attribute_docstrings=True,
         hide_input_in_errors=True,
     )
+
+
+def check_rules(*rules: Iterable[str]) -> None:
+    """Raise ValueError with the errors of all `rules` as its arguments, each once: a user fixes them in one pass."""
+    if errors := dict.fromkeys(chain(*rules)):
+        raise ValueError(*errors)

@@ -1,7 +1,7 @@
 """The layout of a run's folder, and the writing of its small files."""
 
+import glob
 import os
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -54,10 +54,11 @@ class RunFolder:
             raise RecipeError(
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
-        for source in sources:
+        for source in () if is_run else sources:
             with suppress(OSError, RuntimeError):  # its reader explains a path that cannot be resolved
-                folder = Path(re.split("[*?[]", source)[0] + "*").parent  # of the first part with a star
-                if "://" not in source and expanded(folder).resolve().is_relative_to(self.path.resolve()):
+                local = expanded(Path(source.rpartition("::")[2].removeprefix("file://")))  # the archive of a chain
+                files = map(Path, glob.iglob(str(local), recursive=True))  # noqa: PTH207
+                if any(file.resolve().is_relative_to(self.path.resolve()) for file in files):
                     raise RecipeError(
                         f"--out {self.path}: holds {source}, which the run reads: give another folder by --out"
                     )

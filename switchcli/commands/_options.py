@@ -70,7 +70,7 @@ Out = Annotated[
 Resume = Annotated[bool, typer.Option(help="Resume the run in the folder, or archive it and start a new one.")]
 Processes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of ranks to start on this machine.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Open what the recipe names, print the recipe with its model size, and stop.")
+    bool, typer.Option("--dry-run", help="Open what the recipe names, print the recipe, its model size and epochs, and stop.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
@@ -93,18 +93,29 @@ class CheckedGroup(TyperGroup):
         extend_command(self)
 
 
-def _in_one_line(parse: Any) -> Any:
-    """Return `parse`, a method of click, that raises a usage error as a RecipeError, which names the help."""
+def _explaining(parse: Any) -> Any:
+    """Return `parse`, a method of click, that raises a usage error as a RecipeError in one line.
 
-    def parse_or_refuse(context: Any, arguments: list[str]) -> Any:
+    It names the help, or what to type for an option that the command does not have.
+    """
+
+    def parse_or_explain(context: Any, arguments: list[str]) -> Any:
         try:
             return parse(context, arguments)
         except _USAGE_ERROR as error:
-            if type(error).__name__ == "NoArgsIsHelpError":  # which prints the help
+            name = type(error).__name__  # of classes that typer does not export
+            if name == "NoArgsIsHelpError":  # which prints the help
                 raise
-            raise RecipeError(f"{error.format_message().rstrip('.')}: see `{context.command_path} -h`") from error
+            option, names = str(getattr(error, "option_name", "")), accepted_names(context)
+            meant = foreign_words.translated(option, names) or foreign_words.nearest(option, names)
+            if name == "NoSuchOption" and meant:
+                value = "" if meant.startswith("--") or "=" in meant else "=VALUE"
+                raise RecipeError(f"{option}: no such option of {context.info_name}: use {meant}{value}") from None
+            message = error.format_message().rstrip(".")
+            see = " See" if message.endswith("?") else ": see"
+            raise RecipeError(f"{message}{see} `{context.command_path} -h`") from error
 
-    return parse_or_refuse
+    return parse_or_explain
 
 
 def extend_command(command: Any) -> None:
@@ -112,35 +123,17 @@ def extend_command(command: Any) -> None:
 
     Only the parsing functions are wrapped. The function of the command then runs without additional stack frames.
     """
-    command.parse_args = _in_one_line(_with_option_hints(command.parse_args))
+    command.parse_args = _explaining(command.parse_args)
     get_params = command.get_params
     command.get_params = lambda context: [simplify(parameter) for parameter in get_params(context)]
     is_group = isinstance(command, TyperGroup)  # a bool, because mypy refuses to assign to methods of a narrowed type
     if is_group:
-        command.resolve_command = _in_one_line(command.resolve_command)
+        command.resolve_command = _explaining(command.resolve_command)
         for subcommand in command.commands.values():
             extend_command(subcommand)
     for parameter in command.params:
         if parameter.name != _TEXTS:
             parameter.process_value = _with_check(parameter, parameter.process_value)
-
-
-def _with_option_hints(parse_args: Any) -> Any:
-    """Return a `parse_args` that says what to type for an option that the command does not have."""
-
-    def parse(context: Any, arguments: list[str]) -> Any:
-        try:
-            return parse_args(context, arguments)
-        except _USAGE_ERROR as error:
-            if type(error).__name__ == "NoSuchOption":  # a class that typer does not export
-                option = str(getattr(error, "option_name", ""))
-                names = accepted_names(context)
-                if meant := foreign_words.translated(option, names) or foreign_words.nearest(option, names):
-                    value = "" if meant.startswith("--") or "=" in meant else "=VALUE"
-                    raise RecipeError(f"{option}: no such option of {context.info_name}: use {meant}{value}") from None
-            raise
-
-    return parse
 
 
 def accepted_names(context: typer.Context) -> set[str]:

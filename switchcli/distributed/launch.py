@@ -46,6 +46,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as logs, handling(stop):
         options = [
             "--standalone",
+            "--local-addr=localhost",  # the ranks would look for the host's full name, which may not resolve
             f"--nproc-per-node={processes}",
             "--signals-to-handle=SIGQUIT",  # `stop` handles the others
             f"--log-dir={logs}",  # torchrun would not remove a folder of its own

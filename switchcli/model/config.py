@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from switchcli.model.moe.router import RouterSpec, SwitchRouter
-from switchcli.spec import AUTO, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, VOCAB_SIZE, Few, Size, Spec
+from switchcli.spec import AUTO, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, VOCAB_SIZE, Few, Size, Spec, check_rules
 
 Stack = Literal["encoder", "decoder"]
 STACKS: tuple[Stack, Stack] = ("encoder", "decoder")
@@ -95,17 +95,14 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        rules = (
-            self._heads_divide,
-            self._experts_have_a_layer,
-            self._shared_path_has_experts_beside_it,
-            self._experts_are_bounded,
-            self._routers_fit,
-            self._max_distance_exceeds_exact_buckets,
+        check_rules(
+            self._heads_divide(),
+            self._experts_have_a_layer(),
+            self._shared_path_has_experts_beside_it(),
+            self._experts_are_bounded(),
+            self._routers_fit(),
+            self._max_distance_exceeds_exact_buckets(),
         )
-        # All errors at once: a user fixes them in one pass.
-        if errors := dict.fromkeys(line for rule in rules for line in rule()):
-            raise ValueError(*errors)
         return self
 
     def _heads_divide(self) -> Iterator[str]:

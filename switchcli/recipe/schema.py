@@ -11,7 +11,6 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from switchcli.data.config import DataSpec, TextSpec
-from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.errors import RecipeError
@@ -22,7 +21,7 @@ from switchcli.recipe import library, resolve
 from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.spec import VOCAB_SIZE, Spec
+from switchcli.spec import VOCAB_SIZE, Spec, check_rules
 from switchcli.tasks.config import CustomTask, TaskDataSpec, TaskSpec, duplicate_names, tasks_of
 from switchcli.tasks.task import Task
 from switchcli.training.config import Precision, StartSpec, StudentSpec
@@ -45,7 +44,7 @@ class TextRecipe(TrainingRecipe, ABC):
 
     @property
     def sources(self) -> Iterable[str]:
-        return chain.from_iterable(corpus.paths for corpus in self.data.corpora if isinstance(corpus, FilesCorpus))
+        return (path for corpora in self.data.texts().values() for corpus in corpora for path in corpus.own_paths())
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
@@ -240,8 +239,7 @@ class EvalRecipe(Spec):
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Self:
-        if errors := [*duplicate_names(self.tasks), *_label_rules(self.tasks, self.scoring)]:
-            raise ValueError(*errors)
+        check_rules(duplicate_names(self.tasks), _label_rules(self.tasks, self.scoring))
         return self
 
 

@@ -16,7 +16,7 @@ from switchcli.distributed.parallel_spec import ParallelSpec, batch_problem, che
 from switchcli.errors import RecipeError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import FEW_CHOICES
-from switchcli.spec import Spec
+from switchcli.spec import Spec, check_rules
 from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
 from switchcli.training.optimizer_specs import Adafactor, OptimizerSpec
 from switchcli.training.schedules import ScheduleSpec
@@ -127,17 +127,14 @@ class TrainingRecipe(Spec, ABC):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        rules = (
-            self._batch_rules,
-            self._capacity_rules,
-            self._parallel_rules,
-            self._schedule_rules,
-            self._data_rules,
-            self._verb_rules,
+        check_rules(
+            self._batch_rules(),
+            self._capacity_rules(),
+            self._parallel_rules(),
+            self._schedule_rules(),
+            self._data_rules(),
+            self._verb_rules(),
         )
-        # All errors at once: a user fixes them in one pass.
-        if errors := [line for rule in rules for line in rule()]:
-            raise ValueError(*errors)
         return self
 
     @abstractmethod

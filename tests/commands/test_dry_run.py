@@ -1,5 +1,6 @@
 """`--dry-run` opens what a recipe names, so that what it accepts runs. `recipes validate` opens nothing."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -59,14 +60,29 @@ def test_epochs_are_told_and_a_step_of_more_than_one_warns(recipe: str, switchcl
     assert "warning" not in just.err
     more = switchcli("pretrain", recipe, *own, "train.batch_tokens=2176")
     assert not lacking(more.err, "warning: train.batch_tokens 2,176 1.06")
+    Path("own.txt.gz").write_bytes(gzip.compress(Path("own.txt").read_bytes()))
+    packed = switchcli("pretrain", recipe, own[0].replace("own.txt", "own.txt.gz"), *own[1:], "train.batch_tokens=2176")
+    assert (packed.code, json.loads(packed.out)["epochs"]) == (0, None)
+    assert "warning" not in packed.err
 
 
-@pytest.mark.parametrize(("out", "paths"), [("own", "own/deep/a.txt"), (".", "*.txt"), ("own/deep", "own/deep/*")])
+@pytest.mark.parametrize(
+    ("out", "paths"),
+    [
+        ("own", "own/deep/a.txt"),
+        (".", "**/*.txt"),
+        ("own/deep", "own/deep/*"),
+        ("own", "*/deep/a.txt"),
+        ("own", "zip://a.txt::own/deep/a.zip"),
+        ("own/deep", "file://own/deep/a.txt"),
+    ],
+)
 def test_a_run_is_not_written_into_a_folder_that_it_reads(
     out: str, paths: str, recipe: str, switchcli: SwitchCLI
 ) -> None:
     Path("own/deep").mkdir(parents=True)
     Path("own/deep/a.txt").write_text("A line of text.\n" * 512)
+    Path("own/deep/a.zip").touch()
     before = sorted(Path().rglob("*"))
     own = f"data.corpora=[{{kind: files, paths: ['{paths}'], sample_by: line}}]"
     for option in ((), ("--no-resume",)):

@@ -6,7 +6,6 @@ from typing import Any
 
 from switchcli.data.batch import Batch
 from switchcli.data.prepare.pipeline import PreparedTexts
-from switchcli.data.streaming import source_shards_of
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
@@ -35,7 +34,7 @@ class TextRunData(RunData):
         corpora = [*chain.from_iterable(recipe.data.texts().values())]
         for corpus in corpora:
             next(corpus.documents())  # raises an error if there is none
-        sizes = [shard.size for _, shard in source_shards_of(corpora)]
+        sizes = [corpus.text_bytes() for corpus in corpora]
         if None in sizes:
             return None
         epochs_per_step = recipe.train.batch_tokens * text_sets.BYTES_PER_TOKEN / sum(filter(None, sizes))

@@ -84,10 +84,14 @@ def lock_run_dir(
     with ExitStack() as locks:
         folder.newest = context.main_only(lock_and_check)
         step = context.from_main(-1 if folder.newest is None else folder.newest.step)
-        context.on_all_ranks(lambda: _check_shared(out))
-        if folder.newest is None and step >= 0:  # not the main rank, which has verified the checkpoint
-            path = checkpoint.checkpoint_path(folder.checkpoints, step)
-            folder.newest = checkpoint.Checkpoint.open(path, verify=False)
+
+        def open_newest() -> checkpoint.Checkpoint | None:
+            _check_shared(out)
+            if step < 0 or folder.newest is not None:  # the main rank has verified the checkpoint
+                return folder.newest
+            return checkpoint.Checkpoint.open(checkpoint.checkpoint_path(folder.checkpoints, step), verify=False)
+
+        folder.newest = context.on_all_ranks(open_newest)
         yield folder
 
 

@@ -77,7 +77,7 @@ class TrainingTask:
             pins = cls.pins(tree, finder)
         except CheckpointError as error:
             if unknown := resolve.unknown_keys(tree, cls.schema(tree)):
-                raise RecipeError(*unknown, str(error)) from error
+                raise RecipeError(*unknown, *error.lines) from error
             raise
         fixed = {**{key: pin.path for key, pin in pins.items()}, **cls.fixed(tree, pins)}
         source = source.overridden(*(resolve.override(key, value) for key, value in fixed.items()))
