@@ -282,9 +282,7 @@ def to_model_spec(config: Config, lengths: StackLengths, path: Path) -> ModelSpe
 def _first_problem(error: ValidationError) -> str:
     """Return the first problem that pydantic found, in one line."""
     first = error.errors()[0]
-    key, rule = ".".join(map(str, first["loc"])), first["msg"]
-    if first["type"] == "value_error":
-        rule = first["ctx"]["error"].args[0]
+    key, rule = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{key}: missing: take the file that save_pretrained wrote"
     got = f" (got {reprlib.repr(first['input'])})" if key else ""

@@ -421,14 +421,6 @@ def test_any_config_is_read_or_refused_in_one_line(made: Path, keys: dict[str, A
         said = str(refusal)
     assert not said or said.startswith(f"{path}: ")
     assert "\n" not in said
-    assert "('" not in said
-
-
-def test_several_broken_rules_of_a_model_are_no_tuple(folder: Path) -> None:
-    configure(num_heads=3, d_kv=None, relative_attention_max_distance=1)(folder)
-    said = refused(folder, folder.parent / "ours", "--to", "switchcli")
-    assert said.startswith(f"{folder / 'config.json'}: ")
-    assert "('" not in said
 
 
 def test_keys_of_config_json_that_are_no_sizes_are_ignored(folder: Path) -> None:
