@@ -55,7 +55,7 @@ class Manifest(Spec):
 
     files: tuple[Entry, ...]
     format: str = _FORMAT
-    step: Annotated[int, Field(ge=0)]
+    step: int
 
     def encode(self) -> bytes:
         """Return the content of the file MANIFEST."""

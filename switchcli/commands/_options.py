@@ -70,7 +70,10 @@ Out = Annotated[
 Resume = Annotated[bool, typer.Option(help="Resume the run in the folder, or archive it and start a new one.")]
 Processes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of ranks to start on this machine.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Open what the recipe names, print the recipe, its model size and epochs, and stop.")
+    bool,
+    typer.Option(
+        "--dry-run", help="Open what the recipe names, print the recipe, its model size and epochs, and stop."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]

@@ -312,6 +312,8 @@ def test_a_kind_does_not_wipe_out_its_keys_whatever_the_order(toy, order):
     overrides = ["optimizer.beta1=0.5", "optimizer={kind: adamw, weight_decay: 1}"][::order]
     for text in ("{}", "optimizer: {kind: adafactor, scale_by_parameter: false}"):
         assert toy(text, *overrides).optimizer == AdamW(weight_decay=1.0, beta1=0.5)
+    overrides = ["corpora.0.path=z", "corpora=[{kind: hub, path: x}]"][::order]
+    assert toy("corpora: [{kind: hub, path: a}]", *overrides).corpora == (Hub(path="z"),)
 
 
 @pytest.mark.parametrize(
