@@ -163,9 +163,10 @@ def remove_stale_in(parent: Path, pattern: re.Pattern[str] = TEMPORARY, age: flo
         for path in sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name)):
             with suppress(OSError):
                 found = path.lstat()
+                is_stale = time.time() - _last_change(path) >= age  # before a restored folder changes it
                 if stat.S_ISDIR(found.st_mode):
                     _restore(path)
-                if time.time() - _last_change(path) < age:
+                if not is_stale:
                     continue
                 if stat.S_ISDIR(found.st_mode):
                     shutil.rmtree(path)

@@ -145,10 +145,10 @@ def _prepare_text(label: str, spec: DataSpec, tokenizer: Tokenizer, context: Pre
     folder = context.cache / "tokens" / key
     with disk_errors(context.cache, ELSEWHERE):
         publish.remove_stale_in(folder.parent)
+        publish.remove_stale_in(folder)
         with context.wait("comparing prepared text with its checksums"):
             is_prepared = is_complete(folder, check=context.check)
         if not is_prepared:
-            publish.remove_stale_in(folder)
             source_shards = [(corpus, source_shard) for corpus in corpora for source_shard in corpus.source_shards()]
             jobs = [
                 TokenizeJob(corpus, source_shard, folder / f"piece-{number:05}", spec.held_out_fraction, spec.filters)
