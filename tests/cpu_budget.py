@@ -1,6 +1,6 @@
 """The CPU time of each test file, child processes included, and the budget that a file must keep.
 
-`pytest --cpu-budget=check` fails a run in which a file exceeds its recorded budget by half. `--cpu-budget=record`
+`pytest --cpu-budget=check` fails a run in which a file takes more than twice its recorded budget. `--cpu-budget=record`
 writes the budgets (tests/cpu_budgets.json), and `--cpu-budget=show` prints what each file took. The unit is the CPU
 time of tests/repository/test_calibration.py in the same run, so that a budget holds on a slow processor too.
 """
@@ -19,8 +19,8 @@ BUDGETS = TESTS / "cpu_budgets.json"
 CALIBRATION = "repository/test_calibration.py"
 TIERS = ("nightly", "integration")
 """The markers of the tiers; a test with none of them is a unit test."""
-SLACK = 1.5
-"""Factor by which a file may exceed its budget: the spread of one file's time over runs on a busy machine."""
+SLACK = 2.0
+"""Factor by which a file may exceed its budget: one file's time, in units of the same run, varies by up to 1.8."""
 SMALL = 10.0
 """Units below which no file is judged: the first tests of a worker also pay for imports and shared fixtures."""
 TICKS = os.sysconf("SC_CLK_TCK")
