@@ -103,12 +103,6 @@ def _require_working_directory() -> None:
         ) from error
 
 
-def _refuse_secret_endpoint() -> None:
-    """Raise RecipeError if HF_ENDPOINT holds credentials: huggingface_hub prints the addresses that do not answer."""
-    if secret := credentials.find_credentials(os.environ.get("HF_ENDPOINT", "")):
-        raise RecipeError(f"HF_ENDPOINT: holds {secret}, and logs would keep it: leave it out, and log in by HF_TOKEN")
-
-
 def main() -> None:
     """Run the command line. An error that a user can fix ends in one line and the exit code of its kind."""
     startup.limit_spinning(os.environ)  # before torch is imported
@@ -119,7 +113,10 @@ def main() -> None:
     try:
         try:
             _require_working_directory()
-            _refuse_secret_endpoint()
+            if secret := credentials.find_credentials(os.environ.get("HF_ENDPOINT", "")):
+                raise RecipeError(  # huggingface_hub prints the addresses that do not answer
+                    f"HF_ENDPOINT: holds {secret}, and logs would keep it: leave it out, and log in by HF_TOKEN"
+                )
             with _exit.interruptible(saves_nothing=True):  # verbs that save something use their own
                 app()
         finally:

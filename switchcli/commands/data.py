@@ -1,6 +1,6 @@
 """`switchcli data`: prepare text before a run, and work with tokenizers. Imports torch only when it reads a recipe."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,7 +151,11 @@ def show(
     tokenizer = tokenizer_tools.open_tokenizer(name)
     facts = tokenizer_tools.tokenizer_facts(name, tokenizer)
     tokenized = tokenizer_tools.encode_texts(tokenizer, texts or [])
-    finish({**facts, "texts": tokenized}, as_json, [_facts_table(facts), *_tokenized_lines(tokenized)])
+    shown: list[Table | Line] = [_facts_table(facts)]
+    for text in tokenized:
+        pieces, ids = " ".join(text["pieces"]), " ".join(map(str, text["ids"]))
+        shown += [Line(""), Line(text["text"]), Line(f"pieces  {pieces}"), Line(f"ids     {ids}")]
+    finish({**facts, "texts": tokenized}, as_json, shown)
 
 
 def _facts_table(facts: Mapping[str, Any]) -> Table:
@@ -161,11 +165,3 @@ def _facts_table(facts: Mapping[str, Any]) -> Table:
         if key != "tokenizer"
     ]
     return Table(("", ""), rows, facts["tokenizer"])
-
-
-def _tokenized_lines(texts: Iterable[Mapping[str, Any]]) -> Iterator[Line]:
-    for text in texts:
-        yield Line("")
-        yield Line(text["text"])
-        yield Line(f"pieces  {' '.join(text['pieces'])}")
-        yield Line(f"ids     {' '.join(map(str, text['ids']))}")

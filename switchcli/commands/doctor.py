@@ -1,8 +1,8 @@
 """`switchcli doctor`: check a model's computation, or a checkpoint's files. Imports torch only when it runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -58,7 +58,13 @@ def doctor(
             raise RecipeError(f"--checkpoint-files takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out")
         verified = diagnosis.verify(model)
         exit_code = 0 if verified["complete"] else CheckpointError.exit_code
-        finish(verified, as_json, _file_lines(verified), exit_code=exit_code)
+        lines = [
+            Line(f"damaged  {damage}", "bold red") if damage else Line(f"complete {path}", "green")
+            for path, damage in verified["damage"].items()
+        ]
+        loaded = verified["loaded"]
+        lines.append(Line(f"loading takes {loaded}" if loaded else "none is complete: loading refuses", "bold"))
+        finish(verified, as_json, lines, exit_code=exit_code)
         return
     diagnosed = diagnosis.diagnose(model, overrides or [], Console())
     finish(diagnosed.to_json(), as_json, _probe_lines(diagnosed), exit_code=0 if diagnosed.sound else 1)
@@ -79,11 +85,3 @@ def _probe_lines(diagnosis: "Diagnosis") -> Iterator[Line]:
     conclusion = "sound" if diagnosis.sound else "not sound"
     probes = f"{failed} of {len(diagnosis.findings)} probes failed, {warned} with a warning"
     yield Line(f"{conclusion}: {probes}", "bold")
-
-
-def _file_lines(verified: Mapping[str, Any]) -> Iterator[Line]:
-    """Yield the state of each checkpoint, and which of them loading takes."""
-    loaded = verified["loaded"]
-    for path, damage in verified["damage"].items():
-        yield Line(f"damaged  {damage}" if damage else f"complete {path}", "bold red" if damage else "green")
-    yield Line(f"loading takes {loaded}" if loaded else "none is complete: loading refuses", "bold")

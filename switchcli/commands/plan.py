@@ -23,10 +23,6 @@ app = typer.Typer()
 
 _DEFAULT_MEMORY = 80 * 2**30
 """Bytes of one device without --gpu and --memory."""
-_LEAST_MEMORY = 10**6
-"""Bytes of --memory from which on it is believed. `80` alone would be 80 bytes."""
-_NODE_DEVICES = 8
-"""Devices of a node in the command that a plan prints."""
 _CONSOLE_ROWS = 6
 """The number of meshes, and of reasons, that the console shows. --json has all."""
 
@@ -75,7 +71,7 @@ def plan(
     if name is None:
         with main_console().counting("planning", len(SIZES)) as show:
             plans = planning.plan_sizes(overrides, machine, show)
-        result, shown = planning.sizes_to_json(plans), _show_sizes(plans)
+        result, shown = {"sizes": [one.to_json() for one in plans]}, _show_sizes(plans)
     else:
         plans = [planning.plan_recipe(name, overrides, machine)]
         result, shown = plans[0].to_json(), _show_recipe(plans[0])
@@ -94,8 +90,6 @@ def _machine(gpu: str | None, num_devices: int, memory: str | None) -> "Machine"
     memory_bytes = parse_bytes(memory)
     if memory_bytes is None:
         raise RecipeError(f"--memory ({memory!r}) is no size: write it as 80GiB, 24GB or 512MiB")
-    if memory_bytes < _LEAST_MEMORY:
-        raise RecipeError(f"--memory ({memory!r}) is {memory_bytes:,} bytes, which no device has: add a unit, as 80GiB")
     return machine._replace(memory_bytes=memory_bytes)
 
 
@@ -123,8 +117,6 @@ def _show_sizes(plans: Sequence["RecipePlan"]) -> Iterator[Table | Line]:
 
 def _show_recipe(plan: "RecipePlan") -> Iterator[Table | Line]:
     """Yield the numbers of one recipe or size, its meshes, and the keys of the first one."""
-    from switchcli.recipe.sizes import SIZES
-
     about, (fits, rejected) = plan.about, plan.meshes
     rows = [
         ("parameters", number(about["parameters"])),
@@ -146,24 +138,11 @@ def _show_recipe(plan: "RecipePlan") -> Iterator[Table | Line]:
     if fits:
         title = f"Meshes that fit, GiB of a device{_truncation(fits)}"
         yield Table((*_MESH_COLUMNS, *_BYTES_COLUMNS), [*map(_fit_row, fits[:_CONSOLE_ROWS])], title)
-        recipe = "RECIPE" if plan.name in SIZES else plan.name
-        yield Line(f"Keys of the first, to paste after: {_start(recipe, plan)}", wrap=False)
+        yield Line(f"Keys of the first mesh, for {plan.machine.devices:,} ranks")
         yield Line(shell_words(*plan.overrides), wrap=False)
     if rejected:
         reasons = [(reason, str(meshes)) for reason, meshes in plan.meshes.reasons()]
         yield Table(("why", "meshes"), reasons[:_CONSOLE_ROWS], f"Refused{_truncation(reasons)}")
-
-
-def _start(recipe: str, plan: "RecipePlan") -> str:
-    """Return the command that starts a rank for each device: on one node, or by torchrun on several."""
-    verb, devices = plan.recipe.verb, plan.machine.devices
-    checkpoint = {"finetune": " --model CHECKPOINT", "distill": " --teacher CHECKPOINT"}.get(verb, "")
-    command = f"switchcli {shell_words(verb, recipe)}{checkpoint}"
-    if devices <= _NODE_DEVICES:
-        return command + (f" --processes {devices}" if devices > 1 else "")
-    # The nodes have equally many ranks.
-    nodes = next(n for n in range(-(-devices // _NODE_DEVICES), devices + 1) if devices % n == 0)
-    return f"torchrun --nnodes {nodes} --nproc-per-node {devices // nodes} -m {command}"
 
 
 def _fit_row(fit: "Fit") -> tuple[str, ...]:
@@ -198,9 +177,5 @@ def _assumptions() -> str:
 
 
 def _days(days: float | None) -> str:
-    """Return days in three significant digits: `0.0188`, `1.69`, `12,345`; what is too short for them is `< 0.01`."""
-    if days is None:
-        return "-"
-    if days < 0.01:
-        return "< 0.01"
-    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
+    """Return days in three significant digits: `0.0188`, `1.69`, `12,345`."""
+    return "-" if days is None else f"{days:,.0f}" if days >= 100 else f"{days:.3g}"

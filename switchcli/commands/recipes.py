@@ -102,11 +102,18 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check recipes, with KEY=VALUE set in each, and report every error, without opening what they name."""
+    from switchcli.recipe.schema import resolve_standalone
+
     overrides = [argument for argument in files if library.is_override(argument)]
     names = [argument for argument in files if argument not in overrides]
     if not names:
         raise RecipeError("FILE: missing: name the recipe that the keys are to be set in")
-    errors = {file: _errors_in(file, overrides) for file in names}
+    errors: dict[str, list[str]] = {file: [] for file in names}
+    for file in names:
+        try:
+            resolve_standalone(file, overrides)
+        except RecipeError as error:
+            errors[file] = [one_line(line) for line in error.lines]
     results = [{"file": file, "ok": not file_errors, "errors": file_errors} for file, file_errors in errors.items()]
     valid = [Line(f"{yaml_nodes.display_key(file)}: ok", wrap=False) for file, lines in errors.items() if not lines]
     lines = [line for file_errors in errors.values() for line in file_errors]
@@ -160,26 +167,18 @@ def explain(
     meanings = key_index.meanings(name)
     below = key_index.below(name) if key else [info for info in key_index.all_keys() if "." not in info.key]
     if key and not meanings:
-        raise RecipeError(_unknown_key(key))
+        names = {info.key for info in key_index.all_keys()}
+        meant = foreign_words.translated(key, names) or foreign_words.nearest(key, names)
+        hint = f"Did you mean {meant}?" if meant else "`switchcli recipes explain` lists top-level keys."
+        raise RecipeError(f"{yaml_nodes.display_key(key)}: no such recipe key. {hint}")
     explained = [{**info._asdict(), "example": key_index.example(info)} for info in meanings]
     result = {"key": name, "meanings": explained, "below": [info._asdict() for info in below]}
-    tables = [_explanation(alike) for alike in _alike(meanings)] + ([_overview(below)] if below else [])
-    finish(result, as_json, tables)
-
-
-def _unknown_key(key: str) -> str:
-    names = {info.key for info in key_index.all_keys()}
-    meant = foreign_words.translated(key, names) or foreign_words.nearest(key, names)
-    hint = f"Did you mean {meant}?" if meant else "`switchcli recipes explain` lists top-level keys."
-    return f"{yaml_nodes.display_key(key)}: no such recipe key. {hint}"
-
-
-def _alike(meanings: Sequence[KeyInfo]) -> list[list[KeyInfo]]:
-    """Return meanings of a key in groups that differ only in default and description between verbs."""
-    groups: dict[object, list[KeyInfo]] = {}
+    # Meanings that differ only in default and description between verbs share a table.
+    alike: dict[object, list[KeyInfo]] = {}
     for info in meanings:
-        groups.setdefault((info.type, info.choices, info.when), []).append(info)
-    return list(groups.values())
+        alike.setdefault((info.type, info.choices, info.when), []).append(info)
+    tables = [_explanation(group) for group in alike.values()] + ([_overview(below)] if below else [])
+    finish(result, as_json, tables)
 
 
 def _explanation(infos: Sequence[KeyInfo]) -> Table:
@@ -221,14 +220,3 @@ def _overview(infos: Sequence[KeyInfo]) -> Table:
         default = "Required." if info.default is None else f"Default: {info.default}"
         rows.append((info.key, f"{', '.join(condition)}: {meaning} {default}" if condition else f"{meaning} {default}"))
     return Table(("", ""), rows, align="left", folds_names=False)
-
-
-def _errors_in(file: str, overrides: Sequence[str]) -> list[str]:
-    """Return a line for each error in `file` with the overrides, by the schema of the verb that it names."""
-    from switchcli.recipe.schema import resolve_standalone
-
-    try:
-        resolve_standalone(file, overrides)
-    except RecipeError as error:
-        return [one_line(line) for line in error.lines]
-    return []

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.main import get_group
@@ -116,7 +116,9 @@ def _check_command(command: Sequence[str], out: Path) -> None:
     from switchcli.recipe.schema import RECIPES, resolve_standalone
 
     verb, *arguments = command
-    given = _parse(verb, arguments)
+    (parser,) = get_group(_APPS[verb]).commands.values()
+    extend_command(parser)
+    given = parser.make_context(f"switchcli {verb}", arguments).params
     recipe, overrides = given.get("recipe"), given.get("overrides") or []
     if "arguments" in given:  # [RECIPE] [KEY=VALUE ...]
         recipe, overrides = split_arguments(given["arguments"] or [])
@@ -151,13 +153,6 @@ def _is_found(option: str, value: str, out: Path) -> bool:
         return re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value, re.IGNORECASE) is not None
     run_of_step = re.fullmatch("(.+)@[0-9]+", value) if option == "branch_from" else None
     return run_of_step is not None and Path(run_of_step[1]).exists()
-
-
-def _parse(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the options and arguments of a command by name. Raises RecipeError for wrong usage."""
-    (command,) = get_group(_APPS[verb]).commands.values()
-    extend_command(command)
-    return command.make_context(f"switchcli {verb}", list(arguments)).params
 
 
 def _with_fix(line: str, overrides: Sequence[str]) -> str:

@@ -177,7 +177,7 @@ class SwitchConfig(_CommonConfig):
         num_blocks = (self.num_layers, self.decoder_layers)
         layers: dict[str, Any] = {"sparse_encoder_layers": encoder, "sparse_decoder_layers": decoder}
         for step in range(1, min(num_blocks) + 1):
-            if (encoder, decoder) == _sparse_every(step, num_blocks):
+            if [encoder, decoder] == [tuple(range(step - 1, number, step)) for number in num_blocks]:
                 layers = {"sparse_every": step}
                 break
         # Both stacks share a router with the factor expert_capacity * E / max(lengths). In the shorter stack that gives
@@ -314,9 +314,3 @@ def sparse_step(num_blocks: int, num_sparse: int) -> int:
 def sparse_blocks(num_blocks: int, step: int) -> tuple[int, ...]:
     """Return the blocks that transformers makes sparse: 1, 1 + step, 1 + 2 step, ...; all if step = 1, none if 0."""
     return tuple(block for block in range(num_blocks) if step and (step == 1 or block % step == 1))
-
-
-def _sparse_every(step: int, num_blocks: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sparse blocks of both stacks for `ModelSpec.sparse_every` = step: step - 1, 2 step - 1, ..."""
-    encoder, decoder = (tuple(range(step - 1, number, step)) for number in num_blocks)
-    return encoder, decoder

@@ -295,16 +295,15 @@ class StreamReader:
             for number in range(first, len(order)):
                 corpus, source_shard = self._source_shards[order[number]]
                 for document in self._spec.filters(corpus.read(source_shard, row, dropped), dropped):
-                    if self._is_selected(document):
+                    is_own = (
+                        self._divides_source_shards
+                        or _mixed(document.row) % self._spec.stream_shards == self._stream_shard
+                    )
+                    if is_own and not is_held_out(document.identity, self._spec.held_out_fraction):
                         yield StreamPosition(epoch, number, document.row + 1), document
                 row = 0  # only the first source shard is entered in its middle
             epoch, first = epoch + 1, 0
             yield StreamPosition(epoch), None
-
-    def _is_selected(self, document: Document) -> bool:
-        """Whether a document of a source shard that is read is for training, and of this stream shard."""
-        is_own = self._divides_source_shards or _mixed(document.row) % self._spec.stream_shards == self._stream_shard
-        return is_own and not is_held_out(document.identity, self._spec.held_out_fraction)
 
 
 def source_shards_of(corpora: Sequence[Corpus]) -> CorpusShards:

@@ -30,16 +30,13 @@ class BatchCorruption:
 
     def batch(self, raw_RL: NDArray[np.int64], step: int, first: int) -> Batch:
         """Return the batch of rows first..first+R of `step`: [R, inputs_length] and [R, targets_length]."""
-        inputs_RS, targets_RT = self._corrupt(raw_RL, self._draws(step, first, len(raw_RL)))
-        return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
-
-    def _draws(self, step: int, first: int, count: int) -> NDArray[np.uint64]:
-        """Return random words [count, num_draws] for rows first..first+count of `step`."""
         # A count of Philox yields WORDS words, and every row begins at a count of its own: `num_draws` is rounded up to
         # whole counts. Hence row r always starts at count r * counts, wherever the batch is split.
         counts = -(-self._num_draws // WORDS)
         bits = philox(self._seed, step, SPANS).advance(first * counts)
-        return bits.random_raw(count * counts * WORDS).reshape(count, -1)[:, : self._num_draws]
+        words_RW = bits.random_raw(raw_RL.shape[0] * counts * WORDS).reshape(len(raw_RL), -1)
+        inputs_RS, targets_RT = self._corrupt(raw_RL, words_RW[:, : self._num_draws])
+        return Batch(torch.from_numpy(inputs_RS), torch.from_numpy(targets_RT))
 
 
 class PreparedTextSource(BatchSource):

@@ -238,10 +238,14 @@ class Planner:
         for size in sizes:
             needed = device_bytes(spec, step, mesh, weights, size)
             if needed.total <= machine.usable_bytes:
-                break
-        else:
-            return _memory_violation(mesh, needed, machine, size)
-        return Fit(mesh, size, needed)
+                return Fit(mesh, size, needed)
+        parts = ", ".join(f"{name} {num_bytes / GIB:.3g}" for name, num_bytes in needed._asdict().items() if num_bytes)
+        available = f"{machine.usable_bytes / GIB:.3g} GiB of its {machine.memory_bytes / GIB:.3g} GiB"
+        reason = (
+            f"needs {needed.total / GIB:.3g} GiB a device, which has {available}, with microbatches of {size} "
+            f"sequences: {parts}"
+        )
+        return Rejection(mesh, "memory", reason, needed.total)
 
     def weights_of_rank(self, model: int) -> RankWeights:
         """Return the weights of a rank on a model axis of this size."""
@@ -271,11 +275,3 @@ def microbatch_sizes(rank_sequences: int, group_sequences: int) -> list[int]:
     They divide the `rank_sequences` of a rank into equal microbatches of whole routing groups.
     """
     return [num_groups * group_sequences for num_groups in reversed(divisors(rank_sequences // group_sequences))]
-
-
-def _memory_violation(mesh: Mesh, needed: DeviceBytes, machine: Machine, microbatch: int) -> Rejection:
-    parts = ", ".join(f"{name} {num_bytes / GIB:.3g}" for name, num_bytes in needed._asdict().items() if num_bytes)
-    total, memory = f"{needed.total / GIB:.3g} GiB", f"{machine.memory_bytes / GIB:.3g} GiB"
-    available = f"{machine.usable_bytes / GIB:.3g} GiB of its {memory}"
-    reason = f"needs {total} a device, which has {available}, with microbatches of {microbatch} sequences: {parts}"
-    return Rejection(mesh, "memory", reason, needed.total)

@@ -151,7 +151,10 @@ def example(info: KeyInfo) -> str:
         return f"extends: {_EXAMPLES[info.key]}"
     path = info.key.replace("[]", ".0")
     kind = f"{info.when[0].replace('[]', '.0')} " if info.when else ""
-    return f"{kind}{path}={_quoted(_EXAMPLES.get(info.key) or _example_value(info))}"
+    value = _EXAMPLES.get(info.key) or _example_value(info)
+    if re.search(r"""[][{}()*?<>|&;$`"\s#~!]""", value):  # a shell would read it as something else
+        value = f"'{value}'"
+    return f"{kind}{path}={value}"
 
 
 def _example_value(info: KeyInfo) -> str:
@@ -162,8 +165,3 @@ def _example_value(info: KeyInfo) -> str:
     types = {"integer": "100", "number": "0.5", "path": "PATH", "list of paths": "PATH", "list of integers": "0, 2"}
     value = value or next((example for start, example in types.items() if info.type.startswith(start)), "TEXT")
     return f"[{value}]" if info.type.startswith("list") else value
-
-
-def _quoted(value: str) -> str:
-    """Return a value, in quotes if a shell would read it as something else."""
-    return f"'{value}'" if re.search(r"""[][{}()*?<>|&;$`"\s#~!]""", value) else value

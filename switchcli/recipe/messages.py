@@ -171,8 +171,9 @@ def _rewrite_hint(error_type: str, value: Any) -> str | None:
     if error_type == "bool_type" and isinstance(value, str) and value.lower() in _BOOLEANS:
         return f"; YAML 1.2 reads {value} as text: write {_BOOLEANS[value.lower()]}"
     if error_type in ("int_type", "float_type", "float_parsing") and isinstance(value, str):
-        number = _plain_number(value)
-        return f"; write {number}" if number else None
+        digits = value.replace("_", "").replace(",", "").strip()
+        is_number = re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits)
+        return f"; write {digits}" if is_number else None
     if error_type in ("int_type", "int_from_float") and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if error_type == "string_type" and isinstance(value, int | float) and not isinstance(value, bool):
@@ -193,12 +194,6 @@ def _list_hint(item: SchemaNode | None, value: Any, key: str) -> str | None:
     if isinstance(value, str | int | float) and takes_plain:
         return f"; put it in brackets: {key}[{value if _PLAIN.fullmatch(str(value)) else '...'}]"
     return None
-
-
-def _plain_number(value: str) -> str | None:
-    """Return the number in a text without quotes, commas and underscores, or None if the text is not a number."""
-    digits = value.replace("_", "").replace(",", "").strip()
-    return digits if re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", digits) else None
 
 
 def _share_hint(error_type: str, node: SchemaNode, value: Any, tree: Node) -> str | None:

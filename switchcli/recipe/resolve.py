@@ -73,7 +73,15 @@ class Source(NamedTuple):
         Raises:
             RecipeError: an override cannot be applied.
         """
-        return _apply_overrides(_merge_layers(self.layers, below or self.layers[0]._replace(value={})), self.overrides)
+        tree = _merge_layers(self.layers, below or self.layers[0]._replace(value={}))
+        parsed = [_parse_override(override) for override in self.overrides]
+        for path, value in parsed:
+            tree = _fill_size(tree, yaml_nodes.nest(path, value))
+        # Shorter paths first, and `kind` before the other keys: a mapping or a kind that comes later would replace the
+        # keys that another override sets in it.
+        for path, value in sorted(parsed, key=lambda item: (len(item[0]), item[0][-1] != "kind")):
+            tree = _set(tree, path, value)
+        return tree
 
 
 def read(name_or_path: str | None, overrides: Sequence[str] = ()) -> Source:
@@ -351,18 +359,6 @@ def _fill_size(tree: Node, above: Node) -> Node:
 
 
 # Overrides
-
-
-def _apply_overrides(tree: Node, overrides: Sequence[str]) -> Node:
-    """Return `tree` with the KEY=VALUE `overrides` over it."""
-    parsed = [_parse_override(override) for override in overrides]
-    for path, value in parsed:
-        tree = _fill_size(tree, yaml_nodes.nest(path, value))
-    # Shorter paths first, and `kind` before the other keys: a mapping or a kind that comes later would replace the keys
-    # that another override sets in it.
-    for path, value in sorted(parsed, key=lambda item: (len(item[0]), item[0][-1] != "kind")):
-        tree = _set(tree, path, value)
-    return tree
 
 
 def _parse_override(override: str) -> tuple[tuple[str, ...], Node]:

@@ -191,7 +191,11 @@ def _against(comparison: Comparison, name: str, title: str, caption: str, curve_
         "flops": Axis("flops", "FLOPs"),
     }
     # A chart that would show the same curves as that of steps is left out, and the axis of steps has its unit.
-    per_step = {key: ratio for key in ("tokens", "flops") if (ratio := _per_step(lines, key)) is not None}
+    per_step: dict[str, float] = {}
+    for key in ("tokens", "flops"):
+        ratios = np.concatenate([line[key][1:] / line["step"][1:] for line in lines.values()])
+        if len(ratios) and np.allclose(ratios, ratios[0], rtol=1e-6, atol=0):
+            per_step[key] = float(ratios[0])
     known = any(np.isfinite(line["flops"]).any() for line in lines.values())
     if per_step:
         units = [f"{si(ratio)} {axes[key].title}" for key, ratio in per_step.items()]
@@ -226,12 +230,6 @@ def _metric(name: str) -> CurveOf:
 def _mean_entropy(run: Run) -> Curve | None:
     layers = band([curve for name, curve in run.curves.items() if name.endswith("/entropy")])
     return None if layers is None else Curve(layers.steps, layers.mean)
-
-
-def _per_step(lines: Mapping[str, Line], column: str) -> float | None:
-    """Return the value of a column per step where it is the same in all lines, at all steps; else None."""
-    ratios = np.concatenate([line[column][1:] / line["step"][1:] for line in lines.values()])
-    return float(ratios[0]) if len(ratios) and np.allclose(ratios, ratios[0], rtol=1e-6, atol=0) else None
 
 
 def _window(lines: Mapping[str, Line], x: Axis, y: Axis, first: float) -> tuple[Axis, Axis]:

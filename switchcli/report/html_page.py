@@ -75,7 +75,9 @@ def page(title: str, elements: Iterable[Part | Table], origin: Mapping[str, str]
     content = _join(elements)
     sections = [element.section for element in elements if isinstance(element, Part) and element.section]
     scripts = [_read(file) for file in (_LIBRARY, _FOLDER / "page.js")] if content.figures else []
-    tags = [f"<script>{_script(script)}</script>" for script in scripts]
+    for script in scripts:
+        assert not re.search("</script|<!--|\r", script, re.IGNORECASE), "a script that its element does not hold"
+    tags = [f"<script>{script}</script>" for script in scripts]
     if content.figures:
         tags.insert(0, f'<script type="application/json" id="data">{_data(content.figures)}</script>')
     facts = (origin or {}).items()
@@ -96,20 +98,16 @@ def _read(file: Path) -> str:
 
 def write_page(file: Path, title: str, elements: Iterable[Part | Table]) -> None:
     """Publish a page as `file`, whose folder is made. Raises CheckpointError where the disk refuses."""
-    text = page(title, elements, _origin())
-    with disk_errors(file, "give another file by --html"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        publish.write_file(file, text)
-
-
-def _origin() -> dict[str, str]:
-    """Return when, where, with what and by which command the page is made."""
-    return {
+    origin = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "host": platform.node(),
         "versions": f"switchcli {__version__}, Python {platform.python_version()}",
         "command": one_line(shell_words("switchcli", *sys.argv[1:])),
     }
+    text = page(title, elements, origin)
+    with disk_errors(file, "give another file by --html"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        publish.write_file(file, text)
 
 
 def _dark_colors() -> str:
@@ -153,11 +151,6 @@ def _json_value(value: Any) -> Any:
         rounded = value if value.is_integer() else float(f"{value:.{_DIGITS}g}")
         return int(rounded) if rounded.is_integer() else rounded
     return safe_text(value) if isinstance(value, str) else value
-
-
-def _script(text: str) -> str:
-    assert not re.search("</script|<!--|\r", text, re.IGNORECASE), "a script that its element does not hold"
-    return text
 
 
 def _policy(scripts: Iterable[str]) -> str:

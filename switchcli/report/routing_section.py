@@ -43,7 +43,13 @@ def tables(survey: Survey) -> Iterator[Table]:
     for name, layer in survey["layers"].items():
         yield _expert_table(shown_layer(name), layer, TERMINAL_EXPERTS, with_tokens=True)
         if len(layer["texts"]) > 1:
-            yield _text_table(name, layer)
+            rows = []
+            for text, load in layer["texts"].items():
+                experts = _by_load(load)[:_TEXT_EXPERTS]
+                shares = (f"{expert} ({load[expert] / max(1, sum(load)):.0%})" for expert in experts)
+                rows.append((text, "  ".join(shares)))
+            title = f"{shown_layer(name)}: where most of a text's tokens go"
+            yield Table(("", "experts, and their share"), rows, title)
 
 
 def section(survey: Survey) -> Part:
@@ -54,7 +60,15 @@ def section(survey: Survey) -> Part:
     elements: list[Part | Table] = [html_page.paragraphs(_MAP_NOTE), _summary(survey)]
     elements.append(html_page.charts([_map("experts", "Load of the experts", "layer", total, loads)]))
     for name, layer in layers.items():
-        maps = html_page.charts([*_layer_maps(name, layer, survey["rare"])])
+        sentinels = {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= survey["rare"]}
+        texts = layer["texts"] if len(layer["texts"]) > 1 else {}
+        maps = html_page.charts(
+            [
+                _map(f"{kind}_{name}", f"By {kind}", kind, layer, loads_of_kind, shown_layer(name))
+                for kind, loads_of_kind in (("sentinel", sentinels), ("text", texts))
+                if loads_of_kind
+            ]
+        )
         experts = _expert_table("Experts", layer, PAGE_EXPERTS, with_tokens=False, note=_EXPERT_NOTE)
         lifts = _token_table(layer, "by_lift", "Tokens by lift", "{lift:.1f}x", _LIFT_NOTE)
         counts = _token_table(layer, "by_count", "Most frequent tokens", "{count:,}")
@@ -146,14 +160,6 @@ def _token_table(layer: Mapping[str, Any], order: str, title: str, amount: str, 
     return Table(("expert", *map(str, range(1, columns + 1))), rows, title, note)
 
 
-def _text_table(name: str, layer: Mapping[str, Any]) -> Table:
-    rows = []
-    for text, load in layer["texts"].items():
-        experts = _by_load(load)[:_TEXT_EXPERTS]
-        rows.append((text, "  ".join(f"{expert} ({load[expert] / max(1, sum(load)):.0%})" for expert in experts)))
-    return Table(("", "experts, and their share"), rows, f"{shown_layer(name)}: where most of a text's tokens go")
-
-
 def _most_used(layer: Mapping[str, Any], count: int) -> list[int]:
     """Return the experts with the most tokens, in the order of their numbers."""
     return sorted(_by_load(layer["load"])[:count])
@@ -176,15 +182,6 @@ def shown(piece: str) -> str:
 
 
 # Maps
-
-
-def _layer_maps(name: str, layer: Mapping[str, Any], rare: int) -> Iterator[Figure]:
-    """Yield a layer's load by sentinel (those read `rare` times at least) and by text."""
-    sentinels = {piece: load for piece, load in layer["sentinels"].items() if sum(load) >= rare}
-    texts = layer["texts"] if len(layer["texts"]) > 1 else {}
-    for kind, loads in (("sentinel", sentinels), ("text", texts)):
-        if loads:
-            yield _map(f"{kind}_{name}", f"By {kind}", kind, layer, loads, shown_layer(name))
 
 
 def _map(

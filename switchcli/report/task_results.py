@@ -40,14 +40,14 @@ def differing_settings(evaluations: Sequence[Run]) -> list[str]:
         for run in evaluations:
             if metrics_of(run) and (recipe := as_mapping(run.result.get("recipe"))):
                 capacities = [as_mapping(one.get("capacity")).get(capacity) for one in _passes(run)]
-                chosen = {key: value for key, value in flatten(recipe).items() if _is_within(key, decisive)}
+                chosen = {
+                    key: value
+                    for key, value in flatten(recipe).items()
+                    if any(f"{key}.".startswith(f"{section}.") for section in decisive)
+                }
                 settings.append({**chosen, "eval.capacity": capacities})
         keys |= dict.fromkeys(differing(settings))
     return [*keys]
-
-
-def _is_within(key: str, sections: Sequence[str]) -> bool:
-    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _over_runs(runs_by_label: RunsByLabel, metrics_of: Callable[[Run], Mapping[str, object]]) -> Scores:

@@ -53,9 +53,9 @@ def binary(num_bytes: float) -> str:
 
 
 def parse_bytes(text: str) -> int | None:
-    """Return the bytes of a size such as `80GiB`, `40 GB` or `1e9`, or None where the text is none."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]{1,2})?) *(?:([kmgt]?)(i?)b)?", text.strip(), re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
+    """Return the bytes of a size with a unit, such as `80GiB` or `40 GB`, or None where the text is none."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt])(i?)b", text.strip(), re.IGNORECASE)
+    if match is None:
         return None
-    power = ("", "k", "m", "g", "t").index((match[2] or "").lower())
+    power = " kmgt".index(match[2].lower())
     return round(float(match[1]) * (1024 if match[3] else 1000) ** power) or None

@@ -79,7 +79,7 @@ def test_muon_is_counted_and_too_much_of_it_is_warned_of(recipe: str, switchcli:
         (("none.yaml", "--devices", 2), "none.yaml switchcli recipes list"),
         (("quickstart/switch", "parallel.expert=8", "--devices", 4), "parallel.expert 8 ranks 4"),
         (("tiny", "--devices", 2, "--memory", "much"), "--memory 'much' size 80GiB"),
-        (("tiny", "--devices", 2, "--memory", "80"), "--memory '80' 80 bytes 80GiB"),
+        (("tiny", "--devices", 2, "--memory", "80"), "--memory '80' size 80GiB"),
         (("tiny", "--devices", 2, "--memory=-1GiB"), "--memory '-1GiB' size 80GiB"),
         (("tiny", "--gpu", "h10"), "--gpu 'h10' h100 rtx-4090"),
         (("tiny", "--gpu", "a100"), "--gpu 'a100' a100-40gb a100-80gb"),
@@ -158,7 +158,7 @@ def test_without_a_fit_the_exit_code_is_1_and_scripts_get_the_plan(
     assert done.code == 1
     assert done.err == "" or re.fullmatch("planning: .*\n", done.err)
     found = json.loads(done.out)
-    assert [row["fits"] for row in found.get("sizes", ())] == ([] if what else [False] * len(few_sizes))
+    assert [row["fits"] for row in found.get("sizes", ())] == ([] if what else [[]] * len(few_sizes))
     assert found.get("fits", []) == []
 
 
@@ -174,14 +174,12 @@ def few_sizes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:
     found = planned(switchcli, "--gpu", "l4", "--devices", 8)
     rows = found["sizes"]
-    assert [row["size"] for row in rows] == few_sizes
-    assert [row["fits"] for row in rows] == [True, True, False]
+    assert [row["name"] for row in rows] == few_sizes
+    assert [bool(row["fits"]) for row in rows] == [True, True, False]
     assert rows[0]["devices_needed"] == 1 < rows[1]["devices_needed"] <= 8 < rows[2]["devices_needed"]
     for row in rows[:2]:
-        assert row["days"] == pytest.approx(found["steps"] * row["step_seconds"] / 86400)
+        assert row["days"] == pytest.approx(row["steps"] * row["step_seconds"] / 86400)
         check_overrides(row, "l4", 8)
-    unknown = ("mesh", "microbatch_tokens", "device_bytes")
-    assert [rows[2][key] for key in unknown] == [None] * len(unknown)
     assert rows[2]["overrides"] == []
     for devices in (rows[2]["devices_needed"], rows[2]["devices_needed"] // 2):
         fits = planned(switchcli, "switch-xxl", "--gpu", "l4", "--devices", devices)["fits"]
@@ -203,14 +201,12 @@ def test_the_keys_of_one_recipe_give_its_first_mesh(keys: tuple[str, ...], switc
     again = planned(switchcli, recipe, *found["overrides"], *devices)
     assert again["fits"] == found["fits"][:1]
     shown = switchcli("plan", recipe, *keys, *devices).out
-    assert "switchcli pretrain quickstart/switch --processes 4" in shown
+    assert not lacking(shown, "Keys 4 ranks")
     (line,) = re.findall("^.*parallel.data=.*$", shown, re.MULTILINE)
     assert shlex.split(line) == found["overrides"]
 
 
-def test_nodes_have_equally_many_ranks(few_sizes: list[str], switchcli: SwitchCLI) -> None:
-    done = switchcli("plan", "quickstart/switch", "train.batch_tokens=12288", "--devices", 12)
-    assert "torchrun --nnodes 2 --nproc-per-node 6 -m switchcli pretrain quickstart/switch" in done.out
+def test_a_batch_that_the_devices_cannot_share(few_sizes: list[str], switchcli: SwitchCLI) -> None:
     none = switchcli("plan", "--devices", 12)
     assert not lacking(none.out, "train.batch_tokens 12 ranks")
     assert none.code == 1
@@ -218,11 +214,11 @@ def test_nodes_have_equally_many_ranks(few_sizes: list[str], switchcli: SwitchCL
 
 def check_overrides(row: dict[str, Any], gpu: str, devices: int) -> None:
     """Check that the keys of a size, pasted behind any recipe, give its mesh and its numbers."""
-    vocab_size = plan_recipe(row["size"], [], Machine.of_gpu(devices, gpu)).recipe.model.vocab_size
+    vocab_size = plan_recipe(row["name"], [], Machine.of_gpu(devices, gpu)).recipe.model.vocab_size
     own = [*row["overrides"], f"model.vocab_size={vocab_size}"]  # where the tokenizer of the recipe is another one
     for recipe, keys in (("pretrain/base", row["overrides"]), ("quickstart/switch", own), ("pretrain/local", own)):
-        (fit,) = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu)).meshes.fits
-        assert (fit.mesh._asdict(), fit.bytes.total) == (row["mesh"], row["device_bytes"]), recipe
+        plan = plan_recipe(recipe, keys, Machine.of_gpu(devices, gpu))
+        assert plan.to_json()["fits"] == row["fits"][:1], recipe
 
 
 def test_what_people_see_of_every_size(few_sizes: list[str], switchcli: SwitchCLI) -> None:

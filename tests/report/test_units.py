@@ -58,15 +58,15 @@ def test_number() -> None:
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
-        *(("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5gib", 3 * 2**29), ("512MiB", 2**29), ("1e9", 10**9)),
+        *(("80GiB", 80 * 2**30), ("24 GB", 24 * 10**9), ("1.5gib", 3 * 2**29), ("512MiB", 2**29)),
         *(
             ("2TiB", 2**41),
-            ("7", 7),
+            ("7", None),
             ("0", None),
             ("-1GiB", None),
             ("", None),
         ),
-        *(("nan", None), ("1e999GiB", None), ("80 Gi B", None)),
+        *(("nan", None), ("1e9GiB", None), ("80 Gi B", None)),
     ],
 )
 def test_a_size_of_memory_is_read(text: str, num_bytes: int | None) -> None:

@@ -179,7 +179,10 @@ def is_complete(folder: Path, *, check: bool = False) -> bool:
     facts = read_manifest(folder)
     if facts is None:
         return False
-    checked = _read_checked(folder)
+    checked: dict[str, object] = {}
+    with suppress(OSError, ValueError):
+        if isinstance(record := json.loads((folder / CHECKED).read_bytes()), dict):
+            checked = record
     try:
         stamps = {name: [*stamp(folder / name)] for name in facts["files"]}
         changed = [name for name in stamps if check or stamps[name] != checked.get(name)]
@@ -193,14 +196,6 @@ def is_complete(folder: Path, *, check: bool = False) -> bool:
         with suppress(OSError):  # without a record, files are compared again
             publish.write_file(folder / CHECKED, json.dumps(stamps))
     return True
-
-
-def _read_checked(folder: Path) -> dict[str, object]:
-    """Return the stamps that were recorded; none if the record is missing or damaged."""
-    with suppress(OSError, ValueError):
-        if isinstance(record := json.loads((folder / CHECKED).read_bytes()), dict):
-            return record
-    return {}
 
 
 def identity_of_files(facts: Mapping[str, Any], stores: Sequence[str]) -> str:

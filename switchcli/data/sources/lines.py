@@ -55,7 +55,12 @@ class FileLine(NamedTuple):
         """Return `path:line`. Reads the file up to this line if the number is not known."""
         if self.number is not None:
             return self.name
-        return f"{self.file.name}:{_count_newlines(self.file, self.offset) + 1}"
+        number, remaining = 1, self.offset
+        with self.file.open() as opened:
+            while remaining > 0 and (block := opened.read(min(remaining, 2**20))):
+                number += block.count(b"\n")
+                remaining -= len(block)
+        return f"{self.file.name}:{number}"
 
     @property
     def is_blank(self) -> bool:
@@ -162,13 +167,3 @@ def _start_of_line(file: BinaryIO, offset: int) -> int:
             return offset - size + newline + 1
         offset -= size
     return 0
-
-
-def _count_newlines(file: SourceFile, end: int) -> int:
-    """Return the number of line breaks in the first `end` bytes."""
-    count = 0
-    with file.open() as opened:
-        while end > 0 and (block := opened.read(min(end, 2**20))):
-            count += block.count(b"\n")
-            end -= len(block)
-    return count

@@ -45,7 +45,10 @@ class PythonStdlib(CorpusSpec):
         root = library_root()
         yield from _topics(root / TOPICS)
         for path in module_paths(root):
-            text = source_text(path) if self.sources else _docstrings(path)
+            if self.sources:
+                text = source_text(path)
+            else:
+                text = "\n\n".join(docstring for _, _, docstring in iter_docstrings(parse_source(path.read_bytes())))
             yield f"module {path.relative_to(root).as_posix()}", text
 
     def fingerprint(self) -> str:
@@ -129,7 +132,3 @@ def iter_docstrings(tree: ast.Module) -> Iterator[tuple[str, Definition, str]]:
                 yield from visit(child, names)
 
     return visit(tree, ())
-
-
-def _docstrings(path: Path) -> str:
-    return "\n\n".join(text for _, _, text in iter_docstrings(parse_source(path.read_bytes())))

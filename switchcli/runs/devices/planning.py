@@ -148,25 +148,21 @@ class RecipePlan(NamedTuple):
         """Days of the recipe's steps, without evaluation, checkpoints and stops."""
         return self.step_seconds and self.recipe.train.steps * self.step_seconds / _SECONDS_PER_DAY
 
-    def machine_to_json(self) -> dict[str, Any]:
-        """Return the devices with what a plan assumes of them."""
-        machine = self.machine
-        return {
-            **machine._asdict(),
-            "usable_bytes": machine.usable_bytes,
-            "reserved_fraction": devices.RESERVED_FRACTION,
-            "flops": machine.flops_per_second(self.planner.step.product_bytes),
-            "utilization": devices.UTILIZATION,
-        }
-
     def to_json(self) -> dict[str, Any]:
+        machine = self.machine
         return {
             "name": self.name,
             **self.about,
             "flops_per_step": self.planner.flops_per_step,
             "optimizer_flops_per_step": self.planner.optimizer_flops_per_step,
             "activation_checkpointing": self.recipe.train.activation_checkpointing,
-            "machine": self.machine_to_json(),
+            "machine": {
+                **machine._asdict(),
+                "usable_bytes": machine.usable_bytes,
+                "reserved_fraction": devices.RESERVED_FRACTION,
+                "flops": machine.flops_per_second(self.planner.step.product_bytes),
+                "utilization": devices.UTILIZATION,
+            },
             "step_seconds": self.step_seconds,
             "days": self.days,
             "times": TIMES,
@@ -224,36 +220,6 @@ def plan_sizes(
     if first_error and not plans:
         raise first_error
     return sorted(plans, key=lambda plan: plan.about["parameters"])
-
-
-def sizes_to_json(plans: Sequence[RecipePlan]) -> dict[str, Any]:
-    """Return the plans of `plan_sizes` for programs. What follows from a mesh is null where none fits."""
-    first = plans[0]
-    return {
-        "recipe": SIZES_RECIPE,
-        "steps": first.about["steps"],
-        "input_tokens": first.about["input_tokens"],
-        "machine": first.machine_to_json(),
-        "times": TIMES,
-        "sizes": [_size_to_json(plan) for plan in plans],
-    }
-
-
-def _size_to_json(plan: RecipePlan) -> dict[str, Any]:
-    about, best = plan.about, plan.meshes.best
-    return {
-        "size": plan.name,
-        "parameters": about["parameters"],
-        "active_parameters": about["active_parameters"],
-        "fits": best is not None,
-        "devices_needed": plan.devices_needed,
-        "mesh": best and best.mesh._asdict(),
-        "microbatch_tokens": best and best.microbatch * plan.recipe.inputs_length,
-        "device_bytes": best and best.bytes.total,
-        "step_seconds": plan.step_seconds,
-        "days": plan.days,
-        "overrides": plan.overrides,
-    }
 
 
 def _recipe(name: str, overrides: Sequence[str]) -> TrainingRecipe:
