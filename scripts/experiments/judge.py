@@ -3,9 +3,8 @@
     python scripts/experiments/judge.py [--score] FOLDER ARM [ARM ...] > arms.csv
 
 FOLDER holds runs ARM-SEED. The first arm is the baseline. With --score the mean scores of tasks are compared. The
-routing is that of the last record: the highest load over the mean in the worst layer, the entropy of loads and of
-probabilities over log E, and the held-out tokens that kept their expert since the evaluation before, all as means over
-seeds; a dense model has none.
+routing is that of the last record: the highest load over the mean in the worst layer, and the entropy of loads and of
+probabilities over log E, as means over seeds; a dense model has none.
 """
 
 import csv

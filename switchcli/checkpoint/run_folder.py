@@ -1,15 +1,13 @@
 """The layout of a run's folder, and the writing of its small files."""
 
-import glob
 import os
-from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from switchcli.checkpoint import checkpoint
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
-from switchcli.system.user_files import expanded
+
+_LOGS = (".log", ".out", ".err")
 
 
 class RunFolder:
@@ -34,34 +32,28 @@ class RunFolder:
         """The command that resumes the run, for a message. `--no-resume` again would archive the run."""
         return "the same command" if self.resume else "the same command without --no-resume"
 
-    def check_free(self, sources: Iterable[str]) -> None:
-        """Check that a run may be here. `sources` are the paths, URLs and globs of what it reads.
+    def check_free(self) -> None:
+        """Check that a run may be here.
 
         Raises:
-            RecipeError: the folder holds one of the sources; it holds a name that a run writes and no run, so it is
-                somebody else's; or the run that is to be archived lies around the current folder.
+            RecipeError: the folder holds files and no run, so it is somebody else's; or the run that is to be archived
+                lies around the current folder.
         """
-        lock = self.path / "run.lock"
         with disk_errors(self.path):
-            occupied = [path.name for path in (*self._files, *self._folders, lock) if os.path.lexists(path)]
-            is_run = lock.is_file() or checkpoint.saved_checkpoints(self.checkpoints)
-        if occupied and not is_run:
+            is_run = (self.path / "run.lock").is_file() or checkpoint.saved_checkpoints(self.checkpoints)
+            others = [] if is_run or not self.path.is_dir() else [path.name for path in self.path.iterdir()]
+        # The folder may be a disk of its own, and a scheduler may have opened its log there before the run starts.
+        others = [
+            name for name in others if not name.startswith((".", "lost+found")) and Path(name).suffix not in _LOGS
+        ]
+        if others:
             raise RecipeError(
-                f"--out {self.path}: holds {occupied[0]} and no run of switchcli: give a new or an empty folder by "
-                "--out"
+                f"--out {self.path}: holds {min(others)} and no run of switchcli: give a new or an empty folder"
             )
         if self.is_to_archive() and Path.cwd().is_relative_to(self.path.resolve()):
             raise RecipeError(
                 f"--out {self.path}: --no-resume would rename the current folder: run the command from another one"
             )
-        for source in () if is_run else sources:
-            with suppress(OSError, RuntimeError):  # its reader explains a path that cannot be resolved
-                local = expanded(Path(source.rpartition("::")[2].removeprefix("file://")))  # the archive of a chain
-                files = map(Path, glob.iglob(str(local), recursive=True))  # noqa: PTH207
-                if any(file.resolve().is_relative_to(self.path.resolve()) for file in files):
-                    raise RecipeError(
-                        f"--out {self.path}: holds {source}, which the run reads: give another folder by --out"
-                    )
 
     def check_links(self) -> None:
         """Raise CheckpointError if a link, or another file that no run makes, is where the run would write."""

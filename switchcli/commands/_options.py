@@ -71,9 +71,7 @@ Resume = Annotated[bool, typer.Option(help="Resume the run in the folder, or arc
 Processes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of ranks to start on this machine.")]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", help="Open what the recipe names, print the recipe, its model size and epochs, and stop."
-    ),
+    typer.Option("--dry-run", help="Open what the recipe names, print the size of the model and of the run, and stop."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]

@@ -23,6 +23,8 @@ from switchcli.commands._result import Line, finish
 from switchcli.distributed.rendezvous import is_rank, join_srun
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console
+from switchcli.report.table import Table
+from switchcli.report.units import number
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe
@@ -68,19 +70,18 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
 
 
 def print_dry_run(job: "Job", processes: int, as_json: bool) -> None:
-    """Open what the recipe names, and print the recipe with its size, FLOPs, tokens and epochs, as YAML or as JSON."""
+    """Open what the recipe names, and print its size, FLOPs, tokens and epochs; for scripts with every key."""
     from switchcli.runs.devices import planning
     from switchcli.runs.train.start import TASKS
 
     if processes > 1:
         job.recipe.check_ranks(processes)
-    epochs = TASKS[job.recipe.verb].open_inputs(job)
-    about = planning.describe(job.recipe)
-    lines = planning.describe_as_yaml(job.recipe).splitlines()
-    if epochs is not None:
-        lines.insert(len(about), f"# epochs: about {epochs:.3g}")
-    result = {**about, "epochs": epochs, "recipe": job.recipe.model_dump(mode="json")}
-    finish(result, as_json, [Line(line, wrap=False) for line in lines])
+    about = {"epochs": TASKS[job.recipe.verb].open_inputs(job), **planning.describe(job.recipe)}
+    rows = [(name.replace("_", " "), number(value)) for name, value in about.items() if value is not None]
+    result = {**about, "recipe": job.recipe.model_dump(mode="json")}
+    finish(
+        result, as_json, [Table(("", ""), rows), Line("nothing was trained; --json prints every key of the recipe too")]
+    )
 
 
 def starts_ranks(processes: int) -> bool:

@@ -1,6 +1,6 @@
 """`switchcli eval`: task scores, held-out loss, routing health. Imports torch only when it runs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,6 @@ from switchcli.commands import _training
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
 from switchcli.commands._result import Line, finish
-from switchcli.metric_names import BITS_PER_BYTE, DEAD_EXPERTS, DROPPED_FRACTION, LOSS, MAX_LOAD
 from switchcli.report.table import Table
 from switchcli.report.units import number, percent
 
@@ -18,16 +17,6 @@ if TYPE_CHECKING:
     from switchcli.training.measure import Measurement
 
 app = typer.Typer()
-
-_SHOWN_METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
-    LOSS: ("loss", "{:.4f}".format),
-    BITS_PER_BYTE: ("bits per byte", "{:.4f}".format),
-    "sequences": ("sequences", number),
-    DROPPED_FRACTION: ("dropped tokens", percent),
-    MAX_LOAD: ("largest load over the mean", "{:.2f}".format),
-    DEAD_EXPERTS: ("dead experts", number),
-}
-"""The metrics in a table, their names there and how their values are written."""
 
 
 @app.command(
@@ -82,24 +71,21 @@ def _text_settings(recipe: Mapping[str, Any]) -> Iterator[Line]:
 def _shown(eval_pass: "Measurement") -> Iterator[Table | Line]:
     """Yield the metrics that were measured under one capacity."""
     from switchcli.runs.evaluate.score_tables import label_tables, score_table, text_table
-    from switchcli.training.measure import ALL_TEXT
 
     yield Line("")
-    yield Line(f"capacity: {', '.join(f'{name} {capacity}' for name, capacity in eval_pass.capacity.items())}", "bold")
+    words = {"paper": "the recipe's", "dropless": "unlimited"}
+    capacities = (f"{words.get(str(capacity), capacity)} for {name}" for name, capacity in eval_pass.capacity.items())
+    yield Line(f"expert capacity: {', '.join(capacities)}", "bold")
     if eval_pass.scores:
         yield score_table(eval_pass.scores)
         yield from label_tables(eval_pass.scores)
     held_out = eval_pass.held_out()
-    together = {name: held_out[name] for name in held_out if name == ALL_TEXT}
-    for names in (together, eval_pass.target_records()):
-        for name, metrics in names.items():
-            rows = [(label, write(metrics[key])) for key, (label, write) in _SHOWN_METRICS.items() if key in metrics]
-            yield Table(("", ""), rows, f"held-out {name}")
-    if len(eval_pass.texts) > 1:
-        texts = {label: held_out[label] for label in eval_pass.texts}
+    if texts := {**held_out, **eval_pass.target_records()}:
         yield text_table(texts)
-        if layers := next(iter(texts.values())).get("layers", {}):
-            experts = [(name, *map(_most_used, metrics.get("layers", {}).values())) for name, metrics in texts.items()]
+    if len(eval_pass.texts) > 1:
+        loads = {name: held_out[name].get("layers", {}) for name in eval_pass.texts}
+        if layers := next(iter(loads.values())):
+            experts = [(name, *map(_most_used, one.values())) for name, one in loads.items()]
             yield Table(("", *layers), experts, "the expert that most of its tokens go to, and their share")
 
 

@@ -138,7 +138,7 @@ def _show_recipe(plan: "RecipePlan") -> Iterator[Table | Line]:
     if fits:
         title = f"Meshes that fit, GiB of a device{_truncation(fits)}"
         yield Table((*_MESH_COLUMNS, *_BYTES_COLUMNS), [*map(_fit_row, fits[:_CONSOLE_ROWS])], title)
-        yield Line(f"Keys of the first mesh, for {plan.machine.devices:,} ranks")
+        yield Line("Keys of the first mesh")
         yield Line(shell_words(*plan.overrides), wrap=False)
     if rejected:
         reasons = [(reason, str(meshes)) for reason, meshes in plan.meshes.reasons()]
@@ -177,5 +177,7 @@ def _assumptions() -> str:
 
 
 def _days(days: float | None) -> str:
-    """Return days in three significant digits: `0.0188`, `1.69`, `12,345`."""
-    return "-" if days is None else f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
+    """Return days: `12,345`, `16.9`, `0.02`, `< 0.01`."""
+    if days is None:
+        return "-"
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}" if days >= 0.01 else "< 0.01"

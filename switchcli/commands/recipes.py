@@ -182,7 +182,7 @@ def explain(
 
 
 def _explanation(infos: Sequence[KeyInfo]) -> Table:
-    """Return a table that explains one meaning of a key, or several that `_alike` has put together."""
+    """Return a table that explains meanings of a key that differ only in default and description."""
 
     def by_verbs(texts: Sequence[str]) -> list[str]:
         if len(set(texts)) == 1:

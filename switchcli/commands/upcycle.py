@@ -40,7 +40,7 @@ def upcycle(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a sparse model of copies of a dense model's feed-forwards, or of their parts."""
+    """Turn a dense model into a sparse one by copying its feed-forward layers, or their parts."""
     from switchcli.runs.models import upcycling
 
     console = Console(quiet=quiet)
@@ -57,16 +57,16 @@ def _summary(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"{result['parameters']:,} parameters in {result['destination']}"
     for stack, correction in result["corrections"].items():
         layers = sum(layer.startswith(stack) for layer in result["layers"])
-        factors = f"wo times {correction['wo']:g}, fresh routers times {correction['router']:g}"
+        factors = f"output weights x {correction['wo']:g}, routers x {correction['router']:g}"
         if correction["exact"]:
-            start = "as the dense model, where no token is dropped"
+            start = "equals the dense model as long as no token is dropped"
         elif correction["exact_without_noise"]:
-            start = "as the dense model but for rounding or noise, where no token is dropped"
+            start = "equals the dense model but for rounding or noise, as long as no token is dropped"
         else:
-            start = "with other outputs than the dense model's"
+            start = "differs from the dense model"
         experts = f"{result['experts']} experts"
         if result["parts"] > 1:
             experts += f", {result['parts']} to a copy"
-        yield f"{stack}: {layers} layers of {experts}; {factors}: begins {start}"
+        yield f"{stack}: {layers} layers of {experts}; {factors}: {start}"
     yield "Next:"
     yield f"  {program_name()} {result['next']}"

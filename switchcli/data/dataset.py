@@ -29,8 +29,8 @@ WINDOW_SHARDS = 8
 SMALL_TOKENS = 2**20
 """Tokens below which a shard is merged with others, in memory."""
 _NUM_CACHED = 2
-"""Epoch orders and windows that are kept: where a batch extends over the end of one, or workers are ahead, two are in
-use."""
+"""Epoch orders and windows that are kept: where a batch extends over the end of one, or the next batch is made
+ahead, two are in use."""
 
 
 class EpochOrder(NamedTuple):

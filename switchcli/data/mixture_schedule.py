@@ -22,7 +22,7 @@ OrderFn = Callable[[int, int, int, int], NDArray[np.int64]]
 """A function of (size, seed, index, purpose) that returns the numbers 0..size in some order, such as `permutation`."""
 
 _CACHED_CYCLES = 2
-"""Cycles whose orders are kept: a batch may extend over the end of one, and workers may be ahead."""
+"""Cycles whose orders are kept: a batch may extend over the end of one, and the next batch is made ahead."""
 
 
 class RandomOrders:

@@ -1,6 +1,6 @@
 """PreparedTextSource: the rows of a prepared text, or of a mixture of several, as batches of an objective.
 
-A batch is a pure function of (seed, step), however it is divided among ranks, microbatches and workers.
+A batch is a pure function of (seed, step), however it is divided among ranks and microbatches.
 
 Legend  R rows  L raw tokens per row  K texts
 """

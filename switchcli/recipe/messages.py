@@ -126,7 +126,7 @@ def _explain(details: ErrorDetails, tree: Node, schema: type[BaseModel]) -> Iter
         path = (*path, "kind")
     else:
         rule = _value_rule(details, node, tree)
-    line = f"{_where(tree, path)}: {dotted(path)}: {rule}"
+    line = _located(tree, path, f"{dotted(path)}: {rule}")
     yield path, UnknownKey(line) if error_type == "extra_forbidden" else line
 
 
@@ -144,7 +144,7 @@ def _explain_own_rules(rules: Sequence[str], node: SchemaNode, tree: Node) -> It
             stated = [path for path in paths if _lookup(tree, path)[1]]
             path = max(stated, key=lambda path: _nearness(tree, path), default=paths[0])
             prefix = f"{dotted(node.path)}."
-        yield path, f"{_where(tree, path)}: {prefix if node.path else ''}{rule}"
+        yield path, _located(tree, path, f"{prefix if node.path else ''}{rule}")
 
 
 def _value_rule(details: ErrorDetails, node: SchemaNode, tree: Node) -> str:
@@ -271,6 +271,12 @@ def _kind_rule(kinds: Sequence[str], details: ErrorDetails) -> str:
 def _did_you_mean(word: str, names: Sequence[str], cutoff: float = 0.6) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     return f". Did you mean {close[0]}?" if close else ""
+
+
+def _located(tree: Node, path: Path, rule: str) -> str:
+    """Return a rule behind the file and the line of its key. The rule alone tells which override breaks it."""
+    where = _where(tree, path)
+    return rule if where.startswith("override ") else f"{where}: {rule}"
 
 
 def _where(tree: Node, path: Path) -> str:

@@ -2,8 +2,7 @@
 
 import math
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -22,7 +21,7 @@ from switchcli.recipe.sizes import CUSTOM, SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import VOCAB_SIZE, Spec, check_rules
-from switchcli.tasks.config import CustomTask, TaskDataSpec, TaskSpec, duplicate_names, tasks_of
+from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names, tasks_of
 from switchcli.tasks.task import Task
 from switchcli.training.config import Precision, StartSpec, StudentSpec
 from switchcli.training.distillation_specs import DistillSpec
@@ -41,10 +40,6 @@ class TextRecipe(TrainingRecipe, ABC):
     @property
     def text(self) -> DataSpec:
         return self.data
-
-    @property
-    def sources(self) -> Iterable[str]:
-        return (path for corpora in self.data.texts().values() for corpus in corpora for path in corpus.own_paths())
 
     @property
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
@@ -93,11 +88,6 @@ class TaskRecipe(TrainingRecipe, ABC):
     @property
     def named_tasks(self) -> Mapping[str, Task]:
         return tasks_of(self.tasks)
-
-    @property
-    def sources(self) -> Iterable[str]:
-        own = [task for task in self.tasks if isinstance(task, CustomTask)]
-        return chain.from_iterable((*task.train, *task.validation, *task.test) for task in own)
 
     @property
     def inputs_length(self) -> int:

@@ -6,7 +6,7 @@ of full sequences.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -88,11 +88,6 @@ class TrainingRecipe(Spec, ABC):
     def summary(self) -> Mapping[str, Mapping[str, Any]]:
         """The settings that a model card shows, by their titles. They name no file and no folder."""
         return {"optimizer": self.optimizer.model_dump(), "schedule": self.schedule.model_dump()}
-
-    @property
-    @abstractmethod
-    def sources(self) -> Iterable[str]:
-        """The paths, URLs and globs of the user's own files that the recipe trains on or measures on."""
 
     @property
     def tokenizer(self) -> TokenizerSpec | None:

@@ -128,12 +128,12 @@ class Console:
 
     def warning(self, text: str) -> None:
         """Print a warning, even when quiet."""
-        self._print(f"warning: {text}", "yellow")
+        self._print(f"warning: {text}", "yellow", wrap=True)
 
     def error(self, *lines: str) -> None:
         """Print why the run ends, even when quiet."""
         for index, line in enumerate(lines):
-            self._print(line if index else f"error: {line}", "bold red")
+            self._print(line if index else f"error: {line}", "bold red", wrap=True)
 
     def for_watchers(self, text: str) -> Callable[[], None] | None:
         """Return a function, for any thread, that prints a line; None if quiet, or if nobody watches a terminal."""

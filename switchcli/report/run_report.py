@@ -136,7 +136,7 @@ def _speed_table(comparison: Comparison) -> Table:
         f"x: how many times fewer steps, seconds and FLOPs than {baseline}, run by run, against its run of the same "
         "seed where there is one; in parentheses the 95 % interval, from Student's t of the logarithms. Steps, time "
         "and FLOPs are means over the runs that reach it, interpolated on straight lines between evaluations in "
-        "training; -: no run does, or one does before its first evaluation in training. FLOPs are forward and backward."
+        "training; -: not reached, or reached before the first evaluation. FLOPs are forward and backward."
     )
     headings = ("series", "x steps", "x time", "x FLOPs", "reach it", "steps", "time", "FLOPs")
     return Table(headings, rows, f"Speed-up to {goal}, interpolated", note)

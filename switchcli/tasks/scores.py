@@ -40,7 +40,7 @@ class LabelCounts(NamedTuple):
     """Number of examples that were answered with it."""
     right: int
     """Number of its examples that were answered with it."""
-    taken_for: str | None
+    confused_with: str | None
     """The most frequent wrong answer to its examples; None if there is none."""
 
 
@@ -71,6 +71,11 @@ class Scores(NamedTuple):
     """The score of always answering the most frequent first target of these examples."""
     labels: Mapping[str, LabelCounts]
     """How the examples of each label were answered, by label; empty for free text."""
+
+    @property
+    def no_skill(self) -> float:
+        """The score without skill: the better one of random answers and of the most frequent first target."""
+        return max(self.chance, self.majority or 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain values by name."""
@@ -169,8 +174,8 @@ def _label_counts(task: Task, labeled: Sequence[AnsweredExample]) -> dict[str, L
     for label in task.labels:
         answers = by_target[label]
         # One of the two most frequent answers is not the label itself, if there are two.
-        taken_for = next((answer for answer, _ in answers.most_common(2) if answer != label), None)
-        counts[label] = LabelCounts(answers.total(), answered[label], answers[label], taken_for)
+        confused_with = next((answer for answer, _ in answers.most_common(2) if answer != label), None)
+        counts[label] = LabelCounts(answers.total(), answered[label], answers[label], confused_with)
     return counts
 
 

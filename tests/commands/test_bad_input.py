@@ -31,7 +31,7 @@ def test_one_line_with_the_way_out(case: str, recipe: str, switchcli: SwitchCLI)
     arguments, code, words = CASES[case]
     done = switchcli("pretrain", recipe, *arguments)
     assert (done.code, done.out) == (code, ""), done.err
-    assert re.fullmatch(r"(reading text .*\n)?error: .*\n", done.err)  # an error of the text is met while it is read
+    assert re.fullmatch(r"(preparing text .*\n)?error: .*\n", done.err)  # an error of the text is met while it is read
     assert not lacking(done.err, words)
 
 
@@ -212,7 +212,9 @@ def test_a_cache_that_cannot_be_made(recipe: str, switchcli: SwitchCLI, monkeypa
     monkeypatch.setenv("SWITCHCLI_CACHE", "text.txt/cache")
     done = switchcli("pretrain", recipe)
     assert (done.code, done.out) == (CHECKPOINT, "")
-    assert re.fullmatch(r"reading text .*\nerror: text\.txt/cache: Not a directory.*\bSWITCHCLI_CACHE\b.*\n", done.err)
+    assert re.fullmatch(
+        r"preparing text .*\nerror: text\.txt/cache: Not a directory.*\bSWITCHCLI_CACHE\b.*\n", done.err
+    )
 
 
 @pytest.mark.integration

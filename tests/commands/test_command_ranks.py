@@ -51,7 +51,7 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
     done = two_ranks(recipe, *arguments, "--out", "run", "--json")
     assert done.returncode == code
     *notes, error = done.stderr.splitlines()
-    assert all(note.startswith(("starting 2 ranks ", "reading text ")) for note in notes)
+    assert all(note.startswith(("starting 2 ranks ", "preparing text ")) for note in notes)
     assert error.startswith("error: ")
     assert not lacking(error, words)
     assert json.loads(done.stdout)["exit_code"] == code

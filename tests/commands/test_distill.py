@@ -307,7 +307,7 @@ BAD = {
     "T --baseline 3.25": (2, "--baseline 3.25 loss -3.25"),
     "": (2, "distill.teacher missing --teacher CHECKPOINT"),
     "finetune/glue T": (2, "recipe switchcli finetune"),
-    "T --out .": (2, "distill.teacher folder --out"),
+    "T --out SPARSE": (2, "distill.teacher folder --out"),
     "T verb=x": (2, "verb distill x"),
 }
 """Arguments of `distill`, where `T` is `--teacher SPARSE`, and the exit code and the words of the answer."""
@@ -327,7 +327,7 @@ def test_bad_input_is_told_with_its_place_and_way_out(
         path = dense / "recipe.yaml"
         assert switchcli("pretrain", path, "data.tokenizer.vocab_size=480", "--out", "OTHER", "-q").code == 0
     Path("tiny.yaml").write_text(RECIPE)
-    if "." in arguments:
+    if "--out" in arguments:
         Path("SPARSE").unlink()
         shutil.copytree(trained, "SPARSE")
     out = [] if "--out" in arguments else ["--out", "a"]

@@ -95,7 +95,7 @@ def test_a_folder_with_files_of_somebody_else_is_refused(name: str, recipe: str,
 
 
 def test_a_run_begins_beside_files_of_other_names_and_leaves_them_alone(recipe: str, switchcli: SwitchCLI) -> None:
-    for name in ("train.log", ".hidden", "lost+found/file", "metrics.json"):
+    for name in ("train.log", ".hidden", "lost+found/file"):
         file = Path("run", name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")

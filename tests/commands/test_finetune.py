@@ -162,7 +162,7 @@ def test_what_of_the_tasks_is_cut_unknown_or_not_there_is_told(
     done = switchcli("finetune", tuning, "--model", trained, *keys, "--out", "b")
     assert done.code == 0, done.err
     assert "without a right answer" not in done.err
-    assert re.search(r"^warning: colour: 5 .*\b5 rows.*\b50\.0%.*\b5 .*cut.*data\.inputs_length", done.err, re.M)
+    assert re.search(r"^warning: colour: 5 .*\b5 rows.*\b50\.0%.*\b5 .*data\.inputs_length.*truncated", done.err, re.M)
     assert re.search(r"^warning: inputs of colour: \d+\.\d% .*\bcharacters\b.*\bbyte_fallback\b", done.err, re.M)
     assert not lacking(done.err, "warning: last validation split")
     odd = ("tasks.0.labels=[\N{SNOWMAN}, red]", "train.steps=2", "eval.every_steps=2", "tasks.1.validation=[]")
@@ -221,7 +221,7 @@ def test_a_task_that_is_only_scored_is_told(trained: Path, tuning: str, switchcl
     done = switchcli("finetune", tuning, "--model", trained, *keys, "--out", "a")
     assert done.code == 0, done.err
     assert not lacking(done.err, "colour split train")
-    assert re.search(r"^colour: 14 .*\b\d inputs.*\b64 tokens.*cut$", done.err, re.M)
+    assert re.search(r"colour: 14 .*\b\d .*data\.inputs_length=64 .*truncated", done.err, re.M)
 
 
 def test_a_start_within_the_runs_own_folder(trained: Path, tuning: str, switchcli: SwitchCLI) -> None:

@@ -201,7 +201,6 @@ def test_the_keys_of_one_recipe_give_its_first_mesh(keys: tuple[str, ...], switc
     again = planned(switchcli, recipe, *found["overrides"], *devices)
     assert again["fits"] == found["fits"][:1]
     shown = switchcli("plan", recipe, *keys, *devices).out
-    assert not lacking(shown, "Keys 4 ranks")
     (line,) = re.findall("^.*parallel.data=.*$", shown, re.MULTILINE)
     assert shlex.split(line) == found["overrides"]
 

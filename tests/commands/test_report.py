@@ -315,8 +315,8 @@ def test_figures_without_their_package_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("nowhere",), 2, "error: nowhere folder path"),
-        (("dense-0", "nowhere", "runs/*", "switch-0"), 2, "runs/* folder path"),
+        (("nowhere",), 2, "error: nowhere folder"),
+        (("dense-0", "nowhere", "runs/*", "switch-0"), 2, "runs/* folder"),
         (("empty",), 4, "error: none run switchcli pretrain"),
         (("dense-0", "--baseline", "switch-0"), 2, "--baseline switch-0 none dense-0"),
         (("eval", "--baseline", "dense-0"), 2, "--baseline dense-0 evaluations"),

@@ -73,7 +73,7 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
 def dry_run(recipe: str) -> None:
     resolved = resolve_standalone(recipe)
     assert isinstance(resolved, TrainingRecipe)
-    assert "parameters" in planning.describe_as_yaml(resolved)
+    assert "parameters" in planning.describe(resolved)
 
 
 @pytest.mark.parametrize(

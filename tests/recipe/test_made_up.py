@@ -74,7 +74,7 @@ def test_any_recipe_is_refused_in_words_or_means_what_is_written(
     assert again == recipe
     assert resolve.dump(again) == resolve.dump(recipe)
     if isinstance(recipe, TrainingRecipe):
-        planning.describe_as_yaml(recipe)
+        planning.describe(recipe)
 
 
 @pytest.mark.nightly

@@ -508,7 +508,7 @@ def test_rules_of_a_spec_have_the_line_of_the_key_they_start_with(errors):
         "mine.yaml:3: model.d_ff (3) is too small",
     ]
     assert errors("train:\n\n  steps: 13") == ["mine.yaml:3: train.steps (13) must be a lucky number: try 7."]
-    assert errors("{}", "train.steps=13")[0].startswith("override train.steps: train.steps (13) must")
+    assert errors("{}", "train.steps=13")[0].startswith("train.steps (13) must")
 
 
 def test_an_error_in_a_parent_names_the_parent(write, errors):

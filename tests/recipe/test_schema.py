@@ -97,8 +97,9 @@ def test_parts_that_do_not_fit(recipe, overrides, where, words):
 def test_the_line_is_that_of_the_key(recipe):
     with pytest.raises(RecipeError) as raised:
         recipe("data.objective.inputs_length=100", "model.vocab_size=200")
-    places = [line.split(": ")[0] for line in str(raised.value).splitlines()]
-    assert places == ["mine.yaml:6", "override model.vocab_size"]
+    first, second = str(raised.value).splitlines()
+    assert first.startswith("mine.yaml:6: ")
+    assert "model.vocab_size" in second
 
 
 def test_a_key_left_to_its_default_has_the_line_of_the_other(tmp_path, monkeypatch):

@@ -35,6 +35,8 @@ from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, Optimizer
 from switchcli.training.schedules import Constant
 from switchcli.training.state import TrainState
 
+pytestmark = pytest.mark.integration
+
 META = torch.device("meta")
 COPIES = {torch.ops.aten._to_copy.default: "non_blocking", torch.ops.aten.copy_.default: 2}
 """The operations that copy between devices, and the name or the position of their `non_blocking`."""

@@ -56,9 +56,6 @@ class HubCorpus(RowCorpus):
     revision: str | None = None
     """Commit or tag. Default: the latest commit when the dataset is opened."""
 
-    def own_paths(self) -> tuple[str, ...]:
-        return (self.path,)
-
     def source_shards(self) -> tuple[SourceShard, ...]:
         """Return the dataset's shards, usually its files, or groups of them if there are more than MAX_SHARDS.
 

@@ -77,10 +77,6 @@ class CorpusSpec(Spec, ABC):
             for language in self.languages
         )
 
-    def own_paths(self) -> tuple[str, ...]:
-        """Return the paths, URLs and globs of the user's own files."""
-        return ()
-
     def text_bytes(self) -> int | None:
         """Return the size of the text, or None if it is not known before the text is read."""
         return None

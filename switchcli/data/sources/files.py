@@ -53,12 +53,9 @@ class FilesCorpus(RowCorpus):
     """What a document is in a text file: a line, a paragraph (blank lines separate them) or the whole file. It is also
     the unit that is held out."""
 
-    def own_paths(self) -> tuple[str, ...]:
-        return self.paths
-
     def text_bytes(self) -> int | None:
         files = expand_paths(self.paths, "data.corpora")
-        is_known = all(file.size and not file.is_compressed and file.kind != _PARQUET for file in files)
+        is_known = all(file.size is not None and not file.is_compressed and file.kind != _PARQUET for file in files)
         return sum(file.size or 0 for file in files) if is_known else None
 
     def source_shards(self) -> tuple[SourceShard, ...]:

@@ -53,12 +53,6 @@ def describe(recipe: TrainingRecipe) -> dict[str, Any]:
     }
 
 
-def describe_as_yaml(recipe: TrainingRecipe) -> str:
-    """Return the resolved recipe as YAML, with its description in comments at the top. The text is still a recipe."""
-    comments = [f"# {name.replace('_', ' ')}: {value:,}\n" for name, value in describe(recipe).items()]
-    return "".join([*comments, resolve.dump(recipe)])
-
-
 def planner_of(recipe: TrainingRecipe, fused: bool = True) -> Planner:
     """Return the planner of a recipe's step, on the meshes that it allows. `fused` assumes the kernels of a GPU."""
     train = recipe.train

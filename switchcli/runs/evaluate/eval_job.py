@@ -17,7 +17,7 @@ from switchcli.report.sinks import read_object, to_json
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
-from switchcli.runs.evaluate.score_tables import explain_malformed
+from switchcli.runs.evaluate.score_tables import explain_scores
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.new_folder import data_document
 from switchcli.runs.job.job import Job
@@ -175,7 +175,7 @@ def measure(job: Job, out: Path | None, quiet: bool, model: SwitchTransformer | 
         passes = tuple(evaluator.with_intervals(evaluator(model)) for evaluator in data.evaluators)
         scored = data.evaluators[0].tasks
         for measured in passes:
-            explain_malformed(console, scored, measured.scores, measured.answers)
+            explain_scores(console, scored, measured.scores, measured.answers)
     result = {
         "verb": recipe.verb,
         "command": command_words(),

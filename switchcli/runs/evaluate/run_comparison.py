@@ -38,7 +38,7 @@ def compare_runs(
     """
     # A link to nothing is there: it may come from `runs/*`.
     if missing := [folder for folder in folders if not os.path.lexists(folder)]:
-        raise RecipeError(*(f"{folder}: there is no such folder: fix the path, or leave it out" for folder in missing))
+        raise RecipeError(*(f"{folder}: no such folder" for folder in missing))
     by_real_path: dict[str, Path] = {}  # a folder that is named twice is one run
     for folder in folders:
         by_real_path.setdefault(os.path.realpath(folder), folder)

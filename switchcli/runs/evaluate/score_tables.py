@@ -1,13 +1,16 @@
 """Task scores as JSON for result.json, and as tables on the console."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from switchcli.checkpoint.saved_state import Best
 from switchcli.metric_names import (
     BITS_PER_BYTE,
+    DEAD_EXPERTS,
+    DROPPED_FRACTION,
     HELD_OUT,
     LOSS,
+    MAX_LOAD,
     NEG_LOG_PERPLEXITY,
     TASKS_AVERAGE,
     task_score,
@@ -15,13 +18,23 @@ from switchcli.metric_names import (
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shorten
 from switchcli.report.table import Table, Value
+from switchcli.report.units import number, percent
 from switchcli.tasks.scores import Score, Scores, is_malformed
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.training.scoring import score_metrics, suite_scores
 
-_COLUMNS = ("task", "score", "95 % interval", "chance", "majority", "examples", "malformed")
-_LABEL_COLUMNS = ("label", "examples", "answered", "precision", "recall", "F1", "taken for")
+_COLUMNS = ("task", "score", "95 % interval", "no skill", "malformed")
+_LABEL_COLUMNS = ("label", "precision", "recall", "F1", "examples", "confused with")
+_TEXT_COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    LOSS: ("loss", "{:.4f}".format),
+    BITS_PER_BYTE: ("bits/byte", "{:.4f}".format),
+    "sequences": ("sequences", number),
+    DROPPED_FRACTION: ("dropped", percent),
+    MAX_LOAD: ("max load", "{:.2f}".format),
+    DEAD_EXPERTS: ("dead", number),
+}
+"""The metrics of a held-out text, their headings and how their values are written."""
 MAX_LABELS = 20
 """Labels of a task up to which a table shows them; result.json has all."""
 MALFORMED_LIMIT = 50.0
@@ -29,30 +42,32 @@ MALFORMED_LIMIT = 50.0
 
 
 def score_table(scores: Mapping[str, Scores], best: Mapping[str, Best] | None = None) -> Table:
-    """Return a table with a row for each metric of each task, and the averages below them."""
-    columns = _COLUMNS + (("best", "at step") if best else ())
+    """Return a table with a row for each metric of each task, and the averages below them.
+
+    `no skill` is the better score of random guesses and of the most frequent answer. `best` has the best score of each
+    task in training, and stands in the place of the number of examples.
+    """
     means = dict(suite_scores(scores))
     metrics = score_metrics(scores)
     if len(scores) > 1 and TASKS_AVERAGE in metrics:
         means["average"] = metrics[TASKS_AVERAGE]
-    rows = [*_score_rows(scores, best or {})]
+    rows = [*_score_rows(scores, best)]
     rows += [[name, f"{mean:.2f}"] for name, mean in means.items()]
-    return Table(columns, rows, "scores")
+    return Table((*_COLUMNS, "best @ step" if best else "examples"), rows, "scores")
 
 
 def label_tables(scores: Mapping[str, Scores]) -> Iterator[Table]:
-    """Yield a table for each task with few labels: how often each label was right, and what it was taken for."""
+    """Yield a table for each task with few labels: how often each label was right, and its most frequent error."""
     for name, one in scores.items():
         if 1 < len(one.labels) <= MAX_LABELS:
             rows = [
                 (
                     label,
-                    counts.examples,
-                    counts.answered,
                     _share(counts.right, counts.answered),
                     _share(counts.right, counts.examples),
                     _share(2 * counts.right, counts.examples + counts.answered),
-                    counts.taken_for and shorten(counts.taken_for, 30),
+                    counts.examples,
+                    counts.confused_with and shorten(counts.confused_with, 15),
                 )
                 for label, counts in one.labels.items()
             ]
@@ -68,17 +83,23 @@ def shown_metric(name: str, value: float) -> tuple[str, float]:
     return ("held-out loss", -value) if name == HELD_OUT else (name, value)
 
 
-def explain_malformed(
+def explain_scores(
     console: Console,
     scored: Iterable[ScoredExamples],
     scores: Mapping[str, Scores],
     answers: Mapping[str, Sequence[AnsweredExample]],
 ) -> None:
-    """Say why and what to do where more than half of a task's answers are not one of its labels, or no number."""
+    """Say what to do where a score shows no skill, or more than half of the answers are no labels or numbers."""
     have_labels: list[bool] = []
     for task in (one.task for one in scored):
-        malformed, labels = scores[task.name].malformed, task.labels
+        result, labels = scores[task.name], task.labels
+        malformed = result.malformed
         if malformed is None or malformed <= MALFORMED_LIMIT:
+            if result.score is not None and result.score.value <= result.no_skill:
+                console.warning(
+                    f"{task.name}: {result.score.value:.2f} is not better than a constant answer "
+                    f"({result.no_skill:.2f}): train for more steps or with another learning rate"
+                )
             continue
         have_labels.append(bool(labels))
         predictions = [answer.prediction.strip() for answer in answers[task.name]]
@@ -98,25 +119,27 @@ def explain_malformed(
 
 
 def text_table(texts: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a table with a row for each held-out text."""
-    columns = {LOSS: "loss", BITS_PER_BYTE: "bits per byte"}
-    rows = []
-    for name, metrics in texts.items():
-        values = {LOSS: -metrics[NEG_LOG_PERPLEXITY], **metrics}
-        rows.append([name, *(f"{values[key]:.4f}" if key in values else None for key in columns)])
-    return Table(("", *columns.values()), rows, "held-out texts")
+    """Return a table with a row for each held-out text, with the metrics that one of them has."""
+    records = {name: {LOSS: -metrics[NEG_LOG_PERPLEXITY], **metrics} for name, metrics in texts.items()}
+    columns = {key: column for key, column in _TEXT_COLUMNS.items() if any(key in one for one in records.values())}
+    rows = [
+        [name, *(write(one[key]) if key in one else None for key, (_, write) in columns.items())]
+        for name, one in records.items()
+    ]
+    return Table(("", *(heading for heading, _ in columns.values())), rows, "held-out text")
 
 
-def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best]) -> Iterator[list[Value]]:
+def _score_rows(scores: Mapping[str, Scores], best: Mapping[str, Best] | None) -> Iterator[list[Value]]:
     for name, one in scores.items():
-        best_cells = _best_cells(best, task_score(name)) if best else []
+        last: Value = one.num_examples
+        if best:
+            top = best.get(task_score(name))
+            last = top and f"{top.value:.2f} @ {top.step:,}"
         if one.score is None:  # such as the test split of a benchmark, whose labels are not published
-            yield [name, "no answers", "", "", "", one.num_unlabeled, "", *best_cells]
+            yield [name, "no answers", "", "", "", last if best else one.num_unlabeled]
             continue
-        majority = None if one.majority is None else f"{one.majority:.2f}"
         malformed = "" if one.malformed is None else f"{one.malformed:.1f}%"
-        counts = (f"{one.chance:.2f}", majority, one.num_examples, malformed)
-        yield [name, *_score_cells(one.score), *counts, *best_cells]
+        yield [name, *_score_cells(one.score), f"{one.no_skill:.2f}", malformed, last]
         metrics = {**one.metrics, **one.secondary_metrics}
         if len(metrics) > 1:
             for metric, score in metrics.items():
@@ -127,8 +150,3 @@ def _score_cells(score: Score) -> tuple[str, str | None]:
     """Return the value and its interval."""
     interval = None if score.low is None or score.high is None else f"{score.low:.2f} to {score.high:.2f}"
     return f"{score.value:.2f}", interval
-
-
-def _best_cells(best: Mapping[str, Best], name: str) -> tuple[Value, Value]:
-    value = best.get(name)
-    return (None, None) if value is None else (f"{value.value:.2f}", value.step)

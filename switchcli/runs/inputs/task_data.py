@@ -106,13 +106,11 @@ def _report_training_tasks(
             continue
         packed = train_tasks[task.name].packed
         count = len(packed.example_X)
-        truncated = (
-            f", {packed.num_truncated:,} of the examples longer than a row and cut" if packed.num_truncated else ""
-        )
-        rows = f"{packed.num_rows:,} rows, {rates[task.name]:.1%} of the training examples"
-        report_truncation(
-            f"{task.name}: {count:,} examples in {rows}{truncated}", packed.num_truncated / count, console
-        )
+        text = f"{task.name}: {count:,} training examples packed into {packed.num_rows:,} rows"
+        if len(train_tasks) > 1:
+            text += f", {rates[task.name]:.1%} of all"
+        limit = f"data.inputs_length={packed.lengths.inputs} or data.targets_length={packed.lengths.targets}"
+        report_truncation(text, packed.num_truncated, count, limit, console)
 
 
 def _warn_of_trained_inputs(

@@ -13,7 +13,7 @@ from switchcli.tasks.config import TaskDataSpec
 from switchcli.tasks.task import Task
 from switchcli.training.scoring_spec import ScoringSpec
 
-TRUNCATION_LIMIT = 0.5
+TRUNCATION_LIMIT = 0.1
 """The fraction of truncated examples above which the rows are too short for the task."""
 
 
@@ -67,12 +67,11 @@ def report_task_sets(
             continue
         examples = by_name[task.name]
         count, num_truncated = len(examples.examples), examples.num_truncated
-        length = examples.packed.lengths.inputs
-        truncated = f", {num_truncated:,} inputs longer than {length} tokens and cut" if num_truncated else ""
         unlabeled = sum(not example.targets for example in examples.examples)
         without = f", {unlabeled:,} more without a right answer" if unlabeled else ""
-        message = f"{task.name}: {count - unlabeled:,} examples to score{without}{truncated}"
-        report_truncation(message, num_truncated / count, console)
+        message = f"{task.name}: {count - unlabeled:,} examples to score{without}"
+        limit = f"data.inputs_length={examples.packed.lengths.inputs}"
+        report_truncation(message, num_truncated, count, limit, console)
         if lacking := [label for label in task.labels if tokenizer.unknown in tokenizer.encode(label)]:
             console.warning(
                 f"{task.name}: the model's vocabulary lacks characters of its labels ({', '.join(lacking[:4])}"
@@ -84,9 +83,11 @@ def report_task_sets(
             warn_of_unknown(f"answers of {task.name}", examples.answers.fraction_of(tokenizer.unknown), console)
 
 
-def report_truncation(text: str, fraction: float, console: Console) -> None:
-    """Print the text, with a fix as a warning if more than `TRUNCATION_LIMIT` of the examples are truncated."""
-    if fraction > TRUNCATION_LIMIT:
-        console.warning(f"{text}: raise data.inputs_length or data.targets_length, if the model is to see the rest")
+def report_truncation(text: str, truncated: int, count: int, limit: str, console: Console) -> None:
+    """Print the text and how many of the examples are truncated: a warning above `TRUNCATION_LIMIT` of them."""
+    if truncated:
+        text += f"; {truncated:,} ({truncated / count:.0%}) are longer than {limit} and truncated"
+    if truncated > TRUNCATION_LIMIT * count:
+        console.warning(f"{text}: raise it if the model needs the rest")
     else:
         console.message(text)

@@ -66,7 +66,7 @@ def prepare_texts(
     Raises:
         DataError: the text or the tokenizer cannot be used.
     """
-    console.message(f"reading {_described(data, tokenizer is None)}")
+    console.message(f"preparing {_described(data, tokenizer is None)}")
     context = prepare_context(console)._replace(accept=accept, needed=needed)
     if data.access == "prepared":
         return prepare(data, context, tokenizer)
@@ -76,11 +76,11 @@ def prepare_texts(
 
 
 def _described(data: DataSpec, with_tokenizer: bool) -> str:
-    """Return what is read, such as `text (python-stdlib), and training a tokenizer on it`."""
+    """Return what is prepared, such as `text (python-stdlib) and tokenizer`."""
     kinds = ", ".join(dict.fromkeys(corpus.kind for corpus in data.corpora))
     what = "the held-out part of the stream" if data.access == "stream" else "text"
     trains = with_tokenizer and data.tokenizer.kind == "train"
-    return f"{what} ({kinds}){', and training a tokenizer on it' if trains else ''}; the cache keeps what is prepared"
+    return f"{what} ({kinds}){' and tokenizer' if trains else ''} (cached for later runs)"
 
 
 def train_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:

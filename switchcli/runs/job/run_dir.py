@@ -63,12 +63,11 @@ def lock_run_dir(
 
     Raises:
         CheckpointError: another run has locked the folder, it cannot be written, or not all ranks see it.
-        RecipeError: the folder holds a run of another recipe or no run, or what the recipe reads.
+        RecipeError: the folder holds a run of another recipe.
     """
     folder = RunFolder(out, resume)
 
     def lock_and_check() -> checkpoint.Checkpoint | None:
-        folder.check_free(recipe.sources)  # first: a folder with the lock's file looks like that of a run
         locks.enter_context(lock(out))
         if not folder.is_to_archive():
             folder.check_links()

@@ -119,7 +119,7 @@ def _check_experts(spec: ModelSpec, path: Path, experts: int, console: Console) 
         )
     if experts >= num_experts:
         raise RecipeError(
-            f"--experts ({experts}) must be less than the {num_experts} of {path}, or none is taken out: try "
+            f"--experts ({experts}): {path} has {num_experts} experts: --experts must be lower, for example "
             f"{num_experts // 2}"
         )
     if any(spec.sparse_layers(stack) and spec.router_of(stack).experts_choose for stack in STACKS):

@@ -25,7 +25,7 @@ from switchcli.report.table import Table
 from switchcli.report.units import si
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.planning import describe
-from switchcli.runs.evaluate.score_tables import explain_malformed, score_table, text_table
+from switchcli.runs.evaluate.score_tables import explain_scores, score_table, text_table
 from switchcli.runs.train import learned
 from switchcli.runs.train.learned import Learned
 from switchcli.training.config import StartSpec
@@ -140,7 +140,7 @@ def _show(
         learned.show(what_is_learned, console)
     if scored is not None:
         console.show(score_table(scored.scores, state.best))
-        explain_malformed(console, run.evaluator.tasks, scored.scores, scored.answers)
+        explain_scores(console, run.evaluator.tasks, scored.scores, scored.answers)
     if len(state.texts) > 1:
         console.show(text_table(state.texts))
     _show_numbers(result, state, console)

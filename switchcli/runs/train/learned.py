@@ -138,6 +138,6 @@ def _show_experts(layer: LayerExperts, console: Console) -> None:
     ]
     if len(layer.experts) > _EXPERTS_SHOWN:
         rows.append(("...", "", f"and {len(layer.experts) - _EXPERTS_SHOWN} more in result.json"))
-    title = f"tokens that each expert takes more often than the others: {layer_title(layer.layer)}"
-    note = "the layer in which the token says most about the expert"
+    title = f"tokens each expert specializes in: {layer_title(layer.layer)}"
+    note = "shown: the layer whose routing depends most on the token"
     console.show(Table(("expert", "of all tokens", "tokens"), rows, title, note, align="left"))

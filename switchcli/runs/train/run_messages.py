@@ -48,7 +48,7 @@ def _times(every: int, steps: int) -> str:
 def not_measured(data: TrainData) -> str:
     """Return what takes time and is not measured before the first evaluation: answering the examples of tasks."""
     examples = _num_examples(data)
-    return f"answering {examples:,} examples at each evaluation comes on top" if examples else ""
+    return f"plus the time to evaluate {examples:,} examples" if examples else ""
 
 
 def _num_examples(data: TrainData) -> int:

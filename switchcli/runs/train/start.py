@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.rendezvous import prepare_rank
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Source
@@ -31,7 +32,7 @@ def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: 
     """Return the settings of a run in the folder `out`, resolved on rank 0, with its open checkpoints.
 
     Raises:
-        RecipeError, CheckpointError, DataError: as `TrainingTask.resolve_job` says.
+        RecipeError, CheckpointError, DataError: as `RunFolder.check_free` and `TrainingTask.resolve_job` say.
     """
     prepare_rank()
     if verb == "distill" and options.model is not None:
@@ -39,10 +40,12 @@ def resolve_job(verb: str, source: Source, options: Options, out: Path, resume: 
     if verb != "distill" and (options.teacher, options.student, options.baseline) != (None, None, None):
         raise RecipeError(f"teacher, student, baseline: for distill alone, and this is a recipe of {verb}")
     source = options.write(source)
-    return resolve_on_main(
-        source.merge(),
-        lambda: TASKS[verb].resolve_job(source, PinFinder(out, resume, main_console())),
-    )
+
+    def resolve() -> Job:
+        RunFolder(out, resume).check_free()
+        return TASKS[verb].resolve_job(source, PinFinder(out, resume, main_console()))
+
+    return resolve_on_main(source.merge(), resolve)
 
 
 @contextmanager
