@@ -12,6 +12,7 @@ Errors that a user can fix are those of `switchcli.errors`. Progress goes to std
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from switchcli.checkpoint.saved_state import Best
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.rendezvous import join_srun, prepare_rank
 from switchcli.errors import Interrupted, RecipeError
+from switchcli.metric_names import HELD_OUT_LOSS
 from switchcli.model.decoding import Decoding
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -160,6 +162,8 @@ class TrainResult:
     """The folder of the run."""
     step: int
     """Optimizer steps taken, over all starts of the run."""
+    loss: float
+    """The cross-entropy on held-out text at the end, in nats per target token."""
     metrics: Mapping[str, float]
     """The metrics of the last evaluation by name, such as `held_out/neg_log_perplexity` in nats per target token.
     Higher is better for each."""
@@ -189,15 +193,15 @@ def train(
     baseline: PathLike | float | None = None,
     branch_from: PathLike | None = None,
     resume: bool = True,
-    quiet: bool = False,
+    verbose: bool | None = None,
     on_record: Callable[[Mapping[str, Any]], bool | None] | None = None,
 ) -> TrainResult:
     """Train a model by a recipe, and return the result. The same call resumes a run that was stopped.
 
-    It does what `switchcli pretrain`, `finetune` or `distill` does: it writes the run folder `out` and prints progress
-    to stderr. At a first stop signal (Ctrl-C, or the stop button of a notebook) it saves and raises Interrupted. A
-    process can train any number of runs, one after another; no other thread may draw torch's random numbers meanwhile.
-    Under torchrun, call it on every rank.
+    It does what `switchcli pretrain`, `finetune` or `distill` does: it writes the run folder `out`. At a first stop
+    signal (Ctrl-C, or the stop button of a notebook) it saves and raises Interrupted. A process can train any number of
+    runs, one after another; no other thread may draw torch's random numbers meanwhile. Under torchrun, call it on every
+    rank.
 
     Args:
         recipe: what to train.
@@ -210,7 +214,7 @@ def train(
         branch_from: the run to continue as a new run with other settings, or a checkpoint of it. `RUN@STEP` is the
             checkpoint of a step. See the how-to page about resuming for what carries over.
         resume: whether to resume the run that is in `out`. False archives it and starts over.
-        quiet: whether to print only warnings.
+        verbose: whether to print progress, and not only warnings. Default: at a prompt and in a notebook.
         on_record: called on the main rank with each record of metrics.jsonl that has metrics, as soon as it is written.
             If it returns True, the run saves and raises Interrupted, as at a signal. An error that it raises ends the
             run, of which the newest checkpoint remains.
@@ -233,7 +237,7 @@ def train(
     models = {"model": model, "branch_from": branch_from, "teacher": teacher, "student": student, "baseline": baseline}
     with _only_training(), _explain_resume(folder):
         job = resolve_job(recipe, folder, resume, **models)
-        with start.open_trainer(job, folder, resume, quiet) as run, run.begun():
+        with start.open_trainer(job, folder, resume, not _prints(verbose)) as run, run.begun():
             scored = run.train(on_record=on_record)
             record = conclude(run, scored)
             # The other ranks have no record. The state of the main rank has the scores of tasks too.
@@ -242,6 +246,7 @@ def train(
     return TrainResult(
         folder,
         record["step"],
+        record[HELD_OUT_LOSS],
         metrics,
         {name: Best(*value) for name, value in best.items()},
         record["parameters"],
@@ -249,6 +254,11 @@ def train(
         record["seconds"],
         record,
     )
+
+
+def _prints(verbose: bool | None) -> bool:
+    """Return whether to print progress: by default where somebody types the calls."""
+    return "ps1" in vars(sys) if verbose is None else verbose
 
 
 def resolve_job(recipe: Recipe, out: Path, resume: bool, **models: PathLike | float | None) -> Job:
@@ -361,7 +371,7 @@ class Model:
         *,
         recipe: PathLike | None = None,
         out: PathLike | None = None,
-        quiet: bool = False,
+        verbose: bool | None = None,
     ) -> Evaluation:
         """Measure task scores with intervals, held-out loss and routing health, as `switchcli eval`.
 
@@ -375,7 +385,7 @@ class Model:
             overrides: keys of the evaluation to set, such as `{"scoring.examples": 100}`.
             recipe: a recipe of `eval`: a file or a shipped name.
             out: the folder for result.json and predictions. Default: nothing is written.
-            quiet: whether to print only warnings.
+            verbose: whether to print progress, and not only warnings. Default: at a prompt and in a notebook.
 
         Raises:
             RecipeError: a key breaks a rule, there is nothing to measure on, or `device` names another device than that
@@ -389,7 +399,7 @@ class Model:
             texts.append(_override("tasks", _as_list(tasks)))
         job = resolve_evaluation(self, recipe, texts)
         exact = self._model if self._precision == "float32" else None  # else the weights are read again
-        return eval_job.measure(job, None if out is None else Path(out), quiet, exact)
+        return eval_job.measure(job, None if out is None else Path(out), not _prints(verbose), exact)
 
     def routing(self, texts: Sequence[str], *, capacity: Policy = "dropless") -> list[TextRouting]:
         """Return which experts each token of each text goes to, in each sparse layer of the encoder.

@@ -43,7 +43,7 @@ def loads_of(run: Path, arm: str, folder: Path) -> list[list[float]]:
         # A run without the loss names a coefficient of 0.
         **{f"model.router.{key}": value for key, value in ({"balance_loss_coef": 0.01} | ARMS[arm]).items()},
     }
-    switchcli.train(switchcli.Recipe.load(run / "recipe.yaml", settings), out, quiet=True)
+    switchcli.train(switchcli.Recipe.load(run / "recipe.yaml", settings), out)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
         [layer[MAX_LOAD] for layer in record["layers"].values()]

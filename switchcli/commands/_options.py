@@ -112,7 +112,7 @@ def _explaining(parse: Any) -> Any:
             if name == "NoSuchOption" and meant:
                 value = "" if meant.startswith("--") or "=" in meant else "=VALUE"
                 raise RecipeError(f"{option}: no such option of {context.info_name}: use {meant}{value}") from None
-            message = error.format_message().rstrip(".")
+            message = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
             see = " See" if message.endswith("?") else ": see"
             raise RecipeError(f"{message}{see} `{context.command_path} -h`") from error
 

@@ -63,7 +63,7 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
                 print_dry_run(job, processes, as_json)
                 return
             start_ranks(processes, job.recipe, quiet)
-        result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, quiet=quiet)
+        result = api.train(run, out, model=model, branch_from=branch_from, resume=resume, verbose=not quiet)
         finish(result.record, as_json)
 
     return app

@@ -91,5 +91,5 @@ def distill(
             _training.print_dry_run(job, processes, as_json)
             return
         _training.start_ranks(processes, job.recipe, quiet)
-    result = api.train(recipe, out, **models, resume=resume, quiet=quiet)
+    result = api.train(recipe, out, **models, resume=resume, verbose=not quiet)
     finish(result.record, as_json)

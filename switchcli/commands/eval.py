@@ -51,7 +51,7 @@ def evaluate(
     if _training.starts_ranks(processes):
         _training.start_ranks(processes, api.resolve_evaluation(model, recipe, overrides).recipe, quiet)
     out = out or eval_job.default_out(checkpoint)
-    evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, quiet=quiet)
+    evaluation = model.evaluate(overrides=overrides, recipe=recipe, out=out, verbose=not quiet)
     shown = (element for eval_pass in evaluation.passes for element in _shown(eval_pass))
     finish(evaluation.result, as_json, (*_text_settings(evaluation.result["recipe"]), *shown))
 

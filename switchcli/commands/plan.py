@@ -130,7 +130,7 @@ def _show_recipe(plan: "RecipePlan") -> Iterator[Table | Line]:
         ("devices", _devices(plan)),
         ("fewest devices", number(plan.devices_needed) if plan.devices_needed else "-"),
     ]
-    if plan.days is not None:
+    if fits and plan.days is not None:
         rows.append((f"days for {about['steps']:,} steps", _days(plan.days)))
     if flops := plan.planner.optimizer_flops_per_step:
         rows.insert(4, ("FLOPs of the optimizer", si(flops)))

@@ -24,6 +24,8 @@ SAVING_SECONDS = 300
 """How long the ranks may take to save after a signal before they are killed."""
 FORCED_SECONDS = 5
 """How long they may take to end at a Ctrl-C after another signal: one that waits for a hanging rank runs no handler."""
+ALONE_SECONDS = 30
+"""How long the others may take to end after the first one: a library may drop the exception of a handler."""
 NOT_BEGUN = "stopped before the ranks had begun, nothing is lost: the same command goes on"
 
 
@@ -113,7 +115,9 @@ class _Stop:
             return
         self._deadline = time.monotonic() + SAVING_SECONDS
         # Ranks that have ended stay zombies until torchrun, which waits for this call, asks for their exit codes.
-        while any(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+        while left := [rank for rank in ranks if rank.status() != psutil.STATUS_ZOMBIE]:
+            if len(left) < len(ranks):
+                self._deadline = min(self._deadline, time.monotonic() + ALONE_SECONDS)
             if time.monotonic() > self._deadline:
                 for rank in ranks:
                     kill_with_children(rank.pid)

@@ -147,7 +147,8 @@ class TrainingRecipe(Spec, ABC):
         partial = {key: tokens for key, tokens in sizes.items() if tokens % length}
         for key, tokens in partial.items():
             rule = f"must be a multiple of the {length} tokens of one input sequence"
-            yield f"{key} ({tokens}) {rule}: try {(tokens // length + 1) * length}."
+            whole = length * self.model.group_sequences
+            yield f"{key} ({tokens}) {rule}: try {(tokens // whole + 1) * whole}."
         if not partial:
             batch, microbatch = (tokens // length for tokens in sizes.values())
             if problem := batch_problem(batch, 1, microbatch or None, self.model.group_sequences, length):

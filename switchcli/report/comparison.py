@@ -90,13 +90,13 @@ class Comparison:
         return [series.label for series in self.series]
 
     @cached_property
-    def _compared(self) -> Mapping[str, Series]:
+    def compared(self) -> Mapping[str, Series]:
         """The series on the tasks of the baseline, by label. Losses of the other series are of other targets."""
         return {one.label: one for one in self.series if _tasks(one) == _tasks(self.baseline)}
 
     @property
     def num_tokenizers(self) -> int:
-        tokenizers = {run.tokenizer for one in self._compared.values() for run in one.runs}
+        tokenizers = {run.tokenizer for one in self.compared.values() for run in one.runs}
         return len(tokenizers - {None})
 
     @cached_property
@@ -111,7 +111,7 @@ class Comparison:
         """The step at which each run that was evaluated began, and its windows in order."""
         return [
             (run.began, [*values])
-            for one in self._compared.values()
+            for one in self.compared.values()
             for run in one.runs
             if (values := self.metric.measured(run))
         ]
@@ -148,7 +148,7 @@ class Comparison:
         cost = speed(series, self.baseline, self.metric, self.quality)
         if self.window is None and final is not None:
             verdict = Verdict.NO_COMMON_STEP
-        if series.label not in self._compared:
+        if series.label not in self.compared:
             over, verdict, cost = None, Verdict.OTHER_TASKS, NO_SPEED
         sizes = {
             name: next((int(size) for run in runs if (size := run.number(name)) is not None), None) for name in SIZES

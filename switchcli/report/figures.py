@@ -147,7 +147,7 @@ def _lines(comparison: Comparison, curve_of: CurveOf) -> Mapping[str, Line]:
     """Return a line of few points for each series, by its label, over those of its runs that have the metric."""
     unit, unit_seconds = _time_unit(comparison)
     lines = {}
-    for series in comparison.series:
+    for series in comparison.compared.values():
         curves = [(run, curve) for run in by_seed(series).values() if (curve := curve_of(run)) is not None]
         values = band([curve for _, curve in curves])
         # Both bands are over the same curves' steps, so the points of one index the other.

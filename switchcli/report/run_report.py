@@ -74,8 +74,9 @@ def tables(report: Report) -> Iterator[Table]:
 def overview(comparison: Comparison) -> Iterator[Table]:
     """Yield the tables with a row per series: quality, speed-up, and size with rates."""
     yield quality_table(comparison)
+    others = [row for row in comparison.rows if row.verdict != Verdict.BASELINE]
     # A series alone is compared with nothing, but for a quality that the user names.
-    if len(comparison.rows) > 1 or comparison.quality is not None:
+    if comparison.quality is not None or any(any(row.speed.factors) for row in others):
         yield _speed_table(comparison)
     yield _size_table(comparison)
 

@@ -126,14 +126,14 @@ def test_a_recipe_is_that_of_the_time_it_was_loaded(recipe: Path, tmp_path: Path
     assert hash(loaded) == hash(switchcli.Recipe.load(file))
     file.write_text(recipe.read_text().replace("steps: 2", "steps: 3"))
     assert loaded.spec == before != switchcli.Recipe.load(file).spec
-    assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2
+    assert switchcli.train(loaded, tmp_path / "run").step == 2
 
 
 # Training
 
 
 def test_a_run_equals_that_of_the_command(recipe: Path, trained: Path, tmp_path: Path) -> None:
-    result = switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "run", quiet=True)
+    result = switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "run")
     assert untimed(tmp_path / "run") == untimed(trained)
     assert {path.name for path in result.path.iterdir()} == {path.name for path in trained.iterdir()}
     assert (result.path / "recipe.yaml").read_bytes() == (trained / "recipe.yaml").read_bytes()
@@ -152,15 +152,15 @@ def test_a_run_equals_that_of_the_command(recipe: Path, trained: Path, tmp_path:
 def test_runs_follow_one_another_in_a_process(recipe: Path, trained: Path, tmp_path: Path) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     first = switchcli.Recipe.load(recipe, {"train.seed": 1})
-    switchcli.train(first, tmp_path / "first", quiet=True)
-    switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "second", quiet=True)
+    switchcli.train(first, tmp_path / "first")
+    switchcli.train(switchcli.Recipe.load(recipe), tmp_path / "second")
     assert untimed(tmp_path / "second") == untimed(trained) != untimed(tmp_path / "first")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    more = switchcli.train(switchcli.Recipe.load(recipe, {"train.steps": 3}), tmp_path / "second", quiet=True)
+    more = switchcli.train(switchcli.Recipe.load(recipe, {"train.steps": 3}), tmp_path / "second")
     assert more.step == 3
     with pytest.raises(errors.RecipeError, match="seed"):
-        switchcli.train(first, tmp_path / "second", quiet=True)
-    assert switchcli.train(first, tmp_path / "second", resume=False, quiet=True).step == 2
+        switchcli.train(first, tmp_path / "second")
+    assert switchcli.train(first, tmp_path / "second", resume=False).step == 2
 
 
 @pytest.mark.integration
@@ -175,9 +175,9 @@ def test_a_stopped_run_is_resumed_by_the_same_call(
     with monkeypatch.context() as patch:
         patch.setattr(text_sets, "cross_entropy", interrupt)
         with pytest.raises(errors.Interrupted) as stopped:
-            switchcli.train(loaded, tmp_path / "run", quiet=True)
+            switchcli.train(loaded, tmp_path / "run")
     assert not lacking("\n".join(stopped.value.__notes__), f"switchcli.train {tmp_path / 'run'}")
-    assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2
+    assert switchcli.train(loaded, tmp_path / "run").step == 2
     ours, theirs = weights(tmp_path / "run"), weights(trained)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -192,11 +192,11 @@ def test_each_record_is_handed_over_and_may_stop_the_run(recipe: Path, trained: 
     loaded = switchcli.Recipe.load(recipe, {"log.every_steps": 1})
     run = tmp_path / "run"
     with pytest.raises(errors.Interrupted):
-        switchcli.train(loaded, run, quiet=True, on_record=stop_at(1))
+        switchcli.train(loaded, run, on_record=stop_at(1))
     assert switchcli.load(run).step == 1
     with pytest.raises(ZeroDivisionError):
-        switchcli.train(loaded, run, quiet=True, on_record=lambda record: 1 // 0)
-    assert switchcli.train(loaded, run, quiet=True, on_record=stop_at(2)).step == 2
+        switchcli.train(loaded, run, on_record=lambda record: 1 // 0)
+    assert switchcli.train(loaded, run, on_record=stop_at(2)).step == 2
     assert seen == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ours, theirs = weights(run), weights(trained)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -209,9 +209,9 @@ def test_a_stop_before_training_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr("switchcli.runs.train.trainer.preflight", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt) as stopped:
-            switchcli.train(loaded, tmp_path / "run", quiet=True)
+            switchcli.train(loaded, tmp_path / "run")
     assert not lacking("\n".join(stopped.value.__notes__), "switchcli.train")
-    assert switchcli.train(loaded, tmp_path / "run", quiet=True).step == 2  # the lock was released
+    assert switchcli.train(loaded, tmp_path / "run").step == 2  # the lock was released
 
 
 def test_a_thread_can_train_from_a_checkpoint_and_progress_goes_to_stderr(
@@ -221,7 +221,7 @@ def test_a_thread_can_train_from_a_checkpoint_and_progress_goes_to_stderr(
 
     def work() -> None:
         loaded = switchcli.Recipe.load(recipe, {"train.steps": 1})
-        results.append(switchcli.train(loaded, tmp_path / "run", model=trained))
+        results.append(switchcli.train(loaded, tmp_path / "run", model=trained, verbose=True))
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -232,8 +232,10 @@ def test_a_thread_can_train_from_a_checkpoint_and_progress_goes_to_stderr(
     spec = switchcli.Recipe.load(results[0].path / "recipe.yaml").spec
     assert spec.start.checkpoint.startswith(str(trained))  # type: ignore[attr-defined]
     more = switchcli.Recipe.load(recipe, {"train.steps": 2})
-    branched = switchcli.train(more, tmp_path / "new", branch_from=f"{tmp_path / 'run'}@1", quiet=True)
+    branched = switchcli.train(more, tmp_path / "new", branch_from=f"{tmp_path / 'run'}@1")
     assert branched.record["start"]["step"] == 1
+    assert capsys.readouterr() == ("", ""), "a script says what it wants to say"
+    assert branched.loss == -branched.metrics["held_out/neg_log_perplexity"]
 
 
 def test_distill_takes_a_teacher_also_as_an_entry_of_a_folder_listing(
@@ -241,7 +243,7 @@ def test_distill_takes_a_teacher_also_as_an_entry_of_a_folder_listing(
 ) -> None:
     (entry,) = (entry for entry in os.scandir(trained.parent) if entry.name == trained.name)
     distilling = switchcli.Recipe.load(verb="distill")
-    result = switchcli.train(distilling, tmp_path / "run", teacher=entry, baseline=-9.0, quiet=True)
+    result = switchcli.train(distilling, tmp_path / "run", teacher=entry, baseline=-9.0)
     theirs = json.loads((distilled / "result.json").read_text())
     assert result.record["verb"] == "distill"
     assert result.metrics["held_out/neg_log_perplexity"] == theirs["held_out/neg_log_perplexity"]
@@ -301,7 +303,7 @@ def test_answers_are_those_of_the_command(
 def test_an_evaluation_is_that_of_the_command(model: switchcli.Model, trained: Path, tmp_path: Path) -> None:
     arguments = ["eval", str(trained), "text.sequences=4", "--out", str(tmp_path / "theirs"), "--json"]
     theirs = json.loads(CliRunner().invoke(app, arguments).stdout)
-    ours = model.evaluate(overrides={"text.sequences": 4}, out=tmp_path / "ours", quiet=True)
+    ours = model.evaluate(overrides={"text.sequences": 4}, out=tmp_path / "ours")
     assert ours.result == theirs == json.loads((tmp_path / "ours/result.json").read_text())
     assert ours.held_out["text"] == theirs["passes"][0]["held_out"]["text"]
     assert ours.scores == {}
@@ -317,7 +319,7 @@ def test_an_evaluation_writes_nothing_unless_asked(
         **{"kind": "files", "name": "color", "validation": ["rows.jsonl"], "input": "color: {text}", "target": "label"},
         **{"labels": ["red", "blue"], "metrics": ["accuracy"]},
     }
-    found = model.evaluate([task], quiet=True)
+    found = model.evaluate([task])
     score = found.scores["color"].score
     assert score is not None
     assert 0 <= score.value <= 100
@@ -353,10 +355,10 @@ def test_changed_weights_can_be_saved_and_used_as_a_checkpoint(trained: Path, tm
     assert again.step == 0
     ours, theirs = changed.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    metrics = [model.evaluate(quiet=True).held_out for model in (changed, again)]
-    assert metrics[0] == metrics[1] != switchcli.load(trained).evaluate(quiet=True).held_out
+    metrics = [model.evaluate().held_out for model in (changed, again)]
+    assert metrics[0] == metrics[1] != switchcli.load(trained).evaluate().held_out
     recipe = switchcli.Recipe.load(tmp_path / "new/recipe.yaml", {"train.steps": 1})
-    assert switchcli.train(recipe, tmp_path / "more", quiet=True).step == 1
+    assert switchcli.train(recipe, tmp_path / "more").step == 1
     with pytest.raises(errors.CheckpointError, match="exists already"):
         changed.save(tmp_path / "new")
     for rounded in (switchcli.load(trained, precision="selective"), changed):
@@ -369,7 +371,7 @@ def test_training_leaves_the_random_numbers_of_the_caller(recipe: Path, tmp_path
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    switchcli.train(switchcli.Recipe.load(recipe, {"train.steps": 1}), tmp_path / "run", quiet=True)
+    switchcli.train(switchcli.Recipe.load(recipe, {"train.steps": 1}), tmp_path / "run")
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -378,7 +380,7 @@ def test_two_threads_cannot_train_at_once(recipe: Path, tmp_path: Path) -> None:
 
     def second() -> None:
         try:
-            switchcli.train(loaded, tmp_path / "second", quiet=True)
+            switchcli.train(loaded, tmp_path / "second")
         except errors.RecipeError as error:
             seen.append(error)
 
@@ -387,9 +389,9 @@ def test_two_threads_cannot_train_at_once(recipe: Path, tmp_path: Path) -> None:
         thread.start()
         thread.join()
 
-    switchcli.train(loaded, tmp_path / "run", quiet=True, on_record=start_second)
+    switchcli.train(loaded, tmp_path / "run", on_record=start_second)
     assert "trains already" in str(seen[0])
-    assert switchcli.train(loaded, tmp_path / "second", quiet=True).step == 2
+    assert switchcli.train(loaded, tmp_path / "second").step == 2
 
 
 def test_each_rank_loads_onto_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,7 +450,7 @@ def test_a_group_of_several_sequences_gives_a_text_the_slots_of_its_own_tokens(
     model: switchcli.Model, recipe: Path, tmp_path: Path
 ) -> None:
     wide = switchcli.Recipe.load(recipe, {"model.router.group_sequences": 2, "train.steps": 1})
-    switchcli.train(wide, tmp_path / "wide", quiet=True)
+    switchcli.train(wide, tmp_path / "wide")
     twice = switchcli.load(tmp_path / "wide")
     twice.model.load_state_dict(model.model.state_dict())
     for capacity in (0.25, "paper", "dropless"):

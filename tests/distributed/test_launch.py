@@ -49,11 +49,12 @@ if what in ("fail", "hang") and rank == "1":
     sys.exit(4)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     if what != "early" or rank == "1":
-        signal.signal(number, signal.SIG_IGN if what in ("stuck", "hang") else heed)
+        is_deaf = what in ("stuck", "hang") or (what == "deaf" and rank == "1")
+        signal.signal(number, signal.SIG_IGN if is_deaf else heed)
 open("ready" + rank, "w").close()
 if rank == "0" and what not in ("fail", "kill", "hang"):
     wait_for("ready1")
-    first = {"twice": "SIGHUP", "stuck": "SIGINT", "early": "SIGTERM"}.get(what, what)
+    first = {"twice": "SIGHUP", "stuck": "SIGINT", "early": "SIGTERM", "deaf": "SIGINT"}.get(what, what)
     os.kill(os.getppid(), signal.Signals[first])
     if what in ("twice", "stuck"):
         time.sleep(1)
@@ -118,6 +119,12 @@ def test_a_second_ctrl_c_kills_ranks_that_cannot_end(tmp_path: Path) -> None:
 def test_a_rank_that_hangs_when_another_fails_is_killed(tmp_path: Path) -> None:
     """torchrun gives it 30 s."""
     assert launched("hang", tmp_path).returncode == 4
+
+
+@pytest.mark.nightly
+def test_a_rank_that_drops_the_signal_is_killed_after_the_others_have_saved(tmp_path: Path) -> None:
+    """It has 30 s."""
+    assert launched("deaf", tmp_path).returncode == 75
 
 
 @pytest.mark.integration

@@ -83,7 +83,7 @@ def prune(
     context.close()
     return {
         "source": str(handle.path),
-        "destination": str(path),
+        "destination": str(destination),
         "capacity": policy,
         "experts": {"before": spec.num_experts, "after": pruned_recipe.model.num_experts},
         "parameters": {"before": count(spec).parameters, "after": count(pruned_recipe.model).parameters},

@@ -77,7 +77,7 @@ def upcycle(
     can_be_exact = not noise and recipe.train.precision != "bfloat16"
     return {
         "source": str(checkpoint.path),
-        "destination": str(path),
+        "destination": str(destination),
         "parameters": parameters,
         "experts": experts,
         "parts": num_parts(spec),
