@@ -53,7 +53,7 @@ def test_what_is_prepared_is_what_the_run_reads(
         assert (Path(found["folder"]) / "manifest.json").is_file()
     shown = switchcli("data", "prepare", *languages)
     assert (shown.code, shown.err) == (0, "")
-    assert shown.out.count("documents") == shown.out.count("prepared\n") == 1, "one table of all"
+    assert shown.out.count("documents") == shown.out.count("prepared in") == 1, "one table of all"
     for label, found in result["texts"].items():
         (row,) = (line.split() for line in shown.out.splitlines() if line.startswith(f"{label} "))
         figures = [found[part][what] for part in ("train", "held_out") for what in ("documents", "tokens")]
@@ -190,7 +190,7 @@ def test_languages_are_mixed_measured_and_evaluated_apart(
         assert figures["layers"]
     if access == "prepared":
         shown = switchcli("eval", "run", "--out", "again")
-        assert not lacking(shown.out, "held-out texts")
+        assert not lacking(shown.out, "held-out text")
         assert not lacking(shown.out, "expert most tokens")
 
 
