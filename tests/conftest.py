@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["cpu_budget", "shared_runs"]
+pytest_plugins = ["shared_runs"]
 
 # A script's background job ignores SIGINT, and one under nohup SIGHUP: so would every process that a test starts.
 for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
