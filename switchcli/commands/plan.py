@@ -173,7 +173,7 @@ def _assumptions() -> str:
     from switchcli.planner.devices import RESERVED_FRACTION
     from switchcli.runs.devices.planning import TIMES
 
-    return f"{RESERVED_FRACTION:.0%} of the memory is left to CUDA's context, buffers and fragmentation. {TIMES}"
+    return f"{RESERVED_FRACTION:.0%} of the memory stays free. {TIMES}"
 
 
 def _days(days: float | None) -> str:

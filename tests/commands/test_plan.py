@@ -138,7 +138,7 @@ def test_days(recipe: str, switchcli: SwitchCLI) -> None:
     found = planned(switchcli, recipe, "train.steps=1000", "--gpu", "l4", "--devices", 2)
     assert found["days"] == pytest.approx(1000 * found["step_seconds"] / 86400)
     shown = switchcli("plan", recipe, "train.steps=1000", "--gpu", "l4", "--devices", 2).out
-    for words in ("days 1,000", "2 l4", "No measurement GPU"):
+    for words in ("days 1,000", "2 l4", "not measured GPU"):
         assert not lacking(shown, words), words
 
 

@@ -19,10 +19,7 @@ from switchcli.recipe.training_recipe import TrainingRecipe
 SIZES_RECIPE = "pretrain/base"
 """The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
 paper's pre-training on C4."""
-TIMES = (
-    f"Times are the FLOPs of a step over {devices.UTILIZATION:.0%} of the FLOP/s of all devices' data sheets. No time "
-    "was compared with a measurement on a GPU yet."
-)
+TIMES = f"Times: FLOPs of a step over {devices.UTILIZATION:.0%} of the data sheets' FLOP/s, not measured on a GPU."
 """The statement of a plan on how far its times are from measurements."""
 _MUON_SHARE = 0.5
 """FLOPs of Muon for an expert, over those of its training, above which a warning is given."""
