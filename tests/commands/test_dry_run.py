@@ -49,6 +49,8 @@ def test_validation_sets_keys_in_each_file(recipe: str, switchcli: SwitchCLI) ->
     wrong = switchcli("recipes", "validate", recipe, "train.batch_tokens=100")
     assert wrong.code == 2
     assert not lacking(wrong.err, "train.batch_tokens 100 32")
+    grouped = switchcli("recipes", "validate", "quickstart/switch", "train.batch_tokens=1000")
+    assert not lacking(grouped.err, "train.batch_tokens 1000 2048"), "whole routing groups"
     assert switchcli("recipes", "validate", "train.steps=20").code == 2
 
 

@@ -138,12 +138,15 @@ def test_version(switchcli: SwitchCLI) -> None:
         ("bogus", "bogus switchcli -h"),
         ("data bogus", "bogus data -h"),
         ("convert a", "DESTINATION convert -h"),
+        ("convert a b", "Choose from: switchcli, huggingface"),
+        ("convert a b --to onnx", "--to 'onnx' huggingface"),
     ],
 )
 def test_wrong_usage_is_one_line_that_names_the_help(words: str, told: str, switchcli: SwitchCLI) -> None:
     done = switchcli(*words.split())
     assert (done.code, done.err.count("\n")) == (2, 1), done.err
     assert not lacking(done.err, told)
+    assert "Value error" not in done.err
     assert "--json" not in words or json.loads(done.out)["exit_code"] == 2
 
 
