@@ -8,6 +8,7 @@ from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
 
 _LOGS = (".log", ".out", ".err")
+"""Suffixes of the logs that a scheduler opens in the folder of a run before the run starts."""
 
 
 class RunFolder:
@@ -42,7 +43,7 @@ class RunFolder:
         with disk_errors(self.path):
             is_run = (self.path / "run.lock").is_file() or checkpoint.saved_checkpoints(self.checkpoints)
             others = [] if is_run or not self.path.is_dir() else [path.name for path in self.path.iterdir()]
-        # The folder may be a disk of its own, and a scheduler may have opened its log there before the run starts.
+        # lost+found: the folder may be a disk of its own.
         others = [
             name for name in others if not name.startswith((".", "lost+found")) and Path(name).suffix not in _LOGS
         ]

@@ -80,7 +80,9 @@ def print_dry_run(job: "Job", processes: int, as_json: bool) -> None:
     rows = [(name.replace("_", " "), number(value)) for name, value in about.items() if value is not None]
     result = {**about, "recipe": job.recipe.model_dump(mode="json")}
     finish(
-        result, as_json, [Table(("", ""), rows), Line("nothing was trained; --json prints every key of the recipe too")]
+        result,
+        as_json,
+        [Table(("", ""), rows), Line("nothing was trained; --json also prints every key of the recipe")],
     )
 
 

@@ -36,7 +36,7 @@ from switchcli.training.prefetch import STEPS_AHEAD
 from switchcli.training.validation import HeldOutText
 
 BYTES_PER_TOKEN = 4
-"""Of English text, with a vocabulary of 32,000 pieces: for text that is not tokenized yet."""
+"""The bytes of a token of English text with a vocabulary of 32,000 pieces, for text that is not tokenized yet."""
 HELD_OUT_SEED = 0
 """The seed of held-out batches. It differs from the run's seed, so that all runs are measured on the same batches."""
 
@@ -80,7 +80,7 @@ def _described(data: DataSpec, with_tokenizer: bool) -> str:
     kinds = ", ".join(dict.fromkeys(corpus.kind for corpus in data.corpora))
     what = "the held-out part of the stream" if data.access == "stream" else "text"
     trains = with_tokenizer and data.tokenizer.kind == "train"
-    return f"{what} ({kinds}){' and tokenizer' if trains else ''} (cached for later runs)"
+    return f"{what} ({kinds}){' and tokenizer' if trains else ''}, cached for later runs"
 
 
 def train_rows(recipe: TextRecipe, text: PreparedTexts, context: DistributedContext, console: Console) -> TrainRows:

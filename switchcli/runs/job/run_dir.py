@@ -140,7 +140,7 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
             # A branch must have steps left.
             steps = f" train.steps={2 * latest.step}" if latest.step >= recipe.train.steps else ""
             hint = f"; to continue it as a new run, {take} {BRANCH_FROM} {shell_words(out)} --out NEW{steps}"
-        again = "leave it out" if old is None else f"take {old} again"
+        again = "leave it out" if old is None else f"set it back to {old}"
         raise RecipeError(
             f"{out} holds a run whose {key} is {old}, and the recipe says {new}{others}: {again}, give "
             "another folder by --out, or --no-resume to archive that run and start over"
