@@ -264,7 +264,7 @@ def test_what_the_best_checkpoint_is_chosen_by_does_not_change_within_a_run(
         refused = switchcli(*command, "train.steps=3", f"{key}=3")
         assert refused.code == 2
         assert not lacking(refused.err, f"{key} --no-resume")
-        assert "again" in refused.err or "leave it out" in refused.err
+        assert "back to" in refused.err or "leave it out" in refused.err
     path = Path("colour.validation.jsonl")
     rows = path.read_text()
     path.write_text("".join(rows.splitlines(keepends=True)[:-1]))

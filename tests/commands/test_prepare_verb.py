@@ -59,7 +59,8 @@ def test_what_is_prepared_is_what_the_run_reads(
         figures = [found[part][what] for part in ("train", "held_out") for what in ("documents", "tokens")]
         assert row[1:5] == [f"{figure:,}" for figure in figures]
         assert f"{label}:{found['folder']}" in "".join(shown.out.split())
-    assert switchcli("data", "prepare", *languages, "--quiet") == shown
+    quiet = switchcli("data", "prepare", *languages, "--quiet")
+    assert quiet.out.partition("documents")[2] == shown.out.partition("documents")[2]
     monkeypatch.setattr("switchcli.data.prepare.pipeline.tokenize_shards", None)  # the run finds it made
     assert switchcli("pretrain", *languages, "--out", "run").code == 0
 
