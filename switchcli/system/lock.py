@@ -41,8 +41,8 @@ def lock(run_folder: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise CheckpointError(
-                    f"{run_folder}: in use by another run ({_holder(descriptor)}): wait for it, stop it, or "
-                    "give another folder by --out."
+                    f"{run_folder}: in use by another run ({_holder(descriptor)}): wait for it or stop it, "
+                    "then give the same command again; or give another folder by --out"
                 ) from None
             started = datetime.now(UTC).isoformat(timespec="seconds")
             holder = {"host": platform.node(), "pid": os.getpid(), "started": started}

@@ -23,6 +23,7 @@ from tiny_run import SwitchCLI
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console
 from switchcli.runs.sweep import sweep_list, sweep_runner
+from switchcli.system.lock import lock
 
 SWEEP = (sys.executable, "-m", "switchcli", "sweep")
 FAILS = "description=fails"
@@ -299,6 +300,23 @@ def test_a_second_sweep_in_the_folder_of_one_that_goes_on_is_refused(going: Any,
     process.terminate()
     process.communicate()
     assert swept(switchcli, "dense pretrain quickstart/dense\n").code == 0
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("stub")
+def test_a_run_that_goes_on_is_refused_and_all_others_are_done(switchcli: SwitchCLI) -> None:
+    """A sweep that was killed may leave one. What needs its folder is not started."""
+    lines = (
+        "busy pretrain quickstart/dense\nfree pretrain quickstart/dense\n---\n"
+        "tuned finetune quickstart/finetune --model {out}/busy\n"
+    )
+    with lock(Path("out/busy")):
+        ended = swept(switchcli, lines, "--json")
+    statuses = {run["name"]: run["status"] for run in json.loads(ended.out)["runs"]}
+    assert (ended.code, statuses) == (1, {"busy": "failed", "free": "done", "tuned": "not started"})
+    assert not lacking(ended.err, f"failed: busy: {os.getpid()} wait stop same command")
+    assert not Path("out/busy.log").exists()
+    assert swept(switchcli, lines).code == 0
 
 
 @pytest.mark.integration

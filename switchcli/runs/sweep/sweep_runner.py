@@ -123,8 +123,12 @@ class Sweep:
         with self._lock:
             slot = self._free_slots.pop()
         try:
+            if (self._out / run.name / "run.lock").exists():
+                with lock(self._out / run.name):  # refused here: a run that goes on may print into the same log
+                    pass
             return self._run_on(slot, run, label)
         except (OSError, CheckpointError) as error:
+            self._console.message(f"{label}: not started: {error}")
             return Outcome("failed", str(error))
         finally:
             with self._lock:
