@@ -1,9 +1,13 @@
 """The epilog of a command's help, and the columns of its options."""
 
+from pathlib import Path
 from typing import Any, Final
 
-DOCS: Final = "docs/{page}.md in the repository"
-"""Where a page of the documentation is. A published site is its address here: `https://HOST/{page}/`."""
+_PACKAGE: Final = Path(__file__).parents[1]
+DOCS: Final = (
+    "switchcli/docs/{page}.md in site-packages" if (_PACKAGE / "docs").is_dir() else "docs/{page}.md in the repository"
+)
+"""Where a page of the documentation is: a wheel holds the pages that `--help` names."""
 
 
 def epilog(page: str, *examples: str) -> str:

@@ -98,9 +98,8 @@ def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
         train, held_out = (text[part] for part in SPLITS)
         counts = (train["documents"], train["tokens"], held_out["documents"], held_out["tokens"])
         rows.append((label, *counts, binary(train["bytes"] + held_out["bytes"])))
-    yield Table(
-        ("", "documents", "tokens", "held out", "tokens", "text"), rows, f"prepared in {result['seconds']:.1f} s"
-    )
+    title = f"{'found in the cache' if result['cached'] else 'prepared'} in {result['seconds']:.1f} s"
+    yield Table(("", "documents", "tokens", "held out", "tokens", "text"), rows, title)
     for label, text in texts.items():
         if dropped := ", ".join(f"{count:,} {reason}" for reason, count in text["dropped"].items() if count):
             yield Line(f"left out of {label}: {dropped}")

@@ -107,8 +107,8 @@ def _show_sizes(plans: Sequence["RecipePlan"]) -> Iterator[Table | Line]:
         ("size", "parameters", "needs", *_MESH_COLUMNS, "GiB", "days"),
         rows,
         f"Each size as {SIZES_RECIPE}, on {_devices(plans[0])}",
-        f"needs: the fewest devices, a power of two. GiB: of a device. days: for {si(about['input_tokens'])} tokens. "
-        + _assumptions(),
+        "needs: fewest devices (a power of two), - if the batch is too small to split among enough. "
+        f"GiB: of a device. days: for {si(about['input_tokens'])} tokens. " + _assumptions(),
     )
     if not any(one.meshes.best for one in plans):
         yield Line(f"None fits. The smallest: {plans[0].meshes.reasons()[0][0]}")

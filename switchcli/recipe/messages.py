@@ -191,6 +191,8 @@ def _list_hint(item: SchemaNode | None, value: Any, key: str) -> str | None:
     takes_plain = item is None or any("properties" not in part for part in item.parts)
     if isinstance(value, dict) and is_mapping:
         return f"; put it in brackets: {key}[{{...}}]"
+    if isinstance(value, str) and item and "paths" in item.keys:
+        return f"; for files: {key}[{{kind: files, paths: [{value if _PLAIN.fullmatch(value) else '...'}]}}]"
     if isinstance(value, str | int | float) and takes_plain:
         return f"; put it in brackets: {key}[{value if _PLAIN.fullmatch(str(value)) else '...'}]"
     return None

@@ -109,7 +109,7 @@ class Console:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            _Count(),
             _TimeLeft(),
             console=self._rich,
             refresh_per_second=4,
@@ -266,7 +266,15 @@ class Console:
         return tuple(column for column in columns if column in fitting)
 
     def _print(self, text: str, style: str, wrap: bool = False) -> None:
-        self._rich.print(terminal_text(text, style), soft_wrap=not (wrap and self._rich.is_terminal))
+        line = terminal_text(text, style)
+        # In `NAME  VALUE`, further lines begin below VALUE, unless that leaves too little room.
+        begin = line.plain.rfind("  ") + 2
+        if wrap and self._rich.is_terminal and 2 <= begin <= self._rich.width // 2:
+            rows = line[begin:].wrap(self._rich, self._rich.width - begin)
+            for row in rows:
+                row.rstrip()
+            line = line[:begin] + Text("\n" + " " * begin).join(rows)
+        self._rich.print(line, soft_wrap=not (wrap and self._rich.is_terminal))
 
     @contextmanager
     def _bar(self, description: str, total: int | None, first: int = 0) -> Iterator[Bar]:
@@ -301,10 +309,22 @@ def print_json(value: Mapping[str, Any]) -> None:
     sys.stdout.write(to_json(value) + "\n")
 
 
-class _TimeLeft(TimeRemainingColumn):
-    """The time left of a bar: up to the `end` that its owner has estimated, else from the bar's own speed."""
+class _Count(MofNCompleteColumn):
+    """How much is done of a bar's total; without a total, what is done, if it is counted."""
 
     def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(f"{task.completed:,.0f}" if task.completed else "", "progress.download")
+        return super().render(task)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left of a bar: up to the `end` its owner has estimated, else by the bar's own speed. Time so far, if
+    the total is not known."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(clock(task.elapsed or 0.0), "progress.elapsed")
         if "end" in task.fields:
             return Text(clock(max(0.0, task.fields["end"] - time.monotonic())), "progress.remaining")
         return super().render(task)

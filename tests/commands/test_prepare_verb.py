@@ -41,7 +41,8 @@ def test_what_is_prepared_is_what_the_run_reads(
     assert done.code == 0, done.err
     assert done.out.count("\n") == 1
     result = json.loads(done.out)
-    assert result.keys() == {"recipe", "tokenizer", "texts", "seconds"}
+    assert result.keys() == {"recipe", "tokenizer", "texts", "cached", "seconds"}
+    assert not result["cached"]
     assert (result["recipe"], result["tokenizer"]["vocab_size"]) == ("tiny.yaml", 512)
     assert [*result["texts"]] == ["de", "fr"]
     for label, found in result["texts"].items():
@@ -53,7 +54,7 @@ def test_what_is_prepared_is_what_the_run_reads(
         assert (Path(found["folder"]) / "manifest.json").is_file()
     shown = switchcli("data", "prepare", *languages)
     assert (shown.code, shown.err) == (0, "")
-    assert shown.out.count("documents") == shown.out.count("prepared in") == 1, "one table of all"
+    assert shown.out.count("documents") == shown.out.count("found in the cache") == 1, "one table of all"
     for label, found in result["texts"].items():
         (row,) = (line.split() for line in shown.out.splitlines() if line.startswith(f"{label} "))
         figures = [found[part][what] for part in ("train", "held_out") for what in ("documents", "tokens")]

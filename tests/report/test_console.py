@@ -326,8 +326,20 @@ def test_a_bar_is_taken_down_when_the_run_fails(terminal: Terminal) -> None:
 def test_a_terminal_wraps_sentences_between_words_but_no_command(terminal: Terminal) -> None:
     terminal.console.message("four score and seven years ago")
     terminal.console.message("  switchcli pretrain recipe.yaml --out run")
-    lines = terminal.shown().splitlines()
-    assert lines == ["four score and seven", "years ago", "  switchcli pretrain recipe.yaml --out run"]
+    terminal.console.message("a name  one two three")
+    terminal.console.message("a long name  one two three")
+    assert terminal.shown().splitlines() == [
+        *("four score and seven", "years ago", "  switchcli pretrain recipe.yaml --out run"),
+        *("a name  one two", "        three", "a long name  one two", "three"),
+    ]
+
+
+def test_a_bar_without_a_total_counts_and_has_no_question_mark(terminal: Terminal) -> None:
+    with terminal.console.waiting("a wait"):
+        terminal.wait_for("a wait", "0:00:00")
+    for _ in terminal.console.track("abc", "reading"):
+        pass
+    assert "?" not in terminal.shown()
 
 
 def test_a_log_has_a_line_for_each_tenth_of_a_run() -> None:

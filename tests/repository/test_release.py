@@ -99,14 +99,17 @@ def test_both_files_pass_twine(built: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.integration
-def test_the_wheel_holds_the_package_its_recipes_and_nothing_else(built: tuple[Path, Path]) -> None:
+def test_the_wheel_holds_the_package_its_recipes_the_pages_of_its_help_and_nothing_else(
+    built: tuple[Path, Path],
+) -> None:
     with zipfile.ZipFile(built[1]) as archive:
         names = set(archive.namelist())
     folder = f"switchcli-{__version__}.dist-info"
     assert {PurePosixPath(name).parts[0] for name in names} == {"switchcli", folder}
     assert {f"{folder}/entry_points.txt", f"{folder}/licenses/LICENSE", "switchcli/py.typed"} <= names
     assert f"{folder}/licenses/switchcli/report/vega/LICENSES.txt" in names
-    packaged = tracked("switchcli") | {f"switchcli/{name}" for name in tracked("recipes")}
+    pages = tracked("docs/concepts", "docs/how-to", "docs/reference", "docs/index.md", "docs/tutorial.md")
+    packaged = tracked("switchcli") | {f"switchcli/{name}" for name in tracked("recipes") | pages}
     assert {name for name in names if not name.startswith(folder)} == packaged
 
 

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from switchcli.data.prepare import pipeline
+from switchcli.data.prepare.prepare_context import ShowTokens
 from switchcli.data.prepare.prepared_text import SPLITS, PreparedText
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import validate_text_recipe
@@ -41,7 +43,14 @@ def prepare(
     model_tokenizer = None if model is None else open_model(Path(model), console).tokenizer
     if recipe.data.access == "stream":
         console.warning("data.access is stream: the run reads its text as it goes, and what is prepared is for others")
+    tokenized: list[str] = []  # none if the cache holds all
+
+    def show(label: str, total: int) -> AbstractContextManager[ShowTokens]:
+        tokenized.append(label)
+        return console.counting(label, total)
+
     context = text_sets.prepare_context(console)._replace(
+        show=show,
         processes=processes,
         check=check,
         accept=partial(check_tokenizer_fits, recipe, is_padded=is_padded),
@@ -55,6 +64,7 @@ def prepare(
         "recipe": name,
         "tokenizer": {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "texts": {label: _facts(text) for label, text in prepared.texts.items()},
+        "cached": not tokenized,
         "seconds": time.monotonic() - started,
     }
 

@@ -124,7 +124,10 @@ class Trainer:
         if self.folder.newest is not None:
             self.checkpointer.restore(state, self.folder.newest)
             self.context.main_only(self._check_steps)
-            console.message(f"going on from step {state.step} of {recipe.train.steps}")
+            steps = f"step {state.step} of {recipe.train.steps}"
+            console.message(
+                f"going on from {steps}" if state.step < recipe.train.steps else f"{steps}: complete already"
+            )
         elif branch is not None:
             assert branch.native is not None
             is_same = self.checkpointer.has_same_text(branch.native)
