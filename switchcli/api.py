@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from switchcli.checkpoint.model_weights import logical_tensors
 from switchcli.checkpoint.saved_state import Best
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.rendezvous import join_srun, prepare_rank
@@ -49,17 +50,16 @@ from switchcli.runs.inputs.loading import (
 )
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
-    continuation_recipe,
-    data_document,
     publish_checkpoint,
+    trained_documents,
 )
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.options import Options
 from switchcli.runs.train import start
 from switchcli.runs.train.ending import conclude
 from switchcli.spec import Spec
 from switchcli.tasks.scores import LabelCounts, Score, Scores
-from switchcli.training.checkpointer import logical_tensors
 
 __all__ = [
     "Best",
@@ -292,9 +292,9 @@ class Model:
         return self._handle.step
 
     @property
-    def recipe(self) -> TrainingRecipe:
-        """The settings of the run that trained the model, with every key."""
-        return self._handle.recipe
+    def recipe(self) -> TrainingRecipe | None:
+        """The settings of the run that trained the model, with every key; None for a converted checkpoint."""
+        return trained_recipe(self._handle)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -437,8 +437,8 @@ class Model:
             )
         handle = self._handle
         new = check_checkpoint_destination(handle.path, Path(destination))
-        recipe = continuation_recipe(handle.recipe, new)
-        publish_checkpoint(new, recipe, handle.tokenizer, weights, data_document(handle))
+        file = handle.model_file.model_copy(update={"model": self.model.spec})
+        publish_checkpoint(new, file, handle.tokenizer, weights, trained_documents(handle, file.model, new))
 
 
 def load(path: PathLike, device: Device = "auto", precision: LoadPrecision = "float32") -> Model:

@@ -8,6 +8,7 @@ from doubles import NoWarnings, trained
 from tiny_model import a_model, rows
 
 from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.documents import DATA
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import ModelSpec
@@ -15,7 +16,7 @@ from switchcli.model.trainable import freeze, trainable
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.system.signals import StopRequest
 from switchcli.training.callback import Callback
-from switchcli.training.checkpointer import DATA, Checkpointer
+from switchcli.training.checkpointer import Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches

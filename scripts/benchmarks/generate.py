@@ -12,6 +12,7 @@ from machine import PRECISIONS, Job, batch_of, sizes_of, spec_of
 from models import their_model, without_values
 from peers import implementations
 
+from switchcli.checkpoint.model_weights import logical_tensors
 from switchcli.convert.weight_names import EMBEDDINGS, HEAD, transformers_names
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate as decode
@@ -19,7 +20,6 @@ from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS
-from switchcli.training.checkpointer import logical_tensors
 
 
 def generate_against_others(job: Job) -> Contestant:

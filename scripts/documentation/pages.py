@@ -16,7 +16,7 @@ import switchcli
 from switchcli.cli import app
 from switchcli.commands._help import DOCS
 from switchcli.recipe import key_index
-from switchcli.recipe.key_index import KeyInfo
+from switchcli.recipe.key_info import KeyInfo
 
 # Recipe keys
 

@@ -12,7 +12,7 @@ from switchcli.commands._options import Json
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, library, yaml_nodes
-from switchcli.recipe.key_index import KeyInfo
+from switchcli.recipe.key_info import KeyInfo
 from switchcli.report.console import print_json
 from switchcli.report.safe_text import one_line
 from switchcli.report.table import Table

@@ -15,9 +15,9 @@ from switchcli.commands._options import (
     Json,
     Quiet,
     check_folder,
-    extend_command,
     split_arguments,
 )
+from switchcli.commands._parsing import extend_command
 from switchcli.commands._result import Line, finish
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
 from switchcli.report.console import Console

@@ -5,17 +5,39 @@ Sources: paper sections 2 and 5.6 (Table 9), Appendix A; T5 for the rest. Named 
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from switchcli.model.moe.router import RouterSpec, SwitchRouter
+from switchcli.model.moe.router import FEW_CHOICES, RouterSpec, SwitchRouter
 from switchcli.spec import AUTO, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE, VOCAB_SIZE, Few, Size, Spec, check_rules
 
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["float32", "bfloat16", "selective"]
 Stack = Literal["encoder", "decoder"]
 STACKS: tuple[Stack, Stack] = ("encoder", "decoder")
+CHANGEABLE_MODEL_KEYS = (
+    "size",
+    "dropout",
+    "expert_dropout",
+    "router",
+    "decoder_router",
+    "balance_reduction",
+    "init_scale",
+)
+"""Keys of `model` that may differ from the checkpoint, because no weight's shape or meaning depends on them. Of a
+router, the gate may not, and biases must not be lost."""
 Reduction = Literal["sum", "mean", "pooled"]
 Layers = tuple[Annotated[int, Field(ge=0, le=MAX_FEW)], ...]
+
+
+def router_dtype(precision: Precision) -> "torch.dtype":
+    """Return the dtype that routers compute in."""
+    import torch
+
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _or_auto(schema: dict[str, Any]) -> None:
@@ -258,3 +280,39 @@ class ModelSpec(Spec):
 
     def _listed_layers(self, stack: Stack) -> tuple[int, ...] | None:
         return self.sparse_encoder_layers if stack == "encoder" else self.sparse_decoder_layers
+
+
+def capacity_rules(model: ModelSpec, inputs_length: int, targets_length: int) -> Iterator[str]:
+    """Yield an error for each broken rule of capacity.
+
+    A routing group must have at least one token, and by its capacity factors at least one slot, per expert.
+    """
+    lengths: dict[Stack, int] = {"encoder": inputs_length, "decoder": targets_length}
+    for stack in model.sparse_stacks:
+        length, experts, router, key = (
+            lengths[stack],
+            model.num_experts,
+            model.router_of(stack),
+            model.router_key(stack),
+        )
+        group = router.group_sequences * length
+        if group < experts:
+            yield (
+                f"{key}.group_sequences ({router.group_sequences}): a group of the {stack} has {group} tokens for "
+                f"{experts} experts: try {key}.group_sequences={-(-experts // length)} or more."
+            )
+            continue
+        factors = {"capacity_factor": router.capacity_factor, "eval_capacity_factor": router.eval_capacity_factor}
+        for name, factor in factors.items():
+            if not isinstance(factor, str) and group * factor < experts:
+                min_factor = math.ceil(1000 * experts / group) / 1000  # rounded up to three decimals
+                yield (
+                    f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
+                    f"in a group of {group} tokens of the {stack}: take {min_factor:g} or more, for at "
+                    "least one."
+                )
+            elif not isinstance(factor, str) and factor < router.experts_per_token > FEW_CHOICES:
+                yield (
+                    f"{key}.{name} ({factor:g}) has slots for {factor:g} of the {router.experts_per_token} experts "
+                    f"that a token chooses: take {1.25 * router.experts_per_token:g}, or dropless."
+                )

@@ -22,9 +22,10 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from switchcli.errors import RecipeError
@@ -40,6 +41,8 @@ _VOCAB_MULTIPLE = 64
 """Embedding matrices get a multiple of this many rows, for fast matrix products and for the ranks of a model axis."""
 SAVED = "recipe.yaml"
 """The name of the recipe that a run saves."""
+SCHEMAS: list[type[Spec]] = []
+"""The classes of recipes that are merged here. A module that defines some adds them."""
 
 
 # Public functions
@@ -327,13 +330,11 @@ def _carries_over(node: Node, path: tuple[str, ...], old: Any, kind: Any) -> boo
 
     A key that no kind has stays too: `validate` names it.
     """
-    from switchcli.recipe.schema import fields_at  # which imports this module
-
     *parent, key = path
     if key == "kind":
         return False
-    old_kinds = [getattr(field.default, "kind", None) for _, field in fields_at(parent)] if old is None else [old]
-    fields = dict(fields_at(path))
+    old_kinds = [getattr(field.default, "kind", None) for _, field in _fields_at(parent)] if old is None else [old]
+    fields = dict(_fields_at(path))
     after = fields.get(str(kind))  # a recipe may state anything as a kind, also a mapping
     if after is None:
         return not fields
@@ -342,6 +343,27 @@ def _carries_over(node: Node, path: tuple[str, ...], old: Any, kind: Any) -> boo
         return True  # it means the same to both
     value = yaml_nodes.plain(node)
     return all(not field.is_required() and value != to_jsonable_python(field.default) for field in before)
+
+
+def _fields_at(path: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield each field that a path in a recipe may mean, with the kind of its mapping; "" where that has none."""
+    specs: list[type[BaseModel]] = [*SCHEMAS]
+    *parents, key = (part for part in path if not part.isdecimal())
+    for parent in parents:
+        fields = [spec.model_fields[parent] for spec in specs if parent in spec.model_fields]
+        specs = [inner for field in fields for inner in _specs_in(field.annotation)]
+    for spec in specs:
+        if key in spec.model_fields:
+            kinds = get_args(spec.model_fields["kind"].annotation) if "kind" in spec.model_fields else ("",)
+            yield from ((kind, spec.model_fields[key]) for kind in kinds)
+
+
+def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the specs that a value of a type, or an item of it, may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _specs_in(part)
 
 
 def _expand_auto(node: Node) -> Node:

@@ -4,15 +4,15 @@ import math
 from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
 from switchcli.data.config import DataSpec, TextSpec
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ALONE, ParallelSpec
 from switchcli.errors import RecipeError
+from switchcli.model.config import Precision
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.model.trainable_sets import TrainableSet, check
@@ -23,7 +23,7 @@ from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import VOCAB_SIZE, Spec, check_rules
 from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names, tasks_of
 from switchcli.tasks.task import Task
-from switchcli.training.config import Precision, StartSpec, StudentSpec
+from switchcli.training.config import StartSpec, StudentSpec
 from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.schedules import Constant, InverseSquareRoot, ScheduleSpec
 from switchcli.training.scoring_spec import ScoringSpec
@@ -40,10 +40,6 @@ class TextRecipe(TrainingRecipe, ABC):
     @property
     def text(self) -> DataSpec:
         return self.data
-
-    @property
-    def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        return {**super().summary, "objective": self.data.objective.model_dump()}
 
     @property
     def tokenizer(self) -> TokenizerSpec:
@@ -140,18 +136,10 @@ class DistillRecipe(TrainingRecipe, ABC):
     schedule. The default `model` is the dense model of the teacher's shape.
     """
 
-    starts_from_weights: ClassVar[bool] = False
     distill: DistillSpec
     """The teacher, and how the student learns from it."""
     student: StudentSpec = FromTeacherInit()
     """The initial weights of the student, by `kind`: teacher, random_init or checkpoint."""
-
-    @property
-    def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        keys = {"soft_fraction", "temperature", "loss", "beta", "targets"}
-        distillation = self.distill.model_dump(include=keys, exclude_none=True)
-        student = self.student.model_dump(exclude={"path"})
-        return {**super().summary, "distillation": distillation, "student": student}
 
     def _verb_rules(self) -> Iterator[str]:
         if self.start is not None and self.start.keep != "run":
@@ -250,27 +238,7 @@ RECIPES: Mapping[str, type[Spec]] = MappingProxyType(
     {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "distill": DistillTextRecipe, "eval": EvalRecipe}
 )
 """The recipe of each verb that takes one. For distill it is the one on text."""
-
-
-def fields_at(path: Sequence[str]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield each field that a path in a recipe may mean, with the kind of its mapping; "" where that has none."""
-    specs: list[type[BaseModel]] = [*RECIPES.values(), DistillTasksRecipe]
-    *parents, key = (part for part in path if not part.isdecimal())
-    for parent in parents:
-        fields = [spec.model_fields[parent] for spec in specs if parent in spec.model_fields]
-        specs = [inner for field in fields for inner in _specs_in(field.annotation)]
-    for spec in specs:
-        if key in spec.model_fields:
-            kinds = get_args(spec.model_fields["kind"].annotation) if "kind" in spec.model_fields else ("",)
-            yield from ((kind, spec.model_fields[key]) for kind in kinds)
-
-
-def _specs_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the specs that a value of a type, or an item of it, may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _specs_in(part)
+resolve.SCHEMAS.extend([*RECIPES.values(), DistillTasksRecipe])
 
 
 def schema_of(tree: Node) -> type[Spec] | None:

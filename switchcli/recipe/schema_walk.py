@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel
 
-from switchcli.recipe.key_index import KeyInfo
+from switchcli.recipe.key_info import KeyInfo
 
 Schema = Mapping[str, Any]
 """A JSON Schema, or a part of one."""

@@ -7,17 +7,16 @@ of full sequences.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from switchcli.data.tokenizer.tokenizer import TokenizerSpec
 from switchcli.distributed.parallel_spec import ParallelSpec, batch_problem, check_world, mesh_problems
 from switchcli.errors import RecipeError
-from switchcli.model.config import STACKS, ModelSpec, Stack
-from switchcli.model.moe.router import FEW_CHOICES
+from switchcli.model.config import ModelSpec, Precision, capacity_rules
 from switchcli.spec import Spec, check_rules
-from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, Precision, StartSpec, TrainSpec
+from switchcli.training.config import CheckpointSpec, EvalSpec, LogSpec, StartSpec, TrainSpec
 from switchcli.training.optimizer_specs import Adafactor, OptimizerSpec
 from switchcli.training.schedules import ScheduleSpec
 
@@ -31,8 +30,6 @@ class TrainingRecipe(Spec, ABC):
 
     device_key: ClassVar[str] = "train.device"
     """The key of `device`."""
-    starts_from_weights: ClassVar[bool] = True
-    """Whether `start` may name the weights of any checkpoint, and not only a run to continue."""
     verb: str
     """The command that runs this recipe."""
     description: str = ""
@@ -85,11 +82,6 @@ class TrainingRecipe(Spec, ABC):
         return self.train.precision
 
     @property
-    def summary(self) -> Mapping[str, Mapping[str, Any]]:
-        """The settings that a model card shows, by their titles. They name no file and no folder."""
-        return {"optimizer": self.optimizer.model_dump(), "schedule": self.schedule.model_dump()}
-
-    @property
     def tokenizer(self) -> TokenizerSpec | None:
         """The tokenizer that the recipe names; None for tasks, which take that of the checkpoint."""
         return None
@@ -124,7 +116,7 @@ class TrainingRecipe(Spec, ABC):
     def _check_rules(self) -> Self:
         check_rules(
             self._batch_rules(),
-            self._capacity_rules(),
+            capacity_rules(self.model, self.inputs_length, self.targets_length),
             self._parallel_rules(),
             self._schedule_rules(),
             self._data_rules(),
@@ -153,38 +145,6 @@ class TrainingRecipe(Spec, ABC):
             batch, microbatch = (tokens // length for tokens in sizes.values())
             if problem := batch_problem(batch, 1, microbatch or None, self.model.group_sequences, length):
                 yield f"{problem}."
-
-    def _capacity_rules(self) -> Iterator[str]:
-        """A routing group must have at least one token, and by its capacity factors at least one slot, per expert."""
-        lengths: dict[Stack, int] = {"encoder": self.inputs_length, "decoder": self.targets_length}
-        for stack in STACKS:
-            if self.model.sparse_layers(stack):
-                yield from self._stack_capacity_rules(stack, lengths[stack])
-
-    def _stack_capacity_rules(self, stack: Stack, length: int) -> Iterator[str]:
-        experts, router = self.model.num_experts, self.model.router_of(stack)
-        key = self.model.router_key(stack)
-        group = router.group_sequences * length
-        if group < experts:
-            yield (
-                f"{key}.group_sequences ({router.group_sequences}): a group of the {stack} has {group} tokens for "
-                f"{experts} experts: try {key}.group_sequences={-(-experts // length)} or more."
-            )
-            return
-        factors = {"capacity_factor": router.capacity_factor, "eval_capacity_factor": router.eval_capacity_factor}
-        for name, factor in factors.items():
-            if not isinstance(factor, str) and group * factor < experts:
-                min_factor = math.ceil(1000 * experts / group) / 1000  # rounded up to three decimals
-                yield (
-                    f"{key}.{name} ({factor}) gives each of {experts} experts {group * factor / experts:.2g} slots "
-                    f"in a group of {group} tokens of the {stack}: take {min_factor:g} or more, for at "
-                    "least one."
-                )
-            elif not isinstance(factor, str) and factor < router.experts_per_token > FEW_CHOICES:
-                yield (
-                    f"{key}.{name} ({factor:g}) has slots for {factor:g} of the {router.experts_per_token} experts "
-                    f"that a token chooses: take {1.25 * router.experts_per_token:g}, or dropless."
-                )
 
     def _parallel_rules(self) -> Iterator[str]:
         """Ranks must be able to divide the experts and the weights evenly."""

@@ -8,22 +8,16 @@ from pathlib import Path
 import torch
 
 from switchcli.checkpoint import checkpoint, tensor_file, tensor_names
+from switchcli.checkpoint.documents import DATA, TEXT
+from switchcli.checkpoint.model_weights import load_parts, weight_parts
 from switchcli.distributed.context import DistributedContext
-from switchcli.distributed.layout import LocalPart, ModelWeights, local_values, unsharded_weights
+from switchcli.distributed.layout import LocalPart, ModelWeights
 from switchcli.errors import CheckpointError, NumericsError
-from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.config import CheckpointSpec
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.router_health import NONFINITE_FIX
 from switchcli.training.state import TrainState
 from switchcli.training.validation import reduce
-
-DATA = "data.json"
-"""The document that identifies what a run learns from: its text and its teacher. A run resumes only with the same."""
-TEXT = "tokens_sha256"
-"""Key of the text's digest in `DATA`."""
-EVALUATION = "evaluation_sha256"
-"""Key of the digest of the examples that a run is scored on: best scores are compared over all starts of the run."""
 
 
 class Checkpointer:
@@ -225,32 +219,6 @@ def _check_optimizer_state(optimizer: Optimizer, parts: Mapping[str, LocalPart],
             )
 
 
-def load_weights(weights: ModelWeights, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill the weights, in place, from full tensors by logical name, one after another.
-
-    Biases of routers that another run balanced by its loss begin at 0.
-    """
-    parts = weight_parts(weights)
-    for name in weights.buffers.keys() - tensors.keys():
-        parts.pop(name).tensor.zero_()
-    load_parts(parts, tensors)
-
-
-def load_parts(parts: Mapping[str, LocalPart], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fill each part, in place, from the full tensor of its name."""
-    for name, part in parts.items():
-        if isinstance(tensors, tensor_file.LazyTensors):  # read no more of the file than this rank's slice
-            LocalPart(part.tensor).copy_from(tensors.read_slice(name, part.slices))
-        else:
-            part.copy_from(tensors[name])
-
-
-def weight_parts(weights: ModelWeights) -> dict[str, LocalPart]:
-    """Return views of this rank's part of every weight, keyed by logical name."""
-    named = {name: local_values(weight) for name, weight in weights.tensors.items()}
-    return tensor_names.logical_parts(named, weights.layouts, weights.experts)
-
-
 def optimizer_parts(optimizer: Optimizer, experts: range) -> dict[str, LocalPart]:
     """Return views of this rank's part of the optimizer state, keyed by logical name."""
     return tensor_names.logical_parts(optimizer.state(), optimizer.state_layouts(), experts)
@@ -259,8 +227,3 @@ def optimizer_parts(optimizer: Optimizer, experts: range) -> dict[str, LocalPart
 def full_tensors(parts: Mapping[str, LocalPart]) -> dict[str, torch.Tensor]:
     """Return tensors on `meta` with the shapes and dtypes of the full tensors."""
     return {name: torch.empty(part.full_shape, dtype=part.tensor.dtype, device="meta") for name, part in parts.items()}
-
-
-def logical_tensors(model: SwitchTransformer) -> dict[str, torch.Tensor]:
-    """Return views of the weights of an unsharded model, keyed by logical name."""
-    return {name: part.tensor for name, part in weight_parts(unsharded_weights(model)).items()}

@@ -4,14 +4,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from switchcli.model.config import Precision, router_dtype
 from switchcli.model.moe.router import Policy
 from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.spec import Count, PathOrUrl, Spec
 
 if TYPE_CHECKING:
     import torch
-
-Precision = Literal["float32", "bfloat16", "selective"]
 
 
 class TrainSpec(Spec):
@@ -54,9 +53,7 @@ class TrainSpec(Spec):
     @property
     def router_dtype(self) -> "torch.dtype":
         """The dtype that routers compute in."""
-        import torch
-
-        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+        return router_dtype(self.precision)
 
 
 class StartSpec(Spec):

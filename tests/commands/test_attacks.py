@@ -99,12 +99,12 @@ def linked(name: str) -> Callable[[], None]:
     return spoil
 
 
-def unnamed_recipe() -> None:
-    """A checkpoint whose manifest names no recipe, which has one."""
-    content = (STEP / "recipe.yaml").read_bytes()
-    (STEP / "recipe.yaml").unlink()
+def unnamed_model() -> None:
+    """A checkpoint whose manifest names no model.json, which has one."""
+    content = (STEP / "model.json").read_bytes()
+    (STEP / "model.json").unlink()
     reseal(STEP)
-    (STEP / "recipe.yaml").write_bytes(content)
+    (STEP / "model.json").write_bytes(content)
 
 
 def extending_recipe() -> None:
@@ -198,8 +198,10 @@ ATTACKS: dict[str, Attack] = {
     "../ in a manifest": Attack(named_by_the_manifest, GENERATE, (4,), r"MANIFEST"),
     "weights that are a link": Attack(linked(MODEL), GENERATE, (4,), MODEL),
     "a manifest that is a link": Attack(linked("MANIFEST"), GENERATE, (4,), r"MANIFEST"),
-    "a recipe that no manifest names": Attack(unnamed_recipe, GENERATE, (4,), r"recipe\.yaml"),
-    "a checkpoint's recipe that extends another": Attack(extending_recipe, GENERATE, said=r"\bextends\b"),
+    "a description that no manifest names": Attack(unnamed_model, GENERATE, (4,), r"model\.json"),
+    "a checkpoint's recipe that extends another": Attack(
+        extending_recipe, ("eval", "run", "--out", "a/b"), said=r"\bextends\b"
+    ),
     # Only a file that was read can be said to lack the tensor.
     "../ in an index": Attack(index, CONVERT, (4,), r"(?s)\A(?!.*shared\.weight).*index\.json\b.*part\.safetensors\b"),
     "a task named as a path": Attack(

@@ -179,9 +179,9 @@ def test_experts_side_by_side_from_the_teacher(trained: Path, dense: Path, here:
     assert set(said["student_init"]["widened"]) == {name.format(0) for name in matrices}
     assert not said["student_init"]["random_init"]
     # Two matrices of 64 more hidden units, in two blocks of each stack, for each token of inputs and of targets.
-    recipe = load_checkpoint(Path("a"), torch.device("cpu"), NoWarnings()).handle.recipe
-    tokens = 2 * (recipe.inputs_length + recipe.targets_length)
-    more = 2 * 2 * 64 * 32 * tokens / recipe.inputs_length
+    file = load_checkpoint(Path("a"), torch.device("cpu"), NoWarnings()).handle.model_file
+    tokens = 2 * (file.inputs_length + file.targets_length)
+    more = 2 * 2 * 64 * 32 * tokens / file.inputs_length
     flops = {role: said[role]["flops_per_token"] for role in ("teacher", "student", "baseline")}
     assert flops["teacher"] == flops["baseline"] == pytest.approx(flops["student"] - more, abs=1)
 

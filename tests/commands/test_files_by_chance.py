@@ -30,8 +30,7 @@ from switchcli.report.console import silent
 from switchcli.report.html_page import page
 from switchcli.runs.evaluate.run_comparison import compare_runs
 from switchcli.runs.inputs import loading
-from switchcli.runs.inputs.transformers_checkpoint import meta_model
-from switchcli.training.checkpointer import logical_tensors
+from switchcli.runs.inputs.trained_recipe import saved_recipe
 from switchcli.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -113,8 +112,8 @@ def use_state(run: Path) -> None:
 def use_tensors(run: Path) -> None:
     found = Checkpoint.open(run / STEP)
     found.tensor_specs("optimizer")
-    recipe, _ = loading.read_documents(found)
-    found.read("model", logical_tensors(meta_model(recipe.model)))
+    saved_recipe(found)
+    loading.open_model(found.path, silent()).weights()
 
 
 def use_report(run: Path) -> None:

@@ -138,8 +138,8 @@ def test_a_missing_run_is_no_name_on_the_hub(
 @pytest.mark.parametrize(
     ("file", "content", "code", "words"),
     [
-        ("recipe.yaml", b"extends: quickstart/switch\n", 2, "recipe.yaml:1 recipe run"),
-        ("recipe.yaml", b"- a\n", 2, "recipe.yaml:1 recipe run"),
+        ("model.json", b"[]", 4, "model.json checkpoint"),
+        ("model.json", b'{"model": {"d_model": 1.5}}', 4, "model.json model.d_model integer"),
         ("tokenizer.json", b'{"a": "\xff"}', 3, "tokenizer.json UTF-8"),
     ],
 )

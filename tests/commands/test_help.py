@@ -19,7 +19,7 @@ from tiny_run import SwitchCLI
 from switchcli import __version__
 from switchcli.cli import app
 from switchcli.commands._help import DOCS
-from switchcli.commands._options import accepted_names
+from switchcli.commands._parsing import accepted_names
 from switchcli.recipe import library
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import pytest
 from test_help import COMMANDS
 from tiny_run import SwitchCLI
 
-from switchcli.commands._options import accepted_names
+from switchcli.commands._parsing import accepted_names
 from switchcli.recipe.foreign_words import WORDS
 
 CASES = {

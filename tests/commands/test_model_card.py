@@ -10,9 +10,11 @@ import yaml
 from markdown_it import MarkdownIt
 from tiny_run import SwitchCLI
 
+from switchcli.checkpoint.documents import RECIPE
 from switchcli.report.console import silent
 from switchcli.report.safe_text import markdown_text
 from switchcli.runs.inputs.loading import open_model
+from switchcli.runs.inputs.new_folder import trained_documents
 from switchcli.runs.models.upcycling import with_experts
 
 EVIL = "x | y\n---\nlicense: mit\n# [a](https://a.example) ![b](//b.example/c.png) <script>d</script> `e` www.e.example"
@@ -79,8 +81,9 @@ def test_a_card_names_no_path_and_quotes_no_text_and_says_that_there_is_no_licen
 
 
 def test_a_model_with_other_experts_does_not_name_the_one_that_it_was_made_of(trained: Path) -> None:
-    recipe = with_experts(open_model(trained, silent()), 4)
-    assert str(trained) not in recipe.description
+    handle = open_model(trained, silent())
+    documents = trained_documents(handle, with_experts(handle.model_file, handle.path, 4).model, Path("new"))
+    assert str(trained) not in documents[RECIPE].decode()
 
 
 def test_text_of_a_stranger_is_shown_as_it_is(copied: Path, card_of: Any) -> None:

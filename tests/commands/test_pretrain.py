@@ -50,7 +50,7 @@ def test_two_steps_end_to_end(recipe: str, switchcli: SwitchCLI) -> None:
     }  # fmt: skip
     assert names("runs/a/checkpoints") == {"step-00000002"}
     assert names("runs/a/checkpoints/step-00000002") == {
-        "MANIFEST", "recipe.yaml", "tokenizer.json", "data.json", "state.json",
+        "MANIFEST", "model.json", "recipe.yaml", "tokenizer.json", "data.json", "state.json",
         "model-00000.safetensors", "optimizer-00000.safetensors",
     }  # fmt: skip
     first, logged, last = records("runs/a")

@@ -15,20 +15,16 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.checkpoint import Checkpoint
+from switchcli.checkpoint.documents import MODEL_FILE, ModelFile
+from switchcli.checkpoint.model_weights import logical_tensors
 from switchcli.cli import app
-from switchcli.data.config import DataSpec
-from switchcli.data.tokenizer.tokenizer import TokenizerFile
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.recipe.resolve import dump
-from switchcli.recipe.schema import PretrainRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
 from switchcli.runs.models import conversion
-from switchcli.training.checkpointer import logical_tensors
-from switchcli.training.config import TrainSpec
 from switchcli.training.state import TrainState
 
 THEIRS: dict[str, Callable[..., torch.nn.Module]] = {
@@ -75,16 +71,12 @@ def ours(folder: Path, spec: ModelSpec, feed_forward_scale: float = 1.0) -> Path
         for name, weight in model.named_parameters():
             if ".feed_forward.layer.w" in name:
                 weight.mul_(feed_forward_scale)
-    recipe = PretrainRecipe(
-        model=spec,
-        data=DataSpec(tokenizer=TokenizerFile(path="tokenizer.json")),
-        train=TrainSpec(steps=1, batch_tokens=512 * spec.group_sequences),
-    )
-    state = TrainState(step=7).to_json({})
-    documents = {"recipe.yaml": dump(recipe).encode(), "tokenizer.json": theirs.tokenizer().encode()}
-    return checkpoint.save(
-        folder, 7, model=logical_tensors(model), optimizer={}, documents={"state.json": state, **documents}
-    )
+    documents = {
+        "state.json": TrainState(step=7).to_json({}),
+        MODEL_FILE: ModelFile(model=spec, inputs_length=512, targets_length=114).to_json(),
+        "tokenizer.json": theirs.tokenizer().encode(),
+    }
+    return checkpoint.save(folder, 7, model=logical_tensors(model), optimizer={}, documents=documents)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -111,7 +103,7 @@ def test_theirs_computes_the_same_here_and_comes_back_as_it_was(case: str, versi
     run(source, tmp_path / "ours", "--to", "switchcli")
     converted = opened(tmp_path / "ours")
     theirs.assert_same_logits(converted.model, model)
-    assert converted.handle.recipe.model == opened(source).handle.recipe.model
+    assert converted.handle.spec == opened(source).handle.spec
 
     run(tmp_path / "ours", tmp_path / "back", "--to", "hf")
     after = load_file(tmp_path / "back/model.safetensors")
@@ -148,7 +140,7 @@ def test_ours_computes_the_same_there_and_comes_back_as_it_was(case: str, tmp_pa
 
     run(tmp_path / "theirs", tmp_path / "back", "--to", "switchcli")
     assert_equal(weights(tmp_path / "back"), weights(source))
-    after = opened(tmp_path / "back").handle.recipe.model
+    after = opened(tmp_path / "back").handle.spec
     same = ("size", "router", "decoder_router", "sparse_encoder_layers", "sparse_decoder_layers", "sparse_every")
     same += ("num_decoder_layers", "init_scale")
     assert after.model_copy(update={name: getattr(SPECS[case], name) for name in same}) == SPECS[case]
@@ -218,7 +210,7 @@ def test_a_tied_t5_that_is_not_scaled_gets_a_matrix_of_its_own(kind: str, tmp_pa
     loaded = opened(source, console)
     assert console.warnings == [warning]
     theirs.assert_same_logits(loaded.model, model)
-    assert not loaded.handle.recipe.model.tie_embeddings
+    assert not loaded.handle.spec.tie_embeddings
 
 
 def test_what_is_not_kept_has_a_warning(tmp_path: Path) -> None:

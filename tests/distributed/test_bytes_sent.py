@@ -12,12 +12,12 @@ from tiny_model import SOURCE, rows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from switchcli.checkpoint.model_weights import meta_model
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import is_stacked
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.training.loop import accumulate_gradients
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
@@ -86,7 +86,7 @@ def test_tokens_take_as_many_bytes_whatever_the_number_of_experts(row: Row) -> N
 @pytest.mark.parametrize("row", MATRIX.parameters([*SPECS]))
 def test_each_gradient_is_summed_once_a_step_among_the_ranks_that_hold_its_weight(row: Row) -> None:
     num_ranks, parallel = MESHES[row.mesh]
-    weights = dict(transformers_checkpoint.meta_model(SPECS[row.case]).named_parameters())
+    weights = dict(meta_model(SPECS[row.case]).named_parameters())
     dense = sum(weight.nbytes for name, weight in weights.items() if not is_stacked(name))
     experts = sum(weight.nbytes for name, weight in weights.items() if is_stacked(name)) // parallel.expert
     has_replicas = num_ranks > parallel.expert

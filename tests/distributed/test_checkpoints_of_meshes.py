@@ -19,6 +19,8 @@ from safetensors import safe_open
 from tiny_model import SOURCE, TARGET, rows
 
 from switchcli.checkpoint import checkpoint, tensor_file
+from switchcli.checkpoint.documents import DATA
+from switchcli.checkpoint.model_weights import logical_tensors, meta_model
 from switchcli.checkpoint.tensor_file import TensorSpec
 from switchcli.convert.config import StackLengths
 from switchcli.convert.to_transformers import rename_tensors, transformers_config
@@ -29,9 +31,8 @@ from switchcli.errors import CheckpointError, SwitchError
 from switchcli.model.config import ModelSpec
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.planner.step import Mesh, rank_weights
-from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.system import publish
-from switchcli.training.checkpointer import DATA, Checkpointer, logical_tensors
+from switchcli.training.checkpointer import Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
 from switchcli.training.loss import cross_entropy
 from switchcli.training.optimizer_specs import AdamW, Muon, OptimizerSpec
@@ -148,7 +149,7 @@ def test_what_is_read_and_written_again_at_another_mesh_is_the_same(meshes: Coll
     before, export = tensors(tmp_path, 2), exported(tmp_path, 2)
     for mesh in meshes:
         world, parallel = MESHES[mesh]
-        own = rank_weights(dict(transformers_checkpoint.meta_model(NOISY).named_parameters()), {}, parallel.model)
+        own = rank_weights(dict(meta_model(NOISY).named_parameters()), {}, parallel.model)
         planned = Mesh(world // parallel.model, parallel.expert, parallel.model, parallel.shard)
         divided = own.expert_shards(planned)
         assert divided == (1 if parallel.shard == "none" else planned.replicas)

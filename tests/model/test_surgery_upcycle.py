@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_model import SHAPE, rows
 
+from switchcli.checkpoint.model_weights import load_weights, logical_tensors
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.model.config import STACKS, ModelSpec
@@ -13,7 +14,6 @@ from switchcli.model.init import initialize
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
 from switchcli.model.surgery.upcycle import RANKED, UpcycledWeights, gate_correction
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.training.checkpointer import load_weights, logical_tensors
 from switchcli.training.loss import cross_entropy
 from switchcli.training.metrics import Metrics
 from switchcli.training.validation import evaluate

@@ -4,7 +4,7 @@ import pytest
 
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, resolve
-from switchcli.recipe.key_index import KeyInfo
+from switchcli.recipe.key_info import KeyInfo
 from switchcli.recipe.schema import PretrainRecipe
 
 NAMES = {info.key for info in key_index.all_keys()}

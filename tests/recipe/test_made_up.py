@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from switchcli.cli import app
 from switchcli.errors import RecipeError, SwitchError
 from switchcli.recipe import key_index, resolve
-from switchcli.recipe.key_index import KeyInfo
+from switchcli.recipe.key_info import KeyInfo
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.devices import planning

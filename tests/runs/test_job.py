@@ -128,12 +128,12 @@ def test_a_branch_of_a_distillation_begins_with_its_checkpoint(here: Path) -> No
     branch = resolve("distill", "new", keys, teacher="a", student="d", branch_from="student@1")
     assert paths(branch) == {START: f"student/{FIRST}", TEACHER: f"a/{LAST}", STUDENT: f"d/{FIRST}"}
     assert (branch.recipe.start.keep, branch.recipe.distill.temperature) == ("run", 2.0)
-    assert branch.recipe.model == branch.handles[START].recipe.model
+    assert branch.recipe.model == branch.handles[START].spec
 
 
 def test_a_branch_of_a_distillation_takes_the_shape_of_its_student(here: Path) -> None:
     handle = resolve("distill", "new", teacher="a").handles[TEACHER]
-    teacher = Pin(str(handle.path), handle.recipe.model, handle)
+    teacher = Pin(str(handle.path), handle.spec, handle)
     smaller = teacher.model.model_copy(update={"d_ff": 16})
     tree = recipes.load(None)
     for pins, d_ff in (({}, teacher.model.d_ff), ({START: teacher._replace(model=smaller, handle=None)}, 16)):

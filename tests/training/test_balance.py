@@ -9,6 +9,7 @@ from doubles import FactoringAdafactor, Source, trained
 from tiny_model import NOISY, SPARSE, a_model, rows
 from torch import nn
 
+from switchcli.checkpoint.model_weights import load_weights, logical_tensors
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import unsharded_weights
@@ -18,7 +19,6 @@ from switchcli.model.moe.layer import SwitchLayer, sparse_layers
 from switchcli.model.moe.router import TopKRouter
 from switchcli.model.trainable import freeze, trainable
 from switchcli.system.signals import StopRequest
-from switchcli.training.checkpointer import load_weights, logical_tensors
 from switchcli.training.config import TrainSpec
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches

@@ -11,12 +11,13 @@ from messages import naming
 from tiny_model import DENSE, NOISY, SPARSE, a_model
 
 from switchcli.checkpoint import checkpoint, tensor_names
+from switchcli.checkpoint.model_weights import load_weights, logical_tensors
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.errors import CheckpointError, NumericsError
 from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import trainable_members
 from switchcli.model.trainable_sets import TrainableSet
-from switchcli.training.checkpointer import load_optimizer_state, load_weights, logical_tensors, preflight
+from switchcli.training.checkpointer import load_optimizer_state, preflight
 from switchcli.training.config import CheckpointSpec
 from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.state import TrainState

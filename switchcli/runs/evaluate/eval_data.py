@@ -1,6 +1,7 @@
 """The data of an evaluation: the texts and the tasks of its recipe, as a loaded model was trained to read them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -13,11 +14,13 @@ from switchcli.data.task_batches import InterleavedRows
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError, RecipeError
 from switchcli.recipe.schema import EvalRecipe, TextRecipe
+from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, scored_examples_of
 from switchcli.runs.inputs.train_data import check_same_data
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.training.loss import packed_cross_entropy
@@ -47,16 +50,16 @@ def build_eval_data(
         DataError: the text or the tasks cannot be used, or the ranks read different ones.
     """
     tasks = tasks_of(recipe.tasks)
-    new_tasks = [name for name in tasks if name not in handle.recipe.named_tasks]
-    if new_tasks and handle.has_training_recipe:
-        context.main_only(lambda: _warn_about_new_tasks(handle, new_tasks, console))
+    trained = trained_recipe(handle)
+    if trained is not None and (new_tasks := [name for name in tasks if name not in trained.named_tasks]):
+        context.main_only(lambda: _warn_about_new_tasks(handle.path, trained, new_tasks, console))
     scored = context.main_first(
         lambda: scored_examples_of(tasks.values(), recipe.data, recipe.scoring, handle.tokenizer)
     )
     check_same_data(digests_of(scored, handle.tokenizer), context)
     prepared, texts = None, dict[str, HeldOutText]()
     if recipe.text is not None:
-        data = _data_spec(handle, recipe.text, recipe.data.inputs_length)
+        data = _data_spec(trained, recipe.text, recipe.data.inputs_length)
         sequences = recipe.text.sequences
         prepared = context.main_first(
             lambda: text_sets.prepare_texts(data, sequences, console, handle.tokenizer, needed=(HELD_OUT,))
@@ -66,7 +69,7 @@ def build_eval_data(
     context.main_only(lambda: report_task_sets(tasks.values(), scored, recipe.scoring.split, handle.tokenizer, console))
     labeled = {examples.task.name: labeled_rows(examples) for examples in scored if examples.packed.num_rows}
     # transformers gives each example its own slots, where examples that are packed into a row share them.
-    is_packed = bool(recipe.tasks) and not handle.has_training_recipe
+    is_packed = bool(recipe.tasks) and trained is None
     evaluators = tuple(
         Evaluator(handle.tokenizer, texts, scored, recipe.scoring, capacity, BATCH_ROWS, context, console, labeled)
         for capacity in recipe.eval.capacities or ("dropless" if is_packed else None,)
@@ -85,7 +88,7 @@ def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: Pr
 
     None if the recipe names other text than that of the model's own recipe.
     """
-    trained, text = handle.recipe, recipe.text
+    trained, text = trained_recipe(handle), recipe.text
     if prepared is None or text is None or not isinstance(trained, TextRecipe):
         return None
     if (text.corpora, text.held_out_fraction) != (trained.data.corpora, trained.data.held_out_fraction):
@@ -96,9 +99,9 @@ def training_identity(handle: CheckpointHandle, recipe: EvalRecipe, prepared: Pr
         return ""
 
 
-def _data_spec(handle: CheckpointHandle, text: TextSpec, inputs_length: int) -> DataSpec:
+def _data_spec(trained: TrainingRecipe | None, text: TextSpec, inputs_length: int) -> DataSpec:
     """Return the data of the model's run with this text, in rows of `inputs_length`."""
-    data = handle.recipe.text or DataSpec(objective=SpanCorruption(inputs_length=inputs_length))
+    data = (trained and trained.text) or DataSpec(objective=SpanCorruption(inputs_length=inputs_length))
     objective = data.objective
     if inputs_length != objective.inputs_length:
         objective = _with_length(objective, inputs_length)
@@ -106,15 +109,15 @@ def _data_spec(handle: CheckpointHandle, text: TextSpec, inputs_length: int) -> 
     return data.model_copy(update=changes)
 
 
-def _warn_about_new_tasks(handle: CheckpointHandle, names: Sequence[str], console: Console) -> None:
-    """Print a warning that the model was not trained on the tasks of these names."""
-    if handle.recipe.verb == "pretrain":
+def _warn_about_new_tasks(path: Path, trained: TrainingRecipe, names: Sequence[str], console: Console) -> None:
+    """Print a warning that the model at `path` was not trained on the tasks of these names."""
+    if trained.verb == "pretrain":
         effect = "was pre-trained alone: it does not know the form of the answers, and its scores will be near 0"
     else:
         effect = (
             f"was not trained on a task of the name {' or '.join(names)}: if it answers in another form, it scores 0"
         )
-    console.warning(f"{handle.path} {effect}; `switchcli finetune` teaches it")
+    console.warning(f"{path} {effect}; `switchcli finetune` teaches it")
 
 
 def _with_length(objective: TextObjective, inputs_length: int) -> TextObjective:

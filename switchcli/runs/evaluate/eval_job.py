@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchcli.checkpoint.documents import DATA, TEXT
 from switchcli.errors import CheckpointError, RecipeError, disk_errors
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
@@ -19,7 +20,7 @@ from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_scores
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
-from switchcli.runs.inputs.new_folder import data_document
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.ranks import resolve_on_main
 from switchcli.runs.job.run_dir import run_name
@@ -30,7 +31,6 @@ from switchcli.tasks.registry import SUITES, TASKS
 from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
 from switchcli.training import memory
-from switchcli.training.checkpointer import DATA, TEXT
 from switchcli.training.measure import Measurement
 
 CHECKPOINT = "checkpoint"
@@ -94,12 +94,14 @@ def _check_names(tasks: Sequence[Any], own: Sequence[str], where: str) -> None:
 
 def _defaults(handle: CheckpointHandle) -> dict[str, Any]:
     """Return the keys of an evaluation that the recipe of the checkpoint provides."""
-    trained = handle.recipe
-    defaults: dict[str, Any] = {"eval": {"capacity": trained.eval.capacity}}
+    trained, file = trained_recipe(handle), handle.model_file
+    lengths = {"inputs_length": file.inputs_length, "targets_length": file.targets_length}
+    if trained is None:
+        return {"data": lengths}
+    defaults: dict[str, Any] = {"eval": {"capacity": trained.eval.capacity}, "data": lengths}
     if trained.named_tasks:
         return {**defaults, **trained.model_dump(mode="json", include={"tasks", "data", "scoring"})}
-    defaults["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
-    if handle.has_training_recipe and trained.text is not None:
+    if trained.text is not None:
         text = trained.text.model_dump(mode="json", include={"corpora", "held_out_fraction"})
         defaults["text"] = {**text, "sequences": trained.eval.sequences}
     return defaults
@@ -196,7 +198,7 @@ def measure(job: Job, out: Path | None, quiet: bool, model: SwitchTransformer | 
 def _warn_about_other_text(handle: CheckpointHandle, identity: str | None, console: Console) -> None:
     """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
     try:
-        document = data_document(handle).get(DATA)
+        document = handle.native.document(DATA) if handle.native and handle.has_recipe else None
     except CheckpointError:  # its run has removed the checkpoint since the weights were read
         return
     if identity is not None and document is not None and json.loads(document).get(TEXT) != identity:

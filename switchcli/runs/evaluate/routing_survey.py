@@ -31,7 +31,7 @@ def survey_routing(paths: Sequence[Path], overrides: Sequence[str], console: Con
         OutOfMemory: the device has not enough memory.
     """
     named = [open_model(path, console) for path in paths]
-    handles = [handle for handle in named if handle.recipe.model.num_experts > 1]
+    handles = [handle for handle in named if handle.spec.num_experts > 1]
     if named and not handles:
         raise CheckpointError(f"{named[0].path}: a dense model has no routing: name one with experts")
     if len(handles) != 1:
@@ -62,7 +62,7 @@ def survey_routing(paths: Sequence[Path], overrides: Sequence[str], console: Con
             "checkpoint": str(handle.path),
             "step": handle.step,
             "capacity": policy,
-            "num_experts": handle.recipe.model.num_experts,
+            "num_experts": handle.spec.num_experts,
             "recipe": recipe.model_dump(mode="json"),
             "sequences": {name: text.num_rows for name, text in texts.items()},
             "rare": MIN_COUNT,

@@ -95,7 +95,7 @@ class InputEncoder:
         Raises:
             DataError: a text is not UTF-8.
         """
-        max_length = self._model.handle.recipe.inputs_length
+        max_length = self._model.handle.model_file.inputs_length
         rows = []
         for text in texts:
             self.num_texts += 1

@@ -59,7 +59,7 @@ def route_texts(model: LoadedModel, texts: Iterable[str], policy: Policy, consol
         CheckpointError: the encoder of the model has no sparse layer.
         DataError: a text is blank or not UTF-8.
     """
-    if not model.handle.recipe.model.sparse_layers("encoder"):
+    if not model.handle.spec.sparse_layers("encoder"):
         raise CheckpointError(
             f"{model.handle.path}: its encoder has no sparse layer, so no token is routed: load another one"
         )
@@ -75,7 +75,7 @@ def _route(model: LoadedModel, text: str, policy: Policy, encode: InputEncoder) 
     if not text.strip():
         raise DataError(f"text {encode.num_texts} is blank: no token of it could be routed")
     # Routers may count capacity over several sequences: the others of the group are padding, which takes no slot.
-    num_rows = model.handle.recipe.model.group_sequences
+    num_rows = model.handle.spec.group_sequences
     inputs_BS = torch.nn.functional.pad(inputs_1S, (0, 0, 0, num_rows - 1), value=PAD)
     targets_B1 = inputs_BS.new_full((num_rows, 1), EOS)  # the forward pass needs some; the encoder ignores them
     layers: dict[str, LayerRouting] = {}
@@ -84,7 +84,7 @@ def _route(model: LoadedModel, text: str, policy: Policy, encode: InputEncoder) 
         if name.startswith("encoder"):
             layers[name] = _layer_routing(choices)
 
-    policy = _of_one_row(policy, model.handle.recipe.model.router_of("encoder"))
+    policy = _of_one_row(policy, model.handle.spec.router_of("encoder"))
     observe(model.model, Batch(inputs_BS, targets_B1), None, policy, on_layer)
     return TextRouting(text, tuple(model.handle.tokenizer.pieces(inputs_1S[0].tolist())), layers)
 

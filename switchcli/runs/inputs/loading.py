@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from switchcli.checkpoint import checkpoint, manifest
+from switchcli.checkpoint.documents import MODEL_FILE, RECIPE, ModelFile
+from switchcli.checkpoint.model_weights import load_weights, logical_tensors, meta_model
 from switchcli.convert import config as configs
 from switchcli.convert import hub
 from switchcli.convert.weight_files import is_hugging_face_folder
@@ -19,14 +21,11 @@ from switchcli.distributed.cpu_settings import limit_threads
 from switchcli.distributed.layout import unsharded_weights
 from switchcli.distributed.rendezvous import local_rank
 from switchcli.errors import CheckpointError, RecipeError, SwitchError
+from switchcli.model.config import ModelSpec, router_dtype
 from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.recipe import resolve, yaml_nodes
-from switchcli.recipe.schema import schema_of
-from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
-from switchcli.training.checkpointer import DATA, load_weights, logical_tensors
 
 
 class CheckpointHandle(NamedTuple):
@@ -34,7 +33,7 @@ class CheckpointHandle(NamedTuple):
 
     path: Path
     step: int
-    recipe: TrainingRecipe
+    model_file: ModelFile
     tokenizer: Tokenizer
     weights: Callable[[], Mapping[str, torch.Tensor]]
     """Returns the weights by logical name. Each is read from disk when the mapping is indexed."""
@@ -42,9 +41,13 @@ class CheckpointHandle(NamedTuple):
     """The checkpoint in our layout, which may hold optimizer state. None for the Hugging Face layout."""
 
     @property
-    def has_training_recipe(self) -> bool:
-        """Return whether the recipe describes the training. That of a converted checkpoint does not."""
-        return self.native is not None and DATA in self.native.manifest.names()
+    def spec(self) -> ModelSpec:
+        return self.model_file.model
+
+    @property
+    def has_recipe(self) -> bool:
+        """Return whether a run trained the weights. A converted checkpoint has no recipe."""
+        return self.native is not None and RECIPE in self.native.manifest.names()
 
 
 LoadPrecision = Literal["float32", "selective"]
@@ -66,20 +69,21 @@ def open_model(path: Path, console: Console, verify: bool = True) -> CheckpointH
         DataError: there is no tokenizer.
     """
     if is_hugging_face_folder(path):
-        recipe, tokenizer, hugging_face_weights, warnings = transformers_checkpoint.read(path)
+        model_file, tokenizer, hugging_face_weights, warnings = transformers_checkpoint.read(path)
         for warning in warnings:
             console.warning(warning)
-        return CheckpointHandle(path, 0, recipe, tokenizer, lambda: hugging_face_weights, None)
+        return CheckpointHandle(path, 0, model_file, tokenizer, lambda: hugging_face_weights, None)
     native = open_checkpoint(path, console, verify)
     try:
-        native_recipe, tokenizer = read_documents(native)
-        weights = native.read("model", logical_tensors(transformers_checkpoint.meta_model(native_recipe.model)))
+        native_file = ModelFile.parse(native.document(MODEL_FILE), native.path / MODEL_FILE)
+        tokenizer = read_tokenizer(native, native_file.model)
+        weights = native.read("model", logical_tensors(meta_model(native_file.model)))
     except (SwitchError, OSError):
         if native.path.exists():
             raise
         # An active run has just removed this checkpoint, so it has saved newer ones.
         return open_model(path, console, verify)
-    return CheckpointHandle(native.path, native.step, native_recipe, tokenizer, lambda: weights, native)
+    return CheckpointHandle(native.path, native.step, native_file, tokenizer, lambda: weights, native)
 
 
 def load_checkpoint(path: Path, device: torch.device, console: Console) -> LoadedModel:
@@ -115,7 +119,7 @@ def load_model(
 ) -> SwitchTransformer:
     """Load the model of an open checkpoint. `selective` casts all weights to bfloat16 but those of routers."""
     limit_threads()
-    model = empty_model(handle.recipe, device)
+    model = empty_model(handle.model_file, device)
     load_weights(unsharded_weights(model), handle.weights())
     if precision == "selective":
         for module in model.modules():
@@ -125,10 +129,10 @@ def load_model(
     return model
 
 
-def empty_model(recipe: TrainingRecipe, device: torch.device) -> SwitchTransformer:
-    """Return the model of a recipe in evaluation mode, with uninitialized weights."""
+def empty_model(file: ModelFile, device: torch.device) -> SwitchTransformer:
+    """Return the model in evaluation mode, with uninitialized weights."""
     with torch.device("meta"):
-        model = SwitchTransformer(recipe.model, recipe.train.router_dtype)
+        model = SwitchTransformer(file.model, router_dtype(file.precision))
     return model.to_empty(device=device).eval()
 
 
@@ -181,37 +185,12 @@ def of_another_kind(folder: Path) -> str:
     return f"it holds checkpoints of transformers' Trainer: name the newest, {steps[max(steps)]}" if steps else ""
 
 
-def read_documents(native: checkpoint.Checkpoint) -> tuple[TrainingRecipe, Tokenizer]:
-    """Return the recipe and the tokenizer of a checkpoint.
-
-    Raises:
-        CheckpointError: the tokenizer does not fit the model.
-    """
-    recipe = saved_recipe(native)
+def read_tokenizer(native: checkpoint.Checkpoint, model: ModelSpec) -> Tokenizer:
+    """Return the tokenizer of a checkpoint. Raises CheckpointError if it does not fit the model."""
     tokenizer = Tokenizer.from_bytes(native.document("tokenizer.json"), str(native.path / "tokenizer.json"))
-    if tokenizer.vocab_size > recipe.model.vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
-            f"{native.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {recipe.model.vocab_size} "
+            f"{native.path}: its tokenizer has {tokenizer.vocab_size} pieces, its embedding {model.vocab_size} "
             "rows: they do not belong together; use a checkpoint that a run of switchcli wrote"
         )
-    return recipe, tokenizer
-
-
-def saved_recipe(native: checkpoint.Checkpoint) -> TrainingRecipe:
-    """Return the recipe of a checkpoint. Raises like `read_recipe`."""
-    return read_recipe(native.document(resolve.SAVED), native.path / resolve.SAVED)
-
-
-def read_recipe(document: bytes, path: Path) -> TrainingRecipe:
-    """Return the recipe that a run wrote to a file, by the schema of the verb that wrote it.
-
-    Raises:
-        CheckpointError: there is no such verb, or it does not train.
-    """
-    tree = resolve.parse_saved(document, yaml_nodes.display_path(path))
-    schema = schema_of(tree)
-    if schema is None or not issubclass(schema, TrainingRecipe):
-        raise CheckpointError(
-            f"{path.parent}: written by the verb {tree.stated('verb')}, which this switchcli does not have"
-        )
-    return resolve.validate(tree, schema)
+    return tokenizer

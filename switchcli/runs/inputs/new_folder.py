@@ -1,6 +1,7 @@
 """Write a new folder at a DESTINATION, completely or not at all. Shared by convert, upcycle and prune."""
 
 import errno
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,17 +9,16 @@ from pathlib import Path
 from torch import Tensor
 
 from switchcli.checkpoint import checkpoint, tensor_file
+from switchcli.checkpoint.documents import DATA, MODEL_FILE, RECIPE, ModelFile
+from switchcli.checkpoint.model_weights import logical_tensors, meta_model
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import CheckpointError, disk_errors
+from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
-from switchcli.recipe.resolve import dump
-from switchcli.recipe.training_recipe import TrainingRecipe
+from switchcli.recipe import yaml_nodes
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.inputs.transformers_checkpoint import meta_model
 from switchcli.system import publish
-from switchcli.training.checkpointer import DATA, logical_tensors
-from switchcli.training.config import StartSpec
 from switchcli.training.state import TrainState
 
 
@@ -69,55 +69,64 @@ def publish_new_folder(destination: Path, bytes_needed: int, write: Callable[[Pa
 
 def publish_checkpoint(
     destination: Path,
-    recipe: TrainingRecipe,
+    model_file: ModelFile,
     tokenizer: Tokenizer,
     weights: Mapping[str, Tensor],
-    extra_documents: Mapping[str, bytes] | None = None,
+    trained: Mapping[str, bytes] | None = None,
 ) -> int:
     """Write a checkpoint of step 0 in our layout, without optimizer state. Return its number of parameters.
 
-    `weights` are keyed by logical name, `extra_documents` by file name.
+    `weights` are keyed by logical name. `trained` are the `trained_documents` of the checkpoint that it is made of.
     """
-    tensors = logical_tensors(meta_model(recipe.model)).values()
+    tensors = logical_tensors(meta_model(model_file.model)).values()
     documents = {
         "state.json": TrainState().to_json({}),
-        "recipe.yaml": dump(recipe).encode(),
+        MODEL_FILE: model_file.to_json(),
         "tokenizer.json": tokenizer.to_json().encode(),
-        **(extra_documents or {}),
+        **(trained or {}),
     }
     publish_new_folder(
         destination,
         tensor_file.num_bytes(tensors),
         lambda temporary: checkpoint.save(temporary, 0, model=weights, optimizer={}, documents=documents),
     )
-    return count(recipe.model).parameters
+    return count(model_file.model).parameters
 
 
-def continuation_recipe(recipe: TrainingRecipe, checkpoint: Path) -> TrainingRecipe:
-    """Return the recipe with `checkpoint` as its start, if its verb can start from a checkpoint."""
-    if not recipe.starts_from_weights:
-        return recipe
-    return recipe.model_copy(update={"start": StartSpec(checkpoint=str(checkpoint), keep="weights")})
+def trained_documents(source: CheckpointHandle, spec: ModelSpec, destination: Path) -> dict[str, bytes]:
+    """Return the documents about the training of `source` for a checkpoint of `spec` that is made of it.
+
+    They are the recipe of its run with the new model, which starts from the new checkpoint, and the identity of its
+    data, so that it is trained further, and evaluated, on the same data. There are none if no run trained `source`.
+    """
+    if source.native is None or not source.has_recipe:
+        return {}
+    tree = yaml_nodes.read_bytes(source.native.document(RECIPE), str(source.native.path / RECIPE))
+    if not isinstance(tree.value, dict):
+        return {}
+    before, after = source.spec.num_experts, spec.num_experts
+    recipe = {
+        **yaml_nodes.plain(tree),
+        "model": spec.model_dump(mode="json"),
+        "description": f"{after} experts in each sparse layer, of a model that had {before}",
+    }
+    if isinstance(ranks := tree.stated("parallel.expert"), int):  # they must divide the experts
+        recipe["parallel"]["expert"] = math.gcd(ranks, after)
+    if tree.stated("verb") != "distill":  # which can only continue a distillation
+        recipe["start"] = {"checkpoint": str(destination), "keep": "weights"}
+    return {RECIPE: yaml_nodes.write(recipe).encode(), DATA: source.native.document(DATA)}
 
 
-def next_command(source: CheckpointHandle, recipe: TrainingRecipe, checkpoint: Path) -> str:
-    """Return the next command for a checkpoint that is made of `source`.
+def next_command(checkpoint: Path, documents: Mapping[str, bytes]) -> str:
+    """Return the next command for a new checkpoint with these `trained_documents`.
 
     Train it further, by a recipe of the user's if there is none of its training, or evaluate it if its verb has no
     start.
     """
-    if not source.has_training_recipe:
+    if RECIPE not in documents:
         model = shell_words("--model", checkpoint, "start.keep=weights")
         return f"pretrain (or finetune) RECIPE {model} --out FOLDER"
-    file = shell_words(checkpoint / "recipe.yaml")
-    if recipe.starts_from_weights:
-        return f"{recipe.verb} {file} --out FOLDER"
-    return f"eval {shell_words(checkpoint)}"
-
-
-def data_document(handle: CheckpointHandle) -> dict[str, bytes]:
-    """Return the document with the identity of a checkpoint's training data, keyed by its file name, or nothing.
-
-    A checkpoint that is made from this one gets it too, so that `switchcli eval` measures it on the same text.
-    """
-    return {DATA: handle.native.document(DATA)} if handle.native and handle.has_training_recipe else {}
+    verb = yaml_nodes.read_bytes(documents[RECIPE], RECIPE).stated("verb")
+    if verb == "distill":
+        return f"eval {shell_words(checkpoint)}"
+    return f"{verb} {shell_words(checkpoint / RECIPE)} --out FOLDER"

@@ -17,7 +17,8 @@ from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
-from switchcli.runs.inputs.loading import CheckpointHandle, locate, open_model, read_recipe
+from switchcli.runs.inputs.loading import CheckpointHandle, locate, open_model
+from switchcli.runs.inputs.trained_recipe import read_recipe, trained_recipe
 from switchcli.system.user_files import read_regular
 
 START, TEACHER, STUDENT, BASELINE = "start.checkpoint", "distill.teacher", "student.path", "distill.baseline"
@@ -71,15 +72,18 @@ class PinFinder:
             return self.find(START, named)
         path = _step_path(named)
         pin = self._recorded_pin(START, path) or _pin(self._open(f"{START} ({BRANCH_FROM})", path))
-        if pin.handle is not None and not pin.handle.has_training_recipe:
+        if pin.handle is None:
+            return pin
+        trained = trained_recipe(pin.handle)
+        if trained is None:
             raise CheckpointError(
                 f"{START} ({BRANCH_FROM}): {named}: not a checkpoint of a training run, so there is no run to branch "
                 "from: start from its weights by --model"
             )
-        if pin.handle is not None and pin.handle.recipe.verb != verb:
+        if trained.verb != verb:
             raise RecipeError(
-                f"{BRANCH_FROM} {named}: a run of {pin.handle.recipe.verb}, which `switchcli "
-                f"{pin.handle.recipe.verb}` can branch; {WEIGHTS_ONLY}"
+                f"{BRANCH_FROM} {named}: a run of {trained.verb}, which `switchcli {trained.verb}` can branch; "
+                f"{WEIGHTS_ONLY}"
             )
         return pin
 
@@ -116,11 +120,12 @@ class PinFinder:
         """Open a checkpoint outside of the folder of the run. `key` names it in errors."""
         name = f"{key} ({OPTIONS[key]})"
         handle = self._open(name, Path(path))
-        is_run, steps = handle.path != Path(path), handle.recipe.train.steps
-        if is_run and handle.has_training_recipe and handle.step < steps:
-            self._console.warning(
-                f"{name} {path}: this run has not ended: its step {handle.step:,} of {steps:,} is taken"
-            )
+        if handle.path != Path(path) and (trained := trained_recipe(handle)) is not None:
+            steps = trained.train.steps
+            if handle.step < steps:
+                self._console.warning(
+                    f"{name} {path}: this run has not ended: its step {handle.step:,} of {steps:,} is taken"
+                )
         return handle
 
     def _open(self, name: str, path: Path) -> CheckpointHandle:
@@ -139,7 +144,7 @@ class PinFinder:
 def _pin(handle: CheckpointHandle) -> Pin:
     # A folder of transformers holds no optimizer state.
     keep = "weights" if handle.native is None else "optimizer"
-    return Pin(str(handle.path), handle.recipe.model, handle, keep)
+    return Pin(str(handle.path), handle.spec, handle, keep)
 
 
 def _step_path(name: str) -> Path:

@@ -10,13 +10,13 @@ from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.model.config import CHANGEABLE_MODEL_KEYS
 from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.runs.inputs.loading import saved_recipe
+from switchcli.runs.inputs.trained_recipe import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
-from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
 from switchcli.system.lock import lock
 
 _SAFE_KEYS = (

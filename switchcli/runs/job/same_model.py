@@ -4,24 +4,13 @@ import json
 
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TrainedTokenizer
 from switchcli.errors import RecipeError
-from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.config import CHANGEABLE_MODEL_KEYS, STACKS, ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import CheckpointHandle
-
-CHANGEABLE_MODEL_KEYS = (
-    "size",
-    "dropout",
-    "expert_dropout",
-    "router",
-    "decoder_router",
-    "balance_reduction",
-    "init_scale",
-)
-"""Keys of `model` that may differ from the checkpoint, because no weight's shape or meaning depends on them. Of a
-router, the gate may not, and biases must not be lost."""
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 
 
 def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:
@@ -86,7 +75,8 @@ def check_tokenizer(recipe: TrainingRecipe, tokenizer: Tokenizer) -> None:
 
 def check_trained_tokenizer(tree: Node, handle: CheckpointHandle) -> None:
     """Raise RecipeError if the recipe `tree` would train another tokenizer than the checkpoint's, which it takes."""
-    tokenizer, trained = handle.tokenizer, handle.recipe.tokenizer
+    tokenizer, run = handle.tokenizer, trained_recipe(handle)
+    trained = run and run.tokenizer
     properties = {
         "vocab_size": tokenizer.vocab_size,
         "num_sentinels": len(tokenizer.sentinels),

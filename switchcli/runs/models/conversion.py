@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from switchcli.checkpoint import tensor_file
+from switchcli.checkpoint.model_weights import logical_tensors, meta_model
 from switchcli.convert import config as configs
 from switchcli.convert import hub, tokenizer_files
 from switchcli.convert.config import StackLengths
@@ -16,6 +17,7 @@ from switchcli.convert.to_transformers import rename_tensors, transformers_confi
 from switchcli.convert.weight_files import INDEX, SAFE, is_hugging_face_folder
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
+from switchcli.model.config import router_dtype
 from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import of_another_kind, open_model
@@ -27,7 +29,6 @@ from switchcli.runs.inputs.new_folder import (
 )
 from switchcli.runs.models import model_card
 from switchcli.system import publish
-from switchcli.training.checkpointer import logical_tensors
 
 _MAX_FILE_BYTES = 1 << 31
 
@@ -55,7 +56,7 @@ def to_switchcli(
     converted = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
     for warning in converted.warnings:
         console.warning(warning)
-    parameters = publish_checkpoint(destination, converted.recipe, converted.tokenizer, converted.weights)
+    parameters = publish_checkpoint(destination, converted.model_file, converted.tokenizer, converted.weights)
     return _result(source, destination, "switchcli", parameters, converted.warnings)
 
 
@@ -72,19 +73,19 @@ def to_huggingface(source: Path, destination: Path, console: Console, license_: 
         raise CheckpointError(f"{source}: in the Hugging Face layout already: convert it --to switchcli, or copy it")
     checkpoint = open_model(source, console)
     destination = check_destination(source, destination)
-    recipe = checkpoint.recipe
-    lengths = StackLengths(recipe.inputs_length, recipe.targets_length)
-    config, warnings = transformers_config(recipe.model, lengths, checkpoint.path, recipe.train.router_dtype)
+    spec, file = checkpoint.spec, checkpoint.model_file
+    lengths = StackLengths(file.inputs_length, file.targets_length)
+    config, warnings = transformers_config(spec, lengths, checkpoint.path, router_dtype(file.precision))
     for warning in warnings:
         console.warning(warning)
-    tensors = logical_tensors(transformers_checkpoint.meta_model(recipe.model))
+    tensors = logical_tensors(meta_model(spec))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     tokenizer = checkpoint.tokenizer
     sentinels = [sentinel(number) for number in range(len(tokenizer.sentinels))]
     documents = {
         configs.NAME: configs.config_json(config),
         "generation_config.json": configs.generation_config_json(),
-        **tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, recipe.inputs_length),
+        **tokenizer_files.tokenizer_documents(tokenizer.to_json(), sentinels, file.inputs_length),
         model_card.NAME: model_card.model_card(checkpoint, parameters, destination.name, license_, warnings),
     }
 

@@ -7,15 +7,16 @@ so that a viewer shows it as it is.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import ModelCardData
 
+from switchcli.checkpoint.documents import RECIPE
 from switchcli.convert.hub import is_repository_id
-from switchcli.data.sources.corpus import HubCorpus
 from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS
+from switchcli.recipe import yaml_nodes
 from switchcli.report.runs import as_mapping, number
 from switchcli.report.safe_text import markdown_text
 from switchcli.report.sinks import read_object
@@ -76,6 +77,7 @@ _FIGURES: Final = {
     "seconds of training": ("seconds", ",.0f"),
 }
 """The key and the format of each figure of a run's result."""
+_TRAIN: Final = {"input tokens of a step": "batch_tokens", "seed": "seed"}
 _UNKNOWN: Final = "The model was converted from another checkpoint: not known here."
 _LANGUAGE: Final = re.compile(r"[a-z]{2,3}")
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]+")
@@ -88,12 +90,13 @@ def model_card(
 
     `name` is its title, `license_` the identifier of a license. `differences` are those between the layouts.
     """
-    recipe, is_trained = handle.recipe, handle.has_training_recipe
-    is_dense = recipe.model.num_experts == 1
-    listed = recipe.text.corpora if is_trained and recipe.text is not None else []
-    corpora = [corpus for several in listed for corpus in several.per_language()]
-    on_hub = {corpus.path for corpus in corpora if isinstance(corpus, HubCorpus) and _is_on_hub(corpus.path)}
-    languages = {corpus.language for corpus in corpora if corpus.language and _LANGUAGE.fullmatch(corpus.language)}
+    spec, recipe = handle.spec, _recipe(handle)
+    is_dense, is_trained = spec.num_experts == 1, bool(recipe)
+    data = as_mapping(recipe.get("data"))
+    corpora = [corpus for listed in map(as_mapping, data.get("corpora") or ()) for corpus in _per_language(listed)]
+    on_hub = {corpus["path"] for corpus in corpora if corpus["kind"] == "hub" and _is_on_hub(corpus["path"])}
+    languages = {corpus["language"] for corpus in corpora if _LANGUAGE.fullmatch(corpus["language"])}
+    tasks = [str(as_mapping(task).get("name", task)) for task in recipe.get("tasks") or ()]
     metadata = ModelCardData(
         license=license_ or "other",
         library_name="transformers",
@@ -101,9 +104,10 @@ def model_card(
         language=sorted(languages) or None,
         datasets=sorted(on_hub) or None,
     )
-    router = {} if is_dense else {"router": _line(recipe.model.router.model_dump())}
-    names = [*recipe.named_tasks, *sorted(on_hub), *sorted({corpus.kind for corpus in corpora})]
-    fills_gaps = recipe.text is not None and recipe.text.objective.kind != "prefix_lm"
+    router = {} if is_dense else {"router": _line(spec.router.model_dump())}
+    kinds = sorted({corpus["kind"] for corpus in corpora})
+    names = [*filter(_WORD.fullmatch, tasks), *sorted(on_hub), *filter(_WORD.fullmatch, kinds)]
+    fills_gaps = bool(corpora or not recipe) and as_mapping(data.get("objective")).get("kind") != "prefix_lm"
     limitations = [*map(markdown_text, differences)]
     if license_ is None:
         limitations.append("No license was given. Set the field license above before you publish the model.")
@@ -112,9 +116,9 @@ def model_card(
         name=markdown_text(name),
         model="dense T5" if is_dense else "Switch Transformer",
         origin="trained" if is_trained else "converted",
-        description=markdown_text(recipe.description) if is_trained else "",
-        settings=_table({"parameters": parameters, **_plain(recipe.model.model_dump()), **router}),
-        training=_table(_training(handle)) if is_trained else _UNKNOWN,
+        description=markdown_text(str(recipe.get("description", ""))),
+        settings=_table({"parameters": parameters, **_plain(spec.model_dump()), **router}),
+        training=_table(_training(handle, recipe)) if is_trained else _UNKNOWN,
         data=", ".join(map(markdown_text, names)) if is_trained else _UNKNOWN,
         results=_results(handle) if is_trained else _UNKNOWN,
         limitations="".join(f"- {line}\n" for line in limitations),
@@ -123,16 +127,35 @@ def model_card(
     ).encode()
 
 
-def _training(handle: CheckpointHandle) -> dict[str, Value]:
-    recipe = handle.recipe
+def _recipe(handle: CheckpointHandle) -> Mapping[str, Any]:
+    """Return the keys of the recipe that trained the checkpoint as they are in its file; none if no run did."""
+    if handle.native is None or not handle.has_recipe:
+        return {}
+    return as_mapping(yaml_nodes.plain(yaml_nodes.read_bytes(handle.native.document(RECIPE), RECIPE)))
+
+
+def _per_language(corpus: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield kind, path and language of the corpora that one entry of `data.corpora` stands for."""
+    kind, path = str(corpus.get("kind")), str(corpus.get("path"))
+    for language in corpus.get("languages") or (corpus.get("language") or "",):
+        yield {"kind": kind, "path": path.replace("{language}", str(language)), "language": str(language)}
+
+
+def _training(handle: CheckpointHandle, recipe: Mapping[str, Any]) -> dict[str, Value]:
+    train, distill, student = (as_mapping(recipe.get(key)) for key in ("train", "distill", "student"))
+    sections = {
+        **{key: as_mapping(recipe.get(key)) for key in ("optimizer", "schedule")},
+        "objective": as_mapping(as_mapping(recipe.get("data")).get("objective")),
+        "distillation": {key: distill.get(key) for key in ("soft_fraction", "temperature", "loss", "beta", "targets")},
+        "student": {key: value for key, value in student.items() if key != "path"},
+    }
     return {
         **({"steps": handle.step} if handle.step else {}),  # of a model that was changed since, they are not known
-        "tokens of an input": recipe.inputs_length,
-        "tokens of a target": recipe.targets_length,
-        "input tokens of a step": recipe.train.batch_tokens,
-        "seed": str(recipe.train.seed),
-        "precision": recipe.train.precision,
-        **{title: _line(values) for title, values in recipe.summary.items()},
+        "tokens of an input": handle.model_file.inputs_length,
+        "tokens of a target": handle.model_file.targets_length,
+        **{title: train[key] for title, key in _TRAIN.items() if isinstance(train.get(key), int)},
+        "precision": handle.model_file.precision,
+        **{title: line for title, values in sections.items() if (line := _line(values))},
     }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.checkpoint import tensor_file
+from switchcli.checkpoint.model_weights import logical_tensors, meta_model
 from switchcli.errors import CheckpointError, DataError, RecipeError
 from switchcli.metric_names import BITS_PER_BYTE, NEG_LOG_PERPLEXITY
 from switchcli.model.config import STACKS, ModelSpec
@@ -18,15 +19,12 @@ from switchcli.runs.evaluate.eval_job import only_capacity, resolve_recipe
 from switchcli.runs.inputs.loading import empty_model, load_model, open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
-    continuation_recipe,
-    data_document,
     next_command,
     publish_checkpoint,
+    trained_documents,
 )
-from switchcli.runs.inputs.transformers_checkpoint import meta_model
 from switchcli.runs.models.upcycling import with_experts
 from switchcli.training import memory
-from switchcli.training.checkpointer import logical_tensors
 
 
 def prune(
@@ -51,11 +49,12 @@ def prune(
     """
     handle = open_model(checkpoint, console)
     recipe = resolve_recipe(handle, resolve.read(name, overrides))
-    spec = handle.recipe.model
+    spec = handle.spec
     _check_experts(spec, handle.path, experts, console)
     policy = only_capacity(recipe, "dropless")  # as a pruned model is served
     path = check_checkpoint_destination(checkpoint, destination)
-    pruned_recipe = with_experts(handle, experts)
+    pruned_file = with_experts(handle.model_file, handle.path, experts)
+    trained = trained_documents(handle, pruned_file.model, path)
     context = build_eval_context(recipe)
     if context.world > 1:
         raise RecipeError(f"prune works in one process, and there are {context.world} ranks: start it by itself")
@@ -70,24 +69,24 @@ def prune(
         if not before:
             raise DataError(f"{handle.path}: no labeled example in what it is measured on: name text or other tasks")
         layer_plans = pruning.plan_pruning(original, measured.load(), mass, experts)
-        pruned = empty_model(pruned_recipe, context.device)
+        pruned = empty_model(pruned_file, context.device)
         pruning.prune(original, layer_plans, pruned)
         after = evaluator(pruned).parts()
     publish_checkpoint(
         path,
-        continuation_recipe(pruned_recipe, path),
+        pruned_file,
         handle.tokenizer,
         logical_tensors(pruned),
-        data_document(handle),
+        trained,
     )
     context.close()
     return {
         "source": str(handle.path),
         "destination": str(destination),
         "capacity": policy,
-        "experts": {"before": spec.num_experts, "after": pruned_recipe.model.num_experts},
-        "parameters": {"before": count(spec).parameters, "after": count(pruned_recipe.model).parameters},
-        "bytes": {"before": _num_bytes(spec), "after": _num_bytes(pruned_recipe.model)},
+        "experts": {"before": spec.num_experts, "after": pruned_file.model.num_experts},
+        "parameters": {"before": count(spec).parameters, "after": count(pruned_file.model).parameters},
+        "bytes": {"before": _num_bytes(spec), "after": _num_bytes(pruned_file.model)},
         "held_out": {
             name: {
                 "sequences": metrics["sequences"],
@@ -97,7 +96,7 @@ def prune(
             }
             for name, metrics in before.items()
         },
-        "next": next_command(handle, pruned_recipe, destination),
+        "next": next_command(destination, trained),
         "layers": {name: plan._asdict() for name, plan in layer_plans.items()},
     }
 

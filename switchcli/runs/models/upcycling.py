@@ -1,34 +1,37 @@
 """Make a sparse model from copies of a dense model's feed-forwards, or of their parts."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from switchcli.checkpoint.documents import ModelFile
+from switchcli.checkpoint.model_weights import logical_tensors, meta_model
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.model.config import STACKS, ModelSpec
+from switchcli.model.config import CHANGEABLE_MODEL_KEYS, STACKS, ModelSpec, capacity_rules
 from switchcli.model.surgery.upcycle import UpcycledWeights, gate_correction, num_parts
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
-from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.runs.inputs.loading import CheckpointHandle, open_model
+from switchcli.runs.inputs.loading import open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
-    continuation_recipe,
-    data_document,
     next_command,
     publish_checkpoint,
+    trained_documents,
 )
-from switchcli.runs.inputs.transformers_checkpoint import meta_model
-from switchcli.runs.job.same_model import CHANGEABLE_MODEL_KEYS
-from switchcli.training.checkpointer import logical_tensors
+from switchcli.spec import Spec
 
+
+class _Upcycled(Spec):
+    """What KEY=VALUE of the command may set."""
+
+    model: ModelSpec
+
+
+resolve.SCHEMAS.append(_Upcycled)
 _CHANGEABLE_KEYS = (
     "model.sparse",
     *(f"model.{key}" for key in CHANGEABLE_MODEL_KEYS[1:]),
-    "train.",
-    "parallel.",
     "model.expert_d_ff",
     "model.shared_d_ff",
 )
@@ -54,27 +57,26 @@ def upcycle(
         RecipeError: the number of experts is not possible, or a key would change the shape of weights.
     """
     checkpoint = open_model(model, console)
-    num_experts = checkpoint.recipe.model.num_experts
+    num_experts = checkpoint.spec.num_experts
     if num_experts > 1:
         raise CheckpointError(f"{checkpoint.path}: has {num_experts} experts already: name a dense model")
     if experts < 2:
         raise RecipeError(f"--experts ({experts}) must be at least 2: a model of one expert is the dense one")
     if not 0 <= noise <= 1:
         raise RecipeError(f"--noise ({noise}) must be from 0 to 1: 0.01 is a hundredth of the weights")
-    recipe = with_experts(checkpoint, experts, overrides)
-    spec = recipe.model
+    file = with_experts(checkpoint.model_file, checkpoint.path, experts, overrides)
+    spec = file.model
     _check_copies_of_feed_forwards(spec, experts)
     _check_choices(spec)
     _warn_about_drops(spec, checkpoint.path, console)
     path = check_checkpoint_destination(model, destination)
     names = logical_tensors(meta_model(spec))
     weights = UpcycledWeights(checkpoint.weights(), names, spec, noise, seed)
-    parameters = publish_checkpoint(
-        path, continuation_recipe(recipe, path), checkpoint.tokenizer, weights, data_document(checkpoint)
-    )
+    trained = trained_documents(checkpoint, spec, path)
+    parameters = publish_checkpoint(path, file, checkpoint.tokenizer, weights, trained)
     corrections = {stack: gate_correction(spec, stack) for stack in spec.sparse_stacks}
     # bfloat16 routers round their gates
-    can_be_exact = not noise and recipe.train.precision != "bfloat16"
+    can_be_exact = not noise and file.precision != "bfloat16"
     return {
         "source": str(checkpoint.path),
         "destination": str(destination),
@@ -84,7 +86,7 @@ def upcycle(
         "noise": noise,
         "seed": seed,
         "layers": spec.sparse_layer_names(),
-        "next": next_command(checkpoint, recipe, destination),
+        "next": next_command(destination, trained),
         "corrections": {
             stack: {
                 **correction._asdict(),
@@ -153,25 +155,23 @@ def _warn_about_drops(spec: ModelSpec, path: Path, console: Console) -> None:
             return
 
 
-def with_experts(handle: CheckpointHandle, experts: int, overrides: Sequence[str] = ()) -> TrainingRecipe:
-    """Return the recipe of a checkpoint with another number of experts, and with the overrides.
+def with_experts(file: ModelFile, path: Path, experts: int, overrides: Sequence[str] = ()) -> ModelFile:
+    """Return model.json of the checkpoint at `path` with another number of experts, and with the overrides.
 
     Raises:
-        RecipeError: the recipe breaks a rule, or an override would change the shape of weights.
+        RecipeError: the model breaks a rule, or an override would change the shape of weights.
     """
-    where = f"{handle.path} with {experts} experts"
-    model, parallel = handle.recipe.model, handle.recipe.parallel
-    model = model.model_copy(update={"num_experts": experts, "size": CUSTOM})
-    parallel = parallel.model_copy(update={"expert": math.gcd(parallel.expert, experts)})  # which must divide both
-    description = f"{experts} experts in each sparse layer, of a model that had {handle.recipe.model.num_experts}"
-    without_overrides = handle.recipe.model_copy(
-        update={"model": model, "parallel": parallel, "description": description}
+    where = f"{path} with {experts} experts"
+    without_overrides = _Upcycled.model_construct(
+        model=file.model.model_copy(update={"num_experts": experts, "size": CUSTOM})
     )
     tree = resolve.load(None, overrides, resolve.layer(without_overrides.model_dump(mode="json"), where))
-    recipe = resolve.validate(tree, type(handle.recipe))
-    for key, old, new in resolve.differences(without_overrides, recipe):
+    upcycled = resolve.validate(tree, _Upcycled)
+    for key, old, new in resolve.differences(without_overrides, upcycled):
         if not key.startswith(_CHANGEABLE_KEYS):
             raise RecipeError(
                 f"{key}: is {old} in {where}, not {new}: leave it out; may be set: {', '.join(_CHANGEABLE_KEYS)}"
             )
-    return recipe
+    if problems := [*capacity_rules(upcycled.model, file.inputs_length, file.targets_length)]:
+        raise RecipeError(*problems)
+    return file.model_copy(update={"model": upcycled.model})

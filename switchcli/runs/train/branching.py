@@ -8,15 +8,17 @@ from collections.abc import Iterable
 
 import torch
 
+from switchcli.checkpoint.model_weights import load_weights
 from switchcli.checkpoint.saved_state import BranchPoint
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Difference, differences
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs.loading import CheckpointHandle
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.pins import BRANCH_FROM, WEIGHTS_ONLY
 from switchcli.runs.job.run_dir import PLACE_OF_DATA
-from switchcli.training.checkpointer import load_optimizer_state, load_weights
+from switchcli.training.checkpointer import load_optimizer_state
 from switchcli.training.optimizers import Optimizer
 from switchcli.training.state import TrainState
 
@@ -65,9 +67,11 @@ def begin(state: TrainState, handle: CheckpointHandle, recipe: TrainingRecipe, s
     saved.restore(handle.native.document("state.json"), torch.device("cpu"), with_metrics=False)
     state.step, state.seconds = saved.step, saved.seconds
     state.targets_seen, state.skipped_steps = saved.targets_seen, saved.skipped_steps
-    changed = _first_data_change(differences(handle.recipe, recipe)) or ("" if same_text else "its text")
-    rows, rows_before = recipe.rows_per_step, handle.recipe.rows_per_step
-    input_tokens = saved.input_tokens(handle.recipe.train.batch_tokens)
+    trained = trained_recipe(handle)
+    assert trained is not None, "checked when it was opened"
+    changed = _first_data_change(differences(trained, recipe)) or ("" if same_text else "its text")
+    rows, rows_before = recipe.rows_per_step, trained.rows_per_step
+    input_tokens = saved.input_tokens(trained.train.batch_tokens)
     if changed:
         state.branch = BranchPoint(saved.step, input_tokens, -saved.step * rows, is_data_continued=False)
         return f"the data begins anew ({changed} is another)"

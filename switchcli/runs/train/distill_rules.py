@@ -14,6 +14,7 @@ from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.pins import BASELINE, OPTIONS, STUDENT, TEACHER, Pin
 from switchcli.runs.job.same_model import check_shape, check_tokenizer
 
@@ -37,21 +38,20 @@ def dense_spec(teacher: ModelSpec) -> ModelSpec:
 
 def defaults(teacher: CheckpointHandle, student: ModelSpec, tree: Node) -> dict[str, Any]:
     """Return the values for keys that the recipe `tree` leaves out: the student's shape, and the teacher's training."""
-    trained = teacher.recipe
+    trained, file = trained_recipe(teacher), teacher.model_file
     is_tasks_named = tree.stated("tasks") is not None
     is_text_named = tree.stated("data.corpora") is not None
-    if not (teacher.has_training_recipe or is_tasks_named or is_text_named):
+    if trained is None and not (is_tasks_named or is_text_named):
         raise RecipeError(
             f"{TEACHER} ({teacher.path}): has no record of its training: name a RECIPE, or what to train on "
             "(data.corpora=[...] or tasks=[...]) with train.steps and train.batch_tokens"
         )
     values: dict[str, Any] = {"model": student.model_dump(mode="json")}
-    names_other_data = is_text_named if trained.named_tasks else is_tasks_named
-    if teacher.has_training_recipe and not names_other_data:
+    if trained is not None and not (is_text_named if trained.named_tasks else is_tasks_named):
         # A recipe on text has no tasks and no scoring.
         values |= trained.model_dump(mode="json", include={*_TRAINING_SECTIONS, "tasks", "data", "scoring"})
     elif is_tasks_named:
-        values["data"] = {"inputs_length": trained.inputs_length, "targets_length": trained.targets_length}
+        values["data"] = {"inputs_length": file.inputs_length, "targets_length": file.targets_length}
     values.get("train", {}).pop("device", None)  # belongs to the machine that trained the teacher
     if "tasks" not in values and not is_tasks_named:
         values.setdefault("data", {})["tokenizer"] = {"kind": "file", "path": tokenizer_path(teacher)}
@@ -71,10 +71,10 @@ def check_models(recipe: Recipe, pins: Mapping[str, Pin]) -> None:
     """
     teacher = teacher_of(pins)
     check_tokenizer(recipe, teacher.tokenizer)
-    student_spec, teacher_spec = recipe.model, teacher.recipe.model
+    student_spec, teacher_spec = recipe.model, teacher.spec
     others = {key: pin.handle for key, pin in pins.items() if key in (STUDENT, BASELINE) and pin.handle is not None}
     if (student := others.get(STUDENT)) is not None:
-        check_shape(student.recipe.model, student_spec, str(student.path))
+        check_shape(student.spec, student_spec, str(student.path))
     for key, other in others.items():
         if other.tokenizer.sha256 != teacher.tokenizer.sha256:
             raise RecipeError(
@@ -141,7 +141,7 @@ def _check_concat(student: ModelSpec, teacher: ModelSpec, path: Path) -> None:
 
 def _check_student_init(recipe: Recipe, teacher: CheckpointHandle) -> None:
     """Raise RecipeError if the student is to copy weights that the teacher does not have."""
-    student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.recipe.model
+    student, student_spec, teacher_spec = recipe.student, recipe.model, teacher.spec
     if not isinstance(student, FromTeacherInit):
         return
     if teacher_spec.num_experts == 1 and student.experts != "random_init":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from switchcli.checkpoint import tensor_names
+from switchcli.checkpoint.model_weights import load_weights, meta_model
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -31,7 +32,6 @@ from switchcli.report.safe_text import shell_words
 from switchcli.report.table import Table
 from switchcli.report.units import si
 from switchcli.runs.evaluate.score_tables import shown_metric
-from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import load_model
 from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.job.job import Job
@@ -49,7 +49,6 @@ from switchcli.runs.train.distill_rules import (
 from switchcli.runs.train.trainer import Trainer
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
-from switchcli.training.checkpointer import load_weights
 from switchcli.training.config import FromCheckpoint
 from switchcli.training.distillation import DistillationLoss, Teacher, compression, gain_kept
 from switchcli.training.loss import Objective, packed_cross_entropy
@@ -91,7 +90,7 @@ class Distillation(TrainingTask):
         if isinstance(baseline := resolve.stated_path(tree, BASELINE), str):
             # It is measured at the end, so the recipe keeps the name, which may be a run that goes on.
             handle = finder.open(BASELINE, baseline)
-            pins[BASELINE] = Pin(baseline, handle.recipe.model, handle)
+            pins[BASELINE] = Pin(baseline, handle.spec, handle)
         return pins
 
     @classmethod
@@ -109,7 +108,7 @@ class Distillation(TrainingTask):
     def defaults(cls, tree: Node, pins: Mapping[str, Pin]) -> Node:
         teacher = teacher_of(pins)
         student = pins.get(START) or pins.get(STUDENT)
-        spec = student.model if student else dense_spec(teacher.recipe.model)
+        spec = student.model if student else dense_spec(teacher.spec)
         return resolve.layer(defaults(teacher, spec, tree), f"the teacher {teacher.path}")
 
     @classmethod
@@ -131,7 +130,7 @@ class Distillation(TrainingTask):
         self._settings = self._recipe.distill
         self._handle = job.handles[TEACHER]
         self._teacher: SwitchTransformer | None = None
-        spec = self._handle.recipe.model
+        spec = self._handle.spec
         context.main_first(lambda: check_microbatch_rows(self._recipe, spec, context.dp_size))
         if self._settings.soft_fraction:
             self.teacher = spec
@@ -160,7 +159,7 @@ class Distillation(TrainingTask):
             return objective
         model = self._load_teacher()
         evaluate_by(model, self._recipe.eval.capacity or "dropless")  # without dropout and noise
-        teacher = Teacher(model, self._handle.recipe.train.precision)
+        teacher = Teacher(model, self._handle.model_file.precision)
         if settings.targets == "student":
             return OnPolicyLoss(settings, teacher, self.context)
         return DistillationLoss(settings, teacher, packed=objective is packed_cross_entropy)
@@ -168,19 +167,17 @@ class Distillation(TrainingTask):
     def init_weights(self, student: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize a new student: from a checkpoint, from the teacher's weights, or at random."""
         recipe, teacher = self._recipe, self._handle
-        own, others = (
-            f"{spec.dropout}, in experts {spec.experts_dropout}" for spec in (recipe.model, teacher.recipe.model)
-        )
+        own, others = (f"{spec.dropout}, in experts {spec.experts_dropout}" for spec in (recipe.model, teacher.spec))
         if own != others:
             self.console.message(f"dropout of the student: {own}; of its teacher: {others}")
         if isinstance(recipe.student, FromCheckpoint):
             load_weights(student, self.job.handles[STUDENT].weights())
             return
         student.load_full(initial_weights(recipe.model, recipe.train.seed, student.experts))
-        plan = student_init(recipe, teacher.recipe.model)
+        plan = student_init(recipe, teacher.spec)
         if plan is None or not isinstance(recipe.student, FromTeacherInit):
             return
-        weights, num_experts = teacher.weights(), teacher.recipe.model.num_experts
+        weights, num_experts = teacher.weights(), teacher.spec.num_experts
         use = ExpertUse({}, {})
         if plan.from_experts and recipe.student.experts in ("most_used", "concat"):
             use = self._expert_use(evaluator, with_gates=recipe.student.experts == "concat")
@@ -219,7 +216,7 @@ class Distillation(TrainingTask):
         self._teacher = None  # frees the memory of the teacher for the baseline
         # The last evaluation of the training has the student's metrics. Measuring again adds its speed.
         speed = _measure(trainer.model, trainer.evaluator._replace(tasks=()))
-        teacher_row = {"checkpoint": str(teacher.path), **_row(teacher.recipe.model, recipe, teacher_measured)}
+        teacher_row = {"checkpoint": str(teacher.path), **_row(teacher.spec, recipe, teacher_measured)}
         student_row = {**_row(recipe.model, recipe, speed), "metrics": dict(trainer.state.eval_metrics)}
         result: dict[str, Any] = {
             "metric": metric,
@@ -227,7 +224,7 @@ class Distillation(TrainingTask):
             "student": student_row,
             "compression": compression(student_row["parameters"], teacher_row["parameters"]),
         }
-        plan = student_init(recipe, teacher.recipe.model)
+        plan = student_init(recipe, teacher.spec)
         if plan is not None:
             result["student_init"] = {
                 "copied": plan.copied,
@@ -238,7 +235,7 @@ class Distillation(TrainingTask):
         baseline_value = self._settings.baseline
         if baseline is not None:
             baseline_model = load_model(baseline, self.context.device)
-            baseline_row = _row(baseline.recipe.model, recipe, _measure(baseline_model, trainer.evaluator))
+            baseline_row = _row(baseline.spec, recipe, _measure(baseline_model, trainer.evaluator))
             baseline_value = baseline_row["metrics"][metric]
             result["baseline"] = {"checkpoint": str(baseline.path), **baseline_row}
         elif isinstance(baseline_value, float):
@@ -294,9 +291,7 @@ def student_init(recipe: Recipe, teacher: ModelSpec) -> StudentInit | None:
     """Return which weights the student gets from its teacher, or None if it starts from something else."""
     if not isinstance(recipe.student, FromTeacherInit):
         return None
-    return plan_init(
-        transformers_checkpoint.meta_model(recipe.model), transformers_checkpoint.meta_model(teacher), recipe.student
-    )
+    return plan_init(meta_model(recipe.model), meta_model(teacher), recipe.student)
 
 
 def _measure(model: SwitchTransformer, evaluator: Evaluator) -> Measurement:

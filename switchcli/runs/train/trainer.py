@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.documents import DATA, EVALUATION, MODEL_FILE, RECIPE, TEXT, ModelFile
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import Interrupted, RecipeError
 from switchcli.model.block_execution import recompute_blocks
@@ -31,7 +32,7 @@ from switchcli.runs.train.callbacks import (
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
-from switchcli.training.checkpointer import DATA, EVALUATION, TEXT, Checkpointer, preflight
+from switchcli.training.checkpointer import Checkpointer, preflight
 from switchcli.training.loop import fit
 from switchcli.training.measure import Measurement
 from switchcli.training.microbatches import Microbatches
@@ -97,12 +98,18 @@ class Trainer:
 
     def _build_checkpointer(self, weights: ModelWeights) -> Checkpointer:
         """Return the checkpointer, whose checkpoints can be used without the run: they hold recipe and tokenizer."""
-        identities = {TEXT: self.data.identity}
+        recipe, identities = self.recipe, {TEXT: self.data.identity}
         if self.evaluator.tasks:  # held-out text is part of the data's identity
             examples = json.dumps([(scored.task.name, scored.examples) for scored in self.evaluator.tasks])
             identities[EVALUATION] = hashlib.sha256(examples.encode()).hexdigest()
         documents = {
-            "recipe.yaml": dump(self.recipe).encode(),
+            MODEL_FILE: ModelFile(
+                model=recipe.model,
+                inputs_length=recipe.inputs_length,
+                targets_length=recipe.targets_length,
+                precision=recipe.train.precision,
+            ).to_json(),
+            RECIPE: dump(recipe).encode(),
             "tokenizer.json": self.data.tokenizer.to_json().encode(),
             DATA: json.dumps(identities).encode(),
         }
@@ -112,7 +119,7 @@ class Trainer:
             self.optimizer,
             self.context,
             documents,
-            self.recipe.checkpoint,
+            recipe.checkpoint,
         )
 
     def _restore_or_begin(self, weights: ModelWeights, branch: CheckpointHandle | None) -> None:

@@ -4,10 +4,9 @@ Its class methods resolve the recipe, before there is a run.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from switchcli.checkpoint import manifest
+from switchcli.checkpoint.model_weights import load_weights
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
@@ -23,7 +22,7 @@ from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.runs.devices.planning import planner_of
-from switchcli.runs.inputs.loading import read_documents
+from switchcli.runs.inputs.loading import read_tokenizer
 from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.text_data import TextRunData
 from switchcli.runs.inputs.train_data import RunData, TrainData
@@ -32,7 +31,7 @@ from switchcli.runs.job.pins import START, Pin, PinFinder
 from switchcli.runs.job.same_model import check_num_experts, check_shape, check_tokenizer, check_trained_tokenizer
 from switchcli.runs.train import branching
 from switchcli.spec import Spec
-from switchcli.training.checkpointer import DATA, load_optimizer_state, load_weights
+from switchcli.training.checkpointer import load_optimizer_state
 from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
@@ -70,7 +69,6 @@ class TrainingTask:
             CheckpointError: a checkpoint does not exist or cannot be used.
             DataError: files that the recipe names are missing or cannot be read.
         """
-        _check_describes_training(source, cls.verb)
         tree = source.merge()
         cls.check_verb(tree)
         try:
@@ -172,7 +170,7 @@ class TrainingTask:
         """
         if (start := self.job.handles.get(START)) is not None:
             return start.tokenizer
-        return None if self.folder.newest is None else read_documents(self.folder.newest)[1]
+        return None if self.folder.newest is None else read_tokenizer(self.folder.newest, self.job.recipe.model)
 
     def init_weights(self, weights: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
         """Initialize the weights, and with `keep: optimizer` the optimizer state, of a new run.
@@ -215,18 +213,6 @@ class TrainingTask:
 def data_type(recipe: TrainingRecipe) -> type[RunData]:
     """Return the type of data that a recipe trains on: the one place that tells tasks from plain text."""
     return TaskRunData if isinstance(recipe, TaskRecipe) else TextRunData
-
-
-def _check_describes_training(source: resolve.Source, verb: str) -> None:
-    """Raise RecipeError if the recipe is that of a checkpoint that no run trained, whose data and steps say nothing."""
-    file = Path(source.layers[-1].where.rpartition(":")[0])
-    folder = file.parent
-    if file.name == resolve.SAVED and (folder / manifest.NAME).is_file() and not (folder / DATA).is_file():
-        start = ("--teacher", folder) if verb == "distill" else ("--model", folder, "start.keep=weights")
-        raise RecipeError(
-            f"{file}: no run of switchcli trained these weights, and train and data are placeholders: name a RECIPE of "
-            f"your own: `switchcli {shell_words(verb, 'RECIPE', *start)}`"
-        )
 
 
 def _check_start(recipe: TrainingRecipe, start: Pin) -> None:
