@@ -1,5 +1,15 @@
 """The Switch layer: a router, E experts, and the dispatch of tokens between them (paper section 2).
 
+A forward pass of `SwitchLayer`, from x [B, S, D] to y [B, S, O]:
+
+1. Group the tokens: [B, S, D] -> [G, N, D], a fixed number of full sequences for each group (`route`).
+2. Logits h(x) = W x [G, N, E], in float32, of a copy of x with jitter (`RouterWeights`).
+3. Gates p(x), choices, and for each expert at most C tokens: Routing [G, E, C] (`router.py`, `slots.py`).
+4. Dispatch: the tokens in slots become A rows, sorted by expert, on the process that stores the expert (`dispatch.py`).
+5. Experts: y [A, O], one feed-forward for each expert's rows (`experts.py`).
+6. Combine: the rows return to their tokens, multiplied by their gates and summed: [G, N, O]. Dropped tokens are 0.
+7. Add the dense feed-forward beside the experts, if there is one, and return the statistics, which carry the losses.
+
 Legend: B batch, S positions, G groups, N tokens per group, E experts, D model, O outputs, F hidden, A rows of the local
 experts.
 """

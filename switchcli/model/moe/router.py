@@ -1,8 +1,6 @@
 """Routers: which token sits in each expert's slots, and with what weight (paper sections 2.1, 2.2; appendices B, C, F).
 
 Legend: G groups, N tokens per group, E experts, C slots per expert (the capacity), K choices per token.
-A = K * N choices per group: column k * N + n is choice k of token n.
-S = E * C + 1 slots per group: column e * C + c is slot c of expert e. The last one collects the choices without a slot.
 
 A router is a spec whose `assign` turns logits into a `Routing`: the token in each slot, so that all routers share one
 dispatch and combine. A token may be in slots of several experts, or in none. A group is a fixed number of full
@@ -25,7 +23,6 @@ from switchcli.model.moe.stats import (
     RouterStats,
     choice_counts,
     choice_fraction,
-    count_per_group,
     router_stats,
     softmax_over_experts,
 )
@@ -267,8 +264,9 @@ class TokenChoiceRouter(Router, ABC):
         self, logits_GNE: torch.Tensor, real_GN: torch.Tensor, mode: Mode, bias_E: torch.Tensor | None = None
     ) -> Routing:
         """Queue the tokens for their choices: all first choices, then all second ones behind them, and so on."""
-        import torch
         import torch.nn.functional as F
+
+        from switchcli.model.moe.slots import fill_slots, search_slots
 
         G, N, E = logits_GNE.shape
         training = mode == "training"
@@ -286,41 +284,23 @@ class TokenChoiceRouter(Router, ABC):
         gate_GNK = self._gates(probability_GNK)  # the weight of each choice, if it gets a slot
         order_GN = self._order(probability_GNK[..., 0], training)
 
-        # Tokens that have queued so far, including tokens beyond the capacity.
-        load_GE = torch.zeros(G, E, dtype=torch.int64, device=logits_GNE.device)
-        assigned_GN = torch.zeros_like(real_GN)  # tokens that have a slot
-        slots = []
-        for choice in range(K):
-            eligible_GN = real_GN
-            if choice > 0:
-                eligible_GN = real_GN & self._eligible(gate_GNK[..., choice], assigned_GN, training)
-            queue_GN = expert_GNK[..., choice].masked_fill(~eligible_GN, E)  # E: in no queue
-            position_GN, queued_GE = _positions_in_expert(queue_GN, load_GE, order_GN)
-            fits_GN = eligible_GN & (position_GN < C)
-            # Slot number expert * C + position, or E * C for a choice without a slot.
-            slots.append((queue_GN * C + position_GN).where(fits_GN, E * C))
-            assigned_GN = assigned_GN | fits_GN
-            load_GE = load_GE + queued_GE
+        def eligible(choice: int, assigned_GN: torch.Tensor) -> torch.Tensor:
+            return self._eligible(gate_GNK[..., choice], assigned_GN, training)
 
-        slot_GA = torch.cat(slots, dim=1)
-        token_A = torch.arange(N, device=slot_GA.device).repeat(K)
-        # Invert "slot of each choice" into "token of each slot". No slot is written twice, except the last one, which
-        # is cut off below. Empty slots keep token N and weight 0.
-        token_GS = slot_GA.new_full((G, E * C + 1), N).scatter_(1, slot_GA, token_A.expand(G, -1))
-        weight_GA = gate_GNK.transpose(1, 2).flatten(1)  # in the column order of slot_GA
-        weight_GS = gate_GNK.new_zeros(G, E * C + 1).scatter(1, slot_GA, weight_GA)
+        found = search_slots(expert_GNK, real_GN, order_GN, eligible, E, C)
+        token_GEC, weight_GEC = fill_slots(found.slot_GA, gate_GNK, E, C)
         stats = router_stats(
             logits_GNE,
             real_GN,
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
-            load_GE=load_GE,
-            assigned_GN=assigned_GN,
+            load_GE=found.load_GE,
+            assigned_GN=found.assigned_GN,
             choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 and self.balance == "bias" else None,
             log_gate_GNE=F.logsigmoid(logits_GNE.float()) if self.gate == "sigmoid" else None,
         )
         return Routing(
-            token_GEC=token_GS[:, :-1].view(G, E, C),
-            weight_GEC=weight_GS[:, :-1].view(G, E, C),
+            token_GEC,
+            weight_GEC,
             max_filled_slots=G * min(E * C, N * self._max_slots_per_token(K)),
             stats=stats,
         )
@@ -575,36 +555,3 @@ RouterSpec = Annotated[
     BeforeValidator(_default_to_switch),
 ]
 """The routers that a recipe can name by `kind`; without a `kind` it is `switch`."""
-
-
-def _positions_in_expert(
-    queue_GN: torch.Tensor, load_GE: torch.Tensor, order_GN: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's place among its expert's slots and queue, int64 [G, N], and the queue lengths, int64 [G, E].
-
-    Positions count from the first slot of the expert, behind the tokens of earlier choices. They may exceed the
-    capacity. The position of a token that is in no queue means nothing.
-
-    Args:
-        queue_GN: int64, the expert for which a token queues; E for none.
-        load_GE: int64, the tokens that have queued for each expert by earlier choices.
-        order_GN: int64, the tokens of each group in the order in which they queue; None: by position.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    E = load_GE.shape[1]
-    if order_GN is not None:
-        queue_GN = queue_GN.gather(1, order_GN)  # column i is now the i-th token to queue, not token i
-    length_GX = count_per_group(queue_GN, E + 1)  # X: the E queues, and the tokens in none of them
-    # A stable sort by queue puts the queues end to end, and keeps the order within each.
-    queue_GN, token_GN = queue_GN.sort(dim=1, stable=True)
-    # The token at index i of the sorted row is number i - start in its queue, where start is the length of all queues
-    # before it, and sits behind `load` tokens of earlier choices: position = i - start + load.
-    start_GX = length_GX.cumsum(1) - length_GX
-    shift_GX = F.pad(load_GE, (0, 1)) - start_GX
-    position_GN = torch.arange(queue_GN.shape[1], device=queue_GN.device) + shift_GX.gather(1, queue_GN)
-    if order_GN is not None:
-        token_GN = order_GN.gather(1, token_GN)  # from the number in the queueing order back to the token's index
-    # Undo the sort: position_GN[g, i] belongs to token token_GN[g, i]. Each token occurs once, so all are written.
-    return torch.empty_like(position_GN).scatter_(1, token_GN, position_GN), length_GX[:, :E]
