@@ -24,14 +24,14 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 IMPORTED = (
     *("api", "commands._training", "report.run_report", "report.charts", "recipe.schema", "recipe.key_index"),
-    *("convert.to_transformers", "doctor.probes", "planner.plan", "data.prepare.pipeline"),
+    *("convert.to_transformers", "doctor.probes", "planner.meshes", "data.prepare.pipeline"),
     *(
         "runs.models.conversion",
-        "runs.evaluate.diagnosis",
+        "doctor.diagnosis",
         "runs.train.distilling",
         "runs.evaluate.eval_job",
         "runs.train.finetuning",
-        "runs.devices.planning",
+        "plan.recipe_plan",
     ),
     *(
         "runs.train.pretraining",

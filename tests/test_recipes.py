@@ -13,7 +13,7 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import library, resolve
 from switchcli.recipe.schema import PretrainRecipe, resolve_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.sweep import sweep_list
+from switchcli.sweep import sweep_list
 
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = sorted((ROOT / "recipes").rglob("*.runs"))

@@ -24,7 +24,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.flops import FORWARD_AND_BACKWARD, count
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.planner.devices import GPUS
-from switchcli.planner.plan import Machine, Planner
+from switchcli.planner.meshes import Machine, Planner
 from switchcli.planner.step import Step
 from switchcli.recipe.sizes import SIZES
 from switchcli.training.optimizer_specs import Adafactor

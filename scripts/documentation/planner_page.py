@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from switchcli.planner.plan import GIB, Fit, Machine
+from switchcli.plan.recipe_plan import RecipePlan, plan_sizes
+from switchcli.planner.meshes import GIB, Fit, Machine
 from switchcli.report.units import si
-from switchcli.runs.devices.planning import RecipePlan, plan_sizes
 
 
 class Target(NamedTuple):

@@ -32,10 +32,10 @@ from switchcli.distributed.collectives import HostGroup
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import local_values
 from switchcli.distributed.parallel_spec import ParallelSpec
+from switchcli.plan.recipe_plan import RecipePlan, plan_recipe
 from switchcli.planner.memory_use import copy_bytes
-from switchcli.planner.plan import Fit, Machine
+from switchcli.planner.meshes import Fit, Machine
 from switchcli.planner.step import FLOAT
-from switchcli.runs.devices.planning import RecipePlan, plan_recipe
 from switchcli.system.signals import StopRequest
 from switchcli.training.loop import fit
 from switchcli.training.loss import StepLoss, cross_entropy

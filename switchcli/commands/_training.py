@@ -71,12 +71,12 @@ def training_app(verb: str, help: str, epilog: str) -> typer.Typer:
 
 def print_dry_run(job: "Job", processes: int, as_json: bool) -> None:
     """Open what the recipe names, and print its size, FLOPs, tokens and epochs; for scripts with every key."""
-    from switchcli.runs.devices import planning
+    from switchcli.runs.devices.costs import describe
     from switchcli.runs.train.start import TASKS
 
     if processes > 1:
         job.recipe.check_ranks(processes)
-    about = {"epochs": TASKS[job.recipe.verb].open_inputs(job), **planning.describe(job.recipe)}
+    about = {"epochs": TASKS[job.recipe.verb].open_inputs(job), **describe(job.recipe)}
     rows = [(name.replace("_", " "), number(value)) for name, value in about.items() if value is not None]
     result = {**about, "recipe": job.recipe.model_dump(mode="json")}
     finish(

@@ -14,7 +14,7 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.report.console import Console
 
 if TYPE_CHECKING:
-    from switchcli.runs.evaluate.diagnosis import Diagnosis
+    from switchcli.doctor.diagnosis import Diagnosis
 
 app = typer.Typer()
 
@@ -51,7 +51,7 @@ def doctor(
 
     The exit code is 1 if a probe fails.
     """
-    from switchcli.runs.evaluate import diagnosis
+    from switchcli.doctor import diagnosis
 
     if checkpoint_files:
         if overrides:

@@ -16,8 +16,8 @@ from switchcli.report.table import Table
 from switchcli.report.units import gib, number, parse_bytes, si
 
 if TYPE_CHECKING:
-    from switchcli.planner.plan import Fit, Machine
-    from switchcli.runs.devices.planning import RecipePlan
+    from switchcli.plan.recipe_plan import RecipePlan
+    from switchcli.planner.meshes import Fit, Machine
 
 app = typer.Typer()
 
@@ -63,26 +63,27 @@ def plan(
 
     The exit code is 1 if nothing fits.
     """
+    from switchcli.plan import recipe_plan
     from switchcli.recipe.sizes import SIZES
-    from switchcli.runs.devices import planning
+    from switchcli.runs.devices.costs import muon_warning
 
     machine = _machine(gpu, num_devices, memory)
     name, overrides = split_arguments(arguments or [])
     if name is None:
         with main_console().counting("planning", len(SIZES)) as show:
-            plans = planning.plan_sizes(overrides, machine, show)
+            plans = recipe_plan.plan_sizes(overrides, machine, show)
         result, shown = {"sizes": [one.to_json() for one in plans]}, _show_sizes(plans)
     else:
-        plans = [planning.plan_recipe(name, overrides, machine)]
+        plans = [recipe_plan.plan_recipe(name, overrides, machine)]
         result, shown = plans[0].to_json(), _show_recipe(plans[0])
-        if warning := planning.muon_warning(plans[0].recipe):
+        if warning := muon_warning(plans[0].recipe):
             main_console().warning(warning)
     finish(result, as_json, shown, exit_code=0 if any(one.meshes.best for one in plans) else 1)
 
 
 def _machine(gpu: str | None, num_devices: int, memory: str | None) -> "Machine":
     """Return the devices that the options describe. Raises RecipeError for an impossible size or an unknown GPU."""
-    from switchcli.planner.plan import Machine
+    from switchcli.planner.meshes import Machine
 
     machine = Machine(num_devices, _DEFAULT_MEMORY) if gpu is None else Machine.of_gpu(num_devices, gpu)
     if memory is None:
@@ -95,7 +96,7 @@ def _machine(gpu: str | None, num_devices: int, memory: str | None) -> "Machine"
 
 def _show_sizes(plans: Sequence["RecipePlan"]) -> Iterator[Table | Line]:
     """Yield what fits of every size."""
-    from switchcli.runs.devices.planning import SIZES_RECIPE
+    from switchcli.plan.recipe_plan import SIZES_RECIPE
 
     about = plans[0].about
     rows = []
@@ -170,8 +171,8 @@ def _truncation(rows: Sequence[Any]) -> str:
 
 def _assumptions() -> str:
     """Return what a plan assumes of the devices."""
+    from switchcli.plan.recipe_plan import TIMES
     from switchcli.planner.devices import RESERVED_FRACTION
-    from switchcli.runs.devices.planning import TIMES
 
     return f"{RESERVED_FRACTION:.0%} of the memory stays free. {TIMES}"
 

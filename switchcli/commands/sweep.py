@@ -22,7 +22,7 @@ from switchcli.commands._result import Line, finish
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.runs.sweep import sweep_list
+from switchcli.sweep import sweep_list
 
 app = typer.Typer()
 _APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.app, "eval": evaluate.app}
@@ -63,7 +63,7 @@ def sweep(
 
     A failed run stops no others, except those that need it. The exit code is then 1.
     """
-    from switchcli.runs.sweep.sweep_runner import Sweep, available_slots, command
+    from switchcli.sweep.sweep_runner import Sweep, available_slots, command
 
     runs = sweep_list.parse_sweep(arguments, out)
     if errors := [*_errors(runs, out), *([] if print_only else sweep_list.missing_runs(runs, out))]:

@@ -1,1 +1,1 @@
-"""Plan a run: parameters, FLOPs, and the memory of each mesh."""
+"""What a step of training costs: FLOPs, and the memory of each mesh. `parallel: auto` chooses by it."""

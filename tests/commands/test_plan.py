@@ -11,10 +11,10 @@ from messages import lacking
 from terminal import switchcli_in_terminal
 from tiny_run import SwitchCLI
 
+from switchcli.plan.recipe_plan import plan_recipe
 from switchcli.planner.devices import GPUS, RESERVED_FRACTION, UTILIZATION
-from switchcli.planner.plan import Machine
+from switchcli.planner.meshes import Machine
 from switchcli.recipe.sizes import SIZES
-from switchcli.runs.devices.planning import plan_recipe
 
 
 def planned(switchcli: SwitchCLI, *arguments: object) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def test_without_a_fit_the_exit_code_is_1_and_scripts_get_the_plan(
 def few_sizes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sizes that fit on one small device, on eight, and only on more than eight. Returns them by their parameters."""
     names = ["switch-xxl", "switch-base-64", "tiny"]
-    monkeypatch.setattr("switchcli.runs.devices.planning.SIZES", {name: SIZES[name] for name in names})
+    monkeypatch.setattr("switchcli.plan.recipe_plan.SIZES", {name: SIZES[name] for name in names})
     return names[::-1]
 
 

@@ -22,7 +22,7 @@ from tiny_run import SwitchCLI
 
 from switchcli.errors import RecipeError
 from switchcli.report.console import Console
-from switchcli.runs.sweep import sweep_list, sweep_runner
+from switchcli.sweep import sweep_list, sweep_runner
 from switchcli.system.lock import lock
 
 SWEEP = (sys.executable, "-m", "switchcli", "sweep")

@@ -7,10 +7,10 @@ import pytest
 
 from switchcli.errors import RecipeError
 from switchcli.planner import devices
-from switchcli.planner.plan import Machine
+from switchcli.planner.meshes import Machine
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.devices.planning import planner_of
+from switchcli.runs.devices.costs import planner_of
 
 
 def test_the_page_has_the_numbers() -> None:

@@ -9,7 +9,7 @@ import torch
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.moe.router import SwitchRouter, TopKRouter
-from switchcli.planner.plan import Machine, Parameters, Plan, Planner, Rejection, meshes, microbatch_sizes
+from switchcli.planner.meshes import Machine, Parameters, Plan, Planner, Rejection, meshes, microbatch_sizes
 from switchcli.planner.step import Mesh, Step
 from switchcli.recipe.sizes import SIZES
 from switchcli.training.optimizer_specs import Adafactor, Muon

@@ -14,7 +14,7 @@ from schemas import RECIPES, fields
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.devices import planning
+from switchcli.runs.devices.costs import describe
 from switchcli.spec import MAX_COUNT, MAX_EXPERTS_IN_ALL, MAX_FEW, MAX_SIZE
 
 NO_SIZES = {"FilesCorpus.where", "HubCorpus.where"}
@@ -73,7 +73,7 @@ def test_a_dry_run_of_the_largest_recipe_takes_seconds(text: str, tmp_path: Path
 def dry_run(recipe: str) -> None:
     resolved = resolve_standalone(recipe)
     assert isinstance(resolved, TrainingRecipe)
-    assert "parameters" in planning.describe(resolved)
+    assert "parameters" in describe(resolved)
 
 
 @pytest.mark.parametrize(

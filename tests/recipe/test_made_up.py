@@ -19,7 +19,7 @@ from switchcli.recipe import key_index, resolve
 from switchcli.recipe.key_info import KeyInfo
 from switchcli.recipe.schema import resolve_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.devices import planning
+from switchcli.runs.devices.costs import describe
 
 TASK = {"kind": "files", "name": "color", "train": ["a.jsonl"], "input": "{text}", "target": "label"}
 STEPS = {"train": {"steps": 400, "batch_tokens": 4096}}
@@ -74,7 +74,7 @@ def test_any_recipe_is_refused_in_words_or_means_what_is_written(
     assert again == recipe
     assert resolve.dump(again) == resolve.dump(recipe)
     if isinstance(recipe, TrainingRecipe):
-        planning.describe(recipe)
+        describe(recipe)
 
 
 @pytest.mark.nightly

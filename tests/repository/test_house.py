@@ -26,6 +26,8 @@ PACKAGES = {
     "cli": "typer",
     "commands": "pydantic typer",
     "api": "torch pydantic",
+    "plan": "",
+    "sweep": "",
     "runs": "torch pydantic",
     "recipe": "yaml pydantic pydantic_core",
     "doctor": "torch",
@@ -379,4 +381,4 @@ def test_no_two_files_have_one_name() -> None:
         if name not in ("__init__.py", "config.py"):
             (verbs if module.package == "commands" else engines)[name] += 1
     assert [name for name, count in engines.items() if count > 1] == []
-    assert sorted(verbs.keys() & engines.keys()) == ["plan.py", "prune.py", "upcycle.py"]
+    assert sorted(verbs.keys() & engines.keys()) == ["prune.py", "upcycle.py"]

@@ -18,11 +18,11 @@ from switchcli.distributed.context import RECIPE_DECIDES, DistributedContext, us
 from switchcli.distributed.parallel_spec import ParallelSpec
 from switchcli.errors import RecipeError, machine_bytes
 from switchcli.model.config import Precision
-from switchcli.planner.plan import Machine
+from switchcli.planner.meshes import Machine
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.report.console import Console
-from switchcli.runs.devices.planning import planner_of
+from switchcli.runs.devices.costs import planner_of
 
 EVAL_KEYS: Final[Mapping[str, str]] = MappingProxyType({"ACCELERATE_MIXED_PRECISION": "precision"})
 """The variables that an evaluation does not take over, and its keys that decide instead."""

@@ -23,8 +23,8 @@ from switchcli.report.safe_text import shell_words, shorten
 from switchcli.report.sinks import publish_file, to_json
 from switchcli.report.table import Table
 from switchcli.report.units import si
+from switchcli.runs.devices.costs import describe
 from switchcli.runs.devices.machine_info import machine_info
-from switchcli.runs.devices.planning import describe
 from switchcli.runs.evaluate.score_tables import explain_scores, score_table, text_table
 from switchcli.runs.train import learned
 from switchcli.runs.train.learned import Learned

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from switchcli.report.units import si
-from switchcli.runs.devices.planning import describe, muon_warning
+from switchcli.runs.devices.costs import describe, muon_warning
 from switchcli.runs.inputs.train_data import TrainData
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
-from switchcli.runs.devices.planning import planner_of
+from switchcli.runs.devices.costs import planner_of
 from switchcli.runs.inputs.loading import read_tokenizer
 from switchcli.runs.inputs.task_data import TaskRunData
 from switchcli.runs.inputs.text_data import TextRunData

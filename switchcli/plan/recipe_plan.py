@@ -1,7 +1,6 @@
-"""What a recipe's training costs: the size of its model and run, and the plan of its step on given devices."""
+"""The plan of a recipe's step on given devices, with the keys that give it."""
 
 import difflib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,77 +8,19 @@ from typing import Any, NamedTuple
 from switchcli.distributed.parallel_spec import check_world
 from switchcli.errors import RecipeError
 from switchcli.planner import devices
-from switchcli.planner.plan import Machine, Parameters, Plan, Planner
-from switchcli.planner.step import Step, Tensors
+from switchcli.planner.meshes import Machine, Plan, Planner
 from switchcli.recipe import library, resolve, yaml_nodes
 from switchcli.recipe.schema import PretrainRecipe, validate_standalone
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
+from switchcli.runs.devices.costs import describe, planner_of
 
 SIZES_RECIPE = "pretrain/base"
 """The recipe with which a model size is planned, because a size has no batch and no number of steps: T5's and the
 paper's pre-training on C4."""
 TIMES = f"Times: FLOPs of a step over {devices.UTILIZATION:.0%} of the data sheets' FLOP/s, not measured on a GPU."
 """The statement of a plan on how far its times are from measurements."""
-_MUON_SHARE = 0.5
-"""FLOPs of Muon for an expert, over those of its training, above which a warning is given."""
 _SECONDS_PER_DAY = 24 * 60 * 60
-
-
-def describe(recipe: TrainingRecipe) -> dict[str, Any]:
-    """Return the parameters, FLOPs and tokens of a run. No model is allocated and no text is read.
-
-    FLOPs are those of the forward pass, by the formula of the paper's section 5.6.
-    """
-    cost = planner_of(recipe).counts
-    input_tokens = recipe.train.steps * recipe.train.batch_tokens
-    return {
-        "parameters": cost.parameters,
-        "dense_parameters": cost.dense,
-        "expert_parameters": cost.expert,
-        "active_parameters": cost.active,
-        "flops_per_sequence": cost.flops,
-        "router_flops_per_sequence": cost.router_flops,
-        "inputs_length": recipe.inputs_length,
-        "targets_length": recipe.targets_length,
-        "sequences_per_step": recipe.rows_per_step,
-        "steps": recipe.train.steps,
-        "input_tokens": input_tokens,
-        # A batch holds whole sequences, so the division is exact.
-        "target_tokens": input_tokens // recipe.inputs_length * recipe.targets_length,
-    }
-
-
-def planner_of(recipe: TrainingRecipe, fused: bool = True) -> Planner:
-    """Return the planner of a recipe's step, on the meshes that it allows. `fused` assumes the kernels of a GPU."""
-    train = recipe.train
-    step = Step(
-        recipe.rows_per_step,
-        recipe.inputs_length,
-        recipe.targets_length,
-        product_bytes=4 if train.precision == "float32" else 2,
-        router_bytes=train.router_dtype.itemsize,
-        fused=fused,
-        recomputed=train.activation_checkpointing == "blocks",
-    )
-    microbatch = train.microbatch_tokens and train.microbatch_tokens // recipe.inputs_length
-
-    def optimizer_state(weights: Parameters) -> Tensors:
-        return recipe.optimizer.build(weights).state()
-
-    return Planner(recipe.model, step, optimizer_state, microbatch, recipe.parallel)
-
-
-def muon_warning(recipe: TrainingRecipe) -> str | None:
-    """Return why Muon is too expensive for the batch, with the fix; None if it is not, and for other optimizers."""
-    if recipe.optimizer.kind != "muon" or (share := planner_of(recipe).orthogonal_share) <= _MUON_SHARE:
-        return None
-    batch = recipe.train.batch_tokens
-    return (
-        f"Muon takes {share:.3g} times the FLOPs of an expert's training, as its own do not depend on the batch: raise "
-        f"train.batch_tokens ({batch:,}) to {math.ceil(batch * share / _MUON_SHARE):,} for {_MUON_SHARE:g}, or take "
-        "optimizer.kind=adamw"
-    )
 
 
 class RecipePlan(NamedTuple):

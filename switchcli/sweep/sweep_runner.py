@@ -26,7 +26,7 @@ from switchcli.recipe import library
 from switchcli.report.console import Console
 from switchcli.report.safe_text import shell_words
 from switchcli.report.sinks import parse, read_object, step_of
-from switchcli.runs.sweep.sweep_list import SweepRun, needed_runs
+from switchcli.sweep.sweep_list import SweepRun, needed_runs
 from switchcli.system import publish
 from switchcli.system.lock import lock
 from switchcli.system.processor import available_processors, is_thread_count_set

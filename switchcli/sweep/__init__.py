@@ -1,0 +1,1 @@
+"""`switchcli sweep`: lists of commands, and the processes that run them."""
