@@ -14,6 +14,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from switchcli.system import credentials
+from switchcli.system.user_files import expand_home
 
 PAD: Final = 0
 """The ID of T5's padding token, which also starts the decoder."""
@@ -56,7 +57,10 @@ fsspec knows others. Its reference:// formats templates of a file from outside, 
 
 
 def check_path_or_url(text: str) -> str:
-    """Return `text`, a path or URL. Raises ValueError for an empty one, a NUL, credentials and other protocols."""
+    """Return `text`, a path or URL, with a leading `~` expanded.
+
+    Raises ValueError for an empty one, a NUL, credentials, other protocols, and a home folder that is not known.
+    """
     if not text:
         raise ValueError("is empty: name a file, a folder or a URL")
     if "\0" in text:
@@ -69,7 +73,7 @@ def check_path_or_url(text: str) -> str:
                 f"the protocol {protocol}:// is not supported: copy the files first, and name the copies; supported "
                 f"are {', '.join(PROTOCOLS)}"
             )
-    return text
+    return expand_home(text)
 
 
 def url_protocols(text: str) -> list[str]:

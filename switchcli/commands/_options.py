@@ -9,7 +9,6 @@ import typer
 from switchcli.commands import _completion
 from switchcli.errors import RecipeError
 from switchcli.recipe import library
-from switchcli.system.user_files import expanded
 
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
@@ -36,19 +35,10 @@ EvalArguments = Annotated[
 
 
 def check_folder(path: Path | None) -> Path | None:
-    """Return the value of an option that takes a folder. Raises RecipeError if it is a file.
-
-    A shell leaves the `~` of `--out=~/runs` to the program.
-    """
-    if path is None:
-        return None
-    try:
-        folder = expanded(path)
-    except OSError as error:
-        raise RecipeError(f"--out {path}: {error.strerror}: give another path") from error
-    if folder.exists() and not folder.is_dir():
+    """Return the value of an option that takes a folder. Raises RecipeError if it is a file."""
+    if path is not None and path.exists() and not path.is_dir():
         raise RecipeError(f"--out {path}: takes a folder, and this is a file: give another path")
-    return folder
+    return path
 
 
 Model = Annotated[str | None, typer.Option(metavar="CHECKPOINT", help=f"Where to start from. {A_CHECKPOINT}")]

@@ -10,6 +10,7 @@ from switchcli.commands._help import simplify
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, library
 from switchcli.system import credentials
+from switchcli.system.user_files import expand_home
 
 _TEXTS: Final = "texts"
 """The parameter that holds a model's input, which is not checked. Any other parameter may name a path or a URL."""
@@ -91,10 +92,9 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
     name = next((option for option in parameter.opts if option.startswith("--")), parameter.name.upper())
 
     def check(context: Any, value: Any) -> Any:
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, str):
-                _check_value(name, item)
-        processed = process_value(context, value)
+        is_list = isinstance(value, list | tuple)
+        items = [_checked(name, item) for item in (value if is_list else [value])]
+        processed = process_value(context, items if is_list else items[0])
         if isinstance(processed, float) and not math.isfinite(processed):
             raise RecipeError(f"{name} ({processed}): must be a finite number")
         return processed
@@ -102,13 +102,20 @@ def _with_check(parameter: Any, process_value: Any) -> Any:
     return check
 
 
-def _check_value(name: str, value: str) -> None:
-    """Raise RecipeError if the value is empty or holds credentials."""
-    if override := library.KEY_VALUE.match(value):
-        name, value = override[0].removesuffix("="), value.removeprefix(override[0])
+def _checked(name: str, typed: Any) -> Any:
+    """Return what was typed, text with `~` expanded. Raises RecipeError for empty text, and for credentials."""
+    if not isinstance(typed, str):
+        return typed
+    value = typed
+    if override := library.KEY_VALUE.match(typed):
+        name, value = override[0].removesuffix("="), typed.removeprefix(override[0])
         if value[:1] in ("", "[", "{"):  # the schema of the recipe checks these
-            return
+            return typed
     if not value:
         raise RecipeError(f"{name}: is empty: give a value, or leave it out")
     if secret := credentials.find_credentials(value):
         raise RecipeError(f"{name}: holds {secret}: {credentials.FIX}")
+    try:
+        return expand_home(typed)
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from error

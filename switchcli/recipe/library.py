@@ -13,7 +13,7 @@ from typing import Final
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.recipe.yaml_nodes import Node, display_key, display_path, read_file
 from switchcli.system import publish
-from switchcli.system.user_files import expanded
+from switchcli.system.user_files import expand_home
 
 VERBS: Final = ("pretrain", "finetune", "distill", "eval")
 """The verbs that have recipes. Each writes a result.json."""
@@ -136,8 +136,10 @@ def locate(name_or_path: str, beside: Path | None = None) -> Path:
         raise RecipeError(f"{name_or_path.partition('=')[0]}=...: is no recipe: the recipe comes first, then KEY=VALUE")
     path = Path(name_or_path)
     try:
-        path = (beside or Path()) / expanded(path)
+        path = (beside or Path()) / expand_home(name_or_path)
         exists, is_folder = path.exists(), path.is_dir()
+    except ValueError as error:
+        raise RecipeError(f"{display_key(name_or_path)}: {error}") from error
     except OSError as error:  # a name too long, a folder that may not be entered
         raise RecipeError(f"{display_key(str(path))}: cannot be read: {error.strerror}") from error
     if exists and not is_folder:

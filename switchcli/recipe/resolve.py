@@ -33,7 +33,6 @@ from switchcli.recipe import library, messages, sizes, yaml_nodes
 from switchcli.recipe.library import VERBS
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import AUTO, MAX_SIZE, VOCAB_SIZE, Spec, check_path_or_url
-from switchcli.system.user_files import expanded
 
 S = TypeVar("S", bound=Spec)
 
@@ -189,13 +188,9 @@ def stated_path(tree: Node, dotted: str) -> Any:
     path = tree.stated(dotted)
     if isinstance(path, str):
         try:
-            check_path_or_url(path)
-            if path.startswith("~"):  # as a Path, a URL would lose a slash
-                path = str(expanded(Path(path)))
+            return check_path_or_url(path)
         except ValueError as error:
             raise RecipeError(f"{dotted}: {error}") from error
-        except OSError as error:
-            raise RecipeError(f"{dotted}: {error.strerror}: give another path") from error
     return path
 
 

@@ -17,6 +17,7 @@ all runs above it have ended. Text after `#` is a comment.
 
 import itertools
 import math
+import os
 import re
 import shlex
 from collections import Counter
@@ -269,7 +270,8 @@ def needed_runs(run: SweepRun, out: Path) -> list[str]:
 def named_run(argument: str, out: Path) -> str | None:
     """Return the name of the run in `out` that PATH, PATH@STEP or OPTION=PATH lies in, or None for another argument."""
     text = re.sub("^-?-?[a-z_.-]+=|@[0-9]+$", "", argument)
-    path, folder = Path(text).absolute(), out.absolute()
+    path = Path(os.path.expanduser(text)).absolute()  # noqa: PTH111 - it leaves the name of an unknown user
+    folder = out.absolute()
     if Path.cwd().is_relative_to(folder) and not text.startswith((f"{out}/", f"{folder}/")):
         return None  # every relative path lies in the folder: a run of it is one that is named with the folder
     return path.relative_to(folder).parts[0] if folder in path.parents else None

@@ -48,12 +48,17 @@ def open_regular(
     return file
 
 
-def expanded(path: Path) -> Path:
-    """Return `path` with `~` or `~user` replaced by the home folder. Raises OSError if that is not known."""
+def expand_home(path: str) -> str:
+    """Return `path` with a leading `~` or `~user` replaced by the home folder. Raises ValueError if it is not known.
+
+    A shell leaves the `~` of `--out=~/runs` to the program, and a recipe has no shell.
+    """
+    if not path.startswith("~"):  # as a Path, a URL would lose a slash
+        return path
     try:
-        return path.expanduser()
+        return str(Path(path).expanduser())
     except RuntimeError as error:  # no such user, or no HOME
-        raise OSError(errno.ENOENT, f"the home folder of {path.parts[0]} is not known", str(path)) from error
+        raise ValueError(f"the home folder of {path.partition('/')[0]} is not known: give another path") from error
 
 
 def is_within_folder(name: str) -> bool:

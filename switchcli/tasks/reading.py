@@ -8,9 +8,7 @@ from typing import Literal
 from switchcli.data.sources import paths as files
 from switchcli.data.sources.corpus import hub_rows
 from switchcli.data.sources.files import json_rows
-from switchcli.data.sources.io_errors import data_errors
 from switchcli.errors import DataError, RecipeError
-from switchcli.system.user_files import expanded
 from switchcli.tasks.task import EmbeddedSource, Example, FilesSource, HubSource, Purpose, Row, Task
 
 Split = Literal["train", "validation", "test"]
@@ -197,8 +195,7 @@ def _hub_rows(task: Task, source: HubSource, split: str) -> Iterator[tuple[str, 
 
 
 def _local_path(source: HubSource, split: str, folder: str) -> Path:
-    with data_errors(f"data.folder: {folder}: cannot be read", "fix the path"):
-        return expanded(Path(folder)) / source.folder / f"{split}.jsonl"
+    return Path(folder) / source.folder / f"{split}.jsonl"
 
 
 def _local_file(source: HubSource, split: str, folder: str) -> files.SourceFile:

@@ -67,7 +67,9 @@ def test_the_home_folder_in_a_recipe_and_its_name(
     assert start.is_relative_to(home / "trained")
     for words, named in (
         (("~nosuchuser/mine.yaml",), "~nosuchuser home"),
-        (("~/mine.yaml", "--model=~nosuchuser/a"), "start.checkpoint ~nosuchuser home"),
+        (("~/mine.yaml", "--model=~nosuchuser/a"), "--model ~nosuchuser home"),
+        (("~/mine.yaml", "start.checkpoint=~nosuchuser/a"), "start.checkpoint ~nosuchuser home"),
+        (("~/mine.yaml", "data.corpora.0.paths=[~nosuchuser/a]"), "data.corpora.0.paths.0 ~nosuchuser home"),
     ):
         done = switchcli("pretrain", *words, "--dry-run")
         assert (done.code, lacking(done.err, named)) == (2, [])

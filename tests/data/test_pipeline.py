@@ -741,5 +741,7 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path) -> None:
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWITCHCLI_CACHE", "/somewhere")
     assert default_cache() == Path("/somewhere")
+    monkeypatch.setenv("SWITCHCLI_CACHE", "~/somewhere")
+    assert default_cache() == Path.home() / "somewhere"
     monkeypatch.delenv("SWITCHCLI_CACHE")
     assert default_cache() == Path.home() / ".cache" / "switchcli"

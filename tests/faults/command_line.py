@@ -109,7 +109,7 @@ def _takes_text(kind: Any) -> bool:
 
 
 CORPUS = "data.corpora=[{{kind: files, paths: [{0}], sample_by: line}}]"
-TASK = "tasks=[{{{{kind: files, name: own, {}: [{{0}}], input: '{{{{{{{{text}}}}}}}}', target: label}}}}]"
+TASK = "tasks=[{{{{kind: files, name: own, {}: [{{0}}], input: '{{{{text}}}}', target: label}}}}]"
 KEYS: dict[str, tuple[str, str]] = {
     "data.corpora.paths": ("pretrain", CORPUS),
     "data.corpora.path of hub": ("pretrain", "data.corpora=[{{kind: hub, path: {0}}}]"),

@@ -161,3 +161,15 @@ def test_no_verb_prints_lines_that_the_name_of_a_folder_forges(sound: Path, tmp_
         for command in commands:
             absolute = [str(evil / word) if (evil / word).exists() or word == "made" else word for word in command]
             assert not (fault := wrong(run(*absolute))), f"{command}: {fault}"
+
+
+@pytest.mark.integration
+def test_the_home_folder_in_every_place(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of --out=~/a and of key=~/a to the program."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(sound, tmp_path / "tried")
+    with at_home_in(tmp_path / "tried"):
+        for place in (*parameters(), *KEYS):
+            words = place.with_value("~/none") if isinstance(place, Parameter) else set_key(place, "~/none")
+            assert "~/none" not in run(*words, within=limit_memory).said, words
+            assert not Path("~").exists(), words

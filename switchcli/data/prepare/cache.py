@@ -21,10 +21,8 @@ ELSEWHERE = "set $SWITCHCLI_CACHE to another folder"
 
 def default_cache() -> Path:
     """Return `$SWITCHCLI_CACHE`, or ~/.cache/switchcli. The location of the cache does not change any result."""
-    if folder := os.environ.get("SWITCHCLI_CACHE"):
-        return Path(folder)
     try:
-        return Path.home() / ".cache" / "switchcli"
+        return Path(os.environ.get("SWITCHCLI_CACHE") or "~/.cache/switchcli").expanduser()
     except RuntimeError as error:  # HOME is not set, and the user database has no home folder
         raise RecipeError("the cache needs a folder, and your home is unknown: set SWITCHCLI_CACHE or HOME") from error
 

@@ -20,7 +20,7 @@ from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.io_errors import data_errors, reason
 from switchcli.errors import DataError
 from switchcli.spec import PROTOCOLS, check_path_or_url, url_protocols
-from switchcli.system.user_files import expanded, open_regular, other_kind
+from switchcli.system.user_files import open_regular, other_kind
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -120,7 +120,7 @@ def expand_paths(patterns: Iterable[str], key: str) -> list[SourceFile]:
 
 def _expand_path(pattern: str, key: str) -> list[SourceFile]:
     try:
-        path = expanded(Path(pattern))
+        path = Path(pattern)
         kind = other_kind(path.stat().st_mode) if path.exists() else None
     except OSError as error:
         raise DataError(f"{key}: {pattern}: cannot be read ({error.strerror}): fix the path") from error

@@ -26,7 +26,7 @@ from switchcli.data.tokenizer.sentencepiece import read_model
 from switchcli.data.tokenizer.train import BYTES, NUM_SENTINELS, VocabSize, sentinel, train_unigram
 from switchcli.errors import DataError
 from switchcli.spec import EOS, PAD, Count, PathOrUrl, Size, Spec
-from switchcli.system.user_files import expanded, read_regular
+from switchcli.system.user_files import read_regular
 
 MAX_BYTES: Final = 2**28
 """Largest size of a tokenizer's file. The files of the largest vocabularies have some 2^25 bytes."""
@@ -110,7 +110,7 @@ class Tokenizer:
     def read(cls, path: Path, key: str = "") -> Self:
         """Read a `tokenizer.json` or a `spiece.model`. Raises DataError, naming the recipe's `key`, for others."""
         try:
-            data = read_regular(expanded(path), MAX_BYTES)
+            data = read_regular(path, MAX_BYTES)
         except OSError as error:
             where = f"{key}: {path}" if key else str(path)
             raise DataError(
