@@ -105,7 +105,7 @@ def _identities(runs: Sequence[Run]) -> list[str]:
 
     If runs with different seeds use the same path, a number in it that equals a seed is not treated as a seed.
     """
-    exact = [_identity(run, flatten(run.recipe, IGNORED_KEYS)) for run in runs]
+    exact = [_identity(run, _values(run)) for run in runs]
     seeds = defaultdict[str, set[str]](set)
     for run, identity in zip(runs, exact, strict=True):
         seeds[identity].add(str(run.seed))
@@ -128,8 +128,20 @@ def settings(run: Run) -> dict[str, Any]:
     last_seed = re.compile(f"{seed}(?!.*{seed})")
     return {
         key: last_seed.sub("{train.seed}", value) if isinstance(value, str) and "/" in value else value
-        for key, value in flatten(run.recipe, IGNORED_KEYS).items()
+        for key, value in _values(run).items()
     }
+
+
+def _values(run: Run) -> dict[str, Any]:
+    """Return the recipe's values by dotted key. A path in the current folder is the same if it is absolute."""
+    here = f"{Path.cwd()}/"
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, list):
+            return [*map(relative, value)]
+        return value.removeprefix(here) if isinstance(value, str) else value
+
+    return {key: relative(value) for key, value in flatten(run.recipe, IGNORED_KEYS).items()}
 
 
 def flatten(tree: Mapping[Any, Any], ignored: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:

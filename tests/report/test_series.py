@@ -54,6 +54,17 @@ def test_runs_that_differ_by_their_seed_are_one_series(
     assert sum(len(one.runs) for one in found) == len(names)
 
 
+def test_a_path_in_the_current_folder_is_one_whether_absolute_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = [
+        read(a_run(tmp_path / f"a-{seed}"), {"data": {"paths": [path]}, "train": {"seed": seed}})
+        for seed, path in enumerate(("text/a.txt", str(tmp_path / "text/a.txt")))
+    ]
+    assert len(group_by_recipe(found)) == 1
+
+
 def test_labels_are_unique(tmp_path: Path) -> None:
     found = group_by_recipe(runs(tmp_path, "a-0", "a-1", "a-2", "a-3", **{"a-0": 1, "a-1": 2, "a-2": 1, "a-3": 2}))
     assert [len(one.runs) for one in found] == [2, 2]
