@@ -36,7 +36,6 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import messages, resolve
 from switchcli.recipe.schema import validate_standalone
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import main_console
 from switchcli.runs.evaluate import eval_job, text_generation, text_routing
 from switchcli.runs.evaluate.eval_job import Evaluation
 from switchcli.runs.evaluate.text_routing import LayerRouting, TextRouting
@@ -60,6 +59,7 @@ from switchcli.runs.train import start
 from switchcli.runs.train.ending import conclude
 from switchcli.spec import Spec
 from switchcli.tasks.scores import LabelCounts, Score, Scores
+from switchcli.terminal.console import main_console
 
 __all__ = [
     "Best",

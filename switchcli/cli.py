@@ -35,7 +35,7 @@ class Verbs(Mapping[str, Any]):
 
     def __init__(self) -> None:
         names = [module.name for module in pkgutil.iter_modules(commands.__path__) if not module.name.startswith("_")]
-        self._names = (*ORDER, *(name for name in names if name not in ORDER))
+        self._names = (*(name for name in ORDER if name in names), *(name for name in names if name not in ORDER))
         self._commands: dict[str, Any] = {}
 
     def __getitem__(self, verb: str) -> Any:

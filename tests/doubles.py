@@ -10,8 +10,8 @@ from torch import Tensor
 
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.distributed.context import DistributedContext
-from switchcli.report.console import Console, silent
 from switchcli.system.signals import StopTraining
+from switchcli.terminal.console import Console, silent
 from switchcli.training import optimizers
 from switchcli.training.callback import Callback
 from switchcli.training.loop import fit

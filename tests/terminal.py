@@ -36,8 +36,8 @@ IMPORTED = (
     *(
         "runs.train.pretraining",
         "runs.models.pruning",
-        "runs.evaluate.routing_survey",
-        "runs.evaluate.run_comparison",
+        "report.routing_survey",
+        "report.run_comparison",
         "runs.evaluate.text_generation",
     ),
     *("runs.text.text_preparation", "runs.text.tokenizer_tools", "runs.train.trainer"),

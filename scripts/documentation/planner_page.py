@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from switchcli.plan.recipe_plan import RecipePlan, plan_sizes
 from switchcli.planner.meshes import GIB, Fit, Machine
-from switchcli.report.units import si
+from switchcli.terminal.units import si
 
 
 class Target(NamedTuple):

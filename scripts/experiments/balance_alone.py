@@ -19,7 +19,7 @@ from switchcli.metric_names import MAX_LOAD
 from switchcli.model.transformer import ModelOutput
 from switchcli.report import charts
 from switchcli.report.charts import Axis
-from switchcli.report.table import Table
+from switchcli.terminal.table import Table
 from switchcli.training import loss
 
 STEPS = 50

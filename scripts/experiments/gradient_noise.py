@@ -19,9 +19,9 @@ import torch
 
 import switchcli
 from switchcli.data.batch import Batch
-from switchcli.report.console import main_console
 from switchcli.runs.inputs.text_sets import held_out_rows, prepare_texts
 from switchcli.spec import PAD
+from switchcli.terminal.console import main_console
 from switchcli.training.loss import cross_entropy
 
 

@@ -22,11 +22,11 @@ from switchcli.errors import (
     cause_chain,
     training_location,
 )
-from switchcli.report.console import Console, print_json
-from switchcli.report.program import command_line
-from switchcli.report.safe_text import one_line
 from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER, is_main_rank
+from switchcli.terminal.console import Console, print_json
+from switchcli.terminal.program import command_line
+from switchcli.terminal.safe_text import one_line
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save, or begins anew if there is none"
 

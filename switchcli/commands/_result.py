@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import typer
 
-from switchcli.report.console import Console, print_json
-from switchcli.report.table import Table
 from switchcli.system.startup import is_main_rank
+from switchcli.terminal.console import Console, print_json
+from switchcli.terminal.table import Table
 
 
 class Line(NamedTuple):

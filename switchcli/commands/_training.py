@@ -22,9 +22,9 @@ from switchcli.commands._options import (
 from switchcli.commands._result import Line, finish
 from switchcli.distributed.rendezvous import is_rank, join_srun
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console
-from switchcli.report.table import Table
-from switchcli.report.units import number
+from switchcli.terminal.console import Console
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import number
 
 if TYPE_CHECKING:
     from switchcli.recipe.schema import EvalRecipe

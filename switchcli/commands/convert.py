@@ -12,7 +12,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Destination, Json, Quiet, refuse_option
 from switchcli.commands._result import finish
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console
+from switchcli.terminal.console import Console
 
 app = typer.Typer()
 

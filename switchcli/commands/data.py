@@ -11,10 +11,10 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Overrides, Quiet, Recipe
 from switchcli.commands._result import Line, finish
 from switchcli.recipe import yaml_nodes
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
-from switchcli.report.table import Table
-from switchcli.report.units import binary
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shell_words
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import binary
 
 app = typer.Typer(
     name="data",

@@ -11,7 +11,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import A_CHECKPOINT, Json, Overrides
 from switchcli.commands._result import Line, finish
 from switchcli.errors import CheckpointError, RecipeError
-from switchcli.report.console import Console
+from switchcli.terminal.console import Console
 
 if TYPE_CHECKING:
     from switchcli.doctor.diagnosis import Diagnosis

@@ -10,8 +10,8 @@ from switchcli.commands import _training
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
 from switchcli.commands._result import Line, finish
-from switchcli.report.table import Table
-from switchcli.report.units import number, percent
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import number, percent
 
 if TYPE_CHECKING:
     from switchcli.training.measure import Measurement

@@ -11,8 +11,8 @@ import typer
 from switchcli.commands._help import epilog
 from switchcli.commands._options import Checkpoint, Json
 from switchcli.errors import DataError, RecipeError
-from switchcli.report.console import main_console, print_json
-from switchcli.report.safe_text import safe_text, shell_words
+from switchcli.terminal.console import main_console, print_json
+from switchcli.terminal.safe_text import safe_text, shell_words
 
 app = typer.Typer()
 

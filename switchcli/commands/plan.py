@@ -10,10 +10,10 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, split_arguments
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
-from switchcli.report.console import main_console
-from switchcli.report.safe_text import shell_words
-from switchcli.report.table import Table
-from switchcli.report.units import gib, number, parse_bytes, si
+from switchcli.terminal.console import main_console
+from switchcli.terminal.safe_text import shell_words
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import gib, number, parse_bytes, si
 
 if TYPE_CHECKING:
     from switchcli.plan.recipe_plan import RecipePlan

@@ -15,9 +15,9 @@ from switchcli.commands._options import (
     split_arguments,
 )
 from switchcli.commands._result import Line, finish
-from switchcli.report.console import Console
-from switchcli.report.table import Table, Value
-from switchcli.report.units import binary, percent
+from switchcli.terminal.console import Console
+from switchcli.terminal.table import Table, Value
+from switchcli.terminal.units import binary, percent
 
 app = typer.Typer()
 
@@ -54,7 +54,7 @@ def prune(
 
 def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
     """Yield the metrics before and after, and the tokens that each layer lost."""
-    from switchcli.report.program import program_name
+    from switchcli.terminal.program import program_name
 
     times = ("before", "after")
     rows: list[Sequence[Value]] = [

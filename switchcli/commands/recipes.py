@@ -13,9 +13,9 @@ from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, library, yaml_nodes
 from switchcli.recipe.key_info import KeyInfo
-from switchcli.report.console import print_json
-from switchcli.report.safe_text import one_line
-from switchcli.report.table import Table
+from switchcli.terminal.console import print_json
+from switchcli.terminal.safe_text import one_line
+from switchcli.terminal.table import Table
 
 app = typer.Typer(
     name="recipes",

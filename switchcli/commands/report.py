@@ -9,7 +9,7 @@ from switchcli.commands._help import epilog
 from switchcli.commands._options import Json, Quiet
 from switchcli.commands._result import finish
 from switchcli.recipe import library
-from switchcli.report.console import Console
+from switchcli.terminal.console import Console
 
 app = typer.Typer()
 
@@ -60,8 +60,8 @@ def report(
     from switchcli.report import run_report
     from switchcli.report.charts import require_renderer, write_files
     from switchcli.report.html_page import write_page
+    from switchcli.report.run_comparison import compare_runs
     from switchcli.report.run_report import Report
-    from switchcli.runs.evaluate.run_comparison import compare_runs
 
     console = Console(quiet=quiet)
     if figures is not None:
@@ -76,7 +76,7 @@ def report(
     if folders or baseline is not None or not routing:
         report = compare_runs(folders, console, baseline=baseline, quality=quality, smooth=smooth)
     if routing:
-        from switchcli.runs.evaluate.routing_survey import survey_routing
+        from switchcli.report.routing_survey import survey_routing
 
         report = report._replace(routing=survey_routing(checkpoints, overrides, console))
     parts = [*run_report.parts(report)] if html is not None or figures is not None else []

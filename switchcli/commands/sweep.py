@@ -20,9 +20,9 @@ from switchcli.commands._options import (
 from switchcli.commands._parsing import extend_command
 from switchcli.commands._result import Line, finish
 from switchcli.errors import Interrupted, InterruptedByForce, RecipeError
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
 from switchcli.sweep import sweep_list
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shell_words
 
 app = typer.Typer()
 _APPS = {"pretrain": pretrain.app, "finetune": finetune.app, "distill": distill.app, "eval": evaluate.app}

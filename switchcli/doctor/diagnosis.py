@@ -20,9 +20,9 @@ from switchcli.recipe import library
 from switchcli.recipe.resolve import load, resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.recipe.yaml_nodes import display_key
-from switchcli.report.console import Console, silent
-from switchcli.report.safe_text import capitalize
 from switchcli.runs.inputs.loading import load_checkpoint, locate, on_the_hub, open_checkpoint
+from switchcli.terminal.console import Console, silent
+from switchcli.terminal.safe_text import capitalize
 
 
 class Diagnosis(NamedTuple):

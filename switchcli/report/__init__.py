@@ -1,1 +1,1 @@
-"""What people and scripts read: the console, metrics files, tables, charts and the page of a report."""
+"""`switchcli report`: runs compared, as tables, charts and a page, and the routing of a checkpoint."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from switchcli.errors import RecipeError, disk_errors
-from switchcli.report.table import Table
 from switchcli.system import publish
+from switchcli.terminal.table import Table
 
 COLORS = ("#0072B2", "#B84A00", "#00795A", "#A84A80", "#8F6400", "#20799F", "#6B6B6B")
 DARK_COLORS = ("#4BA3E3", "#F0803C", "#2FBF92", "#DD93BB", "#E69F00", "#8FD0F5", "#A3A3A3")

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchcli.metric_names import DROPPED_FRACTION, HELD_OUT_BITS, HELD_OUT_LOSS, TOKENS_PER_SECOND
-from switchcli.report.runs import Run, number
+from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, Series, by_seed, differences, flatten, seed_spread
 from switchcli.report.significance import Effect, Interval, Verdict, gain
 from switchcli.report.speed import NO_SPEED, Cost, QualityMetric, Speed, Window, speed
 from switchcli.report.task_results import task_scores
+from switchcli.terminal.metrics_file import number
 
 SIZES = ("parameters", "active_parameters", "flops_per_sequence")
 _PLACES = ("train", "validation", "test")

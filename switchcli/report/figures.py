@@ -10,11 +10,12 @@ from switchcli.metric_names import DROPPED_FRACTION, LOSS, MAX_LOAD, TOKENS_PER_
 from switchcli.report import charts
 from switchcli.report.charts import Axis, Figure
 from switchcli.report.comparison import Comparison
-from switchcli.report.runs import Curve, Floats, Loads, Run, as_mapping
-from switchcli.report.safe_text import capitalize
+from switchcli.report.runs import Curve, Floats, Loads, Run
 from switchcli.report.series import SeedSpread, Series, band, by_seed, downsample
-from switchcli.report.table import Table
-from switchcli.report.units import si
+from switchcli.terminal.metrics_file import as_mapping
+from switchcli.terminal.safe_text import capitalize
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import si
 
 MAX_POINTS = 360
 """Points of a curve, at most."""

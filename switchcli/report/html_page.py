@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 from switchcli import __version__
 from switchcli.errors import disk_errors
 from switchcli.report.charts import COLORS, DARK_COLORS, Figure, in_page
-from switchcli.report.safe_text import html_text, one_line, safe_text, shell_words
-from switchcli.report.table import Table
 from switchcli.system import publish
+from switchcli.terminal.safe_text import html_text, one_line, safe_text, shell_words
+from switchcli.terminal.table import Table
 
 _FOLDER = Path(__file__).parent
 _LIBRARY = _FOLDER / "vega" / "vega-embed.min.js"

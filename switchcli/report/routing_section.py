@@ -10,9 +10,9 @@ from switchcli.report import html_page
 from switchcli.report.charts import Figure, load_map
 from switchcli.report.figures import even_scale, file_name, shown_layer
 from switchcli.report.html_page import Part
-from switchcli.report.safe_text import one_line
-from switchcli.report.table import Table, Value
-from switchcli.report.units import percent, si
+from switchcli.terminal.safe_text import one_line
+from switchcli.terminal.table import Table, Value
+from switchcli.terminal.units import percent, si
 
 Survey = Mapping[str, Any]
 """The routing of a checkpoint, as `runs.evaluate.routing_survey` measures it and `--json` has it."""

@@ -9,13 +9,14 @@ from switchcli.report import figures, html_page, routing_section, task_results
 from switchcli.report.comparison import Comparison, judged_json
 from switchcli.report.html_page import Part
 from switchcli.report.routing_section import Survey
-from switchcli.report.runs import Run, as_mapping
-from switchcli.report.safe_text import capitalize
+from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, Series, by_seed, differences
 from switchcli.report.significance import Effect, Verdict
-from switchcli.report.table import Table, Value
 from switchcli.report.task_results import Scores
-from switchcli.report.units import clock, si
+from switchcli.terminal.metrics_file import as_mapping
+from switchcli.terminal.safe_text import capitalize
+from switchcli.terminal.table import Table, Value
+from switchcli.terminal.units import clock, si
 
 MAX_SAMPLES = 12
 """Texts with answers that a page shows, at most."""

@@ -26,16 +26,24 @@ from switchcli.metric_names import (
     NEG_LOG_PERPLEXITY,
     TOKENS_PER_SECOND,
 )
-from switchcli.report.sinks import LONGEST_LINE, MAX_JSON_BYTES, is_count, lines, parse, step_of
 from switchcli.system.user_files import open_regular, read_regular
+from switchcli.terminal.metrics_file import (
+    LONGEST_LINE,
+    MAX_JSON_BYTES,
+    MAX_METRIC,
+    as_mapping,
+    is_count,
+    lines,
+    number,
+    parse,
+    step_of,
+)
 
 Floats = NDArray[np.float64]
 LOGGED = {NEG_LOG_PERPLEXITY, DROPPED_FRACTION, MAX_LOAD, "seconds", INPUT_TOKENS, TOKENS_PER_SECOND, FLOPS_PER_SECOND}
 """The metrics that are kept of a logged step. Those of evaluations, whose names have a `/`, are kept too."""
 LAYER_LINES = 600
 """Logged steps of a run, evenly spread, of which the metrics of layers are read, about."""
-MAX_METRIC = 1e100
-"""Bound of a metric's absolute value: no metric of a training is as large, and a chart can draw what is smaller."""
 
 _LAYERS_START, _LAYERS_END = b'"layers": {', b"}}, "
 _ELSEWHERE = "name another run's"
@@ -317,17 +325,6 @@ def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if large := [name for name, value in numbers.items() if not abs(value) < MAX_METRIC]:
         notes.append(f"{path}: left out: not a finite number: {', '.join(large)}")
     return result
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return the value if it is a mapping, else an empty one: a file may hold anything."""
-    return value if isinstance(value, Mapping) else {}
-
-
-def number(value: Any) -> float | None:
-    """Return the value as a float if it is a number that a metric can have, else None."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_METRIC
-    return float(value) if known else None
 
 
 def _tokenizer_digest(folder: Path, result: Mapping[str, Any]) -> str | None:

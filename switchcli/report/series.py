@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from switchcli.report.runs import Curve, Floats, Run
-from switchcli.report.safe_text import one_line
+from switchcli.terminal.safe_text import one_line
 
 IGNORED_KEYS = (
     *("description", "log", "checkpoint"),

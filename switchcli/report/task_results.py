@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from switchcli.metric_names import LOSS, NEG_LOG_PERPLEXITY
-from switchcli.report.runs import Run, as_mapping, number
+from switchcli.report.runs import Run
 from switchcli.report.series import SeedSpread, differing, flatten, seed_spread
+from switchcli.terminal.metrics_file import as_mapping, number
 
 RunsByLabel = Mapping[str, Sequence[Run]]
 """Runs by the column that shows them: those of a series, or one evaluation."""

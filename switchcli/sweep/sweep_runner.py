@@ -23,9 +23,6 @@ from switchcli import metric_names as metric
 from switchcli.distributed.launch import kill_with_children
 from switchcli.errors import CheckpointError, Interrupted, RecipeError, disk_errors
 from switchcli.recipe import library
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
-from switchcli.report.sinks import parse, read_object, step_of
 from switchcli.sweep.sweep_list import SweepRun, needed_runs
 from switchcli.system import publish
 from switchcli.system.lock import lock
@@ -33,6 +30,9 @@ from switchcli.system.processor import available_processors, is_thread_count_set
 from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER
 from switchcli.system.user_files import open_regular
+from switchcli.terminal.console import Console
+from switchcli.terminal.metrics_file import parse, read_object, step_of
+from switchcli.terminal.safe_text import shell_words
 
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 2**20

@@ -14,8 +14,8 @@ from switchcli.distributed.parallelize import GradientNorm
 from switchcli.errors import NumericsError
 from switchcli.metric_names import GRADIENT_NORM
 from switchcli.model.moe.layer import local_experts, sparse_layers
-from switchcli.report.console import TrainingDisplay
 from switchcli.system.signals import StopRequest, StopTraining
+from switchcli.terminal.console import TrainingDisplay
 from switchcli.training.balance import RouterBalance
 from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec

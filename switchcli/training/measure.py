@@ -17,11 +17,11 @@ from switchcli.errors import NumericsError
 from switchcli.metric_names import AUXILIARY_LOSS, HELD_OUT, NEG_LOG_PERPLEXITY, TASKS_AVERAGE
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import Console
 from switchcli.system.signals import NEVER, StopRequest, StopTraining
 from switchcli.tasks.scores import DRAWS, Scores, score
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
+from switchcli.terminal.console import Console
 from switchcli.training import router_health
 from switchcli.training.metrics import Metrics, merge
 from switchcli.training.scoring import TaskPredictor, score_metrics, task_results

@@ -11,7 +11,7 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import trainable_members
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.units import binary
+from switchcli.terminal.units import binary
 from switchcli.training.optimizer_specs import OptimizerSpec
 
 

@@ -16,7 +16,7 @@ from switchcli.metric_names import AUXILIARY_LOSS, BALANCE, DEAD_EXPERTS, LOSS, 
 from switchcli.model.moe.evenness import MORE_BALANCE, load_spread, variation
 from switchcli.model.moe.router import FEW_CHOICES
 from switchcli.model.transformer import ModelOutput
-from switchcli.report.console import Console
+from switchcli.terminal.console import Console
 from switchcli.training.metrics import Mean, Metrics
 
 MANY_DROPPED = 0.5

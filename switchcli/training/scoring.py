@@ -21,7 +21,6 @@ from switchcli.model.generation import generate, label_log_likelihoods
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import Console
 from switchcli.spec import EOS
 from switchcli.system.signals import NEVER, StopRequest, StopTraining
 from switchcli.tasks.registry import SUITES
@@ -29,6 +28,7 @@ from switchcli.tasks.scores import Scores
 from switchcli.tasks.suites import PAPER, average
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
+from switchcli.terminal.console import Console
 from switchcli.training.scoring_spec import ScoringSpec
 
 

@@ -12,8 +12,8 @@ from tiny_run import SwitchCLI
 from switchcli.cli import Verbs
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import resolve_standalone
-from switchcli.report.safe_text import one_line
 from switchcli.system import credentials
+from switchcli.terminal.safe_text import one_line
 
 SECRET = "c4n4ry"
 """The part of each URL that no output may show."""

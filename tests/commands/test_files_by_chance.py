@@ -26,11 +26,11 @@ from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import SwitchError
 from switchcli.report import run_report
-from switchcli.report.console import silent
 from switchcli.report.html_page import page
-from switchcli.runs.evaluate.run_comparison import compare_runs
+from switchcli.report.run_comparison import compare_runs
 from switchcli.runs.inputs import loading
 from switchcli.runs.inputs.trained_recipe import saved_recipe
+from switchcli.terminal.console import silent
 from switchcli.training.state import TrainState
 
 CPU = torch.device("cpu")

@@ -11,11 +11,11 @@ from markdown_it import MarkdownIt
 from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.documents import RECIPE
-from switchcli.report.console import silent
-from switchcli.report.safe_text import markdown_text
 from switchcli.runs.inputs.loading import open_model
 from switchcli.runs.inputs.new_folder import trained_documents
 from switchcli.runs.models.upcycling import with_experts
+from switchcli.terminal.console import silent
+from switchcli.terminal.safe_text import markdown_text
 
 EVIL = "x | y\n---\nlicense: mit\n# [a](https://a.example) ![b](//b.example/c.png) <script>d</script> `e` www.e.example"
 SHAPES = {"link_open", "image", "html_inline", "html_block", "code_inline", "hr"}

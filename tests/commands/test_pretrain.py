@@ -16,9 +16,9 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
-from switchcli.report.program import program_name
 from switchcli.runs.inputs import text_sets as verb
 from switchcli.runs.train.training_task import TrainingTask
+from switchcli.terminal.program import program_name
 from switchcli.training.loss import Objective, StepLoss
 
 RESULT_KEYS = {

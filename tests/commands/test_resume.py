@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from switchcli.checkpoint import checkpoint
 from switchcli.cli import app
-from switchcli.report.program import command_line, program_name
 from switchcli.runs.inputs import text_sets as verb
 from switchcli.runs.train import ending
 from switchcli.system.lock import lock
 from switchcli.system.publish import temporary_path
+from switchcli.terminal.program import command_line, program_name
 
 INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13

@@ -12,8 +12,8 @@ from tiny_run import SwitchCLI
 
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
-from switchcli.report.program import program_name
 from switchcli.runs.inputs import loading
+from switchcli.terminal.program import program_name
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from messages import lacking
 from tiny_run import SwitchCLI
 
 from switchcli.errors import RecipeError
-from switchcli.report.console import Console
 from switchcli.sweep import sweep_list, sweep_runner
 from switchcli.system.lock import lock
+from switchcli.terminal.console import Console
 
 SWEEP = (sys.executable, "-m", "switchcli", "sweep")
 FAILS = "description=fails"

@@ -16,10 +16,10 @@ from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.checkpoint.documents import DATA, RECIPE
 from switchcli.model.surgery.upcycle import UpcycledWeights
 from switchcli.recipe import yaml_nodes
-from switchcli.report.console import silent
 from switchcli.runs.inputs.loading import open_model
 from switchcli.runs.inputs.new_folder import trained_documents
 from switchcli.runs.models.upcycling import with_experts
+from switchcli.terminal.console import silent
 
 
 @pytest.fixture

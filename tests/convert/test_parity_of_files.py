@@ -22,9 +22,9 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import LoadedModel, load_checkpoint
 from switchcli.runs.models import conversion
+from switchcli.terminal.console import Console
 from switchcli.training.state import TrainState
 
 THEIRS: dict[str, Callable[..., torch.nn.Module]] = {

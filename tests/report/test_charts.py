@@ -4,7 +4,7 @@ import re
 
 from switchcli.report import charts
 from switchcli.report.charts import Axis
-from switchcli.report.table import Table
+from switchcli.terminal.table import Table
 
 STEP, VALUE = Axis("step", "steps"), Axis("value", "quality", ".3~f")
 CURVES = {"series": ["one"] * 3 + ["other"] * 3, "step": [0.0, 1.0, 2.0] * 2, "value": [1.0, 2.0, 4.0, 2.0, 3.0, 5.0]}

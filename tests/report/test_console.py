@@ -13,9 +13,9 @@ from typing import NamedTuple
 import pytest
 from messages import lacking
 
-from switchcli.report import console as console_module
-from switchcli.report.console import PLAIN_WIDTH, Console
-from switchcli.report.table import Table
+from switchcli.terminal import console as console_module
+from switchcli.terminal.console import PLAIN_WIDTH, Console
+from switchcli.terminal.table import Table
 
 DENSE = {
     "step": 250.0,

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from switchcli.report.console import Console
-from switchcli.report.safe_text import one_line, shell_word
-from switchcli.report.table import Table
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import one_line, shell_word
+from switchcli.terminal.table import Table
 
 EVIL = "new\nerror: forged\x1b[31m\u2028\u2029\u202e\t\r\x85x"
 

@@ -22,7 +22,7 @@ from switchcli.report.html_page import charts, page
 from switchcli.report.run_report import Report, parts
 from switchcli.report.runs import Run, read
 from switchcli.report.series import group_by_recipe
-from switchcli.report.table import Table
+from switchcli.terminal.table import Table
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page

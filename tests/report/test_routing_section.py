@@ -13,10 +13,10 @@ from routing_survey import LAYERS, a_survey
 
 from switchcli.report import charts
 from switchcli.report.charts import Figure, write_files
-from switchcli.report.console import PLAIN_WIDTH, Console
 from switchcli.report.html_page import write_page
 from switchcli.report.routing_section import PAGE_EXPERTS, TERMINAL_EXPERTS, section, shown, tables
 from switchcli.report.run_report import Report, parts, title
+from switchcli.terminal.console import PLAIN_WIDTH, Console
 
 
 def printed(survey: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.report.safe_text import safe_text
+from switchcli.terminal.safe_text import safe_text
 
 BIDI = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 UNSAFE = {*range(0x20), *range(0x7F, 0xA0), *BIDI, *range(0xD800, 0xE000)} - {ord("\n"), ord("\t")}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from messages import lacking
 
 from switchcli.errors import CheckpointError
-from switchcli.report.sinks import JsonLines, parse, read_lines
+from switchcli.terminal.metrics_file import JsonLines, parse, read_lines
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:

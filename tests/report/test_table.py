@@ -6,8 +6,8 @@ import io
 import pytest
 from markdown_it import MarkdownIt
 
-from switchcli.report.console import Console
-from switchcli.report.table import Table
+from switchcli.terminal.console import Console
+from switchcli.terminal.table import Table
 
 NASTY = 'a | <b>*c*</b> `d` "e"\n=1'
 TABLE = Table(("series", "value"), [(NASTY, 0.1), ("=1+1", None), ("-1",), ("n", 12345)], "Title & more", "why", "t")

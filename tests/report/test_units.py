@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.report.units import binary, clock, gib, number, parse_bytes, si
+from switchcli.terminal.units import binary, clock, gib, number, parse_bytes, si
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,7 @@ import typer
 
 from switchcli.commands._options import Checkpoint, Json
 from switchcli.commands._result import finish
-from switchcli.report.table import Table
+from switchcli.terminal.table import Table
 
 app = typer.Typer()
 
@@ -409,7 +409,7 @@ app = typer.Typer()
 @app.command()
 def count(checkpoint: Checkpoint, as_json: Json = False) -> None:
     """Count the parameters of a checkpoint."""
-    from switchcli.report.console import silent
+    from switchcli.terminal.console import silent
     from switchcli.runs.inputs.loading import open_model
 
     weights = open_model(checkpoint, silent()).weights()

@@ -7,7 +7,19 @@ from collections import Counter
 from mutate import ROOT, mutants
 
 ARITHMETIC = (
-    *("model", "training", "data", "tasks", "planner", "distributed", "checkpoint", "convert", "doctor", "report"),
+    *(
+        "model",
+        "training",
+        "data",
+        "tasks",
+        "planner",
+        "distributed",
+        "checkpoint",
+        "convert",
+        "doctor",
+        "report",
+        "terminal",
+    ),
     "recipe",
 )
 """The packages that compute."""

@@ -20,7 +20,6 @@ from switchcli.model.generation import generate, label_log_likelihoods
 from switchcli.model.moe.layer import SwitchLayer, evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import silent
 from switchcli.runs.evaluate.eval_data import labeled_rows
 from switchcli.spec import EOS
 from switchcli.system.signals import StopTraining
@@ -28,6 +27,7 @@ from switchcli.tasks.config import CustomTask
 from switchcli.tasks.scores import Score, Scores
 from switchcli.tasks.suites import MNLI, PAPER
 from switchcli.tasks.tokens import ScoredExamples, scored_examples
+from switchcli.terminal.console import silent
 from switchcli.training import scoring
 from switchcli.training.measure import Evaluator
 from switchcli.training.scoring import TaskPredictor, score_metrics, suite_scores

@@ -21,8 +21,8 @@ from switchcli.model.config import Precision
 from switchcli.planner.meshes import Machine
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import Console
 from switchcli.runs.devices.costs import planner_of
+from switchcli.terminal.console import Console
 
 EVAL_KEYS: Final[Mapping[str, str]] = MappingProxyType({"ACCELERATE_MIXED_PRECISION": "precision"})
 """The variables that an evaluation does not take over, and its keys that decide instead."""

@@ -15,7 +15,6 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError, RecipeError
 from switchcli.recipe.schema import EvalRecipe, TextRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import Console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, scored_examples_of
@@ -23,6 +22,7 @@ from switchcli.runs.inputs.train_data import check_same_data
 from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
+from switchcli.terminal.console import Console
 from switchcli.training.loss import packed_cross_entropy
 from switchcli.training.measure import Evaluator
 from switchcli.training.validation import HeldOutText

@@ -12,9 +12,6 @@ from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import EvalRecipe
-from switchcli.report.console import Console
-from switchcli.report.program import command_words
-from switchcli.report.sinks import read_object, to_json
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
@@ -30,6 +27,9 @@ from switchcli.tasks.config import tasks_of
 from switchcli.tasks.registry import SUITES, TASKS
 from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
+from switchcli.terminal.console import Console
+from switchcli.terminal.metrics_file import read_object, to_json
+from switchcli.terminal.program import command_words
 from switchcli.training import memory
 from switchcli.training.measure import Measurement
 

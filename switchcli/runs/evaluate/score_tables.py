@@ -15,13 +15,13 @@ from switchcli.metric_names import (
     TASKS_AVERAGE,
     task_score,
 )
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shorten
-from switchcli.report.table import Table, Value
-from switchcli.report.units import number, percent
 from switchcli.tasks.scores import Score, Scores, is_malformed
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shorten
+from switchcli.terminal.table import Table, Value
+from switchcli.terminal.units import number, percent
 from switchcli.training.scoring import score_metrics, suite_scores
 
 _COLUMNS = ("task", "score", "95 % interval", "no skill", "malformed")

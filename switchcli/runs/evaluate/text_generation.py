@@ -12,9 +12,9 @@ from switchcli.model.generation import generate as decode
 from switchcli.model.generation import generate_columns
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
-from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import LoadedModel
 from switchcli.spec import EOS, PAD
+from switchcli.terminal.console import Console
 
 _REPLACEMENT_CHARACTER = "\ufffd"
 """The end of a decoded text while further bytes of its last character are still to be generated."""

@@ -9,11 +9,11 @@ from switchcli.analysis.routing_counts import ExpertChoices, StackTokens, observ
 from switchcli.data.batch import Batch
 from switchcli.errors import CheckpointError, DataError
 from switchcli.model.moe.router import Policy, RouterSpec
-from switchcli.report.console import Console
-from switchcli.report.safe_text import one_line
 from switchcli.runs.evaluate.text_generation import InputEncoder
 from switchcli.runs.inputs.loading import LoadedModel
 from switchcli.spec import EOS, PAD
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import one_line
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from switchcli.errors import CheckpointError, RecipeError, SwitchError
 from switchcli.model.config import ModelSpec, router_dtype
 from switchcli.model.moe.layer import RouterWeights
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
+from switchcli.terminal.console import Console
 
 
 class CheckpointHandle(NamedTuple):

@@ -16,9 +16,9 @@ from switchcli.errors import CheckpointError, disk_errors
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
 from switchcli.recipe import yaml_nodes
-from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.system import publish
+from switchcli.terminal.safe_text import shell_words
 from switchcli.training.state import TrainState
 
 

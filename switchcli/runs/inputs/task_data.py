@@ -14,12 +14,12 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
 from switchcli.recipe.schema import TaskRecipe
-from switchcli.report.console import Console
 from switchcli.runs.inputs.task_sets import digests_of, report_task_sets, report_truncation, scored_examples_of
 from switchcli.runs.inputs.train_data import NUM_SAMPLES, RunData, TrainData, check_same_data
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import suites_of, tasks_of
 from switchcli.tasks.task import Task
+from switchcli.terminal.console import Console
 from switchcli.training.loss import Objective, packed_cross_entropy
 from switchcli.training.validation import HeldOutText
 

@@ -6,11 +6,11 @@ from switchcli.data.objectives.example_packing import RowLengths
 from switchcli.data.prepare.store import digest_of_lines
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError
-from switchcli.report.console import Console
 from switchcli.runs.inputs.unknown_tokens import warn_of_unknown
 from switchcli.tasks import reading, tokens
 from switchcli.tasks.config import TaskDataSpec
 from switchcli.tasks.task import Task
+from switchcli.terminal.console import Console
 from switchcli.training.scoring_spec import ScoringSpec
 
 TRUNCATION_LIMIT = 0.1

@@ -11,10 +11,10 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
 from switchcli.model.packing import segment_ids
 from switchcli.recipe.schema import TextRecipe
-from switchcli.report.console import Console, main_console
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.train_data import NUM_SAMPLES, RunData, TrainData, check_same_data
 from switchcli.spec import PAD
+from switchcli.terminal.console import Console, main_console
 
 
 class TextRunData(RunData):

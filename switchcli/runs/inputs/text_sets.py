@@ -27,10 +27,10 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.recipe.schema import TextRecipe
-from switchcli.report.console import Console
-from switchcli.report.table import Table
 from switchcli.runs.inputs.train_data import check_same_data
 from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction, warn_of_unknown
+from switchcli.terminal.console import Console
+from switchcli.terminal.table import Table
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
 from switchcli.training.prefetch import STEPS_AHEAD
 from switchcli.training.validation import HeldOutText

@@ -8,8 +8,8 @@ from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
-from switchcli.report.console import Console
 from switchcli.tasks.tokens import ScoredExamples
+from switchcli.terminal.console import Console
 from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator
 from switchcli.training.scoring_spec import ScoringSpec

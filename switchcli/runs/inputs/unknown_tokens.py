@@ -2,7 +2,7 @@
 
 from switchcli.data.prepare.prepared_text import HELD_OUT, PreparedText
 from switchcli.data.tokenizer.tokenizer import Tokenizer
-from switchcli.report.console import Console
+from switchcli.terminal.console import Console
 
 UNKNOWN_LIMIT = 0.03
 """The fraction of unknown tokens above which a vocabulary does not suit a text."""

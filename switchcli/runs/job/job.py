@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import schema_of
-from switchcli.report.console import main_console
 from switchcli.runs.inputs.loading import CheckpointHandle, open_model
+from switchcli.terminal.console import main_console
 
 
 class Job(NamedTuple):

@@ -16,10 +16,10 @@ from switchcli.model.config import ModelSpec
 from switchcli.recipe import resolve, yaml_nodes
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import CheckpointHandle, locate, open_model
 from switchcli.runs.inputs.trained_recipe import read_recipe, trained_recipe
 from switchcli.system.user_files import read_regular
+from switchcli.terminal.console import Console
 
 START, TEACHER, STUDENT, BASELINE = "start.checkpoint", "distill.teacher", "student.path", "distill.baseline"
 OPTIONS: Mapping[str, str] = {START: "--model", TEACHER: "--teacher", STUDENT: "--student", BASELINE: "--baseline"}

@@ -15,9 +15,9 @@ from switchcli.recipe import yaml_nodes
 from switchcli.recipe.schema import EvalRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import source_digest
 from switchcli.runs.job.job import Job
+from switchcli.terminal.console import Console
 
 
 def launch_ranks(processes: int, recipe: TrainingRecipe | EvalRecipe, console: Console) -> int:

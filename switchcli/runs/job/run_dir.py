@@ -13,11 +13,11 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import CHANGEABLE_MODEL_KEYS
 from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.trained_recipe import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
 from switchcli.system.lock import lock
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shell_words
 
 _SAFE_KEYS = (
     "description",

@@ -8,9 +8,9 @@ from switchcli.model.config import CHANGEABLE_MODEL_KEYS, STACKS, ModelSpec
 from switchcli.recipe import resolve
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.safe_text import shell_words
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.trained_recipe import trained_recipe
+from switchcli.terminal.safe_text import shell_words
 
 
 def check_shape(before: ModelSpec, after: ModelSpec, path: str) -> None:

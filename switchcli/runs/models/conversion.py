@@ -18,7 +18,6 @@ from switchcli.convert.weight_files import INDEX, SAFE, is_hugging_face_folder
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
 from switchcli.model.config import router_dtype
-from switchcli.report.console import Console
 from switchcli.runs.inputs import transformers_checkpoint
 from switchcli.runs.inputs.loading import of_another_kind, open_model
 from switchcli.runs.inputs.new_folder import (
@@ -29,6 +28,7 @@ from switchcli.runs.inputs.new_folder import (
 )
 from switchcli.runs.models import model_card
 from switchcli.system import publish
+from switchcli.terminal.console import Console
 
 _MAX_FILE_BYTES = 1 << 31
 

@@ -17,11 +17,10 @@ from switchcli.checkpoint.documents import RECIPE
 from switchcli.convert.hub import is_repository_id
 from switchcli.metric_names import FIRST_HELD_OUT_LOSS, HELD_OUT_BITS, HELD_OUT_LOSS
 from switchcli.recipe import yaml_nodes
-from switchcli.report.runs import as_mapping, number
-from switchcli.report.safe_text import markdown_text
-from switchcli.report.sinks import read_object
-from switchcli.report.table import Table, Value
 from switchcli.runs.inputs.loading import CheckpointHandle
+from switchcli.terminal.metrics_file import as_mapping, number, read_object
+from switchcli.terminal.safe_text import markdown_text
+from switchcli.terminal.table import Table, Value
 
 NAME: Final = "README.md"
 _CARD: Final = """\

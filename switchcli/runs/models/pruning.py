@@ -12,7 +12,6 @@ from switchcli.model.config import STACKS, ModelSpec
 from switchcli.model.flops import count
 from switchcli.model.surgery import prune as pruning
 from switchcli.recipe import resolve
-from switchcli.report.console import Console
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data
 from switchcli.runs.evaluate.eval_job import only_capacity, resolve_recipe
@@ -24,6 +23,7 @@ from switchcli.runs.inputs.new_folder import (
     trained_documents,
 )
 from switchcli.runs.models.upcycling import with_experts
+from switchcli.terminal.console import Console
 from switchcli.training import memory
 
 

@@ -11,7 +11,6 @@ from switchcli.model.config import CHANGEABLE_MODEL_KEYS, STACKS, ModelSpec, cap
 from switchcli.model.surgery.upcycle import UpcycledWeights, gate_correction, num_parts
 from switchcli.recipe import resolve
 from switchcli.recipe.sizes import CUSTOM
-from switchcli.report.console import Console
 from switchcli.runs.inputs.loading import open_model
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
@@ -20,6 +19,7 @@ from switchcli.runs.inputs.new_folder import (
     trained_documents,
 )
 from switchcli.spec import Spec
+from switchcli.terminal.console import Console
 
 
 class _Upcycled(Spec):

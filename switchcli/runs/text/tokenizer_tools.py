@@ -7,8 +7,8 @@ from typing import Any
 from switchcli.convert.tokenizer_files import find_tokenizer
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.errors import DataError, RecipeError, disk_errors
-from switchcli.report.console import Console
-from switchcli.report.sinks import publish_file
+from switchcli.terminal.console import Console
+from switchcli.terminal.metrics_file import publish_file
 
 
 def open_tokenizer(name: Path) -> Tokenizer:

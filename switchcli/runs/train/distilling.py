@@ -27,10 +27,6 @@ from switchcli.recipe import resolve
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
 from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
-from switchcli.report.table import Table
-from switchcli.report.units import si
 from switchcli.runs.evaluate.score_tables import shown_metric
 from switchcli.runs.inputs.loading import load_model
 from switchcli.runs.inputs.train_data import TrainData
@@ -49,6 +45,10 @@ from switchcli.runs.train.distill_rules import (
 from switchcli.runs.train.trainer import Trainer
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.spec import Spec
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shell_words
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import si
 from switchcli.training.config import FromCheckpoint
 from switchcli.training.distillation import DistillationLoss, Teacher, compression, gain_kept
 from switchcli.training.loss import Objective, packed_cross_entropy

@@ -17,17 +17,17 @@ from switchcli.metric_names import (
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import all_done_locally, generate
 from switchcli.model.moe.layer import evaluating
-from switchcli.report.console import Console
-from switchcli.report.program import command_words, program_name
-from switchcli.report.safe_text import shell_words, shorten
-from switchcli.report.sinks import publish_file, to_json
-from switchcli.report.table import Table
-from switchcli.report.units import si
 from switchcli.runs.devices.costs import describe
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.evaluate.score_tables import explain_scores, score_table, text_table
 from switchcli.runs.train import learned
 from switchcli.runs.train.learned import Learned
+from switchcli.terminal.console import Console
+from switchcli.terminal.metrics_file import publish_file, to_json
+from switchcli.terminal.program import command_words, program_name
+from switchcli.terminal.safe_text import shell_words, shorten
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import si
 from switchcli.training.config import StartSpec
 from switchcli.training.measure import Measurement
 from switchcli.training.scoring import task_results

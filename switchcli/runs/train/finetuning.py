@@ -7,10 +7,10 @@ from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import TASKS_AVERAGE
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
 from switchcli.runs.job.job import Job
 from switchcli.runs.train.training_task import TrainingTask
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shell_words
 
 if TYPE_CHECKING:
     from switchcli.runs.train.trainer import Trainer

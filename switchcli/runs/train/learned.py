@@ -11,9 +11,9 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.metric_names import layer_title
 from switchcli.model.moe.router import Policy
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.report.console import Console
-from switchcli.report.table import Table
-from switchcli.report.units import percent
+from switchcli.terminal.console import Console
+from switchcli.terminal.table import Table
+from switchcli.terminal.units import percent
 from switchcli.training.validation import HeldOutText, rank_batches
 
 MAX_ROWS = 256

@@ -8,9 +8,9 @@ from switchcli.model.init import initial_weights
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import PretrainRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.safe_text import shell_words
 from switchcli.runs.job.pins import START, Pin, PinFinder
 from switchcli.runs.train.training_task import TrainingTask
+from switchcli.terminal.safe_text import shell_words
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizers import Optimizer
 

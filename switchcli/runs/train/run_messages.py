@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Final
 
-from switchcli.report.units import si
 from switchcli.runs.devices.costs import describe, muon_warning
 from switchcli.runs.inputs.train_data import TrainData
+from switchcli.terminal.units import si
 
 if TYPE_CHECKING:
     from switchcli.runs.train.trainer import Trainer

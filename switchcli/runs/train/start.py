@@ -10,7 +10,6 @@ from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.rendezvous import prepare_rank
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Source
-from switchcli.report.console import Console, main_console
 from switchcli.runs.devices.mesh_choice import build_context
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.options import Options
@@ -22,6 +21,7 @@ from switchcli.runs.train.finetuning import Finetuning
 from switchcli.runs.train.pretraining import Pretraining
 from switchcli.runs.train.trainer import Trainer
 from switchcli.runs.train.training_task import TrainingTask
+from switchcli.terminal.console import Console, main_console
 from switchcli.training import memory
 
 TASKS: Mapping[str, type[TrainingTask]] = {task.verb: task for task in (Pretraining, Finetuning, Distillation)}

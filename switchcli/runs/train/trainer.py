@@ -17,8 +17,6 @@ from switchcli.model.trainable import freeze, trainable
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.report.console import TrainingDisplay
-from switchcli.report.sinks import JsonLines, publish_file
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.pins import START
 from switchcli.runs.train import branching, run_messages
@@ -32,6 +30,8 @@ from switchcli.runs.train.callbacks import (
 from switchcli.runs.train.training_task import TrainingTask
 from switchcli.system.lock import lock
 from switchcli.system.signals import StopRequest, StopTraining
+from switchcli.terminal.console import TrainingDisplay
+from switchcli.terminal.metrics_file import JsonLines, publish_file
 from switchcli.training.checkpointer import Checkpointer, preflight
 from switchcli.training.loop import fit
 from switchcli.training.measure import Measurement

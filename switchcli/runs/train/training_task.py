@@ -19,8 +19,6 @@ from switchcli.recipe import resolve
 from switchcli.recipe.schema import RECIPES, TaskRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
-from switchcli.report.console import Console
-from switchcli.report.safe_text import shell_words
 from switchcli.runs.devices.costs import planner_of
 from switchcli.runs.inputs.loading import read_tokenizer
 from switchcli.runs.inputs.task_data import TaskRunData
@@ -31,6 +29,8 @@ from switchcli.runs.job.pins import START, Pin, PinFinder
 from switchcli.runs.job.same_model import check_num_experts, check_shape, check_tokenizer, check_trained_tokenizer
 from switchcli.runs.train import branching
 from switchcli.spec import Spec
+from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import shell_words
 from switchcli.training.checkpointer import load_optimizer_state
 from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator

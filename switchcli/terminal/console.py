@@ -1,7 +1,7 @@
 """The console: messages, progress and results for people on stderr, and JSON for scripts on stdout.
 
 A terminal gets colors and a live bar, any other stream plain lines only. The console takes numbers and text, never
-tensors, and keeps nothing: that is the metrics file's job (`switchcli.report.sinks`). All text goes through
+tensors, and keeps nothing: that is the metrics file's job (`switchcli.terminal.metrics_file`). All text goes through
 `terminal_text`, never through markup.
 """
 
@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.text import Text
 
 from switchcli import metric_names as metric
-from switchcli.report.safe_text import one_line, shorten
-from switchcli.report.sinks import to_json
-from switchcli.report.table import Table, terminal_text
-from switchcli.report.units import clock, percent, si
 from switchcli.system.startup import is_main_rank
+from switchcli.terminal.metrics_file import to_json
+from switchcli.terminal.safe_text import one_line, shorten
+from switchcli.terminal.table import Table, terminal_text
+from switchcli.terminal.units import clock, percent, si
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from switchcli.report.safe_text import shell_words
+from switchcli.terminal.safe_text import shell_words
 
 
 def program_name() -> str:

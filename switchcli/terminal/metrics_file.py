@@ -17,6 +17,9 @@ LONGEST_LINE: Final = 2**24
 MAX_JSON_BYTES: Final = 2**28
 """Bytes of the largest JSON file in the folder of a run that is read."""
 
+MAX_METRIC: Final = 1e100
+"""Bound of a metric's absolute value: no metric of a training is as large, and a chart can draw what is smaller."""
+
 
 class JsonLines:
     """A file of records. A resumed run continues it as if the run had never stopped.
@@ -133,3 +136,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return the value if it is a mapping, else an empty one: a file may hold anything."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def number(value: Any) -> float | None:
+    """Return the value as a float if it is a number that a metric can have, else None."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_METRIC
+    return float(value) if known else None

@@ -9,11 +9,11 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe import yaml_nodes
 from switchcli.report import task_results
 from switchcli.report.comparison import compare, named_keys
-from switchcli.report.console import Console
 from switchcli.report.run_report import Report
 from switchcli.report.runs import Run, read
 from switchcli.report.series import Series, group_by_recipe
 from switchcli.system import publish
+from switchcli.terminal.console import Console
 
 
 def compare_runs(

@@ -13,8 +13,8 @@ from rich import console as rich_console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from switchcli.report.safe_text import html_text, markdown_text, one_line
-from switchcli.report.units import number
+from switchcli.terminal.safe_text import html_text, markdown_text, one_line
+from switchcli.terminal.units import number
 
 Value = str | int | float | None
 

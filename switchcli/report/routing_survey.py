@@ -8,12 +8,12 @@ from switchcli.analysis.routing_counts import count_routing
 from switchcli.analysis.specialization import MIN_COUNT, specialization_metrics
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.recipe import resolve
-from switchcli.report.console import Console
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import BATCH_ROWS, build_eval_data
 from switchcli.runs.evaluate.eval_job import only_capacity, resolve_recipe
 from switchcli.runs.inputs.loading import load_model, open_model
+from switchcli.terminal.console import Console
 from switchcli.training import memory
 from switchcli.training.measure import named_texts
 from switchcli.training.validation import rank_batches

@@ -1,0 +1,1 @@
+"""What everything prints with, and the files of metrics: console, tables, units, safe text."""
