@@ -54,7 +54,7 @@ from switchcli.runs.inputs.new_folder import (
 )
 from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.job import Job
-from switchcli.runs.job.options import Options
+from switchcli.runs.job.pins import Options
 from switchcli.runs.train import start
 from switchcli.runs.train.ending import conclude
 from switchcli.spec import Spec

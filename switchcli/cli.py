@@ -18,7 +18,7 @@ from typer.main import get_group
 
 from switchcli import __version__, commands
 from switchcli.commands import _exit
-from switchcli.commands._help import epilog
+from switchcli.commands._options import epilog
 from switchcli.commands._parsing import CheckedGroup, extend_command
 from switchcli.errors import CheckpointError, RecipeError, SwitchError, memory_error, path_error
 from switchcli.system import credentials, startup

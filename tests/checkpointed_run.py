@@ -15,9 +15,9 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.trainable import freeze, trainable
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.system.signals import StopRequest
-from switchcli.training.callback import Callback
 from switchcli.training.checkpointer import Checkpointer
 from switchcli.training.config import CheckpointSpec, TrainSpec
+from switchcli.training.loop import Callback
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import OptimizerSpec

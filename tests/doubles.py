@@ -13,13 +13,12 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.system.signals import StopTraining
 from switchcli.terminal.console import Console, silent
 from switchcli.training import optimizers
-from switchcli.training.callback import Callback
-from switchcli.training.loop import fit
+from switchcli.training.config import ScoringSpec
+from switchcli.training.loop import Callback, fit
 from switchcli.training.measure import Evaluator
 from switchcli.training.optimizer_specs import UNSHARDED, Adafactor
 from switchcli.training.optimizers import Layouts, NamedParameters, Optimizer
 from switchcli.training.schedules import InverseSquareRoot
-from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText
 

@@ -26,9 +26,8 @@ from switchcli.model.config import ModelSpec
 from switchcli.model.init import initial_weights
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.system.signals import StopRequest
-from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
-from switchcli.training.loop import fit
+from switchcli.training.loop import Callback, fit
 from switchcli.training.loss import Objective, cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizers import Optimizer

@@ -30,11 +30,9 @@ IMPORTED = (
         "doctor.diagnosis",
         "runs.train.distilling",
         "runs.evaluate.eval_job",
-        "runs.train.finetuning",
         "plan.recipe_plan",
     ),
     *(
-        "runs.train.pretraining",
         "runs.models.pruning",
         "report.routing_survey",
         "report.run_comparison",

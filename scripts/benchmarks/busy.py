@@ -30,8 +30,8 @@ from switchcli.model.init import initialize
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.moe.router import SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
+from switchcli.training.config import DistillSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import Objective, cross_entropy
 
 ROWS, SOURCE, TARGET = 64, 128, 29

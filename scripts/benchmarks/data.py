@@ -23,8 +23,8 @@ from switchcli.data.config import DataSpec, TextObjective
 from switchcli.data.dataset import TokenDataset
 from switchcli.data.objectives.prefix_lm import PrefixLanguageModel
 from switchcli.data.objectives.span_corruption import SpanCorruption
+from switchcli.data.prepare.cache import PrepareContext
 from switchcli.data.prepare.pipeline import PreparedTexts, prepare
-from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import TRAIN
 from switchcli.data.sources.corpus import FilesCorpus, PythonStdlib
 from switchcli.data.text_batches import PreparedTextSource
@@ -32,8 +32,7 @@ from switchcli.data.text_mixture import TemperatureMixing, TextMixture
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TrainedTokenizer
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
-from switchcli.training.microbatches import Microbatches
-from switchcli.training.prefetch import Loader
+from switchcli.training.microbatches import Loader, Microbatches
 
 DOCUMENT_CHARACTERS = 2000
 TEXTS = 8

@@ -13,7 +13,7 @@ from models import their_model, without_values
 from peers import implementations
 
 from switchcli.checkpoint.model_weights import logical_tensors
-from switchcli.convert.weight_names import EMBEDDINGS, HEAD, transformers_names
+from switchcli.convert.weight_files import EMBEDDINGS, HEAD, transformers_names
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate as decode
 from switchcli.model.moe.layer import evaluating

@@ -14,7 +14,7 @@ import typer
 
 import switchcli
 from switchcli.cli import app
-from switchcli.commands._help import DOCS
+from switchcli.commands._options import DOCS
 from switchcli.recipe import key_index
 from switchcli.recipe.key_info import KeyInfo
 

@@ -27,9 +27,8 @@ from switchcli.model.moe.router import (
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.recipe.sizes import SIZES
 from switchcli.system.signals import StopRequest
-from switchcli.training.config import TrainSpec
+from switchcli.training.config import DistillSpec, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import Objective, cross_entropy
 from switchcli.training.microbatches import Microbatch, RealTokens

@@ -25,8 +25,7 @@ from switchcli.errors import (
 from switchcli.system.signals import handling
 from switchcli.system.startup import LAUNCHER, is_main_rank
 from switchcli.terminal.console import Console, print_json
-from switchcli.terminal.program import command_line
-from switchcli.terminal.safe_text import one_line
+from switchcli.terminal.safe_text import command_line, one_line
 
 FORCED = "stopped at once, without saving: the same command goes on from the last save, or begins anew if there is none"
 

@@ -1,14 +1,64 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several verbs share, and the completion of names of recipes.
+
+Nothing here imports torch, because each TAB starts a process.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 
-from switchcli.commands import _completion
 from switchcli.errors import RecipeError
 from switchcli.recipe import library
+
+_PACKAGE: Final = Path(__file__).parents[1]
+DOCS: Final = (
+    "switchcli/docs/{page}.md in site-packages" if (_PACKAGE / "docs").is_dir() else "docs/{page}.md in the repository"
+)
+"""Where a page of the documentation is: a wheel holds the pages that `--help` names."""
+
+
+def epilog(page: str, *examples: str) -> str:
+    """Return the end of a verb's help: commands to copy, and the page of the documentation that explains the verb.
+
+    A line holds one command of at most 76 characters, so that a terminal of 80 columns does not break it.
+    """
+    lines = ["Examples:", *(f"  {example}" for example in examples), "", f"More: {DOCS.format(page=page)}"]
+    return "\n".join(lines).replace("[", r"\[")  # Typer reads [name] as markup
+
+
+def simplify(parameter: Any) -> Any:
+    """Make a parameter of Typer short in `--help`, and return it.
+
+    An argument is shown by its name in capitals, a flag without a type, a number without its range, which the error
+    about a wrong one names.
+    """
+    if parameter.param_type_name == "argument":
+        parameter.metavar = parameter.metavar or parameter.name.upper()
+        in_usage = parameter.metavar
+        if not parameter.required and not in_usage.startswith("["):
+            in_usage = f"[{in_usage}]"
+        parameter.get_usage_pieces = lambda context: [in_usage]
+        parameter.display_type_rich = lambda ctx: ""
+    else:
+        if parameter.is_flag:
+            parameter.metavar = ""
+        parameter.min = parameter.max = None
+    return parameter
+
+
+def complete_recipes(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete the name of a shipped recipe: after a verb with recipes, of its own ones."""
+    names = [name for name in library.recipe_names() if name.startswith(incomplete)]
+    verb = context.command.name
+    return [name for name in names if library.verb(name) == verb] if verb in library.VERBS else names
+
+
+def complete_first_recipe(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete the first word of `[RECIPE] [KEY=VALUE ...]`, as `complete_recipes` does."""
+    return [] if context.params.get("arguments") else complete_recipes(context, incomplete)
+
 
 A_CHECKPOINT = "A run's folder (its newest checkpoint), one checkpoint's folder, or a Hugging Face folder."
 Checkpoint = Annotated[Path, typer.Argument(help=A_CHECKPOINT, show_default=False)]
@@ -16,7 +66,7 @@ Destination = Annotated[Path, typer.Argument(help="The new folder: it must be em
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="A recipe file, or the name of a shipped recipe.", show_default=False, autocompletion=_completion.recipes
+        help="A recipe file, or the name of a shipped recipe.", show_default=False, autocompletion=complete_recipes
     ),
 ]
 Overrides = Annotated[
@@ -29,7 +79,7 @@ EvalArguments = Annotated[
         metavar="[RECIPE] [KEY=VALUE ...]",
         help=r"What to measure on, such as tasks=\[rte] or text.corpora=\[...]; a recipe of `verb: eval`. "
         "Default: what the checkpoint was trained on.",
-        autocompletion=_completion.first_recipe,
+        autocompletion=complete_first_recipe,
     ),
 ]
 

@@ -6,7 +6,7 @@ from typing import Any, Final, cast
 import typer
 from typer.core import TyperGroup
 
-from switchcli.commands._help import simplify
+from switchcli.commands._options import simplify
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, library
 from switchcli.system import credentials

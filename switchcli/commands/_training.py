@@ -101,6 +101,6 @@ def starts_ranks(processes: int) -> bool:
 
 def start_ranks(processes: int, recipe: "TrainingRecipe | EvalRecipe", quiet: bool) -> NoReturn:
     """Run this command as several ranks, and exit with their exit code."""
-    from switchcli.runs.job import ranks
+    from switchcli.runs.job.job import launch_ranks
 
-    _exit.exit_with(ranks.launch_ranks(processes, recipe, Console(quiet=quiet)))
+    _exit.exit_with(launch_ranks(processes, recipe, Console(quiet=quiet)))

@@ -8,8 +8,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from switchcli.commands import _exit
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Destination, Json, Quiet, refuse_option
+from switchcli.commands._options import Destination, Json, Quiet, epilog, refuse_option
 from switchcli.commands._result import finish
 from switchcli.errors import RecipeError
 from switchcli.terminal.console import Console

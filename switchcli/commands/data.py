@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from switchcli.commands import _exit
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Json, Overrides, Quiet, Recipe
+from switchcli.commands._options import Json, Overrides, Quiet, Recipe, epilog
 from switchcli.commands._result import Line, finish
 from switchcli.recipe import yaml_nodes
 from switchcli.terminal.console import Console

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands import _completion, _exit, _training
-from switchcli.commands._help import epilog
+from switchcli.commands import _exit, _training
 from switchcli.commands._options import (
     A_CHECKPOINT,
     BranchFrom,
@@ -16,7 +15,9 @@ from switchcli.commands._options import (
     Quiet,
     Resume,
     check_folder,
+    complete_first_recipe,
     default_out,
+    epilog,
     split_arguments,
 )
 from switchcli.commands._result import finish
@@ -38,7 +39,7 @@ def distill(
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE ...]",
             help="What to train on and for how long. Default: what the teacher was trained on.",
-            autocompletion=_completion.first_recipe,
+            autocompletion=complete_first_recipe,
         ),
     ] = None,
     teacher: Annotated[

@@ -1,20 +1,23 @@
 """`switchcli doctor`: check a model's computation, or a checkpoint's files. Imports torch only when it runs."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchcli.commands import _completion
-from switchcli.commands._help import epilog
-from switchcli.commands._options import A_CHECKPOINT, Json, Overrides
+from switchcli.commands._options import A_CHECKPOINT, Json, Overrides, complete_recipes, epilog
 from switchcli.commands._result import Line, finish
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.recipe import library
+from switchcli.recipe.yaml_nodes import display_key
 from switchcli.terminal.console import Console
+from switchcli.terminal.safe_text import capitalize
 
 if TYPE_CHECKING:
     from switchcli.doctor.diagnosis import Diagnosis
+    from switchcli.doctor.subject import Subject
 
 app = typer.Typer()
 
@@ -34,7 +37,7 @@ def doctor(
         typer.Argument(
             metavar="CHECKPOINT|RECIPE",
             help=f"{A_CHECKPOINT} Or a recipe, whose initial weights are checked.",
-            autocompletion=_completion.recipes,
+            autocompletion=complete_recipes,
         ),
     ],
     overrides: Overrides = None,
@@ -66,8 +69,40 @@ def doctor(
         lines.append(Line(f"loading takes {loaded}" if loaded else "none is complete: loading refuses", "bold"))
         finish(verified, as_json, lines, exit_code=exit_code)
         return
-    diagnosed = diagnosis.diagnose(model, overrides or [], Console())
+    console = Console()
+    if not Path(model).is_dir() or model in library.recipe_names():
+        subject = _initial_model(model, overrides or [])
+    elif overrides:
+        raise RecipeError(
+            f"{model}: an existing model takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out"
+        )
+    else:
+        subject = diagnosis.open_subject(Path(model), console)
+    diagnosed = diagnosis.diagnose(model, subject, console)
     finish(diagnosed.to_json(), as_json, _probe_lines(diagnosed), exit_code=0 if diagnosed.sound else 1)
+
+
+def _initial_model(name: str, overrides: list[str]) -> "Subject":
+    """Return the model of a recipe with its initial weights.
+
+    Raises RecipeError for a broken recipe, and if there is neither a recipe nor a folder of that name.
+    """
+    from switchcli import api
+    from switchcli.doctor.subject import initial_model
+    from switchcli.runs.inputs.loading import on_the_hub
+
+    try:
+        path = library.locate(name)
+    except RecipeError as error:
+        if Path(name).exists():
+            raise
+        missing, hint = str(error).removeprefix(f"{display_key(name)}: "), on_the_hub(name)
+        raise RecipeError(f"{name}: no such folder, and {missing}{hint and f' {capitalize(hint)}.'}") from error
+    recipe = api.Recipe.load(path, overrides)
+    if recipe.verb != "pretrain":
+        raise RecipeError(f"{name}: a recipe of {recipe.verb}: doctor probes checkpoints, and recipes of pretrain")
+    spec = recipe.spec
+    return initial_model(spec.model, spec.train.seed, spec.train.router_dtype)
 
 
 def _probe_lines(diagnosis: "Diagnosis") -> Iterator[Line]:

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchcli.commands import _training
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Checkpoint, EvalArguments, Json, Processes, Quiet, check_folder, split_arguments
+from switchcli.commands._options import (
+    Checkpoint,
+    EvalArguments,
+    Json,
+    Processes,
+    Quiet,
+    check_folder,
+    epilog,
+    split_arguments,
+)
 from switchcli.commands._result import Line, finish
 from switchcli.terminal.table import Table
 from switchcli.terminal.units import number, percent

@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Checkpoint, Json
+from switchcli.commands._options import Checkpoint, Json, epilog
 from switchcli.errors import DataError, RecipeError
 from switchcli.terminal.console import main_console, print_json
 from switchcli.terminal.safe_text import safe_text, shell_words

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchcli.commands import _completion
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Json, split_arguments
+from switchcli.commands._options import Json, complete_first_recipe, epilog, split_arguments
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 from switchcli.terminal.console import main_console
@@ -43,7 +41,7 @@ def plan(
         typer.Argument(
             metavar="[RECIPE|SIZE] [KEY=VALUE ...]",
             help="A recipe, or a model size such as switch-c, and recipe keys to set. Default: every size.",
-            autocompletion=_completion.first_recipe,
+            autocompletion=complete_first_recipe,
         ),
     ] = None,
     gpu: Annotated[

@@ -1,6 +1,6 @@
 """`switchcli pretrain`: train a model on plain text. Imports torch only when it runs."""
 
-from switchcli.commands._help import epilog
+from switchcli.commands._options import epilog
 from switchcli.commands._training import training_app
 
 app = training_app(

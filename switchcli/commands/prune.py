@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands._help import epilog
 from switchcli.commands._options import (
     Checkpoint,
     Destination,
     EvalArguments,
     Json,
     Quiet,
+    epilog,
     split_arguments,
 )
 from switchcli.commands._result import Line, finish
@@ -54,7 +54,7 @@ def prune(
 
 def _shown(result: Mapping[str, Any]) -> Iterator[Table | Line]:
     """Yield the metrics before and after, and the tokens that each layer lost."""
-    from switchcli.terminal.program import program_name
+    from switchcli.terminal.safe_text import program_name
 
     times = ("before", "after")
     rows: list[Sequence[Value]] = [

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands import _completion
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Json
+from switchcli.commands._options import Json, complete_recipes, epilog
 from switchcli.commands._result import Line, finish
 from switchcli.errors import RecipeError
 from switchcli.recipe import foreign_words, key_index, library, yaml_nodes
@@ -30,7 +28,7 @@ app = typer.Typer(
 
 Name = Annotated[
     str,
-    typer.Argument(help="The name of a shipped recipe, such as quickstart/switch.", autocompletion=_completion.recipes),
+    typer.Argument(help="The name of a shipped recipe, such as quickstart/switch.", autocompletion=complete_recipes),
 ]
 
 
@@ -96,7 +94,7 @@ def validate(
         typer.Argument(
             metavar="FILE ... [KEY=VALUE ...]",
             help="Recipe files or names of shipped recipes, and keys to set in each of them.",
-            autocompletion=_completion.recipes,
+            autocompletion=complete_recipes,
         ),
     ],
     as_json: Json = False,

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from switchcli.commands._help import epilog
-from switchcli.commands._options import Json, Quiet
+from switchcli.commands._options import Json, Quiet, epilog
 from switchcli.commands._result import finish
 from switchcli.recipe import library
 from switchcli.terminal.console import Console

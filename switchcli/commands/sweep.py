@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 from typer.main import get_group
 
-from switchcli.commands import _completion, _exit, distill, finetune, pretrain
+from switchcli.commands import _exit, distill, finetune, pretrain
 from switchcli.commands import eval as evaluate
-from switchcli.commands._help import epilog
 from switchcli.commands._options import (
     Json,
     Quiet,
     check_folder,
+    complete_recipes,
+    epilog,
     split_arguments,
 )
 from switchcli.commands._parsing import extend_command
@@ -43,7 +44,7 @@ def sweep(
         typer.Argument(
             metavar="LIST [KEY=VALUE ...] | VERB RECIPE [KEY=VALUE,VALUE ...]",
             help="A file that lists runs, or a command whose keys may have several values, separated by commas.",
-            autocompletion=_completion.recipes,
+            autocompletion=complete_recipes,
         ),
     ],
     out: Annotated[

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from switchcli.commands._help import epilog
-from switchcli.commands._options import A_CHECKPOINT, Destination, Json, Overrides, Quiet
+from switchcli.commands._options import A_CHECKPOINT, Destination, Json, Overrides, Quiet, epilog
 from switchcli.commands._result import finish
 from switchcli.terminal.console import Console
 
@@ -52,7 +51,7 @@ def upcycle(
 
 def _summary(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line about the model, one about each stack, and one with the next command."""
-    from switchcli.terminal.program import program_name
+    from switchcli.terminal.safe_text import program_name
 
     yield f"{result['parameters']:,} parameters in {result['destination']}"
     for stack, correction in result["corrections"].items():

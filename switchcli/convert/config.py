@@ -18,7 +18,6 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from switchcli.convert.weight_names import ModelType
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import SwitchRouter
@@ -41,6 +40,8 @@ _SIZES: Final = (
     "relative_attention_max_distance",
 )
 """The keys of config.json that `_check_sizes` checks. Others with a bound, such as a trainer's `seed`, are ignored."""
+ModelType = Literal["t5", "mt5", "switch_transformers"]
+"""The `model_type` of transformers."""
 _CLASSES: Final[Mapping[str, ModelType]] = {
     "T5ForConditionalGeneration": "t5",
     "T5WithLMHeadModel": "t5",

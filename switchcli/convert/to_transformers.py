@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from switchcli.convert.config import Config, StackLengths, SwitchConfig, T5Config, sparse_blocks, sparse_step
-from switchcli.convert.weight_names import EMBEDDINGS, transformers_names
+from switchcli.convert.weight_files import EMBEDDINGS, transformers_names
 from switchcli.errors import CheckpointError
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.moe.router import Mode, SwitchRouter

@@ -1,7 +1,7 @@
 """Batches of a mixture of tasks: the packed rows of a run, and those of an evaluation.
 
 Each task's rows come in epochs, each in its own random order. A task's epochs do not depend on the cycles of the
-mixture (mixture_schedule.py).
+mixture (text_mixture.py).
 
 Legend  R rows  S source  T target positions  K tasks
 """
@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from switchcli.data.batch import Batch, BatchSource
-from switchcli.data.mixture_schedule import MixtureSchedule, RandomOrders, largest_remainder
 from switchcli.data.objectives.example_packing import PackedExamples
 from switchcli.data.rng import ROW_SOURCES, TASKS, permutation
-from switchcli.data.task_mixture import MixtureSpec
+from switchcli.data.text_mixture import MixtureSchedule, MixtureSpec, RandomOrders, largest_remainder
 
 _MIN_ROWS_PER_TASK = 1000
 """Minimum rows of a cycle for each task on average: rates are exact to a thousandth."""

@@ -17,8 +17,7 @@ from torch import nn
 from switchcli.distributed.collectives import all_gather, explain_lost_ranks
 from switchcli.distributed.mesh import RankGroup
 from switchcli.model.attention import Attention
-from switchcli.model.axis import local_slice
-from switchcli.model.layers import FeedForward, compute_dtype
+from switchcli.model.layers import FeedForward, compute_dtype, local_slice
 from switchcli.model.moe.experts import Experts
 from switchcli.model.transformer import SwitchTransformer
 

@@ -1,6 +1,5 @@
 """The engine of `switchcli doctor`: probe a model, and verify the files of a checkpoint."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,10 @@ from switchcli.data.text_batches import BatchCorruption
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.doctor import texts
 from switchcli.doctor.probes import PROBES, Finding, Verdict, run_probes
-from switchcli.doctor.subject import ProbeText, Subject, initial_model
-from switchcli.errors import DataError, RecipeError, disk_errors
-from switchcli.recipe import library
-from switchcli.recipe.resolve import load, resolve
-from switchcli.recipe.schema import PretrainRecipe
-from switchcli.recipe.yaml_nodes import display_key
-from switchcli.runs.inputs.loading import load_checkpoint, locate, on_the_hub, open_checkpoint
+from switchcli.doctor.subject import ProbeText, Subject
+from switchcli.errors import DataError, disk_errors
+from switchcli.runs.inputs.loading import load_checkpoint, locate, open_checkpoint
 from switchcli.terminal.console import Console, silent
-from switchcli.terminal.safe_text import capitalize
 
 
 class Diagnosis(NamedTuple):
@@ -49,15 +43,8 @@ class Diagnosis(NamedTuple):
         return {**self._asdict(), "sound": self.sound, "findings": findings}
 
 
-def diagnose(name: str, overrides: Sequence[str], console: Console) -> Diagnosis:
-    """Probe a checkpoint, or the initial weights of a recipe.
-
-    Raises:
-        CheckpointError: the folder holds no model that can be opened.
-        RecipeError: there is no such recipe.
-        OutOfMemory: the model does not fit into the memory of this machine.
-    """
-    subject = _subject(name, overrides, console)
+def diagnose(name: str, subject: Subject, console: Console) -> Diagnosis:
+    """Probe a model, which messages call `name`. Raises OutOfMemory if it does not fit into this machine's memory."""
     findings = tuple(console.track(run_probes(subject), "probing", total=len(PROBES)))
     layers = 0 if subject.dense else len(subject.layers)
     return Diagnosis(name, subject.initialized, layers, subject.num_experts, findings)
@@ -94,19 +81,8 @@ def verify(name: str) -> dict[str, Any]:
     }
 
 
-def _subject(name: str, overrides: Sequence[str], console: Console) -> Subject:
-    """Return the model of a recipe or a checkpoint, as the probes need it."""
-    path = Path(name)
-    if not path.is_dir() or name in library.recipe_names():
-        verb = load(str(_recipe(name)), overrides).stated("verb")
-        if verb not in (None, PretrainRecipe.model_fields["verb"].default):
-            raise RecipeError(f"{name}: a recipe of {verb}: doctor probes checkpoints, and recipes of pretrain")
-        recipe = resolve(str(_recipe(name)), overrides, PretrainRecipe)
-        return initial_model(recipe.model, recipe.train.seed, recipe.train.router_dtype)
-    if overrides:
-        raise RecipeError(
-            f"{name}: an existing model takes no KEY=VALUE ({overrides[0].partition('=')[0]}): leave it out"
-        )
+def open_subject(path: Path, console: Console) -> Subject:
+    """Return the model of a checkpoint, as the probes need it. Raises CheckpointError if none can be opened."""
     loaded = load_checkpoint(path, torch.device("cpu"), console)
     subject = Subject(loaded.model, initialized=False)
     subject.real_text = _real_text(subject, loaded.handle.tokenizer)
@@ -130,14 +106,3 @@ def _real_text(subject: Subject, tokenizer: Tokenizer) -> ProbeText | None:
             if len(rows) == num_rows:
                 return ProbeText(*corruption.batch(torch.stack(rows).numpy(), 0, 0))
     return None
-
-
-def _recipe(name: str) -> Path:
-    """Return the file of a recipe. Raises RecipeError, which says that there is no folder of that name either."""
-    try:
-        return library.locate(name)
-    except RecipeError as error:
-        if Path(name).exists():
-            raise
-        missing, hint = str(error).removeprefix(f"{display_key(name)}: "), on_the_hub(name)
-        raise RecipeError(f"{name}: no such folder, and {missing}{hint and f' {capitalize(hint)}.'}") from error

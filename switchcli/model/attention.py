@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
 from switchcli.model.config import ModelSpec
 from switchcli.model.kernels.biased_attention import biased_attention
 from switchcli.model.kernels.flex import FlexBias, flex_attend
-from switchcli.model.layers import Linear, compute_dtype, dropout
+from switchcli.model.layers import SINGLE_PROCESS, Linear, ModelAxis, compute_dtype, dropout
 from switchcli.model.vocabulary import at_least_float32
 
 MASKED = -1e9

@@ -23,16 +23,14 @@ from switchcli.model.attention import (
     padding_bias,
     shared_bias,
 )
-from switchcli.model.axis import SINGLE_PROCESS
 from switchcli.model.config import STACKS, ModelSpec, Stack
 from switchcli.model.kernels import flex
 from switchcli.model.kernels.flex import FlexBias
 from switchcli.model.kv_cache import DecoderCache, LayerKVCache
-from switchcli.model.layers import FeedForward, Linear, RMSNorm, add_dropout, dropout
-from switchcli.model.moe.layer import RouterWeights, SwitchLayer
+from switchcli.model.layers import SINGLE_PROCESS, FeedForward, Linear, RMSNorm, add_dropout, dropout
+from switchcli.model.moe.layer import RouterWeights, SwitchAttention, SwitchLayer
 from switchcli.model.moe.losses import AuxiliaryLoss, auxiliary_loss
 from switchcli.model.moe.stats import StackStats
-from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.packing import SegmentIds, decoder_inputs, segment_bias
 from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD

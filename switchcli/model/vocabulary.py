@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 import torch
 import torch.nn.functional as F
 
-from switchcli.model.axis import SINGLE_PROCESS, ModelAxis
+from switchcli.model.layers import SINGLE_PROCESS, ModelAxis
 
 
 class LocalTokens(NamedTuple):

@@ -23,10 +23,8 @@ from switchcli.recipe.yaml_nodes import Node
 from switchcli.spec import VOCAB_SIZE, Spec, check_rules
 from switchcli.tasks.config import TaskDataSpec, TaskSpec, duplicate_names, tasks_of
 from switchcli.tasks.task import Task
-from switchcli.training.config import StartSpec, StudentSpec
-from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.config import DistillSpec, ScoringSpec, StartSpec, StudentSpec
 from switchcli.training.schedules import Constant, InverseSquareRoot, ScheduleSpec
-from switchcli.training.scoring_spec import ScoringSpec
 
 
 class TextRecipe(TrainingRecipe, ABC):

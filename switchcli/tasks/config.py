@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from switchcli.data.task_mixture import MixtureSpec, Proportional
+from switchcli.data.text_mixture import MixtureSpec, Proportional
 from switchcli.spec import MAX_SIZE, PathOrUrl, Spec
 from switchcli.tasks.label_metrics import number_in
 from switchcli.tasks.registry import METRICS, SUITES, TASKS

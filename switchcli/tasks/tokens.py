@@ -18,8 +18,7 @@ from switchcli.data.objectives.example_packing import (
     pack_as_given,
     store_from_texts,
 )
-from switchcli.data.prepare.cache import get_or_build
-from switchcli.data.prepare.prepare_context import Track
+from switchcli.data.prepare.cache import Track, get_or_build
 from switchcli.data.prepare.prepared_text import FORMAT as STORE_FORMAT
 from switchcli.data.prepare.store import (
     StoreWriter,

@@ -25,14 +25,13 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY, SOFT_CROSS_ENTROPY, TEACHER_DIVERGENCE
-from switchcli.model.axis import local_slice
 from switchcli.model.config import Precision
 from switchcli.model.kernels.cpu_products import matmul
-from switchcli.model.layers import compute_dtype
+from switchcli.model.layers import compute_dtype, local_slice
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
-from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.config import DistillSpec
 from switchcli.training.loss import StepLoss, batch_segment_ids, step_loss, sum_in_chunks
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, SupportsFloat
 
@@ -17,20 +18,31 @@ from switchcli.model.moe.layer import local_experts, sparse_layers
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.terminal.console import TrainingDisplay
 from switchcli.training.balance import RouterBalance
-from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
 from switchcli.training.loss import Objective
-from switchcli.training.metrics import Mean, Metrics, merge
-from switchcli.training.microbatches import Microbatch, Microbatches, RealTokens
+from switchcli.training.microbatches import Loader, Microbatch, Microbatches, RealTokens
 from switchcli.training.optimizers import Optimizer
-from switchcli.training.prefetch import Loader
 from switchcli.training.router_health import NONFINITE_FIX, first_nonfinite_backward, first_nonfinite_forward
 from switchcli.training.schedules import Schedule
-from switchcli.training.state import TrainState
+from switchcli.training.state import Mean, Metrics, TrainState, merge
 from switchcli.training.validation import exact
 
 MAX_SKIPPED: Final = 10
 """Steps that a run leaves out with `train.nonfinite: skip`; the next gradient that is not finite ends it."""
+
+
+class Callback(ABC):
+    """Called with the state after every `every_steps`-th step and after the last."""
+
+    def __init__(self, every_steps: int) -> None:
+        self.every_steps = every_steps
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Return whether to call it after `step`, counted from 1."""
+        return step == last_step or step % self.every_steps == 0
+
+    @abstractmethod
+    def __call__(self, state: TrainState) -> None: ...
 
 
 class StepResult(NamedTuple):

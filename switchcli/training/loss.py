@@ -19,8 +19,8 @@ from switchcli.model.packing import SegmentIds, segment_ids
 from switchcli.model.transformer import ModelOutput
 from switchcli.model.vocabulary import VocabularyShard, at_least_float32
 from switchcli.spec import PAD
-from switchcli.training.metrics import Mean, Metrics
 from switchcli.training.router_health import routing_metrics
+from switchcli.training.state import Mean, Metrics
 
 CHUNK = 1024
 """Targets whose logits are in memory at the same time: 130 MB in float32 with T5's vocabulary."""

@@ -23,9 +23,9 @@ from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.terminal.console import Console
 from switchcli.training import router_health
-from switchcli.training.metrics import Metrics, merge
+from switchcli.training.config import ScoringSpec
 from switchcli.training.scoring import TaskPredictor, score_metrics, task_results
-from switchcli.training.scoring_spec import ScoringSpec
+from switchcli.training.state import Metrics, merge
 from switchcli.training.validation import HeldOutText, evaluate, rank_batches
 
 ALL_TEXT = "text"

@@ -20,8 +20,8 @@ from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
+from switchcli.training.config import DistillSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import StepLoss
 
 _SAMPLING: Final = Decoding(temperature=1.0)

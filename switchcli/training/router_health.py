@@ -17,7 +17,7 @@ from switchcli.model.moe.evenness import MORE_BALANCE, load_spread, variation
 from switchcli.model.moe.router import FEW_CHOICES
 from switchcli.model.transformer import ModelOutput
 from switchcli.terminal.console import Console
-from switchcli.training.metrics import Mean, Metrics
+from switchcli.training.state import Mean, Metrics
 
 MANY_DROPPED = 0.5
 """Fraction of a layer's tokens without a slot from which a warning is given: capacity or balance is wrong."""

@@ -29,7 +29,7 @@ from switchcli.tasks.suites import PAPER, average
 from switchcli.tasks.task import AnsweredExample
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.terminal.console import Console
-from switchcli.training.scoring_spec import ScoringSpec
+from switchcli.training.config import ScoringSpec
 
 
 class TaskPredictor:

@@ -15,7 +15,7 @@ from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
 from switchcli.spec import PAD
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
-from switchcli.training.metrics import Mean, Metrics, flatten, merge, unflatten
+from switchcli.training.state import Mean, Metrics, flatten, merge, unflatten
 
 Rows = Callable[[int, int], Batch]
 

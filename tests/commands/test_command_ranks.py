@@ -35,7 +35,7 @@ def test_a_dry_run_says_whether_the_ranks_can_share_the_batch(
 def test_one_line_says_how_many_ranks_start_on_which_devices(
     options: tuple[str, ...], said: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: 5)
+    monkeypatch.setattr("switchcli.runs.job.job.launch", lambda processes, arguments: 5)
     assert switchcli("pretrain", recipe, "--processes", 2, *options) == (5, "", said)
 
 
@@ -78,7 +78,7 @@ def test_one_message_for_all_ranks(arguments: list[str], code: int, words: str, 
 def test_a_mesh_that_is_not_of_these_ranks_or_this_model_starts_none(
     ranks: int, keys: str, words: str, recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("switchcli.runs.job.ranks.launch", None)
+    monkeypatch.setattr("switchcli.runs.job.job.launch", None)
     done = switchcli("pretrain", recipe, *re.split(r" (?=[\w.]+=)", keys), *(["--processes", ranks] * (ranks > 1)))
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ")
@@ -208,7 +208,7 @@ def test_ranks_that_read_different_data_end_before_the_first_step(
 
 
 def test_more_ranks_than_devices(recipe: str, switchcli: SwitchCLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchcli.runs.job.ranks.launch", lambda processes, arguments: 0)
+    monkeypatch.setattr("switchcli.runs.job.job.launch", lambda processes, arguments: 0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     done = switchcli("pretrain", recipe, "train.device=auto", "--processes", 2)

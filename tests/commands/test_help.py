@@ -18,7 +18,7 @@ from tiny_run import SwitchCLI
 
 from switchcli import __version__
 from switchcli.cli import app
-from switchcli.commands._help import DOCS
+from switchcli.commands._options import DOCS
 from switchcli.commands._parsing import accepted_names
 from switchcli.recipe import library
 

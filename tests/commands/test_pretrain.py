@@ -18,7 +18,7 @@ from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.runs.inputs import text_sets as verb
 from switchcli.runs.train.training_task import TrainingTask
-from switchcli.terminal.program import program_name
+from switchcli.terminal.safe_text import program_name
 from switchcli.training.loss import Objective, StepLoss
 
 RESULT_KEYS = {

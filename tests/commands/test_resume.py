@@ -22,7 +22,7 @@ from switchcli.runs.inputs import text_sets as verb
 from switchcli.runs.train import ending
 from switchcli.system.lock import lock
 from switchcli.system.publish import temporary_path
-from switchcli.terminal.program import command_line, program_name
+from switchcli.terminal.safe_text import command_line, program_name
 
 INTERRUPTED, CHECKPOINT = 75, 4
 STEPS = 13

@@ -13,7 +13,7 @@ from tiny_run import SwitchCLI
 from switchcli.checkpoint.checkpoint import Checkpoint
 from switchcli.commands._options import default_out
 from switchcli.runs.inputs import loading
-from switchcli.terminal.program import program_name
+from switchcli.terminal.safe_text import program_name
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,8 @@ from tokenizers import models
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare import pipeline as module
 from switchcli.data.prepare import shards, store
-from switchcli.data.prepare.cache import default_cache
+from switchcli.data.prepare.cache import PrepareContext, Track, default_cache
 from switchcli.data.prepare.filters import Filters
-from switchcli.data.prepare.prepare_context import PrepareContext, Track
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN, PreparedText
 from switchcli.data.prepare.store import (
     OFFSETS,
@@ -321,7 +320,7 @@ MAIN = """\
 from contextlib import contextmanager
 from multiprocessing import active_children
 from pathlib import Path
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.prepare.cache import PrepareContext
 from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.config import DataSpec
 

@@ -27,7 +27,7 @@ from switchcli.data.prepare import store
 from switchcli.data.sources import files
 from switchcli.data.dataset import TokenDataset
 from switchcli.data.sources.corpus import FilesCorpus
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.prepare.cache import PrepareContext
 from switchcli.data.prepare.pipeline import prepare
 from switchcli.data.config import DataSpec
 from switchcli.data.prepare.prepared_text import TRAIN

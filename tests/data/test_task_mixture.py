@@ -8,7 +8,7 @@ import torch
 
 from switchcli.data.objectives.example_packing import PackedExamples, RowLengths, pack, store_from_texts
 from switchcli.data.task_batches import InterleavedRows, TaskMixtureSource
-from switchcli.data.task_mixture import Equal, MixtureSpec, Proportional
+from switchcli.data.text_mixture import Equal, MixtureSpec, Proportional
 from switchcli.spec import EOS, PAD
 
 

@@ -22,8 +22,7 @@ from switchcli.data.text_mixture import TemperatureMixing, TextMixing, TextMixtu
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
-from switchcli.training.microbatches import Microbatches
-from switchcli.training.prefetch import Loader
+from switchcli.training.microbatches import Loader, Microbatches
 
 TOKENS = [8_000, 1_000, 1]
 CORRUPTION = SpanCorruption(inputs_length=16)

@@ -40,9 +40,8 @@ from switchcli.model.transformer import SwitchTransformer
 from switchcli.runs.train.callbacks import ValidationCallback
 from switchcli.system.signals import StopRequest
 from switchcli.training.checkpointer import Checkpointer
-from switchcli.training.config import CheckpointSpec, TrainSpec
+from switchcli.training.config import CheckpointSpec, DistillSpec, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loop import fit
 from switchcli.training.loss import Objective, StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches

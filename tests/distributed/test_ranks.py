@@ -42,16 +42,14 @@ from switchcli.model.trainable_sets import TrainableSet
 from switchcli.runs.train.callbacks import LogCallback, ValidationCallback
 from switchcli.spec import EOS, PAD
 from switchcli.system.signals import StopRequest
-from switchcli.training.callback import Callback
-from switchcli.training.config import Precision, TrainSpec
+from switchcli.training.config import DistillSpec, Precision, TrainSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
-from switchcli.training.distillation_specs import DistillSpec
+from switchcli.training.loop import Callback
 from switchcli.training.loss import Objective, StepLoss, cross_entropy
-from switchcli.training.microbatches import Microbatches
+from switchcli.training.microbatches import Loader, Microbatches
 from switchcli.training.on_policy import OnPolicyLoss
 from switchcli.training.optimizer_specs import Adafactor, AdamW, Muon, OptimizerSpec
 from switchcli.training.optimizers import Optimizer
-from switchcli.training.prefetch import Loader
 from switchcli.training.schedules import InverseSquareRoot
 from switchcli.training.state import TrainState
 from switchcli.training.validation import HeldOutText, evaluate, rank_batches, reduce

@@ -22,7 +22,7 @@ from switchcli.data.prepare import shards
 from switchcli.data.text_batches import PreparedTextSource
 from switchcli.distributed.context import DistributedContext
 from switchcli.model.transformer import SwitchTransformer
-from switchcli.runs.train import ending, pretraining
+from switchcli.runs.train import ending, training_task
 from switchcli.runs.train.callbacks import ValidationCallback
 from switchcli.system.signals import STOPPING
 from switchcli.training.distillation import Teacher
@@ -48,7 +48,7 @@ class Phase(NamedTuple):
 PHASES = {
     "ranks meet": Phase("pretrain", DistributedContext, "__init__", (1,), NOTHING),
     "text is prepared": Phase("pretrain", shards, "write_manifest", (1,), NOTHING),
-    "weights are drawn": Phase("pretrain", pretraining, "initial_weights", (1,), NOTHING),
+    "weights are drawn": Phase("pretrain", training_task, "initial_weights", (1,), NOTHING),
     "a batch is made": Phase("pretrain", PreparedTextSource, "batch", (5, 3, 7)),
     "forward": Phase("pretrain", SwitchTransformer, "forward", (4, 1, 7)),
     "weights change": Phase("pretrain", Optimizer, "zero_grad", (3, 1, 4)),

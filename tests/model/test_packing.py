@@ -19,8 +19,8 @@ from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter, To
 from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
+from switchcli.training.config import DistillSpec
 from switchcli.training.distillation import DistillationLoss, Teacher
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import cross_entropy, packed_cross_entropy
 
 RELATIVE = 1e-5

@@ -13,9 +13,8 @@ from switchcli.model.moe.layer import RouterWeights, SwitchLayer
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, RouterSpec, SwitchRouter
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.system.signals import StopRequest
-from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
-from switchcli.training.loop import fit
+from switchcli.training.loop import Callback, fit
 from switchcli.training.loss import cross_entropy
 from switchcli.training.microbatches import Microbatches
 from switchcli.training.optimizer_specs import Adafactor

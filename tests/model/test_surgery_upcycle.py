@@ -15,7 +15,7 @@ from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRout
 from switchcli.model.surgery.upcycle import RANKED, UpcycledWeights, gate_correction
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.training.loss import cross_entropy
-from switchcli.training.metrics import Metrics
+from switchcli.training.state import Metrics
 from switchcli.training.validation import evaluate
 
 LARGE = {**SHAPE, "num_layers": 4, "init_scale": 8.0}

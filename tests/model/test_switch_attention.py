@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
-from switchcli.model.moe.layer import evaluating
+from switchcli.model.moe.layer import SwitchAttention, evaluating
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, RouterSpec, SwitchRouter, TopKRouter
-from switchcli.model.moe.switch_attention import SwitchAttention
 from switchcli.model.transformer import SwitchTransformer
 
 SHORT = {"capacity_factor": 0.5, "eval_capacity_factor": 0.5, "min_capacity": 1, "jitter": 0.0}

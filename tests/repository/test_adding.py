@@ -432,7 +432,7 @@ def add_training_verb(tree: Tree) -> None:
         "switchcli/commands/rehearse.py",
         '''"""`switchcli rehearse`: pre-training whose result says so."""
 
-from switchcli.commands._help import epilog
+from switchcli.commands._options import epilog
 from switchcli.commands._training import training_app
 
 app = training_app("rehearse", "Train as `pretrain` does, and say so.", epilog("tutorial", "switchcli rehearse a.yaml"))
@@ -444,7 +444,7 @@ app = training_app("rehearse", "Train as `pretrain` does, and say so.", epilog("
 
 from typing import TYPE_CHECKING, Any
 
-from switchcli.runs.train.pretraining import Pretraining
+from switchcli.runs.train.training_task import Pretraining
 
 if TYPE_CHECKING:
     from switchcli.runs.train.trainer import Trainer
@@ -577,7 +577,7 @@ def test_what_the_table_says_is_to_be_touched_is_enough(
         ("switchcli/tasks/other.py", "from switchcli.tasks.text_metrics import METRICS\n"),
         (
             "switchcli/tasks/other.py",
-            'from switchcli.tasks.suites import Suite\n\nSUITES = (Suite("rte", ("rte",)),)\n',
+            'from switchcli.tasks.registry import Suite\n\nSUITES = (Suite("rte", ("rte",)),)\n',
         ),
     ],
     ids=["task", "metric", "suite"],

@@ -22,8 +22,7 @@ from switchcli.runs.train.callbacks import EvaluationCallback, LogCallback, Vali
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.training.loss import StepLoss
-from switchcli.training.metrics import Mean, Metrics
-from switchcli.training.state import TrainState
+from switchcli.training.state import Mean, Metrics, TrainState
 from switchcli.training.validation import HeldOutText
 
 NO_STOP = StopRequest()

@@ -12,6 +12,7 @@ from switchcli.data.batch import Batch
 from switchcli.model.moe.layer import evaluate_by
 from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
+from switchcli.training.config import DistillSpec
 from switchcli.training.distillation import (
     DistillationLoss,
     Teacher,
@@ -20,7 +21,6 @@ from switchcli.training.distillation import (
     distilled_cross_entropy,
     gain_kept,
 )
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.loss import cross_entropy
 
 V, D, TEACHER_D = 11, 6, 4

@@ -21,9 +21,8 @@ from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 from switchcli.system.signals import StopRequest
-from switchcli.training.callback import Callback
 from switchcli.training.config import TrainSpec
-from switchcli.training.loop import accumulate_gradients
+from switchcli.training.loop import Callback, accumulate_gradients
 from switchcli.training.loss import StepLoss, cross_entropy
 from switchcli.training.microbatches import Microbatches, RealTokens
 from switchcli.training.optimizers import Optimizer

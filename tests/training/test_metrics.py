@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchcli.training.metrics import Mean, Metrics, flatten, merge, unflatten
+from switchcli.training.state import Mean, Metrics, flatten, merge, unflatten
 
 
 def mean(total: list[float] | float, weight: float) -> Mean:

@@ -12,8 +12,8 @@ from switchcli.model.moe.layer import evaluate_by, evaluating
 from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
+from switchcli.training.config import DistillSpec
 from switchcli.training.distillation import Teacher
-from switchcli.training.distillation_specs import DistillSpec
 from switchcli.training.on_policy import OnPolicyLoss, answered_by
 
 LENGTHS = [[(5, 2), (3, 3), (4, 1)], [(7, 4)], [(1, 1), (6, 5)], [(2, 12), (9, 2)], [(12, 14)]]

@@ -11,8 +11,7 @@ from tiny_model import rows
 
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
-from switchcli.training.microbatches import Microbatch, Microbatches
-from switchcli.training.prefetch import STEPS_AHEAD, Loader
+from switchcli.training.microbatches import STEPS_AHEAD, Loader, Microbatch, Microbatches
 
 STEPS = 12
 make = Microbatches(rows, 8, 2, 0, 1)

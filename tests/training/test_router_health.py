@@ -19,8 +19,8 @@ from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRout
 from switchcli.model.moe.stats import RouterStats
 from switchcli.model.transformer import ModelOutput
 from switchcli.spec import PAD
-from switchcli.training.metrics import Mean, Metrics, merge
 from switchcli.training.router_health import RoutingAlarms, record, routing_metrics
+from switchcli.training.state import Mean, Metrics, merge
 
 BOTH = SPARSE.model_copy(update={"sparse": "both"})
 NAMES = ("encoder.first", "decoder.second")

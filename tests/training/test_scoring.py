@@ -29,9 +29,9 @@ from switchcli.tasks.suites import MNLI, PAPER
 from switchcli.tasks.tokens import ScoredExamples, scored_examples
 from switchcli.terminal.console import silent
 from switchcli.training import scoring
+from switchcli.training.config import ScoringSpec
 from switchcli.training.measure import Evaluator
 from switchcli.training.scoring import TaskPredictor, score_metrics, suite_scores
-from switchcli.training.scoring_spec import ScoringSpec
 
 
 def on_cpu() -> DistributedContext:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from switchcli.checkpoint.saved_state import Best
 from switchcli.metric_names import HELD_OUT
-from switchcli.training.metrics import Mean, Metrics
-from switchcli.training.state import TrainState
+from switchcli.training.state import Mean, Metrics, TrainState
 
 CPU = torch.device("cpu")
 doubles = st.floats(allow_nan=False, allow_infinity=False)

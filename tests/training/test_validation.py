@@ -14,7 +14,7 @@ from switchcli.distributed.context import DistributedContext
 from switchcli.model.moe.router import Policy
 from switchcli.spec import PAD
 from switchcli.training.loss import cross_entropy
-from switchcli.training.metrics import Mean
+from switchcli.training.state import Mean
 from switchcli.training.validation import (
     HeldOutText,
     bits_per_byte,

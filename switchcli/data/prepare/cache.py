@@ -6,17 +6,52 @@ processes build the same folder, the second one to finish uses the first one's.
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
-from switchcli.data.prepare.prepare_context import PrepareContext
+from switchcli.data.prepare.prepared_text import SPLITS
 from switchcli.data.prepare.store import is_complete, read_manifest
+from switchcli.data.tokenizer.tokenizer import Tokenizer, Wait
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
 
 ELSEWHERE = "set $SWITCHCLI_CACHE to another folder"
 """The alternative fix in messages about a disk that refuses to hold the cache."""
+T = TypeVar("T")
+
+
+class Track(Protocol):
+    """A progress bar: yields the items and shows how many were yielded, and out of `total` if that is known."""
+
+    def __call__(self, items: Iterable[T], label: str, total: int | None, /) -> Iterator[T]: ...
+
+
+ShowTokens = Callable[[int, int], None]
+"""Called with the numbers of complete source shards and of tokens written so far."""
+ShowProgress = Callable[[str, int], AbstractContextManager[ShowTokens]]
+"""Opens a progress display with a label, for a number of source shards."""
+
+
+class PrepareContext(NamedTuple):
+    """Settings that do not change what is prepared: any context gives the same ids."""
+
+    cache: Path
+    track: Track
+    show: ShowProgress
+    processes: int | None = None
+    """Number of processes; None: one for each processor, or a single one if the text is small."""
+    check: bool = False
+    """Whether to compare all data in the cache with its digests, whatever was compared before."""
+    warn: Callable[[str], None] = lambda text: None
+    """Called with one line about each damaged folder."""
+    wait: Wait = nullcontext
+    """Shows that work goes on which tells no progress, such as training a vocabulary."""
+    accept: Callable[[Tokenizer], None] = lambda tokenizer: None
+    """Raises an error if the run cannot use a tokenizer. It is called before any text is tokenized."""
+    needed: Collection[str] = SPLITS
+    """The splits that may not be empty. An evaluation needs no text to train on."""
 
 
 def default_cache() -> Path:

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.prepare.cache import ELSEWHERE, build_atomically, is_usable
-from switchcli.data.prepare.prepare_context import PrepareContext, Track
+from switchcli.data.prepare.cache import ELSEWHERE, PrepareContext, Track, build_atomically, is_usable
 from switchcli.data.prepare.prepared_text import (
     HELD_OUT,
     TRAIN,

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchcli.data.config import DataSpec
-from switchcli.data.prepare.cache import ELSEWHERE, get_or_build, is_usable
+from switchcli.data.prepare.cache import ELSEWHERE, PrepareContext, Track, get_or_build, is_usable
 from switchcli.data.prepare.dedup import distinct_texts
-from switchcli.data.prepare.prepare_context import PrepareContext, Track
 from switchcli.data.prepare.prepared_text import (
     FORMAT,
     HELD_OUT,

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from switchcli.model.axis import SINGLE_PROCESS, local_slice
 from switchcli.model.config import ModelSpec
 from switchcli.model.kernels import cpu_experts, cpu_products
 from switchcli.model.kernels.opaque_ops import grouped_mm
-from switchcli.model.layers import activate
+from switchcli.model.layers import SINGLE_PROCESS, activate, local_slice
 
 ALIGNMENT = 16
 """Alignment of matrix rows that torch's grouped product requires, in bytes."""

@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from switchcli.model.attention import Bias, KeyValue, attend
 from switchcli.model.config import ModelSpec, Stack
 from switchcli.model.kernels.cpu_products import linear
 from switchcli.model.kernels.opaque_ops import random_bits
-from switchcli.model.layers import FeedForward
+from switchcli.model.layers import FeedForward, Linear
 from switchcli.model.moe.dispatch import Dispatcher, LocalDispatcher
 from switchcli.model.moe.experts import Experts
 from switchcli.model.moe.router import Mode, Policy, Routing
@@ -186,3 +187,28 @@ def evaluate_by(model: nn.Module, policy: Policy) -> None:
     model.eval()
     for layer in sparse_layers(model).values():
         layer.policy = policy
+
+
+class SwitchAttention(nn.Module):
+    """Multi-head self-attention with routed queries, keys and values."""
+
+    def __init__(self, spec: ModelSpec, stack: Stack) -> None:
+        super().__init__()
+        width = spec.num_heads * spec.head_width
+        self.switch = SwitchLayer(spec, stack, 2 * width)
+        self.o = Linear(width, spec.d_model)
+        self.num_heads = spec.num_heads
+        self.dropout = spec.dropout
+
+    def project(self, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, KeyValue, RouterStats]:
+        """Return the queries [B, H, S, K], the keys and values of x, and the statistics of the routed layer."""
+        y_BSO, stats = self.switch(x_BSD, real_BS)
+        B, S, _ = y_BSO.shape
+        # [B, S, 2, H, K] -> [2, B, H, S, K]: the first half of the outputs is the query, the second key and value.
+        query_BHSK, key_value_BHSK = y_BSO.view(B, S, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return query_BHSK * query_BHSK.shape[-1] ** -0.5, KeyValue(key_value_BHSK, key_value_BHSK), stats
+
+    def forward(self, query_BHTK: torch.Tensor, memory: KeyValue, bias: Bias) -> torch.Tensor:
+        """Return softmax(q k + bias) v of all heads through the output projection: [B, T, D]."""
+        mixed_BHTK = attend(query_BHTK, memory, bias, self.dropout if self.training else 0.0)
+        return self.o(mixed_BHTK.transpose(1, 2).flatten(2))

@@ -18,8 +18,7 @@ from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_scores
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
 from switchcli.runs.inputs.trained_recipe import trained_recipe
-from switchcli.runs.job.job import Job
-from switchcli.runs.job.ranks import resolve_on_main
+from switchcli.runs.job.job import Job, resolve_on_main
 from switchcli.runs.job.run_dir import run_name
 from switchcli.system import publish
 from switchcli.tasks import reading, tokens
@@ -29,7 +28,7 @@ from switchcli.tasks.scores import Scores, is_right
 from switchcli.tasks.task import AnsweredExample
 from switchcli.terminal.console import Console
 from switchcli.terminal.metrics_file import read_object, to_json
-from switchcli.terminal.program import command_words
+from switchcli.terminal.safe_text import command_words
 from switchcli.training import memory
 from switchcli.training.measure import Measurement
 

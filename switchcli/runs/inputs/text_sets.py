@@ -8,7 +8,7 @@ from functools import partial
 from switchcli.data.batch import BatchSource
 from switchcli.data.config import DataSpec, RowObjective
 from switchcli.data.dataset import TokenDataset, group_small_shards
-from switchcli.data.prepare.cache import default_cache
+from switchcli.data.prepare.cache import PrepareContext, default_cache
 from switchcli.data.prepare.pipeline import (
     PreparedTexts,
     held_out_sample,
@@ -16,7 +16,6 @@ from switchcli.data.prepare.pipeline import (
     prepare,
     source_digest,
 )
-from switchcli.data.prepare.prepare_context import PrepareContext
 from switchcli.data.prepare.prepared_text import HELD_OUT, SPLITS, TRAIN
 from switchcli.data.prepare.store import digest_of
 from switchcli.data.sources.records import RowCorpus
@@ -27,12 +26,11 @@ from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.recipe.schema import TextRecipe
-from switchcli.runs.inputs.train_data import check_same_data
-from switchcli.runs.inputs.unknown_tokens import UNKNOWN_LIMIT, unknown_fraction, warn_of_unknown
+from switchcli.runs.inputs.train_data import UNKNOWN_LIMIT, check_same_data, unknown_fraction, warn_of_unknown
 from switchcli.terminal.console import Console
 from switchcli.terminal.table import Table
 from switchcli.training.loss import Objective, cross_entropy, packed_cross_entropy
-from switchcli.training.prefetch import STEPS_AHEAD
+from switchcli.training.microbatches import STEPS_AHEAD
 from switchcli.training.validation import HeldOutText
 
 BYTES_PER_TOKEN = 4

@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from switchcli.data.batch import Batch, BatchSource
+from switchcli.data.prepare.prepared_text import HELD_OUT, PreparedText
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import DataError
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.terminal.console import Console
+from switchcli.training.config import ScoringSpec
 from switchcli.training.loss import Objective
 from switchcli.training.measure import Evaluator
-from switchcli.training.scoring_spec import ScoringSpec
 from switchcli.training.validation import HeldOutText
 
 NUM_SAMPLES = 2
@@ -100,3 +101,22 @@ def _raise_ranks_read_different(name: str, rank: int) -> None:
         f"{name}: rank {rank} reads other content than rank 0, and all ranks must read the same: copy the files again "
         "from the machine of rank 0, or name files on a disk that all machines share"
     )
+
+
+UNKNOWN_LIMIT = 0.03
+"""The fraction of unknown tokens above which a vocabulary does not suit a text."""
+
+
+def unknown_fraction(text: PreparedText, tokenizer: Tokenizer) -> float:
+    """Return the fraction of unknown tokens at the beginning of the first shard of the held-out part."""
+    shard = next(shard for shard in text.shards[HELD_OUT] if shard.num_tokens)
+    return shard.open().fraction_of(tokenizer.unknown)
+
+
+def warn_of_unknown(what: str, fraction: float, console: Console) -> None:
+    """Print a warning if more than `UNKNOWN_LIMIT` of the tokens of `what` are unknown."""
+    if fraction > UNKNOWN_LIMIT:
+        console.warning(
+            f"{what}: {fraction:.1%} of the tokens are characters that the vocabulary lacks, and look alike to the "
+            "model: train a vocabulary on text of this kind, or one with byte_fallback"
+        )

@@ -18,8 +18,7 @@ from switchcli.convert.weight_files import INDEX, SAFE, is_hugging_face_folder
 from switchcli.data.tokenizer.train import sentinel
 from switchcli.errors import CheckpointError
 from switchcli.model.config import router_dtype
-from switchcli.runs.inputs import transformers_checkpoint
-from switchcli.runs.inputs.loading import of_another_kind, open_model
+from switchcli.runs.inputs.loading import of_another_kind, open_model, read_hugging_face
 from switchcli.runs.inputs.new_folder import (
     check_checkpoint_destination,
     check_destination,
@@ -53,7 +52,7 @@ def to_switchcli(
         fix = of_another_kind(folder) or "name a folder in the Hugging Face layout"
         raise CheckpointError(f"{source}: no {configs.NAME} there: {fix}")
     destination = check_checkpoint_destination(folder, destination)
-    converted = transformers_checkpoint.read(folder, tokenizer, unpickle=unpickle)
+    converted = read_hugging_face(folder, tokenizer, unpickle=unpickle)
     for warning in converted.warnings:
         console.warning(warning)
     parameters = publish_checkpoint(destination, converted.model_file, converted.tokenizer, converted.weights)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from switchcli.data.prepare import pipeline
-from switchcli.data.prepare.prepare_context import ShowTokens
+from switchcli.data.prepare.cache import ShowTokens
 from switchcli.data.prepare.prepared_text import SPLITS, PreparedText
 from switchcli.recipe import resolve
 from switchcli.recipe.schema import validate_text_recipe
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import open_model
 from switchcli.runs.inputs.text_data import check_tokenizer_fits
-from switchcli.runs.inputs.unknown_tokens import unknown_fraction, warn_of_unknown
+from switchcli.runs.inputs.train_data import unknown_fraction, warn_of_unknown
 from switchcli.terminal.console import Console
 
 

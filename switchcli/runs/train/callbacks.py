@@ -25,9 +25,9 @@ from switchcli.metric_names import (
 )
 from switchcli.system.signals import StopRequest
 from switchcli.training import router_health
-from switchcli.training.callback import Callback
+from switchcli.training.loop import Callback
 from switchcli.training.measure import Measurement
-from switchcli.training.prefetch import Loader
+from switchcli.training.microbatches import Loader
 from switchcli.training.state import TrainState
 from switchcli.training.validation import bits_per_byte, reduce
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from switchcli.checkpoint.saved_state import BranchPoint
 from switchcli.metric_names import (
@@ -17,15 +17,15 @@ from switchcli.metric_names import (
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import all_done_locally, generate
 from switchcli.model.moe.layer import evaluating
-from switchcli.runs.devices.costs import describe
+from switchcli.runs.devices.costs import describe, muon_warning
 from switchcli.runs.devices.machine_info import machine_info
 from switchcli.runs.evaluate.score_tables import explain_scores, score_table, text_table
+from switchcli.runs.inputs.train_data import TrainData
 from switchcli.runs.train import learned
 from switchcli.runs.train.learned import Learned
 from switchcli.terminal.console import Console
 from switchcli.terminal.metrics_file import publish_file, to_json
-from switchcli.terminal.program import command_words, program_name
-from switchcli.terminal.safe_text import shell_words, shorten
+from switchcli.terminal.safe_text import command_words, program_name, shell_words, shorten
 from switchcli.terminal.table import Table
 from switchcli.terminal.units import si
 from switchcli.training.config import StartSpec
@@ -38,6 +38,53 @@ if TYPE_CHECKING:
 
 _SENTINEL = re.compile(r"<extra_id_\d+>")
 _PROMPT = "The <extra_id_0> of a list is its <extra_id_1>."
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
+
+STOPPING: Final = "stopping: this step is finished and saved first; Ctrl-C again ends at once without saving"
+"""The answer to the first Ctrl-C in a terminal."""
+
+
+def announce(run: "Trainer") -> None:
+    """Print what the run will do, where, and how to stop it. A run that is complete does nothing more."""
+    recipe, state, context, console = run.recipe, run.state, run.context, run.console
+    steps, done, batch_tokens = recipe.train.steps, state.step, recipe.train.batch_tokens
+    if done == steps:
+        return
+    first = f", from step {done:,}" if done else ""
+    total = state.input_tokens(batch_tokens) + (steps - done) * batch_tokens
+    ranks = f", {context.world} ranks" if context.world > 1 else ""
+    parameters = describe(recipe)["parameters"]
+    console.message(
+        f"training {parameters:,} parameters for {steps:,} steps of {batch_tokens:,} tokens{first}: "
+        f"{si(total)} tokens, on {context.device.type}{ranks}"
+    )
+    if context.is_main and (warning := muon_warning(recipe)):
+        console.warning(warning)
+    held_out, examples = sum(text.num_rows for text in run.evaluator.texts.values()), _num_examples(run.data)
+    answers = f" and answering {examples:,} examples" if examples else ""
+    evaluating, saving = _times(recipe.eval.every_steps, steps), _times(recipe.checkpoint.save_every_steps, steps)
+    console.message(
+        f"evaluating on {held_out:,} held-out sequences{answers} {evaluating}, saving a checkpoint {saving}"
+    )
+    console.message(
+        f"writing to {run.folder.path}/; Ctrl-C saves and stops, and {run.folder.same_command} goes on from there"
+    )
+
+
+def _times(every: int, steps: int) -> str:
+    """Return when something happens that a run of `steps` steps does every so many of them, and at its end."""
+    return f"every {every:,} steps" if every < steps else "at the end"
+
+
+def not_measured(data: TrainData) -> str:
+    """Return what takes time and is not measured before the first evaluation: answering the examples of tasks."""
+    examples = _num_examples(data)
+    return f"plus the time to evaluate {examples:,} examples" if examples else ""
+
+
+def _num_examples(data: TrainData) -> int:
+    return sum(len(scored.examples) for scored in data.evaluator.tasks)
 
 
 def conclude(run: "Trainer", scored: Measurement | None) -> dict[str, Any]:

@@ -11,16 +11,12 @@ from switchcli.distributed.rendezvous import prepare_rank
 from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Source
 from switchcli.runs.devices.mesh_choice import build_context
-from switchcli.runs.job.job import Job
-from switchcli.runs.job.options import Options
-from switchcli.runs.job.pins import PinFinder
-from switchcli.runs.job.ranks import resolve_on_main
+from switchcli.runs.job.job import Job, resolve_on_main
+from switchcli.runs.job.pins import Options, PinFinder
 from switchcli.runs.job.run_dir import lock_run_dir
 from switchcli.runs.train.distilling import Distillation
-from switchcli.runs.train.finetuning import Finetuning
-from switchcli.runs.train.pretraining import Pretraining
 from switchcli.runs.train.trainer import Trainer
-from switchcli.runs.train.training_task import TrainingTask
+from switchcli.runs.train.training_task import Finetuning, Pretraining, TrainingTask
 from switchcli.terminal.console import Console, main_console
 from switchcli.training import memory
 

@@ -19,7 +19,7 @@ from switchcli.recipe.resolve import dump
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.job.pins import START
-from switchcli.runs.train import branching, run_messages
+from switchcli.runs.train import branching, ending
 from switchcli.runs.train.callbacks import (
     EvaluationCallback,
     LogCallback,
@@ -35,8 +35,7 @@ from switchcli.terminal.metrics_file import JsonLines, publish_file
 from switchcli.training.checkpointer import Checkpointer, preflight
 from switchcli.training.loop import fit
 from switchcli.training.measure import Measurement
-from switchcli.training.microbatches import Microbatches
-from switchcli.training.prefetch import Loader
+from switchcli.training.microbatches import Loader, Microbatches
 from switchcli.training.schedules import Schedule
 from switchcli.training.state import TrainState
 from switchcli.training.trackers import Trackers, check_usable
@@ -195,9 +194,9 @@ class Trainer:
         kept = state.step - state.is_at_start
         if damage := self.context.main_only(lambda: self.metrics.rewind(kept)):
             self.console.warning(damage)
-        run_messages.announce(self)
+        ending.announce(self)
         with (
-            StopRequest(self.console.for_watchers(run_messages.STOPPING)) as stop,
+            StopRequest(self.console.for_watchers(ending.STOPPING)) as stop,
             Loader(self.microbatches, self.context) as loader,
             self._open_log(on_record, stop) as progress,
         ):
@@ -260,7 +259,7 @@ class Trainer:
         trackers = self.context.main_only(lambda: Trackers(self.recipe.log.trackers, self.folder.path))
         self._trackers = trackers or Trackers((), self.folder.path)
         self._on_record, self._stop = on_record, stop
-        not_measured = run_messages.not_measured(self.data)
+        not_measured = ending.not_measured(self.data)
         with self.console.training(self.recipe.train.steps, self.state.step, not_measured) as self._progress:
             yield self._progress
 

@@ -6,17 +6,20 @@ Its class methods resolve the recipe, before there is a run.
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from switchcli.checkpoint import checkpoint
 from switchcli.checkpoint.model_weights import load_weights
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.layout import ModelWeights
 from switchcli.errors import CheckpointError, RecipeError
+from switchcli.metric_names import TASKS_AVERAGE
 from switchcli.model.config import ModelSpec
 from switchcli.model.flops import count
+from switchcli.model.init import initial_weights
 from switchcli.model.trainable_sets import TrainableSet
 from switchcli.recipe import resolve
-from switchcli.recipe.schema import RECIPES, TaskRecipe
+from switchcli.recipe.schema import RECIPES, PretrainRecipe, TaskRecipe
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.devices.costs import planner_of
@@ -235,3 +238,61 @@ def _check_start(recipe: TrainingRecipe, start: Pin) -> None:
         raise CheckpointError(
             f"{start.path}: holds no optimizer state to carry over: start.keep=weights begins with a new one"
         )
+
+
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
+
+
+class Pretraining(TrainingTask):
+    """Train on plain text, from scratch or from a checkpoint."""
+
+    verb = "pretrain"
+
+    @classmethod
+    def vocab_size(cls, tree: Node, pins: Mapping[str, Pin], finder: PinFinder) -> int | None:
+        """Return the number of the checkpoint, of the run that goes on, or of a tokenizer that is not to be trained."""
+        if START in pins or not resolve.has_auto_vocab_size(tree):
+            return super().vocab_size(tree, pins, finder)
+        begun = finder.begun
+        if begun is None and tree.stated("data.tokenizer.kind") in (None, "train"):
+            return None
+        tokenizer = resolve.validate(tree, PretrainRecipe).data.tokenizer
+        if begun is not None and begun.tokenizer == tokenizer:
+            return begun.model.vocab_size
+        return None if tokenizer.kind == "train" else resolve.padded_vocab_size(tokenizer.load().vocab_size)
+
+    def init_weights(self, weights: ModelWeights, optimizer: Optimizer, evaluator: Evaluator) -> None:
+        if self.job.recipe.start is None:
+            weights.load_full(initial_weights(self.job.recipe.model, self.job.recipe.train.seed, weights.experts))
+        else:
+            super().init_weights(weights, optimizer, evaluator)
+
+    def next_commands(self, trainer: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        out = trainer.folder.path
+        finetune = shell_words("finetune", "quickstart/finetune", "--model", out, "--out", f"{out}-finetune")
+        yield "teach it two tasks that need no download", finetune
+        yield from super().next_commands(trainer, result)
+
+
+if TYPE_CHECKING:
+    from switchcli.runs.train.trainer import Trainer
+
+
+class Finetuning(TrainingTask):
+    """Train a model from a checkpoint on a mixture of text-to-text tasks."""
+
+    verb = "finetune"
+
+    def __init__(self, job: Job, folder: RunFolder, context: DistributedContext, console: Console) -> None:
+        super().__init__(job, folder, context, console)
+        self.update = job.recipe.update
+
+    def next_commands(self, trainer: "Trainer", result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        folder, best = trainer.folder, trainer.state.best.get(TASKS_AVERAGE)
+        if best is None or best.step == trainer.state.step or not trainer.recipe.checkpoint.keep_best:
+            yield "score it again", shell_words("eval", folder.path)
+        else:
+            path = checkpoint.checkpoint_path(folder.checkpoints, best.step)
+            yield "score its best checkpoint", shell_words("eval", path)
+        yield from super().next_commands(trainer, result)
