@@ -17,9 +17,9 @@ from switchcli.data.batch import Batch
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.data.tokenizer.train import SPACE
 from switchcli.distributed.context import DistributedContext
+from switchcli.model.attention import SegmentIds
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import Policy
-from switchcli.model.packing import SegmentIds
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.training.loss import CHUNK, batch_segment_ids

@@ -16,10 +16,10 @@ import torch
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
+from switchcli.model.attention import SegmentIds, decoder_inputs
 from switchcli.model.config import STACKS, Stack
 from switchcli.model.moe.layer import SwitchLayer, evaluating, sparse_layers
 from switchcli.model.moe.router import Policy
-from switchcli.model.packing import SegmentIds, decoder_inputs
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import PAD
 from switchcli.training.loss import batch_segment_ids

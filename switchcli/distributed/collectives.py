@@ -68,19 +68,19 @@ class HostGroup:
         """
         self.rank = rank
         self.size = world_size
-        self._group: dist.ProcessGroup | None = None
+        self.group: dist.ProcessGroup | None = None
         if world_size > 1:
             with explain_lost_ranks():
                 group = run_interruptibly(lambda: dist.new_group(backend="gloo", timeout=timeout))
-            self._group = cast(dist.ProcessGroup, group)  # this rank is in it
+            self.group = cast(dist.ProcessGroup, group)  # this rank is in it
 
     def sum(self, values: Sequence[int]) -> list[int]:
         """Return the elementwise sum over all ranks of equally many integers (int64)."""
-        if self._group is None:
+        if self.group is None:
             return list(values)
         total = torch.tensor(values, dtype=torch.int64)
         with explain_lost_ranks():
-            dist.all_reduce(total, group=self._group)
+            dist.all_reduce(total, group=self.group)
         return [int(value) for value in total]
 
     def from_main(self, value: int) -> int:
@@ -132,7 +132,7 @@ class HostGroup:
 
     def all_gather_text(self, text: str) -> list[str]:
         """Return the texts of all ranks, in the order of the ranks, on every rank."""
-        if self._group is None:
+        if self.group is None:
             return [text]
         raw = text.encode()
         # The bytes of each rank's text: every rank adds its own number at its own index, and zeros elsewhere.
@@ -141,7 +141,7 @@ class HostGroup:
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         gathered = torch.empty(self.size * max(sizes), dtype=torch.uint8)
-        all_gather(gathered, padded, self._group)
+        all_gather(gathered, padded, self.group)
         by_rank = gathered.view(self.size, -1)  # [R, longest text]
         return [bytes(row[:size].tolist()).decode() for row, size in zip(by_rank, sizes, strict=True)]
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
+FIRST_STEP_TIMEOUT = timedelta(minutes=30)
+"""As `STEP_TIMEOUT`, until the first step has been taken: each rank compiles in its own time."""
 MAIN_TIMEOUT = timedelta(days=7)
 """How long the others wait while the main rank works alone: there is no bound on the time that preparing data takes."""
 WRITE_TIMEOUT = timedelta(hours=1)
@@ -108,7 +111,7 @@ def join_ranks(device: str) -> HostGroup:
     if is_rank() and os.environ["WORLD_SIZE"] != "1" and not dist.is_initialized():
         os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
         backend = "nccl" if uses_cuda(device) else "gloo"
-        init_process_group = partial(dist.init_process_group, backend, timeout=STEP_TIMEOUT)
+        init_process_group = partial(dist.init_process_group, backend, timeout=FIRST_STEP_TIMEOUT)
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         with explain_lost_ranks(), warn_of_waiting():
             if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -172,7 +175,7 @@ class DistributedContext:
             )
         self._use_autocast = precision != "float32"
         self._is_compiled = False
-        self._control = HostGroup(self.rank, self.world, STEP_TIMEOUT)
+        self._control = HostGroup(self.rank, self.world, FIRST_STEP_TIMEOUT)
         self.saving = HostGroup(self.rank, self.world, WRITE_TIMEOUT)
         """For saves, in which a rank may take longer than in a step."""
         if choose is not None:
@@ -182,8 +185,15 @@ class DistributedContext:
         self.groups, self.parallel = MeshGroups(), parallel
         self.main_only(lambda: check_world(parallel, self.world))
         with explain_lost_ranks():
-            self.groups = build_groups(parallel, self.rank, self.world, STEP_TIMEOUT)
+            self.groups = build_groups(parallel, self.rank, self.world, FIRST_STEP_TIMEOUT)
         self._expert_gradients: ExpertGradients | None = None
+
+    def end_first_step(self) -> None:
+        """Wait no longer than `STEP_TIMEOUT` for the other ranks from now on."""
+        if self.world > 1:
+            groups = [ranks.group for ranks in self.groups if ranks is not None]
+            for group in (None, self._control.group, *groups):  # None is the default group
+                set_timeout(STEP_TIMEOUT, group)
 
     @property
     def is_main(self) -> bool:
@@ -421,7 +431,7 @@ def _create_accelerator(on_cpu: bool) -> "Accelerator":
             return Accelerator(
                 cpu=on_cpu,
                 mixed_precision="no",  # see `autocast`; accelerate's own would copy the logits to float32
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=STEP_TIMEOUT)],
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=FIRST_STEP_TIMEOUT)],
             )
     except ValueError as error:
         raise RecipeError(f"an environment variable cannot be used by accelerate ({error}): unset it") from error

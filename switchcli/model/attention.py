@@ -16,9 +16,39 @@ from switchcli.model.kernels.biased_attention import biased_attention
 from switchcli.model.kernels.flex import FlexBias, flex_attend
 from switchcli.model.layers import SINGLE_PROCESS, Linear, ModelAxis, compute_dtype, dropout
 from switchcli.model.vocabulary import at_least_float32
+from switchcli.spec import EOS, PAD
 
 MASKED = -1e9
 """The bias of a masked key. Its weight becomes 0. Infinity would give NaN in a row where all keys are masked."""
+
+
+class SegmentIds(NamedTuple):
+    """The example of each position within its row, int64, from 0. The padding of a row gets the next number."""
+
+    source_BS: torch.Tensor
+    target_BT: torch.Tensor
+
+
+def segment_ids(inputs_BS: torch.Tensor, targets_BT: torch.Tensor) -> SegmentIds:
+    """Return the segment ids of packed rows; the n-th inputs of a row and its n-th targets are one example."""
+    # The number of EOS before a position: the cumulative count, less 1 at an EOS, which belongs to the example it ends.
+    source_end_BS, target_end_BT = inputs_BS == EOS, targets_BT == EOS
+    return SegmentIds(
+        source_end_BS.cumsum(1) - source_end_BS.long(),
+        target_end_BT.cumsum(1) - target_end_BT.long(),
+    )
+
+
+def segment_bias(query_BT: torch.Tensor, key_BS: torch.Tensor) -> torch.Tensor:
+    """Return an attention bias, float32 [B, 1, T, S]: 0 within a segment, `MASKED` between segments."""
+    return torch.where(query_BT.unsqueeze(-1) == key_BS.unsqueeze(-2), 0.0, MASKED).unsqueeze(1)
+
+
+def decoder_inputs(targets_BT: torch.Tensor, segments: SegmentIds | None) -> torch.Tensor:
+    """Return the targets shifted right by one, behind the start token PAD. In packed rows each example starts so."""
+    shifted_BT = F.pad(targets_BT, (1, -1), value=PAD)
+    # A shifted EOS is where the next example of a packed row starts.
+    return shifted_BT if segments is None else shifted_BT.masked_fill(shifted_BT == EOS, PAD)
 
 
 class KeyValue(NamedTuple):

@@ -18,9 +18,12 @@ from switchcli.model.attention import (
     Bias,
     KeyValue,
     RelativePositionBias,
+    SegmentIds,
     cached_keys,
     cast_bias,
+    decoder_inputs,
     padding_bias,
+    segment_bias,
     shared_bias,
 )
 from switchcli.model.config import STACKS, ModelSpec, Stack
@@ -31,7 +34,6 @@ from switchcli.model.layers import SINGLE_PROCESS, FeedForward, Linear, RMSNorm,
 from switchcli.model.moe.layer import RouterWeights, SwitchAttention, SwitchLayer
 from switchcli.model.moe.losses import AuxiliaryLoss, auxiliary_loss
 from switchcli.model.moe.stats import StackStats
-from switchcli.model.packing import SegmentIds, decoder_inputs, segment_bias
 from switchcli.model.vocabulary import VocabularyShard
 from switchcli.spec import PAD
 

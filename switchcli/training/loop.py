@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, SupportsFloat
 import torch
 from torch import nn
 
+from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
 from switchcli.distributed.parallelize import GradientNorm
 from switchcli.errors import NumericsError
@@ -17,18 +18,64 @@ from switchcli.metric_names import GRADIENT_NORM
 from switchcli.model.moe.layer import local_experts, sparse_layers
 from switchcli.system.signals import StopRequest, StopTraining
 from switchcli.terminal.console import TrainingDisplay
-from switchcli.training.balance import RouterBalance
 from switchcli.training.config import TrainSpec
-from switchcli.training.loss import Objective
+from switchcli.training.loss import Objective, StepLoss
 from switchcli.training.microbatches import Loader, Microbatch, Microbatches, RealTokens
 from switchcli.training.optimizers import Optimizer
-from switchcli.training.router_health import NONFINITE_FIX, first_nonfinite_backward, first_nonfinite_forward
+from switchcli.training.router_health import (
+    NONFINITE_FIX,
+    first_nonfinite_backward,
+    first_nonfinite_forward,
+)
 from switchcli.training.schedules import Schedule
 from switchcli.training.state import Mean, Metrics, TrainState, merge
 from switchcli.training.validation import exact
 
 MAX_SKIPPED: Final = 10
 """Steps that a run leaves out with `train.nonfinite: skip`; the next gradient that is not finite ends it."""
+
+
+class RouterBalance:
+    """Counts the choices of each step, and changes biases by them. It does nothing where no router has biases."""
+
+    def __init__(self, model: nn.Module, context: DistributedContext) -> None:
+        self._context = context
+        self._choice_LE: torch.Tensor | None = None
+        """int64: choices of this rank in the step so far."""
+        routers = [layer.router for layer in sparse_layers(model).values()]
+        # A router that is not trained keeps its biases too.
+        self._biases = [
+            (index, router.bias, rate)
+            for index, router in enumerate(routers)
+            if router.bias is not None and (rate := router.router_spec.choice_bias_rate) and router.weight.requires_grad
+        ]
+        """Layer, bias and rate of the routers that choose by biases."""
+
+    def begin_step(self) -> None:
+        self._choice_LE = None
+
+    def counting(self, objective: Objective) -> Objective:
+        """Return the objective, whose choices are counted from now on."""
+
+        def counted(model: nn.Module, batch: Batch) -> StepLoss:
+            loss = objective(model, batch)
+            # The loss has them once, also where the backward pass computes blocks again.
+            choice_LE = torch.stack(loss.choices).long()
+            self._choice_LE = choice_LE if self._choice_LE is None else self._choice_LE + choice_LE
+            return loss
+
+        return counted if self._biases else objective
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Change the biases by the choices of the step, which has updated the weights. Collective."""
+        if self._choice_LE is None:
+            return
+        choice_LE = self._context.all_reduce(self._choice_LE)
+        for index, bias_E, rate in self._biases:
+            choice_E = choice_LE[index]
+            # The sign of mean - load, without rounding.
+            bias_E.add_((choice_E.sum() - len(choice_E) * choice_E).sign(), alpha=rate)
 
 
 class Callback(ABC):
@@ -96,6 +143,7 @@ def fit(
     balance = RouterBalance(model, context)
     objective = balance.counting(objective)
     unchecked: list[StepResult] = []
+    first = state.step
     started = time.perf_counter()
     for step, microbatches in loader.from_step(state.step, settings.steps):
         assert step == state.step, "a skipped step counts as one taken"
@@ -128,6 +176,8 @@ def fit(
             _record_step(state, result, real.targets, context)
             unchecked.append(result)
         optimizer.zero_grad()
+        if step == first:
+            context.end_first_step()
 
         due = [callback for callback in callbacks if callback.due(state.step, settings.steps)]
         # Checking a step waits for the device to finish it. Without a callback the newest step is checked when the next

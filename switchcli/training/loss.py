@@ -12,10 +12,10 @@ from torch import nn
 
 from switchcli.data.batch import Batch
 from switchcli.metric_names import NEG_LOG_PERPLEXITY
+from switchcli.model.attention import SegmentIds, segment_ids
 from switchcli.model.kernels.cpu_products import matmul, matmul_over_rows
 from switchcli.model.layers import compute_dtype
 from switchcli.model.moe.losses import AuxiliaryLoss
-from switchcli.model.packing import SegmentIds, segment_ids
 from switchcli.model.transformer import ModelOutput
 from switchcli.model.vocabulary import VocabularyShard, at_least_float32
 from switchcli.spec import PAD

@@ -64,6 +64,7 @@ def routing_metrics(output: ModelOutput) -> Metrics:
             for stack, layers in stacks.items()
             if stats[layers]
         },
+        "dropped_choice_fraction": Mean(torch.stack([layer.dropped_choices for layer in stats]).sum(), load_LE.sum()),
         f"{LAYER}balance": Mean(balance_L, tokens_L),
         **{f"{LAYER}{name}": Mean(total_L, tokens_L) for name, total_L in unequal.items()},
         f"{LAYER}z": Mean(z_L, tokens_L),

@@ -29,7 +29,7 @@ from switchcli.report import run_report
 from switchcli.report.html_page import page
 from switchcli.report.run_comparison import compare_runs
 from switchcli.runs.inputs import loading
-from switchcli.runs.inputs.trained_recipe import saved_recipe
+from switchcli.runs.inputs.train_data import saved_recipe
 from switchcli.terminal.console import silent
 from switchcli.training.state import TrainState
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from switchcli.data.sources import digests as module
+from switchcli.data.sources import paths as module
 from switchcli.data.sources.corpus import HubCorpus, PythonStdlib
-from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.files import FilesCorpus
+from switchcli.data.sources.paths import digests_of
 
 
 @pytest.fixture

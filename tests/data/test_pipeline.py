@@ -37,8 +37,8 @@ from switchcli.data.prepare.store import (
     is_complete,
 )
 from switchcli.data.sources.corpus import FilesCorpus
-from switchcli.data.sources.digests import stamp
 from switchcli.data.sources.document import is_held_out
+from switchcli.data.sources.paths import stamp
 from switchcli.data.text_mixture import WeightedMixing
 from switchcli.data.tokenizer.tokenizer import Tokenizer, TokenizerFile, TrainedTokenizer, Wait
 from switchcli.errors import CheckpointError, DataError, OutOfMemory

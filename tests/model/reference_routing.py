@@ -47,6 +47,7 @@ class Answer(NamedTuple):
     z_loss: torch.Tensor
     load_E: torch.Tensor
     dropped: int
+    dropped_choices: int
     tokens: int
     entropy: float
     confidence: float
@@ -138,6 +139,7 @@ def layer(
         z_loss=torch.stack(squares).sum() / max(1, tokens),
         load_E=torch.tensor([group.load_E for group in groups]).sum(0),
         dropped=dropped,
+        dropped_choices=int(sum(sum(group.load_E) - len(group.places) for group in groups)),
         tokens=tokens,
         entropy=entropy,
         confidence=confidence,

@@ -8,10 +8,9 @@ from answers import SPEC, a_model, some_inputs
 from pydantic import ValidationError
 
 from switchcli.model.decoding import Decoding
-from switchcli.model.generation import generate
+from switchcli.model.generation import UniformDraws, generate, pick
 from switchcli.model.moe.layer import evaluating
 from switchcli.model.moe.router import SwitchRouter
-from switchcli.model.sampling import UniformDraws, pick
 from switchcli.spec import PAD
 
 

@@ -15,12 +15,11 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
-from switchcli.model.attention import KeyValue, RelativePositionBias, attend, padding_bias
+from switchcli.model.attention import KeyValue, RelativePositionBias, attend, padding_bias, segment_bias
 from switchcli.model.block_execution import compile_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.kernels import flex
 from switchcli.model.kernels.flex import FlexBias, causal, flex_attend, visible
-from switchcli.model.packing import segment_bias
 from switchcli.training.loss import cross_entropy, packed_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # flex_attention warns that it is not compiled

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from weights import OURS
 
 from switchcli.data.batch import Batch
+from switchcli.model.attention import segment_ids
 from switchcli.model.config import ModelSpec
 from switchcli.model.init import initialize
 from switchcli.model.moe.router import NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.training.config import DistillSpec

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_model import DENSE, NOISY, SPARSE, a_model, rows
 
+from switchcli.model.attention import SegmentIds
 from switchcli.model.block_execution import compile_blocks, recompute_blocks
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.router import ExpertChoiceRouter, NoTokenLeftBehindRouter, SwitchRouter, TopKRouter
-from switchcli.model.packing import SegmentIds
 from switchcli.model.transformer import ModelOutput, SwitchTransformer
 
 NOISE = {"dropout": 0.2, "expert_dropout": 0.4, "sparse_every": 1}

@@ -6,10 +6,10 @@ from tiny_model import DENSE, SPARSE, a_model
 
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
+from switchcli.model.attention import segment_ids
 from switchcli.model.decoding import Decoding
 from switchcli.model.generation import generate
 from switchcli.model.moe.layer import evaluate_by, evaluating
-from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 from switchcli.training.config import DistillSpec

@@ -37,6 +37,7 @@ def a_report(load: list[float], dropped: float = 0.0, tokens: float | None = Non
         load_E=torch.tensor(load),
         choice_E=torch.tensor(load),
         dropped=torch.tensor(dropped),
+        dropped_choices=torch.tensor(fields.get("dropped_choices", 0.0)),
         entropy=torch.tensor(fields.get("entropy", 0.0)),
         confidence=torch.tensor(fields.get("confidence", 0.0)),
     )
@@ -60,8 +61,8 @@ def test_a_dense_model_has_no_routing_to_tell_of() -> None:
 
 def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
     output = an_output(
-        [a_report([6.0, 2.0], dropped=2.0, z=3.0, entropy=4.0, confidence=6.0)],
-        [a_report([0.0, 2.0], dropped=1.0, z=1.0, entropy=0.5, confidence=1.5)],
+        [a_report([6.0, 2.0], dropped=2.0, dropped_choices=3.0, z=3.0, entropy=4.0, confidence=6.0)],
+        [a_report([0.0, 2.0], dropped=1.0, dropped_choices=1.0, z=1.0, entropy=0.5, confidence=1.5)],
     )
     found = values(routing_metrics(output))
     assert found.pop("layer_load") == [[6.0, 2.0], [0.0, 2.0]]
@@ -70,6 +71,7 @@ def test_stacks_and_layers_are_told_apart_and_counts_are_divided_last() -> None:
         "auxiliary_loss/decoder": 0.125,
         "balance": 1.0,
         "dropped_fraction": pytest.approx(0.3),
+        "dropped_choice_fraction": pytest.approx(0.4),
         "encoder_dropped_fraction": 0.25,
         "decoder_dropped_fraction": 0.5,
         "layer_balance": [1.0, 1.0],

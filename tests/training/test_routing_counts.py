@@ -20,6 +20,7 @@ from switchcli.analysis.routing_counts import (
 )
 from switchcli.data.batch import Batch
 from switchcli.distributed.context import DistributedContext
+from switchcli.model.attention import segment_ids
 from switchcli.model.config import ModelSpec
 from switchcli.model.moe.layer import sparse_layers
 from switchcli.model.moe.router import (
@@ -30,7 +31,6 @@ from switchcli.model.moe.router import (
     SwitchRouter,
     TopKRouter,
 )
-from switchcli.model.packing import segment_ids
 from switchcli.model.transformer import SwitchTransformer
 from switchcli.spec import EOS, PAD
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from switchcli.data.sources.digests import stamp
+from switchcli.data.sources.paths import stamp
 from switchcli.errors import DataError
 from switchcli.system import publish
 from switchcli.system.processor import available_processors

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.document import LABELS, CorpusSpec, Document, SourceShard
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.sources.io_errors import data_errors, reason
-from switchcli.data.sources.paths import block_references
+from switchcli.data.sources.paths import block_references, digests_of
 from switchcli.data.sources.python_stdlib import PythonStdlib
 from switchcli.data.sources.records import RawRow, RowCorpus
 from switchcli.errors import DataError

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from switchcli.data.sources.digests import digests_of
 from switchcli.data.sources.document import CorpusSpec, Document, SourceShard
+from switchcli.data.sources.paths import digests_of
 from switchcli.errors import DataError
 
 SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})

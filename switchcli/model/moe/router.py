@@ -295,6 +295,7 @@ class TokenChoiceRouter(Router, ABC):
             fraction_GE=self._fraction(expert_GNK, real_GN, E),
             load_GE=found.load_GE,
             assigned_GN=found.assigned_GN,
+            num_filled=(found.slot_GA < E * C).sum(),
             choice_E=choice_counts(expert_GNK, real_GN, E).sum(0) if K > 1 and self.balance == "bias" else None,
             log_gate_GNE=F.logsigmoid(logits_GNE.float()) if self.gate == "sigmoid" else None,
         )

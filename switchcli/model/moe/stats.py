@@ -35,6 +35,8 @@ class RouterStats(NamedTuple):
     where no biases need them."""
     dropped: torch.Tensor
     """float32 scalar: number of real tokens in no slot."""
+    dropped_choices: torch.Tensor
+    """float32 scalar: number of choices that queued (`load_E`) and found no slot; a token has several with k > 1."""
     entropy: torch.Tensor
     """float32 scalar: sum over real tokens of the entropy of p(x), in nats; at most tokens * log(E)."""
     confidence: torch.Tensor
@@ -76,6 +78,7 @@ def router_stats(
     fraction_GE: torch.Tensor,
     load_GE: torch.Tensor,
     assigned_GN: torch.Tensor,
+    num_filled: torch.Tensor | None = None,
     choice_E: torch.Tensor | None = None,
     log_gate_GNE: torch.Tensor | None = None,
 ) -> RouterStats:
@@ -87,6 +90,7 @@ def router_stats(
         fraction_GE: f of eq. 5, see `RouterStats`.
         load_GE: `RouterStats.load_E` of each group.
         assigned_GN: bool, tokens that are in a slot.
+        num_filled: integer scalar, the filled slots; None where each choice that queues has one.
         choice_E: see `RouterStats`; None where every choice queues.
         log_gate_GNE: logarithms of gates that do not add up to 1 over the experts. Probabilities are their shares.
     """
@@ -108,6 +112,7 @@ def router_stats(
         load_E=load_E,
         choice_E=load_E if choice_E is None else choice_E.float(),
         dropped=(real_GN & ~assigned_GN).sum().float(),
+        dropped_choices=load_E.new_zeros(()) if num_filled is None else load_E.sum() - num_filled,
         entropy=(entropy_GN * real_GN).sum(),
         confidence=(probability_GNE.detach().amax(-1) * real_GN).sum(),
     )

@@ -9,7 +9,7 @@ from switchcli.data.prepare.pipeline import PreparedTexts
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import RecipeError
-from switchcli.model.packing import segment_ids
+from switchcli.model.attention import segment_ids
 from switchcli.recipe.schema import TextRecipe
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.train_data import NUM_SAMPLES, RunData, TrainData, check_same_data

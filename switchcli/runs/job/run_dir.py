@@ -13,7 +13,7 @@ from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import CHANGEABLE_MODEL_KEYS
 from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.inputs.trained_recipe import saved_recipe
+from switchcli.runs.inputs.train_data import saved_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
 from switchcli.system.lock import lock
 from switchcli.terminal.console import Console

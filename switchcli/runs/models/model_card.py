@@ -93,7 +93,8 @@ def model_card(
     is_dense, is_trained = spec.num_experts == 1, bool(recipe)
     data = as_mapping(recipe.get("data"))
     corpora = [corpus for listed in map(as_mapping, data.get("corpora") or ()) for corpus in _per_language(listed)]
-    on_hub = {corpus["path"] for corpus in corpora if corpus["kind"] == "hub" and _is_on_hub(corpus["path"])}
+    paths = [corpus["path"] for corpus in corpora if corpus["kind"] == "hub"]
+    on_hub = {path for path in paths if is_repository_id(path) and not Path(path).exists()}
     languages = {corpus["language"] for corpus in corpora if _LANGUAGE.fullmatch(corpus["language"])}
     tasks = [str(as_mapping(task).get("name", task)) for task in recipe.get("tasks") or ()]
     metadata = ModelCardData(
@@ -178,10 +179,6 @@ def _results(handle: CheckpointHandle) -> str:
         scores.append((name, *map(number, cells)))
     table = Table(("task", "score", "95 % from", "to", "examples"), scores).markdown() if scores else ""
     return "\n".join(filter(None, [_table(rows), table]))
-
-
-def _is_on_hub(path: str) -> bool:
-    return is_repository_id(path) and not Path(path).exists()
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, str]:
