@@ -4,16 +4,14 @@ import json
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import yaml
 from messages import lacking
 from tiny_run import SwitchCLI
 
-from switchcli.checkpoint.checkpoint import Checkpoint
-from switchcli.checkpoint.documents import DATA, RECIPE
+from switchcli.checkpoint.documents import RECIPE
 from switchcli.model.surgery.upcycle import UpcycledWeights
 from switchcli.recipe import yaml_nodes
 from switchcli.runs.inputs.loading import open_model
@@ -148,10 +146,8 @@ def test_refused(case: str, here: Path, trained: Path, switchcli: SwitchCLI, tmp
 @pytest.mark.parametrize(("experts", "expert_axis"), [(3, 1), (6, 2), (8, 4)])
 def test_ranks_that_divided_the_experts_divide_the_new_ones_too(trained: Path, experts: int, expert_axis: int) -> None:
     handle = open_model(trained, silent())
-    assert handle.native is not None
-    text = re.sub(rb"(?m)^( +)expert: \d+$", rb"\1expert: 4", handle.native.document(RECIPE))
-    native = SimpleNamespace(path=trained, document={RECIPE: text, DATA: b""}.get, manifest=handle.native.manifest)
-    changed = handle._replace(native=cast(Checkpoint, native))
+    assert handle.recipe is not None
+    changed = handle._replace(recipe=re.sub(rb"(?m)^( +)expert: \d+$", rb"\1expert: 4", handle.recipe))
     file = with_experts(handle.model_file, handle.path, experts)
     recipe = yaml_nodes.read_bytes(trained_documents(changed, file.model, Path("new"))[RECIPE], RECIPE)
     assert recipe.stated("parallel.expert") == expert_axis

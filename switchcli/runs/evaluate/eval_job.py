@@ -197,7 +197,7 @@ def measure(job: Job, out: Path | None, quiet: bool, model: SwitchTransformer | 
 def _warn_about_other_text(handle: CheckpointHandle, identity: str | None, console: Console) -> None:
     """Print a warning if the text to measure on is not the text that the checkpoint was trained on."""
     try:
-        document = handle.native.document(DATA) if handle.native and handle.has_recipe else None
+        document = handle.native.document(DATA) if handle.native and handle.recipe else None
     except CheckpointError:  # its run has removed the checkpoint since the weights were read
         return
     if identity is not None and document is not None and json.loads(document).get(TEXT) != identity:

@@ -42,15 +42,12 @@ class CheckpointHandle(NamedTuple):
     """Returns the weights by logical name. Each is read from disk when the mapping is indexed."""
     native: checkpoint.Checkpoint | None
     """The checkpoint in our layout, which may hold optimizer state. None for the Hugging Face layout."""
+    recipe: bytes | None = None
+    """recipe.yaml of the run that trained the weights. None for a converted checkpoint, which has none."""
 
     @property
     def spec(self) -> ModelSpec:
         return self.model_file.model
-
-    @property
-    def has_recipe(self) -> bool:
-        """Return whether a run trained the weights. A converted checkpoint has no recipe."""
-        return self.native is not None and RECIPE in self.native.manifest.names()
 
 
 LoadPrecision = Literal["float32", "selective"]
@@ -81,12 +78,13 @@ def open_model(path: Path, console: Console, verify: bool = True) -> CheckpointH
         native_file = ModelFile.parse(native.document(MODEL_FILE), native.path / MODEL_FILE)
         tokenizer = read_tokenizer(native, native_file.model)
         weights = native.read("model", logical_tensors(meta_model(native_file.model)))
+        recipe = native.document(RECIPE) if RECIPE in native.manifest.names() else None
     except (SwitchError, OSError):
         if native.path.exists():
             raise
         # An active run has just removed this checkpoint, so it has saved newer ones.
         return open_model(path, console, verify)
-    return CheckpointHandle(native.path, native.step, native_file, tokenizer, lambda: weights, native)
+    return CheckpointHandle(native.path, native.step, native_file, tokenizer, lambda: weights, native, recipe)
 
 
 def load_checkpoint(path: Path, device: torch.device, console: Console) -> LoadedModel:

@@ -99,9 +99,9 @@ def trained_documents(source: CheckpointHandle, spec: ModelSpec, destination: Pa
     They are the recipe of its run with the new model, which starts from the new checkpoint, and the identity of its
     data, so that it is trained further, and evaluated, on the same data. There are none if no run trained `source`.
     """
-    if source.native is None or not source.has_recipe:
+    if source.native is None or source.recipe is None:
         return {}
-    tree = yaml_nodes.read_bytes(source.native.document(RECIPE), str(source.native.path / RECIPE))
+    tree = yaml_nodes.read_bytes(source.recipe, str(source.path / RECIPE))
     if not isinstance(tree.value, dict):
         return {}
     before, after = source.spec.num_experts, spec.num_experts

@@ -131,7 +131,7 @@ def warn_of_unknown(what: str, fraction: float, console: Console) -> None:
 
 def trained_recipe(handle: CheckpointHandle) -> TrainingRecipe | None:
     """Return the recipe of the run that trained the checkpoint; None if no run did. Raises like `read_recipe`."""
-    return saved_recipe(handle.native) if handle.native is not None and handle.has_recipe else None
+    return None if handle.recipe is None else read_recipe(handle.recipe, handle.path / RECIPE)
 
 
 def saved_recipe(native: checkpoint.Checkpoint) -> TrainingRecipe:

@@ -129,9 +129,7 @@ def model_card(
 
 def _recipe(handle: CheckpointHandle) -> Mapping[str, Any]:
     """Return the keys of the recipe that trained the checkpoint as they are in its file; none if no run did."""
-    if handle.native is None or not handle.has_recipe:
-        return {}
-    return as_mapping(yaml_nodes.plain(yaml_nodes.read_bytes(handle.native.document(RECIPE), RECIPE)))
+    return {} if handle.recipe is None else as_mapping(yaml_nodes.plain(yaml_nodes.read_bytes(handle.recipe, RECIPE)))
 
 
 def _per_language(corpus: Mapping[str, Any]) -> Iterator[dict[str, str]]:
