@@ -306,7 +306,7 @@ class Model:
         """The torch module, in evaluation mode.
 
         `model(inputs_BS, targets_BT).logits_BTV` are the logits of the targets, [B, T, vocabulary]. Both arguments are
-        int64 token ids, padded with 0 at the end. B must be a multiple of `recipe.model.group_sequences`. Experts have
+        int64 token ids, padded with 0 at the end. B must be a multiple of `model.spec.group_sequences`. Experts have
         the slots of the router's `eval_capacity_factor`, and tokens beyond them are dropped (the policy `paper`).
         """
         if self._model is None:

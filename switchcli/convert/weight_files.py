@@ -10,6 +10,15 @@ only files of its own folder.
 
 A pickle is a program. `torch.load(weights_only=True)` runs only the few functions that build tensors, but it has had
 security holes. This is therefore the only file that reads pickles, and only those that the user trusts.
+
+Names are the same in versions 4 and 5 of transformers' T5, mT5 and SwitchTransformers, and shapes are equal
+on both sides:
+
+    encoder.blocks.1.feed_forward.layer.experts.3.wi    ours, one tensor per dense weight and per expert's weight
+    encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight
+
+Version 4 stores the embedding under all three names of `EMBEDDINGS`, and as `lm_head` too if it is tied; version 5
+stores only the first.
 """
 
 import json

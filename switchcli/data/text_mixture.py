@@ -1,6 +1,12 @@
-"""Mixtures of texts: the fraction of a run's rows that each language or corpus makes up.
+"""Mixtures: the fraction of a run's rows that each text makes up, and which text or task each row comes from.
 
-Legend  K texts
+A run consists of cycles (`MixtureSchedule`). In each cycle every source has a fixed number of rows, and the order of
+the rows is random. Fractions are therefore exact, each row is a pure function of the seed and the row's number, and a
+resumed run replays nothing. The batches of a mixture of tasks are in task_batches.py.
+
+This file does not import torch, because processes that prepare text import it.
+
+Legend  R rows  K sources: texts or tasks
 """
 
 import math

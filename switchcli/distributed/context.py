@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 STEP_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others within a step before the run ends."""
 FIRST_STEP_TIMEOUT = timedelta(minutes=30)
-"""As `STEP_TIMEOUT`, until the first step has been taken: each rank compiles in its own time."""
+"""How long a rank waits for the others until the first step has been taken: each rank compiles in its own time."""
 MAIN_TIMEOUT = timedelta(days=7)
 """How long the others wait while the main rank works alone: there is no bound on the time that preparing data takes."""
 WRITE_TIMEOUT = timedelta(hours=1)

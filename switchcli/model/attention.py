@@ -1,6 +1,11 @@
 """T5's attention: heads whose width K is independent of D, no biases, no scaling, learned relative positions.
 
-Legend: B batch, T query positions, S key positions, H heads, K head size, D model, A = H * K.
+Packed rows hold several examples one after another, where no example sees another (`SegmentIds`). An example's inputs
+end in exactly one EOS, and so do its targets. The example of a position is therefore the number of EOS before it, and
+masks follow from the ids. Relative positions depend only on distances, so they need no reset. The examples of a row
+still share expert capacity, a group of the load-balancing loss, and dropout masks, as the sequences of a group do.
+
+Legend: B batch, T query positions and targets, S key positions and inputs, H heads, K head size, D model, A = H * K.
 The 1/sqrt(K) of other transformers is folded into the initial weights of the queries.
 """
 

@@ -1,5 +1,9 @@
 """The plain layers of T5: RMS norm and the dense feed-forward. T5 has no biases.
 
+`ModelAxis` is the interface of a layer to the other processes that divide the heads, d_ff and the vocabulary with it
+(paper section 5, model parallelism): a tensor that all processes have enters a divided region, and their partial
+results are summed when they leave it. `SingleProcess` is for a process that holds everything.
+
 Legend: B batch, S positions, D model, F hidden.
 """
 

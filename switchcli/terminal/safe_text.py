@@ -1,6 +1,8 @@
 """Text made harmless for a terminal (`safe_text` keeps line breaks, `one_line` does not), HTML and Markdown.
 
 The first two do not escape rich markup: wrap the result in `rich.text.Text`, which reads none.
+
+Also the command that started this program: its words, its name for a shell, and the whole command line.
 """
 
 import re

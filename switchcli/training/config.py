@@ -1,4 +1,7 @@
-"""Settings of a training run that belong to no single object: its length, batches, evaluation, logs and checkpoints."""
+"""Settings of a training run that belong to no single object: its length, batches, evaluation, logs and checkpoints.
+
+Also those of scoring (scoring.py) and of distillation (distillation.py).
+"""
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 

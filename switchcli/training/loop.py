@@ -36,7 +36,13 @@ MAX_SKIPPED: Final = 10
 
 
 class RouterBalance:
-    """Counts the choices of each step, and changes biases by them. It does nothing where no router has biases."""
+    """With `balance: bias`, the choices of one step change the biases of the next. Without biases it does nothing.
+
+    After each step an expert's bias changes by bias_rate * sign(mean load - its load), where the load is the number of
+    choices before capacity, without padding (DeepSeek-V3, section 2.1.2).
+
+    Legend: L sparse layers, E experts.
+    """
 
     def __init__(self, model: nn.Module, context: DistributedContext) -> None:
         self._context = context

@@ -1,4 +1,7 @@
-"""Microbatches: which rows of a step's batch each rank takes, and in how many forward passes."""
+"""Microbatches: which rows of a step's batch each rank takes, and in how many forward passes.
+
+`Loader` is a thread that prepares the batches of the next steps while the model computes.
+"""
 
 import time
 from collections import deque

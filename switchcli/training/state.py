@@ -1,4 +1,7 @@
-"""TrainState: what a run needs to resume, besides tensors and settings."""
+"""TrainState: what a run needs to resume, besides tensors and settings.
+
+Metrics are sums and weights (`Mean`), which add up over microbatches, steps and ranks. The division comes last.
+"""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """SourceFile: a file on this machine, or at a URL of `switchcli.spec.PROTOCOLS`, which fsspec reads.
 
 Files are found by path or glob, and read as bytes, decompressed according to their names. This is the only module that
-uses fsspec.
+uses fsspec. Prepared text depends on the digests of local files (`digests_of`).
 """
 
 import bz2

@@ -190,7 +190,14 @@ def evaluate_by(model: nn.Module, policy: Policy) -> None:
 
 
 class SwitchAttention(nn.Module):
-    """Multi-head self-attention with routed queries, keys and values."""
+    """Multi-head self-attention: experts produce the queries, and one vector that serves as key and value (Appendix A).
+
+    Legend: T queries, H heads, K head size, O = 2 * H * K outputs of the experts.
+
+    As in Mesh-TensorFlow, one routed layer has a hidden vector and two outputs of width H * K. The gate multiplies
+    both, a dropped token has zeros for both, and the output projection stays dense. The query is divided by sqrt(K),
+    which T5's own attention folds into its initial weights.
+    """
 
     def __init__(self, spec: ModelSpec, stack: Stack) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The data of a run on text-to-text tasks (section 4.1)."""
+"""The data of a run on text-to-text tasks (section 4.1), and the examples that a model is scored on."""
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence

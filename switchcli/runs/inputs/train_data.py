@@ -1,4 +1,7 @@
-"""The data of a run: what it is trained on, and what it is measured on."""
+"""The data of a run: what it is trained on, and what it is measured on.
+
+Also what other modules of data share: text that a vocabulary cannot express, and the recipe that trained a checkpoint.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Job: the resolved command line of a verb that trains or evaluates."""
+"""Job: the resolved command line of a verb that trains or evaluates, which all ranks have from rank 0."""
 
 import hashlib
 import json

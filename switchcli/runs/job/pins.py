@@ -2,6 +2,8 @@
 
 The name of a run means its newest checkpoint, and a run that is training saves newer ones. So a run keeps what it began
 with: the recipe.yaml in its folder names the checkpoints by their steps, and the run that is resumed takes these.
+
+`Options` are the options that name models: each is another way to write a key of the recipe.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The end of a training run: result.json, what is printed of it, samples, and commands to run next."""
+"""What a training run prints at its start and at its end, with its result.json, samples, and commands to run next."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,7 @@
 """TrainingTask: the part of a run that differs between training verbs. The common part is in trainer.py.
 
-Its class methods resolve the recipe, before there is a run.
+Its class methods resolve the recipe, before there is a run. `Pretraining` and `Finetuning` (section 4.1) are here,
+distillation in distilling.py.
 """
 
 from collections.abc import Iterator, Mapping
