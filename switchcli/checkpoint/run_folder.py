@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.documents import RECIPE
 from switchcli.errors import RecipeError, disk_errors
 from switchcli.system import publish
 
@@ -20,7 +21,7 @@ class RunFolder:
         self.resume = resume
         self.newest: checkpoint.Checkpoint | None = None
         """The checkpoint in the folder that this start goes on from."""
-        self.recipe = path / "recipe.yaml"
+        self.recipe = path / RECIPE
         self.tokenizer = path / "tokenizer.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"

@@ -38,8 +38,6 @@ S = TypeVar("S", bound=Spec)
 
 _VOCAB_MULTIPLE = 64
 """Embedding matrices get a multiple of this many rows, for fast matrix products and for the ranks of a model axis."""
-SAVED = "recipe.yaml"
-"""The name of the recipe that a run saves."""
 SCHEMAS: list[type[Spec]] = []
 """The classes of recipes that are merged here. A module that defines some adds them."""
 
@@ -173,7 +171,7 @@ def check_verb(tree: Node, schema: type[Spec]) -> None:
                 "was trained on, or name other text (text.corpora=[...]) or tasks (tasks=[...])"
                 + ("; a file of `verb: eval` with the tasks of this one scores them" if "tasks" in tree.value else "")
             )
-        out = " --out FOLDER" if Path(name).name == SAVED else ""  # its folder is that of another run
+        out = " --out FOLDER" if Path(name).name == "recipe.yaml" else ""  # its folder is that of another run
         raise RecipeError(
             f"{name} is a recipe of {verb}, not of {expected}: run `switchcli {verb} {shlex.quote(name)}{out}`"
         )

@@ -105,11 +105,9 @@ def trained_documents(source: CheckpointHandle, spec: ModelSpec, destination: Pa
     if not isinstance(tree.value, dict):
         return {}
     before, after = source.spec.num_experts, spec.num_experts
-    recipe = {
-        **yaml_nodes.plain(tree),
-        "model": spec.model_dump(mode="json"),
-        "description": f"{after} experts in each sparse layer, of a model that had {before}",
-    }
+    recipe = {**yaml_nodes.plain(tree), "model": spec.model_dump(mode="json")}
+    if after != before:
+        recipe["description"] = f"{after} experts in each sparse layer, of a model that had {before}"
     if isinstance(ranks := tree.stated("parallel.expert"), int):  # they must divide the experts
         recipe["parallel"]["expert"] = math.gcd(ranks, after)
     if tree.stated("verb") != "distill":  # which can only continue a distillation
