@@ -52,7 +52,7 @@ from switchcli.runs.inputs.new_folder import (
     publish_checkpoint,
     trained_documents,
 )
-from switchcli.runs.inputs.train_data import trained_recipe
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.job import Job
 from switchcli.runs.job.pins import Options
 from switchcli.runs.train import start

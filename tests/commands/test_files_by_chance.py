@@ -21,6 +21,7 @@ from tiny_checkpoint import reseal
 
 from switchcli.checkpoint import manifest
 from switchcli.checkpoint.checkpoint import Checkpoint, newest
+from switchcli.checkpoint.documents import RECIPE
 from switchcli.convert.weight_files import is_hugging_face_folder
 from switchcli.data.sources.files import FilesCorpus
 from switchcli.data.tokenizer.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ from switchcli.report import run_report
 from switchcli.report.html_page import page
 from switchcli.report.run_comparison import compare_runs
 from switchcli.runs.inputs import loading
-from switchcli.runs.inputs.train_data import saved_recipe
+from switchcli.runs.inputs.trained_recipe import read_recipe
 from switchcli.terminal.console import silent
 from switchcli.training.state import TrainState
 
@@ -112,7 +113,7 @@ def use_state(run: Path) -> None:
 def use_tensors(run: Path) -> None:
     found = Checkpoint.open(run / STEP)
     found.tensor_specs("optimizer")
-    saved_recipe(found)
+    read_recipe(found.document(RECIPE), found.path)
     loading.open_model(found.path, silent()).weights()
 
 

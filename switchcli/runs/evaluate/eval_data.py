@@ -18,7 +18,8 @@ from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs import text_sets
 from switchcli.runs.inputs.loading import CheckpointHandle
 from switchcli.runs.inputs.task_data import digests_of, report_task_sets, scored_examples_of
-from switchcli.runs.inputs.train_data import check_same_data, trained_recipe
+from switchcli.runs.inputs.train_data import check_same_data
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.tasks import tokens
 from switchcli.tasks.config import tasks_of
 from switchcli.terminal.console import Console

@@ -17,7 +17,7 @@ from switchcli.runs.devices.mesh_choice import build_eval_context
 from switchcli.runs.evaluate.eval_data import build_eval_data, training_identity
 from switchcli.runs.evaluate.score_tables import explain_scores
 from switchcli.runs.inputs.loading import CheckpointHandle, load_model
-from switchcli.runs.inputs.train_data import trained_recipe
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.job import Job, resolve_on_main
 from switchcli.runs.job.run_dir import run_name
 from switchcli.system import publish

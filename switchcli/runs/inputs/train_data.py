@@ -1,24 +1,14 @@
-"""The data of a run: what it is trained on, and what it is measured on.
-
-Also what other modules of data share: text that a vocabulary cannot express, and the recipe that trained a checkpoint.
-"""
+"""The data of a run: what it is trained on, what it is measured on, and what a vocabulary cannot express of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchcli.checkpoint import checkpoint
-from switchcli.checkpoint.documents import RECIPE
 from switchcli.data.batch import Batch, BatchSource
 from switchcli.data.prepare.prepared_text import HELD_OUT, PreparedText
 from switchcli.data.tokenizer.tokenizer import Tokenizer
 from switchcli.distributed.context import DistributedContext
-from switchcli.errors import CheckpointError, DataError
-from switchcli.recipe import resolve, yaml_nodes
-from switchcli.recipe.schema import schema_of
-from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.inputs.loading import CheckpointHandle
+from switchcli.errors import DataError
 from switchcli.tasks.tokens import ScoredExamples
 from switchcli.terminal.console import Console
 from switchcli.training.config import ScoringSpec
@@ -130,29 +120,3 @@ def warn_of_unknown(what: str, fraction: float, console: Console) -> None:
             f"{what}: {fraction:.1%} of the tokens are characters that the vocabulary lacks, and look alike to the "
             "model: train a vocabulary on text of this kind, or one with byte_fallback"
         )
-
-
-def trained_recipe(handle: CheckpointHandle) -> TrainingRecipe | None:
-    """Return the recipe of the run that trained the checkpoint; None if no run did. Raises like `read_recipe`."""
-    return None if handle.recipe is None else read_recipe(handle.recipe, handle.path / RECIPE)
-
-
-def saved_recipe(native: checkpoint.Checkpoint) -> TrainingRecipe:
-    """Return the recipe of a checkpoint of a run. Raises like `read_recipe`."""
-    return read_recipe(native.document(RECIPE), native.path / RECIPE)
-
-
-def read_recipe(document: bytes, path: Path) -> TrainingRecipe:
-    """Return the recipe that a run wrote to a file, by the schema of the verb that wrote it.
-
-    Raises:
-        CheckpointError: there is no such verb, or it does not train.
-        RecipeError: it is not the recipe of a run.
-    """
-    tree = resolve.parse_saved(document, yaml_nodes.display_path(path))
-    schema = schema_of(tree)
-    if schema is None or not issubclass(schema, TrainingRecipe):
-        raise CheckpointError(
-            f"{path.parent}: written by the verb {tree.stated('verb')}, which this switchcli does not have"
-        )
-    return resolve.validate(tree, schema)

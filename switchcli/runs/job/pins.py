@@ -22,7 +22,7 @@ from switchcli.recipe.sizes import SIZES
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle, locate, open_model
-from switchcli.runs.inputs.train_data import read_recipe, trained_recipe
+from switchcli.runs.inputs.trained_recipe import read_recipe, trained_recipe
 from switchcli.system.user_files import read_regular
 from switchcli.terminal.console import Console
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from switchcli.checkpoint import checkpoint
+from switchcli.checkpoint.documents import RECIPE
 from switchcli.checkpoint.run_folder import RunFolder
 from switchcli.distributed.context import DistributedContext
 from switchcli.errors import CheckpointError, RecipeError
 from switchcli.model.config import CHANGEABLE_MODEL_KEYS
 from switchcli.recipe.resolve import differences
 from switchcli.recipe.training_recipe import TrainingRecipe
-from switchcli.runs.inputs.train_data import saved_recipe
+from switchcli.runs.inputs.trained_recipe import read_recipe
 from switchcli.runs.job.pins import BRANCH_FROM
 from switchcli.system.lock import lock
 from switchcli.terminal.console import Console
@@ -108,7 +109,7 @@ def _check_resumable(latest: checkpoint.Checkpoint, recipe: TrainingRecipe, out:
 
     `latest` is the newest checkpoint in the folder `out`.
     """
-    saved = saved_recipe(latest)
+    saved = read_recipe(latest.document(RECIPE), latest.path / RECIPE)
     changed = [
         difference
         for difference in differences(saved, recipe)

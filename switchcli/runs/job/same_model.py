@@ -9,7 +9,7 @@ from switchcli.recipe import resolve
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.inputs.train_data import trained_recipe
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.terminal.safe_text import shell_words
 
 

@@ -15,7 +15,7 @@ from switchcli.errors import RecipeError
 from switchcli.recipe.resolve import Difference, differences
 from switchcli.recipe.training_recipe import TrainingRecipe
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.inputs.train_data import trained_recipe
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.pins import BRANCH_FROM, WEIGHTS_ONLY
 from switchcli.runs.job.run_dir import PLACE_OF_DATA
 from switchcli.training.checkpointer import load_optimizer_state

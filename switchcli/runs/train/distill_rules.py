@@ -14,7 +14,7 @@ from switchcli.model.surgery.student_spec import FromTeacherInit
 from switchcli.recipe.schema import DistillTasksRecipe, DistillTextRecipe
 from switchcli.recipe.yaml_nodes import Node
 from switchcli.runs.inputs.loading import CheckpointHandle
-from switchcli.runs.inputs.train_data import trained_recipe
+from switchcli.runs.inputs.trained_recipe import trained_recipe
 from switchcli.runs.job.pins import BASELINE, OPTIONS, STUDENT, TEACHER, Pin
 from switchcli.runs.job.same_model import check_shape, check_tokenizer
 
